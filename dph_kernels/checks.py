@@ -1,0 +1,47 @@
+"""Argument checks: every error names the argument, what was expected and what came."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def shape(name: str, tensor: Tensor, *expected: int | str) -> None:
+    """Compare ``tensor.shape`` with sizes; a string stands for any size and gives its name."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    sizes = tuple(tensor.shape)
+    if len(sizes) != len(expected) or any(isinstance(e, int) and e != s for e, s in zip(expected, sizes, strict=True)):
+        wanted = ", ".join(str(e) for e in expected)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(sizes)}")
+
+
+def dtype(name: str, tensor: Tensor, expected: torch.dtype | Iterable[torch.dtype]) -> None:
+    """Compare ``tensor.dtype`` with one dtype or with several allowed ones."""
+    allowed = (expected,) if isinstance(expected, torch.dtype) else tuple(expected)
+    if tensor.dtype not in allowed:
+        names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise ValueError(f"{name}: expected {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def device(name: str, tensor: Tensor, expected: torch.device) -> None:
+    """Compare ``tensor.device`` with the device of the operator's first tensor."""
+    if tensor.device != expected:
+        raise ValueError(f"{name}: expected a tensor on {expected}, got one on {tensor.device}")
+
+
+def number(name: str, value: float, low: float, high: float = float("inf"), *, below: bool = False) -> None:
+    """Require ``low <= value <= high``, or ``low <= value < high`` with ``below``."""
+    inside = low <= value < high if below else low <= value <= high
+    if not inside:
+        raise ValueError(f"{name}: expected {low} <= {name} {'<' if below else '<='} {high}, got {value}")
+
+
+def option(name: str, value: str, allowed: Iterable[str]) -> None:
+    """Require ``value`` to be one of ``allowed``."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
