@@ -1,0 +1,295 @@
+"""PackedLayout: who may look at what.
+
+Every job of the system is one shape: a run of queries that sees a shared range of keys completely and its own range
+causally. Tokens of many documents lie end to end without padding; a row of the segment table describes one such run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+COLUMNS = ("query_start", "query_end", "key_start", "key_end", "prefix_start", "prefix_end", "position")
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary position embedding in rotate-half form (SPEC: base 500,000; ``reversed`` negates every angle).
+
+    Args:
+        base: base of the geometric series of wavelengths.
+        reversed: positions count from the newest token backwards, which equals negating every angle.
+    """
+
+    base: float = 500_000.0
+    reversed: bool = False
+
+    def tables(self, positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, head_dim/2] of ``positions`` [T] int64, computed in fp64.
+
+        An angle that is a product in fp32 is wrong by half a radian at position 10**7, and positions roll on for as
+        long as memory does.
+        """
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
+        angles = positions.double()[:, None] * self.base**-exponents
+        sines = angles.sin()
+        return angles.cos().to(dtype), (-sines if self.reversed else sines).to(dtype)
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest common prefix of token sequences; of one sequence, its own length."""
+    first, last = min(sequences), max(sequences)
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayout:
+    """Segments of queries over one row of keys: the memory's rows first, then the new keys.
+
+    Key index ``j < memory`` is row ``j`` of the memory (cached, already rotated); ``j >= memory`` is new key
+    ``j - memory``. Query ``i`` of a segment with n queries and m own keys sees its whole prefix range and own keys
+    ``0 .. m - n + i``: causal, aligned at the end. Rows outside every segment are padding and give zeros.
+
+    Args:
+        segments: [G, 7] int64 on the CPU, columns ``COLUMNS``; ``position`` is the rotary position of the first query.
+        queries: T, rows of queries.
+        keys: S, rows of new keys.
+        memory: M, rows of memory.
+
+    Attributes:
+        query_positions: [T] int64 rotary positions; padding rows have 0.
+        key_positions: [S] int64 rotary positions of the new keys.
+
+    Raises ValueError where a range leaves its bounds, two segments share a query, or one key would need two positions.
+    """
+
+    segments: Tensor
+    queries: int
+    keys: int
+    memory: int = 0
+    query_positions: Tensor = field(init=False, repr=False)
+    key_positions: Tensor = field(init=False, repr=False)
+    _tables: dict = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Validate the table and derive every position from it."""
+        table = self.segments
+        if (
+            table.ndim != 2
+            or table.shape[1] != len(COLUMNS)
+            or table.dtype != torch.int64
+            or table.device.type != "cpu"
+        ):
+            raise ValueError(
+                f"segments: expected int64 [G, {len(COLUMNS)}] on the CPU, got {table.dtype} {list(table.shape)}"
+            )
+        rows = table.tolist()
+        self._check_bounds(rows)
+        object.__setattr__(self, "query_positions", self._positions_of_queries(rows))
+        object.__setattr__(self, "key_positions", self._positions_of_keys(rows))
+
+    def _check_bounds(self, rows: list[list[int]]) -> None:
+        total = self.memory + self.keys
+        for number, (q0, q1, k0, k1, p0, p1, position) in enumerate(rows):
+            for name, start, end, size in (
+                ("query", q0, q1, self.queries), ("key", k0, k1, total), ("prefix", p0, p1, total),
+            ):  # fmt: skip
+                if not 0 <= start <= end <= size:
+                    raise ValueError(
+                        f"segment {number}: expected a {name} range within [0, {size}], got [{start}, {end})"
+                    )
+            if position < 0:
+                raise ValueError(f"segment {number}: expected position >= 0, got {position}")
+        runs = sorted((q0, q1, number) for number, (q0, q1, *_) in enumerate(rows) if q1 > q0)
+        for (_, end, first), (start, _, second) in itertools.pairwise(runs):
+            if start < end:
+                raise ValueError(f"segments {first} and {second}: expected disjoint queries, both hold query {start}")
+
+    def _positions_of_queries(self, rows: list[list[int]]) -> Tensor:
+        positions = torch.zeros(self.queries, dtype=torch.int64)
+        for q0, q1, *_, position in rows:
+            positions[q0:q1] = torch.arange(position, position + q1 - q0)
+        return positions
+
+    def _positions_of_keys(self, rows: list[list[int]]) -> Tensor:
+        unset = torch.iinfo(torch.int64).min
+        positions = torch.full((self.keys,), unset, dtype=torch.int64)
+        for number, (q0, q1, k0, k1, p0, p1, position) in enumerate(rows):
+            own = position + (q1 - q0) - (k1 - k0)  # position of the first own key
+            for start, end, first in ((k0, k1, own), (p0, p1, own - (p1 - p0))):
+                skipped = max(self.memory - start, 0)  # memory is rotated already
+                here = positions[max(start - self.memory, 0) : max(end - self.memory, 0)]
+                wanted = torch.arange(first + skipped, first + skipped + len(here))
+                if bool(((here != unset) & (here != wanted)).any()):
+                    raise ValueError(f"segment {number}: expected keys at the positions that other segments give them")
+                here.copy_(wanted)
+        return positions.masked_fill_(positions == unset, 0)
+
+    # Constructors
+
+    @classmethod
+    def documents(cls, lengths: Sequence[int]) -> PackedLayout:
+        """Documents end to end, each causal and alone: lengths [B] in tokens; zero-length documents are allowed."""
+        return cls.shared_prefix(lengths, [()] * len(lengths))
+
+    @classmethod
+    def dense(cls, batch: int, length: int) -> PackedLayout:
+        """``batch`` causal sequences of ``length`` tokens, as an unpadded [B, S] batch."""
+        return cls.documents([length] * batch)
+
+    @classmethod
+    def shared_prefix(cls, prompts: Sequence[int], branches: Sequence[Sequence[int]]) -> PackedLayout:
+        """Documents of one prompt followed by its branches; a branch sees the prompt and itself.
+
+        Args:
+            prompts: [B] lengths of the prompts.
+            branches: for each prompt the lengths of its branches, in the order in which they lie behind it.
+        """
+        rows, start = [], 0
+        for prompt, tails in zip(prompts, branches, strict=True):
+            end = start + prompt
+            rows.append((start, end, start, end, start, start, 0))
+            at = end
+            for tail in tails:
+                rows.append((at, at + tail, at, at + tail, start, end, prompt))
+                at += tail
+            start = at
+        return cls(_table(rows), queries=start, keys=start)
+
+    @classmethod
+    def from_sequences(cls, documents: Sequence[Sequence[Sequence[int]]]) -> PackedLayout:
+        """Alternatives that share their longest common prefix: each document is a list of token sequences.
+
+        The tokens then lie as: common prefix, rest of the first alternative, rest of the second, and so on; a rest may
+        be empty (identical alternatives, or one that is a prefix of another).
+        """
+        prompts = [common_prefix(alternatives) for alternatives in documents]
+        rests = [[len(s) - p for s in alternatives] for p, alternatives in zip(prompts, documents, strict=True)]
+        return cls.shared_prefix(prompts, rests)
+
+    @classmethod
+    def with_memory(
+        cls, lengths: Sequence[int], filled: Sequence[int], capacity: int, seen: Sequence[int] | None = None
+    ) -> PackedLayout:
+        """Streams that see their cached memory completely and their own new tokens causally.
+
+        Args:
+            lengths: [B] new tokens of each stream.
+            filled: [B] rows of each stream's memory that hold a key, in any order (a ring that has turned included).
+            capacity: rows of memory per stream; stream b owns rows ``b * capacity`` onwards.
+            seen: [B] tokens that each stream has seen so far: the position of its first new token. ``filled`` if None.
+        """
+        rows, start, memory = [], 0, capacity * len(lengths)
+        for b, (length, full, position) in enumerate(zip(lengths, filled, seen or filled, strict=True)):
+            if full > capacity:
+                raise ValueError(f"filled[{b}]: expected at most capacity = {capacity}, got {full}")
+            end = start + length
+            rows.append((start, end, memory + start, memory + end, b * capacity, b * capacity + full, position))
+            start = end
+        return cls(_table(rows), queries=start, keys=start, memory=memory)
+
+    @classmethod
+    def aligned(cls, lengths: Sequence[int], keys: Sequence[int], first: Sequence[int] | None = None) -> PackedLayout:
+        """Streams with more new keys than queries, causal and aligned at the end (memory that is projected anew).
+
+        Args:
+            lengths: [B] queries of each stream.
+            keys: [B] keys of each stream, its queries' own keys last.
+            first: [B] position of each stream's first key; zeros if None.
+        """
+        rows, q0, k0 = [], 0, 0
+        for length, count, position in zip(lengths, keys, first or [0] * len(keys), strict=True):
+            rows.append((q0, q0 + length, k0, k0 + count, k0, k0, position + count - length))
+            q0, k0 = q0 + length, k0 + count
+        return cls(_table(rows), queries=q0, keys=k0)
+
+    @classmethod
+    def decode(cls, prompts: Sequence[int], said: Sequence[Sequence[int]], capacity: int) -> PackedLayout:
+        """One new token for every candidate; all keys lie in the cache, the prompt's once.
+
+        The cache holds, prompt after prompt: the prompt's rows, then ``capacity`` rows for each of its candidates. The
+        new token's rotated key has been written there before the call, so it counts among what the candidate has said.
+
+        Args:
+            prompts: [B] lengths of the cached prompts.
+            said: for each prompt, how many tokens each of its candidates has said, the new one included (>= 1).
+            capacity: rows per candidate.
+        """
+        rows, query, start = [], 0, 0
+        for prompt, counts in zip(prompts, said, strict=True):
+            at = start + prompt
+            for count in counts:
+                if not 1 <= count <= capacity:
+                    raise ValueError(f"said: expected 1 <= count <= capacity = {capacity}, got {count}")
+                rows.append((query, query + 1, at, at + count, start, start + prompt, prompt + count - 1))
+                query, at = query + 1, at + capacity
+            start = at
+        return cls(_table(rows), queries=query, keys=0, memory=start)
+
+    # Use
+
+    def to(self, device: torch.device | str) -> PackedLayout:
+        """The same layout with its positions on ``device``; the segment table stays on the CPU."""
+        if self.query_positions.device == torch.device(device):
+            return self
+        moved = dataclasses.replace(self)
+        object.__setattr__(moved, "query_positions", self.query_positions.to(device))
+        object.__setattr__(moved, "key_positions", self.key_positions.to(device))
+        return moved
+
+    def tables(self, rope: Rotary, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Cosines and sines of the queries and of the new keys, [T, D/2] and [S, D/2], computed once for all layers."""
+        if torch.compiler.is_compiling():
+            return self._make_tables(rope, head_dim, dtype)
+        key = (rope, head_dim, dtype)
+        if key not in self._tables:
+            self._tables[key] = self._make_tables(rope, head_dim, dtype)
+        return self._tables[key]
+
+    def _make_tables(self, rope: Rotary, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return (
+            *rope.tables(self.query_positions, head_dim, dtype),
+            *rope.tables(self.key_positions, head_dim, dtype),
+        )
+
+    def visible(self) -> Tensor:
+        """[T, M + S] bool: may this query look at this key. For tests and pictures: the kernels never build it."""
+        mask = torch.zeros(self.queries, self.memory + self.keys, dtype=torch.bool)
+        for q0, q1, k0, k1, p0, p1, _ in self.segments.tolist():
+            mask[q0:q1, p0:p1] = True
+            own = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
+            mask[q0:q1, k0:k1] |= own.tril(diagonal=(k1 - k0) - (q1 - q0))
+        return mask
+
+    def explain(self, limit: int = 96) -> str:
+        """Draw who sees whom as text: a line a segment, then, up to ``limit`` rows and columns, a square a pair.
+
+        ``#`` a key of the own range, ``+`` a key of the prefix, ``.`` hidden; ``|`` divides memory from new keys.
+        """
+        lines = [f"{self.queries} queries over {self.memory} memory rows and {self.keys} new keys"]
+        for number, (q0, q1, k0, k1, p0, p1, position) in enumerate(self.segments.tolist()):
+            prefix = f" and all of keys {p0}..{p1 - 1}" if p1 > p0 else ""
+            own = f" sees keys {k0}..{k1 - 1} causally" if k1 > k0 else " sees no keys of its own"
+            lines.append(f"segment {number}: queries {q0}..{q1 - 1} at position {position}{own}{prefix}")
+        if self.queries > limit or self.memory + self.keys > limit:
+            return "\n".join([*lines, f"(too large to draw: more than {limit} rows or columns)"])
+        return "\n".join([*lines, "", *self._draw()])
+
+    def _draw(self) -> list[str]:
+        pictures = [["."] * (self.memory + self.keys) for _ in range(self.queries)]
+        for q0, q1, k0, k1, p0, p1, _ in self.segments.tolist():
+            for i in range(q0, q1):
+                pictures[i][p0:p1] = "+" * (p1 - p0)
+                seen = max((k1 - k0) - (q1 - q0) + i - q0 + 1, 0)
+                pictures[i][k0 : k0 + seen] = "#" * seen
+        divider = "|" if self.memory else ""
+        return ["".join(p[: self.memory]) + divider + "".join(p[self.memory :]) for p in pictures]
+
+
+def _table(rows: Sequence[tuple[int, ...]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, len(COLUMNS))

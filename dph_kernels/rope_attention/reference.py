@@ -1,0 +1,86 @@
+"""Rotary attention in plain PyTorch: the specification.
+
+Segments of equal shape are computed together, so that thousands of short ones stay affordable; nothing else is clever.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+SCORES = 1 << 26  # largest number of scores held at once (256 MB in fp32)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of ``x`` [T, H, D] by the angles whose cosines and sines are [T, D/2]."""
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, segments: Tensor,
+    q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Output [T, H, D] and rotated keys [S, H, D] in the inputs' dtype, log-sum-exp [T, H] in that of the tables."""
+    rotated = rotate(k, k_cos, k_sin).to(k.dtype)
+    queries = rotate(q, q_cos, q_sin)
+    keys, values = (torch.cat(pair).to(q_cos.dtype) for pair in ((memory_k, rotated), (memory_v, v)))
+    out = torch.zeros_like(queries)
+    lse = queries.new_full(q.shape[:2], float("-inf"))
+    for rows, columns, hidden in _groups(segments, q.shape[1], q.device):
+        scores = _scores(queries[rows], keys[columns], hidden, scale)
+        total = scores.logsumexp(-1)
+        out[rows] = torch.einsum("ghqk,gkhd->gqhd", _probabilities(scores, total), values[columns])
+        lse[rows] = total.transpose(1, 2)
+    return out.to(q.dtype), lse, rotated
+
+
+def backward(
+    grad: Tensor, q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, out: Tensor, lse: Tensor,
+    segments: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v. The memory is detached: no gradient of its keys and values is formed."""
+    memory, queries = memory_k.shape[0], rotate(q, q_cos, q_sin)
+    keys, values = (torch.cat(pair).to(q_cos.dtype) for pair in ((memory_k, rotated), (memory_v, v)))
+    grad, out = grad.to(q_cos.dtype), out.to(q_cos.dtype)
+    delta = (grad * out).sum(-1)  # [T, H]
+    dq, dk, dv = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+    for rows, columns, hidden in _groups(segments, q.shape[1], q.device):
+        grads, flat = grad[rows], columns.flatten()
+        scores = _scores(queries[rows], keys[columns], hidden, scale)
+        p = _probabilities(scores, lse[rows].transpose(1, 2))
+        dp = torch.einsum("gqhd,gkhd->ghqk", grads, values[columns])
+        ds = p * (dp - delta[rows].transpose(1, 2)[..., None]) * scale
+        dq[rows] = torch.einsum("ghqk,gkhd->gqhd", ds, keys[columns])
+        dk.index_add_(0, flat, torch.einsum("ghqk,gqhd->gkhd", ds, queries[rows]).flatten(0, 1))
+        dv.index_add_(0, flat, torch.einsum("ghqk,gqhd->gkhd", p, grads).flatten(0, 1))
+    dq, dk = rotate(dq, q_cos, -q_sin), rotate(dk[memory:], k_cos, -k_sin)
+    return dq.to(q.dtype), dk.to(q.dtype), dv[memory:].to(v.dtype)
+
+
+def _groups(segments: Tensor, heads: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Segments of equal shape: query rows [g, n], key columns [g, m], and hidden pairs [n, m]."""
+    shapes = defaultdict(list)
+    for q0, q1, k0, k1, p0, p1, _ in segments.tolist():
+        if q1 > q0 and (k1 > k0 or p1 > p0):
+            shapes[q1 - q0, k1 - k0, p1 - p0].append((q0, k0, p0))
+    for (n, own, prefix), starts in shapes.items():
+        hidden = torch.ones(n, own, dtype=torch.bool, device=device).triu(own - n + 1)
+        hidden = torch.cat([hidden.new_zeros(n, prefix), hidden], dim=1)
+        for part in torch.tensor(starts, device=device).split(max(SCORES // (heads * n * (own + prefix)), 1)):
+            q0, k0, p0 = part[:, :, None].unbind(1)
+            rows = q0 + torch.arange(n, device=device)
+            columns = [p0 + torch.arange(prefix, device=device), k0 + torch.arange(own, device=device)]
+            yield rows, torch.cat(columns, dim=1), hidden
+
+
+def _scores(queries: Tensor, keys: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    """Scaled products [g, H, n, m], minus infinity where ``hidden`` [n, m]."""
+    return (torch.einsum("gqhd,gkhd->ghqk", queries, keys) * scale).masked_fill_(hidden, float("-inf"))
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """Softmax from the log-sum-exp [g, H, n]; a row that sees nothing gets zeros."""
+    return (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
