@@ -1,0 +1,117 @@
+"""Log-probabilities of given tokens, from hidden states and the language-model head, without R x V logits."""
+
+import torch
+from torch import Tensor
+
+from dph_kernels import checks, dispatch
+
+
+@torch.library.custom_op("dph::linear_logprob", mutates_args=())
+def _forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_targets(targets, len(weight))
+    run = dispatch.implementation("linear_logprob", hidden.device, backend).forward
+    return run(hidden, weight, targets, statistics)
+
+
+@_forward.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, rows = torch.promote_types(hidden.dtype, torch.float32), hidden.shape[0]
+    logprobs, normaliser = hidden.new_empty(rows, dtype=dtype), hidden.new_empty(rows, dtype=dtype)
+    extra = rows if statistics else 0
+    return logprobs, normaliser, hidden.new_empty(extra, dtype=dtype), targets.new_empty(extra)
+
+
+@torch.library.custom_op("dph::linear_logprob_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    normaliser: Tensor,
+    hidden_needed: bool,
+    weight_needed: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    run = dispatch.implementation("linear_logprob", hidden.device, backend).backward
+    return run(grad, hidden, weight, targets, normaliser, hidden_needed, weight_needed)
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    normaliser: Tensor,
+    hidden_needed: bool,
+    weight_needed: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if hidden_needed else 0),
+        weight.new_empty(weight.shape if weight_needed else 0),
+    )
+
+
+def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    hidden, weight, targets, _, ctx.backend = inputs
+    _, normaliser, entropy, best = output
+    ctx.mark_non_differentiable(normaliser, entropy, best)
+    ctx.save_for_backward(hidden, weight, targets, normaliser)
+
+
+def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    hidden_needed, weight_needed = ctx.needs_input_grad[:2]
+    grads = _backward(grad, *ctx.saved_tensors, hidden_needed, weight_needed, ctx.backend)
+    return grads[0] if hidden_needed else None, grads[1] if weight_needed else None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def _check_targets(targets: Tensor, vocabulary: int) -> None:
+    """Refuse targets outside [0, V) where looking costs no device synchronisation."""
+    if targets.device.type != "cpu" or not len(targets):
+        return
+    low, high = (value.item() for value in targets.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"targets: expected values in [0, {vocabulary}), got {low if low < 0 else high}")
+
+
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, statistics: bool = False, backend: str = "auto"
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each row's target token: ``log_softmax(hidden @ weight.T)[r, targets[r]]``.
+
+    Args:
+        hidden: [R, C] states that predict, fp16, bf16, fp32 or fp64, any strides. R may be 0.
+        weight: [V, C] language-model head (the tied embedding), same dtype and device.
+        targets: [R] int64, each in [0, V): rows without a target are left out by the caller.
+        statistics: also return entropy and arg-max of each row's distribution.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        [R] in nats, never above 0, in fp32 (fp64 for fp64 inputs); all sums are taken in that precision.
+        With ``statistics``: (log-probabilities, entropy [R] in nats, arg-max [R] int64, the lowest index of a tie),
+        the last two without gradient.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device; on the CPU also a target outside [0, V). On a GPU that test would
+            wait for the device, so it is left to the kernel, which never reads outside `weight`.
+    """
+    checks.shape("hidden", hidden, "R", "C")
+    checks.dtype("hidden", hidden, checks.FLOATS)
+    checks.shape("weight", weight, "V", hidden.shape[1])
+    checks.dtype("weight", weight, hidden.dtype)
+    checks.device("weight", weight, hidden.device)
+    checks.shape("targets", targets, hidden.shape[0])
+    checks.dtype("targets", targets, torch.int64)
+    checks.device("targets", targets, hidden.device)
+    if weight.shape[0] == 0:
+        raise ValueError("weight: expected at least one row (V >= 1), got shape [0, C]")
+    logprobs, _, entropy, best = _forward(hidden, weight, targets, statistics, backend)
+    return (logprobs, entropy, best) if statistics else logprobs

@@ -1,0 +1,199 @@
+"""Pooler and reward heads: from hidden states at the end of an answer to its rewards."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dph_kernels import checks, dispatch
+
+
+@torch.library.custom_op("dph::swiglu_reward", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    reward: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    row_ids: Tensor | None,
+    dropout: float,
+    input_dropout: float,
+    seed: int,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = dispatch.implementation("swiglu_reward", hidden.device, backend).forward
+    return run(hidden, reward, w1, b1, w2, b2, row_ids, dropout, input_dropout, seed, save)
+
+
+@_forward.register_fake
+def _(
+    hidden: Tensor,
+    reward: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    row_ids: Tensor | None,
+    dropout: float,
+    input_dropout: float,
+    seed: int,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, rows = torch.promote_types(hidden.dtype, torch.float32), hidden.shape[0]
+    projected = (rows, w1.shape[0]) if save and w1 is not None else (0,)
+    pooled = hidden.shape if save and w2 is not None else (0,)
+    shapes = ((rows, reward.shape[0]), projected, pooled)
+    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+@torch.library.custom_op("dph::swiglu_reward_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    hidden: Tensor,
+    reward: Tensor,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    row_ids: Tensor | None,
+    projected: Tensor,
+    pooled: Tensor,
+    dropout: float,
+    input_dropout: float,
+    seed: int,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    run = dispatch.implementation("swiglu_reward", hidden.device, backend).backward
+    return run(grad, hidden, reward, w1, w2, row_ids, projected, pooled, dropout, input_dropout, seed, needs)
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    hidden: Tensor,
+    reward: Tensor,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    row_ids: Tensor | None,
+    projected: Tensor,
+    pooled: Tensor,
+    dropout: float,
+    input_dropout: float,
+    seed: int,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    empty = (0,)
+    shapes = (
+        hidden.shape,
+        reward.shape,
+        empty if w1 is None else w1.shape,
+        empty if w1 is None else w1.shape[:1],
+        empty if w2 is None else w2.shape,
+        empty if w2 is None else w2.shape[:1],
+    )
+    return tuple(hidden.new_empty(shape if need else empty) for shape, need in zip(shapes, needs, strict=True))
+
+
+def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    hidden, reward, w1, _, w2, _, row_ids, *ctx.options, save, ctx.backend = inputs
+    _, projected, pooled = output
+    if not save and any(ctx.needs_input_grad):
+        raise ValueError("save: expected True where a gradient is wanted, got False")
+    ctx.mark_non_differentiable(projected, pooled)
+    ctx.save_for_backward(hidden, reward, w1, w2, row_ids, projected, pooled)
+
+
+def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:6])
+    grads = _backward(grad, *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
+    return *(value if need else None for value, need in zip(grads, needs, strict=True)), *(None,) * 6
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def _check(name: str, tensor: Tensor | None, like: Tensor, *sizes: int | str) -> None:
+    if tensor is not None:
+        checks.shape(name, tensor, *sizes)
+        checks.dtype(name, tensor, like.dtype)
+        checks.device(name, tensor, like.device)
+
+
+def _check_weights(
+    hidden: Tensor, reward: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None
+) -> None:
+    checks.shape("hidden", hidden, "R", "C")
+    checks.dtype("hidden", hidden, checks.FLOATS)
+    columns = hidden.shape[1]
+    _check("reward", reward, hidden, "K", columns)
+    for weight, bias, name in ((w1, b1, "1"), (w2, b2, "2")):
+        if weight is None and bias is not None:
+            raise ValueError(f"b{name}: expected None where w{name} is None, got a tensor")
+    if w1 is not None and w2 is None:
+        raise ValueError("w2: expected a tensor [C, F] where w1 is given, got None")
+    width = columns
+    if w1 is not None:
+        _check("w1", w1, hidden, "2F", columns)
+        if w1.shape[0] % 2:
+            raise ValueError(f"w1: expected an even number of rows ([x | gate], 2F), got {w1.shape[0]}")
+        _check("b1", b1, hidden, w1.shape[0])
+        width = w1.shape[0] // 2
+    _check("w2", w2, hidden, columns, width)
+    _check("b2", b2, hidden, columns)
+
+
+def swiglu_reward(
+    hidden: Tensor,
+    reward: Tensor,
+    *,
+    w1: Tensor | None = None,
+    b1: Tensor | None = None,
+    w2: Tensor | None = None,
+    b2: Tensor | None = None,
+    dropout: float = 0.0,
+    input_dropout: float = 0.0,
+    seed: int = 0,
+    row_ids: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Rewards of R answers under K heads that share one pooler (arXiv 2405.20053, section 3.1)::
+
+        x, g = (drop(hidden) @ w1.T + b1).chunk(2, -1)       # drop: input_dropout
+        f = tanh((x * silu(g)) @ w2.T + b2)
+        rewards = drop(f) @ reward.T                         # drop: dropout
+
+    Without w1 the pooler is ``tanh(hidden @ w2.T + b2)`` (bert, t5); without w1 and w2 it is the identity.
+
+    Args:
+        hidden: [R, C] last-layer states at each answer's final `<|im_end|>`, fp16, bf16, fp32 or fp64. R may be 0.
+        reward: [K, C] reward vectors, as all weights of hidden's dtype and device.
+        w1: [2F, C], giving [x | gate]; b1: [2F].
+        w2: [C, F], or [C, C] without w1; b2: [C]. Both biases are optional.
+        dropout: share of the pooled state's columns that is zeroed, in [0, 1); the rest is scaled by 1 / (1 - dropout).
+        input_dropout: the same on hidden (the t5 poolers), drawn independently.
+        seed: int64. The masks are Philox4x32-10 of (seed, row id, column): equal arguments give equal masks on every
+            backend, and the backward pass draws them again.
+        row_ids: [R] int64, the rows' identities for dropout, so that a row's mask does not depend on its batch.
+            Default 0 .. R-1.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        [R, K] in fp32 (fp64 for fp64 inputs), in which all sums are taken.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, or dropout outside [0, 1).
+    """
+    _check_weights(hidden, reward, w1, b1, w2, b2)
+    checks.number("dropout", dropout, 0.0, 1.0, below=True)
+    checks.number("input_dropout", input_dropout, 0.0, 1.0, below=True)
+    checks.number("seed", seed, -(2**63), 2**63 - 1)
+    if row_ids is not None:
+        checks.shape("row_ids", row_ids, hidden.shape[0])
+        checks.dtype("row_ids", row_ids, torch.int64)
+        checks.device("row_ids", row_ids, hidden.device)
+    inputs = (hidden, reward, w1, b1, w2, b2)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return _forward(*inputs, row_ids, dropout, input_dropout, seed, save, backend)[0]
