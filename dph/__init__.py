@@ -1,0 +1,27 @@
+"""Direct Preference Heads: one model speaks and judges (arXiv 2405.20053)."""
+
+from dph import chat, checkpoint, losses, optim, tasks
+from dph.config import ModelConfig
+from dph.generate import best_of_n
+from dph.heads import RewardHead
+from dph.memory import Memory
+from dph.model import Model
+from dph.optim import LaProp
+from dph.packing import PackedBatch, pack
+
+__version__ = "0.1.0"
+__all__ = [
+    "LaProp",
+    "Memory",
+    "Model",
+    "ModelConfig",
+    "PackedBatch",
+    "RewardHead",
+    "best_of_n",
+    "chat",
+    "checkpoint",
+    "losses",
+    "optim",
+    "pack",
+    "tasks",
+]

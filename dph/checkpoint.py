@@ -1,0 +1,133 @@
+"""The released checkpoint layout, both ways: pure renaming, splitting and joining of tensors."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Official name -> own name, the whole correspondence; {} stands for a block number, a head's name or a pooler's place.
+RENAMED = {
+    "model.input_embedding.embedding.weight": "backbone.embedding.weight",
+    "model.input_proj.weight": "backbone.input_proj.weight",
+    "model.input_norm.{}": "backbone.input_norm.{}",
+    "model.output_norm.{}": "backbone.output_norm.{}",
+    "model.blocks.{}.att_norm.{}": "backbone.blocks.{}.attention_norm.{}",
+    "model.blocks.{}.att.proj_q.{}": "backbone.blocks.{}.attention.qkv.{}",
+    "model.blocks.{}.att.proj_k.{}": "backbone.blocks.{}.attention.qkv.{}",
+    "model.blocks.{}.att.proj_v.{}": "backbone.blocks.{}.attention.qkv.{}",
+    "model.blocks.{}.att.proj_o.{}": "backbone.blocks.{}.attention.out.{}",
+    "model.blocks.{}.ffn_norm.{}": "backbone.blocks.{}.ffn_norm.{}",
+    "model.blocks.{}.ffn.{}.{}": "backbone.blocks.{}.ffn.{}.{}",
+    "head_proj.weight": "output_proj.weight",
+    "pooler_pipeline.{}.{}": "heads.shared.pooler.{}.{}",
+    "reward_heads.{}.weight": "heads.shared.reward.{}.weight",
+}
+JOINED = ("proj_q", "proj_k", "proj_v")  # rows of qkv, in this order
+
+
+def _rename(name: str, table: dict[str, str]) -> str:
+    for source, target in table.items():
+        if match := re.fullmatch(re.escape(source).replace(r"\{\}", r"([^.]+)"), name):
+            return target.format(*match.groups())
+    raise ValueError(f"{name}: expected a name of the checkpoint layout, such as {next(iter(table))}")
+
+
+def from_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Own names for weights (or gradients) in the released ``lsw_transformer`` layout; q, k and v rows are joined."""
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if ".att.proj_q." in name:
+            parts = [tensors[name.replace("proj_q", part)] for part in JOINED]
+            own[_rename(name, RENAMED)] = torch.cat(parts)
+        elif ".att.proj_k." not in name and ".att.proj_v." not in name:
+            own[_rename(name, RENAMED)] = tensor
+    return own
+
+
+def to_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`from_official`; heads with a pooler of their own have no place there: ValueError."""
+    table = {
+        own: official for official, own in RENAMED.items() if "proj_k" not in official and "proj_v" not in official
+    }
+    official: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        renamed = _rename(name, table)
+        if ".att.proj_q." in renamed:
+            parts = zip(JOINED, tensor.chunk(3), strict=True)
+            official |= {renamed.replace("proj_q", part): rows.contiguous() for part, rows in parts}
+        else:
+            official[renamed] = tensor
+    return official
+
+
+# Official configuration key -> own key.
+RENAMED_CONFIG = {
+    "vocab_size": "vocab_size",
+    "d_vocab": "embedding_size",
+    "d_model": "hidden_size",
+    "d_ffn": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "rope_base_freq": "rope_base",
+    "rope_reversed": "rope_reversed",
+    "init_std": "initializer_range",
+    "reward_heads": "reward_heads",
+    "reward_pooler": "reward_pooler",
+    "reward_dropout": "reward_dropout",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "pad_token_id",
+}
+# What the released models do not use and this model does not have: any other value is refused.
+FIXED_CONFIG = {
+    "enable_bias": True,
+    "gated_att": False,
+    "gated_ffn": True,
+    "n_registers": 0,
+    "qk_norm": False,
+    "rope_dynamic": False,
+    "rope_ntk_scale": 1.0,
+    **dict.fromkeys(
+        ("dropout_att_mat", "dropout_att_out", "dropout_ffn_int", "dropout_ffn_out", "dropout_layers"), 0.0
+    ),
+}
+
+
+def config_from_official(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of :class:`dph.ModelConfig` from a released ``config.json``; ValueError for switches it lacks."""
+    for key, value in FIXED_CONFIG.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"config.json: expected {key} = {value}, got {config[key]!r}: not part of this model")
+    own = {own: config[official] for official, own in RENAMED_CONFIG.items() if official in config}
+    vocab_size = own.get("vocab_size", 50_272)
+    im_end = 50_266 if vocab_size > 50_266 else None  # the second free row of OPT's tokenizer
+    return {**own, "im_end_token_id": config.get("im_end_token_id", im_end)}
+
+
+def config_to_official(config: Any) -> dict[str, Any]:
+    """A released model's ``config.json`` from a :class:`dph.ModelConfig`."""
+    renamed = {official: getattr(config, own) for official, own in RENAMED_CONFIG.items()}
+    extra = {
+        "model_type": "lsw_transformer",
+        "architectures": ["LSWTForDPH"],
+        "im_end_token_id": config.im_end_token_id,
+    }
+    return {**FIXED_CONFIG, **renamed, **extra}
+
+
+def init_embeddings(model: nn.Module, source: str | Path = "facebook/opt-125m") -> None:
+    """Copy the token embedding of a transformers model (on disk or hub) into ``model``.
+
+    The paper starts from OPT-125m. OPT's table has free rows behind its vocabulary, where the two chat tokens go: their rows come along as they are.
+    Raises ValueError where the widths differ or the source has fewer rows.
+    """
+    from transformers import AutoModel
+
+    table = AutoModel.from_pretrained(source).get_input_embeddings().weight.detach()
+    own = model.get_input_embeddings().weight
+    if table.shape[1] != own.shape[1] or table.shape[0] < own.shape[0]:
+        raise ValueError(f"{source}: expected an embedding of at least {list(own.shape)}, got {list(table.shape)}")
+    with torch.no_grad():
+        own.copy_(table[: own.shape[0]])

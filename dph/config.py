@@ -1,0 +1,107 @@
+"""ModelConfig: a transformers configuration, which also reads those of the released ``lsw_transformer`` models."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from dph_kernels import Rotary
+
+POOLERS = ("identity", "bert", "t5", "swiglu_bert", "swiglu_t5")
+
+
+class ModelConfig(PretrainedConfig):
+    """Sizes and switches of :class:`dph.Model`; the defaults are the paper's 551M model (SPEC 1).
+
+    Args:
+        vocab_size: V, rows of the embedding.
+        embedding_size: E, width of the embedding, projected up to C and back.
+        hidden_size: C, width of the blocks.
+        intermediate_size: F, width of the SwiGLU feed-forward and of the SwiGLU pooler.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: H; C / H is the head dimension.
+        rope_base: base of the rotary embedding.
+        rope_reversed: positions count from the newest token backwards (every angle negated), as in the released models.
+        layer_norm_eps: epsilon of every LayerNorm.
+        initializer_range: standard deviation of fresh weights.
+        reward_heads: names of the reward heads that share one pooler; () for none.
+        task_heads: names of reward heads with a pooler each (paper 5.2.2).
+        reward_pooler: identity, bert, t5, swiglu_bert or swiglu_t5 (SPEC 2).
+        reward_dropout: dropout of the pooled state (and of the hidden state for the t5 kinds) in training.
+        im_end_token_id: id of ``<|im_end|>``, the token whose hidden state is judged.
+
+    Raises ValueError for sizes that do not divide and for unknown poolers.
+    """
+
+    model_type = "dph"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    def __init__(
+        self,
+        vocab_size: int = 50_272,
+        embedding_size: int = 768,
+        hidden_size: int = 1536,
+        intermediate_size: int = 4096,
+        num_hidden_layers: int = 18,
+        num_attention_heads: int = 24,
+        rope_base: float = 500_000.0,
+        rope_reversed: bool = True,
+        layer_norm_eps: float = 1e-5,
+        initializer_range: float = 0.02,
+        reward_heads: tuple[str, ...] = ("default",),
+        task_heads: tuple[str, ...] = (),
+        reward_pooler: str = "swiglu_bert",
+        reward_dropout: float = 0.1,
+        im_end_token_id: int | None = None,
+        bos_token_id: int | None = 2,
+        eos_token_id: int | None = 2,
+        pad_token_id: int | None = 1,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.embedding_size = embedding_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.rope_base = rope_base
+        self.rope_reversed = rope_reversed
+        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = initializer_range
+        self.reward_heads = list(reward_heads)
+        self.task_heads = list(task_heads)
+        self.reward_pooler = reward_pooler
+        self.reward_dropout = reward_dropout
+        self.im_end_token_id = im_end_token_id
+        self._check(tie_word_embeddings)
+        super().__init__(
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+
+    def _check(self, tied: bool) -> None:
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size: expected a multiple of 2 * num_attention_heads = {2 * self.num_attention_heads}, "
+                f"got {self.hidden_size}"
+            )
+        if self.reward_pooler not in POOLERS:
+            raise ValueError(f"reward_pooler: expected one of {', '.join(POOLERS)}, got {self.reward_pooler!r}")
+        names = self.reward_heads + self.task_heads
+        if len(set(names)) != len(names) or any(not n or "." in n for n in names):
+            raise ValueError(f"reward_heads, task_heads: expected different names without dots, got {names}")
+        if not tied:
+            raise ValueError("tie_word_embeddings: expected True (the head is the transposed embedding), got False")
+
+    @property
+    def head_dim(self) -> int:
+        """D, the width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope(self) -> Rotary:
+        """The rotary embedding of every block."""
+        return Rotary(self.rope_base, self.rope_reversed)

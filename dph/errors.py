@@ -1,0 +1,5 @@
+"""Errors that are the user's to mend: the command line prints them as one line, without a traceback."""
+
+
+class UserError(ValueError):
+    """Bad input: says what was expected, what came, and where."""

@@ -1,0 +1,200 @@
+"""Best-of-N: sample several answers, keep the one that the model itself scores highest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dph import chat
+from dph.chat import Encoded
+from dph.packing import pack
+
+if TYPE_CHECKING:
+    from dph.model import Model
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One sampled answer.
+
+    Attributes:
+        text: the answer's content.
+        reward: its reward; NaN where it was cut off before ``<|im_end|>``, since then nothing was judged.
+        logprob: summed log-probability of its tokens in nats, ``<|im_end|>`` included.
+        mean_logprob: mean log-probability of its content tokens in nats; NaN for an empty answer.
+        finished: whether it ended with ``<|im_end|>``.
+        tokens: its token ids.
+    """
+
+    text: str
+    reward: float
+    logprob: float
+    mean_logprob: float
+    finished: bool
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Log-probabilities and rewards of one group of alternatives, as :class:`dph.model.PackedOutput`."""
+
+    logprobs: list[float]
+    mean_logprobs: list[float]
+    rewards: dict[str, list[float]]
+
+
+@torch.no_grad()
+def judge(model: Model, groups: Iterable[Sequence[Encoded]], max_tokens: int = 16_384) -> list[Judged]:
+    """Score groups of alternatives, each group's shared beginning computed once.
+
+    Args:
+        model: left in evaluation mode only for the call.
+        groups: alternatives of one prompt each.
+        max_tokens: bound on the tokens of a packed batch before sharing (a larger group goes alone).
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        return [judged for batch in _batches(groups, max_tokens) for judged in _judge(model, batch)]
+    finally:
+        model.train(was_training)
+
+
+def _batches(groups: Iterable[Sequence[Encoded]], max_tokens: int) -> Iterable[list[Sequence[Encoded]]]:
+    batch: list[Sequence[Encoded]] = []
+    room = max_tokens
+    for group in groups:
+        size = sum(len(e.tokens) for e in group)
+        if batch and size > room:
+            yield batch
+            batch, room = [], max_tokens
+        batch.append(group)
+        room -= size
+    if batch:
+        yield batch
+
+
+def _judge(model: Model, groups: list[Sequence[Encoded]]) -> Iterable[Judged]:
+    out = model.forward_packed(pack(groups).to(model.device))
+    columns = {"logprobs": out.logprobs, "mean_logprobs": out.mean_logprobs, **out.rewards}
+    values = {name: tensor.tolist() for name, tensor in columns.items()}
+    start = 0
+    for group in groups:
+        part = {name: column[start : start + len(group)] for name, column in values.items()}
+        start += len(group)
+        yield Judged(part.pop("logprobs"), part.pop("mean_logprobs"), part)
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    n: int,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+) -> list[list[Encoded]]:
+    """Sample ``n`` answers to every prompt; for each prompt its candidates, ready for :func:`judge`.
+
+    Args:
+        prompts: token ids that end where the assistant speaks (``dph.chat.prompt``).
+        n: answers per prompt.
+        max_new_tokens: an answer that reaches it without ``<|im_end|>`` counts as cut off.
+        temperature: of the softmax; 0 takes the likeliest token.
+        top_k: sample among the k likeliest tokens; 0 for all.
+        top_p: sample among the likeliest tokens that hold this share of the probability.
+        seed: of torch's generator for this call; its state outside is left as it was. None draws on it.
+    """
+    if n < 1:
+        raise ValueError(f"n: expected at least 1, got {n}")
+    if not prompts:
+        return []
+    width = max(len(p) for p in prompts)
+    pad, end = tokenizer.pad_token_id, chat.markup(tokenizer).end
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            out = model.generate(
+                ids, attention_mask=mask, max_new_tokens=max_new_tokens, num_return_sequences=n if temperature else 1,
+                eos_token_id=end, pad_token_id=pad, **(sampling if temperature else {"do_sample": False}),
+            )  # fmt: skip
+    finally:
+        model.train(was_training)
+    answers = [_until(answer, end) for answer in out[:, width:].tolist()]
+    copies = n if temperature else 1
+    return [
+        [chat.continuation(list(p), answers[i * copies + (j if temperature else 0)], tokenizer) for j in range(n)]
+        for i, p in enumerate(prompts)
+    ]
+
+
+def _until(tokens: list[int], end: int) -> list[int]:
+    """Tokens up to and including the first ``end``."""
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+def best_of_n(
+    model: Model,
+    tokenizer: Any,
+    messages: Sequence[dict[str, str]],
+    n: int = 16,
+    *,
+    head: str = "default",
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+) -> list[Candidate]:
+    """Sample ``n`` answers to a conversation and rank them by reward, best first (paper, section 1).
+
+    An answer that was cut off has no token to judge and ranks behind all that were finished; among themselves, cut-off
+    answers rank by log-probability. See :func:`sample` for the other arguments.
+
+    Raises ValueError for a model without the head, or with one that was never trained, and where a finished answer's
+    reward is not a number.
+    """
+    model.check_heads(head)
+    prompt = chat.prompt(messages, tokenizer)
+    (group,) = sample(
+        model, tokenizer, [prompt], n,
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+    )  # fmt: skip
+    (judged,) = judge(model, [group])
+    return rank(group, judged, tokenizer, head=head, start=len(prompt))
+
+
+def rank(group: Sequence[Encoded], judged: Judged, tokenizer: Any, *, head: str, start: int) -> list[Candidate]:
+    """Candidates of one prompt of ``start`` tokens, best first."""
+    candidates = []
+    for i, encoded in enumerate(group):
+        finished = encoded.reward_position is not None
+        end = encoded.reward_position if finished else len(encoded.tokens)
+        content, reward = encoded.tokens[start:end], judged.rewards[head][i]
+        if finished and math.isnan(reward):
+            raise ValueError(f"candidate {i}: expected a number as its reward, got NaN: the model's weights are broken")
+        candidates.append(
+            Candidate(
+                text=tokenizer.decode(content, skip_special_tokens=False),
+                reward=reward,
+                logprob=judged.logprobs[i],
+                mean_logprob=judged.mean_logprobs[i],
+                finished=finished,
+                tokens=tuple(encoded.tokens[start:]),
+            )
+        )
+    return sorted(candidates, key=lambda c: (c.finished, c.reward if c.finished else c.logprob), reverse=True)

@@ -1,0 +1,185 @@
+"""Memory: Transformer-XL memory and decoding cache in one, as a transformers ``Cache``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from dph_kernels import PackedLayout
+
+KINDS = ("kv", "hidden")
+
+
+class Memory(Cache):
+    """The last ``length`` tokens of every layer, carried from call to call without gradient.
+
+    A ring buffer per layer, allocated once. Keys are kept rotated at absolute positions that roll on, and attention
+    does not mind the order of what it sees, so nothing is ever moved, rotated again or concatenated. What a forward
+    pass adds is written at the start of the next one: until then its backward pass may still read the old rows.
+
+    Args:
+        length: capacity M in tokens per stream.
+        kind: "kv" keeps keys and values; "hidden" keeps the attention's inputs, from which every call projects keys and
+            values anew, so that their weights get gradient from memory rows too (SPEC 1).
+
+    Use: ``model(ids, past_key_values=memory)`` reads and updates it; every row of a batch is one stream. Padding is
+    never stored.
+    """
+
+    def __init__(self, length: int = 2048, kind: str = "kv") -> None:
+        super().__init__(layers=[])
+        if length < 1:
+            raise ValueError(f"length: expected at least 1 token, got {length}")
+        if kind not in KINDS:
+            raise ValueError(f"kind: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+        self.length, self.kind = length, kind
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; the next call decides the batch size anew."""
+        self.seen: list[int] = []  # tokens that each stream has seen, padding left out
+        self.columns = 0  # columns of input that have passed, padding included
+        self._rings: list[tuple[Tensor, ...]] = []  # per layer: (keys, values) or (inputs,), each [B, M, ...]
+        self._pending: dict[int, tuple[Tensor, ...]] = {}  # per layer: rows of the last call, not yet written
+        self._counts: list[int] = []  # tokens of each stream in the last call
+
+    # What the model calls, in this order
+
+    def begin(self, counts: list[int]) -> PackedLayout:
+        """Write what the last call left, and describe a call with ``counts`` [B] new tokens per stream."""
+        self.commit()
+        if self.seen and len(counts) != len(self.seen):
+            raise ValueError(f"past_key_values: expected a batch of {len(self.seen)} streams, got {len(counts)}")
+        self.seen = self.seen or [0] * len(counts)
+        filled = [min(n, self.length) for n in self.seen]
+        if self.kind == "kv":
+            return PackedLayout.with_memory(counts, filled, self.length, self.seen)
+        first = [s - f for s, f in zip(self.seen, filled, strict=True)]
+        return PackedLayout.aligned(counts, [f + c for f, c in zip(filled, counts, strict=True)], first)
+
+    def read(self, layer: int, like: Tensor) -> tuple[Tensor, ...]:
+        """Rows [B * M, ...] of a layer's keys and values; zeros of the shape of ``like`` [*, H, D] at first."""
+        if layer == len(self._rings):
+            size = (len(self.seen), self.length, *like.shape[1:])
+            self._rings.append(tuple(like.new_zeros(size) for _ in range(2 if self.kind == "kv" else 1)))
+        return tuple(ring.flatten(0, 1) for ring in self._rings[layer])
+
+    def recall(self, layer: int, inputs: Tensor, counts: list[int]) -> Tensor:
+        """Attention inputs of memory and call, oldest first, stream after stream (kind "hidden")."""
+        (rows,) = self.read(layer, inputs)
+        parts = []
+        for b, own in enumerate(inputs.split(counts)):
+            first = max(self.seen[b] - self.length, 0)
+            slots = b * self.length + torch.arange(first, self.seen[b], device=rows.device) % self.length
+            parts += [rows[slots], own]
+        return torch.cat(parts)
+
+    def keep(self, layer: int, *rows: Tensor) -> None:
+        """Hold the call's rows [T, ...] of a layer until they are written; their gradient ends here."""
+        self._pending[layer] = tuple(r.detach() for r in rows)
+
+    def end(self, counts: list[int], columns: int) -> None:
+        """Count the call's tokens; ``columns`` is the width of its input, padding included."""
+        self._counts = counts
+        self.seen = [s + c for s, c in zip(self.seen, counts, strict=True)]
+        self.columns += columns
+
+    def commit(self) -> None:
+        """Write the last call's rows into the rings."""
+        if not self._pending:
+            return
+        rows, slots, start = [], [], 0
+        for b, (count, seen) in enumerate(zip(self._counts, self.seen, strict=True)):
+            new = torch.arange(max(count - self.length, 0), count)
+            rows.append(start + new)
+            slots.append(b * self.length + (seen - count + new) % self.length)
+            start += count
+        device = self._rings[0][0].device
+        rows, slots = torch.cat(rows).to(device), torch.cat(slots).to(device)
+        for layer, tensors in self._pending.items():
+            for ring, tensor in zip(self._rings[layer], tensors, strict=True):
+                ring.flatten(0, 1)[slots] = tensor[rows]
+        self._pending = {}
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything as tensors, for a checkpoint."""
+        self.commit()
+        state = {"seen": torch.tensor(self.seen, dtype=torch.int64), "columns": torch.tensor(self.columns)}
+        for layer, rings in enumerate(self._rings):
+            state |= {f"{layer}.{part}": ring for part, ring in enumerate(rings)}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up what :meth:`state_dict` gave; raises ValueError where the memory has another length."""
+        self.reset()
+        self.seen, self.columns = state["seen"].tolist(), int(state["columns"])
+        while (first := f"{len(self._rings)}.0") in state:
+            if state[first].shape[1] != self.length:
+                raise ValueError(f"memory: expected a length of {self.length}, got {state[first].shape[1]}")
+            parts = 2 if self.kind == "kv" else 1
+            self._rings.append(tuple(state[f"{len(self._rings)}.{part}"].clone() for part in range(parts)))
+
+    # What transformers calls
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of input seen so far: ``generate`` cuts its input there."""
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: the memory forgets, so any length may pass through."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Keys that a call of ``query_length`` columns sees, and the offset of the first of them."""
+        kept = min(self.columns, self.length)
+        return kept + query_length, self.columns - kept
+
+    @property
+    def batch_size(self) -> int:
+        """Streams, or -1 before the first call."""
+        return len(self.seen) or -1
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether a call has been made."""
+        return bool(self.seen)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the newest tokens can be taken back: not once old ones have been overwritten."""
+        return self.kind == "kv" and all(n <= self.length for n in self.seen)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens of every stream; raises ValueError once the ring has turned."""
+        self.commit()
+        if tokens_to_remove and not self.is_croppable:
+            raise ValueError(f"crop: expected streams of at most {self.length} tokens, got {max(self.seen)}")
+        self.seen = [max(n - tokens_to_remove, 0) for n in self.seen]
+        self.columns = max(self.columns - tokens_to_remove, 0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the streams ``indices`` [B'], in that order."""
+        self.commit()
+        self.seen = [self.seen[i] for i in indices.tolist()]
+        self._rings = [tuple(r.index_select(0, indices.to(r.device)) for r in rings) for rings in self._rings]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every stream ``repeats`` times."""
+        if self.seen:
+            self.batch_select_indices(torch.arange(len(self.seen)).repeat_interleave(repeats))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        if self.seen:
+            self.batch_select_indices(beam_idx)
+
+    def __len__(self) -> int:
+        """Layers with a ring."""
+        return len(self._rings)
+
+    def __repr__(self) -> str:
+        """Sizes and fill."""
+        return f"Memory(length={self.length}, kind={self.kind!r}, streams={len(self.seen)}, columns={self.columns})"

@@ -1,0 +1,480 @@
+"""The language model that judges its own answers: backbone, tied language-model head, reward heads.
+
+| part | shape | weights |
+|---|---|---|
+| embedding, up-projection, norm | [V, E], E -> C | ``backbone.embedding``, ``input_proj``, ``input_norm`` |
+| blocks | x + attention(norm(x)), x + ffn(norm(x)) | ``backbone.blocks`` |
+| norm, down-projection, tied head | C -> E, times the transposed embedding | ``output_norm``, ``output_proj`` |
+| reward heads | C -> 1 | ``heads`` |
+
+Tokens are rows, packed end to end: dense batches, preference pairs, streams with memory and decoding differ only in
+their layout.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import cached_file
+
+from dph import chat, checkpoint
+from dph.config import ModelConfig
+from dph.heads import RewardHead
+from dph.memory import Memory
+from dph.packing import PackedBatch, pack
+from dph_kernels import PackedLayout, linear_logprob, rope_attention
+
+log = logging.getLogger(__name__)
+
+
+class Attention(nn.Module):
+    """Rotary multi-head attention over a packed layout, with or without memory."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.rope = config.num_attention_heads, config.rope
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, layout: PackedLayout, memory: "LayerMemory | None" = None) -> Tensor:
+        """[T, C] -> [T, C]."""
+        if memory is None:
+            q, k, v = self._split(self.qkv(x))
+            attended = rope_attention(q, k, v, layout, rope=self.rope)
+        elif memory.kind == "kv":
+            q, k, v = self._split(self.qkv(x))
+            attended, keys = rope_attention(q, k, v, layout, rope=self.rope, memory=memory.read(k), return_keys=True)
+            memory.keep(keys, v)
+        else:
+            attended = self._attend_anew(x, layout, memory)
+        return self.out(attended.flatten(1))
+
+    def _attend_anew(self, x: Tensor, layout: PackedLayout, memory: "LayerMemory") -> Tensor:
+        """Keys and values projected from the remembered inputs, so that W_k and W_v learn from memory rows too."""
+        width = x.shape[1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        (q,) = self._split(F.linear(x, weight[:width], bias[:width]))
+        k, v = self._split(F.linear(memory.recall(x), weight[width:], bias[width:]))
+        memory.keep(x)
+        return rope_attention(q, k, v, layout, rope=self.rope)
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """[T, n * C] -> n views [T, H, D]."""
+        width = self.out.in_features
+        return rows.view(len(rows), rows.shape[1] // width, self.heads, width // self.heads).unbind(1)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: ``fc1`` gives [x | gate], x * silu(gate), ``fc2`` back."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, C] -> [T, C]."""
+        x, gate = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(x * F.silu(gate))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and pre-norm feed-forward, a residual around each."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x: Tensor, layout: PackedLayout, memory: "LayerMemory | None" = None) -> Tensor:
+        """[T, C] -> [T, C]."""
+        x = x + self.attention(self.attention_norm(x), layout, memory)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """One layer's view of a :class:`dph.Memory` during one call."""
+
+    memory: Memory
+    layer: int
+    counts: list[int]
+
+    @property
+    def kind(self) -> str:
+        """ "kv" or "hidden"."""
+        return self.memory.kind
+
+    def read(self, like: Tensor) -> tuple[Tensor, ...]:
+        """Rotated keys and values [M, H, D]."""
+        return self.memory.read(self.layer, like)
+
+    def recall(self, inputs: Tensor) -> Tensor:
+        """Remembered and new attention inputs, stream after stream."""
+        return self.memory.recall(self.layer, inputs, self.counts)
+
+    def keep(self, *rows: Tensor) -> None:
+        """Remember this call's rows."""
+        self.memory.keep(self.layer, *rows)
+
+
+class Backbone(nn.Module):
+    """Tokens [T] to hidden states [T, C] after the output norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.input_proj = nn.Linear(config.embedding_size, config.hidden_size, bias=False)
+        self.input_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.output_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(
+        self, tokens: Tensor, layout: PackedLayout, memory: Memory | None = None, counts: Sequence[int] = ()
+    ) -> Tensor:
+        """[T] int64 -> [T, C]; ``counts`` [B] gives the tokens of each stream of ``memory``."""
+        x = self.input_norm(self.input_proj(self.embedding(tokens)))
+        for i, block in enumerate(self.blocks):
+            x = block(x, layout, None if memory is None else LayerMemory(memory, i, list(counts)))
+        return self.output_norm(x)
+
+
+@dataclass
+class PackedOutput:
+    """What :meth:`Model.forward_packed` gives for A answers, with gradients.
+
+    Attributes:
+        logprobs: [A] fp32 sum over ``loss_mask``.
+        mean_logprobs: [A] fp32 mean over ``score_mask``; NaN for an answer without content.
+        rewards: {head: [A]} fp32; NaN where the answer was cut off and so has no token to judge.
+    """
+
+    logprobs: Tensor
+    mean_logprobs: Tensor
+    rewards: dict[str, Tensor]
+
+
+class Model(PreTrainedModel, GenerationMixin):
+    """Direct Preference Heads model (arXiv 2405.20053): a causal language model with reward heads.
+
+    ``Model(ModelConfig(...))`` is fresh; ``Model.from_pretrained(path)`` reads the own format or a released
+    ``lsw_transformer`` directory; ``AutoModelForCausalLM`` and ``generate`` work.
+    """
+
+    config_class = ModelConfig
+    config: ModelConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = False
+    _no_split_modules = ("Block",)
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.backbone = Backbone(config)
+        self.output_proj = nn.Linear(config.hidden_size, config.embedding_size, bias=False)
+        self.heads = nn.ModuleDict()
+        self.untrained_heads: set[str] = set()  # heads that a loaded checkpoint did not hold
+        for key, names in self._head_groups():
+            self.heads[key] = self._make_head(names)
+        self.post_init()
+
+    def _head_groups(self) -> list[tuple[str, list[str]]]:
+        shared = [("shared", self.config.reward_heads)] if self.config.reward_heads else []
+        return shared + [(f"task_{name}", [name]) for name in self.config.task_heads]
+
+    def _make_head(self, names: list[str]) -> RewardHead:
+        c = self.config
+        return RewardHead(names, c.reward_pooler, c.hidden_size, c.intermediate_size, c.reward_dropout)
+
+    @property
+    def head_names(self) -> list[str]:
+        """Names of all reward heads."""
+        return [*self.config.reward_heads, *self.config.task_heads]
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding, which is also the language-model head."""
+        return self.backbone.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding, and with it the language-model head."""
+        self.backbone.embedding = value
+
+    # Loading
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, *args: Any, **kwargs: Any) -> "Model":
+        """Load the own format or a released ``lsw_transformer`` model, from disk or hub; safetensors only.
+
+        Keyword arguments named as fields of :class:`ModelConfig` override the configuration. A reward head that the
+        checkpoint lacks starts afresh: a warning says so, and it raises when it is asked to score.
+        """
+        loading_info = kwargs.pop("output_loading_info", False)
+        config, _ = ModelConfig.get_config_dict(path)
+        if config.get("model_type") == "lsw_transformer":
+            fields = {k: kwargs.pop(k) for k in checkpoint.config_from_official(config) if k in kwargs}
+            kwargs["config"] = ModelConfig(**(checkpoint.config_from_official(config) | fields))
+            kwargs["state_dict"] = checkpoint.from_official(load_file(cached_file(path, "model.safetensors")))
+            path = None
+        kwargs.setdefault("use_safetensors", True)
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        model.untrained_heads = {
+            name for key, names in model._head_groups() for name in names
+            if any(m.startswith(f"heads.{key}.") for m in info["missing_keys"])
+        }  # fmt: skip
+        if model.untrained_heads:
+            log.warning(
+                "no weights for reward heads %s: they start untrained", ", ".join(sorted(model.untrained_heads))
+            )
+        return (model, info) if loading_info else model
+
+    def save_official(self, directory: str | os.PathLike) -> None:
+        """Write a released-layout (``lsw_transformer``) directory: config.json and model.safetensors."""
+        from safetensors.torch import save_file
+
+        os.makedirs(directory, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.to_official(self.state_dict()).items()}
+        save_file(tensors, os.path.join(directory, "model.safetensors"), metadata={"format": "pt"})
+        with open(os.path.join(directory, "config.json"), "w") as file:
+            json.dump(checkpoint.config_to_official(self.config), file, indent=2)
+
+    # Dense batches
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: Memory | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss where there are labels.
+
+        Args:
+            input_ids: [B, S] int64.
+            attention_mask: [B, S'] with S' >= S, 0 for padding (on either side); columns before the last S speak of
+                what the memory has seen. Padding is neither computed nor remembered; its logits are zero.
+            labels: [B, S], aligned with ``input_ids`` and shifted here; -100 is ignored.
+            past_key_values: a :class:`dph.Memory`, read and updated, detached.
+            use_cache: True without a memory makes one that keeps all.
+            logits_to_keep: last columns to compute logits for; 0 for all, or the columns' indices.
+            num_items_in_batch: divisor of the summed loss, for gradient accumulation; the labels' number if None.
+            position_ids: taken for ``generate``'s sake and not needed: positions follow from mask and memory.
+            return_dict: False gives a tuple.
+
+        Returns:
+            ``logits`` [B, S, V], ``loss`` (mean over labels), ``past_key_values``.
+
+        Raises ValueError where shapes do not fit or the cache is not a :class:`dph.Memory`.
+        """
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids: expected shape [B, S], got {list(input_ids.shape)}")
+        if past_key_values is not None and not isinstance(past_key_values, Memory):
+            raise ValueError(f"past_key_values: expected dph.Memory, got {type(past_key_values).__name__}")
+        if past_key_values is None and use_cache:
+            past_key_values = Memory(length=max(4096, input_ids.shape[1]))
+        hidden, mask = self._dense_hidden(input_ids, attention_mask, past_key_values)
+        projected = self.output_proj(hidden)
+        loss = None
+        if labels is not None:
+            loss = self._loss(self._spread(projected, mask, input_ids.shape), labels, num_items_in_batch)
+        grid = self._spread(projected, mask, input_ids.shape)
+        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        grid = grid if isinstance(columns, int) else grid[:, columns]
+        logits = F.linear(grid, self.backbone.embedding.weight)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return output if return_dict else output.to_tuple()
+
+    def _dense_hidden(
+        self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [T, C] of the tokens that are no padding, row by row, and the mask [B, S] (None: all)."""
+        batch, length = input_ids.shape
+        mask, counts = None, [length] * batch
+        if attention_mask is not None:
+            if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+                raise ValueError(
+                    f"attention_mask: expected shape [{batch}, {length}] or wider, got {list(attention_mask.shape)}"
+                )
+            mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
+            counts = mask.sum(1).tolist()
+            mask = None if sum(counts) == batch * length else mask
+        tokens = input_ids.flatten() if mask is None else input_ids[mask]
+        if memory is None:
+            return self.backbone(tokens, PackedLayout.documents(counts).to(tokens.device)), mask
+        layout = memory.begin(counts).to(tokens.device)
+        hidden = self.backbone(tokens, layout, memory, counts)
+        memory.end(counts, length)
+        return hidden, mask
+
+    @staticmethod
+    def _spread(rows: Tensor, mask: Tensor | None, shape: torch.Size) -> Tensor:
+        """Rows [T, X] back to their places [B, S, X], zeros in the padding."""
+        if mask is None:
+            return rows.view(*shape, -1)
+        return rows.new_zeros(*shape, rows.shape[1]).masked_scatter(mask[..., None], rows)
+
+    def _loss(self, grid: Tensor, labels: Tensor, divisor: int | Tensor | None) -> Tensor:
+        """Cross-entropy of shifted labels without logits."""
+        targets = labels[:, 1:]
+        wanted = targets != -100
+        logprobs = linear_logprob(grid[:, :-1][wanted], self.backbone.embedding.weight, targets[wanted])
+        return -logprobs.sum() / (wanted.sum() if divisor is None else divisor)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Plain ``generate()`` gets a memory that forgets nothing; one that the user passes stays."""
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = Memory(length=generation_config.max_length)
+
+    # Streams and packed answers
+
+    def stream_logprobs(self, tokens: Tensor, targets: Tensor, memory: Memory | None = None) -> Tensor:
+        """Log-probabilities of the targets of B streams, without logits.
+
+        Args:
+            tokens: [B, S] int64.
+            targets: [B, S] int64, shifted already; -100 is ignored.
+            memory: read and updated, detached.
+
+        Returns:
+            [R] fp32, the targets that are not -100, row by row.
+        """
+        hidden, _ = self._dense_hidden(tokens, None, memory)
+        targets = targets.flatten()
+        wanted = targets != -100
+        return linear_logprob(self.output_proj(hidden[wanted]), self.backbone.embedding.weight, targets[wanted])
+
+    def forward_packed(
+        self, batch: PackedBatch, *, dropout_seed: int | None = None, answer_ids: Tensor | None = None
+    ) -> PackedOutput:
+        """Log-probabilities and rewards of all answers of a packed batch, each shared beginning computed once.
+
+        Args:
+            batch: what :func:`dph.pack` gives, on the model's device.
+            dropout_seed: of the reward heads' dropout in training; drawn from torch's generator if None.
+            answer_ids: [A] int64 keys of the answers' dropout masks (their numbers if None), so that a batch that is
+                split for gradient accumulation keeps its masks.
+        """
+        hidden = self.backbone(batch.tokens, batch.layout)
+        answers = len(batch.reward_rows)
+        logprobs = linear_logprob(self.output_proj(hidden[batch.rows]), self.backbone.embedding.weight, batch.targets)
+        zeros = logprobs.new_zeros(answers)
+        trained = batch.trained.to(logprobs.dtype)
+        scored = batch.scored.to(logprobs.dtype)
+        total = zeros.index_add(0, batch.answers, logprobs * trained)
+        mean = zeros.index_add(0, batch.answers, logprobs * scored) / zeros.index_add(0, batch.answers, scored)
+        return PackedOutput(total, mean, self._packed_rewards(hidden, batch, dropout_seed, answer_ids))
+
+    def _packed_rewards(
+        self, hidden: Tensor, batch: PackedBatch, seed: int | None, ids: Tensor | None
+    ) -> dict[str, Tensor]:
+        finished = batch.reward_rows >= 0
+        ids = torch.arange(len(finished), device=hidden.device) if ids is None else ids
+        rewards = self._judge(hidden[batch.reward_rows[finished]], seed, ids[finished])
+        nan = hidden.new_full((len(finished),), float("nan"), dtype=torch.float32)
+        return {name: nan.to(r.dtype).masked_scatter(finished, r) for name, r in rewards.items()}
+
+    def _judge(self, states: Tensor, seed: int | None = None, row_ids: Tensor | None = None) -> dict[str, Tensor]:
+        """Rewards {head: [R]} of hidden states [R, C]."""
+        rewards: dict[str, Tensor] = {}
+        for head in self.heads.values():
+            rewards |= head(states, seed, row_ids)
+        return rewards
+
+    # Judging
+
+    def rewards(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, reward_positions: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Rewards {head: [B]} fp32 of conversations [B, S].
+
+        Without ``reward_positions`` [B] the last token that is not padding is judged, which must be ``<|im_end|>``.
+
+        Raises ValueError for a model without heads, for heads whose weights were never loaded or trained (in evaluation
+        mode), and where the judged token is not ``<|im_end|>`` and no position was given.
+        """
+        self.check_heads(*self.head_names)
+        hidden, mask = self._dense_hidden(input_ids, attention_mask)
+        grid = self._spread(hidden, mask, input_ids.shape)
+        positions = self._last_positions(input_ids, mask) if reward_positions is None else reward_positions
+        if mask is not None and not bool(mask.gather(1, positions[:, None]).all()):
+            raise ValueError("reward_positions: expected tokens that are not padding")
+        return self._judge(grid[torch.arange(len(grid), device=grid.device), positions])
+
+    def check_heads(self, *names: str) -> None:
+        """Raise ValueError where a reward head is missing, or is untrained and asked to judge."""
+        if not self.head_names:
+            raise ValueError(
+                "rewards: expected a model with reward heads, got one without (config.reward_heads is empty)"
+            )
+        for name in names:
+            if name not in self.head_names:
+                raise ValueError(f"head: expected one of {', '.join(self.head_names)}, got {name!r}")
+            if name in self.untrained_heads and not self.training:
+                raise ValueError(f"head {name!r}: the checkpoint holds no weights for it; train it before it judges")
+
+    def _last_positions(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        last = (columns if mask is None else columns.masked_fill(~mask, -1)).amax(1)
+        tokens = input_ids.gather(1, last.clamp(min=0)[:, None]).flatten()
+        if self.config.im_end_token_id is None:
+            raise ValueError("reward_positions: expected positions, since config.im_end_token_id is not set")
+        wrong = ((tokens != self.config.im_end_token_id) | (last < 0)).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(
+                f"input_ids: expected <|im_end|> (id {self.config.im_end_token_id}) as the last token that is not "
+                f"padding, got another in rows {wrong[:8]}: the answer was cut off, or give reward_positions"
+            )
+        return last
+
+    @torch.no_grad()
+    def score(
+        self, tokenizer: Any, conversations: Sequence[Any], head: str = "default", max_tokens: int = 16_384
+    ) -> Tensor:
+        """Rewards [len(conversations)] fp32 of conversations, each a list of messages that ends with an answer.
+
+        Raises ValueError as :meth:`rewards`, and for a conversation without an assistant turn. ``max_tokens`` bounds a
+        packed batch.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            self.check_heads(head)
+            encoded = [chat.encode(conversation, tokenizer) for conversation in conversations]
+            parts = [self.forward_packed(pack(part).to(self.device)) for part in _batches(encoded, max_tokens)]
+            return torch.cat([part.rewards[head] for part in parts]) if parts else torch.empty(0)
+        finally:
+            self.train(was_training)
+
+
+def _batches(encoded: Sequence[chat.Encoded], max_tokens: int) -> list[list[list[chat.Encoded]]]:
+    """One-answer documents in order, at most ``max_tokens`` a batch (a longer one goes alone)."""
+    batches: list[list[list[chat.Encoded]]] = []
+    room = 0
+    for item in encoded:
+        if len(item.tokens) > room:
+            batches.append([])
+            room = max_tokens
+        batches[-1].append([item])
+        room -= len(item.tokens)
+    return batches
+
+
+AutoConfig.register(ModelConfig.model_type, ModelConfig)
+AutoModelForCausalLM.register(ModelConfig, Model)
