@@ -1,9 +1,18 @@
 """Fused operators of Direct Preference Heads: attention, log-probabilities, reward, preference loss, optimiser."""
 
+from dph_kernels.laprop import laprop
 from dph_kernels.layout import PackedLayout, Rotary
 from dph_kernels.linear_logprob import linear_logprob
 from dph_kernels.preference_loss import preference_loss
 from dph_kernels.rope_attention import rope_attention
 from dph_kernels.swiglu_reward import swiglu_reward
 
-__all__ = ["PackedLayout", "Rotary", "linear_logprob", "preference_loss", "rope_attention", "swiglu_reward"]
+__all__ = [
+    "PackedLayout",
+    "Rotary",
+    "laprop",
+    "linear_logprob",
+    "preference_loss",
+    "rope_attention",
+    "swiglu_reward",
+]
