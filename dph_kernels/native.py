@@ -1,0 +1,119 @@
+"""Loads the C++/CUDA module that setup.py builds from csrc/, once, and says what is missing where it cannot run.
+
+PyTorch is imported first: it brings the OpenMP runtime, which the module then shares instead of starting a second pool.
+"""
+
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+try:
+    from dph_kernels import _native
+except ImportError as error:
+    _native, _import_error = None, str(error)
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+REBUILD = "`pip install --no-deps -e .` in the source folder"
+CAPABILITY = (8, 0)  # the oldest GPU that setup.py compiles for
+
+
+def module() -> ModuleType:
+    """The native module; RuntimeError with the reason where there is none."""
+    if reason := missing("cpu"):
+        raise RuntimeError(reason)
+    return _native
+
+
+@functools.cache
+def missing(backend: str) -> str | None:
+    """What the native ``backend`` ("cpu" or "cuda") lacks here and the command that brings it; None where it runs."""
+    if _native is None:
+        return _not_built()
+    if _stale():
+        return f"the C++ module was built from other sources than csrc/ holds now: run {REBUILD}"
+    return None if backend == "cpu" else _missing_cuda()
+
+
+def build() -> dict[str, str]:
+    """How the native module was built: the compiler and the CUDA runtime; empty where there is none."""
+    if _native is None:
+        return {}
+    major, minor = _native.cuda // 1000, _native.cuda % 1000 // 10
+    return {"compiler": f"g++ {_native.compiler}", "cuda": f"{major}.{minor}" if _native.cuda else "none"}
+
+
+def compiler() -> str | None:
+    """The path of the C++ compiler that a build would use, or None."""
+    return shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0])
+
+
+def nvcc() -> str | None:
+    """The path of the CUDA compiler that a build would use, or None."""
+    folders = [str(Path(os.environ[name]) / "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    return shutil.which("nvcc", path=os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)]))
+
+
+def _not_built() -> str:
+    if "_native" not in _import_error:
+        return f"the C++ module cannot be loaded ({_import_error}): run {REBUILD}"
+    if compiler() is None:
+        return f"the C++ module is not built: no C++ compiler; install g++ (apt install g++), then run {REBUILD}"
+    return f"the C++ module is not built, though {compiler()} is here: run {REBUILD} (with -v to see what it says)"
+
+
+def _stale() -> bool:
+    """Whether csrc/ beside the package (an editable install) differs from what the module was compiled from."""
+    return CSRC.is_dir() and _native.source != source_digest(CSRC)
+
+
+def source_digest(folder: Path) -> str:
+    """Digest of the C++ and CUDA sources; the same as in setup.py, which compiles it in."""
+    total = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".h", ".cpp", ".cu")):
+        total.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def _missing_cuda() -> str | None:
+    if not _native.cuda:
+        return (
+            "the C++ module was built without CUDA: put nvcc on the PATH or set CUDA_HOME "
+            f"(apt install nvidia-cuda-toolkit, or conda install -c nvidia cuda-toolkit), then run {REBUILD}"
+        )
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device: needs a GPU, its driver (see `nvidia-smi`) and a CUDA build of PyTorch"
+    if code := _native.cuda_probe():
+        text = _native.cuda_error_text(code)
+        return f"CUDA runtime {build()['cuda']}: {text}; update the driver, or rebuild with an older nvcc"
+    capability = torch.cuda.get_device_capability()
+    if capability < CAPABILITY:
+        return f"the CUDA kernels need compute capability 8.0 or later, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """The address of a tensor's data; 0 stands for no tensor."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def threads() -> int:
+    """How many cores a CPU kernel takes: what ``torch.set_num_threads`` says."""
+    return torch.get_num_threads()
+
+
+def stream(device: torch.device) -> int:
+    """The handle of PyTorch's current CUDA stream on ``device``."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def device_guard(device: torch.device) -> AbstractContextManager:
+    """Makes ``device`` the current one for CUDA launches; does nothing for the CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
