@@ -149,13 +149,14 @@ def check_answered(messages: Sequence[Message], where: str = "messages") -> None
         raise UserError(f"{where}: expected an assistant message, got a conversation without one")
 
 
-def encode(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def encode(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, last_only: bool = False) -> Encoded:
     """Tokens, targets, masks and reward position of one conversation.
 
-    Raises UserError where a message is malformed, where none comes from the assistant, and where ``tokenizer`` lacks the
-    chat tokens.
+    ``last_only`` leaves the masks on for the final assistant message alone: the turns before it are part of the prompt.
+    Raises UserError where a message is malformed, where none comes from the assistant, or where ``tokenizer`` lacks
+    the chat tokens.
     """
-    return encode_many([messages], tokenizer)
+    return encode_many([messages], tokenizer, last_only=last_only)
 
 
 def encode_many(
@@ -166,8 +167,8 @@ def encode_many(
 ) -> Encoded:
     """Conversations end to end after a single EOS; the reward position is the last one's.
 
-    ``repeat_system=False`` drops the system messages after the first conversation. ``last_only`` leaves the masks on
-    for the last conversation alone: the ones before it are few-shot examples.
+    ``repeat_system=False`` drops the system messages after the first conversation. With ``last_only`` the conversations
+    before the last are few-shot examples.
     """
     if not conversations:
         raise UserError("conversations: expected at least one, got none")
@@ -176,26 +177,25 @@ def encode_many(
         check(messages, where)
         check_answered(messages, where)
     turns = [
-        (message, i == len(conversations) - 1 or not last_only)
+        message
         for i, messages in enumerate(conversations)
         for message in messages
         if repeat_system or i == 0 or message["role"] != "system"
     ]
-    return _join(turns, tokenizer)
+    return _join(turns, tokenizer, last_only)
 
 
-def _join(turns: Sequence[tuple[Message, bool]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Encode (message, whether its masks are on)."""
+def _join(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase, last_only: bool) -> Encoded:
     marks = markup(tokenizer)
+    last = max((i for i, message in enumerate(turns) if message["role"] == "assistant"), default=None)
     tokens, loss_mask, score_mask, reward_position = [marks.eos], [], [], None
-    for message, masked in turns:
+    for i, message in enumerate(turns):
         head, content = marks.heads[message["role"]], marks.content(message["content"])
-        answer = message["role"] == "assistant"
-        on = answer and masked
         tokens += head + content
-        if answer:
+        if i == last:
             reward_position = len(tokens)
         tokens += marks.tail
+        on = i == last or (message["role"] == "assistant" and not last_only)
         before, after = [False] * len(head), [False] * (len(marks.tail) - 1)
         loss_mask += before + [on] * (len(content) + 1) + after
         score_mask += before + [on] * len(content) + [False] + after
@@ -207,8 +207,7 @@ def prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> l
     check(messages)
     if messages[-1]["role"] == "assistant":
         raise UserError(f"messages[{len(messages) - 1}]: expected a message to answer, got the assistant's own")
-    asked = _join([(message, False) for message in messages], tokenizer)
-    return asked.tokens + markup(tokenizer).heads["assistant"]
+    return _join(messages, tokenizer, last_only=False).tokens + markup(tokenizer).heads["assistant"]
 
 
 def continuation(

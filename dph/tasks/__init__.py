@@ -1,0 +1,29 @@
+"""The data sets of SPEC 7, one declarative entry each: where it lives, its fields, prompt, choices and metric.
+
+task = dph.tasks.load("glue/sst2")              # no download yet
+for doc in task.documents("validation"):
+    task.choices(doc), task.gold(doc)           # conversations, and the right one's index
+"""
+
+import difflib
+
+from dph.errors import UserError
+from dph.tasks import glue, instruct, multiple_choice, reading, squad
+from dph.tasks.base import Task
+
+__all__ = ["Task", "load", "names"]
+
+_TASKS = {task.name: task for family in (glue, multiple_choice, reading, squad, instruct) for task in family.TASKS}
+
+
+def names() -> list[str]:
+    """The names of all tasks."""
+    return list(_TASKS)
+
+
+def load(name: str) -> Task:
+    """The task called ``name``. Nothing is read or downloaded. Raises UserError for an unknown name."""
+    if name not in _TASKS:
+        nearest = difflib.get_close_matches(name, _TASKS, n=1, cutoff=0.0)[0]
+        raise UserError(f"task: expected a known name, got {name!r}; the nearest is {nearest!r}")
+    return _TASKS[name]

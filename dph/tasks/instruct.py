@@ -1,0 +1,91 @@
+"""Open instructions, stories and preference pairs.
+
+Example: alpaca/cleaned, "Add." with the input "1 and 2", is answered "3".
+"""
+
+from dph.tasks.base import INSTRUCTION, TRAIN, Doc, Task
+
+WITH_INPUT = INSTRUCTION.replace("a task.", "a task, paired with an input that provides further context.")
+
+
+def alpaca_prompt(doc: Doc) -> str:
+    """The instruction, and its input where there is one."""
+    given = f"Input: {doc['input']}\n\n" if doc["input"] else ""
+    return f"Instruction: {doc['instruction']}\n\n{given}Answer:"
+
+
+def ultrafeedback_answer(doc: Doc, side: str) -> list[str]:
+    """The answer of one side. A side that repeats the prompt as its first message is a whole conversation: its last."""
+    messages = doc[side]
+    repeated = messages[0]["role"] == "user" and messages[0]["content"] == doc["prompt"]
+    return [messages[-1 if repeated else 0]["content"]]
+
+
+def tinystories(name: str, fields: tuple[str, ...], prompt: str) -> Task:
+    """Stories that a small child understands."""
+    return Task(
+        name=f"tinystories/{name}",
+        hub="skeskinen/TinyStories-GPT4",
+        splits=TRAIN,
+        fields=fields,
+        prompt=prompt,
+        right=lambda doc: [doc["story"]],
+        example={"prompt": "Write a story.", "story": "Once upon a time.", "summary": "A tale."},
+    )
+
+
+TASKS = [
+    Task(
+        name="alpaca/cleaned",
+        hub="yahma/alpaca-cleaned",
+        splits=TRAIN,
+        fields=("instruction", "input", "output"),
+        system=lambda doc: WITH_INPUT if doc["input"] else INSTRUCTION,
+        prompt=alpaca_prompt,
+        right=lambda doc: [doc["output"]],
+        example={"instruction": "Add.", "input": "1 and 2", "output": "3"},
+    ),
+    tinystories("instruct", ("prompt", "story"), "{prompt}"),
+    tinystories(
+        "summary",
+        ("summary", "story"),
+        "Based on the following summary write a short story (3-5 paragraphs) which only uses very simple words that a "
+        "3 year old child would understand.\n\nSummary: {summary}\n\nStory:",
+    ),
+    Task(
+        name="orca/openorca",
+        hub="Open-Orca/OpenOrca",
+        splits=TRAIN,
+        fields=("system_prompt", "question", "response"),
+        system=lambda doc: doc["system_prompt"] or INSTRUCTION,
+        prompt="{question}",
+        right=lambda doc: [doc["response"]],
+        example={"system_prompt": "Be brief.", "question": "Why?", "response": "So."},
+    ),
+    Task(
+        name="orca/dpo_pairs",
+        hub="Intel/orca_dpo_pairs",
+        splits=TRAIN,
+        fields=("system", "question", "chosen", "rejected"),
+        system=lambda doc: doc["system"] or INSTRUCTION,
+        prompt="{question}",
+        right=lambda doc: [doc["chosen"]],
+        wrong=lambda doc: [doc["rejected"]],
+        example={"system": "", "question": "Why?", "chosen": "Because.", "rejected": "No."},
+    ),
+    Task(
+        name="ultrafeedback/binarized",
+        hub="argilla/ultrafeedback-binarized-preferences-cleaned",
+        splits=TRAIN,
+        fields=("prompt", "chosen", "rejected"),
+        prompt="{prompt}",
+        right=lambda doc: ultrafeedback_answer(doc, "chosen"),
+        wrong=lambda doc: ultrafeedback_answer(doc, "rejected"),
+        keep=lambda doc: doc["chosen"] != doc["rejected"],
+        example={
+            "prompt": "Say hi.",
+            "chosen": [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hi!"}],
+            "rejected": [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "No."}],
+        },
+    ),
+]

@@ -1,0 +1,144 @@
+"""Common sense and knowledge, by choosing or by continuing.
+
+Example: arc/easy, "Which is a gas?", lists "A. ice", "B. steam", ...; the right answer is "B. steam".
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from dph.tasks.base import CHOOSE, CHOOSE_IN_CONTEXT, SPLITS, Doc, Task, lettered, listed, number
+
+
+def key_among_labels(doc: Doc) -> int | None:
+    """The index of ``answerKey`` among the choices' own labels, which are letters or digits."""
+    labels = list(doc["choices"]["label"])
+    return labels.index(doc["answerKey"]) if doc.get("answerKey") else None
+
+
+def labelled(name: str, hub: str, config: str, question: str, example: Doc) -> Task:
+    """ARC and OpenBookQA: the choices bring their labels along."""
+    return Task(
+        name=name,
+        hub=hub,
+        config=config,
+        evaluated="test",
+        metric="accuracy",
+        fields=(question, "choices"),
+        system=CHOOSE,
+        prompt=lambda doc: f"Question: {doc[question]}\n\n{listed(doc['choices']['text'], doc['choices']['label'])}",
+        options=lambda doc: lettered(doc["choices"]["text"], doc["choices"]["label"]),
+        label=key_among_labels,
+        example=example,
+    )
+
+
+def hellaswag(name: str, **entry: Any) -> Task:
+    """HellaSwag, with the endings listed or not."""
+    return Task(
+        name=f"hellaswag/{name}",
+        hub="Rowan/hellaswag",
+        metric="accuracy",
+        fields=("ctx", "endings"),
+        label=number("label"),
+        example={
+            "ctx": "A woman is holding a dog. She",
+            "endings": ["rinses it.", "flies away.", "eats soap.", "reads a map."],
+            "label": "0",
+        },
+        **entry,
+    )
+
+
+def blank(doc: Doc) -> tuple[str, str]:
+    """What stands before and after the blank of a WinoGrande sentence."""
+    before, _, after = doc["sentence"].partition("_")
+    return before.strip(), after.strip()
+
+
+CONNECTORS = {"cause": "because", "effect": "therefore"}
+
+
+def copa_prompt(doc: Doc) -> str:
+    """The premise without its full stop, and the word that asks for its cause or effect."""
+    return f"{doc['premise'].strip()[:-1]} {CONNECTORS[doc['question']]}"
+
+
+def either(first: str, second: str) -> Callable[[Doc], list[str]]:
+    """Two options that are fields of the record."""
+    return lambda doc: [doc[first], doc[second]]
+
+
+def one_based(doc: Doc) -> int | None:
+    """WinoGrande's answer, "1" or "2"."""
+    return int(doc["answer"]) - 1 if doc.get("answer") else None
+
+
+ARC = {"choices": {"label": ["A", "B", "C", "D"], "text": ["ice", "steam", "rock", "sand"]}, "answerKey": "B"}
+
+TASKS = [
+    hellaswag("no_choice", prompt='Continue the following sentence:\n"{ctx}"', options=lambda doc: doc["endings"]),
+    hellaswag(
+        "choice",
+        system=CHOOSE_IN_CONTEXT,
+        prompt=lambda doc: (
+            f'What is the most appropriate completion for the following text?\n"{doc["ctx"]}"\n\n'
+            + listed(doc["endings"])
+        ),
+        options=lambda doc: lettered(doc["endings"]),
+    ),
+    labelled("arc/easy", "allenai/ai2_arc", "ARC-Easy", "question", {"question": "Which is a gas?", **ARC}),
+    labelled("arc/challenge", "allenai/ai2_arc", "ARC-Challenge", "question", {"question": "Which is a gas?", **ARC}),
+    labelled("openbookqa/main", "allenai/openbookqa", "main", "question_stem", {"question_stem": "A gas is", **ARC}),
+    Task(
+        name="winogrande/no_choice",
+        hub="allenai/winogrande",
+        config="winogrande_xl",
+        metric="accuracy",
+        fields=("sentence", "option1", "option2"),
+        prompt=lambda doc: f'Continue the following sentence:\n"{blank(doc)[0]}"',
+        options=lambda doc: [f"{doc[option]} {blank(doc)[1]}" for option in ("option1", "option2")],
+        label=one_based,
+        example={"sentence": "Ann thanked Bea since _ was kind.", "option1": "Ann", "option2": "Bea", "answer": "2"},
+    ),
+    Task(
+        name="copa",
+        hub="aps/super_glue",
+        config="copa",
+        metric="accuracy",
+        fields=("premise", "choice1", "choice2", "question"),
+        prompt=copa_prompt,
+        options=either("choice1", "choice2"),
+        label=number("label"),
+        example={
+            "premise": "The man fell.",
+            "choice1": "He slipped.",
+            "choice2": "He sang.",
+            "question": "cause",
+            "label": 0,
+        },
+    ),
+    Task(
+        name="piqa",
+        hub="baber/piqa",
+        metric="accuracy",
+        fields=("goal", "sol1", "sol2"),
+        prompt='Write a solution to the following sentence:\n"{goal}"',
+        options=either("sol1", "sol2"),
+        label=number("label"),
+        example={"goal": "Open a jar.", "sol1": "Twist the lid.", "sol2": "Freeze the lid.", "label": 0},
+    ),
+    Task(
+        name="mmlu/all",
+        hub="cais/mmlu",
+        config="all",
+        splits=SPLITS | {"train": "auxiliary_train", "fewshot": "dev"},  # few-shot examples: same subject
+        evaluated="test",
+        metric="accuracy",
+        fields=("question", "choices"),
+        system=CHOOSE,
+        prompt=lambda doc: f"Question: {doc['question']}\n\n{listed(doc['choices'])}",
+        options=lambda doc: lettered(doc["choices"]),
+        label=number("answer"),
+        example={"question": "2+2?", "choices": ["3", "4", "5", "6"], "answer": 1, "subject": "math"},
+    ),
+]
