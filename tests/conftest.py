@@ -1,0 +1,64 @@
+"""Fixtures of the whole suite: fixed seeds, poisoned memory, shared numbers; GPU tests say why they are skipped."""
+
+import random
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items):
+    """Skip tests marked `gpu` where PyTorch sees no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and PyTorch sees none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers in every run and every order of tests."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+def _poison(tensor):
+    with torch.no_grad():
+        if tensor.dtype == torch.bool:
+            return tensor.fill_(True)
+        if tensor.is_floating_point() or tensor.is_complex():
+            return tensor.fill_(torch.nan)
+        return tensor.fill_(torch.iinfo(tensor.dtype).min)
+
+
+def _poisoned(original):
+    return lambda *args, **kwargs: _poison(original(*args, **kwargs))
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """Fill what `torch.empty`, `empty_like`, `empty_strided` and `Tensor.new_empty` give with NaN (integers: minimum).
+
+    An element that a kernel forgot to write then shows in its result, instead of being whatever lay in memory.
+    """
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder beside the repository with golden numbers and sample data; tests that need it skip without it."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared (golden numbers and sample data) is not beside the repository")
+    return SHARED

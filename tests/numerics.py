@@ -1,0 +1,54 @@
+"""How near is near enough, and over which backends a test runs.
+
+A tolerance is earned: the error against fp64 may be at most twice that of plain PyTorch in the same precision, plus a
+floor per dtype (the rule of flash-attention's tests).
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dph_kernels import dispatch
+
+FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Relative to the largest value of the fp64 result: about one step of half precision, eight of single."""
+
+
+def assert_close_to_fp64(
+    got: Tensor,
+    same_precision: Tensor,
+    fp64: Tensor,
+    name: str = "result",
+    *,
+    factor: float = 2.0,
+    floor: float | None = None,
+) -> None:
+    """Require |got - fp64| <= factor * |same_precision - fp64| + floor * |fp64|, each as the maximum over elements.
+
+    ``same_precision`` is what plain eager PyTorch gives on the same inputs, ``fp64`` the same computed in fp64 from the
+    same (rounded) inputs. NaN and infinities must be where fp64 has them. ``floor`` defaults to FLOOR[got.dtype].
+    """
+    assert fp64.dtype == torch.float64, f"{name}: expected the truth in float64, got {fp64.dtype}"
+    assert got.shape == fp64.shape, f"{name}: shape {list(got.shape)}, expected {list(fp64.shape)}"
+    got64, same64, truth = (x.detach().cpu().double() for x in (got, same_precision, fp64))
+    finite = truth.isfinite()
+    assert torch.equal(got64.isnan(), truth.isnan()), f"{name}: NaN in other places than in fp64"
+    assert torch.equal(got64[truth.isinf()], truth[truth.isinf()]), f"{name}: other infinities than in fp64"
+    if not finite.any():
+        return
+    got64, same64, truth = got64[finite], same64[finite], truth[finite]
+    error, earned = (got64 - truth).abs().max().item(), (same64 - truth).abs().max().nan_to_num(0, 0).item()
+    allowed = factor * earned + (FLOOR[got.dtype] if floor is None else floor) * truth.abs().max().item()
+    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e} (plain PyTorch has {earned:.3e})"
+
+
+def implementations(operator: str) -> list:
+    """Parameters ``(device, backend)``: every backend of ``operator``, skipped with the reason where it cannot run."""
+    found = []
+    for device, backends in dispatch.AUTO[operator].items():
+        for backend in backends:
+            marks = [pytest.mark.gpu] if device == "cuda" else []
+            if device == "cpu" and (reason := dispatch.missing(operator, backend, device)):
+                marks.append(pytest.mark.skip(reason=reason))
+            found.append(pytest.param(device, backend, marks=marks, id=f"{device}-{backend}"))
+    return found
