@@ -20,6 +20,16 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
     return iter(JsonLines(path))
 
 
+def read_text(path: str | Path) -> str:
+    """The whole of a UTF-8 text file. Raises UserError where there is none, or it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
 class JsonLines(Sequence):
     """The objects of a JSONL file, parsed when asked for: only the lines' places are kept in memory."""
 

@@ -1,8 +1,10 @@
 """The data sets of SPEC 7, one declarative entry each: where it lives, its fields, prompt, choices and metric.
 
-task = dph.tasks.load("glue/sst2")              # no download yet
-for doc in task.documents("validation"):
-    task.choices(doc), task.gold(doc)           # conversations, and the right one's index
+    task = dph.tasks.load("glue/sst2")              # no download yet
+    for doc in task.documents("validation"):
+        task.choices(doc), task.gold(doc)           # conversations, and the right one's index
+
+A new data set is one more ``Task`` in a family's list.
 """
 
 import difflib

@@ -86,14 +86,14 @@ class Task:
         """Conversations that end in a right answer; none where the label is hidden."""
         if self.options is None:
             return self._conversations(doc, self.right(doc))
-        choices, right = self.choices(doc), self._right(doc)
+        choices, right = self._choices(doc)
         return [] if right is None else [choices[right]]
 
     def distractors(self, doc: Doc) -> list[list[Message]]:
         """Conversations that end in a wrong answer; none where the label is hidden or the task has no wrong answers."""
         if self.options is None:
             return self._conversations(doc, self.wrong(doc) if self.wrong else [])
-        choices, right = self.choices(doc), self._right(doc)
+        choices, right = self._choices(doc)
         return [] if right is None else choices[:right] + choices[right + 1 :]
 
     def choices(self, doc: Doc) -> list[list[Message]]:
@@ -106,9 +106,13 @@ class Task:
         """The reference: the right choice's index, a score, or None where it is hidden or the task is not a choice."""
         return self.label(doc) if self.label else None
 
-    def _right(self, doc: Doc) -> int | None:
-        gold = self.gold(doc)
-        return None if gold is None else round(gold)
+    def _choices(self, doc: Doc) -> tuple[list[list[Message]], int | None]:
+        """The choices, and which is right, where that is known."""
+        choices, gold = self.choices(doc), self.gold(doc)
+        right = None if gold is None else round(gold)
+        if right is not None and right >= len(choices):
+            raise UserError(f"task {self.name}: expected a label below {len(choices)}, got {gold}")
+        return choices, right
 
     def _conversations(self, doc: Doc, answers: Iterable[str]) -> list[list[Message]]:
         if absent := [name for name in self.fields if name not in doc]:

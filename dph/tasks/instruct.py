@@ -17,7 +17,7 @@ def alpaca_prompt(doc: Doc) -> str:
 def ultrafeedback_answer(doc: Doc, side: str) -> list[str]:
     """The answer of one side. A side that repeats the prompt as its first message is a whole conversation: its last."""
     messages = doc[side]
-    repeated = messages[0]["role"] == "user" and messages[0]["content"] == doc["prompt"]
+    repeated = messages[0]["role"] == "user" and messages[0]["content"].strip() == doc["prompt"].strip()
     return [messages[-1 if repeated else 0]["content"]]
 
 
