@@ -6,7 +6,7 @@ causally. Tokens of many documents lie end to end without padding; a row of the 
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ class Rotary:
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Length of the longest common prefix of token sequences; of one sequence, its own length."""
+    """Length of the longest common prefix of token sequences (at least one); of one sequence, its own length."""
     first, last = min(sequences), max(sequences)
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
@@ -150,6 +150,7 @@ class PackedLayout:
             prompts: [B] lengths of the prompts.
             branches: for each prompt the lengths of its branches, in the order in which they lie behind it.
         """
+        _check_counts(prompts=prompts, branches=branches)
         rows, start = [], 0
         for prompt, tails in zip(prompts, branches, strict=True):
             end = start + prompt
@@ -168,6 +169,9 @@ class PackedLayout:
         The tokens then lie as: common prefix, rest of the first alternative, rest of the second, and so on; a rest may
         be empty (identical alternatives, or one that is a prefix of another).
         """
+        for d, alternatives in enumerate(documents):
+            if not len(alternatives):
+                raise ValueError(f"documents[{d}]: expected at least one token sequence, got none")
         prompts = [common_prefix(alternatives) for alternatives in documents]
         rests = [[len(s) - p for s in alternatives] for p, alternatives in zip(prompts, documents, strict=True)]
         return cls.shared_prefix(prompts, rests)
@@ -184,8 +188,10 @@ class PackedLayout:
             capacity: rows of memory per stream; stream b owns rows ``b * capacity`` onwards.
             seen: [B] tokens that each stream has seen so far: the position of its first new token. ``filled`` if None.
         """
+        seen = filled if seen is None else seen
+        _check_counts(lengths=lengths, filled=filled, seen=seen)
         rows, start, memory = [], 0, capacity * len(lengths)
-        for b, (length, full, position) in enumerate(zip(lengths, filled, seen or filled, strict=True)):
+        for b, (length, full, position) in enumerate(zip(lengths, filled, seen, strict=True)):
             if full > capacity:
                 raise ValueError(f"filled[{b}]: expected at most capacity = {capacity}, got {full}")
             end = start + length
@@ -202,8 +208,10 @@ class PackedLayout:
             keys: [B] keys of each stream, its queries' own keys last.
             first: [B] position of each stream's first key; zeros if None.
         """
+        first = [0] * len(keys) if first is None else first
+        _check_counts(lengths=lengths, keys=keys, first=first)
         rows, q0, k0 = [], 0, 0
-        for length, count, position in zip(lengths, keys, first or [0] * len(keys), strict=True):
+        for length, count, position in zip(lengths, keys, first, strict=True):
             rows.append((q0, q0 + length, k0, k0 + count, k0, k0, position + count - length))
             q0, k0 = q0 + length, k0 + count
         return cls(_table(rows), queries=q0, keys=k0)
@@ -220,6 +228,7 @@ class PackedLayout:
             said: for each prompt, how many tokens each of its candidates has said, the new one included (>= 1).
             capacity: rows per candidate.
         """
+        _check_counts(prompts=prompts, said=said)
         rows, query, start = [], 0, 0
         for prompt, counts in zip(prompts, said, strict=True):
             at = start + prompt
@@ -235,11 +244,13 @@ class PackedLayout:
 
     def to(self, device: torch.device | str) -> PackedLayout:
         """The same layout with its positions on ``device``; the segment table stays on the CPU."""
-        if self.query_positions.device == torch.device(device):
+        query_positions = self.query_positions.to(device)
+        if query_positions is self.query_positions:
             return self
-        moved = dataclasses.replace(self)
-        object.__setattr__(moved, "query_positions", self.query_positions.to(device))
-        object.__setattr__(moved, "key_positions", self.key_positions.to(device))
+        moved = copy.copy(self)  # not dataclasses.replace: the table was validated once
+        new = {"query_positions": query_positions, "key_positions": self.key_positions.to(device), "_tables": {}}
+        for name, value in new.items():
+            object.__setattr__(moved, name, value)
         return moved
 
     def tables(self, rope: Rotary, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -248,7 +259,8 @@ class PackedLayout:
             return self._make_tables(rope, head_dim, dtype)
         key = (rope, head_dim, dtype)
         if key not in self._tables:
-            self._tables[key] = self._make_tables(rope, head_dim, dtype)
+            with torch.inference_mode(False):  # a layout that was first used there may be trained on later
+                self._tables[key] = self._make_tables(rope, head_dim, dtype)
         return self._tables[key]
 
     def _make_tables(self, rope: Rotary, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -273,6 +285,9 @@ class PackedLayout:
         """
         lines = [f"{self.queries} queries over {self.memory} memory rows and {self.keys} new keys"]
         for number, (q0, q1, k0, k1, p0, p1, position) in enumerate(self.segments.tolist()):
+            if q1 == q0:
+                lines.append(f"segment {number}: no queries")
+                continue
             prefix = f" and all of keys {p0}..{p1 - 1}" if p1 > p0 else ""
             own = f" sees keys {k0}..{k1 - 1} causally" if k1 > k0 else " sees no keys of its own"
             lines.append(f"segment {number}: queries {q0}..{q1 - 1} at position {position}{own}{prefix}")
@@ -289,6 +304,14 @@ class PackedLayout:
                 pictures[i][k0 : k0 + seen] = "#" * seen
         divider = "|" if self.memory else ""
         return ["".join(p[: self.memory]) + divider + "".join(p[self.memory :]) for p in pictures]
+
+
+def _check_counts(**arguments: Sequence) -> None:
+    """Require sequences of one length: an entry each document or stream."""
+    (first, expected), *others = arguments.items()
+    for name, values in others:
+        if len(values) != len(expected):
+            raise ValueError(f"{name}: expected {len(expected)} entries, as many as {first}, got {len(values)}")
 
 
 def _table(rows: Sequence[tuple[int, ...]]) -> Tensor:
