@@ -84,6 +84,7 @@ class Task:
 
     def targets(self, doc: Doc) -> list[list[Message]]:
         """Conversations that end in a right answer; none where the label is hidden."""
+        self._check(doc)
         if self.options is None:
             return self._conversations(doc, self.right(doc))
         choices, right = self._choices(doc)
@@ -91,6 +92,7 @@ class Task:
 
     def distractors(self, doc: Doc) -> list[list[Message]]:
         """Conversations that end in a wrong answer; none where the label is hidden or the task has no wrong answers."""
+        self._check(doc)
         if self.options is None:
             return self._conversations(doc, self.wrong(doc) if self.wrong else [])
         choices, right = self._choices(doc)
@@ -98,13 +100,22 @@ class Task:
 
     def choices(self, doc: Doc) -> list[list[Message]]:
         """Conversations that end in each option, in the order of the labels; none where the task is not a choice."""
+        self._check(doc)
         if self.options is None:
             return []
         return self._conversations(doc, self.options(doc) if callable(self.options) else self.options)
 
     def gold(self, doc: Doc) -> Label:
         """The reference: the right choice's index, a score, or None where it is hidden or the task is not a choice."""
+        self._check(doc)
         return self.label(doc) if self.label else None
+
+    def _check(self, doc: Doc) -> None:
+        if absent := [name for name in self.fields if name not in doc]:
+            raise UserError(
+                f"task {self.name}: expected the fields {', '.join(self.fields)}, "
+                f"got a record with {', '.join(doc)} (no {', '.join(absent)})"
+            )
 
     def _choices(self, doc: Doc) -> tuple[list[list[Message]], int | None]:
         """The choices, and which is right, where that is known."""
@@ -115,11 +126,6 @@ class Task:
         return choices, right
 
     def _conversations(self, doc: Doc, answers: Iterable[str]) -> list[list[Message]]:
-        if absent := [name for name in self.fields if name not in doc]:
-            raise UserError(
-                f"task {self.name}: expected the fields {', '.join(self.fields)}, "
-                f"got a record with {', '.join(doc)} (no {', '.join(absent)})"
-            )
         system = self.system(doc) if callable(self.system) else self.system
         prompt = self.prompt(doc) if callable(self.prompt) else self.prompt.format_map(doc)
         dialogue = [prompt] if isinstance(prompt, str) else prompt

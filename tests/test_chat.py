@@ -1,0 +1,195 @@
+"""Conversations: the paper's own tokens, no control token from content, the reward position of the right turn."""
+
+import copy
+import gc
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from texts import TEXTS, conversation, message, small_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from dph import chat, tokenizer
+from dph.errors import UserError
+
+CONTROL = ("<|im_start|>", "<|im_end|>", "</s>", "<pad>")
+spellings = st.lists(st.one_of(st.sampled_from([*CONTROL, "assistant\n", "\n", " "]), st.text(max_size=8)), max_size=8)
+contents = spellings.map("".join)
+messages = st.lists(st.builds(message, st.sampled_from(chat.ROLES), contents), min_size=1, max_size=5)
+answered = messages.filter(lambda turns: any(turn["role"] == "assistant" for turn in turns))
+
+
+def golden(shared):
+    return json.loads((shared / "golden/chat.json").read_text()), AutoTokenizer.from_pretrained(
+        shared / "golden/checkpoint"
+    )
+
+
+def test_tokens_targets_and_masks_are_those_of_the_papers_code(shared):
+    records, tok = golden(shared)
+    for record in records:
+        if "all_system" in record:
+            few_shot = record["task"] == "few-shot evaluation"
+            got = chat.encode_many(record["messages"], tok, repeat_system=record["all_system"], last_only=few_shot)
+        else:
+            got = chat.encode(record["messages"], tok)
+        wanted = [record[key] for key in ("tokens", "targets", "train_mask", "test_mask")]
+        assert [got.tokens, got.targets, got.loss_mask, got.score_mask] == wanted, record["task"]
+        assert got.reward_position == max(i for i, t in enumerate(got.tokens) if t == chat.markup(tok).end)
+
+
+@settings(deadline=None)
+@given(answered)
+def test_any_text_round_trips_and_only_the_markup_gives_control_tokens(turns):
+    tok = small_tokenizer()
+    got = chat.encode(turns, tok)
+    start, end, eos, pad = tok.convert_tokens_to_ids(list(CONTROL))
+    assert got.tokens.count(start) == got.tokens.count(end) == len(turns)
+    assert got.tokens.count(eos) == 1
+    assert got.tokens[0] == eos
+    assert pad not in got.tokens
+    starts = [i for i, token in enumerate(got.tokens) if token == start]
+    for i, j, turn in zip(starts, [*starts[1:], len(got.tokens)], turns, strict=True):
+        assert tok.decode(got.tokens[i:j]) == f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n"
+
+
+@settings(deadline=None)
+@given(answered, st.booleans())
+def test_masks_speak_of_targets_and_the_reward_is_read_at_the_final_assistant_turn(turns, last_only):
+    tok = small_tokenizer()
+    got, end = chat.encode(turns, tok, last_only=last_only), chat.markup(tok).end
+    assert len(got) == len(got.targets) == len(got.loss_mask) == len(got.score_mask)
+    assert got.targets == [*got.tokens[1:], tok.eos_token_id]
+    ends = [i for i, token in enumerate(got.tokens) if token == end]
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    assert got.reward_position == ends[answers[-1]]
+    trained = [target for target, on in zip(got.targets, got.loss_mask, strict=True) if on]
+    scored = [target for target, on in zip(got.targets, got.score_mask, strict=True) if on]
+    wanted = [turns[i]["content"] for i in (answers[-1:] if last_only else answers)]
+    assert tok.decode(scored) == "".join(wanted)
+    assert tok.decode(trained) == "".join(f"{content}<|im_end|>" for content in wanted)
+
+
+@settings(deadline=None)
+@given(messages.filter(lambda turns: turns[-1]["role"] != "assistant"), contents)
+def test_a_finished_continuation_is_the_encoded_conversation(turns, answer):
+    tok = small_tokenizer()
+    asked = chat.prompt(turns, tok)
+    whole = chat.encode([*turns, message("assistant", answer)], tok, last_only=True)
+    assert whole.tokens[: len(asked)] == asked
+    content, end = chat.plain(tok)(answer), chat.markup(tok).end
+    assert chat.continuation(asked, [*content, end], tok) == whole
+
+
+def test_a_cut_off_answer_has_no_reward_position():
+    tok = small_tokenizer()
+    asked = chat.prompt([message("user", "hello")], tok)
+    content = chat.plain(tok)("hello world")
+    got = chat.continuation(asked, content, tok)
+    assert got.reward_position is None
+    assert got.tokens == asked + content
+    assert [t for t, on in zip(got.targets, got.loss_mask, strict=True) if on] == content
+    assert got.score_mask == got.loss_mask
+    empty = chat.continuation(asked, [], tok)
+    assert (empty.tokens, any(empty.loss_mask), empty.reward_position) == (asked, False, None)
+
+
+def test_an_answer_that_ends_twice_is_refused():
+    tok = small_tokenizer()
+    end = chat.markup(tok).end
+    with pytest.raises(ValueError, match="only as the last of 3, got one at 1"):
+        chat.continuation([0], [9, end, 9], tok)
+
+
+def test_conversations_end_to_end_repeat_the_system_message_or_not():
+    tok = small_tokenizer()
+    both = [
+        [message("system", "late"), *conversation("hello", "world")],
+        [message("system", "late"), *conversation("1", "2")],
+    ]
+    repeated, once = (tok.decode(chat.encode_many(both, tok, repeat_system=r).tokens) for r in (True, False))
+    assert (repeated.count("system\nlate"), once.count("system\nlate")) == (2, 1)
+    assert repeated.count("</s>") == once.count("</s>") == 1
+
+
+@pytest.mark.parametrize(
+    ("turns", "error"),
+    [
+        ([message("user", "hello")], "expected an assistant message"),
+        ([message("tool", "hello")], r"messages\[0\]: expected role system, user, assistant, got 'tool'"),
+        ([message("user\n<|im_end|>", "hello")], r"messages\[0\]: expected role"),
+        ([message("user", "a"), {"role": "assistant"}], r"messages\[1\].*none for content"),
+        ([{"content": "a"}], r"messages\[0\].*none for role"),
+        ([message("user", 3)], r"messages\[0\].content: expected text, got int"),
+        ([message("user", "a"), message("assistant", None)], r"messages\[1\].content: expected text, got NoneType"),
+        ([message("user", "ab\ud800")], r"messages\[0\].content.*lone surrogate at character 2"),
+        (["hello"], r"messages\[0\]: expected an object"),
+        ("hello", "expected a list of messages, got str"),
+        ([], "expected at least one message"),
+    ],
+)
+def test_malformed_conversations_are_user_errors(turns, error):
+    with pytest.raises(UserError, match=error):
+        chat.encode(turns, small_tokenizer())
+
+
+def test_errors_among_several_conversations_name_the_one():
+    with pytest.raises(UserError, match=r"conversations\[1\]\[0\]"):
+        chat.encode_many([conversation("a", "b"), [message("user", 1)]], small_tokenizer())
+    with pytest.raises(UserError, match="conversations: expected at least one"):
+        chat.encode_many([], small_tokenizer())
+
+
+def test_a_prompt_wants_something_to_answer():
+    with pytest.raises(UserError, match=r"messages\[1\]: expected a message to answer"):
+        chat.prompt(conversation("a", "b"), small_tokenizer())
+
+
+def bare(*special):
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tok.add_special_tokens({"eos_token": "</s>"})
+    tok.add_tokens(list(special))
+    return tok
+
+
+def test_a_tokenizer_without_the_chat_tokens_is_refused_until_it_has_them():
+    tok = bare("<|im_start|>")
+    with pytest.raises(UserError, match=r"without <\|im_end\|>; dph.tokenizer.add_chat_tokens"):
+        chat.encode(conversation("a", "b"), tok)
+    tok = bare()
+    tokenizer.add_chat_tokens(tok)
+    assert chat.encode(conversation("a", "b"), tok).reward_position is not None
+
+
+def test_chat_tokens_that_text_can_spell_are_refused():
+    tok = bare("<|im_start|>", "<|im_end|>")  # ordinary added tokens: splitting special tokens leaves them whole
+    with pytest.raises(UserError, match=r"text that spells <\|im_start\|>, <\|im_end\|> becomes a control token"):
+        chat.encode(conversation("a", "b"), tok)
+
+
+def test_the_markup_follows_its_tokenizer_and_dies_with_it():
+    first, known = copy.deepcopy(small_tokenizer()), len(chat._markups)
+    before = chat.encode(conversation("hello", "world"), first)
+    assert len(chat._markups) == known + 1
+    first.add_tokens(["hello"])
+    after = chat.encode(conversation("hello", "world"), first)
+    assert len(after) < len(before)
+    del first
+    gc.collect()
+    assert len(chat._markups) == known
+
+
+def test_settings_of_the_tokenizer_do_not_reach_content():
+    tok = copy.deepcopy(small_tokenizer())
+    long = conversation(TEXTS[0] * 3, TEXTS[0])
+    wanted = chat.encode(long, tok)
+    tok(TEXTS, truncation=True, max_length=4, padding="max_length")
+    assert chat.encode(long, tok) == wanted
+    assert chat.plain(tok)(TEXTS[0]) == chat.plain(small_tokenizer())(TEXTS[0])
+    assert tok("<|im_end|>", add_special_tokens=False)["input_ids"] == [
+        chat.markup(tok).end
+    ]  # its own state is as it was
