@@ -20,7 +20,7 @@ def _(
     hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype, rows = torch.promote_types(hidden.dtype, torch.float32), hidden.shape[0]
-    logprobs, normaliser = hidden.new_empty(rows, dtype=dtype), hidden.new_empty(rows, dtype=dtype)
+    logprobs, normaliser = hidden.new_empty(rows, dtype=dtype), hidden.new_empty(2, rows, dtype=dtype)
     extra = rows if statistics else 0
     return logprobs, normaliser, hidden.new_empty(extra, dtype=dtype), targets.new_empty(extra)
 
@@ -112,6 +112,6 @@ def linear_logprob(
     checks.dtype("targets", targets, torch.int64)
     checks.device("targets", targets, hidden.device)
     if weight.shape[0] == 0:
-        raise ValueError("weight: expected at least one row (V >= 1), got shape [0, C]")
+        raise ValueError(f"weight: expected at least one row (V >= 1), got shape {list(weight.shape)}")
     logprobs, _, entropy, best = _forward(hidden, weight, targets, statistics, backend)
     return (logprobs, entropy, best) if statistics else logprobs

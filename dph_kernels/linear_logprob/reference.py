@@ -19,17 +19,23 @@ def chunks(rows: int, vocabulary: int) -> Iterator[slice]:
 
 
 def forward(hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log p(target) [R], log-sum-exp [R], entropy [R] in nats, arg-max [R]); the last two empty without statistics."""
+    """(log p(target) [R], normaliser [2, R], entropy [R] in nats, arg-max [R]); the last two empty without statistics.
+
+    The normaliser is the largest logit m and log sum exp(logit - m). Their sum, the log-sum-exp, would lose the second
+    where the first is large, and with it the backward pass's probabilities.
+    """
     dtype, rows = torch.promote_types(hidden.dtype, torch.float32), len(hidden)
     wide = weight.to(dtype)
-    logprobs, normaliser = hidden.new_empty(rows, dtype=dtype), hidden.new_empty(rows, dtype=dtype)
+    logprobs, normaliser = hidden.new_empty(rows, dtype=dtype), hidden.new_empty(2, rows, dtype=dtype)
     entropy = hidden.new_empty(rows if statistics else 0, dtype=dtype)
     best = targets.new_empty(rows if statistics else 0)
     for part in chunks(rows, len(weight)):
         logits = hidden[part].to(dtype) @ wide.T
-        scores = logits.log_softmax(-1).clamp_(max=0)
+        largest = logits.amax(-1)
+        scores = logits - largest[:, None]
+        normaliser[0, part], normaliser[1, part] = largest, scores.exp().sum(-1).log()
+        scores -= normaliser[1, part, None]
         logprobs[part] = scores.gather(-1, targets[part, None]).squeeze(-1)
-        normaliser[part] = logits.logsumexp(-1)
         if statistics:
             entropy[part] = -(scores.exp() * scores).sum(-1)
             best[part] = logits.argmax(-1)
@@ -57,8 +63,8 @@ def backward(
     grad_weight = torch.zeros(weight.shape if weight_needed else 0, dtype=dtype, device=weight.device)
     for part in chunks(len(hidden), len(weight)):
         rows, upstream = hidden[part].to(dtype), grad[part, None]
-        logits = rows @ wide.T
-        grad_logits = (logits - normaliser[part, None]).exp_().mul_(-upstream)
+        scores = (rows @ wide.T).sub_(normaliser[0, part, None]).sub_(normaliser[1, part, None])
+        grad_logits = scores.exp_().mul_(-upstream)
         grad_logits.scatter_add_(-1, targets[part, None], upstream)
         if hidden_needed:
             grad_hidden[part] = (grad_logits @ wide).to(hidden.dtype)

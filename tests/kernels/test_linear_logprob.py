@@ -1,0 +1,279 @@
+"""linear_logprob: every backend against plain PyTorch in the same precision and in fp64."""
+
+import importlib
+
+import pytest
+import torch
+from numerics import assert_close_to_fp64, implementations
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dph_kernels.linear_logprob import linear_logprob
+
+reference = importlib.import_module("dph_kernels.linear_logprob.reference")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SIZES = [(1, 1, 1), (2, 3, 5), (63, 64, 65), (64, 63, 111), (65, 111, 257), (257, 2, 2), (1, 257, 64)]
+BACKENDS = implementations("linear_logprob")
+
+
+def make(rows, columns, vocabulary, dtype=torch.float32, device="cpu", scale=1.0):
+    hidden = torch.randn(rows, columns, device=device).mul(scale).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, columns, device=device).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(vocabulary, (rows,), device=device)
+
+
+def eager(hidden, weight, targets):
+    """What one would write: (log-probabilities, entropy, arg-max)."""
+    logits = hidden @ weight.T
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    chosen = scores.gather(-1, targets[:, None]).squeeze(-1)
+    return chosen, -(scores.exp() * scores).sum(-1), logits.argmax(-1)
+
+
+def as_fp64(*tensors):
+    return [x.detach().double().requires_grad_() for x in tensors]
+
+
+def compare(hidden, weight, targets, backend, grad=None):
+    """Values and both gradients of an operator call against eager PyTorch."""
+    got = linear_logprob(hidden, weight, targets, backend=backend)
+    same = eager(hidden, weight, targets)[0]
+    wide = as_fp64(hidden, weight)
+    truth = eager(*wide, targets)[0]
+    assert_close_to_fp64(got, same, truth, "log-probabilities")
+    assert got.dtype == torch.promote_types(hidden.dtype, torch.float32)
+    assert (got <= 0).all()
+    grad = torch.randn_like(got) if grad is None else grad
+    triples = zip(
+        ("hidden", "weight"),
+        torch.autograd.grad(got, (hidden, weight), grad),
+        torch.autograd.grad(same, (hidden, weight), grad),
+        torch.autograd.grad(truth, wide, grad.double()),
+        (hidden, weight),
+        strict=True,
+    )
+    for name, ours, theirs, true, tensor in triples:
+        assert ours.dtype == tensor.dtype
+        assert_close_to_fp64(ours, theirs, true, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_values_and_gradients(size, device, backend, dtype):
+    compare(*make(*size, dtype, device), backend)
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_statistics(device, backend):
+    hidden, weight, targets = make(65, 63, 111, device=device)
+    got = linear_logprob(hidden, weight, targets, statistics=True, backend=backend)
+    same, truth = eager(hidden, weight, targets), eager(*as_fp64(hidden, weight), targets)
+    assert_close_to_fp64(got[0], same[0], truth[0], "log-probabilities")
+    assert_close_to_fp64(got[1], same[1], truth[1], "entropy")
+    assert torch.equal(got[2], truth[2])
+    assert got[0].requires_grad
+    assert not got[1].requires_grad
+    assert not got[2].requires_grad
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_argmax_of_a_tie_is_the_lowest_index(device, backend):
+    hidden, weight = torch.zeros(3, 4, device=device), torch.zeros(65, 4, device=device)
+    targets = torch.zeros(3, dtype=torch.int64, device=device)
+    _, entropy, best = linear_logprob(hidden, weight, targets, statistics=True, backend=backend)
+    assert best.tolist() == [0, 0, 0]
+    torch.testing.assert_close(entropy, torch.full_like(entropy, 65).log())
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded hidden", "expanded weight", "sliced rows"])
+def test_any_strides(layout, device, backend):
+    hidden, weight, targets = make(64, 63, 65, device=device)
+    hidden, weight = hidden.detach(), weight.detach()
+    if layout == "transposed":
+        hidden, weight = hidden.T.contiguous().T, weight.T.contiguous().T
+    elif layout == "strided":
+        hidden, weight, targets = hidden[:, ::2], weight[:, ::2], targets.repeat_interleave(2)[::2]
+    elif layout == "expanded hidden":
+        hidden = hidden[:1].expand(64, -1)
+    elif layout == "expanded weight":
+        weight = weight[:, :1].expand(-1, 63)
+    else:
+        hidden, targets = hidden[1::3], targets[1::3]
+    compare(hidden.requires_grad_(), weight.requires_grad_(), targets, backend)
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("kind", ["expanded", "strided", "reversed"])
+def test_any_upstream_gradient(kind, device, backend):
+    hidden, weight, targets = make(65, 16, 33, device=device)
+    grad = {
+        "expanded": torch.tensor(0.7, device=device).expand(65),
+        "strided": torch.randn(130, device=device)[::2],
+        "reversed": torch.randn(65, 2, device=device).T[1],
+    }[kind]
+    compare(hidden, weight, targets, backend, grad)
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_no_rows(device, backend):
+    hidden, weight, targets = make(0, 8, 11, device=device)
+    logprobs, entropy, best = linear_logprob(hidden, weight, targets, statistics=True, backend=backend)
+    assert logprobs.shape == entropy.shape == best.shape == (0,)
+    logprobs.sum().backward()
+    assert hidden.grad.shape == (0, 8)
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e4), (torch.float16, 3e4), (torch.bfloat16, 1e30)])
+def test_extreme_logits(dtype, scale, device, backend):
+    """Logits far beyond fp16's largest number, 65504; the gradients themselves fit."""
+    hidden = torch.tensor([[scale, 0.0], [-scale, 0.0], [0.0, scale]], device=device, dtype=dtype).requires_grad_()
+    weight = torch.tensor([[4.0, 0.0], [2.0, 4.0], [-4.0, 4.0]], device=device, dtype=dtype).requires_grad_()
+    for column in range(3):
+        targets = torch.full((3,), column, device=device)
+        got = linear_logprob(hidden, weight, targets, backend=backend)
+        wide = as_fp64(hidden, weight)
+        truth = eager(*wide, targets)[0]
+        torch.testing.assert_close(got.double(), truth, rtol=1e-6, atol=1e-6)
+        assert (got <= 0).all()
+        grads = torch.autograd.grad(got.sum(), (hidden, weight))
+        for ours, true in zip(grads, torch.autograd.grad(truth.sum(), wide), strict=True):
+            torch.testing.assert_close(ours, true.to(dtype))
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_a_certain_token_is_never_above_zero(device, backend):
+    hidden = torch.randn(257, 33, device=device)
+    weight = torch.cat([hidden[:64] * 3, torch.randn(64, 33, device=device)])
+    targets = (hidden @ weight.T).argmax(-1)
+    got = linear_logprob(hidden, weight, targets, backend=backend)
+    assert (got > -1e-3).any()
+    assert (got <= 0).all()
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_nan_is_not_hidden(device, backend):
+    hidden, weight, targets = make(3, 4, 5, device=device)
+    with torch.no_grad():
+        hidden[1, 2] = torch.nan
+    got = linear_logprob(hidden, weight, targets, backend=backend)
+    assert got.isnan().tolist() == [False, True, False]
+    got[[0, 2]].sum().backward()
+    assert hidden.grad[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_every_element_is_written(device, backend):
+    hidden, weight, targets = make(65, 63, 111, device=device)
+    got = linear_logprob(hidden, weight, targets, statistics=True, backend=backend)
+    got[0].sum().backward()
+    for value in (got[0], got[1], hidden.grad, weight.grad):
+        assert value.isfinite().all()
+    assert (got[2] >= 0).all()
+
+
+@pytest.mark.parametrize("limit", [1, 64, 1000])
+def test_chunks_change_nothing(limit, monkeypatch):
+    monkeypatch.setattr(reference, "CHUNK", limit)
+    compare(*make(65, 16, 33), "reference")
+
+
+def test_logits_never_exist_at_once(monkeypatch):
+    """No tensor of the forward or backward pass is larger than a chunk of logits, of 257 * 111 in all."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            sizes = [x.numel() for x in (result if isinstance(result, tuple) else (result,)) if torch.is_tensor(x)]
+            largest = max(largest, *sizes, 0)
+            return result
+
+    monkeypatch.setattr(reference, "CHUNK", 1024)
+    hidden, weight, targets = (x.detach() for x in make(257, 4, 111))
+    with Watch():
+        logprobs, normaliser, *_ = reference.forward(hidden, weight, targets, True)
+        reference.backward(torch.ones_like(logprobs), hidden, weight, targets, normaliser, True, True)
+    assert 1024 * 0.8 < largest <= max(1024, hidden.numel())
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_side_costs_nothing(frozen, monkeypatch):
+    asked = []
+    original = reference.backward
+
+    def spy(*args):
+        asked.append(args[-2:])
+        return original(*args)
+
+    monkeypatch.setattr(reference, "backward", spy)
+    hidden, weight, targets = make(5, 8, 11)
+    tensors = {"hidden": hidden, "weight": weight}
+    tensors[frozen].requires_grad_(False)
+    linear_logprob(hidden, weight, targets, backend="reference").sum().backward()
+    assert asked == [(frozen != "hidden", frozen != "weight")]
+    assert tensors[frozen].grad is None
+    del tensors[frozen]
+    assert next(iter(tensors.values())).grad.isfinite().all()
+
+
+def test_gradcheck():
+    hidden, weight, targets = make(5, 4, 7, torch.float64)
+    assert torch.autograd.gradcheck(lambda h, w: linear_logprob(h, w, targets), (hidden, weight))
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+def test_opcheck(statistics):
+    hidden, weight, targets = make(5, 8, 11)
+    torch.library.opcheck(torch.ops.dph.linear_logprob.default, (hidden, weight, targets, statistics, "auto"))
+    logprobs, normaliser, *_ = torch.ops.dph.linear_logprob(hidden, weight, targets, False, "auto")
+    tensors = [x.detach() for x in (torch.ones_like(logprobs), hidden, weight, targets, normaliser)]
+    for needs in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(torch.ops.dph.linear_logprob_backward.default, (*tensors, *needs, "auto"))
+
+
+def test_compiles_as_one_graph():
+    hidden, weight, targets = make(5, 8, 11)
+
+    def loss(hidden, weight):
+        logprobs, entropy, _ = linear_logprob(hidden.tanh(), weight, targets, statistics=True)
+        return (logprobs * entropy).sum()
+
+    expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(5)}, r"hidden: expected shape \[R, C\], got \[5\]"),
+        ({"hidden": torch.zeros(5, 8, dtype=torch.int64)}, "hidden: expected float16 or .*float64, got int64"),
+        ({"weight": torch.zeros(11, 7)}, r"weight: expected shape \[V, 8\], got \[11, 7\]"),
+        ({"weight": torch.zeros(11, 8).half()}, "weight: expected float32, got float16"),
+        ({"weight": torch.zeros(11, 8, device="meta")}, "weight: expected a tensor on cpu, got one on meta"),
+        ({"weight": torch.zeros(0, 8)}, r"weight: expected at least one row \(V >= 1\), got shape \[0, 8\]"),
+        ({"weight": None}, "weight: expected a tensor, got NoneType"),
+        ({"targets": torch.zeros(4, dtype=torch.int64)}, r"targets: expected shape \[5\], got \[4\]"),
+        ({"targets": torch.zeros(5, dtype=torch.int32)}, "targets: expected int64, got int32"),
+        ({"targets": torch.zeros(5, dtype=torch.int64, device="meta")}, "targets: expected a tensor on cpu, got one"),
+        ({"targets": torch.tensor([0, 1, 11, 2, 3])}, r"targets: expected values in \[0, 11\), got 11"),
+        ({"targets": torch.tensor([0, 1, -100, 2, 3])}, r"targets: expected values in \[0, 11\), got -100"),
+        ({"backend": "fast"}, "backend: expected 'auto' or one of .*, got 'fast'"),
+    ],
+)
+def test_bad_arguments(change, message):
+    arguments = {"hidden": torch.zeros(5, 8), "weight": torch.zeros(11, 8), "targets": torch.arange(5), **change}
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(**arguments)
+
+
+def test_a_backend_that_cannot_run_says_why():
+    with pytest.raises(RuntimeError, match=r"linear_logprob: backend 'cuda' cannot run: .+"):
+        linear_logprob(torch.zeros(5, 8), torch.zeros(11, 8), torch.arange(5), backend="cuda")
