@@ -62,7 +62,7 @@ def nvcc() -> str | None:
 
 
 def _not_built() -> str:
-    if "_native" not in _import_error:
+    if not _import_error.startswith("cannot import name"):  # the file is there
         return f"the C++ module cannot be loaded ({_import_error}): run {REBUILD}"
     if compiler() is None:
         return f"the C++ module is not built: no C++ compiler; install g++ (apt install g++), then run {REBUILD}"

@@ -1,0 +1,136 @@
+"""Imports point one way: csrc <- dph_kernels <- dph <- dph.cli (DESIGN.md 1), read from the source text."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def module_name(path, root):
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path, root):
+    """Every dotted name that the file imports, at any depth; for ``from a import b`` both ``a`` and ``a.b``."""
+    package = module_name(path, root).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            yield source
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def within(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+def operators(root):
+    return sorted(path.parent.name for path in (root / "dph_kernels").glob("*/reference.py"))
+
+
+def rules(importer, root):
+    """Pairs (forbidden name, why) for one importing module."""
+    if within(importer, "dph_kernels"):
+        yield "dph", "dph_kernels knows nothing of models or data"
+        parts = importer.split(".")
+        if len(parts) > 1 and parts[1] in operators(root):
+            for other in operators(root):
+                if other != parts[1]:
+                    yield f"dph_kernels.{other}", "operators never import each other"
+    if within(importer, "dph"):
+        yield "triton", "dph never imports triton"
+        yield "dph_kernels._native", "dph never imports the native module"
+        yield "dph_kernels.native", "dph never imports the native module"
+        if importer not in ("dph.cli", "dph.__main__"):
+            yield "dph.cli", "the command line stands on top"
+    yield "pickle", "files from elsewhere must not be able to run code"
+
+
+def violations(root):
+    for path in sorted([*(root / "dph").rglob("*.py"), *(root / "dph_kernels").rglob("*.py")]):
+        importer = module_name(path, root)
+        for name in imported(path, root):
+            for forbidden, why in rules(importer, root):
+                if within(name, forbidden):
+                    yield f"{importer} imports {name}: {why}"
+
+
+def includes(root):
+    """Pairs (file, included header) of everything under csrc."""
+    for path in sorted(p for p in (root / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu")):
+        for header in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(encoding="utf-8"), re.M):
+            yield path.relative_to(root / "csrc").as_posix(), header
+
+
+def test_imports_point_one_way():
+    assert list(violations(ROOT)) == []
+
+
+def test_all_of_the_house_is_read():
+    names = {module_name(path, ROOT) for path in ROOT.glob("dph*/**/*.py")}
+    assert {"dph_kernels", "dph_kernels.dispatch", "dph_kernels.laprop.native"} <= names
+    assert set(operators(ROOT)) == {"laprop", "linear_logprob", "preference_loss", "rope_attention", "swiglu_reward"}
+
+
+def test_only_the_bindings_know_python_and_nothing_knows_pytorch():
+    found = list(includes(ROOT))
+    assert ("bindings.cpp", "laprop.h") in found
+    for path, header in found:
+        assert not re.match(r"(torch|ATen|c10)/", header), f"{path} includes {header}"
+        if path != "bindings.cpp":
+            assert not re.match(r"pybind11/|Python\.h", header), f"{path} includes {header}"
+
+
+def test_torch_load_is_never_called():
+    for path in [*ROOT.glob("dph/**/*.py"), *ROOT.glob("dph_kernels/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr == "load" and isinstance(node.value, ast.Name):
+                assert node.value.id != "torch", f"{path.relative_to(ROOT)}:{node.lineno} calls torch.load"
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "complaint"),
+    [
+        ("dph_kernels/one/triton.py", "from dph_kernels.two import reference", "operators never import each other"),
+        ("dph_kernels/one/__init__.py", "from dph_kernels import two", "operators never import each other"),
+        ("dph_kernels/one/__init__.py", "from ..two import forward", "operators never import each other"),
+        ("dph_kernels/checks.py", "import dph.model", "knows nothing of models"),
+        ("dph/model.py", "def f():\n    import triton.language as tl", "dph never imports triton"),
+        ("dph/model.py", "from dph_kernels import _native", "dph never imports the native module"),
+        ("dph/model.py", "from dph_kernels.native import module", "dph never imports the native module"),
+        ("dph/trainer.py", "from dph import cli", "the command line stands on top"),
+        ("dph/tasks/glue.py", "from .. import cli", "the command line stands on top"),
+        ("dph/data.py", "from pickle import loads", "run code"),
+    ],
+)
+def test_the_rules_catch_what_they_forbid(tmp_path, path, line, complaint):
+    for file in (path, "dph_kernels/one/reference.py", "dph_kernels/two/reference.py"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("")
+    assert list(violations(tmp_path)) == []
+    (tmp_path / path).write_text(line)
+    assert any(complaint in found for found in violations(tmp_path))
+
+
+def test_the_rules_allow_what_they_should(tmp_path):
+    for file, line in {
+        "dph_kernels/one/__init__.py": "from dph_kernels import checks\nfrom dph_kernels.one import reference",
+        "dph_kernels/one/reference.py": "import torch",
+        "dph_kernels/one/triton.py": "import triton",
+        "dph_kernels/__init__.py": "from dph_kernels.one import one",
+        "dph/model.py": "from dph_kernels import one\nfrom dph.heads import RewardHead",
+        "dph/cli.py": "from dph.model import Model",
+        "dph/__main__.py": "from dph.cli import main",
+    }.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(line)
+    assert list(violations(tmp_path)) == []
