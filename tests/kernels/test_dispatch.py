@@ -1,0 +1,106 @@
+"""Which backend runs and why: `auto` says what it passed over, a backend asked for by name runs or raises."""
+
+import importlib
+import importlib.util
+
+import pytest
+import torch
+
+from dph_kernels import dispatch, native
+
+TABLE = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+
+
+@pytest.fixture
+def operator(monkeypatch):
+    """An operator "made_up" with every backend in the table; answers are not cached from one test to the next."""
+    monkeypatch.setitem(dispatch.AUTO, "made_up", TABLE)
+    for cached in (dispatch.choose, dispatch.missing):
+        cached.cache_clear()
+    yield "made_up"
+    for cached in (dispatch.choose, dispatch.missing):
+        cached.cache_clear()
+
+
+def lacking(monkeypatch, **reasons):
+    """Let the native module lack what ``reasons`` says, and have the rest."""
+    monkeypatch.setattr(native, "missing", reasons.get)
+
+
+def test_auto_takes_the_first_of_the_line(operator, monkeypatch):
+    lacking(monkeypatch)
+    assert dispatch.choose(operator, "cpu") == dispatch.Choice("cpu", "first choice")
+    assert dispatch.choose(operator, "cuda") == dispatch.Choice("cuda", "first choice")
+
+
+def test_auto_says_what_it_passed_over(operator, monkeypatch):
+    lacking(monkeypatch, cpu="no compiler", cuda="no nvcc")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert dispatch.choose(operator, "cpu") == dispatch.Choice("reference", "not cpu: no compiler")
+    reason = "not cuda: no nvcc; not triton: triton is not installed: pip install triton"
+    assert dispatch.choose(operator, "cuda") == dispatch.Choice("reference", reason)
+
+
+def test_auto_raises_where_nothing_runs(operator, monkeypatch):
+    lacking(monkeypatch, cpu="no compiler")
+    monkeypatch.setitem(dispatch.AUTO, operator, {"cpu": ("cpu",)})
+    with pytest.raises(RuntimeError, match=r"^made_up: no backend can run on cpu: not cpu: no compiler$"):
+        dispatch.choose(operator, "cpu")
+
+
+def test_a_named_backend_is_taken(operator, monkeypatch):
+    lacking(monkeypatch)
+    assert dispatch.choose(operator, "cpu", "reference") == dispatch.Choice("reference", "asked for by name")
+    assert dispatch.choose(operator, "cpu", "cpu").backend == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "reason"),
+    [
+        ("cpu", "cuda", "the cuda kernel works on CUDA tensors, and these are on cpu"),
+        ("cpu", "triton", "the triton kernel works on CUDA tensors, and these are on cpu"),
+        ("cuda", "cpu", "the C\\+\\+ kernel works on CPU tensors, and these are on cuda"),
+        ("cuda", "cuda", "no nvcc"),
+    ],
+)
+def test_a_named_backend_that_cannot_run_raises_with_the_reason(operator, device, backend, reason, monkeypatch):
+    lacking(monkeypatch, cuda="no nvcc")
+    with pytest.raises(RuntimeError, match=f"^made_up: backend '{backend}' cannot run: {reason}$"):
+        dispatch.choose(operator, device, backend)
+
+
+def test_a_backend_without_code_raises(operator, monkeypatch):
+    monkeypatch.setitem(dispatch.AUTO, operator, {"cpu": ("reference",)})
+    with pytest.raises(RuntimeError, match="made_up has no 'triton' backend, only reference"):
+        dispatch.choose(operator, "cpu", "triton")
+
+
+def test_an_unknown_backend_is_an_error(operator):
+    with pytest.raises(ValueError, match=r"^backend: expected 'auto' or one of .*reference.*, got 'fast'$"):
+        dispatch.choose(operator, "cpu", "fast")
+
+
+def test_an_unknown_device_is_an_error(operator):
+    with pytest.raises(ValueError, match="made_up: expected tensors on cpu or cuda, got meta"):
+        dispatch.choose(operator, "meta")
+
+
+@pytest.mark.parametrize("operator", dispatch.AUTO)
+def test_every_entry_of_the_table_has_its_code(operator):
+    """The module is there with a forward and a backward pass; laprop, which works in place, has no backward."""
+    for backend in dispatch.implemented(operator):
+        spec = importlib.util.find_spec(f"dph_kernels.{operator}.{dispatch.MODULES[backend]}")
+        assert spec is not None, f"{operator}: no file for {backend}"
+    reference = dispatch.implementation(operator, torch.device("cpu"), "reference")
+    assert callable(reference.forward)
+    assert operator == "laprop" or callable(reference.backward)
+
+
+@pytest.mark.parametrize("operator", dispatch.AUTO)
+def test_the_reference_runs_everywhere(operator):
+    for device, line in dispatch.AUTO[operator].items():
+        assert line[-1] == "reference"
+        assert dispatch.missing(operator, "reference", device) is None
