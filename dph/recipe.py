@@ -1,0 +1,299 @@
+"""Recipes: what one training stage does, as a typed and frozen configuration read from YAML.
+
+    base: sft                # a shipped recipe, or a file beside this one; one level only
+    data:
+      sources: [corpus.jsonl, {source: "task:glue/sst2", weight: 2}]
+    optimiser:
+      lr: 3e-5
+
+``load("sft", ["optimiser.lr=1e-4", "data.sources=[corpus.jsonl]"])`` reads a shipped recipe or a file and applies
+overrides, whose values are YAML. An unknown key or a value of the wrong type is a :class:`UserError` that names it.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dph import settings
+from dph.errors import UserError
+
+SHIPPED = Path(__file__).parent / "recipes"
+KINDS = {
+    "pretrain": "text",
+    "vocab": "conversation",
+    "sft": "conversation",
+    "align": "preference",
+    "head": "preference",
+}
+typed = dataclass(frozen=True, kw_only=True, slots=True)
+
+
+@typed
+class Start:
+    """The model that the stage starts from: ``path``, or fresh weights of ``config``'s sizes.
+
+    Attributes:
+        path: model directory or hub name; the own format or a released ``lsw_transformer`` one.
+        config: arguments of :class:`dph.ModelConfig` for fresh weights.
+        tokenizer: tokenizer directory or hub name; None takes the one in ``path``.
+        embeddings: model directory or hub name to take the token embedding from (the paper: facebook/opt-125m), fresh
+            weights only.
+    """
+
+    path: str | None = None
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    embeddings: str | None = None
+
+
+@typed
+class Source:
+    """One source of records; in YAML a bare text stands for its ``source``.
+
+    Attributes:
+        source: ``task:NAME`` (``dph.tasks``), ``hub:NAME[:CONFIG]``, a JSONL or text file, or a folder of such files.
+        split: which split of a task or hub data set.
+        directory: folder of tasks' local files, ``<task>/<split>.jsonl``, in place of the hub; None: the section's.
+        weight: share in the mixture, relative to the others' weights.
+        limit: use only the first records.
+        text_field: the field that holds plain text (stage pretrain).
+    """
+
+    source: str
+    split: str | None = None
+    directory: str | None = None
+    weight: float = 1.0
+    limit: int | None = None
+    text_field: str = "text"
+
+
+@typed
+class Data:
+    """What is read, and how it is cut.
+
+    Attributes:
+        sources: the mixture.
+        directory: folder of tasks' local files for all sources; None: the hub.
+        consecutive: samples of one source in a row before another is drawn (streams).
+        context: tokens S of a segment of a stream; for preference stages the longest answer with its prompt, and pairs
+            with a longer one are left out.
+        memory: tokens of Transformer-XL memory that a stream carries; 0 for none.
+        memory_kind: "kv", or "hidden" (recompute_kv of the released configuration).
+    """
+
+    sources: tuple[Source, ...] = ()
+    directory: str | None = None
+    consecutive: int = 5
+    context: int = 2048
+    memory: int = 2048
+    memory_kind: Literal["kv", "hidden"] = "kv"
+
+
+@typed
+class Optimiser:
+    """LaProp and its schedule.
+
+    Attributes:
+        lr: peak learning rate, reached at step ``warmup`` on a straight line.
+        final_lr: learning rate of the last step, reached on half a cosine.
+        warmup: steps of warm-up.
+        steps: updates in all.
+        betas: coefficients of momentum and second moment.
+        eps: added to the second moment's root.
+        weight_decay: pull towards zero, times the learning rate.
+        prior_decay: pull towards the stage's first weights, times the learning rate.
+        no_decay: a parameter whose name contains one of these words has neither decay.
+        clip: bound of the gradient's global norm.
+    """
+
+    lr: float = 3e-5
+    final_lr: float = 0.0
+    warmup: int = 200
+    steps: int = 6144
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    prior_decay: float = 0.0
+    no_decay: tuple[str, ...] = ("norm", "bias", "embedding")
+    clip: float = 1.0
+
+
+@typed
+class Batch:
+    """How much goes into one update.
+
+    Attributes:
+        size: sequences (streams) or pairs per update.
+        micro: of these, how many at a time; None for all. Changes memory use, not the result.
+    """
+
+    size: int = 128
+    micro: int | None = None
+
+
+@typed
+class Objective:
+    """The joint preference objective (stages align and head; SPEC 3).
+
+    Attributes:
+        beta: strength of cDPO's implicit reward.
+        dpo_epsilon: label smoothing of cDPO.
+        dph_epsilon: label smoothing of the reward's loss.
+        objective: the reward's loss.
+        dpo_weight: weight of cDPO; 0 switches it off, and then no reference model is kept. Stage head ignores it.
+        dph_weight: weight of the reward's loss.
+        heads: names of the reward heads that train.
+        pooler: pooler of heads that the model does not have yet; None keeps the model's.
+        dropout: the heads' dropout; None keeps the model's.
+    """
+
+    beta: float = 0.6
+    dpo_epsilon: float = 0.25
+    dph_epsilon: float = 0.1
+    objective: Literal["separable", "contrastive"] = "separable"
+    dpo_weight: float = 1.0
+    dph_weight: float = 1.0
+    heads: tuple[str, ...] = ("default",)
+    pooler: str | None = None
+    dropout: float | None = None
+
+
+@typed
+class Evaluation:
+    """Held-out records.
+
+    Attributes:
+        sources: where they come from; none: no evaluation.
+        directory: folder of tasks' local files for all sources; None: the hub.
+        every: steps between evaluations; 0 for only after the last step.
+    """
+
+    sources: tuple[Source, ...] = ()
+    directory: str | None = None
+    every: int = 0
+
+
+@typed
+class Output:
+    """The run directory.
+
+    Attributes:
+        directory: its place; the finished model lies in its ``model`` folder.
+        save_every: steps between checkpoints; 0 for only on SIGTERM.
+        keep: how many checkpoints stay.
+        log_every: steps between lines of ``metrics.jsonl``, which hold means over these steps.
+    """
+
+    directory: str = "runs/stage"
+    save_every: int = 500
+    keep: int = 2
+    log_every: int = 10
+
+
+@typed
+class Recipe:
+    """One stage of training.
+
+    Attributes:
+        stage: pretrain, vocab (embedding only), sft, align (all and head) or head (head only).
+        seed: of fresh weights, order of data and dropout.
+        precision: fp32, bf16 (with fp32 masters), or auto: bf16 on a GPU, fp32 on a CPU.
+        device: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
+    """
+
+    stage: Literal["pretrain", "vocab", "sft", "align", "head"]
+    model: Start = field(default_factory=Start)
+    data: Data = field(default_factory=Data)
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    batch: Batch = field(default_factory=Batch)
+    objective: Objective = field(default_factory=Objective)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    output: Output = field(default_factory=Output)
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Raise UserError where a value lies outside its range."""
+        for key, low, high in RANGES:
+            section, name = key.split(".")
+            value = getattr(getattr(self, section), name)
+            if value is not None and not low <= value < high:
+                raise UserError(f"{key}: expected {low} <= {name} < {high}, got {value}")
+        if self.optimiser.warmup > self.optimiser.steps:
+            raise UserError(
+                f"optimiser.warmup: expected at most steps {self.optimiser.steps}, got {self.optimiser.warmup}"
+            )
+        if self.batch.micro and self.batch.size % self.batch.micro:
+            raise UserError(f"batch.micro: expected a divisor of batch.size {self.batch.size}, got {self.batch.micro}")
+
+    @property
+    def kind(self) -> str:
+        """What the stage's records are: text, conversation or preference."""
+        return KINDS[self.stage]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionaries and lists, as in JSON; ``from_dict`` reads them."""
+        return settings.plain(dataclasses.asdict(self))
+
+
+INFINITE = float("inf")
+RANGES = (
+    ("data.consecutive", 1, INFINITE),
+    ("data.context", 1, INFINITE),
+    ("data.memory", 0, INFINITE),
+    ("optimiser.lr", 0, INFINITE),
+    ("optimiser.final_lr", 0, INFINITE),
+    ("optimiser.warmup", 0, INFINITE),
+    ("optimiser.steps", 1, INFINITE),
+    ("optimiser.eps", 0, INFINITE),
+    ("optimiser.weight_decay", 0, INFINITE),
+    ("optimiser.prior_decay", 0, INFINITE),
+    ("optimiser.clip", 1e-12, INFINITE),
+    ("batch.size", 1, INFINITE),
+    ("batch.micro", 1, INFINITE),
+    ("objective.beta", 0, INFINITE),
+    ("objective.dpo_epsilon", 0, 0.5),
+    ("objective.dph_epsilon", 0, 0.5),
+    ("objective.dpo_weight", 0, INFINITE),
+    ("objective.dph_weight", 0, INFINITE),
+    ("objective.dropout", 0, 1),
+    ("evaluation.every", 0, INFINITE),
+    ("output.save_every", 0, INFINITE),
+    ("output.keep", 1, INFINITE),
+    ("output.log_every", 1, INFINITE),
+)
+
+
+def load(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read the recipe ``name`` (a file, or a shipped one's name) and apply ``key.sub=value`` overrides."""
+    path = _find(str(name), Path())
+    values = settings.read(path)
+    base = values.pop("base", None)
+    if base is not None:
+        parent = settings.read(_find(str(base), path.parent))
+        if "base" in parent:
+            raise UserError(f"{path}: expected a base without a base of its own, got {base!r}")
+        values = settings.merge(parent, values)
+    for override in overrides:
+        settings.override(values, override)
+    return from_dict(values)
+
+
+def from_dict(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain dictionaries and lists."""
+    return settings.build(Recipe, values)
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def _find(name: str, beside: Path) -> Path:
+    for path in (beside / name, SHIPPED / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    raise UserError(f"recipe: expected a file or one of {', '.join(shipped())}, got {name!r}")
