@@ -101,7 +101,7 @@ def linear_logprob(
 
     Raises:
         ValueError: a wrong shape, dtype or device; on the CPU also a target outside [0, V). On a GPU that test would
-            wait for the device, so it is left to the kernel, which never reads outside `weight`.
+            wait for the device; there the reference stops with PyTorch's device-side assertion.
     """
     checks.shape("hidden", hidden, "R", "C")
     checks.dtype("hidden", hidden, checks.FLOATS)
