@@ -1,0 +1,270 @@
+"""The run directory of one training stage.
+
+    config.json                   what was asked for
+    metrics.jsonl                 one object per logged step
+    tensorboard/                  the same, for TensorBoard
+    start/                        weights that training does not change and a resume needs (frozen, reference)
+    checkpoints/step-00000200/    weights, optimiser, data, memories, generators; written whole or not at all
+    model/                        the finished model and its tokenizer
+
+Tensors are safetensors, the rest is JSON; nothing is pickled.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import random
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dph.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+TIMES = ("seconds", "tokens_per_second")  # keys of metrics.jsonl that differ between equal runs
+FREE = ("output", "evaluation")  # sections of the configuration that a resumed run may change
+
+
+class Run:
+    """A run directory, new or resumed.
+
+    Attributes:
+        directory: its place.
+        checkpoint: the newest complete checkpoint, or None where the run begins.
+
+    Raises UserError where the directory holds a run and ``resume`` is off, or was made by another configuration.
+    """
+
+    def __init__(
+        self, directory: str | Path, config: Mapping[str, Any], *, resume: bool = False, keep: int = 2
+    ) -> None:
+        self.directory, self.keep = Path(directory), keep
+        self.checkpoint: Checkpoint | None = None
+        config = json.loads(json.dumps(config))
+        _remove_leavings(self.directory, self.directory / "checkpoints")
+        if (self.directory / "config.json").exists():
+            if not resume:
+                raise UserError(f"{directory}: holds a run already; resume it or give another directory")
+            self._check_same(config)
+            self.checkpoint = newest(self.directory / "checkpoints")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _write_file(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
+        self._metrics, self._board = self._open_metrics(), None
+
+    @property
+    def step(self) -> int:
+        """Steps that are done: the checkpoint's, or 0."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+    def _check_same(self, config: dict) -> None:
+        before = json.loads((self.directory / "config.json").read_text())
+        for key in sorted(before.keys() | config.keys()):
+            if key not in FREE and before.get(key) != config.get(key):
+                raise UserError(
+                    f"{key}: expected what the run in {self.directory} began with, {before.get(key)}, "
+                    f"got {config.get(key)}; a resumed run must not differ"
+                )
+
+    def _open_metrics(self) -> Any:
+        """Drop the lines after the checkpoint's step, and a line that was cut off, then append."""
+        path = self.directory / "metrics.jsonl"
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                if json.loads(line)["step"] <= self.step:
+                    kept.append(line + "\n")
+        _write_file(path, "".join(kept))
+        return path.open("a")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, and the same for TensorBoard; NaN (a part that is off) is left out."""
+        values = {key: float(value) for key, value in values.items() if math.isfinite(value)}
+        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._metrics.flush()
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.step + 1)
+        for key, value in values.items():
+            self._board.add_scalar(key, value, step)
+
+    def save(self, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+        """Write checkpoint ``step``: a safetensors file each part, and ``state`` as JSON; then drop the oldest ones."""
+        os.fsync(self._metrics.fileno())
+        folder = self.directory / "checkpoints"
+        path = folder / f"step-{step:08d}"
+        _write_checkpoint(path, step, parts, state)
+        for old in _steps(folder)[: -self.keep]:
+            shutil.rmtree(old)
+        return path
+
+    def save_start(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the weights that training does not change, once."""
+        _write_checkpoint(self.directory / "start", 0, {"start": tensors}, {})
+
+    def load_start(self) -> dict[str, Tensor]:
+        """What ``save_start`` wrote. UserError where it is damaged."""
+        if reason := damage(self.directory / "start"):
+            raise UserError(f"{self.directory / 'start'}: {reason}; the run cannot go on without it")
+        return load_file(self.directory / "start" / "start.safetensors")
+
+    def save_model(self, model: Any, tokenizer: Any) -> Path:
+        """Write the finished model, in the format of ``save_pretrained``, and its tokenizer if there is one."""
+        with atomic_directory(self.directory / "model") as folder:
+            model.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        return self.directory / "model"
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    step: int
+    path: Path
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """The tensors of one part, on the CPU."""
+        return load_file(self.path / f"{part}.safetensors")
+
+    def state(self) -> dict[str, Any]:
+        """What was saved as JSON."""
+        return json.loads((self.path / "state.json").read_text())
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest complete checkpoint in ``folder``; a warning names each newer one that had to be passed over."""
+    for path in reversed(_steps(folder)):
+        reason = damage(path)
+        if reason is None:
+            return Checkpoint(int(path.name.removeprefix("step-")), path)
+        log.warning("%s is not complete (%s): passed over", path, reason)
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """Why the checkpoint at ``path`` is not complete, or None: every file has the size and hash of the manifest."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return f"no readable {MANIFEST}"
+    for name, entry in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["size"] or _sha256(file) != entry["sha256"]:
+            return f"{name} is damaged"
+    return None
+
+
+def _steps(folder: Path) -> list[Path]:
+    found = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _write_checkpoint(path: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping) -> None:
+    with atomic_directory(path) as folder:
+        for name, tensors in parts.items():
+            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / f"{name}.safetensors")
+        (folder / "state.json").write_text(json.dumps(state))
+        files = {f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(folder.iterdir())}
+        (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2))
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory that becomes ``path`` when the block ends well: on disk whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for entry in [*temporary.rglob("*"), temporary]:
+            _sync(entry)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    temporary.rename(path)
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_leavings(*folders: Path) -> None:
+    """Delete what a killed process left half written; a directory that it was about to replace goes back."""
+    for folder in folders:
+        for leaving in [*folder.glob(".*.partial"), *folder.glob(".*.old")]:
+            place = leaving.with_name(leaving.name[1:].rsplit(".", 1)[0])
+            if leaving.suffix == ".old" and not place.exists():
+                leaving.rename(place)
+            else:
+                shutil.rmtree(leaving)
+
+
+def _write_file(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.partial")
+    temporary.write_text(text)
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Force a file's, or a directory's, contents to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The states of all random number generators (PyTorch on all devices, Python, NumPy), as tensors and JSON."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    name, keys, *rest = np.random.get_state()
+    tensors["numpy"] = torch.from_numpy(keys.astype(np.int64))
+    return tensors, {"python": random.getstate(), "numpy": [name, *rest]}
+
+
+def set_generators(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Take up what :func:`generators` gave; devices that are not here are left out."""
+    torch.set_rng_state(tensors["cpu"])
+    for i in range(torch.cuda.device_count()):
+        if f"cuda:{i}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda:{i}"], i)
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, *rest = state["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), *rest))

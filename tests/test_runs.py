@@ -1,0 +1,153 @@
+"""The run directory: written whole or not at all, read back exactly, continued without a seam."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from dph import runs
+from dph.errors import UserError
+
+CONFIG = {"stage": "sft", "optimiser": {"lr": 1e-4}, "output": {"keep": 2}}
+
+
+def tensors(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {"a": torch.randn(3, 5, generator=generator), "b": torch.randn(4, generator=generator).bfloat16()}
+
+
+def lines(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_checkpoint_comes_back_bit_for_bit(tmp_path):
+    run = runs.Run(tmp_path / "run", CONFIG)
+    state = {"position": 7, "mean": 0.1 + 0.2, "none": None}
+    run.save(12, {"weights": tensors(), "memory": {}}, state)
+    found = runs.Run(tmp_path / "run", CONFIG, resume=True).checkpoint
+    assert found.step == 12
+    assert found.state() == state
+    assert found.tensors("memory") == {}
+    for key, value in tensors().items():
+        assert torch.equal(found.tensors("weights")[key], value)
+        assert found.tensors("weights")[key].dtype == value.dtype
+
+
+def test_transposed_and_expanded_tensors(tmp_path):
+    run = runs.Run(tmp_path / "run", CONFIG)
+    values = {"t": torch.arange(6.0).view(2, 3).t(), "e": torch.ones(1).expand(4), "z": torch.zeros(0, 3)}
+    run.save(1, {"weights": values}, {})
+    found = runs.newest(tmp_path / "run" / "checkpoints").tensors("weights")
+    assert all(torch.equal(found[k], v) for k, v in values.items())
+
+
+def test_keeps_the_newest(tmp_path):
+    run = runs.Run(tmp_path / "run", CONFIG, keep=2)
+    for step in (5, 99_999_999, 100_000_000):
+        run.save(step, {}, {})
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-100000000", "step-99999999"]
+    assert runs.Run(tmp_path / "run", CONFIG, resume=True).step == 100_000_000
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "missing", "no manifest", "half a manifest"])
+def test_incomplete_checkpoint_is_passed_over(tmp_path, harm, caplog):
+    run = runs.Run(tmp_path / "run", CONFIG)
+    run.save(10, {"weights": tensors()}, {})
+    path = run.save(20, {"weights": tensors(1)}, {})
+    file = path / "weights.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    if harm == "truncate":
+        file.write_bytes(data[:-1])
+    elif harm == "flip":
+        file.write_bytes(data)
+    elif harm == "missing":
+        file.unlink()
+    elif harm == "no manifest":
+        (path / "manifest.json").unlink()
+    else:
+        (path / "manifest.json").write_text('{"step": 20, "fil')
+    assert runs.Run(tmp_path / "run", CONFIG, resume=True).step == 10
+    assert "step-00000020 is not complete" in caplog.text
+
+
+def test_a_failed_write_leaves_the_old_one(tmp_path):
+    run = runs.Run(tmp_path / "run", CONFIG)
+    run.save(10, {"weights": tensors()}, {"try": 1})
+    with pytest.raises(TypeError):
+        run.save(10, {"weights": tensors(1)}, {"try": object()})
+    assert runs.newest(tmp_path / "run" / "checkpoints").state() == {"try": 1}
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000010"]
+
+
+def test_leavings_of_a_killed_process(tmp_path):
+    run = runs.Run(tmp_path / "run", CONFIG)
+    path = run.save(10, {"weights": tensors()}, {})
+    path.rename(path.with_name(".step-00000010.old"))  # killed between the two renames
+    (path.with_name(".step-00000010.partial")).mkdir()
+    assert runs.Run(tmp_path / "run", CONFIG, resume=True).step == 10
+    assert [p.name for p in path.parent.iterdir()] == ["step-00000010"]
+
+
+def test_metrics_go_on_from_the_checkpoint(tmp_path):
+    run = runs.Run(tmp_path / "run", CONFIG)
+    for step in range(1, 6):
+        run.log(step, {"loss": 1 / step, "off": float("nan")})
+        if step == 3:
+            run.save(3, {}, {})
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    again = runs.Run(tmp_path / "run", CONFIG, resume=True)
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+    again.log(4, {"loss": 0.25})
+    again.close()
+    assert lines(tmp_path / "run")[-2:] == [{"step": 3, "loss": 1 / 3}, {"step": 4, "loss": 0.25}]
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+def test_tensorboard_holds_the_metrics(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = runs.Run(tmp_path / "run", CONFIG)
+    run.log(1, {"loss": 0.5})
+    run.log(2, {"loss": 0.25})
+    run.close()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+
+
+def test_a_directory_is_not_taken_twice(tmp_path):
+    runs.Run(tmp_path / "run", CONFIG)
+    with pytest.raises(UserError, match="holds a run already"):
+        runs.Run(tmp_path / "run", CONFIG)
+    with pytest.raises(UserError, match=r"optimiser: expected what the run .* began with"):
+        runs.Run(tmp_path / "run", {**CONFIG, "optimiser": {"lr": 2e-4}}, resume=True)
+    runs.Run(tmp_path / "run", {**CONFIG, "output": {"keep": 9}}, resume=True)
+
+
+def test_resume_without_a_run_begins_one(tmp_path):
+    run = runs.Run(tmp_path / "run", CONFIG, resume=True)
+    assert (run.checkpoint, run.step) == (None, 0)
+
+
+def test_start_weights(tmp_path):
+    run = runs.Run(tmp_path / "run", CONFIG)
+    run.save_start(tensors())
+    assert torch.equal(run.load_start()["a"], tensors()["a"])
+    (tmp_path / "run" / "start" / "start.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"start\.safetensors is damaged"):
+        run.load_start()
+
+
+def test_generators_come_back():
+    random.seed(1)
+    random.gauss(0, 1)  # leaves half a pair behind
+    saved = runs.generators()
+    saved = saved[0], json.loads(json.dumps(saved[1]))
+    draw = lambda: (torch.rand(3).tolist(), random.gauss(0, 1), np.random.rand(), np.random.randn())  # noqa: E731
+    first = draw()
+    draw()
+    runs.set_generators(*saved)
+    assert draw() == first
