@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+RELEASED = "lsw_transformer"
+"""Model type of the released directories."""
+
 # Official name -> own name, the whole correspondence; {} stands for a block number, a head's name or a pooler's place.
 RENAMED = {
     "model.input_embedding.embedding.weight": "backbone.embedding.weight",
@@ -110,7 +113,7 @@ def config_to_official(config: Any) -> dict[str, Any]:
     """A released model's ``config.json`` from a :class:`dph.ModelConfig`."""
     renamed = {official: getattr(config, own) for official, own in RENAMED_CONFIG.items()}
     extra = {
-        "model_type": "lsw_transformer",
+        "model_type": RELEASED,
         "architectures": ["LSWTForDPH"],
         "im_end_token_id": config.im_end_token_id,
     }
@@ -118,15 +121,22 @@ def config_to_official(config: Any) -> dict[str, Any]:
 
 
 def init_embeddings(model: nn.Module, source: str | Path = "facebook/opt-125m") -> None:
-    """Copy the token embedding of a transformers model (on disk or hub) into ``model``.
+    """Copy the token embedding of a transformers language model (on disk or hub, safetensors only) into ``model``.
 
-    The paper starts from OPT-125m. OPT's table has free rows behind its vocabulary, where the two chat tokens go: their rows come along as they are.
-    Raises ValueError where the widths differ or the source has fewer rows.
+    The paper starts from OPT-125m. OPT's table has free rows behind its vocabulary, where the two chat tokens go: their
+    rows come along as they are.
+
+    Raises ValueError where the widths differ, the source has fewer rows, or its weights hold no embedding.
     """
-    from transformers import AutoModel
+    from transformers import AutoModelForCausalLM
 
-    table = AutoModel.from_pretrained(source).get_input_embeddings().weight.detach()
-    own = model.get_input_embeddings().weight
+    loaded, info = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+    embedding = loaded.get_input_embeddings()
+    # A table that the file lacks is drawn at random by transformers, with no more than a warning.
+    names = {name for name, module in loaded.named_modules() if module is embedding}
+    if lacking := [m for m in info["missing_keys"] if m.rpartition(".")[0] in names]:
+        raise ValueError(f"{source}: expected weights with a token embedding, got none for {lacking[0]}")
+    table, own = embedding.weight.detach(), model.get_input_embeddings().weight
     if table.shape[1] != own.shape[1] or table.shape[0] < own.shape[0]:
         raise ValueError(f"{source}: expected an embedding of at least {list(own.shape)}, got {list(table.shape)}")
     with torch.no_grad():

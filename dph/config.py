@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from dph.checkpoint import RELEASED, config_from_official
 from dph_kernels import Rotary
 
 POOLERS = ("identity", "bert", "t5", "swiglu_bert", "swiglu_t5")
@@ -96,6 +97,12 @@ class ModelConfig(PretrainedConfig):
         if not tied:
             raise ValueError("tie_word_embeddings: expected True (the head is the transposed embedding), got False")
 
+    @classmethod
+    def get_config_dict(cls, path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The fields that ``path`` holds, in own names where it is a released ``lsw_transformer`` directory."""
+        fields, rest = super().get_config_dict(path, **kwargs)
+        return _own_fields(fields), rest
+
     @property
     def head_dim(self) -> int:
         """D, the width of one attention head."""
@@ -105,3 +112,19 @@ class ModelConfig(PretrainedConfig):
     def rope(self) -> Rotary:
         """The rotary embedding of every block."""
         return Rotary(self.rope_base, self.rope_reversed)
+
+
+class ReleasedConfig(ModelConfig):
+    """The name under which transformers finds released configurations: it reads them as a :class:`ModelConfig`."""
+
+    model_type = RELEASED
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A :class:`ModelConfig` (and the unused arguments, if asked for)."""
+        return ModelConfig.from_dict(_own_fields(config_dict), **kwargs)
+
+
+def _own_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    released = fields.get("model_type") == RELEASED
+    return {**config_from_official(fields), "model_type": ModelConfig.model_type} if released else fields

@@ -42,6 +42,7 @@ class Memory(Cache):
         self.columns = 0  # columns of input that have passed, padding included
         self._rings: list[tuple[Tensor, ...]] = []  # per layer: (keys, values) or (inputs,), each [B, M, ...]
         self._pending: dict[int, tuple[Tensor, ...]] = {}  # per layer: rows of the last call, not yet written
+        self._kept: dict[int, tuple[Tensor, ...]] = {}  # per layer: rows of the call under way, dropped if it fails
         self._counts: list[int] = []  # tokens of each stream in the last call
 
     # What the model calls, in this order
@@ -49,6 +50,7 @@ class Memory(Cache):
     def begin(self, counts: list[int]) -> PackedLayout:
         """Write what the last call left, and describe a call with ``counts`` [B] new tokens per stream."""
         self.commit()
+        self._kept = {}
         if self.seen and len(counts) != len(self.seen):
             raise ValueError(f"past_key_values: expected a batch of {len(self.seen)} streams, got {len(counts)}")
         self.seen = self.seen or [0] * len(counts)
@@ -62,7 +64,8 @@ class Memory(Cache):
         """Rows [B * M, ...] of a layer's keys and values; zeros of the shape of ``like`` [*, H, D] at first."""
         if layer == len(self._rings):
             size = (len(self.seen), self.length, *like.shape[1:])
-            self._rings.append(tuple(like.new_zeros(size) for _ in range(2 if self.kind == "kv" else 1)))
+            with torch.inference_mode(False):  # what is read in inference mode may be written in training
+                self._rings.append(tuple(like.new_zeros(size) for _ in range(2 if self.kind == "kv" else 1)))
         return tuple(ring.flatten(0, 1) for ring in self._rings[layer])
 
     def recall(self, layer: int, inputs: Tensor, counts: list[int]) -> Tensor:
@@ -73,21 +76,21 @@ class Memory(Cache):
             first = max(self.seen[b] - self.length, 0)
             slots = b * self.length + torch.arange(first, self.seen[b], device=rows.device) % self.length
             parts += [rows[slots], own]
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else inputs
 
     def keep(self, layer: int, *rows: Tensor) -> None:
         """Hold the call's rows [T, ...] of a layer until they are written; their gradient ends here."""
-        self._pending[layer] = tuple(r.detach() for r in rows)
+        self._kept[layer] = tuple(r.detach() for r in rows)
 
     def end(self, counts: list[int], columns: int) -> None:
         """Count the call's tokens; ``columns`` is the width of its input, padding included."""
-        self._counts = counts
+        self._pending, self._kept, self._counts = self._kept, {}, counts
         self.seen = [s + c for s, c in zip(self.seen, counts, strict=True)]
         self.columns += columns
 
     def commit(self) -> None:
         """Write the last call's rows into the rings."""
-        if not self._pending:
+        if not self._pending or not self.seen:
             return
         rows, slots, start = [], [], 0
         for b, (count, seen) in enumerate(zip(self._counts, self.seen, strict=True)):
@@ -150,15 +153,20 @@ class Memory(Cache):
     @property
     def is_croppable(self) -> bool:
         """Whether the newest tokens can be taken back: not once old ones have been overwritten."""
-        return self.kind == "kv" and all(n <= self.length for n in self.seen)
+        return all(n <= self.length for n in self.seen)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens of every stream; raises ValueError once the ring has turned."""
+        """Forget the newest tokens of every stream: ``-n`` for n tokens, which is transformers' convention.
+
+        Raises ValueError for a positive number, and once the ring has turned: what it overwrote is gone.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove: expected minus the number of tokens, got {tokens_to_remove}")
         self.commit()
         if tokens_to_remove and not self.is_croppable:
             raise ValueError(f"crop: expected streams of at most {self.length} tokens, got {max(self.seen)}")
-        self.seen = [max(n - tokens_to_remove, 0) for n in self.seen]
-        self.columns = max(self.columns - tokens_to_remove, 0)
+        self.seen = [max(n + tokens_to_remove, 0) for n in self.seen]
+        self.columns = max(self.columns + tokens_to_remove, 0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the streams ``indices`` [B'], in that order."""

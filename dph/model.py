@@ -14,7 +14,7 @@ their layout.
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,18 +22,21 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
 from dph import chat, checkpoint
-from dph.config import ModelConfig
+from dph.config import ModelConfig, ReleasedConfig
 from dph.heads import RewardHead
 from dph.memory import Memory
 from dph.packing import PackedBatch, pack
 from dph_kernels import PackedLayout, linear_logprob, rope_attention
 
 log = logging.getLogger(__name__)
+
+# Where a hub model is fetched from; they go along with every file of it.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class Attention(nn.Module):
@@ -220,23 +223,27 @@ class Model(PreTrainedModel, GenerationMixin):
         checkpoint lacks starts afresh: a warning says so, and it raises when it is asked to score.
         """
         loading_info = kwargs.pop("output_loading_info", False)
-        config, _ = ModelConfig.get_config_dict(path)
-        if config.get("model_type") == "lsw_transformer":
-            fields = {k: kwargs.pop(k) for k in checkpoint.config_from_official(config) if k in kwargs}
-            kwargs["config"] = ModelConfig(**(checkpoint.config_from_official(config) | fields))
-            kwargs["state_dict"] = checkpoint.from_official(load_file(cached_file(path, "model.safetensors")))
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        name, fields = str(path), PretrainedConfig.get_config_dict(path, **hub)[0]
+        if fields.get("model_type") == checkpoint.RELEASED:
+            kwargs = _with_config(path, kwargs)
+            kwargs["state_dict"] = checkpoint.from_official(load_file(cached_file(path, "model.safetensors", **hub)))
             path = None
         kwargs.setdefault("use_safetensors", True)
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        model.untrained_heads = {
-            name for key, names in model._head_groups() for name in names
-            if any(m.startswith(f"heads.{key}.") for m in info["missing_keys"])
-        }  # fmt: skip
+        model.name_or_path = model.config.name_or_path = name
+        model.untrained_heads = set(model._heads_without_weights(info["missing_keys"]))
         if model.untrained_heads:
             log.warning(
                 "no weights for reward heads %s: they start untrained", ", ".join(sorted(model.untrained_heads))
             )
         return (model, info) if loading_info else model
+
+    def _heads_without_weights(self, missing: set[str]) -> Iterator[str]:
+        """Names of the heads whose vector or pooler is among the ``missing`` weights."""
+        for key, names in self._head_groups():
+            no_pooler = any(weight.startswith(f"heads.{key}.pooler.") for weight in missing)
+            yield from (name for name in names if no_pooler or f"heads.{key}.reward.{name}.weight" in missing)
 
     def save_official(self, directory: str | os.PathLike) -> None:
         """Write a released-layout (``lsw_transformer``) directory: config.json and model.safetensors."""
@@ -283,6 +290,8 @@ class Model(PreTrainedModel, GenerationMixin):
         """
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids: expected shape [B, S], got {list(input_ids.shape)}")
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(f"labels: expected shape {list(input_ids.shape)}, got {list(labels.shape)}")
         if past_key_values is not None and not isinstance(past_key_values, Memory):
             raise ValueError(f"past_key_values: expected dph.Memory, got {type(past_key_values).__name__}")
         if past_key_values is None and use_cache:
@@ -325,7 +334,7 @@ class Model(PreTrainedModel, GenerationMixin):
     def _spread(rows: Tensor, mask: Tensor | None, shape: torch.Size) -> Tensor:
         """Rows [T, X] back to their places [B, S, X], zeros in the padding."""
         if mask is None:
-            return rows.view(*shape, -1)
+            return rows.view(*shape, rows.shape[1])
         return rows.new_zeros(*shape, rows.shape[1]).masked_scatter(mask[..., None], rows)
 
     def _loss(self, grid: Tensor, labels: Tensor, divisor: int | Tensor | None) -> Tensor:
@@ -338,9 +347,25 @@ class Model(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Plain ``generate()`` gets a memory that forgets nothing; one that the user passes stays."""
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        """Plain ``generate()`` gets a memory that forgets nothing; one that the user passes branches as its rows do."""
+        memory = model_kwargs.get("past_key_values")
+        if isinstance(memory, Memory):
+            memory._is_user_defined = True  # transformers' mark for a cache that outlives the call
+            memory.batch_repeat_interleave(max(generation_config.num_beams, generation_config.num_return_sequences))
+        elif memory is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = Memory(length=generation_config.max_length)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers' own, but a memory that has seen all of ``input_ids`` is an error, not a wrong slice."""
+        if next_sequence_length is not None and next_sequence_length < 1:
+            seen = input_ids.shape[1] - next_sequence_length
+            raise ValueError(
+                f"input_ids: expected the {seen} tokens that the memory has seen and at least one more (or new tokens "
+                f"alone, with an attention_mask over all), got {input_ids.shape[1]}"
+            )
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
 
     # Streams and packed answers
 
@@ -378,7 +403,9 @@ class Model(PreTrainedModel, GenerationMixin):
         trained = batch.trained.to(logprobs.dtype)
         scored = batch.scored.to(logprobs.dtype)
         total = zeros.index_add(0, batch.answers, logprobs * trained)
-        mean = zeros.index_add(0, batch.answers, logprobs * scored) / zeros.index_add(0, batch.answers, scored)
+        counts = zeros.index_add(0, batch.answers, scored)
+        mean = zeros.index_add(0, batch.answers, logprobs * scored) / counts.clamp(min=1)
+        mean = mean.masked_fill(counts == 0, float("nan"))  # after the division: 0/0 would put NaN in every gradient
         return PackedOutput(total, mean, self._packed_rewards(hidden, batch, dropout_seed, answer_ids))
 
     def _packed_rewards(
@@ -413,6 +440,11 @@ class Model(PreTrainedModel, GenerationMixin):
         hidden, mask = self._dense_hidden(input_ids, attention_mask)
         grid = self._spread(hidden, mask, input_ids.shape)
         positions = self._last_positions(input_ids, mask) if reward_positions is None else reward_positions
+        if positions.shape != input_ids.shape[:1] or bool(((positions < 0) | (positions >= input_ids.shape[1])).any()):
+            raise ValueError(
+                f"reward_positions: expected {len(input_ids)} columns in [0, {input_ids.shape[1]}), "
+                f"got {positions.tolist()}"
+            )
         if mask is not None and not bool(mask.gather(1, positions[:, None]).all()):
             raise ValueError("reward_positions: expected tokens that are not padding")
         return self._judge(grid[torch.arange(len(grid), device=grid.device), positions])
@@ -463,6 +495,17 @@ class Model(PreTrainedModel, GenerationMixin):
             self.train(was_training)
 
 
+def _with_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` with those that are fields of the configuration taken up in ``config``."""
+    if isinstance(kwargs.get("config"), PretrainedConfig):
+        return kwargs
+    source = kwargs.get("config") or path
+    apart = ("config", "dtype")  # the latter is the weights', not a field
+    fields = {name: value for name, value in kwargs.items() if name not in apart}
+    config, rest = ModelConfig.from_pretrained(source, return_unused_kwargs=True, **fields)
+    return {name: kwargs[name] for name in apart if name in kwargs} | rest | {"config": config}
+
+
 def _batches(encoded: Sequence[chat.Encoded], max_tokens: int) -> list[list[list[chat.Encoded]]]:
     """One-answer documents in order, at most ``max_tokens`` a batch (a longer one goes alone)."""
     batches: list[list[list[chat.Encoded]]] = []
@@ -476,5 +519,6 @@ def _batches(encoded: Sequence[chat.Encoded], max_tokens: int) -> list[list[list
     return batches
 
 
-AutoConfig.register(ModelConfig.model_type, ModelConfig)
+for _config in (ModelConfig, ReleasedConfig):
+    AutoConfig.register(_config.model_type, _config)
 AutoModelForCausalLM.register(ModelConfig, Model)
