@@ -201,7 +201,8 @@ def test_every_epoch_is_a_permutation_of_its_own(n, seed):
     assert [order.at(i).text for i in range(3 * n)] == [text for epoch in epochs for text in epoch]
     if n > 12:
         assert len({tuple(epoch) for epoch in epochs}) == 3
-        assert epochs[0] != [next(Shuffled(texts(n), seed + 1)).text for _ in range(n)]
+        other = Shuffled(texts(n), seed + 1)
+        assert epochs[0] != [next(other).text for _ in range(n)]
 
 
 def sources(seed=0):
@@ -302,12 +303,13 @@ def test_streams_hold_every_record_once_from_end_to_end(n, batch, length):
 def test_a_stream_takes_whole_runs():
     talks = {name: [Conversation(conversation(name, "x" * 3)) for _ in range(9)] for name in "abc"}
     order = Interleaved([Shuffled(records, 0) for records in talks.values()], seed=3, run=5)
-    length = 5 * len(encode(talks["a"][0]))  # a segment holds one run exactly
-    for tokens, _ in (next(streams) for streams in [Streams(order, encode, 2, length, 1)] for _ in range(6)):
-        for row in tokens:
-            asked = small_tokenizer().decode(row.tolist()).split("user\n")[1:]
-            assert len(asked) == 5
-            assert len({text[0] for text in asked}) == 1
+    length = 3 * len(encode(talks["a"][0]))  # a segment holds three records, so runs are cut across segments
+    streams = Streams(order, encode, 2, length, pad_token=1)
+    for row in torch.cat([next(streams)[0] for _ in range(20)], 1):
+        asked = [text[0] for text in small_tokenizer().decode(row.tolist()).split("user\n")[1:]]
+        runs = [asked[i : i + 5] for i in range(0, 60, 5)]
+        assert all(len(run) == 5 and len(set(run)) == 1 for run in runs)
+        assert len({run[0] for run in runs}) == 3
 
 
 @settings(deadline=None, max_examples=40)
