@@ -81,9 +81,10 @@ class Interval:
     low: float
     high: float
 
-    def __str__(self) -> str:
-        """As in a table."""
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+    @property
+    def range(self) -> str:
+        """The interval, as in a table."""
+        return f"{self.low:.3f} to {self.high:.3f}"
 
 
 def bootstrap(

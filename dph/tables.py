@@ -11,8 +11,8 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         ---------------  -  --------
         log-probability  8     0.500
 
-    Floats get three decimals, None becomes "-", a line break in a text "\\n". A column of numbers is aligned to the
-    right. Raises ValueError where a row is not as wide as the headers.
+    Floats get three decimals, None becomes "-", characters that a terminal cannot print are escaped ("\\n"). A column of
+    numbers is aligned to the right. Raises ValueError where a row is not as wide as the headers.
     """
     rows = [list(row) for row in rows]
     for row in rows:
@@ -39,4 +39,9 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.3f}"
-    return str(value).replace("\r", "").replace("\n", "\\n")
+    return printable(str(value))
+
+
+def printable(text: str, keep: str = "") -> str:
+    """``text`` with characters escaped that a terminal would obey rather than print, but for those in ``keep``."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,308 @@
+"""The ``dph`` command: arguments and errors. What the commands do is in ``dph.commands``, imported when one runs.
+
+Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted. An error is one line on stderr; ``--debug`` adds the
+traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from dph.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows an example in its help, and raises UserError where the standard one exits."""
+
+    def __init__(self, *args: Any, example: str | None = None, **kwargs: Any) -> None:
+        if example is not None:
+            title = "examples" if "\n" in example else "example"
+            kwargs["epilog"] = f"{title}:\n  " + example.replace("\n", "\n  ")
+        kwargs["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand.
+
+    Attributes:
+        help: one line.
+        example: one or several command lines.
+        arguments: adds its own to a parser; called only for the subcommand that was asked for.
+        module: holds a function of the subcommand's name that runs it (the quickstart's is ``run``).
+    """
+
+    help: str
+    example: str
+    arguments: Callable[[Parser], None]
+    module: str
+
+
+def _quickstart(parser: Parser) -> None:
+    importlib.import_module("dph.quickstart").add_arguments(parser)
+
+
+def _train(parser: Parser) -> None:
+    parser.add_argument("recipe", help="a YAML file, or a shipped recipe's name")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the recipe's")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
+    parser.add_argument("--output", metavar="DIR", help="run directory, in place of the recipe's")
+
+
+def _evaluate(parser: Parser) -> None:
+    _add_model(parser)
+    parser.add_argument("--task", required=True, nargs="+", metavar="TASK", help="such as glue/sst2")
+    parser.add_argument("--directory", metavar="DIR", help="read DIR/<task>/<split>.jsonl in place of the hub")
+    parser.add_argument("--split", help="which split (default: the one that the paper reports)")
+    parser.add_argument("--limit", type=_count, metavar="N", help="only the first N records")
+    _add_judging(parser)
+    _add_json(parser)
+
+
+def _generate(parser: Parser) -> None:
+    _add_model(parser)
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", metavar="TEXT", help="what the user says")
+    asked.add_argument(
+        "--file", metavar="PROMPTS.jsonl", help="one object a line: prompt (text or messages) or messages"
+    )
+    _add_sampling(parser)
+    _add_json(parser)
+
+
+def _chat(parser: Parser) -> None:
+    _add_model(parser)
+    _add_sampling(parser)
+
+
+def _score(parser: Parser) -> None:
+    _add_model(parser)
+    parser.add_argument(
+        "file", metavar="CONVERSATIONS.jsonl", help="one object a line: messages, or chosen and rejected (TRL's forms)"
+    )
+    parser.add_argument("--output", metavar="FILE", help="write every line's scores to a JSONL file")
+    _add_judging(parser)
+    _add_json(parser)
+
+
+def _plot(parser: Parser) -> None:
+    figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE", parser_class=Parser)
+    text = "loss landscapes of both reward objectives (the paper's figure 1)"
+    landscape = figures.add_parser(
+        "landscape", help=text, description=text, example="dph plot landscape --epsilon 0.1 0.25 -o landscape.png"
+    )
+    landscape.add_argument("--epsilon", type=float, nargs="+", default=[0.1], help="label smoothing (default: 0.1)")
+    text = "curves of one or several training runs"
+    run = figures.add_parser(
+        "run", help=text, description=text, example="dph plot run runs/align runs/head -o curves.png"
+    )
+    run.add_argument("directories", nargs="+", metavar="DIR", help="run directory, which holds metrics.jsonl")
+    for figure in (landscape, run):
+        figure.add_argument("-o", "--output", required=True, metavar="FILE", help="PNG, PDF or SVG, by its suffix")
+
+
+def _convert(parser: Parser) -> None:
+    parser.add_argument("input", metavar="IN", help="model directory or hub name")
+    parser.add_argument("output", metavar="OUT", help="directory to write; must be new or empty")
+    parser.add_argument("--to", required=True, choices=("own", "official"), help="layout of OUT")
+
+
+def _tokenizer(parser: Parser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help=".txt or .jsonl")
+    parser.add_argument("--vocab-size", type=_count, default=4096, metavar="V", help="upper bound (default: 4096)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
+
+
+def _doctor(parser: Parser) -> None:
+    """No arguments."""
+
+
+def _count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _add_model(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model or run directory, or a hub name (OWNER/NAME)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: the GPU where there is one)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the weights (default: bfloat16 on a GPU, float32 on the CPU)",
+    )
+
+
+def _add_judging(parser: Parser) -> None:
+    parser.add_argument("--head", default="default", help="reward head that judges")
+    parser.add_argument("--logprob-only", action="store_true", help="no rewards: for a model without a reward head")
+
+
+def _add_sampling(parser: Parser) -> None:
+    parser.add_argument("-n", "--n", type=_count, default=16, help="answers to choose from (default: 16)")
+    parser.add_argument("--rank", choices=("reward", "logprob"), default="reward", help="what the best is best by")
+    parser.add_argument("--head", default="default", help="reward head that judges")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--max-new-tokens", type=_count, default=256, metavar="N", help="(default: 256)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest; 0 for all")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest P of the mass"
+    )
+    parser.add_argument("--seed", type=int, help="of the sampling, for the same answers again")
+
+
+def _add_json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="JSON lines in place of a table")
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "train a small model that tells truth from a popular falsehood, and show it",
+        "dph quickstart",
+        _quickstart,
+        "dph.quickstart",
+    ),
+    "train": Command(
+        "train one stage from a recipe",
+        "dph train align model.path=runs/sft optimiser.steps=200 --output runs/align\ndph train recipe.yaml --resume",
+        _train,
+        "dph.commands.files",
+    ),
+    "evaluate": Command(
+        "answer a task's questions by log-probability and by reward",
+        "dph evaluate runs/align --task glue/sst2 --directory data --limit 500",
+        _evaluate,
+        "dph.commands.judging",
+    ),
+    "generate": Command(
+        "sample several answers to a prompt and rank them",
+        'dph generate runs/align --prompt "Name a prime number." -n 8\n'
+        "dph generate runs/align --file prompts.jsonl --json > answers.jsonl",
+        _generate,
+        "dph.commands.answering",
+    ),
+    "chat": Command(
+        "talk with a model that keeps the best of N answers (/candidates shows all of them, /quit ends)",
+        'dph chat runs/align -n 8 --system "Answer in one sentence."',
+        _chat,
+        "dph.commands.answering",
+    ),
+    "score": Command(
+        "rewards and log-probabilities of conversations, and how often they prefer the chosen answer of a pair",
+        "dph score runs/align conversations.jsonl --json\ndph score runs/align preferences.jsonl --output scores.jsonl",
+        _score,
+        "dph.commands.judging",
+    ),
+    "plot": Command(
+        "draw the loss landscapes, or the curves of training runs",
+        "dph plot landscape -o landscape.png\ndph plot run runs/align -o curves.png",
+        _plot,
+        "dph.commands.files",
+    ),
+    "convert": Command(
+        "turn a released lsw_transformer model into the own format, or back",
+        "dph convert released-model own-model --to own",
+        _convert,
+        "dph.commands.files",
+    ),
+    "tokenizer": Command(
+        "train a byte-level BPE with the chat tokens on text",
+        "dph tokenizer corpus.txt chats.jsonl --vocab-size 4096 --output tokenizer",
+        _tokenizer,
+        "dph.commands.files",
+    ),
+    "doctor": Command(
+        "show versions, devices, backends and what is missing", "dph doctor", _doctor, "dph.commands.files"
+    ),
+}
+
+
+def build(name: str | None = None) -> Parser:
+    """The parser; only the subcommand ``name`` gets its arguments."""
+    import dph
+
+    parser = Parser(prog="dph", description="Direct Preference Heads: a model that picks its own best answer.")
+    parser.add_argument("--version", action="version", version=f"dph {dph.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for key, command in COMMANDS.items():
+        sub = commands.add_parser(key, help=command.help, description=command.help, example=command.example)
+        if key == name:
+            command.arguments(sub)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments of one call. Raises UserError where they are wrong."""
+    name = next((word for word in argv if not word.startswith("-")), None)
+    parser = build(name)
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes positional arguments in one run only: overrides that stand behind an option are left over.
+    if rest and args.command == "train" and all("=" in word and not word.startswith("-") for word in rest):
+        args.overrides, rest = args.overrides + rest, []
+    if rest:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    if args.command is None:
+        parser.error(f"expected a command: {', '.join(COMMANDS)}")
+    return args
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what was asked; the exit code."""
+    module = importlib.import_module(COMMANDS[args.command].module)
+    return getattr(module, "run" if args.command == "quickstart" else args.command)(args) or 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = run(parse(argv))
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # --help, or a run that was told to end
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("dph: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"dph: error: {explain(error)}", file=sys.stderr)
+        return 2 if isinstance(error, USERS) else 1
+
+
+# Errors that the user can mend; the others are failures.
+USERS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+def explain(error: Exception) -> str:
+    """One line that says what went wrong."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError | OSError | RuntimeError | ImportError) and text:
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

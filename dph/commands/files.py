@@ -1,0 +1,83 @@
+"""The commands that read and write files: train, tokenizer, convert, plot, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from dph.errors import UserError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def train(args: argparse.Namespace) -> None:
+    """``dph train``."""
+    from dph import recipe, trainer
+
+    output = [] if args.output is None else [f"output.directory={json.dumps(args.output)}"]
+    trainer.train(recipe.load(args.recipe, [*args.overrides, *output]), resume=args.resume)
+
+
+def tokenizer(args: argparse.Namespace) -> None:
+    """``dph tokenizer``."""
+    from dph.tokenizer import train
+
+    if (Path(args.output) / "tokenizer.json").exists():
+        raise UserError(f"{args.output}: expected a directory without a tokenizer, got one with tokenizer.json")
+    print(f"{args.output}: {len(train(args.files, args.vocab_size, args.output))} tokens")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """``dph convert``: weights and configuration in the other layout, tokenizer files as they are."""
+    from dph.pretrained import load_model, load_tokenizer, model_path
+
+    source, target = model_path(args.input), Path(args.output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: expected a new or empty directory, got one that exists with files in it")
+    model = load_model(source)
+    if model.untrained_heads:  # what was never trained is not to look as if it had been
+        names = ", ".join(sorted(model.untrained_heads))
+        heads = {
+            key: [name for name in getattr(model.config, key) if name not in model.untrained_heads]
+            for key in ("reward_heads", "task_heads")
+        }
+        print(f"reward heads without weights are left out: {names}", file=sys.stderr)
+        model = load_model(source, **heads)
+    if args.to == "own":
+        model.save_pretrained(target)
+    else:
+        model.save_official(target)
+    if Path(source).is_dir():
+        copied = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+        for name in copied:
+            shutil.copyfile(Path(source) / name, target / name)
+    else:
+        copied = [Path(name).name for name in load_tokenizer(source).save_pretrained(target)]
+    print(f"{target}: {model.num_parameters():,} parameters, tokenizer files: {', '.join(copied) or 'none'}")
+
+
+def plot(args: argparse.Namespace) -> None:
+    """``dph plot``."""
+    from dph import plot as plots
+
+    figure = plots.landscape(args.epsilon) if args.figure == "landscape" else plots.curves(args.directories)
+    figure.savefig(args.output, dpi=130)
+    print(args.output)
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """``dph doctor``."""
+    from dph.doctor import report
+
+    print(report())

@@ -1,0 +1,129 @@
+"""``dph evaluate`` and ``dph score``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+from tqdm import tqdm
+
+from dph import chat, data, tasks
+from dph.chat import Encoded
+from dph.commands.models import check_head, dumps, open_model
+from dph.evaluate import PairRow, Report, prefer
+from dph.evaluate import evaluate as evaluate_task
+from dph.generate import Judged, judge
+from dph.tables import table
+
+HINT = "--logprob-only does without rewards"
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """``dph evaluate``."""
+    wanted = [tasks.load(name) for name in args.task]
+    sources = [(task, task.documents(args.split or task.evaluated, args.directory)) for task in wanted]
+    model, tokenizer = open_model(args)
+    head = _head(model, args)
+    reports = []
+    for task, docs in sources:
+        total = min(len(docs), args.limit or len(docs))
+        bar = tqdm(islice(docs, total), task.name, total, disable=None)
+        reports.append(evaluate_task(model, tokenizer, task, bar, head=head))
+        if args.json:
+            print(dumps(reports[-1].as_dict()), flush=True)
+    if not args.json:
+        print(_report_table(reports))
+    _complain(sum(report.nans for report in reports))
+
+
+def _head(model: Any, args: argparse.Namespace) -> str | None:
+    if args.logprob_only:
+        return None
+    check_head(model, args.head, HINT)
+    return args.head
+
+
+def _report_table(reports: Sequence[Report]) -> str:
+    headers = ["task", "method", "metric", "value", "95% interval", "ties", "NaN", "n"]
+    return table(
+        headers,
+        [
+            [report.task, row.method, name, x.value, x.range, row.ties, row.nans, report.n]
+            for report in reports
+            for row in report.rows
+            for name, x in row.metrics.items()
+        ],
+    )
+
+
+def _complain(nans: int) -> None:
+    """Raise RuntimeError where there were NaNs, so that the exit code tells."""
+    if nans:
+        raise RuntimeError(f"{nans} scores are not a number (NaN); where there was a choice they count as wrong")
+
+
+def score(args: argparse.Namespace) -> None:
+    """``dph score``: a line for each conversation, or a summary of the preferences; both to a file as JSON lines."""
+    kind = _kind(args.file)
+    records = data.load(args.file, kind)
+    model, tokenizer = open_model(args)
+    head = _head(model, args)
+    with open(args.output or os.devnull, "w", encoding="utf-8") as file:
+        groups = (_encode(record, tokenizer) for record in tqdm(records, "score", disable=None))
+        scored = [_scores(judged, head) for judged in judge(model, groups)]
+        for sides in scored:
+            file.write(dumps(dict(zip(SIDES, sides, strict=True)) if len(sides) > 1 else sides[0]) + "\n")
+    _complain((_show_pairs if kind == "preference" else _show_conversations)(scored, args.json))
+
+
+SIDES = ("chosen", "rejected")
+NAMES = {"reward": "reward", "logprob": "log-probability (sum)", "mean_logprob": "log-probability (mean)"}
+Scores = dict[str, float]  # some of NAMES' keys; log-probabilities in nats
+
+
+def _kind(path: str) -> str:
+    first = next(data.read_jsonl(path), {})
+    return "conversation" if None in map(first.get, SIDES) else "preference"
+
+
+def _encode(record: data.Conversation | data.Preference, tokenizer: Any) -> list[Encoded]:
+    """The record's alternatives, each masked to its final answer."""
+    sides = [record.messages] if isinstance(record, data.Conversation) else [record.chosen, record.rejected]
+    return [chat.encode(side, tokenizer, last_only=True) for side in sides]
+
+
+def _scores(judged: Judged, head: str | None) -> list[Scores]:
+    columns = {} if head is None else {"reward": judged.rewards[head]}
+    columns |= {"logprob": judged.logprobs, "mean_logprob": judged.mean_logprobs}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _show_conversations(scored: Sequence[Sequence[Scores]], as_json: bool) -> int:
+    """Print the scores; return how many are NaN."""
+    lines = [scores for (scores,) in scored]
+    if as_json:
+        print("\n".join(map(dumps, lines)))
+    else:
+        print(table(["record", *(NAMES[key] for key in lines[0])], [[i, *x.values()] for i, x in enumerate(lines)]))
+    return sum(math.isnan(value) for line in lines for value in line.values())
+
+
+def _show_pairs(scored: Sequence[Sequence[Scores]], as_json: bool) -> int:
+    """Print how often each score prefers the chosen answer; return how many comparisons have a NaN."""
+    rows = [prefer(NAMES[key], [c[key] for c, _ in scored], [r[key] for _, r in scored]) for key in scored[0][0]]
+    if as_json:
+        print("\n".join(dumps(asdict(row)) for row in rows))
+    else:
+        print(
+            table(["method", "pair accuracy", "95% interval", "mean margin", "ties", "NaN", "n"], map(_pair_row, rows))
+        )
+    return sum(row.nans for row in rows)
+
+
+def _pair_row(row: PairRow) -> list[Any]:
+    return [row.method, row.accuracy.value, row.accuracy.range, row.margin, row.ties, row.nans, row.n]

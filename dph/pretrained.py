@@ -1,0 +1,63 @@
+"""Opening what the user names: a model directory, a run, a tokenizer directory or a hub name. Errors are one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from dph.config import ModelConfig
+from dph.errors import UserError
+from dph.model import Model
+
+KINDS = (ModelConfig.model_type, "lsw_transformer")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json")  # a tokenizer's directory has one of them
+
+
+def model_path(name: str) -> str:
+    """The directory that ``name`` stands for (that of a run: its ``model`` folder), or a hub name as it is."""
+    return _find(name, "a model", ("config.json",), "config.json")
+
+
+def _find(name: str, what: str, files: tuple[str, ...], missing: str) -> str:
+    """Only OWNER/NAME can be a hub name: nothing else ever reaches the network."""
+    path = Path(name)
+    if path.is_dir():
+        for place in (path, path / "model"):
+            if any((place / file).is_file() for file in files):
+                return str(place)
+        raise UserError(f"{name}: expected the directory of {what}, got one without {missing}")
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise UserError(
+            f"{name}: expected the directory of {what}, got {'a file' if path.exists() else 'nothing'} there"
+        )
+    return name
+
+
+def load_model(name: str, **options: Any) -> Model:
+    """``Model.from_pretrained`` without progress bars.
+
+    Raises UserError where there is no model, or one of another kind.
+    """
+    from transformers.utils import logging
+
+    path = model_path(name)
+    logging.disable_progress_bar()
+    try:
+        kind = ModelConfig.get_config_dict(path)[0].get("model_type")
+        if kind not in KINDS:
+            raise UserError(f"{name}: expected a model of type {' or '.join(KINDS)}, got {kind}")
+        return Model.from_pretrained(path, **options)
+    except OSError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a directory (a model's or its own) or of a hub name. UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    path = _find(name, "a tokenizer", TOKENIZERS, "tokenizer.json")
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        raise UserError(f"{name}: tokenizer: {error}") from error
