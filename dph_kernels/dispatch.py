@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
@@ -80,7 +81,14 @@ def choose(operator: str, device: str, backend: str = "auto") -> Choice:
     raise RuntimeError(f"{operator}: no backend can run on {device}: {'; '.join(passed_over)}")
 
 
-def implementation(operator: str, device: torch.device | str, backend: str = "auto"):
+def implementation(operator: str, device: torch.device | str, backend: str = "auto") -> ModuleType:
     """The module that implements ``operator``: ``dph_kernels.<operator>.<file>``."""
     choice = choose(operator, torch.device(device).type, backend)
     return importlib.import_module(f"dph_kernels.{operator}.{MODULES[choice.backend]}")
+
+
+def toolchain() -> dict[str, str]:
+    """How the native module was built and which compilers are here, for people to read: name -> description."""
+    from dph_kernels import native
+
+    return native.toolchain()

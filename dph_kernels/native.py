@@ -8,6 +8,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import subprocess
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -42,12 +43,36 @@ def missing(backend: str) -> str | None:
     return None if backend == "cpu" else _missing_cuda()
 
 
-def build() -> dict[str, str]:
-    """How the native module was built: the compiler and the CUDA runtime; empty where there is none."""
+def toolchain() -> dict[str, str]:
+    """How the native module was built, and which compilers a build would find now: name -> description."""
+    return {
+        "C++ module": _description(),
+        "C++ compiler": _version(compiler(), 0),
+        "nvcc": _version(nvcc(), -1),
+    }
+
+
+def _description() -> str:
     if _native is None:
-        return {}
-    major, minor = _native.cuda // 1000, _native.cuda % 1000 // 10
-    return {"compiler": f"g++ {_native.compiler}", "cuda": f"{major}.{minor}" if _native.cuda else "none"}
+        return "not built" if _import_error.startswith("cannot import name") else f"broken: {_import_error}"
+    cuda = f"CUDA {_cuda_version()}" if _native.cuda else "without CUDA"
+    return f"built by g++ {_native.compiler}, {cuda}" + (", from other sources than csrc/ holds" if _stale() else "")
+
+
+def _cuda_version() -> str:
+    return f"{_native.cuda // 1000}.{_native.cuda % 1000 // 10}"
+
+
+def _version(command: str | None, line: int) -> str:
+    """One line of what ``command --version`` prints."""
+    if command is None:
+        return "not found"
+    try:
+        done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{command} does not run: {error}"
+    lines = done.stdout.strip().splitlines()
+    return f"{command}: {lines[line].strip()}" if lines else command
 
 
 def compiler() -> str | None:
@@ -92,7 +117,7 @@ def _missing_cuda() -> str | None:
         return "PyTorch sees no CUDA device: needs a GPU, its driver (see `nvidia-smi`) and a CUDA build of PyTorch"
     if code := _native.cuda_probe():
         text = _native.cuda_error_text(code)
-        return f"CUDA runtime {build()['cuda']}: {text}; update the driver, or rebuild with an older nvcc"
+        return f"CUDA runtime {_cuda_version()}: {text}; update the driver, or rebuild with an older nvcc"
     capability = torch.cuda.get_device_capability()
     if capability < CAPABILITY:
         return f"the CUDA kernels need compute capability 8.0 or later, this GPU has {capability[0]}.{capability[1]}"

@@ -39,7 +39,7 @@ def fake(**attributes):
 @built
 def test_module_is_what_the_sources_say():
     assert native.module().source == native.source_digest(native.CSRC)
-    assert native.build()["compiler"].startswith("g++ ")
+    assert native.toolchain()["C++ module"].startswith("built by g++ ")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -62,7 +62,7 @@ def test_without_module_and_compiler(monkeypatch):
         assert "no C++ compiler; install g++ (apt install g++), then run `pip install" in native.missing(backend)
     with pytest.raises(RuntimeError, match="the C\\+\\+ module is not built"):
         native.module()
-    assert native.build() == {}
+    assert native.toolchain() == {"C++ module": "not built", "C++ compiler": "not found", "nvcc": "not found"}
 
 
 def test_without_module_though_there_is_a_compiler(monkeypatch):
@@ -75,12 +75,14 @@ def test_without_module_though_there_is_a_compiler(monkeypatch):
 def test_module_that_cannot_be_loaded(monkeypatch):
     pretend(monkeypatch, None, "_native.so: libgomp.so.1: cannot open shared object file")
     assert "cannot be loaded (_native.so: libgomp.so.1" in native.missing("cpu")
+    assert native.toolchain()["C++ module"].startswith("broken: _native.so: libgomp.so.1")
 
 
 def test_module_of_other_sources(monkeypatch):
     pretend(monkeypatch, fake(source="0123"))
     assert "built from other sources than csrc/ holds now: run `pip install" in native.missing("cpu")
     assert dispatch.choose("laprop", "cpu").backend == "reference"
+    assert native.toolchain()["C++ module"].endswith("from other sources than csrc/ holds")
 
 
 def test_installed_without_sources(monkeypatch, tmp_path):
@@ -94,7 +96,7 @@ def test_built_without_cuda(monkeypatch):
     pretend(monkeypatch, fake(cuda=0))
     assert native.missing("cpu") is None
     assert "built without CUDA: put nvcc on the PATH or set CUDA_HOME" in native.missing("cuda")
-    assert native.build()["cuda"] == "none"
+    assert native.toolchain()["C++ module"].endswith("without CUDA")
 
 
 def test_no_gpu(monkeypatch):
@@ -126,6 +128,20 @@ def test_auto_falls_back_and_says_so(monkeypatch):
     assert choice.reason.startswith("not cpu: the C++ module is not built")
     with pytest.raises(RuntimeError, match="laprop: backend 'cpu' cannot run: the C\\+\\+ module is not built"):
         dispatch.choose("laprop", "cpu", "cpu")
+
+
+def test_compiler_that_does_not_run(monkeypatch):
+    monkeypatch.setenv("CXX", shutil.which("false"))
+    assert "does not run" in native.toolchain()["C++ compiler"]
+
+
+def test_cuda_home_comes_before_the_path(monkeypatch, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools'\necho 'Build cuda_1.2'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert dispatch.toolchain()["nvcc"] == f"{nvcc}: Build cuda_1.2"
 
 
 def test_digest_sees_content_and_names(tmp_path):

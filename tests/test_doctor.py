@@ -1,0 +1,62 @@
+"""``dph doctor``: everything in one page, and the way out of what is missing."""
+
+import importlib.metadata as metadata
+import types
+
+import pytest
+import torch
+
+from dph import doctor
+from dph_kernels import dispatch
+
+
+def lines(title):
+    """The rows of one section of the report."""
+    sections = doctor.report().split("\n\n")
+    return sections[sections.index(title) + 1].splitlines()[2:]
+
+
+def test_report_has_versions_devices_and_every_operator():
+    assert any(line.startswith("torch ") and torch.__version__ in line for line in lines("Versions"))
+    assert any(line.startswith("C++ module") for line in lines("Versions"))
+    assert lines("Devices")[0].startswith("cpu ")
+    rows = [line.split()[:3] for line in lines("Operators")]
+    expected = [[o, d, dispatch.choose(o, d).backend] for o in dispatch.AUTO for d in ("cpu", "cuda")]
+    assert rows == expected
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretend that dph is installed with two extras, one of which has a package that is not here."""
+    requires = [
+        "torch>=2",
+        "pytest>=1; extra == 'test'",
+        "no-such-package; extra == 'serve'",
+        "pytest>=9999; extra == 'serve'",
+        "elsewhere; sys_platform == 'plan9' and extra == 'serve'",
+    ]
+    message = types.SimpleNamespace(get_all=lambda name: ["test", "serve"])
+    found = types.SimpleNamespace(metadata=message, requires=requires)
+    monkeypatch.setattr(metadata, "distribution", lambda name: found)
+
+
+@pytest.mark.usefixtures("installed")
+def test_missing_packages_come_with_their_command(monkeypatch):
+    monkeypatch.setattr(dispatch, "missing", lambda *_: None)
+    assert lines("Missing") == ["no-such-package, pytest  pip install -e '.[serve]'"]
+
+
+@pytest.mark.usefixtures("installed")
+def test_missing_compiler_comes_with_its_command(monkeypatch):
+    monkeypatch.setattr(dispatch, "missing", lambda *_: "no C++ compiler; install g++")
+    row = lines("Missing")[0]
+    assert row.startswith("C++ kernels ")
+    assert row.endswith(" no C++ compiler; install g++")
+
+
+def test_not_installed(monkeypatch):
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", absent)
+    assert any("pip install -e ." in line for line in lines("Missing"))
