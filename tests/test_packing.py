@@ -1,0 +1,252 @@
+"""Packed answers against every sequence alone: hidden states, log-probabilities, rewards and all gradients."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import VOCAB, tiny_model, tokens
+
+import dph
+from dph.chat import Encoded
+
+
+def encoded(ids, seed, *, trained=0.5, scored=0.3, finished=True):
+    """Any masks and targets will do: nothing in the arithmetic needs them to come from a conversation."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def mask(share):
+        return (torch.rand(len(ids), generator=generator) < share).tolist()
+
+    return Encoded(
+        tokens=ids,
+        targets=torch.randint(VOCAB, (len(ids),), generator=generator).tolist(),
+        loss_mask=mask(trained),
+        score_mask=mask(scored),
+        reward_position=int(torch.randint(len(ids), (), generator=generator)) if finished else None,
+    )
+
+
+@st.composite
+def alternatives(draw):
+    """1 to 6 branches of 1 to 70 tokens: any beginning in common, identical ones and prefixes of others included."""
+    seed = draw(st.integers(0, 2**16))
+    base = tokens(draw(st.integers(1, 70)), seed=seed).tolist()
+    branches = [base]
+    for i in range(draw(st.integers(0, 5))):
+        kind = draw(st.sampled_from(["branch", "identical", "prefix", "alone"]))
+        other = branches[draw(st.integers(0, i))]
+        cut = 0 if kind == "alone" else draw(st.integers(1, len(other)))
+        if kind == "branch":
+            tail = tokens(draw(st.integers(0, 70 - cut)), seed=seed + i + 1).tolist()
+            branches.append(other[:cut] + tail)
+        else:
+            own = tokens(draw(st.integers(1, 70)), seed=seed + i + 1).tolist()
+            branches.append({"identical": list(other), "prefix": other[:cut], "alone": own}[kind])
+    return [
+        encoded(ids, seed + 100 + i, trained=draw(st.sampled_from([0.0, 0.5])), finished=draw(st.booleans()))
+        for i, ids in enumerate(branches)
+    ]
+
+
+def alone(model, item):
+    """What one answer is when its sequence is run by itself: logits, sum, mean, rewards."""
+    ids = torch.tensor([item.tokens])
+    logits = model(ids).logits[0]
+    chosen = logits.log_softmax(-1).gather(1, torch.tensor(item.targets)[:, None]).flatten()
+    mask, scored = torch.tensor(item.loss_mask), torch.tensor(item.score_mask)
+    rewards = {name: torch.tensor(float("nan")) for name in model.head_names}
+    if item.reward_position is not None:
+        rewards = {n: r[0] for n, r in model.rewards(ids, None, torch.tensor([item.reward_position])).items()}
+    return logits, chosen[mask].sum(), chosen[scored].mean(), rewards
+
+
+def packed_rows(documents):
+    """The rows of the packed tokens that each alternative's tokens stand in, in order."""
+    start = 0
+    for document in documents:
+        sequences = [a.tokens for a in document]
+        shared = next((i for i, c in enumerate(zip(*sequences, strict=False)) if len(set(c)) > 1),
+                      min(map(len, sequences)))  # fmt: skip
+        at = start + shared
+        for sequence in sequences:
+            end = at + len(sequence) - shared
+            yield [*range(start, start + shared), *range(at, end)]
+            at = end
+        start = at
+
+
+def close(got, want, name, scale=None):
+    assert torch.equal(got.isnan(), want.isnan()), name
+    got, want = got[~got.isnan()], want[~want.isnan()]
+    if want.numel():
+        error, scale = (got - want).abs().max().item(), scale or max(want.abs().max().item(), 1e-3)
+        assert error <= 1e-5 * scale, f"{name}: {error:.2e} of {scale:.2e}"
+
+
+def weighted(values, seed=0):
+    """A scalar that every value which is a number enters with a weight of its own."""
+    values = torch.cat([v.reshape(-1) for v in values])
+    weights = torch.randn(len(values), generator=torch.Generator().manual_seed(seed))
+    return (values * weights)[~values.isnan()].sum()
+
+
+MODEL = tiny_model(reward_heads=("default", "other"), task_heads=("task",))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(st.lists(alternatives(), min_size=1, max_size=2))
+def test_packed_equals_every_sequence_alone(documents):
+    model, answers = MODEL, list(itertools.chain(*documents))
+    singles = [alone(model, item) for item in answers]
+    sums, means = torch.stack([s[1] for s in singles]), torch.stack([s[2] for s in singles])
+    rewards = {name: torch.stack([s[3][name] for s in singles]) for name in model.head_names}
+    model.zero_grad()
+    weighted([sums, means, *rewards.values()]).backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+
+    batch = dph.pack(documents)
+    out = model.forward_packed(batch)
+    model.zero_grad()
+    weighted([out.logprobs, out.mean_logprobs, *out.rewards.values()]).backward()
+    with torch.no_grad():
+        hidden = model.backbone(batch.tokens, batch.layout)
+        logits = torch.nn.functional.linear(model.output_proj(hidden), model.backbone.embedding.weight)
+
+    for (own, *_), rows, item in zip(singles, packed_rows(documents), answers, strict=True):
+        assert batch.tokens[rows].tolist() == item.tokens
+        close(logits[rows], own.detach(), "logits")
+    close(out.logprobs.detach(), sums.detach(), "logprobs")
+    close(out.mean_logprobs.detach(), means.detach(), "mean_logprobs")
+    for name, own in rewards.items():
+        close(out.rewards[name].detach(), own.detach(), f"reward {name}")
+    largest = max((g.abs().max().item() for g in expected.values() if g is not None), default=0.0)
+    for name, parameter in model.named_parameters():
+        own = torch.zeros_like(parameter) if expected[name] is None else expected[name]
+        got = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        close(got, own, name, scale=max(own.abs().max().item(), 0.1 * largest, 1e-3))
+
+
+def test_the_strategy_draws_what_it_promises():
+    """Identical branches and prefixes of others are not left to luck alone."""
+    a, b = tokens(9, seed=1).tolist(), tokens(5, seed=2).tolist()
+    documents = [[encoded(ids, i) for i, ids in enumerate([a, a, a[:4], a[:4] + b, a[:1], b])],
+                 [encoded([7], 8), encoded([7], 9)], [encoded(a + b, 10, finished=False)]]  # fmt: skip
+    test_packed_equals_every_sequence_alone.hypothesis.inner_test(documents)
+
+
+# What a batch holds
+
+
+def simple(ids, *, predicted, at=None):
+    """An alternative whose masks are on at ``predicted``."""
+    mask = [i in predicted for i in range(len(ids))]
+    return Encoded(ids, [*ids[1:], 0], mask, mask, at)
+
+
+def test_a_pair_laid_out_by_hand():
+    chosen = simple([0, 5, 6, 7, 8, 3], predicted=(2, 3, 4), at=5)
+    rejected = simple([0, 5, 6, 9, 3], predicted=(2, 3), at=None)
+    other = simple([0, 4, 3], predicted=(), at=2)
+    batch = dph.pack([[chosen, rejected], [other]])
+    assert batch.tokens.tolist() == [0, 5, 6, 7, 8, 3, 9, 3, 0, 4, 3]
+    assert batch.layout.segments[:, :2].tolist() == [[0, 3], [3, 6], [6, 8], [8, 11], [11, 11]]
+    assert batch.rows.tolist() == [2, 3, 4, 2, 6]
+    assert batch.targets.tolist() == [7, 8, 3, 9, 3]
+    assert batch.answers.tolist() == [0, 0, 0, 1, 1]
+    assert batch.reward_rows.tolist() == [5, -1, 10]
+    assert batch.documents.tolist() == [0, 0, 1]
+    assert batch.trained.tolist() == batch.scored.tolist() == [True] * 5
+
+
+def test_rows_that_nothing_asks_for_are_left_out():
+    item = Encoded([4, 5, 6, 7], [5, 6, 7, 0], [False, True, True, False], [False, False, True, False], None)
+    batch = dph.pack([[item]])
+    assert (batch.rows.tolist(), batch.trained.tolist(), batch.scored.tolist()) == ([1, 2], [True] * 2, [False, True])
+
+
+def test_a_reward_in_the_shared_part_is_read_once_for_each():
+    long, short = simple([4, 5, 6], predicted=(0,), at=2), simple([4, 5], predicted=(0,), at=1)
+    batch = dph.pack([[long, short]])
+    assert batch.reward_rows.tolist() == [2, 1]
+    rewards = MODEL.forward_packed(batch).rewards["default"]
+    assert rewards[1].item() == pytest.approx(alone(MODEL, short)[3]["default"].item(), abs=1e-5)
+
+
+def test_nothing_to_pack():
+    batch = dph.pack([])
+    out = MODEL.forward_packed(batch)
+    assert out.logprobs.shape == out.mean_logprobs.shape == out.rewards["default"].shape == (0,)
+    assert batch.layout.queries == 0
+
+
+def test_no_targets_and_no_finished_answer():
+    out = MODEL.forward_packed(dph.pack([[simple([4, 5], predicted=(), at=None)]]))
+    assert out.logprobs.tolist() == [0.0]
+    assert out.mean_logprobs.isnan().all()
+    assert out.rewards["default"].isnan().all()
+
+
+def test_an_answer_without_content_spoils_no_gradient():
+    """Its mean is 0/0. Neither that nor a cut-off answer's reward may reach the weights."""
+    empty = Encoded([4, 5, 3], [5, 3, 0], [False, True, False], [False] * 3, None)
+    model = tiny_model()
+    out = model.forward_packed(dph.pack([[empty, simple([4, 5, 6], predicted=(1,), at=2)]]))
+    assert out.mean_logprobs.isnan().tolist() == [True, False]
+    assert out.rewards["default"].isnan().tolist() == [True, False]
+    (out.logprobs.sum() + out.mean_logprobs[1] + out.rewards["default"][1]).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ([[]], r"documents\[0\]: expected alternatives of at least one token each, got \[\]"),
+        ([[encoded([4], 0)], [Encoded([], [], [], [], None)]], r"documents\[1\]: expected alternatives"),
+    ],
+)
+def test_documents_without_tokens_are_refused(documents, message):
+    with pytest.raises(ValueError, match=message):
+        dph.pack(documents)
+
+
+def test_a_batch_moves_whole():
+    batch = dph.pack([[encoded([4, 5, 6], 0), encoded([4, 7], 1)]])
+    moved = batch.to("meta")
+    assert {moved.tokens.device.type, moved.layout.query_positions.device.type, moved.reward_rows.device.type,
+            moved.trained.device.type} == {"meta"}  # fmt: skip
+    back = batch.to("cpu")
+    assert torch.equal(back.rows, batch.rows)
+    assert back.layout is batch.layout
+
+
+# Dropout
+
+
+def test_dropout_masks_belong_to_answers_not_to_batches():
+    """Split for gradient accumulation, a batch keeps its masks; another seed gives others."""
+    model = tiny_model(reward_dropout=0.5).train()
+    pairs = [
+        [encoded(tokens(9, seed=i).tolist(), i), encoded(tokens(7, seed=i + 50).tolist(), i + 50)] for i in range(4)
+    ]
+    whole = model.forward_packed(dph.pack(pairs), dropout_seed=5).rewards["default"]
+    parts = [
+        model.forward_packed(dph.pack(pairs[i : i + 2]), dropout_seed=5, answer_ids=torch.arange(2 * i, 2 * i + 4))
+        for i in (0, 2)
+    ]
+    torch.testing.assert_close(torch.cat([p.rewards["default"] for p in parts]), whole)
+    assert not torch.equal(model.forward_packed(dph.pack(pairs), dropout_seed=6).rewards["default"], whole)
+    drawn = [model.forward_packed(dph.pack(pairs)).rewards["default"] for _ in range(2)]
+    assert not torch.equal(*drawn)
+    model.eval()
+    assert torch.equal(*(model.forward_packed(dph.pack(pairs), dropout_seed=s).rewards["default"] for s in (5, 6)))
+
+
+def test_cut_off_answers_do_not_shift_the_masks():
+    model = tiny_model(reward_dropout=0.5).train()
+    items = [encoded(tokens(6, seed=i).tolist(), i) for i in range(3)]
+    cut = [items[0], encoded(items[1].tokens, 1, finished=False), items[2]]
+    whole, holed = (model.forward_packed(dph.pack([[i] for i in group]), dropout_seed=1).rewards["default"]
+                    for group in (items, cut))  # fmt: skip
+    torch.testing.assert_close(holed[[0, 2]], whole[[0, 2]])
