@@ -79,12 +79,12 @@ def _draw_landscape(figure: Figure, axes: Axes, name: str, epsilon: float) -> No
     axes.legend(loc="upper left")
 
 
-# Title, unit, and the words by which a metric's name is known; the first panel that knows it draws it.
+# Title, label of the axis, and the words by which a metric's name is known; the first panel that knows it draws it.
 PANELS = (
-    ("accuracies", "share", ("accuracy",)),
-    ("losses", "nats", ("loss",)),
+    ("losses", "loss (nats)", ("loss",)),
+    ("accuracies", "share of pairs", ("accuracy",)),
     ("rewards", "reward", ("reward", "implicit")),
-    ("learning rate", "per step", ("lr",)),
+    ("learning rate", "learning rate", ("lr",)),
 )
 STYLES = ("-", "--", ":", "-.")
 
@@ -100,14 +100,14 @@ def curves(directories: Sequence[str | Path]) -> Figure:
 
     runs = {str(directory): read_metrics(directory) for directory in directories}
     names = list(dict.fromkeys(name for run in runs.values() for name in run))
-    panels = [(title, unit, found) for (title, unit, _), found in zip(PANELS, group(names), strict=True) if found]
+    panels = [(title, label, found) for (title, label, _), found in zip(PANELS, group(names), strict=True) if found]
     if not panels:
         raise UserError(f"{', '.join(runs)}: expected losses, accuracies or learning rates in metrics.jsonl, got none")
     figure = Figure(figsize=(6.5 * min(len(panels), 2), 4 * math.ceil(len(panels) / 2)), layout="constrained")
     grid = figure.subplots(math.ceil(len(panels) / 2), min(len(panels), 2), squeeze=False).flatten()
-    for axes, (title, unit, found) in zip(grid, panels, strict=False):
+    for axes, (title, label, found) in zip(grid, panels, strict=False):
         _draw_curves(axes, runs, found)
-        axes.set(title=title, xlabel="step", ylabel=unit)
+        axes.set(title=title, xlabel="step", ylabel=label)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     for axes in grid[len(panels) :]:

@@ -11,8 +11,8 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         ---------------  -  --------
         log-probability  8     0.500
 
-    Floats get three decimals, None becomes "-", characters that a terminal cannot print are escaped ("\\n"). A column of
-    numbers is aligned to the right. Raises ValueError where a row is not as wide as the headers.
+    Floats get three decimals, None becomes "-", what a terminal cannot print is escaped ("\\n"). A column of numbers
+    is aligned to the right. Raises ValueError where a row is not as wide as the headers.
     """
     rows = [list(row) for row in rows]
     for row in rows:
