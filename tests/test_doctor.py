@@ -36,8 +36,9 @@ def installed(monkeypatch):
         "elsewhere; sys_platform == 'plan9' and extra == 'serve'",
     ]
     message = types.SimpleNamespace(get_all=lambda name: ["test", "serve"])
-    found = types.SimpleNamespace(metadata=message, requires=requires)
-    monkeypatch.setattr(metadata, "distribution", lambda name: found)
+    found = types.SimpleNamespace(metadata=message, requires=requires, version="0")
+    original = metadata.distribution
+    monkeypatch.setattr(metadata, "distribution", lambda name: found if name == "dph" else original(name))
 
 
 @pytest.mark.usefixtures("installed")

@@ -1,0 +1,161 @@
+"""``pip install -e .`` in pip's isolated build environment, with and without compilers, each in a copy of the tree.
+
+The fresh environment sees this one's packages (PyTorch is large), so only the build is fresh, and it needs PyPI for
+setuptools and pybind11; where that cannot be reached, the tests skip.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("pyproject.toml", "setup.py", "README.md", "csrc", "dph", "dph_kernels", "tests")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names Linux's /bin/false and g++"),
+]
+
+STEP = """
+import torch
+from dph_kernels import dispatch, laprop, native
+x = [torch.ones(5) for _ in range(4)]
+laprop([x[0]], [x[1]], [x[2]], [x[3]], lr=1e-3)
+assert x[0].max() < 1
+print("backend:", dispatch.choose("laprop", "cpu").backend)
+print("cpu:", native.missing("cpu"))
+print("cuda:", native.missing("cuda"))
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the sources, without anything that was built."""
+    target = tmp_path / "tree"
+    target.mkdir()
+    for name in PARTS:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "build"))
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, target / name)
+    return target
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """The interpreter of a fresh environment in which this one's packages can be imported too."""
+    folder = tmp_path_factory.mktemp("environment") / "venv"
+    venv.create(folder, with_pip=True, symlinks=True)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    outside = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (folder / "lib" / version / "site-packages" / "outside.pth").write_text("\n".join(sorted(outside)))
+    return folder / "bin" / "python"
+
+
+def path_without(program):
+    """The PATH without the folders that have ``program``."""
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    return os.pathsep.join(folder for folder in folders if not (Path(folder) / program).exists())
+
+
+def environment(**changes):
+    """This process's environment with CXX, CUDA_HOME and the like gone, and ``changes`` made."""
+    unwanted = ("CC", "CXX", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH", "PYTHONHOME")
+    return {**{k: v for k, v in os.environ.items() if k not in unwanted}, "OMP_NUM_THREADS": "1", **changes}
+
+
+def run(command, cwd, env):
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    return done.returncode, done.stdout + done.stderr
+
+
+def pip(python, tree, env, *arguments):
+    """Run pip; its output. Skips where the build requirements cannot be had."""
+    code, output = run([python, "-m", "pip", *arguments], tree, env)
+    if code and re.search(r"No matching distribution found for (setuptools|pybind11)", output):
+        pytest.skip("PyPI (setuptools, pybind11) cannot be reached for an isolated build")
+    assert code == 0, output[-3000:]
+    return output
+
+
+def install(python, tree, env):
+    """Install the copy; what pip said, and what one step of the optimiser says of the backends."""
+    output = pip(python, tree, env, "install", "-v", "--no-deps", "--no-cache-dir", "-e", ".")
+    assert (python.parent / "dph").exists(), "the dph command is missing"
+    code, said = run([python, "-c", STEP], tree.parent, env)
+    assert code == 0, said
+    return output, dict(line.split(": ", 1) for line in said.strip().splitlines()[-3:])
+
+
+@pytest.mark.parametrize("case", ["CXX=/bin/false", "CXX=/bin/false, no nvcc", "nothing on the PATH"])
+def test_without_a_compiler_it_is_pure_python(python, tree, case):
+    env = {
+        "CXX=/bin/false": environment(CXX="/bin/false"),
+        "CXX=/bin/false, no nvcc": environment(CXX="/bin/false", PATH=path_without("nvcc")),
+        "nothing on the PATH": environment(PATH=str(python.parent)),
+    }[case]
+    output, said = install(python, tree, env)
+    assert "no working C++ compiler" in output
+    assert "installs as pure Python" in output
+    assert "install g++ (apt install g++), then run `pip install -e .` again" in output
+    assert list((tree / "dph_kernels").glob("*.so")) == []
+    assert said["backend"] == "reference"
+    assert said["cpu"].startswith("the C++ module is not built")
+    assert "`pip install --no-deps -e .`" in said["cpu"]
+    assert said["cuda"] == said["cpu"]
+
+
+def test_tests_of_the_pure_python_road_pass(python, tree):
+    env = environment(CXX="/bin/false")
+    install(python, tree, env)
+    tests = ["tests/kernels/test_laprop.py", "tests/kernels/test_native.py", "tests/test_imports.py"]
+    code, output = run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], tree, env)
+    assert code == 0, output[-3000:]
+    assert "the C++ module is not built" in output, "the native backend should have been skipped"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_without_nvcc_it_is_for_the_cpu(python, tree):
+    output, said = install(python, tree, environment(PATH=path_without("nvcc")))
+    assert "building without the CUDA kernels: nvcc was not found" in output
+    assert len(list((tree / "dph_kernels").glob("_native*.so"))) == 1
+    assert said["backend"] == "cpu"
+    assert said["cpu"] == "None"
+    assert said["cuda"].startswith("the C++ module was built without CUDA: put nvcc on the PATH")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_nvcc_that_fails_costs_the_cuda_kernels_only(python, tree, tmp_path):
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho unsupported host compiler >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    output, said = install(python, tree, environment(CUDA_HOME=str(tmp_path / "cuda")))
+    assert "building without the CUDA kernels: " in output
+    assert "unsupported host compiler" in output
+    assert said["backend"] == "cpu"
+    assert said["cpu"] == "None"
+
+
+def test_wheel_holds_the_packages_and_the_recipes_and_nothing_else(python, tree, tmp_path):
+    env = environment(CXX="/bin/false")
+    pip(python, tree, env, "wheel", "--no-deps", "--no-cache-dir", "-w", tmp_path / "wheels", ".")
+    (wheel,) = (tmp_path / "wheels").glob("dph-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = [
+        p for folder in ("dph", "dph_kernels") for p in (tree / folder).rglob("*") if p.suffix in (".py", ".yaml")
+    ]
+    assert {p.relative_to(tree).as_posix() for p in sources if p.parent.name != "build"} <= names
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"dph", "dph_kernels"}
+
+
+def test_build_needs_no_pytorch():
+    requires = re.search(r"\[build-system\]\s*requires = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S)
+    assert sorted(re.findall(r'"([\w-]+)', requires[1])) == ["pybind11", "setuptools"]
