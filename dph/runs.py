@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -90,7 +91,7 @@ class Run:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same for TensorBoard; NaN (a part that is off) is left out."""
-        values = {key: float(value) for key, value in values.items() if math.isfinite(value)}
+        values = {key: value for key, value in values.items() if math.isfinite(value)}
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
         if self._board is None:
@@ -122,6 +123,7 @@ class Run:
 
     def save_model(self, model: Any, tokenizer: Any) -> Path:
         """Write the finished model, in the format of ``save_pretrained``, and its tokenizer if there is one."""
+        transformers.utils.logging.disable_progress_bar()
         with atomic_directory(self.directory / "model") as folder:
             model.save_pretrained(folder)
             if tokenizer is not None:

@@ -1,0 +1,103 @@
+"""Figures of a run: means over the steps between two logged ones, and what the terminal shows of them."""
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHOWN = ("loss", "reward_accuracy", "grad_norm", "lr")
+
+
+class Progress:
+    """Steps done of ``total``, the time that is left, tokens per second and losses, on stderr.
+
+    A bar on a terminal; elsewhere a line at every logged step.
+    """
+
+    def __init__(self, name: str, total: int, first: int, quiet: bool = False) -> None:
+        self.name, self.total, self.quiet = name, total, quiet
+        self._first, self._began = first, time.monotonic()
+        self._bar: Any = None
+        if sys.stderr.isatty() and not quiet:
+            from tqdm import tqdm
+
+            self._bar = tqdm(desc=name, total=total, initial=first, unit="step", dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """One step more."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """The figures of a logged step, or of an evaluation."""
+        text = ", ".join(f"{key} {value:.4g}" for key, value in values.items() if _shown(key))
+        if "tokens_per_second" in values:
+            text += f", {values['tokens_per_second']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+        elif not self.quiet:
+            left = f", {self._left(step)} left" if step < self.total else ""
+            print(f"{self.name} {step}/{self.total}: {text}{left}", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """One line of text."""
+        if not self.quiet:
+            print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+
+    def _left(self, step: int) -> str:
+        rate = (time.monotonic() - self._began) / max(1, step - self._first)
+        hours, seconds = divmod(round(rate * (self.total - step)), 3600)
+        return f"{hours}:{seconds // 60:02d}:{seconds % 60:02d}"
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _shown(key: str) -> bool:
+    """The figures that matter most; of several held-out sources, only all together."""
+    return key in SHOWN or (key.startswith("eval/") and key.count("/") == 1)
+
+
+class Window:
+    """Means over the steps since the last logged one, gathered on the device."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = [*names, "grad_norm"]
+        self._sums: Tensor | None = None
+        self._steps = self._tokens = self._all_tokens = 0
+        self._lr = self._seconds = 0.0
+
+    def add(self, means: Tensor, norm: Tensor, lr: float, tokens: int, seconds: float) -> None:
+        """One step's figures, and the time that it took."""
+        values = torch.cat([means, norm.reshape(1)])
+        self._sums = values if self._sums is None else self._sums.to(values.device) + values
+        self._steps, self._lr, self._seconds = self._steps + 1, lr, self._seconds + seconds
+        self._tokens, self._all_tokens = self._tokens + tokens, self._all_tokens + tokens
+
+    def close(self) -> dict[str, float]:
+        """The means, the rate and the speed; then a new window begins."""
+        means = (self._sums / self._steps).tolist()
+        values = dict(zip(self.names, means, strict=True)) | {"lr": self._lr, "tokens": self._all_tokens}
+        values |= {"tokens_per_second": self._tokens / max(self._seconds, 1e-9), "seconds": self._seconds}
+        self._sums, self._steps, self._tokens, self._seconds = None, 0, 0, 0.0
+        return values
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, as JSON."""
+        sums = None if self._sums is None else [None if math.isnan(x) else x for x in self._sums.tolist()]
+        counts = {"steps": self._steps, "tokens": self._tokens, "all_tokens": self._all_tokens}
+        return {"sums": sums, **counts, "seconds": self._seconds}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up what ``state`` gave."""
+        sums = state["sums"]
+        if sums is not None:
+            self._sums = torch.tensor([math.nan if x is None else x for x in sums], dtype=torch.float64)
+        self._steps, self._tokens, self._all_tokens = state["steps"], state["tokens"], state["all_tokens"]
+        self._seconds = state["seconds"]

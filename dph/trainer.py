@@ -1,0 +1,297 @@
+"""One loop for all stages: data -> loss -> gradient -> clip -> LaProp, with checkpoints from which it goes on exactly.
+
+    result = train(recipe.load("align"))                                   # from a recipe
+    result = train(settings, model=model, tokenizer=tokenizer, records=pairs)   # from Python, records in memory
+
+Nothing here is specific to a stage (``dph.stages``) or to a data set.
+"""
+
+import contextlib
+import copy
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dph import runs, start
+from dph.chat import Encoded
+from dph.data import Shuffled, encoder
+from dph.errors import UserError
+from dph.model import Model
+from dph.optim import LaProp, clip_coefficient, global_norm, param_groups, warmup_cosine
+from dph.progress import Progress, Window
+from dph.recipe import Recipe
+from dph.stages import Loss, PairStage, Stage, StreamStage, Work
+
+
+class Diverged(UserError):
+    """Loss or gradient is not finite: training stopped before the update, the weights are those of the step before."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage of training gives.
+
+    Attributes:
+        model: the trained model, in fp32.
+        tokenizer: its tokenizer.
+        run: the run directory; ``model`` in it opens with ``Model.from_pretrained``.
+        step: updates done.
+        interrupted: SIGTERM came: a checkpoint was saved, no model; ``resume=True`` goes on.
+        evaluation: the last figures on held-out records.
+    """
+
+    model: Model
+    tokenizer: Any
+    run: Path
+    step: int
+    interrupted: bool
+    evaluation: dict[str, float]
+
+
+def train(
+    recipe: Recipe,
+    *,
+    model: Model | None = None,
+    tokenizer: Any = None,
+    records: Sequence[Any] | None = None,
+    held_out: Sequence[Any] | Mapping[str, Sequence[Any]] | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> Result:
+    """Train one stage.
+
+    Args:
+        recipe: of the stage (``dph.recipe``).
+        model: in memory, in place of ``recipe.model``; it is trained in place and turned into fp32.
+        tokenizer: that goes with ``model``.
+        records: in memory, in place of ``recipe.data.sources``: ``dph.data`` records, or what they encode to
+            (``Encoded``; for preference stages a pair of them).
+        held_out: the same for evaluation.
+        resume: go on from the newest complete checkpoint in the recipe's directory, if there is one.
+        quiet: no progress on the terminal.
+
+    Raises UserError for whatever the recipe or the data have wrong, and :class:`Diverged`.
+    """
+    if model is not None and tokenizer is None:
+        raise UserError("tokenizer: expected the one that goes with the model, got None")
+    run = runs.Run(recipe.output.directory, recipe.as_dict(), resume=resume, keep=recipe.output.keep)
+    try:
+        if model is None:
+            model, tokenizer = start.open_start(recipe)
+        stage = make_stage(recipe, model, tokenizer, records, held_out)
+        return Trainer(recipe, stage, run, quiet).train()
+    finally:
+        run.close()
+
+
+def make_stage(recipe: Recipe, model: Model, tokenizer: Any, records: Any, held_out: Any) -> Stage:
+    """The stage of ``recipe`` over records in memory, or over the recipe's sources."""
+    start.check_tokenizer(model, tokenizer)
+    encode = encoder(tokenizer)
+    order = start.open_mixture(recipe) if records is None else Shuffled(records, recipe.seed)
+    if held_out is None:
+        held_out = start.open_held_out(recipe)
+    elif not isinstance(held_out, Mapping):
+        held_out = {"held out": held_out}
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if recipe.device == "auto" else recipe.device
+    return (PairStage if recipe.kind == "preference" else StreamStage)(
+        recipe=recipe,
+        model=model.to(device=device, dtype=torch.float32),
+        tokenizer=tokenizer,
+        encode=lambda record: record if isinstance(record, Encoded | tuple) else encode(record),
+        records=order,
+        held_out=held_out,
+    )
+
+
+class Trainer:
+    """One run of one stage. Made, it stands at the run's checkpoint, or at the beginning."""
+
+    def __init__(self, recipe: Recipe, stage: Stage, run: runs.Run, quiet: bool = False) -> None:
+        self.recipe, self.stage, self.run, self.quiet = recipe, stage, run, quiet
+        self.model, self.settings = stage.model, recipe.optimiser
+        self.before = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(stage.trains(name))
+        self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimiser = self._optimiser()
+        self.window, self.evaluation = Window(stage.metrics), {}
+        self._begin()
+        self.low = _low_precision(recipe.precision, self.model.device)
+        if self.low:
+            self.optimiser.lower(torch.bfloat16)
+            self.model.to(torch.bfloat16)
+        if self.stage.reference is not None:
+            self.stage.reference.to(self.model.dtype)
+
+    def _optimiser(self) -> LaProp:
+        s = self.settings
+        groups = param_groups(self.model, s.weight_decay, s.prior_decay, s.no_decay)
+        return LaProp(groups, lr=s.lr, betas=s.betas, eps=s.eps)
+
+    def _begin(self) -> None:
+        """Keep the weights that a resume cannot find elsewhere, or take up a checkpoint; make the reference."""
+        if self.run.checkpoint is None:
+            kept = dict(self.model.named_parameters())
+            if not self.stage.needs_reference:
+                kept = {name: p for name, p in kept.items() if not p.requires_grad}
+            self.run.save_start(kept)
+        else:
+            self._set_weights(self.run.load_start())
+        if self.stage.needs_reference:
+            self.stage.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
+            self.stage.reference.heads.clear()
+        if self.run.checkpoint is not None:
+            self._load(self.run.checkpoint)
+
+    def _set_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        params = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                params[name].copy_(tensor)
+
+    def _load(self, checkpoint: runs.Checkpoint) -> None:
+        state = checkpoint.state()
+        self._set_weights(checkpoint.tensors("weights"))
+        self.optimiser.from_tensors(self.names, checkpoint.tensors("optimiser"), state["optimiser"])
+        self.stage.load_state(checkpoint.tensors("data"), state["data"])
+        self.window.load(state["window"])
+        self.evaluation = state["evaluation"]
+        runs.set_generators(checkpoint.tensors("generators"), state["generators"])
+
+    def _save(self, step: int) -> None:
+        optimiser, optimiser_state = self.optimiser.to_tensors(self.names)
+        data, data_state = self.stage.state()
+        generators, generators_state = runs.generators()
+        weights = self.optimiser.weights(self.names)
+        parts = {"weights": weights, "optimiser": optimiser, "data": data, "generators": generators}
+        state = {
+            "optimiser": optimiser_state,
+            "data": data_state,
+            "window": self.window.state(),
+            "evaluation": self.evaluation,
+            "generators": generators_state,
+        }
+        self.run.save(step, parts, state)
+
+    def train(self) -> Result:
+        """Run the loop to its end, or until SIGTERM."""
+        progress = Progress(self.recipe.stage, self.settings.steps, self.run.step, self.quiet)
+        self.model.train()
+        try:
+            with _sigterm() as told_to_stop, contextlib.closing(progress):
+                stopped = self._loop(told_to_stop, progress)
+            if stopped is None:
+                progress.note(f"the model is in {self._finish()}")
+            else:
+                progress.note(f"stopped after step {stopped}, which is saved; a resumed run goes on from there")
+        finally:
+            for name, p in self.model.named_parameters():
+                p.requires_grad_(self.before[name])
+        done = self.settings.steps if stopped is None else stopped
+        return Result(self.model, self.stage.tokenizer, self.run.directory, done, stopped is not None, self.evaluation)
+
+    def _loop(self, told_to_stop: Callable[[], bool], progress: Progress) -> int | None:
+        """All steps that are left: None at their end, or the step after which SIGTERM stopped it."""
+        output, total = self.recipe.output, self.settings.steps
+        for step in range(self.run.step + 1, total + 1):
+            self._update(step)
+            progress.advance()
+            last, stop = step == total, told_to_stop()
+            if last or step % output.log_every == 0:
+                self._log(step, progress, self.window.close())
+            if last or self._due(self.recipe.evaluation.every, step):
+                self._evaluate(step, progress)
+            if last or stop or self._due(output.save_every, step):
+                self._save(step)
+            if stop and not last:
+                return step
+        return None
+
+    @staticmethod
+    def _due(every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _update(self, step: int) -> None:
+        """One update of the weights; none where loss or gradient is not finite."""
+        began = time.monotonic()
+        lr = warmup_cosine(
+            step,
+            peak=self.settings.lr,
+            warmup=self.settings.warmup,
+            total=self.settings.steps,
+            final=self.settings.final_lr,
+        )
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        work = self.stage.next()
+        losses = []
+        for part in work.parts:
+            loss = self.stage.loss(part, step)
+            (loss.total / work.weight).backward()
+            losses.append(loss._replace(total=loss.total.detach()))
+        norm = global_norm(self.names)
+        sums = torch.stack([loss.sums for loss in losses]).double().sum(0) / work.weight
+        if not bool(torch.isfinite(norm + sum(loss.total for loss in losses))):  # the one wait for the device
+            self.optimiser.zero_grad()
+            raise Diverged(self._explain(step, work, losses, norm))
+        self.optimiser.step(grad_scale=clip_coefficient(norm, self.settings.clip))
+        self.optimiser.zero_grad()
+        self.window.add(sums, norm, lr, work.tokens, time.monotonic() - began)
+
+    def _explain(self, step: int, work: Work, losses: Sequence[Loss], norm: Tensor) -> str:
+        text = f"step {step}: stopped before the update, the weights are those of step {step - 1}; in {work.records}: "
+        for part, loss in zip(work.parts, losses, strict=True):
+            if not bool(torch.isfinite(loss.values).all()):
+                return text + f"the loss is {float(loss.total)} for {self.stage.describe(part, loss.values)}"
+        total = sum(float(loss.total) for loss in losses) / work.weight
+        return text + f"the gradient's norm is {float(norm)} at a loss of {total:.4g}"
+
+    def _log(self, step: int, progress: Progress, values: dict[str, float]) -> None:
+        values = {key: value for key, value in values.items() if math.isfinite(value)}  # a part that is off has NaN
+        self.run.log(step, values)
+        progress.show(step, values)
+
+    def _evaluate(self, step: int, progress: Progress) -> None:
+        self.model.eval()
+        self.evaluation = self.stage.evaluate()
+        self.model.train()
+        if self.evaluation:
+            self._log(step, progress, {f"eval/{key}": value for key, value in self.evaluation.items()})
+
+    def _finish(self) -> Path:
+        """Turn the model back into fp32, what did not train as it was found, and save it."""
+        self.optimiser.restore()
+        self.model.float()
+        if self.low:
+            trained = set(self.names.values())
+            self._set_weights({name: t for name, t in self.run.load_start().items() if name not in trained})
+        if self.recipe.kind == "preference":
+            self.model.untrained_heads -= set(self.recipe.objective.heads)
+        return self.run.save_model(self.model.eval(), self.stage.tokenizer)
+
+
+def _low_precision(precision: str, device: torch.device) -> bool:
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """A function that says whether SIGTERM has come; outside the main thread, where no handler can be set, never."""
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield came.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
