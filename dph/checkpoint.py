@@ -38,14 +38,20 @@ def _rename(name: str, table: dict[str, str]) -> str:
 
 
 def from_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Own names for weights (or gradients) in the released ``lsw_transformer`` layout; q, k and v rows are joined."""
+    """Own names for weights (or gradients) in the released ``lsw_transformer`` layout; q, k and v rows are joined.
+
+    Raises ValueError for a name that the layout lacks, and where one of q, k and v comes without the others.
+    """
     own: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if ".att.proj_q." in name:
-            parts = [tensors[name.replace("proj_q", part)] for part in JOINED]
-            own[_rename(name, RENAMED)] = torch.cat(parts)
-        elif ".att.proj_k." not in name and ".att.proj_v." not in name:
-            own[_rename(name, RENAMED)] = tensor
+        target = _rename(name, RENAMED)
+        if ".attention.qkv." not in target:
+            own[target] = tensor
+        elif target not in own:
+            joined = [re.sub(r"proj_[qkv]", part, name) for part in JOINED]
+            if lacking := [part for part in joined if part not in tensors]:
+                raise ValueError(f"{name}: expected {' and '.join(lacking)} with it, got none")
+            own[target] = torch.cat([tensors[part] for part in joined])
     return own
 
 
@@ -83,6 +89,9 @@ RENAMED_CONFIG = {
     "eos_token_id": "eos_token_id",
     "pad_token_id": "pad_token_id",
 }
+LAYER_NORM_EPS = 1e-5
+"""Of every released model; their configurations do not name it."""
+
 # What the released models do not use and this model does not have: any other value is refused.
 FIXED_CONFIG = {
     "enable_bias": True,
@@ -110,7 +119,12 @@ def config_from_official(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_to_official(config: Any) -> dict[str, Any]:
-    """A released model's ``config.json`` from a :class:`dph.ModelConfig`."""
+    """A released model's ``config.json`` from a :class:`dph.ModelConfig`; ValueError for what it cannot say."""
+    if config.layer_norm_eps != LAYER_NORM_EPS or config.task_heads:
+        raise ValueError(
+            f"config: expected layer_norm_eps = {LAYER_NORM_EPS} and no task_heads, which the released layout lacks, "
+            f"got {config.layer_norm_eps} and {config.task_heads}"
+        )
     renamed = {official: getattr(config, own) for official, own in RENAMED_CONFIG.items()}
     extra = {
         "model_type": RELEASED,

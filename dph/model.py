@@ -246,14 +246,18 @@ class Model(PreTrainedModel, GenerationMixin):
             yield from (name for name in names if no_pooler or f"heads.{key}.reward.{name}.weight" in missing)
 
     def save_official(self, directory: str | os.PathLike) -> None:
-        """Write a released-layout (``lsw_transformer``) directory: config.json and model.safetensors."""
+        """Write a released-layout (``lsw_transformer``) directory: config.json and model.safetensors.
+
+        Raises ValueError, before anything is written, for what that layout cannot hold: task heads, another epsilon.
+        """
         from safetensors.torch import save_file
 
-        os.makedirs(directory, exist_ok=True)
+        config = checkpoint.config_to_official(self.config)
         tensors = {name: tensor.contiguous() for name, tensor in checkpoint.to_official(self.state_dict()).items()}
+        os.makedirs(directory, exist_ok=True)
         save_file(tensors, os.path.join(directory, "model.safetensors"), metadata={"format": "pt"})
         with open(os.path.join(directory, "config.json"), "w") as file:
-            json.dump(checkpoint.config_to_official(self.config), file, indent=2)
+            json.dump(config, file, indent=2)
 
     # Dense batches
 
