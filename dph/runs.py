@@ -55,7 +55,7 @@ class Run:
         self.checkpoint: Checkpoint | None = None
         config = json.loads(json.dumps(config))
         _remove_leavings(self.directory, self.directory / "checkpoints")
-        if (self.directory / "config.json").exists():
+        if self._has_begun():
             if not resume:
                 raise UserError(f"{directory}: holds a run already; resume it or give another directory")
             self._check_same(config)
@@ -68,6 +68,12 @@ class Run:
     def step(self) -> int:
         """Steps that are done: the checkpoint's, or 0."""
         return self.checkpoint.step if self.checkpoint else 0
+
+    def _has_begun(self) -> bool:
+        """Whether there is a step to lose: a start that failed, over its data say, takes no directory."""
+        metrics = self.directory / "metrics.jsonl"
+        logged = metrics.exists() and metrics.stat().st_size > 0
+        return (self.directory / "config.json").exists() and (logged or bool(_steps(self.directory / "checkpoints")))
 
     def _check_same(self, config: dict) -> None:
         before = json.loads((self.directory / "config.json").read_text())

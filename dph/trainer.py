@@ -26,9 +26,11 @@ from dph.data import Shuffled, encoder
 from dph.errors import UserError
 from dph.model import Model
 from dph.optim import LaProp, clip_coefficient, global_norm, param_groups, warmup_cosine
+from dph.pair_stage import PairStage
 from dph.progress import Progress, Window
 from dph.recipe import Recipe
-from dph.stages import Loss, PairStage, Stage, StreamStage, Work
+from dph.stages import Loss, Stage, Work
+from dph.stream_stage import StreamStage
 
 
 class Diverged(UserError):
@@ -108,7 +110,7 @@ def make_stage(recipe: Recipe, model: Model, tokenizer: Any, records: Any, held_
         tokenizer=tokenizer,
         encode=lambda record: record if isinstance(record, Encoded | tuple) else encode(record),
         records=order,
-        held_out=held_out,
+        held_out={name: found for name, found in held_out.items() if len(found)},
     )
 
 

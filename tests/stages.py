@@ -1,11 +1,11 @@
 """Tiny stages for tests: records in memory, a model of a few thousand parameters, and a recipe."""
 
 import torch
+from texts import conversation, small_tokenizer
 
 import dph
 from dph import recipe
 from dph.records import Conversation, Preference, Text
-from texts import conversation, small_tokenizer
 
 STAGES = ("pretrain", "vocab", "sft", "align", "head")
 

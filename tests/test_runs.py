@@ -120,6 +120,7 @@ def test_tensorboard_holds_the_metrics(tmp_path):
 
 def test_a_directory_is_not_taken_twice(tmp_path):
     runs.Run(tmp_path / "run", CONFIG)
+    runs.Run(tmp_path / "run", CONFIG).log(1, {"loss": 1.0})  # a run without a step may begin again
     with pytest.raises(UserError, match="holds a run already"):
         runs.Run(tmp_path / "run", CONFIG)
     with pytest.raises(UserError, match=r"optimiser: expected what the run .* began with"):

@@ -1,0 +1,90 @@
+"""Pre-training, vocabulary and SFT: Transformer-XL streams."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dph.batches import IGNORED, Streams
+from dph.memory import Memory
+from dph.order import InOrder, Order
+from dph.records import Record
+from dph.stages import Loss, Material, Work, excerpt, merge
+
+
+@dataclass(kw_only=True)
+class StreamStage(Material):
+    """Pre-training, vocabulary and SFT: parallel streams, each with its Transformer-XL memory."""
+
+    metrics = ("loss",)
+    needs_reference = False
+
+    def __post_init__(self) -> None:
+        """Set up streams and memories, one memory for each part."""
+        self.batches = self._streams(self.records, self.recipe.batch.size)
+        self.memories = [self._memory() for _ in range(self.recipe.batch.size // self.micro)]
+
+    def _streams(self, records: Order, size: int) -> Streams:
+        filler = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        return Streams(records, self.encode, size, self.recipe.data.context, filler)
+
+    def _memory(self) -> Memory | None:
+        return Memory(self.recipe.data.memory, self.recipe.data.memory_kind) if self.recipe.data.memory else None
+
+    def trains(self, name: str) -> bool:
+        """The embedding alone in stage vocab, else all but the reward heads."""
+        return "embedding" in name if self.recipe.stage == "vocab" else not name.startswith("heads.")
+
+    def next(self) -> Work:
+        """The next segment of every stream."""
+        first = self.position()
+        tokens, targets = next(self.batches)
+        parts = list(zip(self.memories, tokens.split(self.micro), targets.split(self.micro), strict=True))
+        taken = f"segments after records {first} to {self.position()}"
+        return Work(parts, max(1, int((targets != IGNORED).sum())), tokens.numel(), taken)
+
+    def loss(self, part: tuple[Memory | None, Tensor, Tensor], step: int) -> Loss:
+        """Minus the log-probabilities of the targets."""
+        memory, tokens, targets = part
+        device = self.model.device
+        logprobs = self.model.stream_logprobs(tokens.to(device), targets.to(device), memory)
+        total = -logprobs.sum()
+        return Loss(total, total.detach().reshape(1), logprobs.detach())
+
+    def describe(self, part: tuple[Memory | None, Tensor, Tensor], values: Tensor) -> str:
+        """The first stream that went wrong."""
+        _, tokens, targets = part
+        rows = (targets != IGNORED).nonzero()[:, 0]
+        row = int(rows[~torch.isfinite(values).cpu()][0])
+        return f"a segment that begins {excerpt(self.tokenizer, tokens[row].tolist())}"
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss over the targets of each held-out source, and of all."""
+        return merge({name: self._evaluate(records) for name, records in self.held_out.items()})
+
+    def _evaluate(self, records: Sequence[Record]) -> tuple[dict[str, float], int]:
+        """Summed loss, and targets; over as many streams as in training, so that the cut in parts changes nothing."""
+        streams = min(self.recipe.batch.size, len(records))
+        memories = [self._memory() for _ in range(0, streams, self.micro)]
+        total, count = 0.0, 0
+        for tokens, targets in self._streams(InOrder(records), streams):
+            for part in zip(memories, tokens.split(self.micro), targets.split(self.micro), strict=True):
+                loss = self.loss(part, 0)
+                total, count = total + float(loss.total), count + len(loss.values)
+        return {"loss": total}, count
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Memories, and what the streams have left over."""
+        kept = [memory.state_dict() for memory in self.memories if memory is not None]
+        return {f"{i}/{key}": t for i, state in enumerate(kept) for key, t in state.items()}, self.batches.state_dict()
+
+    def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Take both up again."""
+        self.batches.load_state_dict(state)
+        for i, memory in enumerate(self.memories):
+            own = {key.split("/")[1]: t for key, t in tensors.items() if key.startswith(f"{i}/")}
+            if memory is not None:
+                memory.load_state_dict({key: t.to(self.model.device) for key, t in own.items()})

@@ -1,0 +1,349 @@
+"""LaProp against the paper's code, against its equations in fp64, and where state is saved, lowered or missing."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import dph
+from dph.optim import LaProp, clip_coefficient, global_norm, param_groups, warmup_cosine
+
+GOLDEN = Path(__file__).parents[1] / "../shared/golden/laprop.safetensors"
+SETTINGS = {
+    "plain": {},
+    "weight_decay": {"weight_decay": 0.1},
+    "prior_decay": {"prior_decay": 0.5},
+    "both": {"weight_decay": 0.1, "prior_decay": 0.5},
+}
+RATES = [0.01, 0.02, 0.03, 0.0, 0.0, 0.03, 0.01]
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(optimiser, params, steps, first=0):
+    """Steps with the rates of RATES; the gradient of parameter i at a step is fixed."""
+    for step in range(first, first + steps):
+        for group in optimiser.param_groups:
+            group["lr"] = RATES[step % len(RATES)]
+        for i, p in enumerate(params):
+            p.grad = numbers(*p.shape, seed=100 * step + i).to(p.dtype)
+        optimiser.step()
+
+
+def by_the_book(theta, steps, weight_decay=0.0, prior_decay=0.0, seed=0, beta1=0.9, beta2=0.95, eps=1e-8):
+    """SPEC 4, line by line, in fp64."""
+    theta = theta.double()
+    prior, m, v, a = theta.clone(), torch.zeros_like(theta), torch.zeros_like(theta), 0.0
+    for t in range(1, steps + 1):
+        eta, g = RATES[(t - 1) % len(RATES)], numbers(*theta.shape, seed=100 * (t - 1) + seed).double()
+        v = beta2 * v + (1 - beta2) * g**2
+        m = beta1 * m + (1 - beta1) * eta * g / (v.sqrt() + eps) * math.sqrt(1 - beta2**t)
+        a = beta1 * a + (1 - beta1) * eta
+        c = a / eta if eta else 1.0
+        theta = theta - prior_decay * eta * (theta - prior) - weight_decay * eta * theta
+        theta = theta - m / c
+    return theta
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason="needs ../shared/golden, the paper's own numbers")
+@pytest.mark.parametrize("tag", ["plain", "weight_decay", "prior_decay"])
+def test_paper_code(tag):
+    from safetensors.torch import load_file
+
+    golden = load_file(GOLDEN)
+    params = [golden[f"param{i}.initial"].clone().requires_grad_() for i in range(3)]
+    rates = golden["lr"].tolist()
+    optimiser = LaProp(params, lr=rates[0], **SETTINGS[tag])
+    for step, rate in enumerate(rates):
+        optimiser.param_groups[0]["lr"] = rate
+        for i, p in enumerate(params):
+            p.grad = golden[f"param{i}.grad.step{step}"].clone()
+        optimiser.step()
+        for i, p in enumerate(params):
+            torch.testing.assert_close(p.detach(), golden[f"{tag}.param{i}.step{step}"], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("tag", SETTINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equations(tag, dtype):
+    start = numbers(7, 5, seed=9)
+    p = nn.Parameter(start.to(dtype, copy=True))
+    optimiser = LaProp([p], lr=1.0, **SETTINGS[tag])
+    run(optimiser, [p], 12)
+    want = by_the_book(start, 12, **SETTINGS[tag])
+    torch.testing.assert_close(p.detach().double(), want, rtol=0, atol=1e-12 if dtype == torch.float64 else 2e-6)
+
+
+def test_zero_rate_from_the_start_moves_nothing():
+    p = nn.Parameter(numbers(4))
+    before = p.detach().clone()
+    optimiser = LaProp([p], lr=0.0, prior_decay=0.5, weight_decay=0.1)
+    p.grad = numbers(4, seed=1)
+    optimiser.step()
+    assert torch.equal(p, before)
+
+
+def test_prior_pulls_back_without_gradient_signal():
+    p = nn.Parameter(torch.zeros(3))
+    optimiser = LaProp([p], lr=0.1, prior_decay=0.5)
+    p.data.fill_(1.0)  # away from the prior, which is zero
+    for _ in range(50):
+        p.grad = torch.zeros(3)
+        optimiser.step()
+    torch.testing.assert_close(p.detach(), torch.full((3,), (1 - 0.5 * 0.1) ** 50))
+
+
+def test_parameter_without_gradient_is_left_alone():
+    p, q = nn.Parameter(numbers(3)), nn.Parameter(numbers(3, seed=1))
+    optimiser = LaProp([p, q], lr=0.1, prior_decay=0.5)
+    before, state = q.detach().clone(), {k: v.clone() for k, v in optimiser.state[q].items()}
+    assert "prior" in state
+    p.grad = numbers(3, seed=2)
+    optimiser.step()
+    assert torch.equal(q, before)
+    assert all(torch.equal(optimiser.state[q][k], v) for k, v in state.items())
+    assert not torch.equal(p, numbers(3))
+
+
+def test_no_prior_is_kept_where_there_is_no_prior_decay():
+    p = nn.Parameter(numbers(3))
+    optimiser = LaProp([p], lr=0.1)
+    assert "prior" not in optimiser.state[p]
+    optimiser.param_groups[0]["prior_decay"] = 0.5
+    p.grad = numbers(3)
+    with pytest.raises(ValueError, match="prior_decay: was 0 when the optimiser was built"):
+        optimiser.step()
+
+
+def test_grad_scale_is_read_from_the_tensor():
+    params = [nn.Parameter(numbers(300, seed=i)) for i in range(2)]
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    one, two = LaProp(params, lr=0.1), LaProp(others, lr=0.1)
+    for a, b in zip(params, others, strict=True):
+        a.grad = numbers(300, seed=7)
+        b.grad = a.grad * 0.125
+    one.step(grad_scale=torch.tensor([0.125]))
+    two.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+
+
+def test_closure():
+    p = nn.Parameter(torch.ones(2))
+    optimiser = LaProp([p], lr=0.1)
+
+    def closure():
+        optimiser.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    first = optimiser.step(closure)
+    assert optimiser.step(closure) < first
+
+
+def test_expanded_and_transposed_gradients():
+    p, q = nn.Parameter(numbers(4, 6)), nn.Parameter(numbers(4, 6))
+    one, two = LaProp([p], lr=0.1), LaProp([q], lr=0.1)
+    p.grad = numbers(6, 4).t()
+    q.grad = numbers(6, 4).t().contiguous()
+    one.step()
+    two.step()
+    assert torch.equal(p, q)
+
+
+def test_bf16_weights_have_fp32_masters():
+    start = numbers(64, seed=3).bfloat16()
+    p = nn.Parameter(start.clone())
+    optimiser = LaProp([p], lr=1.0, prior_decay=0.5)
+    assert {t.dtype for t in optimiser.state[p].values()} == {torch.float32}
+    for _ in range(400):  # each step alone is below the spacing of bf16
+        optimiser.param_groups[0]["lr"] = 1e-5
+        p.grad = torch.ones_like(p)
+        optimiser.step()
+    master = optimiser.state[p]["master"]
+    assert torch.equal(p, master.bfloat16())
+    moved = start.float() - master
+    assert moved.min() > 3e-3
+    assert (start.float() - p.float()).max() > 3e-3
+
+
+def test_lower_and_restore_keep_the_fp32_weights():
+    start = numbers(50, seed=4)
+    p, q = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    low, high = LaProp([p], lr=0.1, prior_decay=0.5), LaProp([q], lr=0.1, prior_decay=0.5)
+    low.lower(torch.bfloat16)
+    assert p.dtype == torch.bfloat16
+    (p * torch.ones(50).bfloat16()).sum().backward()
+    assert p.grad.dtype == torch.float32  # gathered in fp32 over micro-batches
+    for step in range(3):
+        p.grad, q.grad = numbers(50, seed=step), numbers(50, seed=step)
+        low.step()
+        high.step()
+        assert torch.equal(p, low.state[p]["master"].bfloat16())
+    low.restore()
+    assert p.dtype == torch.float32
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+    assert "master" not in low.state[p]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tag", SETTINGS)
+def test_state_dict_goes_on_bit_for_bit(tag, dtype):
+    make = lambda: [nn.Parameter(numbers(5, 3, seed=i).to(dtype)) for i in range(2)]  # noqa: E731
+    params, others = make(), make()
+    straight = LaProp(params, lr=1.0, **SETTINGS[tag])
+    run(straight, params, 4)
+    saved = {"state": straight.state_dict(), "weights": [p.detach().clone() for p in params]}
+    saved["state"] = {  # a real save holds its own copies
+        "state": {i: {k: v.clone() for k, v in s.items()} for i, s in saved["state"]["state"].items()},
+        "param_groups": [dict(g) for g in saved["state"]["param_groups"]],
+    }
+    run(straight, params, 4, first=4)
+    for p, weight in zip(others, saved["weights"], strict=True):
+        p.data.copy_(weight)
+    resumed = LaProp(others, lr=1.0, **SETTINGS[tag])
+    resumed.load_state_dict(saved["state"])
+    assert all(t.dtype == torch.float32 for s in resumed.state.values() for t in s.values())
+    run(resumed, others, 4, first=4)
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+def test_to_tensors_survives_safetensors_and_json(tmp_path):
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    make = lambda: [nn.Parameter(numbers(5, 3, seed=i)) for i in range(2)]  # noqa: E731
+    params, others = make(), make()
+    names = lambda ps: {p: f"layer.{i}.weight" for i, p in enumerate(ps)}  # noqa: E731
+    straight = LaProp([{"params": params[:1], "prior_decay": 0.5}, {"params": params[1:]}], lr=1.0)
+    run(straight, params, 3)
+    tensors, meta = straight.to_tensors(names(params))
+    save_file(tensors, tmp_path / "o.safetensors")
+    for p, q in zip(params, others, strict=True):
+        q.data.copy_(p)
+    meta = json.loads(json.dumps(meta))
+    run(straight, params, 3, first=3)
+    resumed = LaProp([{"params": others[:1], "prior_decay": 0.5}, {"params": others[1:]}], lr=1.0)
+    resumed.from_tensors(names(others), load_file(tmp_path / "o.safetensors"), meta)
+    run(resumed, others, 3, first=3)
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+    with pytest.raises(ValueError, match="expected this model's parameter groups"):
+        resumed.from_tensors({p: f"other.{i}" for i, p in enumerate(others)}, tensors, meta)
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(0.5, 0.0), (0.0, 0.5), (0.5, 0.5)])
+def test_a_missing_prior_is_never_made_anew(mine, theirs):
+    saved = LaProp([nn.Parameter(numbers(3))], lr=0.1, prior_decay=theirs).state_dict()
+    saved["state"][0].pop("prior", None)
+    optimiser = LaProp([nn.Parameter(numbers(3))], lr=0.1, prior_decay=mine)
+    with pytest.raises(ValueError, match="expected a prior for every parameter"):
+        optimiser.load_state_dict(saved)
+
+
+def test_the_prior_is_the_first_weight_not_the_resumed_one():
+    p = nn.Parameter(numbers(3))
+    first = p.detach().clone()
+    optimiser = LaProp([p], lr=0.1, prior_decay=0.5)
+    run(optimiser, [p], 5)
+    resumed = LaProp([p], lr=0.1, prior_decay=0.5)  # built on weights that have moved
+    resumed.load_state_dict(optimiser.state_dict())
+    assert torch.equal(resumed.state[p]["prior"], first)
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(4, 3)
+        self.layer = nn.Linear(3, 3)
+        self.input_norm = nn.LayerNorm(3)
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.head = nn.Linear(3, 4, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def test_param_groups():
+    model = Named()
+    decayed, plain = param_groups(model, weight_decay=0.1, prior_decay=0.5)
+    ids = lambda group: {id(p) for p in group["params"]}  # noqa: E731
+    assert ids(decayed) == {id(model.layer.weight)}
+    assert ids(plain) == {
+        id(p) for p in (model.embedding.weight, model.layer.bias, model.input_norm.weight, model.input_norm.bias)
+    }
+    assert (decayed["weight_decay"], decayed["prior_decay"]) == (0.1, 0.5)
+    assert (plain["weight_decay"], plain["prior_decay"]) == (0.0, 0.0)
+    assert sum(len(g["params"]) for g in (decayed, plain)) == 5  # the tied one once
+    (everything,) = param_groups(model, prior_decay=0.5, no_decay=())
+    assert len(everything["params"]) == 5
+
+
+def test_param_groups_of_the_model():
+    """Every LayerNorm's name contains "norm", the token embedding's "embedding" (DESIGN.md, public names)."""
+    model = dph.Model(dph.ModelConfig(vocab_size=16, embedding_size=4, hidden_size=8, intermediate_size=8,
+                                      num_hidden_layers=1, num_attention_heads=2))  # fmt: skip
+    decayed, plain = param_groups(model, prior_decay=0.5)
+    kinds = {id(p): type(m) for m in model.modules() for p in m.parameters(recurse=False)}
+    assert all(kinds[id(p)] is nn.Linear and p.ndim == 2 for p in decayed["params"])
+    assert all(kinds[id(p)] in (nn.LayerNorm, nn.Embedding) or p.ndim == 1 for p in plain["params"])
+
+
+def test_global_norm_is_exact_and_takes_odd_shapes():
+    sizes = [(0,), (1,), (1023,), (1024,), (1025,), (3, 700, 5)]
+    params = [nn.Parameter(torch.zeros(s)) for s in sizes] + [nn.Parameter(torch.zeros(2))]
+    for i, p in enumerate(params[:-1]):
+        p.grad = numbers(*p.shape, seed=i) * 10**i
+    want = torch.cat([p.grad.flatten().double() for p in params[:-1]]).norm()
+    torch.testing.assert_close(global_norm(params), want, rtol=1e-7, atol=0)
+    assert global_norm([nn.Parameter(torch.zeros(2))]) == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_global_norm_tells_of_what_is_not_finite(bad):
+    p = nn.Parameter(torch.zeros(3000))
+    p.grad = torch.zeros(3000)
+    p.grad[1500] = bad
+    assert not torch.isfinite(global_norm([p]))
+
+
+def test_clipping_equals_pytorchs():
+    for scale in (0.01, 100.0):
+        p, q = nn.Parameter(torch.zeros(50)), nn.Parameter(torch.zeros(50))
+        p.grad = numbers(50) * scale
+        q.grad = p.grad.clone()
+        torch.nn.utils.clip_grad_norm_([q], 1.0)
+        coefficient = clip_coefficient(global_norm([p]), 1.0)
+        assert coefficient.shape == (1,)
+        torch.testing.assert_close(p.grad * coefficient, q.grad)
+
+
+def test_schedule():
+    lr = lambda step: warmup_cosine(step, peak=3e-6, warmup=200, total=23040, final=3e-7)  # noqa: E731
+    assert lr(1) == pytest.approx(3e-6 / 200)
+    assert lr(100) == pytest.approx(1.5e-6)
+    assert lr(200) == 3e-6
+    assert lr((200 + 23040) // 2) == pytest.approx((3e-6 + 3e-7) / 2)
+    assert lr(23040) == pytest.approx(3e-7)
+    assert lr(99999) == pytest.approx(3e-7)
+    assert all(lr(s) > lr(s + 1) for s in range(200, 23040, 777))
+    assert warmup_cosine(1, peak=1.0, warmup=0, total=1) == 0.0
+    with pytest.raises(ValueError, match="step: expected 1 <= step"):
+        lr(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": -1.0}, "lr: expected"),
+        ({"betas": (0.9, 1.0)}, r"betas\[1\]: expected"),
+        ({"eps": -1e-8}, "eps: expected"),
+        ({"prior_decay": -0.5}, "prior_decay: expected"),
+        ({"weight_decay": float("nan")}, "weight_decay: expected"),
+    ],
+)
+def test_wrong_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        LaProp([nn.Parameter(torch.zeros(2))], **{"lr": 0.1, **changes})

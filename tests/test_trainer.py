@@ -1,0 +1,399 @@
+"""The loop: exact resume in every stage, accumulation, what trains and what stands still, and what stops it."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from stages import STAGES, records, settings, tiny, weights
+from texts import small_tokenizer
+
+import dph
+from dph import runs
+from dph.chat import Encoded
+from dph.errors import UserError
+from dph.order import Shuffled
+from dph.packing import pack
+from dph.records import encoder
+from dph.trainer import Diverged, train
+
+PAIRS = ("align", "head")
+
+
+def go(recipe, data=None, model=None, **options):
+    stage = recipe.stage
+    options = {"held_out": records(stage, 5), "quiet": True, **options}
+    return train(recipe, model=model or tiny(), tokenizer=small_tokenizer(), records=data or records(stage), **options)
+
+
+def figures(directory):
+    """metrics.jsonl without what differs between equal runs."""
+    lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in runs.TIMES} for line in lines]
+
+
+class Trap(list):
+    """Records that call ``action`` when the given number of them has been taken."""
+
+    def __init__(self, items, after, action):
+        super().__init__(items)
+        self.left, self.action = after, action
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left == 0:
+            self.action()
+        return super().__getitem__(index)
+
+
+class Killed(Exception):
+    pass
+
+
+def die():
+    raise Killed
+
+
+def taken(recipe, steps):
+    """How many records the first ``steps`` updates take."""
+    order = Shuffled(records(recipe.stage), recipe.seed)
+    encode, stage = encoder(small_tokenizer()), recipe.stage
+    batches = (
+        dph.data.PairBatches(order, encode, recipe.batch.size)
+        if stage in PAIRS
+        else dph.data.Streams(order, encode, recipe.batch.size, recipe.data.context, 1)
+    )
+    for _ in range(steps):
+        next(batches)
+    return order.position
+
+
+VARIANTS = [(stage, {}) for stage in STAGES] + [
+    ("sft", {"data__memory_kind": "hidden", "batch__micro": 2}),
+    ("sft", {"data__memory": 0, "precision": "bf16"}),
+    ("align", {"precision": "bf16", "batch__micro": 1}),
+    ("align", {"objective__dpo_weight": 0.0, "objective__objective": "contrastive"}),
+    ("head", {"precision": "bf16", "optimiser__prior_decay": 0.0}),
+]
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"), VARIANTS, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain"
+)
+def test_resume_is_bit_for_bit(stage, changes, tmp_path):
+    """Killed within step 6 (in the second epoch, between two logged steps), resumed from step 3."""
+    whole = go(settings(stage, tmp_path / "whole", **changes))
+    recipe = settings(stage, tmp_path / "parts", **changes)
+    with pytest.raises(Killed):
+        go(recipe, Trap(records(stage), taken(recipe, 5) + 1, die))
+    assert runs.newest(tmp_path / "parts" / "checkpoints").step == 3
+    assert [line["step"] for line in figures(tmp_path / "parts")] == [2, 4, 4]
+    resumed = go(recipe, resume=True)
+    for (name, a), b in zip(weights(whole.model).items(), weights(resumed.model).values(), strict=True):
+        assert torch.equal(a, b), name
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
+    assert whole.evaluation == resumed.evaluation
+    last = [runs.newest(tmp_path / d / "checkpoints").tensors("optimiser") for d in ("whole", "parts")]
+    assert all(torch.equal(a, last[1][key]) for key, a in last[0].items())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_runs_above_cross_an_epoch(stage, tmp_path):
+    assert taken(settings(stage, tmp_path), 8) > len(records(stage))
+
+
+@pytest.mark.parametrize("stage", ["sft", "align"])
+def test_sigterm_saves_and_stops(stage, tmp_path):
+    whole = go(settings(stage, tmp_path / "whole"))
+    recipe = settings(stage, tmp_path / "parts", output__save_every=0)
+    strike = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    before = signal.getsignal(signal.SIGTERM)
+    stopped = go(recipe, Trap(records(stage), taken(recipe, 4) + 1, strike))
+    assert (stopped.interrupted, stopped.step) == (True, 5)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (tmp_path / "parts" / "model").exists()
+    assert runs.newest(tmp_path / "parts" / "checkpoints").step == 5
+    resumed = go(recipe, resume=True)
+    assert not resumed.interrupted
+    assert all(
+        torch.equal(a, b) for a, b in zip(*map(lambda r: weights(r.model).values(), (whole, resumed)), strict=True)
+    )
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
+
+
+def test_a_finished_run_resumes_to_its_result(tmp_path):
+    recipe = settings("sft", tmp_path / "run")
+    first, again = go(recipe), go(recipe, resume=True)
+    assert again.step == first.step
+    assert again.evaluation == first.evaluation
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights(first.model).values(), weights(again.model).values(), strict=True)
+    )
+    with pytest.raises(UserError, match="holds a run already"):
+        go(recipe)
+
+
+def test_resumed_data_must_be_the_same(tmp_path):
+    recipe = settings("sft", tmp_path / "run", output__save_every=3)
+    with pytest.raises(Killed):
+        go(recipe, Trap(records("sft"), taken(recipe, 5) + 1, die))
+    with pytest.raises(UserError, match="expected the 23 records of the interrupted run, got 22"):
+        go(recipe, records("sft", 22), resume=True)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_accumulation_changes_nothing_but_rounding(stage, tmp_path, monkeypatch):
+    """Gradients of every update at fixed weights, all at once and in parts; dropout included."""
+    seen = []
+    keep = lambda self, grad_scale: seen.append([p.grad.clone() for p in self._parameters()])  # noqa: E731
+    monkeypatch.setattr(dph.LaProp, "step", keep)
+    results = {}
+    for micro in (None, 2, 1):
+        seen.clear()
+        recipe = settings(stage, tmp_path / str(micro), batch__micro=micro)
+        go(recipe, model=tiny(reward_dropout=0.5))
+        results[micro] = list(seen), figures(tmp_path / str(micro))
+    whole, lines = results.pop(None)
+    assert len(whole) == 8
+    for steps, others in results.values():
+        for one, two in zip(whole, steps, strict=True):
+            for a, b in zip(one, two, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * max(1.0, float(a.abs().max())))
+        for one, two in zip(lines, others, strict=True):
+            assert one == pytest.approx(two, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_trains_and_what_stands_still(stage, tmp_path):
+    model = tiny(task_heads=["other"])
+    before = weights(model)
+    result = go(settings(stage, tmp_path / "run"), model=model)
+    moved = {name for name, p in weights(model).items() if not torch.equal(p, before[name])}
+    backbone = {name for name in before if not name.startswith("heads.")}
+    head = {name for name in before if name.startswith("heads.shared.")}
+    embedding = {"backbone.embedding.weight"}
+    assert (
+        moved
+        == {"pretrain": backbone, "vocab": embedding, "sft": backbone, "align": backbone | head, "head": head}[stage]
+    )
+    assert all(p.requires_grad for p in result.model.parameters())
+    assert all(p.grad is None for p in result.model.parameters())
+
+
+def test_head_stage_in_bf16_leaves_the_backbone_bit_for_bit(tmp_path):
+    model = tiny()
+    before = weights(model)
+    result = go(settings("head", tmp_path / "run", precision="bf16"), model=model)
+    after = weights(result.model)
+    assert all(p.dtype == torch.float32 for p in after.values())
+    assert all(torch.equal(after[n], p) for n, p in before.items() if not n.startswith("heads."))
+    assert not torch.equal(after["heads.shared.pooler.0.weight"], before["heads.shared.pooler.0.weight"])
+    saved = dph.Model.from_pretrained(tmp_path / "run" / "model")
+    assert all(torch.equal(p, after[n]) and p.dtype == torch.float32 for n, p in saved.named_parameters())
+
+
+def test_bf16_trains_as_fp32_does(tmp_path):
+    high, low = (
+        go(settings("sft", tmp_path / p, precision=p, optimiser__lr=1e-3)).evaluation["loss"] for p in ("fp32", "bf16")
+    )
+    assert low == pytest.approx(high, rel=0.01)
+
+
+def test_the_model_directory_opens(tmp_path):
+    from transformers import AutoTokenizer
+
+    result = go(settings("align", tmp_path / "run"))
+    again = dph.Model.from_pretrained(tmp_path / "run" / "model")
+    assert all(torch.equal(p, q) for p, q in zip(result.model.parameters(), again.parameters(), strict=True))
+    assert not again.untrained_heads
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert tokenizer.get_vocab() == small_tokenizer().get_vocab()
+    kinds = {p.suffix for p in (tmp_path / "run").rglob("*") if p.is_file() and "tfevents" not in p.name}
+    assert kinds <= {".json", ".jsonl", ".safetensors", ".jinja"}
+
+
+def first_line(tmp_path):
+    return figures(tmp_path / "run")[0]
+
+
+def test_stream_loss_is_cross_entropy(tmp_path):
+    """The first update's loss, from logits over the segments that the seed gives."""
+    recipe = settings("sft", tmp_path / "run", output__log_every=1, optimiser__steps=2)
+    model = tiny()
+    order = Shuffled(records("sft"), recipe.seed)
+    tokens, targets = next(dph.data.Streams(order, encoder(small_tokenizer()), 4, recipe.data.context, 1))
+    want = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
+    go(recipe, model=model)
+    assert first_line(tmp_path)["loss"] == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_memory_reaches_the_second_segment(tmp_path):
+    losses = {}
+    for memory in (0, 20):
+        recipe = settings("sft", tmp_path / f"{memory}", data__memory=memory, output__log_every=1)
+        go(recipe)
+        losses[memory] = [line["loss"] for line in figures(tmp_path / f"{memory}") if "loss" in line]
+    assert losses[0][0] == losses[20][0]
+    assert losses[0][1] != losses[20][1]
+
+
+@pytest.mark.parametrize("objective", ["separable", "contrastive"])
+def test_pair_loss_is_the_papers(objective, tmp_path):
+    """After one update, the losses of answers run one by one, against a reference that has stood still."""
+    recipe = settings("align", tmp_path / "run", output__log_every=1, optimiser__steps=2, optimiser__warmup=1,
+                      objective__objective=objective, evaluation__every=0)  # fmt: skip
+    model, reference = tiny(reward_dropout=0.0), tiny(reward_dropout=0.0)
+    batches = dph.data.PairBatches(Shuffled(records("align"), recipe.seed), encoder(small_tokenizer()), 4)
+    expected = []
+
+    def judged(net, pairs, side):
+        outs = [net.forward_packed(pack([[pair[side]]])) for pair in pairs]
+        return torch.cat([o.logprobs for o in outs]), torch.cat([o.rewards["default"] for o in outs])
+
+    optimiser = dph.LaProp(dph.optim.param_groups(model, prior_decay=0.5, no_decay=()), lr=0.0)
+    for rate in (0.01, 0.001):
+        pairs = next(batches)
+        (pc, rc), (pr, rr) = (judged(model, pairs, side) for side in (0, 1))
+        (qc, _), (qr, _) = (judged(reference, pairs, side) for side in (0, 1))
+        dpo = dph.losses.cdpo_loss(pc, pr, qc.detach(), qr.detach(), beta=0.6, epsilon=0.25)
+        reward = dph.losses.dph_loss(rc, rr, epsilon=0.1, objective=objective)
+        expected.append({"loss": (dpo + reward).item(), "dpo_loss": dpo.item(), "dph_loss": reward.item()})
+        (dpo + reward).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.param_groups[0]["lr"] = rate
+        optimiser.step()
+        optimiser.zero_grad()
+    result = go(recipe, model=tiny(reward_dropout=0.0))
+    for line, want in zip(figures(tmp_path / "run"), expected, strict=False):
+        assert {key: line[key] for key in want} == pytest.approx(want, rel=1e-4, abs=1e-5)
+    assert expected[0]["dpo_loss"] == pytest.approx(math.log(2), rel=1e-5)
+    for (name, a), b in zip(weights(result.model).items(), weights(model).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=5e-5, msg=name)
+
+
+def test_parts_of_the_objective_that_are_off_are_not_logged(tmp_path):
+    go(settings("align", tmp_path / "run", objective__dpo_weight=0.0))
+    assert "dpo_loss" not in first_line(tmp_path)
+    go(settings("align", tmp_path / "other", objective__dph_weight=0.0))
+    line = figures(tmp_path / "other")[0]
+    assert "reward_accuracy" not in line
+    assert "dpo_loss" in line
+
+
+def test_head_learns_and_ties_count_as_wrong(tmp_path):
+    model = tiny()
+    with torch.no_grad():
+        model.heads["shared"].reward["default"].weight.zero_()
+    stage = settings("head", tmp_path / "zero", optimiser__lr=0.0, optimiser__final_lr=0.0)
+    assert go(stage, model=model).evaluation["reward_accuracy"] == 0.0
+    recipe = settings("head", tmp_path / "run", optimiser__steps=60, output__save_every=0, optimiser__prior_decay=0.0)
+    assert go(recipe).evaluation["reward_accuracy"] == 1.0
+
+
+def test_several_held_out_sources(tmp_path):
+    held_out = {"a": records("align", 3), "b": records("align", 6)[3:]}
+    found = go(settings("align", tmp_path / "run"), held_out=held_out).evaluation
+    parts = [found["logprob_accuracy/a"], found["logprob_accuracy/b"]]
+    assert found["logprob_accuracy"] == pytest.approx(sum(parts) / 2)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_evaluation_without_held_out_records(stage, tmp_path):
+    assert go(settings(stage, tmp_path / "run"), held_out={}).evaluation == {}
+
+
+def broken(monkeypatch, model, method, call):
+    """Make the last number of the ``call``-th result of ``method`` NaN; the reference's do not count."""
+    original, left = getattr(dph.Model, method), [call]
+
+    def wrapped(self, *args, **kwargs):
+        out = original(self, *args, **kwargs)
+        left[0] -= self is model
+        if left[0] == 0 and self is model:
+            (out if isinstance(out, torch.Tensor) else out.rewards["default"]).data[-1] = math.nan
+        return out
+
+    monkeypatch.setattr(dph.Model, method, wrapped)
+
+
+@pytest.mark.parametrize(("stage", "method"), [("sft", "stream_logprobs"), ("align", "forward_packed")])
+def test_nan_stops_before_the_update(stage, method, tmp_path, monkeypatch):
+    recipe = settings(stage, tmp_path / "run", evaluation__every=0, batch__micro=2, output__log_every=1)
+    model, intact = tiny(), tiny()
+    broken(monkeypatch, model, method, 2 * 4 + 2)  # the second part of step 5
+    with pytest.raises(Diverged) as caught:
+        go(recipe, model=model, held_out={})
+    message = str(caught.value)
+    assert message.startswith("step 5: stopped before the update, the weights are those of step 4; in ")
+    assert "records " in message
+    assert "the loss is nan" in message
+    assert "\n" not in message
+    if stage == "align":
+        assert "pair 3 of the batch, which begins '</s><|im_start|>user" in message
+    assert [line["step"] for line in figures(tmp_path / "run")] == [1, 2, 3, 4]
+    stopped = settings(stage, tmp_path / "four", evaluation__every=0, batch__micro=2)
+    strike = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    go(stopped, Trap(records(stage), taken(stopped, 3) + 1, strike), model=intact)
+    for (name, a), b in zip(weights(model).items(), weights(intact).values(), strict=True):
+        assert torch.equal(a, b), name
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_infinite_gradient_stops_before_the_update(tmp_path):
+    model = tiny()
+    before = weights(model)
+    model.output_proj.weight.register_hook(lambda g: g * math.inf)
+    with pytest.raises(
+        Diverged, match=r"step 1: .* in segments after records 0 to \d+: the gradient's norm is (nan|inf)"
+    ):
+        go(settings("sft", tmp_path / "run"), model=model)
+    assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
+
+
+def test_encoded_records_and_cut_off_answers(tmp_path):
+    encode = encoder(small_tokenizer())
+    pairs = [encode(record) for record in records("align")]
+    result = go(settings("align", tmp_path / "encoded"), pairs, held_out=pairs[:5])
+    plain = go(settings("align", tmp_path / "plain"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(*map(lambda r: weights(r.model).values(), (result, plain)), strict=True)
+    )
+    chosen, rejected = pairs[0]
+    cut = Encoded(rejected.tokens[:-2], rejected.targets[:-2], rejected.loss_mask[:-2], rejected.score_mask[:-2], None)
+    with pytest.raises(UserError, match=r"expected finished answers, got one that was cut off: which begins '</s>"):
+        go(settings("align", tmp_path / "cut"), [(chosen, cut)], held_out=[])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective__heads": ["nobody"]}, "objective.heads: expected some of"),
+        ({"objective__heads": []}, "objective.heads: expected some of"),
+        ({"objective__dph_weight": 0.0}, "objective: expected a weight above 0"),
+    ],
+)
+def test_wrong_objectives(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        go(settings("head", tmp_path / "run", **changes))
+
+
+def test_a_failed_start_does_not_take_the_directory(tmp_path):
+    with pytest.raises(UserError, match=r"data\.sources: expected at least one source"):
+        train(settings("sft", tmp_path / "run"), model=tiny(), tokenizer=small_tokenizer())
+    with pytest.raises(UserError, match="tokenizer: expected the one that goes with the model"):
+        train(settings("sft", tmp_path / "run"), model=tiny(), records=records("sft"))
+    go(settings("sft", tmp_path / "run", optimiser__steps=2))
+
+
+def test_progress_is_lines_where_there_is_no_terminal(tmp_path, capsys):
+    go(settings("align", tmp_path / "run"), quiet=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("align 2/8: loss ")
+    assert "tokens/s" in lines[0]
+    assert "left" in lines[0]
+    assert lines[-1] == f"align: the model is in {tmp_path / 'run' / 'model'}"
+    go(settings("align", tmp_path / "quiet"))
+    assert capsys.readouterr().err == ""
