@@ -23,7 +23,7 @@ def _find(name: str, what: str, files: tuple[str, ...], missing: str) -> str:
     """Only OWNER/NAME can be a hub name: nothing else ever reaches the network."""
     path = Path(name)
     if path.is_dir():
-        for place in (path, path / "model"):
+        for place in (path / "model", path):  # a run has a config.json of its own
             if any((place / file).is_file() for file in files):
                 return str(place)
         raise UserError(f"{name}: expected the directory of {what}, got one without {missing}")
@@ -46,7 +46,8 @@ def load_model(name: str, **options: Any) -> Model:
     try:
         kind = ModelConfig.get_config_dict(path)[0].get("model_type")
         if kind not in KINDS:
-            raise UserError(f"{name}: expected a model of type {' or '.join(KINDS)}, got {kind}")
+            got = kind or "a config.json without a model_type (a run that is not finished holds no model)"
+            raise UserError(f"{name}: expected a model of type {' or '.join(KINDS)}, got {got}")
         return Model.from_pretrained(path, **options)
     except OSError as error:
         raise UserError(f"{name}: {error}") from error

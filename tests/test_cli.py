@@ -4,16 +4,17 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import dph
-import dph_kernels
 from dph import cli, generate, pretrained, tokenizer
 
 CORPUS = ["positive or negative? a gripping film is watchable, the film is not"] * 2
@@ -32,22 +33,12 @@ def models(tmp_path_factory):
         model = dph.Model(dph.ModelConfig(vocab_size=len(tok), reward_heads=heads, **SIZES, **ids))
         for parameter in model.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)
-        make_likely(model, 3, dph.chat.prompt([USER], tok))  # <|im_end|>: some answers end, others do not
         model.save_pretrained(folder / name)
         tok.save_pretrained(folder / name)
     model.config.reward_heads = ["default"]
     model.save_pretrained(folder / "fresh")
     tok.save_pretrained(folder / "fresh")
     return folder
-
-
-@torch.no_grad()
-def make_likely(model, token, prompt):
-    """Give ``token`` about half of the probability after ``prompt``."""
-    layout = dph_kernels.PackedLayout.documents([len(prompt)])
-    state = model.output_proj(model.backbone(torch.tensor(prompt), layout))[-1]
-    table = model.get_input_embeddings().weight
-    table[token] = state * (table @ state).logsumexp(0) / (state @ state)
 
 
 @pytest.fixture
@@ -207,6 +198,16 @@ def test_a_hub_name_lets_the_error_of_transformers_through(refused, monkeypatch)
     assert refused("chat", "owner/model") == "dph: error: owner/model: no connection while asking for owner/model"
 
 
+def test_a_run_directory_stands_for_its_model(dph_command, refused, models, tmp_path):
+    (tmp_path / "config.json").write_text('{"stage": "sft"}')
+    assert "a run that is not finished holds no model" in refused("chat", tmp_path)
+    shutil.copytree(models / "judge", tmp_path / "model")
+    argv = ["--prompt", "x", "-n", 2, "--max-new-tokens", 2, "--seed", 1]
+    run, model = (dph_command("generate", path, *argv) for path in (tmp_path, tmp_path / "model"))
+    assert run[0] == 0
+    assert run == model
+
+
 def test_other_models_and_missing_tokenizers_are_refused(refused, models, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "opt"}')
     assert "expected a model of type dph or lsw_transformer, got opt" in refused("chat", tmp_path)
@@ -234,45 +235,79 @@ def test_an_unknown_head_is_refused(refused, models):
 # Answers
 
 
-def sampled(models, name="judge", **options):
-    """What the API gives for the same call."""
-    path = models / name
+ASKED = ["--prompt", USER["content"], "-n", 6, "--max-new-tokens", 5, "--seed", 3]
+ANSWERS = (("is", True), ("not", False), ("gripping", True), ("film film", True), ("a or b", False), ("the", True))
+
+
+@pytest.fixture
+def samples(monkeypatch):
+    """In place of sampling: ANSWERS, some of them cut off."""
+
+    def sample(model, tok, prompts, n, **options):
+        end = tok.convert_tokens_to_ids(["<|im_end|>"])
+        ends = [(tok(text)["input_ids"], end if finished else []) for text, finished in ANSWERS[:n]]
+        return [[dph.chat.continuation(prompt, text + end, tok) for text, end in ends] for prompt in prompts]
+
+    for module in ("dph.generate", "dph.commands.answering"):
+        monkeypatch.setattr(f"{module}.sample", sample)
+
+
+def candidates(path, **options):
+    """What the API gives for ASKED."""
     model, tok = dph.Model.from_pretrained(path), pretrained.load_tokenizer(str(path))
     return generate.best_of_n(model, tok, [USER], 6, max_new_tokens=5, seed=3, **options)
 
 
-def test_generate_is_best_of_n(dph_command, models):
-    argv = ["generate", models / "judge", "--prompt", USER["content"], "-n", 6, "--max-new-tokens", 5, "--seed", 3]
-    want = sampled(models)
-    assert len({c.finished for c in want}) == 2  # both kinds are shown
-    code, out, err = dph_command(*argv)
-    assert (code, err) == (0, "")
-    rows = cells(out)
-    assert [row[0] for row in rows] == list("123456")
-    assert [row[1] for row in rows] == [f"{c.reward:.3f}" if c.finished else "-" for c in want]
-    code, out, _ = dph_command(*argv, "--json")
+def in_json(out):
+    """The candidates that ``--json`` shows for one prompt, NaN again for null."""
     (line,) = out.splitlines()
-    record = json.loads(line)
-    assert record["messages"] == [USER]
-    assert [c["text"] for c in record["candidates"]] == [c.text for c in want]
-    assert [c["reward"] for c in record["candidates"]] == [c.reward if c.finished else None for c in want]
+    shown = json.loads(line)["candidates"]
+    return [(c["text"], str(math.nan if c["reward"] is None else c["reward"]), c["logprob"]) for c in shown]
 
 
-def test_generate_by_logprob_and_other_head(dph_command, models):
-    argv = ["generate", models / "judge", "--prompt", USER["content"], "-n", 6, "--max-new-tokens", 5, "--seed", 3]
-    _, out, _ = dph_command(*argv, "--rank", "logprob", "--json")
-    found = [(c["finished"], c["logprob"]) for c in json.loads(out)["candidates"]]
-    assert found == sorted(found, reverse=True)
-    assert sorted(found) == sorted((c.finished, c.logprob) for c in sampled(models))
-    _, out, _ = dph_command(*argv, "--head", "short", "--json")
-    assert [c["text"] for c in json.loads(out)["candidates"]] == [c.text for c in sampled(models, head="short")]
+def in_order(found):
+    """The same of the API's candidates."""
+    return [(c.text, str(c.reward), c.logprob) for c in found]
 
 
-@pytest.mark.parametrize("extra", [["-n", 1], ["--rank", "logprob", "-n", 3]])
-def test_generate_without_a_head(dph_command, models, extra):
-    code, out, _ = dph_command("generate", models / "mute", "--prompt", "x", "--max-new-tokens", 4, *extra)
+def test_generate_is_best_of_n(dph_command, models):
+    options = {"temperature": 0.7, "top_k": 9, "top_p": 0.8}
+    flags = [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), value)]
+    for given, words in (({}, []), (options, flags), ({"head": "short"}, ["--head", "short"])):
+        code, out, err = dph_command("generate", models / "judge", *ASKED, *words, "--json")
+        assert (code, err) == (0, "")
+        assert in_json(out) == in_order(candidates(models / "judge", **given))
+
+
+def test_generate_ranks_by_reward_or_by_logprob(dph_command, models, samples):
+    want = candidates(models / "judge")
+    assert [c.finished for c in want] == [True] * 4 + [False] * 2
+    code, out, err = dph_command("generate", models / "judge", *ASKED)
+    assert (code, err) == (0, "")
+    assert [row[0] for row in cells(out)] == list("123456")
+    assert [row[1] for row in cells(out)] == [f"{c.reward:.3f}" if c.finished else "-" for c in want]
+    assert [row[4] for row in cells(out)] == [c.text for c in want]
+    by_logprob = sorted(want, key=lambda c: (not c.finished, -c.logprob))
+    assert by_logprob != want
+    _, out, _ = dph_command("generate", models / "judge", *ASKED, "--rank", "logprob", "--json")
+    assert in_json(out) == in_order(by_logprob)
+
+
+def test_generate_without_a_head_ranks_alike(dph_command, models, samples):
+    code, out, _ = dph_command("generate", models / "mute", *ASKED, "--rank", "logprob")
     assert code == 0
-    assert [row[1] for row in cells(out)] == ["-"] * extra[-1] if extra[0] == "--rank" else ["-"]
+    rows = cells(out)
+    assert [row[1] for row in rows] == ["-"] * 6
+    assert [row[3] for row in rows] == ["yes"] * 4 + ["no"] * 2
+    assert {row[4] for row in rows} == {text for text, _ in ANSWERS}
+    for part in (rows[:4], rows[4:]):
+        assert [float(row[2]) for row in part] == sorted((float(row[2]) for row in part), reverse=True)
+
+
+def test_one_answer_needs_no_head(dph_command, models):
+    code, out, _ = dph_command("generate", models / "mute", "--prompt", "x", "-n", 1, "--max-new-tokens", 4)
+    assert code == 0
+    assert [row[:2] for row in cells(out)] == [["1", "-"]]
 
 
 def test_generate_from_a_file(dph_command, refused, models, tmp_path):
@@ -305,7 +340,7 @@ def test_chat_keeps_the_best_and_its_history(dph_command, models, monkeypatch):
 
     def answer(model, tok, messages, n, **options):
         asked.append([dict(m) for m in messages])
-        texts = [f"answer {len(asked)}", "worse\n\x1b[2J"]
+        texts = [f"answer {len(asked)}\x07", "worse\n\x1b[2J"]
         return [
             generate.Candidate(text, reward, -3.0, -1.0, finished, (1,))
             for text, reward, finished in zip(texts, (2.0, math.nan), (True, False), strict=True)
@@ -317,12 +352,12 @@ def test_chat_keeps_the_best_and_its_history(dph_command, models, monkeypatch):
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == "no answers yet"
-    assert lines[1] == "answer 1  [reward 2.000]"
-    assert lines[4].split() == ["1", "2.000", "-3.000", "yes", "answer", "1"]
+    assert lines[1] == "answer 1\\x07  [reward 2.000]"
+    assert lines[4].split() == ["1", "2.000", "-3.000", "yes", "answer", "1\\x07"]
     assert lines[5].split() == ["2", "-", "-3.000", "no", "worse\\n\\x1b[2J"]
-    assert lines[6:] == ["expected /candidates or /quit, got /what", "answer 2  [reward 2.000]"]
+    assert lines[6:] == ["expected /candidates or /quit, got /what", "answer 2\\x07  [reward 2.000]"]
     system = {"role": "system", "content": "be brief"}
-    said = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "answer 1"}]
+    said = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "answer 1\x07"}]
     assert asked == [[system, said[0]], [system, *said, {"role": "user", "content": "second"}]]
 
 
@@ -491,8 +526,8 @@ def test_doctor(dph_command):
 
 
 def test_train_hands_over_recipe_overrides_and_output(dph_command, monkeypatch, tmp_path):
-    calls = []
-    monkeypatch.setattr("dph.trainer.train", lambda recipe, resume=False: calls.append((recipe, resume)))
+    calls, result = [], SimpleNamespace(interrupted=False)
+    monkeypatch.setattr("dph.trainer.train", lambda recipe, resume: calls.append((recipe, resume)) or result)
     argv = ["train", "sft", "optimiser.steps=7", "--output", tmp_path / "a b: c", "optimiser.warmup=0", "--resume"]
     code, _, err = dph_command(*argv, "seed=5")
     assert (code, err) == (0, "")
@@ -500,6 +535,8 @@ def test_train_hands_over_recipe_overrides_and_output(dph_command, monkeypatch, 
     assert resume
     assert (recipe.stage, recipe.seed, recipe.optimiser.steps, recipe.optimiser.warmup) == ("sft", 5, 7, 0)
     assert recipe.output.directory == str(tmp_path / "a b: c")
+    result.interrupted = True
+    assert dph_command(*argv)[0] == 143
 
 
 def test_wrong_recipes(refused, tmp_path):

@@ -21,12 +21,16 @@ TOKENIZER_FILES = (
 )
 
 
-def train(args: argparse.Namespace) -> None:
-    """``dph train``."""
+TERMINATED = 143  # 128 and the number of SIGTERM, as shells have it
+
+
+def train(args: argparse.Namespace) -> int:
+    """``dph train``; the exit code is 143 where SIGTERM ended it, with its state saved."""
     from dph import recipe, trainer
 
     output = [] if args.output is None else [f"output.directory={json.dumps(args.output)}"]
-    trainer.train(recipe.load(args.recipe, [*args.overrides, *output]), resume=args.resume)
+    result = trainer.train(recipe.load(args.recipe, [*args.overrides, *output]), resume=args.resume)
+    return TERMINATED if result.interrupted else 0
 
 
 def tokenizer(args: argparse.Namespace) -> None:

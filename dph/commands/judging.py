@@ -126,4 +126,5 @@ def _show_pairs(scored: Sequence[Sequence[Scores]], as_json: bool) -> int:
 
 
 def _pair_row(row: PairRow) -> list[Any]:
-    return [row.method, row.accuracy.value, row.accuracy.range, row.margin, row.ties, row.nans, row.n]
+    margin = None if row.margin is None else f"{row.margin:.3g}"  # rewards may be very small
+    return [row.method, row.accuracy.value, row.accuracy.range, margin, row.ties, row.nans, row.n]
