@@ -1,7 +1,8 @@
 """Alignment and head training: preference pairs, packed."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from dph.errors import UserError
 from dph.model import PackedOutput
 from dph.order import InOrder, Order, draw
 from dph.packing import PackedBatch, pack
+from dph.records import Record
 from dph.stages import Loss, Material, Work, excerpt, merge
 from dph_kernels import preference_loss
 from dph_kernels.preference_loss import PREFERENCE_METRICS
@@ -35,7 +37,7 @@ class PairStage(Material):
     metrics = tuple(name for name in PREFERENCE_METRICS if name != "finite")
 
     def __post_init__(self) -> None:
-        """Set up the batches. UserError for a head that is not there, and where nothing is left to train on."""
+        """Set up the batches. UserError for a missing head, no loss, and no held-out pair that fits."""
         objective = self.recipe.objective
         self.rewarded = objective.dph_weight > 0
         self.needs_reference = self.recipe.stage == "align" and objective.dpo_weight > 0
@@ -44,6 +46,10 @@ class PairStage(Material):
         if unknown := [name for name in objective.heads if name not in self.model.head_names] or not objective.heads:
             raise UserError(f"objective.heads: expected some of {self.model.head_names}, got {unknown or 'none'}")
         self.batches = self._pairs(self.records, self.recipe.batch.size)
+        for name, records in self.held_out.items():  # an error now rather than at the first evaluation
+            held_out = self._pairs(InOrder(records), 1)
+            if next(held_out, None) is None:
+                raise UserError(f"{name}: expected held-out pairs, got none: {dict(held_out.refused)} refused")
 
     def _pairs(self, records: Order, size: int) -> PairBatches:
         return PairBatches(records, self.encode, size, self.recipe.data.context)
@@ -115,19 +121,24 @@ class PairStage(Material):
     def _show(self, pair: tuple[Encoded, Encoded]) -> str:
         return f"which begins {excerpt(self.tokenizer, pair[0].tokens)}"
 
+    def counts(self) -> dict[str, int]:
+        """Pairs that were left out: too long, identical, or without a wrong answer."""
+        return {"refused": sum(self.batches.refused.values())}
+
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Share of held-out pairs told right, by each reward and by mean log-probability; a tie or NaN is wrong."""
-        found = {}
-        for name, records in self.held_out.items():
-            right, count = {}, 0
-            for pairs in self._pairs(InOrder(records), self.micro):
-                out = self.model.forward_packed(pack(pairs).to(self.model.device))
-                for key, (chosen, rejected) in self._judgements(out):
-                    right[key] = right.get(key, 0) + int((chosen > rejected).sum())
-                count += len(pairs)
-            found[name] = right, count
-        return merge(found)
+        return merge({name: self._evaluate(records) for name, records in self.held_out.items()})
+
+    def _evaluate(self, records: Sequence[Record]) -> tuple[dict[str, int], int]:
+        right: Counter[str] = Counter()
+        count = 0
+        for pairs in self._pairs(InOrder(records), self.micro):
+            out = self.model.forward_packed(pack(pairs).to(self.model.device))
+            for key, (chosen, rejected) in self._judgements(out):
+                right[key] += int((chosen > rejected).sum())
+            count += len(pairs)
+        return right, count
 
     def _judgements(self, out: PackedOutput) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
         heads = self.recipe.objective.heads

@@ -61,6 +61,9 @@ class Stage(Protocol):
     def describe(self, part: Any, values: Tensor) -> str:
         """The first item of a part that has a value which is not finite."""
 
+    def counts(self) -> dict[str, int]:
+        """What has been counted since the stage began, for the log."""
+
     def evaluate(self) -> dict[str, float]:
         """Figures on held-out records; none where there are none."""
 

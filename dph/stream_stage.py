@@ -60,6 +60,10 @@ class StreamStage(Material):
         row = int(rows[~torch.isfinite(values).cpu()][0])
         return f"a segment that begins {excerpt(self.tokenizer, tokens[row].tolist())}"
 
+    def counts(self) -> dict[str, int]:
+        """Nothing."""
+        return {}
+
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Mean loss over the targets of each held-out source, and of all."""

@@ -209,7 +209,7 @@ class Trainer:
             progress.advance()
             last, stop = step == total, told_to_stop()
             if last or step % output.log_every == 0:
-                self._log(step, progress, self.window.close())
+                self._log(step, progress, self.window.close() | self.stage.counts())
             if last or self._due(self.recipe.evaluation.every, step):
                 self._evaluate(step, progress)
             if last or stop or self._due(output.save_every, step):

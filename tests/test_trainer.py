@@ -367,6 +367,13 @@ def test_encoded_records_and_cut_off_answers(tmp_path):
         go(settings("align", tmp_path / "cut"), [(chosen, cut)], held_out=[])
 
 
+def test_refused_pairs_are_counted(tmp_path):
+    data = records("align")
+    recipe = settings("align", tmp_path / "run", evaluation__every=0, output__save_every=0)
+    go(recipe, [*data[:4], type(data[0])(data[0].chosen, data[0].chosen)], held_out={})
+    assert figures(tmp_path / "run")[-1]["refused"] == 32 // 4
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
