@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from numerics import assert_close_to_fp64, implementations
 from safetensors.torch import load_file
 
 from dph_kernels import dispatch, laprop, native
 from dph_kernels.laprop import native as laprop_native
-from tests.numerics import assert_close_to_fp64, implementations
 
 SIZES = [(0,), (1,), (3,), (63,), (257,), (33, 17), (16384,), (16385,), (100003,)]
 COEFFICIENTS = {
