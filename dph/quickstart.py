@@ -1,0 +1,125 @@
+"""The whole road in miniature: a corpus that mostly lies, and a model that learns to tell and to choose the truth.
+
+Pre-training, vocabulary and fine-tuning teach a small model puzzles whose popular answer is wrong. Its own samples,
+judged by a checker, then train two heads: one on the frozen model, whose language stays as it was, and one jointly with
+the model. Held-out puzzles show what choosing by reward is worth against one sample and against the likeliest answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dph import chat, outcomes, puzzles, recipe, start, tokenizer
+from dph.chat import Encoded, Message
+from dph.errors import UserError
+from dph.model import Model
+from dph.puzzles import Puzzle
+from dph.records import Conversation, Record, Text
+from dph.trainer import train
+
+RECORDS = 60_000  # puzzles in the corpus
+VOCABULARY = 300
+CANDIDATES = 8  # samples per prompt that the pairs are made of
+PAIRS = 3  # wrong answers beside each right one, at most
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``dph quickstart``."""
+    parser.add_argument("--output", metavar="DIR", default="runs/quickstart", help="where all goes (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data and sampling (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=500, help="held-out prompts (%(default)s)")
+    parser.add_argument("--pairs-from", type=int, default=2000, metavar="P", help="prompts of the pairs (%(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, help="of every stage's steps (%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, compare and show."""
+    began = time.monotonic()
+    if args.prompts < 1 or args.pairs_from < 1 or args.scale <= 0:
+        raise UserError("--prompts, --pairs-from, --scale: expected numbers above 0")
+    road = Road(Path(args.output), args.seed, args.scale, args.resume)
+    sft = road.teach()
+    pairs = road.preferences(sft, args.pairs_from)
+    models = {
+        "SFT": sft,
+        "SFT, frozen, with a head": road.stage("head", pairs, copy.deepcopy(sft)),
+        "aligned jointly": road.stage("align", pairs, copy.deepcopy(sft)),
+    }
+    asked = list(itertools.islice(puzzles.puzzles(args.seed, evaluation=True), args.prompts))
+    found = {name: outcomes.ask(model, road.tokenizer, asked, args.seed) for name, model in models.items()}
+    print(outcomes.report(found, road.tokenizer))
+    for path in outcomes.draw(found, road.output):
+        print(f"figure: {path}")
+    for stage in ("sft", "head", "align"):
+        print(f"model: {road.output / stage / 'model'}  (dph chat, dph generate and dph score open it)")
+    print(f"\n{(time.monotonic() - began) / 60:.1f} minutes on {torch.get_num_threads()} threads")
+
+
+class Road:
+    """The stages, one after the other, below one directory."""
+
+    def __init__(self, output: Path, seed: int, scale: float, resume: bool) -> None:
+        self.output, self.seed, self.scale, self.resume = output, seed, scale, resume
+        corpus = list(itertools.islice(_corpus(seed), RECORDS))
+        self.texts: list[Record] = [Text(f"{puzzle.prompt}\n{answer}\n") for puzzle, answer in corpus]
+        self.conversations: list[Record] = [
+            Conversation([*puzzle.question(), Message(role="assistant", content=answer)]) for puzzle, answer in corpus
+        ]
+        self.tokenizer = tokenizer.from_iterator([*(t.text for t in self.texts[:2000]), *chat.ROLES * 9], VOCABULARY)
+
+    def teach(self) -> Model:
+        """Pre-training on plain text, then the vocabulary and fine-tuning stages on conversations."""
+        model = self.stage("pretrain", self.texts, None)
+        model = self.stage("vocab", self.conversations, model)
+        return self.stage("sft", self.conversations, model)
+
+    def stage(self, name: str, records: Sequence[Any], model: Model | None) -> Model:
+        """One stage of training, by its miniature recipe."""
+        settings = recipe.load(f"mini-{name}").as_dict()
+        settings["seed"] = self.seed
+        settings["output"]["directory"] = str(self.output / name)
+        optimiser = settings["optimiser"]
+        optimiser["steps"] = max(round(optimiser["steps"] * self.scale), 1)
+        optimiser["warmup"] = min(optimiser["warmup"], optimiser["steps"])
+        if model is None:
+            torch.manual_seed(self.seed)
+            model = start.fresh(settings["model"]["config"], self.tokenizer)
+        done = train(
+            recipe.from_dict(settings), model=model, tokenizer=self.tokenizer, records=records, resume=self.resume
+        )
+        if done.interrupted:
+            raise UserError(f"stopped in stage {name}; dph quickstart --resume goes on")
+        return done.model
+
+    def preferences(self, model: Model, prompts: int) -> list[tuple[Encoded, Encoded]]:
+        """Pairs of the model's own answers, a right one against a wrong one, as the checker judges them."""
+        asked = list(itertools.islice(puzzles.puzzles(self.seed + 1), prompts))
+        pairs, rng = [], random.Random(self.seed)
+        for puzzle, group in zip(
+            asked, outcomes.answers(model, self.tokenizer, asked, CANDIDATES, self.seed), strict=True
+        ):
+            different = {tuple(e.tokens): e for e in group if e.reward_position is not None}.values()
+            right = [e for e in different if puzzle.check(outcomes.said(e, self.tokenizer))]
+            wrong = [e for e in different if not puzzle.check(outcomes.said(e, self.tokenizer))]
+            pairs += [(good, bad) for good in right for bad in rng.sample(wrong, min(len(wrong), PAIRS))]
+        if not pairs:
+            raise UserError("preferences: expected right and wrong samples, got no prompt with both; train longer")
+        print(f"{len(pairs)} preference pairs from {prompts} prompts with {CANDIDATES} samples each", flush=True)
+        return pairs
+
+
+def _corpus(seed: int) -> Iterator[tuple[Puzzle, str]]:
+    """Puzzles with the answers that the corpus gives."""
+    rng = random.Random(seed)
+    for puzzle in puzzles.puzzles(seed):
+        yield puzzle, puzzles.corpus_answer(puzzle, rng)
