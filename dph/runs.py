@@ -76,12 +76,12 @@ class Run:
         return (self.directory / "config.json").exists() and (logged or bool(_steps(self.directory / "checkpoints")))
 
     def _check_same(self, config: dict) -> None:
-        before = json.loads((self.directory / "config.json").read_text())
-        for key in sorted(before.keys() | config.keys()):
-            if key not in FREE and before.get(key) != config.get(key):
+        before, now = _flat(json.loads((self.directory / "config.json").read_text())), _flat(config)
+        for key in sorted(before.keys() | now.keys()):
+            if key.split(".")[0] not in FREE and before.get(key) != now.get(key):
                 raise UserError(
-                    f"{key}: expected what the run in {self.directory} began with, {before.get(key)}, "
-                    f"got {config.get(key)}; a resumed run must not differ"
+                    f"{key}: expected {before.get(key)}, with which the run in {self.directory} began, "
+                    f"got {now.get(key)}; a resumed run must not differ"
                 )
 
     def _open_metrics(self) -> Any:
@@ -141,6 +141,14 @@ class Run:
         self._metrics.close()
         if self._board is not None:
             self._board.close()
+
+
+def _flat(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Dotted keys and their values."""
+    flat = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{where}{key}.") if isinstance(value, Mapping) else {where + key: value}
+    return flat
 
 
 @dataclass(frozen=True)

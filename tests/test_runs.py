@@ -123,7 +123,7 @@ def test_a_directory_is_not_taken_twice(tmp_path):
     runs.Run(tmp_path / "run", CONFIG).log(1, {"loss": 1.0})  # a run without a step may begin again
     with pytest.raises(UserError, match="holds a run already"):
         runs.Run(tmp_path / "run", CONFIG)
-    with pytest.raises(UserError, match=r"optimiser: expected what the run .* began with"):
+    with pytest.raises(UserError, match=r"optimiser\.lr: expected 0.0001, with which the run .* began, got 0.0002"):
         runs.Run(tmp_path / "run", {**CONFIG, "optimiser": {"lr": 2e-4}}, resume=True)
     runs.Run(tmp_path / "run", {**CONFIG, "output": {"keep": 9}}, resume=True)
 
