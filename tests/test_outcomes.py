@@ -1,0 +1,62 @@
+import math
+
+import numpy as np
+import pytest
+
+from dph import outcomes, puzzles
+from dph.chat import Encoded
+from dph.generate import Judged
+from dph.outcomes import Outcome, chosen
+
+
+def answer(finished=True):
+    return Encoded([0, 1], [1, 0], [True, False], [True, False], 1 if finished else None)
+
+
+def outcome(right, rewards, logprobs, finished=None):
+    groups = [[answer(f) for f in row] for row in (finished or [[True] * len(row) for row in right])]
+    judged = [Judged(p, p, {"default": r}) for p, r in zip(logprobs, rewards, strict=True)]
+    asked = [puzzles.Puzzle("sort", "sort: b a", "a b", "b a")] * len(right)
+    return Outcome(asked, groups, judged, np.array(right, dtype=bool))
+
+
+FOUND = outcome(
+    right=[[0, 1, 0, 1], [0, 0, 0, 1]],
+    rewards=[[0.1, 3.0, 0.2, 0.3], [5.0, 1.0, 2.0, 4.0]],
+    logprobs=[[-1.0, -5.0, -2.0, -3.0], [-4.0, -3.0, -2.0, -1.0]],
+)
+
+
+def test_one_sample_is_the_mean_over_all_candidates():
+    assert chosen(FOUND, "one sample", 1).tolist() == [0.5, 0.25]
+
+
+def test_the_oracle_needs_one_right_answer_among_the_first_n():
+    assert chosen(FOUND, "oracle of N", 1).tolist() == [0, 0]
+    assert chosen(FOUND, "oracle of N", 2).tolist() == [1, 0]
+    assert chosen(FOUND, "oracle of N", 4).tolist() == [1, 1]
+
+
+def test_choosing_by_reward_and_by_log_probability():
+    assert chosen(FOUND, "best of N by reward", 4).tolist() == [1, 0]
+    assert chosen(FOUND, "most probable of N", 4).tolist() == [0, 1]
+    assert chosen(FOUND, "most probable of N", 3).tolist() == [0, 0]
+
+
+def test_an_answer_that_was_cut_off_is_never_chosen():
+    cut = outcome([[1, 0]], [[math.nan, -3.0]], [[-0.1, -9.0]], finished=[[False, True]])
+    assert chosen(cut, "best of N by reward", 2).tolist() == [0]
+    assert chosen(cut, "most probable of N", 2).tolist() == [0]
+
+
+@pytest.mark.parametrize("rule", outcomes.RULES)
+def test_accuracy_lies_in_its_interval(rule):
+    found = outcomes.accuracy(FOUND, rule, 4)
+    assert found.low <= found.value <= found.high
+
+
+def test_figures_are_pictures(tmp_path):
+    wide = outcome([[0, 1] * 8] * 3, [list(range(16))] * 3, [[-1.0] * 16] * 3)
+    paths = outcomes.draw({"SFT": wide, "aligned jointly": wide}, tmp_path)
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG")
