@@ -426,8 +426,8 @@ def test_score_packs_up_to_its_budget(monkeypatch):
     sizes, forward = [], model.forward_packed
     monkeypatch.setattr(model, "forward_packed", lambda batch: sizes.append(len(batch.tokens)) or forward(batch))
     model.score(tok, TALK, max_tokens=1)
-    model.score(tok, TALK, max_tokens=sum(lengths[:2]))
-    assert sizes == [*lengths, sum(lengths[:2]), lengths[2]]
+    model.score(tok, TALK[:1] * 5, max_tokens=2 * lengths[0])
+    assert sizes == [*lengths, 2 * lengths[0], 2 * lengths[0], lengths[0]]
 
 
 def test_score_leaves_the_mode_and_no_graph():
