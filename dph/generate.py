@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from dph import chat
 from dph.chat import Encoded
+from dph.memory import Memory
 from dph.packing import pack
 
 if TYPE_CHECKING:
@@ -121,25 +123,37 @@ def sample(
     pad, end = tokenizer.pad_token_id, chat.markup(tokenizer).end
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    choice = {"do_sample": False}
+    if temperature:
+        choice = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    copies = n if temperature else 1
     was_training = model.training
     model.eval()
     try:
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
+            memory = _read_prompts(model, ids, mask, max_new_tokens, copies)
+            ids, mask = ids.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)
             out = model.generate(
-                ids, attention_mask=mask, max_new_tokens=max_new_tokens, num_return_sequences=n if temperature else 1,
-                eos_token_id=end, pad_token_id=pad, **(sampling if temperature else {"do_sample": False}),
+                ids, attention_mask=mask, past_key_values=memory, max_new_tokens=max_new_tokens,
+                eos_token_id=end, pad_token_id=pad, **choice,
             )  # fmt: skip
     finally:
         model.train(was_training)
     answers = [_until(answer, end) for answer in out[:, width:].tolist()]
-    copies = n if temperature else 1
     return [
-        [chat.continuation(list(p), answers[i * copies + (j if temperature else 0)], tokenizer) for j in range(n)]
+        [chat.continuation(list(p), answers[i * copies + j % copies], tokenizer) for j in range(n)]
         for i, p in enumerate(prompts)
     ]
+
+
+def _read_prompts(model: Model, ids: Tensor, mask: Tensor, max_new_tokens: int, copies: int) -> Memory:
+    """A memory that has seen all of the prompts but their last tokens, once, for ``copies`` candidates each."""
+    memory = Memory(length=ids.shape[1] + max_new_tokens)
+    model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=memory, logits_to_keep=1)
+    memory.batch_repeat_interleave(copies)
+    return memory
 
 
 def _until(tokens: list[int], end: int) -> list[int]:

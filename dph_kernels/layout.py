@@ -7,7 +7,6 @@ causally. Tokens of many documents lie end to end without padding; a row of the 
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -88,47 +87,45 @@ class PackedLayout:
             raise ValueError(
                 f"segments: expected int64 [G, {len(COLUMNS)}] on the CPU, got {table.dtype} {list(table.shape)}"
             )
-        rows = table.tolist()
-        self._check_bounds(rows)
-        object.__setattr__(self, "query_positions", self._positions_of_queries(rows))
-        object.__setattr__(self, "key_positions", self._positions_of_keys(rows))
+        self._check_bounds()
+        object.__setattr__(self, "query_positions", self._positions_of_queries())
+        object.__setattr__(self, "key_positions", self._positions_of_keys())
 
-    def _check_bounds(self, rows: list[list[int]]) -> None:
+    def _check_bounds(self) -> None:
+        q0, q1, k0, k1, p0, p1, position = self.segments.unbind(1)
         total = self.memory + self.keys
-        for number, (q0, q1, k0, k1, p0, p1, position) in enumerate(rows):
-            for name, start, end, size in (
-                ("query", q0, q1, self.queries), ("key", k0, k1, total), ("prefix", p0, p1, total),
-            ):  # fmt: skip
-                if not 0 <= start <= end <= size:
-                    raise ValueError(
-                        f"segment {number}: expected a {name} range within [0, {size}], got [{start}, {end})"
-                    )
-            if position < 0:
-                raise ValueError(f"segment {number}: expected position >= 0, got {position}")
-        runs = sorted((q0, q1, number) for number, (q0, q1, *_) in enumerate(rows) if q1 > q0)
-        for (_, end, first), (start, _, second) in itertools.pairwise(runs):
-            if start < end:
-                raise ValueError(f"segments {first} and {second}: expected disjoint queries, both hold query {start}")
+        ranges = (("query", q0, q1, self.queries), ("key", k0, k1, total), ("prefix", p0, p1, total))
+        for name, start, end, size in ranges:
+            for number in _first((start < 0) | (end < start) | (end > size)):
+                got = f"[{start[number]}, {end[number]})"
+                raise ValueError(f"segment {number}: expected a {name} range within [0, {size}], got {got}")
+        for number in _first(position < 0):
+            raise ValueError(f"segment {number}: expected position >= 0, got {position[number]}")
+        numbers = (q1 > q0).nonzero().flatten()
+        numbers = numbers[q0[numbers].argsort(stable=True)]
+        for i in _first(q0[numbers[1:]] < q1[numbers[:-1]]):
+            first, second = numbers[i], numbers[i + 1]
+            raise ValueError(f"segments {first} and {second}: expected disjoint queries, both hold query {q0[second]}")
 
-    def _positions_of_queries(self, rows: list[list[int]]) -> Tensor:
+    def _positions_of_queries(self) -> Tensor:
+        q0, q1, *_, position = self.segments.unbind(1)
         positions = torch.zeros(self.queries, dtype=torch.int64)
-        for q0, q1, *_, position in rows:
-            positions[q0:q1] = torch.arange(position, position + q1 - q0)
+        rows, places = _expand(q0, q1, position)
+        positions[rows] = places
         return positions
 
-    def _positions_of_keys(self, rows: list[list[int]]) -> Tensor:
-        unset = torch.iinfo(torch.int64).min
-        positions = torch.full((self.keys,), unset, dtype=torch.int64)
-        for number, (q0, q1, k0, k1, p0, p1, position) in enumerate(rows):
-            own = position + (q1 - q0) - (k1 - k0)  # position of the first own key
-            for start, end, first in ((k0, k1, own), (p0, p1, own - (p1 - p0))):
-                skipped = max(self.memory - start, 0)  # memory is rotated already
-                here = positions[max(start - self.memory, 0) : max(end - self.memory, 0)]
-                wanted = torch.arange(first + skipped, first + skipped + len(here))
-                if bool(((here != unset) & (here != wanted)).any()):
-                    raise ValueError(f"segment {number}: expected keys at the positions that other segments give them")
-                here.copy_(wanted)
-        return positions.masked_fill_(positions == unset, 0)
+    def _positions_of_keys(self) -> Tensor:
+        q0, q1, k0, k1, p0, p1, position = self.segments.unbind(1)
+        own = position + (q1 - q0) - (k1 - k0)  # position of the first own key
+        rows, places = _expand(torch.cat([k0, p0]), torch.cat([k1, p1]), torch.cat([own, own - (p1 - p0)]))
+        new = rows >= self.memory  # memory is rotated already
+        rows, places = rows[new] - self.memory, places[new]
+        positions = torch.zeros(self.keys, dtype=torch.int64)
+        positions[rows] = places
+        for i in _first(positions[rows] != places):
+            both = sorted((int(places[i]), int(positions[rows[i]])))
+            raise ValueError(f"new key {rows[i]}: expected one position, got {both[0]} and {both[1]}")
+        return positions
 
     # Constructors
 
@@ -312,6 +309,19 @@ def _check_counts(**arguments: Sequence) -> None:
     for name, values in others:
         if len(values) != len(expected):
             raise ValueError(f"{name}: expected {len(expected)} entries, as many as {first}, got {len(values)}")
+
+
+def _expand(start: Tensor, end: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """Every row of the ranges [start, end), and beside it ``first`` counted on from the range's beginning."""
+    lengths = end - start
+    owners = torch.arange(len(start)).repeat_interleave(lengths)
+    offsets = torch.arange(len(owners)) - (lengths.cumsum(0) - lengths)[owners]
+    return start[owners] + offsets, first[owners] + offsets
+
+
+def _first(wrong: Tensor) -> list[int]:
+    """The index of the first True, if there is one."""
+    return wrong.nonzero().flatten()[:1].tolist()
 
 
 def _table(rows: Sequence[tuple[int, ...]]) -> Tensor:

@@ -199,11 +199,11 @@ def table(*rows):
         ),
         (
             table((0, 2, 2, 4, 0, 0, 0), (2, 4, 2, 4, 0, 0, 5)),  # the same new keys at positions 0 and 5
-            r"segment 1: expected keys at the positions that other segments give them",
+            r"new key 0: expected one position, got 0 and 5",
         ),
         (
             table((0, 2, 2, 4, 0, 0, 0), (2, 4, 4, 6, 2, 4, 7)),  # a prefix whose end is not where the branch begins
-            r"segment 1: expected keys at the positions that other segments give them",
+            r"new key \d: expected one position, got",
         ),
     ],
 )
