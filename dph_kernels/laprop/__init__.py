@@ -79,10 +79,7 @@ def laprop(
     checks.option("backend", backend, ("auto", *dispatch.MODULES))
     if not params:
         return
-    for i, param in enumerate(params):
-        _check_tensors(
-            i, param, params[0], {name: tensors[i] for name, tensors in lists.items() if tensors is not None}
-        )
+    _check_tensors({"params": params, **{name: tensors for name, tensors in lists.items() if tensors is not None}})
     if params[0].dtype == torch.float64 and backend == "auto":
         backend = "reference"
     if params[0].dtype == torch.float64 and backend != "reference":
@@ -112,16 +109,28 @@ def laprop(
     )
 
 
-def _check_tensors(i: int, param: Tensor, first: Tensor, others: dict[str, Tensor]) -> None:
-    """All tensors that belong to one parameter: shape, dtype, device, layout."""
-    dtypes = {"grads": (*GRADIENTS, param.dtype), "copies": (torch.bfloat16,)}
-    checks.dtype(f"params[{i}]", param, (torch.float32, torch.float64) if i == 0 else first.dtype)
-    for name, tensor in {"params": param, **others}.items():
-        checks.shape(f"{name}[{i}]", tensor, *param.shape)
-        checks.dtype(f"{name}[{i}]", tensor, dtypes.get(name, (param.dtype,)))
-        checks.device(f"{name}[{i}]", tensor, first.device)
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name}[{i}]: expected a contiguous tensor, got strides {tuple(tensor.stride())}")
+def _check_tensors(lists: dict[str, Sequence[Tensor]]) -> None:
+    """Shape, dtype, device and layout of every tensor; the names are put together only where something is wrong."""
+    params = lists["params"]
+    first = params[0]
+    checks.dtype("params[0]", first, (torch.float32, torch.float64))
+    for name, tensors in lists.items():
+        dtypes = {"grads": (*GRADIENTS, first.dtype), "copies": (torch.bfloat16,)}.get(name, (first.dtype,))
+        for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+            if (
+                tensor.shape != param.shape
+                or tensor.dtype not in dtypes
+                or tensor.device != first.device
+                or not tensor.is_contiguous()
+            ):
+                _complain(f"{name}[{i}]", tensor, param, dtypes, first.device)
+
+
+def _complain(name: str, tensor: Tensor, param: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+    checks.shape(name, tensor, *param.shape)
+    checks.dtype(name, tensor, dtypes)
+    checks.device(name, tensor, device)
+    raise ValueError(f"{name}: expected a contiguous tensor, got strides {tuple(tensor.stride())}")
 
 
 def _check_numbers(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, prior_decay: float) -> None:
