@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SIZES = (1, 2, 4, 8, 16)  # of N
 TABLE = (8, 16)  # those that the table shows
 RULES = ("one sample", "most probable of N", "best of N by reward", "oracle of N")
-ANSWER_TOKENS = 12
+ANSWER_TOKENS = 8
 PROMPTS = 250  # sampled at once
 SHOWN = 3  # prompts with all their candidates
 

@@ -28,8 +28,8 @@ from dph.trainer import train
 
 RECORDS = 60_000  # puzzles in the corpus
 VOCABULARY = 300
-CANDIDATES = 8  # samples per prompt that the pairs are made of
-PAIRS = 3  # wrong answers beside each right one, at most
+CANDIDATES = 16  # samples per prompt that the pairs are made of
+PAIRS = 6  # wrong answers beside each right one, at most
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,13 +50,14 @@ def run(args: argparse.Namespace) -> None:
     road = Road(Path(args.output), args.seed, args.scale, args.resume)
     sft = road.teach()
     pairs = road.preferences(sft, args.pairs_from)
-    models = {
-        "SFT": sft,
-        "SFT, frozen, with a head": road.stage("head", pairs, copy.deepcopy(sft)),
-        "aligned jointly": road.stage("align", pairs, copy.deepcopy(sft)),
-    }
+    frozen, aligned = (road.stage(name, pairs, copy.deepcopy(sft)) for name in ("head", "align"))
     asked = list(itertools.islice(puzzles.puzzles(args.seed, evaluation=True), args.prompts))
-    found = {name: outcomes.ask(model, road.tokenizer, asked, args.seed) for name, model in models.items()}
+    judged = outcomes.ask(frozen, road.tokenizer, asked, args.seed)
+    found = {
+        "SFT": judged,  # the frozen model's language is the SFT model's, bit for bit: its samples are too
+        "SFT, frozen, with a head": judged,
+        "aligned jointly": outcomes.ask(aligned, road.tokenizer, asked, args.seed),
+    }
     print(outcomes.report(found, road.tokenizer))
     for path in outcomes.draw(found, road.output):
         print(f"figure: {path}")
@@ -91,12 +92,13 @@ class Road:
         optimiser = settings["optimiser"]
         optimiser["steps"] = max(round(optimiser["steps"] * self.scale), 1)
         optimiser["warmup"] = min(optimiser["warmup"], optimiser["steps"])
+        stage = recipe.from_dict(settings)
+        torch.manual_seed(self.seed)
         if model is None:
-            torch.manual_seed(self.seed)
             model = start.fresh(settings["model"]["config"], self.tokenizer)
-        done = train(
-            recipe.from_dict(settings), model=model, tokenizer=self.tokenizer, records=records, resume=self.resume
-        )
+        elif stage.kind == "preference":
+            model = start.with_heads(model, stage.objective)
+        done = train(stage, model=model, tokenizer=self.tokenizer, records=records, resume=self.resume)
         if done.interrupted:
             raise UserError(f"stopped in stage {name}; dph quickstart --resume goes on")
         return done.model

@@ -44,10 +44,13 @@ def open_start(recipe: Recipe) -> tuple[Model, Any]:
 
 
 def fresh(config: dict[str, Any], tokenizer: Any) -> Model:
-    """A model with fresh weights; vocabulary and special tokens are the tokenizer's where ``config`` is silent."""
+    """A model with fresh weights; vocabulary and special tokens are the tokenizer's where ``config`` is silent.
+
+    It has no reward heads unless ``config`` names some: the stages that train them add them.
+    """
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     end = tokenizer.convert_tokens_to_ids(chat.END)
-    known = {"vocab_size": len(tokenizer), "im_end_token_id": end, **special}
+    known = {"vocab_size": len(tokenizer), "im_end_token_id": end, "reward_heads": (), **special}
     arguments = inspect.signature(ModelConfig).parameters
     if unknown := sorted(config.keys() - arguments.keys()):
         nearest = difflib.get_close_matches(unknown[0], arguments, 1, 0.0)[0]
