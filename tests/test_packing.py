@@ -1,5 +1,6 @@
 """Packed answers against every sequence alone: hidden states, log-probabilities, rewards and all gradients."""
 
+import copy
 import itertools
 
 import pytest
@@ -56,7 +57,7 @@ def alone(model, item):
     logits = model(ids).logits[0]
     chosen = logits.log_softmax(-1).gather(1, torch.tensor(item.targets)[:, None]).flatten()
     mask, scored = torch.tensor(item.loss_mask), torch.tensor(item.score_mask)
-    rewards = {name: torch.tensor(float("nan")) for name in model.head_names}
+    rewards = {name: logits.new_tensor(float("nan")) for name in model.head_names}
     if item.reward_position is not None:
         rewards = {n: r[0] for n, r in model.rewards(ids, None, torch.tensor([item.reward_position])).items()}
     return logits, chosen[mask].sum(), chosen[scored].mean(), rewards
@@ -77,55 +78,68 @@ def packed_rows(documents):
         start = at
 
 
-def close(got, want, name, scale=None):
-    assert torch.equal(got.isnan(), want.isnan()), name
-    got, want = got[~got.isnan()], want[~want.isnan()]
-    if want.numel():
-        error, scale = (got - want).abs().max().item(), scale or max(want.abs().max().item(), 1e-3)
-        assert error <= 1e-5 * scale, f"{name}: {error:.2e} of {scale:.2e}"
-
-
-def weighted(values, seed=0):
-    """A scalar that every value which is a number enters with a weight of its own."""
-    values = torch.cat([v.reshape(-1) for v in values])
-    weights = torch.randn(len(values), generator=torch.Generator().manual_seed(seed))
-    return (values * weights)[~values.isnan()].sum()
+def gradients(model, results):
+    """{"gradient NAME": tensor} of a scalar that every result but the logits enters, each with weights of its own."""
+    values = torch.cat([value.reshape(-1) for name, value in results.items() if not name.startswith("logits")])
+    weights = torch.randn(len(values), generator=torch.Generator().manual_seed(0)).to(values.dtype)
+    scalar = (values * weights)[~values.isnan()].sum()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(scalar, parameters, allow_unused=True, materialize_grads=True)
+    return {f"gradient {name}": grad for name, grad in zip(names, grads, strict=True)}
 
 
 MODEL = tiny_model(reward_heads=("default", "other"), task_heads=("task",))
+EXACT = copy.deepcopy(MODEL).double()
+
+
+def separately(model, documents):
+    """Everything that is compared, from every sequence run by itself."""
+    answers = list(itertools.chain(*documents))
+    logits, sums, means, rewards = zip(*(alone(model, item) for item in answers), strict=True)
+    results = {f"logits {i}": own for i, own in enumerate(logits)}
+    results |= {"logprobs": torch.stack(sums), "mean_logprobs": torch.stack(means)}
+    results |= {f"reward {name}": torch.stack([own[name] for own in rewards]) for name in model.head_names}
+    return results | gradients(model, results)
+
+
+def packed(model, documents):
+    """The same from one packed batch."""
+    batch = dph.pack(documents)
+    out = model.forward_packed(batch)
+    hidden = model.backbone(batch.tokens, batch.layout)
+    logits = torch.nn.functional.linear(model.output_proj(hidden), model.backbone.embedding.weight)
+    results = {}
+    for i, (rows, item) in enumerate(zip(packed_rows(documents), itertools.chain(*documents), strict=True)):
+        assert batch.tokens[rows].tolist() == item.tokens
+        results[f"logits {i}"] = logits[rows]
+    results |= {"logprobs": out.logprobs, "mean_logprobs": out.mean_logprobs}
+    results |= {f"reward {name}": own for name, own in out.rewards.items()}
+    return results | gradients(model, results)
+
+
+def largest_error(got, want):
+    assert torch.equal(got.isnan(), want.isnan())
+    return (got - want).abs().nan_to_num(0.0).max().item() if want.numel() else 0.0
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(st.lists(alternatives(), min_size=1, max_size=2))
 def test_packed_equals_every_sequence_alone(documents):
-    model, answers = MODEL, list(itertools.chain(*documents))
-    singles = [alone(model, item) for item in answers]
-    sums, means = torch.stack([s[1] for s in singles]), torch.stack([s[2] for s in singles])
-    rewards = {name: torch.stack([s[3][name] for s in singles]) for name in model.head_names}
-    model.zero_grad()
-    weighted([sums, means, *rewards.values()]).backward()
-    expected = {name: p.grad for name, p in model.named_parameters()}
+    """The sequences alone in fp64 are the truth. Packed, fp64 meets it to 1e-11 and fp32 to 1e-5 of the largest value.
 
-    batch = dph.pack(documents)
-    out = model.forward_packed(batch)
-    model.zero_grad()
-    weighted([out.logprobs, out.mean_logprobs, *out.rewards.values()]).backward()
-    with torch.no_grad():
-        hidden = model.backbone(batch.tokens, batch.layout)
-        logits = torch.nn.functional.linear(model.output_proj(hidden), model.backbone.embedding.weight)
-
-    for (own, *_), rows, item in zip(singles, packed_rows(documents), answers, strict=True):
-        assert batch.tokens[rows].tolist() == item.tokens
-        close(logits[rows], own.detach(), "logits")
-    close(out.logprobs.detach(), sums.detach(), "logprobs")
-    close(out.mean_logprobs.detach(), means.detach(), "mean_logprobs")
-    for name, own in rewards.items():
-        close(out.rewards[name].detach(), own.detach(), f"reward {name}")
-    largest = max((g.abs().max().item() for g in expected.values() if g is not None), default=0.0)
-    for name, parameter in model.named_parameters():
-        own = torch.zeros_like(parameter) if expected[name] is None else expected[name]
-        got = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        close(got, own, name, scale=max(own.abs().max().item(), 0.1 * largest, 1e-3))
+    Where rounding is larger (one packing in some thousands), fp32 may err twice as far as the sequences alone in fp32.
+    """
+    truth, exact, single = separately(EXACT, documents), packed(EXACT, documents), packed(MODEL, documents)
+    assert truth.keys() == exact.keys() == single.keys()
+    steepest = max(1e-3, *(truth[name].abs().max().item() for name in truth if name.startswith("gradient")))
+    for name, want in truth.items():
+        magnitude = want.abs().nan_to_num(0.0).max().item() if want.numel() else 0.0
+        scale = steepest if name.startswith("gradient") else max(1.0, magnitude)
+        assert largest_error(exact[name], want) <= 1e-11 * scale, name
+        error = largest_error(single[name], want)
+        if error > 1e-5 * scale:
+            earned = largest_error(separately(MODEL, documents)[name], want)
+            assert error <= 2 * earned + 1e-5 * scale, f"{name}: {error:.2e} of {scale:.2e}"
 
 
 def test_the_strategy_draws_what_it_promises():
