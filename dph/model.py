@@ -6,9 +6,6 @@
 | blocks | x + attention(norm(x)), x + ffn(norm(x)) | ``backbone.blocks`` |
 | norm, down-projection, tied head | C -> E, times the transposed embedding | ``output_norm``, ``output_proj`` |
 | reward heads | C -> 1 | ``heads`` |
-
-Tokens are rows, packed end to end: dense batches, preference pairs, streams with memory and decoding differ only in
-their layout.
 """
 
 import json
@@ -27,130 +24,18 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
 from dph import chat, checkpoint
+from dph.backbone import Backbone
 from dph.config import ModelConfig, ReleasedConfig
+from dph.generate import judge
 from dph.heads import RewardHead
 from dph.memory import Memory
-from dph.packing import PackedBatch, pack
-from dph_kernels import PackedLayout, linear_logprob, rope_attention
+from dph.packing import PackedBatch
+from dph_kernels import PackedLayout, linear_logprob
 
 log = logging.getLogger(__name__)
 
 # Where a hub model is fetched from; they go along with every file of it.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-
-class Attention(nn.Module):
-    """Rotary multi-head attention over a packed layout, with or without memory."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.heads, self.rope = config.num_attention_heads, config.rope
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, x: Tensor, layout: PackedLayout, memory: "LayerMemory | None" = None) -> Tensor:
-        """[T, C] -> [T, C]."""
-        if memory is None:
-            q, k, v = self._split(self.qkv(x))
-            attended = rope_attention(q, k, v, layout, rope=self.rope)
-        elif memory.kind == "kv":
-            q, k, v = self._split(self.qkv(x))
-            attended, keys = rope_attention(q, k, v, layout, rope=self.rope, memory=memory.read(k), return_keys=True)
-            memory.keep(keys, v)
-        else:
-            attended = self._attend_anew(x, layout, memory)
-        return self.out(attended.flatten(1))
-
-    def _attend_anew(self, x: Tensor, layout: PackedLayout, memory: "LayerMemory") -> Tensor:
-        """Keys and values projected from the remembered inputs, so that W_k and W_v learn from memory rows too."""
-        width = x.shape[1]
-        weight, bias = self.qkv.weight, self.qkv.bias
-        (q,) = self._split(F.linear(x, weight[:width], bias[:width]))
-        k, v = self._split(F.linear(memory.recall(x), weight[width:], bias[width:]))
-        memory.keep(x)
-        return rope_attention(q, k, v, layout, rope=self.rope)
-
-    def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """[T, n * C] -> n views [T, H, D]."""
-        width = self.out.in_features
-        return rows.view(len(rows), rows.shape[1] // width, self.heads, width // self.heads).unbind(1)
-
-
-class FeedForward(nn.Module):
-    """SwiGLU: ``fc1`` gives [x | gate], x * silu(gate), ``fc2`` back."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, 2 * config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, C] -> [T, C]."""
-        x, gate = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(x * F.silu(gate))
-
-
-class Block(nn.Module):
-    """Pre-norm attention and pre-norm feed-forward, a residual around each."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.attention = Attention(config)
-        self.ffn_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.ffn = FeedForward(config)
-
-    def forward(self, x: Tensor, layout: PackedLayout, memory: "LayerMemory | None" = None) -> Tensor:
-        """[T, C] -> [T, C]."""
-        x = x + self.attention(self.attention_norm(x), layout, memory)
-        return x + self.ffn(self.ffn_norm(x))
-
-
-@dataclass(frozen=True)
-class LayerMemory:
-    """One layer's view of a :class:`dph.Memory` during one call."""
-
-    memory: Memory
-    layer: int
-    counts: list[int]
-
-    @property
-    def kind(self) -> str:
-        """ "kv" or "hidden"."""
-        return self.memory.kind
-
-    def read(self, like: Tensor) -> tuple[Tensor, ...]:
-        """Rotated keys and values [M, H, D]."""
-        return self.memory.read(self.layer, like)
-
-    def recall(self, inputs: Tensor) -> Tensor:
-        """Remembered and new attention inputs, stream after stream."""
-        return self.memory.recall(self.layer, inputs, self.counts)
-
-    def keep(self, *rows: Tensor) -> None:
-        """Remember this call's rows."""
-        self.memory.keep(self.layer, *rows)
-
-
-class Backbone(nn.Module):
-    """Tokens [T] to hidden states [T, C] after the output norm."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
-        self.input_proj = nn.Linear(config.embedding_size, config.hidden_size, bias=False)
-        self.input_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.output_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-
-    def forward(
-        self, tokens: Tensor, layout: PackedLayout, memory: Memory | None = None, counts: Sequence[int] = ()
-    ) -> Tensor:
-        """[T] int64 -> [T, C]; ``counts`` [B] gives the tokens of each stream of ``memory``."""
-        x = self.input_norm(self.input_proj(self.embedding(tokens)))
-        for i, block in enumerate(self.blocks):
-            x = block(x, layout, None if memory is None else LayerMemory(memory, i, list(counts)))
-        return self.output_norm(x)
 
 
 @dataclass
@@ -440,7 +325,7 @@ class Model(PreTrainedModel, GenerationMixin):
         Raises ValueError for a model without heads, for heads whose weights were never loaded or trained (in evaluation
         mode), and where the judged token is not ``<|im_end|>`` and no position was given.
         """
-        self.check_heads(*self.head_names)
+        self.check_heads(*self.head_names, training=self.training)
         hidden, mask = self._dense_hidden(input_ids, attention_mask)
         grid = self._spread(hidden, mask, input_ids.shape)
         positions = self._last_positions(input_ids, mask) if reward_positions is None else reward_positions
@@ -453,8 +338,8 @@ class Model(PreTrainedModel, GenerationMixin):
             raise ValueError("reward_positions: expected tokens that are not padding")
         return self._judge(grid[torch.arange(len(grid), device=grid.device), positions])
 
-    def check_heads(self, *names: str) -> None:
-        """Raise ValueError where a reward head is missing, or is untrained and asked to judge."""
+    def check_heads(self, *names: str, training: bool = False) -> None:
+        """Raise ValueError where a reward head is missing, or, outside of training, has no weights to judge by."""
         if not self.head_names:
             raise ValueError(
                 "rewards: expected a model with reward heads, got one without (config.reward_heads is empty)"
@@ -462,7 +347,7 @@ class Model(PreTrainedModel, GenerationMixin):
         for name in names:
             if name not in self.head_names:
                 raise ValueError(f"head: expected one of {', '.join(self.head_names)}, got {name!r}")
-            if name in self.untrained_heads and not self.training:
+            if name in self.untrained_heads and not training:
                 raise ValueError(f"head {name!r}: the checkpoint holds no weights for it; train it before it judges")
 
     def _last_positions(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -488,15 +373,9 @@ class Model(PreTrainedModel, GenerationMixin):
         Raises ValueError as :meth:`rewards`, and for a conversation without an assistant turn. ``max_tokens`` bounds a
         packed batch.
         """
-        was_training = self.training
-        self.eval()
-        try:
-            self.check_heads(head)
-            encoded = [chat.encode(conversation, tokenizer) for conversation in conversations]
-            parts = [self.forward_packed(pack(part).to(self.device)) for part in _batches(encoded, max_tokens)]
-            return torch.cat([part.rewards[head] for part in parts]) if parts else torch.empty(0)
-        finally:
-            self.train(was_training)
+        self.check_heads(head)
+        groups = [[chat.encode(conversation, tokenizer)] for conversation in conversations]
+        return torch.tensor([judged.rewards[head][0] for judged in judge(self, groups, max_tokens)])
 
 
 def _with_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -508,19 +387,6 @@ def _with_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, A
     fields = {name: value for name, value in kwargs.items() if name not in apart}
     config, rest = ModelConfig.from_pretrained(source, return_unused_kwargs=True, **fields)
     return {name: kwargs[name] for name in apart if name in kwargs} | rest | {"config": config}
-
-
-def _batches(encoded: Sequence[chat.Encoded], max_tokens: int) -> list[list[list[chat.Encoded]]]:
-    """One-answer documents in order, at most ``max_tokens`` a batch (a longer one goes alone)."""
-    batches: list[list[list[chat.Encoded]]] = []
-    room = 0
-    for item in encoded:
-        if len(item.tokens) > room:
-            batches.append([])
-            room = max_tokens
-        batches[-1].append([item])
-        room -= len(item.tokens)
-    return batches
 
 
 for _config in (ModelConfig, ReleasedConfig):

@@ -1,0 +1,130 @@
+"""The backbone: tokens as rows, packed end to end, to hidden states.
+
+Dense batches, preference pairs, streams with memory and decoding differ only in their layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dph.config import ModelConfig
+from dph.memory import Memory
+from dph_kernels import PackedLayout, rope_attention
+
+
+class Attention(nn.Module):
+    """Rotary multi-head attention over a packed layout, with or without memory."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.rope = config.num_attention_heads, config.rope
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, layout: PackedLayout, memory: LayerMemory | None = None) -> Tensor:
+        """[T, C] -> [T, C]."""
+        if memory is None:
+            q, k, v = self._split(self.qkv(x))
+            attended = rope_attention(q, k, v, layout, rope=self.rope)
+        elif memory.kind == "kv":
+            q, k, v = self._split(self.qkv(x))
+            attended, keys = rope_attention(q, k, v, layout, rope=self.rope, memory=memory.read(k), return_keys=True)
+            memory.keep(keys, v)
+        else:
+            attended = self._attend_anew(x, layout, memory)
+        return self.out(attended.flatten(1))
+
+    def _attend_anew(self, x: Tensor, layout: PackedLayout, memory: LayerMemory) -> Tensor:
+        """Keys and values projected from the remembered inputs, so that W_k and W_v learn from memory rows too."""
+        width = x.shape[1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        (q,) = self._split(F.linear(x, weight[:width], bias[:width]))
+        k, v = self._split(F.linear(memory.recall(x), weight[width:], bias[width:]))
+        memory.keep(x)
+        return rope_attention(q, k, v, layout, rope=self.rope)
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """[T, n * C] -> n views [T, H, D]."""
+        width = self.out.in_features
+        return rows.view(len(rows), rows.shape[1] // width, self.heads, width // self.heads).unbind(1)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: ``fc1`` gives [x | gate], x * silu(gate), ``fc2`` back."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, C] -> [T, C]."""
+        x, gate = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(x * F.silu(gate))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and pre-norm feed-forward, a residual around each."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x: Tensor, layout: PackedLayout, memory: LayerMemory | None = None) -> Tensor:
+        """[T, C] -> [T, C]."""
+        x = x + self.attention(self.attention_norm(x), layout, memory)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """One layer's view of a :class:`dph.Memory` during one call."""
+
+    memory: Memory
+    layer: int
+    counts: list[int]
+
+    @property
+    def kind(self) -> str:
+        """ "kv" or "hidden"."""
+        return self.memory.kind
+
+    def read(self, like: Tensor) -> tuple[Tensor, ...]:
+        """Rotated keys and values [M, H, D]."""
+        return self.memory.read(self.layer, like)
+
+    def recall(self, inputs: Tensor) -> Tensor:
+        """Remembered and new attention inputs, stream after stream."""
+        return self.memory.recall(self.layer, inputs, self.counts)
+
+    def keep(self, *rows: Tensor) -> None:
+        """Remember this call's rows."""
+        self.memory.keep(self.layer, *rows)
+
+
+class Backbone(nn.Module):
+    """Tokens [T] to hidden states [T, C] after the output norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.input_proj = nn.Linear(config.embedding_size, config.hidden_size, bias=False)
+        self.input_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.output_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(
+        self, tokens: Tensor, layout: PackedLayout, memory: Memory | None = None, counts: Sequence[int] = ()
+    ) -> Tensor:
+        """[T] int64 -> [T, C]; ``counts`` [B] gives the tokens of each stream of ``memory``."""
+        x = self.input_norm(self.input_proj(self.embedding(tokens)))
+        for i, block in enumerate(self.blocks):
+            x = block(x, layout, None if memory is None else LayerMemory(memory, i, list(counts)))
+        return self.output_norm(x)
