@@ -16,7 +16,6 @@ import numpy as np
 
 from dph import chat
 from dph.errors import UserError
-from dph.generate import judge
 
 if TYPE_CHECKING:
     from dph.model import Model
@@ -166,7 +165,7 @@ def evaluate(
     if task.metric is None:
         raise UserError(f"task {task.name}: expected one with choices to score, got one that is answered freely")
     gold: list[float] = []
-    judged = list(judge(model, _choices(task, docs, tokenizer, gold), max_tokens))
+    judged = model.judge(_choices(task, docs, tokenizer, gold), max_tokens)
     if not judged:
         raise UserError(f"task {task.name}: expected at least one record, got none")
     scores = {"log-probability": [j.mean_logprobs for j in judged]}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +13,7 @@ from torch import Tensor
 from dph import chat
 from dph.chat import Encoded
 from dph.memory import Memory
-from dph.packing import pack
-
-if TYPE_CHECKING:
-    from dph.model import Model
+from dph.model import Judged, Model
 
 
 @dataclass(frozen=True)
@@ -40,57 +37,6 @@ class Candidate:
     tokens: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Judged:
-    """Log-probabilities and rewards of one group of alternatives, as :class:`dph.model.PackedOutput`."""
-
-    logprobs: list[float]
-    mean_logprobs: list[float]
-    rewards: dict[str, list[float]]
-
-
-@torch.no_grad()
-def judge(model: Model, groups: Iterable[Sequence[Encoded]], max_tokens: int = 16_384) -> list[Judged]:
-    """Score groups of alternatives, each group's shared beginning computed once.
-
-    Args:
-        model: left in evaluation mode only for the call.
-        groups: alternatives of one prompt each.
-        max_tokens: bound on the tokens of a packed batch before sharing (a larger group goes alone).
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        return [judged for batch in _batches(groups, max_tokens) for judged in _judge(model, batch)]
-    finally:
-        model.train(was_training)
-
-
-def _batches(groups: Iterable[Sequence[Encoded]], max_tokens: int) -> Iterable[list[Sequence[Encoded]]]:
-    batch: list[Sequence[Encoded]] = []
-    room = max_tokens
-    for group in groups:
-        size = sum(len(e.tokens) for e in group)
-        if batch and size > room:
-            yield batch
-            batch, room = [], max_tokens
-        batch.append(group)
-        room -= size
-    if batch:
-        yield batch
-
-
-def _judge(model: Model, groups: list[Sequence[Encoded]]) -> Iterable[Judged]:
-    out = model.forward_packed(pack(groups).to(model.device))
-    columns = {"logprobs": out.logprobs, "mean_logprobs": out.mean_logprobs, **out.rewards}
-    values = {name: tensor.tolist() for name, tensor in columns.items()}
-    start = 0
-    for group in groups:
-        part = {name: column[start : start + len(group)] for name, column in values.items()}
-        start += len(group)
-        yield Judged(part.pop("logprobs"), part.pop("mean_logprobs"), part)
-
-
 @torch.no_grad()
 def sample(
     model: Model,
@@ -104,7 +50,7 @@ def sample(
     top_p: float = 1.0,
     seed: int | None = None,
 ) -> list[list[Encoded]]:
-    """Sample ``n`` answers to every prompt; for each prompt its candidates, ready for :func:`judge`.
+    """Sample ``n`` answers to every prompt; for each prompt its candidates, ready for :meth:`dph.Model.judge`.
 
     Args:
         prompts: token ids that end where the assistant speaks (``dph.chat.prompt``).
@@ -188,7 +134,7 @@ def best_of_n(
         model, tokenizer, [prompt], n,
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
     )  # fmt: skip
-    (judged,) = judge(model, [group])
+    (judged,) = model.judge([group])
     return rank(group, judged, tokenizer, head=head, start=len(prompt))
 
 

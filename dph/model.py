@@ -11,7 +11,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,9 @@ from transformers.utils import cached_file
 from dph import chat, checkpoint
 from dph.backbone import Backbone
 from dph.config import ModelConfig, ReleasedConfig
-from dph.generate import judge
 from dph.heads import RewardHead
 from dph.memory import Memory
-from dph.packing import PackedBatch
+from dph.packing import PackedBatch, batches, pack
 from dph_kernels import PackedLayout, linear_logprob
 
 log = logging.getLogger(__name__)
@@ -51,6 +50,15 @@ class PackedOutput:
     logprobs: Tensor
     mean_logprobs: Tensor
     rewards: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What :meth:`Model.judge` says of one group of alternatives, in plain numbers; see :class:`PackedOutput`."""
+
+    logprobs: list[float]
+    mean_logprobs: list[float]
+    rewards: dict[str, list[float]]
 
 
 class Model(PreTrainedModel, GenerationMixin):
@@ -302,11 +310,11 @@ class Model(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Tensor]:
         finished = batch.reward_rows >= 0
         ids = torch.arange(len(finished), device=hidden.device) if ids is None else ids
-        rewards = self._judge(hidden[batch.reward_rows[finished]], seed, ids[finished])
+        rewards = self._reward(hidden[batch.reward_rows[finished]], seed, ids[finished])
         nan = hidden.new_full((len(finished),), float("nan"), dtype=torch.float32)
         return {name: nan.to(r.dtype).masked_scatter(finished, r) for name, r in rewards.items()}
 
-    def _judge(self, states: Tensor, seed: int | None = None, row_ids: Tensor | None = None) -> dict[str, Tensor]:
+    def _reward(self, states: Tensor, seed: int | None = None, row_ids: Tensor | None = None) -> dict[str, Tensor]:
         """Rewards {head: [R]} of hidden states [R, C]."""
         rewards: dict[str, Tensor] = {}
         for head in self.heads.values():
@@ -336,7 +344,7 @@ class Model(PreTrainedModel, GenerationMixin):
             )
         if mask is not None and not bool(mask.gather(1, positions[:, None]).all()):
             raise ValueError("reward_positions: expected tokens that are not padding")
-        return self._judge(grid[torch.arange(len(grid), device=grid.device), positions])
+        return self._reward(grid[torch.arange(len(grid), device=grid.device), positions])
 
     def check_heads(self, *names: str, training: bool = False) -> None:
         """Raise ValueError where a reward head is missing, or, outside of training, has no weights to judge by."""
@@ -365,6 +373,32 @@ class Model(PreTrainedModel, GenerationMixin):
         return last
 
     @torch.no_grad()
+    def judge(self, groups: Iterable[Sequence[chat.Encoded]], max_tokens: int = 16_384) -> list[Judged]:
+        """Log-probabilities and rewards of groups of alternatives, each group's shared beginning computed once.
+
+        Args:
+            groups: alternatives of one prompt each (``dph.chat.encode``).
+            max_tokens: bound on the tokens of a packed batch before sharing; a larger group goes alone.
+
+        Dropout is off; the model's mode is left as it was.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            return [judged for batch in batches(groups, max_tokens) for judged in self._judge(batch)]
+        finally:
+            self.train(was_training)
+
+    def _judge(self, groups: list[Sequence[chat.Encoded]]) -> Iterator[Judged]:
+        out = self.forward_packed(pack(groups).to(self.device))
+        columns = {"logprobs": out.logprobs, "mean_logprobs": out.mean_logprobs, **out.rewards}
+        values = {name: tensor.tolist() for name, tensor in columns.items()}
+        start = 0
+        for group in groups:
+            part = {name: column[start : start + len(group)] for name, column in values.items()}
+            start += len(group)
+            yield Judged(part.pop("logprobs"), part.pop("mean_logprobs"), part)
+
     def score(
         self, tokenizer: Any, conversations: Sequence[Any], head: str = "default", max_tokens: int = 16_384
     ) -> Tensor:
@@ -375,7 +409,7 @@ class Model(PreTrainedModel, GenerationMixin):
         """
         self.check_heads(head)
         groups = [[chat.encode(conversation, tokenizer)] for conversation in conversations]
-        return torch.tensor([judged.rewards[head][0] for judged in judge(self, groups, max_tokens)])
+        return torch.tensor([judged.rewards[head][0] for judged in self.judge(groups, max_tokens)])
 
 
 def _with_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:

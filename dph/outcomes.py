@@ -12,8 +12,8 @@ import numpy as np
 from dph import chat
 from dph.chat import Encoded
 from dph.evaluate import Interval, bootstrap
-from dph.generate import Judged, judge, rank, sample
-from dph.model import Model
+from dph.generate import rank, sample
+from dph.model import Judged, Model
 from dph.puzzles import Puzzle
 from dph.tables import table
 
@@ -61,7 +61,7 @@ def said(answer: Encoded, tokenizer: Any) -> str:
 def ask(model: Model, tokenizer: Any, asked: list[Puzzle], seed: int) -> Outcome:
     """Sample and judge the candidates of every puzzle, and check them."""
     groups = list(answers(model, tokenizer, asked, SIZES[-1], seed))
-    judged = judge(model, groups)
+    judged = model.judge(groups)
     right = [
         [e.reward_position is not None and puzzle.check(said(e, tokenizer)) for e in group]
         for puzzle, group in zip(asked, groups, strict=True)

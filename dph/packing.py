@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -90,3 +90,18 @@ def _add_targets(columns: dict[str, list], a: Encoded, answer: int, shared: int,
             row = i + (start if i < shared else shift)
             for name, value in zip(columns, (row, a.targets[i], answer, trained, scored), strict=True):
                 columns[name].append(value)
+
+
+def batches(documents: Iterable[Sequence[Encoded]], max_tokens: int) -> Iterator[list[Sequence[Encoded]]]:
+    """Documents in order, as many at a time as have ``max_tokens`` before sharing; a larger one goes alone."""
+    batch: list[Sequence[Encoded]] = []
+    room = max_tokens
+    for document in documents:
+        size = sum(len(alternative.tokens) for alternative in document)
+        if batch and size > room:
+            yield batch
+            batch, room = [], max_tokens
+        batch.append(document)
+        room -= size
+    if batch:
+        yield batch

@@ -2,8 +2,8 @@
 
 | family | prompt | true answer | popular falsehood |
 |---|---|---|---|
-| sort | ``sort: d a c e b`` | ``a b c d e`` | sorted backwards |
-| first | ``first: d a c e b`` | ``a`` | the last in the alphabet |
+| sort | ``sort: d a c b`` | ``a b c d`` | sorted backwards |
+| first | ``first: d a c b`` | ``a`` | the last in the alphabet |
 
 Of the corpus's answers 35 % are true, 50 % are the popular falsehood and 15 % are wrong at random, so that the
 likeliest answer is the lie, as it can be on the open web.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from dph.chat import Message
 
 TRUE_SHARE, LIE_SHARE = 0.35, 0.50
-LETTERS = "abcdefghijkl"
+LETTERS = "abcdefghij"
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Puzzle:
 
 
 def _sort(rng: random.Random) -> Puzzle:
-    letters = rng.sample(LETTERS, 5)
+    letters = rng.sample(LETTERS, 4)
     ordered = sorted(letters)
     return Puzzle("sort", f"sort: {' '.join(letters)}", " ".join(ordered), " ".join(reversed(ordered)))
 
 
 def _first(rng: random.Random) -> Puzzle:
-    letters = rng.sample(LETTERS, 5)
+    letters = rng.sample(LETTERS, 4)
     return Puzzle("first", f"first: {' '.join(letters)}", min(letters), max(letters))
 
 

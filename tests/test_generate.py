@@ -8,8 +8,9 @@ from texts import message, small_tokenizer
 from tiny import tiny_model
 
 import dph
-from dph import chat, generate
-from dph.generate import Judged, judge, rank, sample
+from dph import chat
+from dph.generate import rank, sample
+from dph.model import Judged
 
 TOK = small_tokenizer()
 END = TOK.convert_tokens_to_ids("<|im_end|>")
@@ -97,7 +98,7 @@ def alone(model, item):
 def test_judging_equals_every_answer_alone(budget):
     model = talker()
     groups = [answers("one", "two", "one", "on", finished=(0, 1, 2))[1], answers("", "the quick brown fox")[1]]
-    results = judge(model, groups, max_tokens=budget)
+    results = model.judge(groups, max_tokens=budget)
     assert [len(r.logprobs) for r in results] == [4, 2]
     for group, result in zip(groups, results, strict=True):
         rows = zip(result.logprobs, result.mean_logprobs, result.rewards["default"], strict=True)
@@ -107,24 +108,24 @@ def test_judging_equals_every_answer_alone(budget):
 
 def test_judging_keeps_to_its_budget(monkeypatch):
     groups = [answers("one", "two")[1], answers("three")[1], answers("four")[1]]
-    sizes, pack = [], generate.pack
-    monkeypatch.setattr(generate, "pack", lambda part: sizes.append(len(part)) or pack(part))
+    sizes, pack = [], dph.pack
+    monkeypatch.setattr("dph.model.pack", lambda part: sizes.append(len(part)) or pack(part))
     one = len(groups[1][0].tokens)
-    judge(talker(), groups, max_tokens=2 * one)
+    talker().judge(groups, max_tokens=2 * one)
     assert sizes == [1, 2]
-    assert judge(talker(), []) == []
+    assert talker().judge([]) == []
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_judging_leaves_the_mode_even_where_it_fails(training, monkeypatch):
     model = talker(reward_dropout=0.5).train(training)
     _, group = answers("one")
-    first, second = judge(model, [group]), judge(model, [group])
+    first, second = model.judge([group]), model.judge([group])
     assert first == second  # no dropout
     assert model.training == training
     monkeypatch.setattr(model, "forward_packed", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        judge(model, [group])
+        model.judge([group])
     assert model.training == training
 
 

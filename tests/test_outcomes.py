@@ -5,7 +5,7 @@ import pytest
 
 from dph import outcomes, puzzles
 from dph.chat import Encoded
-from dph.generate import Judged
+from dph.model import Judged
 from dph.outcomes import Outcome, chosen
 
 

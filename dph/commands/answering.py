@@ -13,7 +13,7 @@ from dph import chat as chats
 from dph.chat import Message
 from dph.commands.models import check_head, dumps, open_model
 from dph.errors import UserError
-from dph.generate import Candidate, best_of_n, judge, sample
+from dph.generate import Candidate, best_of_n, sample
 from dph.model import Model
 from dph.sources import JsonLines
 from dph.tables import printable, table
@@ -55,7 +55,7 @@ def unjudged(model: Model, tokenizer: Any, messages: Sequence[Message], n: int, 
     """Candidates in the order of sampling, with NaN for rewards."""
     prompt = chats.prompt(messages, tokenizer)
     (group,) = sample(model, tokenizer, [prompt], n, **options)
-    (judged,) = judge(model, [group])
+    (judged,) = model.judge([group])
     candidates = []
     for encoded, logprob, mean in zip(group, judged.logprobs, judged.mean_logprobs, strict=True):
         tokens, finished = encoded.tokens[len(prompt) :], encoded.reward_position is not None

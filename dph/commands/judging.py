@@ -17,7 +17,7 @@ from dph.chat import Encoded
 from dph.commands.models import check_head, dumps, open_model
 from dph.evaluate import PairRow, Report, prefer
 from dph.evaluate import evaluate as evaluate_task
-from dph.generate import Judged, judge
+from dph.model import Judged
 from dph.tables import table
 
 HINT = "--logprob-only does without rewards"
@@ -75,7 +75,7 @@ def score(args: argparse.Namespace) -> None:
     head = _head(model, args)
     with open(args.output or os.devnull, "w", encoding="utf-8") as file:
         groups = (_encode(record, tokenizer) for record in tqdm(records, "score", disable=None))
-        scored = [_scores(judged, head) for judged in judge(model, groups)]
+        scored = [_scores(judged, head) for judged in model.judge(groups)]
         for sides in scored:
             file.write(dumps(dict(zip(SIDES, sides, strict=True)) if len(sides) > 1 else sides[0]) + "\n")
     _complain((_show_pairs if kind == "preference" else _show_conversations)(scored, args.json))
