@@ -32,7 +32,7 @@ def test_the_checker_takes_the_truth_and_nothing_else():
 def test_training_and_held_out_prompts_never_meet():
     train, held_out = ({p.prompt for p in some(2000, seed, evaluation=e)} for seed, e in ((1, False), (2, True)))
     assert not train & held_out
-    assert len(train) > 1900
+    assert len(train) > 1500
 
 
 def test_the_lie_is_more_frequent_than_the_truth():
