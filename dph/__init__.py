@@ -1,7 +1,7 @@
 """Direct Preference Heads: one model speaks and judges (arXiv 2405.20053)."""
 
 import dph.threads  # noqa: F401  (before PyTorch, whose threads it is about)
-from dph import chat, checkpoint, losses, optim, tasks
+from dph import auto, chat, checkpoint, losses, optim, tasks
 from dph.config import ModelConfig
 from dph.generate import best_of_n
 from dph.heads import RewardHead
@@ -18,6 +18,7 @@ __all__ = [
     "ModelConfig",
     "PackedBatch",
     "RewardHead",
+    "auto",
     "best_of_n",
     "chat",
     "checkpoint",

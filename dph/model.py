@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
 from dph import chat, checkpoint
 from dph.backbone import Backbone
-from dph.config import ModelConfig, ReleasedConfig
+from dph.config import ModelConfig
 from dph.heads import RewardHead
 from dph.memory import Memory
 from dph.packing import PackedBatch, batches, pack
@@ -137,6 +137,21 @@ class Model(PreTrainedModel, GenerationMixin):
         for key, names in self._head_groups():
             no_pooler = any(weight.startswith(f"heads.{key}.pooler.") for weight in missing)
             yield from (name for name in names if no_pooler or f"heads.{key}.reward.{name}.weight" in missing)
+
+    def save_pretrained(self, directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Save as transformers does, but for heads that were never trained: they are to load as untrained again."""
+        weights = kwargs.pop("state_dict", None) or self.state_dict()
+        left_out = set(self._weights_of_untrained_heads())
+        kept = {name: tensor for name, tensor in weights.items() if name not in left_out}
+        return super().save_pretrained(directory, *args, state_dict=kept, **kwargs)
+
+    def _weights_of_untrained_heads(self) -> Iterator[str]:
+        """Names of the reward vectors, and of poolers that serve no trained one."""
+        for key, names in self._head_groups():
+            untrained = self.untrained_heads.intersection(names)
+            yield from (f"heads.{key}.reward.{name}.weight" for name in untrained)
+            if untrained == set(names):
+                yield from (f"heads.{key}.pooler.{name}" for name, _ in self.heads[key].pooler.named_parameters())
 
     def save_official(self, directory: str | os.PathLike) -> None:
         """Write a released-layout (``lsw_transformer``) directory: config.json and model.safetensors.
@@ -421,8 +436,3 @@ def _with_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, A
     fields = {name: value for name, value in kwargs.items() if name not in apart}
     config, rest = ModelConfig.from_pretrained(source, return_unused_kwargs=True, **fields)
     return {name: kwargs[name] for name in apart if name in kwargs} | rest | {"config": config}
-
-
-for _config in (ModelConfig, ReleasedConfig):
-    AutoConfig.register(_config.model_type, _config)
-AutoModelForCausalLM.register(ModelConfig, Model)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from texts import conversation, message, small_tokenizer
 from tiny import END, PAD, VOCAB, naive, naive_logits, tiny_config, tiny_model, tokens
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import dph
 
@@ -567,3 +567,26 @@ def test_task_heads_leave_the_backbone_as_it_was(tmp_path):
     model.save_pretrained(tmp_path)
     again = dph.Model.from_pretrained(tmp_path, task_heads=("glue",)).eval()
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_auto_sequence_classification_answers_with_the_rewards(tmp_path):
+    model = tiny_model(reward_heads=("a", "b")).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    ids = tokens(3, 7)
+    ids[:, -1] = model.config.im_end_token_id
+    rewards = model.rewards(ids)
+    assert torch.equal(loaded(ids).logits, torch.stack([rewards["a"], rewards["b"]], 1))
+    with pytest.raises(ValueError, match=r"expected <\|im_end\|>"):
+        loaded(tokens(1, 4))
+
+
+def test_a_head_that_was_never_trained_is_not_saved_as_if_it_had_been(tmp_path):
+    model = tiny_model(reward_heads=("a", "b"), task_heads=("c",))
+    model.untrained_heads = {"b", "c"}
+    model.save_pretrained(tmp_path)
+    loaded = dph.Model.from_pretrained(tmp_path).eval()
+    assert loaded.untrained_heads == {"b", "c"}
+    assert torch.equal(loaded.heads["shared"].reward["a"].weight, model.heads["shared"].reward["a"].weight)
+    with pytest.raises(ValueError, match="no weights"):
+        loaded.check_heads("b")
