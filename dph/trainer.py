@@ -33,7 +33,7 @@ from dph.stages import Loss, Stage, Work
 from dph.stream_stage import StreamStage
 
 
-class Diverged(UserError):
+class Diverged(RuntimeError):
     """Loss or gradient is not finite: training stopped before the update, the weights are those of the step before."""
 
 
@@ -191,13 +191,12 @@ class Trainer:
         try:
             with _sigterm() as told_to_stop, contextlib.closing(progress):
                 stopped = self._loop(told_to_stop, progress)
-            if stopped is None:
-                progress.note(f"the model is in {self._finish()}")
-            else:
-                progress.note(f"stopped after step {stopped}, which is saved; a resumed run goes on from there")
         finally:
-            for name, p in self.model.named_parameters():
-                p.requires_grad_(self.before[name])
+            self._give_back()
+        if stopped is None:
+            progress.note(f"the model is in {self._finish()}")
+        else:
+            progress.note(f"stopped after step {stopped}, which is saved; a resumed run goes on from there")
         done = self.settings.steps if stopped is None else stopped
         return Result(self.model, self.stage.tokenizer, self.run.directory, done, stopped is not None, self.evaluation)
 
@@ -269,13 +268,18 @@ class Trainer:
         if self.evaluation:
             self._log(step, progress, {f"eval/{key}": value for key, value in self.evaluation.items()})
 
-    def _finish(self) -> Path:
-        """Turn the model back into fp32, what did not train as it was found, and save it."""
-        self.optimiser.restore()
-        self.model.float()
+    def _give_back(self) -> None:
+        """Turn the model back into fp32, what did not train as it was found, however training ended."""
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(self.before[name])
         if self.low:
+            self.optimiser.restore()
+            self.model.float()
             trained = set(self.names.values())
             self._set_weights({name: t for name, t in self.run.load_start().items() if name not in trained})
+
+    def _finish(self) -> Path:
+        """Save the model."""
         if self.recipe.kind == "preference":
             self.model.untrained_heads -= set(self.recipe.objective.heads)
         return self.run.save_model(self.model.eval(), self.stage.tokenizer)

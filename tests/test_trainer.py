@@ -12,7 +12,7 @@ from stages import STAGES, records, settings, tiny, weights
 from texts import small_tokenizer
 
 import dph
-from dph import runs
+from dph import cli, runs
 from dph.chat import Encoded
 from dph.errors import UserError
 from dph.order import Shuffled
@@ -342,15 +342,35 @@ def test_nan_stops_before_the_update(stage, method, tmp_path, monkeypatch):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_infinite_gradient_stops_before_the_update(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_infinite_gradient_stops_before_the_update(precision, tmp_path):
+    """In bf16 too the caller has his own weights back, not their rounded copies."""
     model = tiny()
     before = weights(model)
     model.output_proj.weight.register_hook(lambda g: g * math.inf)
     with pytest.raises(
         Diverged, match=r"step 1: .* in segments after records 0 to \d+: the gradient's norm is (nan|inf)"
     ):
-        go(settings("sft", tmp_path / "run"), model=model)
-    assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
+        go(settings("sft", tmp_path / "run", precision=precision), model=model)
+    assert all(p.dtype == torch.float32 and torch.equal(p, before[name]) for name, p in weights(model).items())
+
+
+@pytest.mark.parametrize("stage", ["vocab", "head"])
+def test_a_killed_stage_in_bf16_gives_every_weight_back(stage, tmp_path):
+    """Those that stood still as well: vocab and head train but a part."""
+    model = tiny()
+    before = weights(model)
+    recipe = settings(stage, tmp_path / "run", precision="bf16")
+    with pytest.raises(Killed):
+        go(recipe, Trap(records(stage), taken(recipe, 1) - 1, die), model=model)
+    assert all(p.dtype == torch.float32 and torch.equal(p, before[name]) for name, p in weights(model).items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_divergence_is_a_failure_and_no_mistake_of_the_users():
+    error = Diverged("step 5: stopped")
+    assert not isinstance(error, cli.USERS)  # exit code 1
+    assert cli.explain(error) == "step 5: stopped"
 
 
 def test_encoded_records_and_cut_off_answers(tmp_path):
