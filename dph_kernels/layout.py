@@ -64,7 +64,8 @@ class PackedLayout:
         query_positions: [T] int64 rotary positions; padding rows have 0.
         key_positions: [S] int64 rotary positions of the new keys.
 
-    Raises ValueError where a range leaves its bounds, two segments share a query, or one key would need two positions.
+    Raises ValueError where a range leaves its bounds, own keys and prefix of a segment overlap (a key would count
+    twice), two segments share a query, or one key would need two positions.
     """
 
     segments: Tensor
@@ -101,6 +102,9 @@ class PackedLayout:
                 raise ValueError(f"segment {number}: expected a {name} range within [0, {size}], got {got}")
         for number in _first(position < 0):
             raise ValueError(f"segment {number}: expected position >= 0, got {position[number]}")
+        for number in _first((q1 > q0) & (torch.maximum(k0, p0) < torch.minimum(k1, p1))):
+            own, prefix = f"[{k0[number]}, {k1[number]})", f"[{p0[number]}, {p1[number]})"
+            raise ValueError(f"segment {number}: expected own and prefix keys apart, got {own} and {prefix}")
         numbers = (q1 > q0).nonzero().flatten()
         numbers = numbers[q0[numbers].argsort(stable=True)]
         for i in _first(q0[numbers[1:]] < q1[numbers[:-1]]):

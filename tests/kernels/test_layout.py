@@ -194,6 +194,12 @@ def table(*rows):
         (table((0, 1, 0, 1, 7, 9, 0)), r"segment 0: expected a prefix range within \[0, 8\], got \[7, 9\)"),
         (table((0, 1, 0, 1, 0, 0, -3)), r"segment 0: expected position >= 0, got -3"),
         (
+            table((0, 0, 2, 4, 3, 5, 0), (0, 2, 2, 5, 1, 3, 0)),  # key 2 would count twice; no queries, no matter
+            r"segment 1: expected own and prefix keys apart, got \[2, 5\) and \[1, 3\)",
+        ),
+        (table((0, 2, 2, 6, 3, 4, 0)), r"segment 0: expected own and prefix keys apart"),  # the one within the other
+        (table((0, 2, 3, 4, 2, 6, 0)), r"segment 0: expected own and prefix keys apart"),
+        (
             table((3, 5, 0, 2, 0, 0, 0), (0, 4, 0, 4, 0, 0, 0)),
             r"segments 1 and 0: expected disjoint queries, both hold query 3",
         ),
