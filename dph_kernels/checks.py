@@ -9,11 +9,16 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
 
-def shape(name: str, tensor: Tensor, *expected: int | str) -> None:
-    """Compare ``tensor.shape`` with sizes; a string stands for any size and gives its name."""
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    sizes = tuple(tensor.shape)
+def tensor(name: str, value: object) -> None:
+    """Require a tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def shape(name: str, value: Tensor, *expected: int | str) -> None:
+    """Compare a tensor's shape with sizes; a string stands for any size and gives its name."""
+    tensor(name, value)
+    sizes = tuple(value.shape)
     if len(sizes) != len(expected) or any(isinstance(e, int) and e != s for e, s in zip(expected, sizes, strict=True)):
         wanted = ", ".join(str(e) for e in expected)
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(sizes)}")
@@ -21,7 +26,7 @@ def shape(name: str, tensor: Tensor, *expected: int | str) -> None:
 
 def dtype(name: str, tensor: Tensor, expected: torch.dtype | Iterable[torch.dtype]) -> None:
     """Compare ``tensor.dtype`` with one dtype or with several allowed ones."""
-    allowed = (expected,) if isinstance(expected, torch.dtype) else tuple(expected)
+    allowed = (expected,) if isinstance(expected, torch.dtype) else tuple(dict.fromkeys(expected))
     if tensor.dtype not in allowed:
         names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
         raise ValueError(f"{name}: expected {names}, got {str(tensor.dtype).removeprefix('torch.')}")
@@ -31,6 +36,12 @@ def device(name: str, tensor: Tensor, expected: torch.device) -> None:
     """Compare ``tensor.device`` with the device of the operator's first tensor."""
     if tensor.device != expected:
         raise ValueError(f"{name}: expected a tensor on {expected}, got one on {tensor.device}")
+
+
+def contiguous(name: str, tensor: Tensor) -> None:
+    """Require that the elements lie end to end, row after row."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tuple(tensor.stride())}")
 
 
 def number(name: str, value: float, low: float, high: float = float("inf"), *, below: bool = False) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dph_kernels import checks, dispatch
 
-GRADIENTS = (torch.float32, torch.bfloat16)
+GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
+COPIES = (torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
@@ -40,11 +41,11 @@ def laprop(
         exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * g ** 2
         exp_avg = beta1 * exp_avg + (1 - beta1) * lr * bias_correction * g / (exp_avg_sq.sqrt() + eps)
         param = param - lr * (prior_decay * (param - prior) + weight_decay * param) - momentum_scale * exp_avg
-        copy = param.bfloat16()
+        copy = param.to(copy.dtype)
 
     Lists are of equal length; tensors that stand at the same place have the same shape, and all are contiguous and on
     one device. Parameters, state and priors are float32 (or float64, which the reference backend computes), gradients
-    float32 or bfloat16.
+    float32, bfloat16 or float16. Float16, of gradients or copies, costs a pass of its own: the kernels do not know it.
 
     Args:
         params: the weights, fp32 masters where the model computes in bf16.
@@ -61,7 +62,7 @@ def laprop(
         bias_correction: ``sqrt(1 - beta2 ** t)`` at step t, from 1.
         momentum_scale: ``1 / c`` of SPEC.md 4, which corrects the momentum's bias; 1 where the learning rate is 0.
         grad_scale: one fp32 number on the tensors' device that multiplies every gradient (a clip coefficient).
-        copies: bfloat16 tensors that receive the new weights, rounded to nearest even.
+        copies: bfloat16 or float16 tensors that receive the new weights, rounded to nearest even.
         backend: "auto", "reference", "cpu" (C++) or "cuda".
 
     Raises:
@@ -89,13 +90,17 @@ def laprop(
         checks.dtype("grad_scale", grad_scale, torch.float32)
         checks.shape("grad_scale", grad_scale.reshape(-1), 1)
     _check_numbers(lr, beta1, beta2, eps, weight_decay, prior_decay)
+    checks.number("bias_correction", bias_correction, 0.0, below=True)
+    checks.number("momentum_scale", momentum_scale, 0.0, below=True)
+    copies = list(copies or ())
+    half = any(copy.dtype == torch.float16 for copy in copies)
     _laprop(
         list(params),
-        list(grads),
+        [grad.float() if grad.dtype == torch.float16 else grad for grad in grads],
         list(exp_avg),
         list(exp_avg_sq),
         list(priors or ()),
-        list(copies or ()),
+        [] if half else copies,
         grad_scale,
         float(lr),
         float(beta1),
@@ -107,18 +112,22 @@ def laprop(
         float(momentum_scale),
         backend,
     )
+    if half:
+        torch._foreach_copy_(copies, list(params))
 
 
 def _check_tensors(lists: dict[str, Sequence[Tensor]]) -> None:
     """Shape, dtype, device and layout of every tensor; the names are put together only where something is wrong."""
     params = lists["params"]
     first = params[0]
+    checks.tensor("params[0]", first)
     checks.dtype("params[0]", first, (torch.float32, torch.float64))
     for name, tensors in lists.items():
-        dtypes = {"grads": (*GRADIENTS, first.dtype), "copies": (torch.bfloat16,)}.get(name, (first.dtype,))
+        dtypes = {"grads": (*GRADIENTS, first.dtype), "copies": COPIES}.get(name, (first.dtype,))
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             if (
-                tensor.shape != param.shape
+                not isinstance(tensor, Tensor)
+                or tensor.shape != param.shape
                 or tensor.dtype not in dtypes
                 or tensor.device != first.device
                 or not tensor.is_contiguous()
@@ -127,10 +136,11 @@ def _check_tensors(lists: dict[str, Sequence[Tensor]]) -> None:
 
 
 def _complain(name: str, tensor: Tensor, param: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+    checks.tensor(name, tensor)
     checks.shape(name, tensor, *param.shape)
     checks.dtype(name, tensor, dtypes)
     checks.device(name, tensor, device)
-    raise ValueError(f"{name}: expected a contiguous tensor, got strides {tuple(tensor.stride())}")
+    checks.contiguous(name, tensor)
 
 
 def _check_numbers(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, prior_decay: float) -> None:

@@ -69,7 +69,7 @@ def assert_step(lists, backend, **changes):
 
 @backends
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_many_tensors_match_fp64(device, backend, grad_dtype, offset):
     lists = make(SIZES, device, grad_dtype=grad_dtype, offset=offset)
     assert_step(lists, backend, grad_scale=torch.full((1,), 0.37, device=device))
@@ -135,6 +135,23 @@ def test_bfloat16_copy_rounds_to_nearest_even(device, backend):
     laprop([param], [grad], [exp_avg], [exp_avg_sq], copies=[copy], lr=0.0, backend=backend)
     assert copy.tolist()[:5] == expected
     assert copy[5].isnan()
+
+
+@backends
+def test_float16_copies_receive_the_rounded_weights(device, backend):
+    """Also beside bfloat16 ones; 1 + k/2048 for odd k lies halfway between two fp16 numbers."""
+    lists = make([(257,), (5,)], device)
+    lists["copies"][0] = lists["copies"][0].half()
+    lists["params"][1] = torch.tensor([1 + 1 / 2048, 1 + 3 / 2048, 7e4, -7e4, math.nan], device=device)
+    lists["copies"][1] = torch.zeros(5, dtype=torch.float16, device=device)
+    mixed = clone(lists)
+    mixed["copies"][0] = torch.zeros(257, dtype=torch.bfloat16, device=device)
+    run(lists, backend)
+    assert torch.equal(lists["copies"][0], lists["params"][0].half())
+    run(mixed, backend, lr=0.0, momentum_scale=0.0)
+    assert torch.equal(mixed["copies"][0], mixed["params"][0].bfloat16())
+    assert mixed["copies"][1].tolist()[:4] == [1.0, 1 + 4 / 2048, math.inf, -math.inf]
+    assert mixed["copies"][1][4].isnan()
 
 
 @backends
@@ -268,12 +285,15 @@ BAD = {
         r"params\[0\]: expected float32 or float64, got bfloat16",
     ),
     "grad dtype": (
-        lambda a: a["grads"].__setitem__(0, torch.zeros(4, 6, dtype=torch.float16)),
-        r"grads\[0\]: expected float32 or bfloat16.*, got float16",
+        lambda a: a["grads"].__setitem__(0, torch.zeros(4, 6, dtype=torch.int32)),
+        r"grads\[0\]: expected float32 or bfloat16 or float16, got int32$",
     ),
+    "no grad": (lambda a: a["grads"].__setitem__(0, None), r"grads\[0\]: expected a tensor, got NoneType"),
+    "no param": (lambda a: a["params"].__setitem__(0, None), r"params\[0\]: expected a tensor, got NoneType"),
+    "second param": (lambda a: a["params"].__setitem__(1, 1.0), r"params\[1\]: expected a tensor, got float"),
     "copy dtype": (
         lambda a: a["copies"].__setitem__(0, torch.zeros(4, 6)),
-        r"copies\[0\]: expected bfloat16, got float32",
+        r"copies\[0\]: expected bfloat16 or float16, got float32",
     ),
     "layout": (
         lambda a: a["grads"].__setitem__(0, torch.zeros(6, 4).t()),
@@ -298,6 +318,8 @@ BAD = {
     ),
     "lr": (lambda a: a.update(lr=-1.0), "lr: expected 0.0 <= lr <= inf, got -1.0"),
     "lr nan": (lambda a: a.update(lr=math.nan), "lr: expected 0.0 <= lr <= inf, got nan"),
+    "bias_correction": (lambda a: a.update(bias_correction=math.nan), "bias_correction: expected .*, got nan"),
+    "momentum_scale": (lambda a: a.update(momentum_scale=math.inf), "momentum_scale: expected .* < inf, got inf"),
     "beta1": (lambda a: a.update(beta1=1.0), "beta1: expected 0.0 <= beta1 < 1.0, got 1.0"),
     "backend": (lambda a: a.update(backend="fast"), "backend: expected one of 'auto', .*, got 'fast'"),
 }
@@ -308,7 +330,7 @@ def test_bad_arguments_are_named(case):
     spoil, message = BAD[case]
     lists = make([(4, 6), (5,)])
     params = [x.clone() for x in lists["params"]]
-    arguments = {**lists, **COEFFICIENTS}
+    arguments = {**{name: list(tensors) for name, tensors in lists.items()}, **COEFFICIENTS}
     spoil(arguments)
     with pytest.raises(ValueError, match=message):
         laprop(**arguments)
