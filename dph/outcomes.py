@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SIZES = (1, 2, 4, 8, 16)  # of N
 TABLE = (8, 16)  # those that the table shows
-RULES = ("one sample", "most probable of N", "best of N by reward", "oracle of N")
+SAMPLE, PROBABLE, REWARD, ORACLE = RULES = ("one sample", "most probable of N", "best of N by reward", "oracle of N")
 ANSWER_TOKENS = 8
 PROMPTS = 250  # sampled at once
 SHOWN = 3  # prompts with all their candidates
@@ -70,14 +70,16 @@ def ask(model: Model, tokenizer: Any, asked: list[Puzzle], seed: int) -> Outcome
 
 
 def chosen(outcome: Outcome, rule: str, n: int) -> np.ndarray:
-    """[P] how right the rule's choice among the first ``n`` candidates is; for one sample, their share."""
+    """[P] how right the rule's choice among the first ``n`` candidates is.
+
+    One sample needs no choice: its figure is the share of right ones among all candidates, whatever ``n`` is.
+    """
     right = outcome.right[:, :n]
-    if rule == "one sample":
+    if rule == SAMPLE:
         return outcome.right.mean(1)
-    if rule == "oracle of N":
+    if rule == ORACLE:
         return right.any(1).astype(float)
-    by_reward = rule == "best of N by reward"
-    scores = np.array([(j.rewards["default"] if by_reward else j.logprobs)[:n] for j in outcome.judged])
+    scores = np.array([(j.rewards["default"] if rule == REWARD else j.logprobs)[:n] for j in outcome.judged])
     finished = np.array([[e.reward_position is not None for e in group[:n]] for group in outcome.groups])
     best = np.where(finished, scores, -np.inf).argmax(1)  # an answer that was cut off is never chosen
     return right[np.arange(len(right)), best].astype(float)
@@ -91,7 +93,7 @@ def accuracy(outcome: Outcome, rule: str, n: int) -> Interval:
 
 def applies(name: str, rule: str) -> bool:
     """The SFT model has no trained head to choose by."""
-    return not (name == "SFT" and rule == "best of N by reward")
+    return not (name == "SFT" and rule == REWARD)
 
 
 def report(found: Mapping[str, Outcome], tokenizer: Any) -> str:
@@ -159,7 +161,7 @@ def _curves(found: Mapping[str, Outcome]) -> Figure:
 def _histograms(found: Mapping[str, Outcome]) -> Figure:
     from matplotlib.figure import Figure
 
-    judged = {name: outcome for name, outcome in found.items() if applies(name, "best of N by reward")}
+    judged = {name: outcome for name, outcome in found.items() if applies(name, REWARD)}
     figure = Figure(figsize=(5.2 * len(judged), 3.6), layout="constrained")
     for axes, (name, outcome) in zip(figure.subplots(1, len(judged), squeeze=False)[0], judged.items(), strict=True):
         rewards = np.array([j.rewards["default"] for j in outcome.judged])

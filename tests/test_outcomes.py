@@ -28,25 +28,25 @@ FOUND = outcome(
 
 
 def test_one_sample_is_the_mean_over_all_candidates():
-    assert chosen(FOUND, "one sample", 1).tolist() == [0.5, 0.25]
+    assert chosen(FOUND, outcomes.SAMPLE, 1).tolist() == [0.5, 0.25]
 
 
 def test_the_oracle_needs_one_right_answer_among_the_first_n():
-    assert chosen(FOUND, "oracle of N", 1).tolist() == [0, 0]
-    assert chosen(FOUND, "oracle of N", 2).tolist() == [1, 0]
-    assert chosen(FOUND, "oracle of N", 4).tolist() == [1, 1]
+    assert chosen(FOUND, outcomes.ORACLE, 1).tolist() == [0, 0]
+    assert chosen(FOUND, outcomes.ORACLE, 2).tolist() == [1, 0]
+    assert chosen(FOUND, outcomes.ORACLE, 4).tolist() == [1, 1]
 
 
 def test_choosing_by_reward_and_by_log_probability():
-    assert chosen(FOUND, "best of N by reward", 4).tolist() == [1, 0]
-    assert chosen(FOUND, "most probable of N", 4).tolist() == [0, 1]
-    assert chosen(FOUND, "most probable of N", 3).tolist() == [0, 0]
+    assert chosen(FOUND, outcomes.REWARD, 4).tolist() == [1, 0]
+    assert chosen(FOUND, outcomes.PROBABLE, 4).tolist() == [0, 1]
+    assert chosen(FOUND, outcomes.PROBABLE, 3).tolist() == [0, 0]
 
 
 def test_an_answer_that_was_cut_off_is_never_chosen():
     cut = outcome([[1, 0]], [[math.nan, -3.0]], [[-0.1, -9.0]], finished=[[False, True]])
-    assert chosen(cut, "best of N by reward", 2).tolist() == [0]
-    assert chosen(cut, "most probable of N", 2).tolist() == [0]
+    assert chosen(cut, outcomes.REWARD, 2).tolist() == [0]
+    assert chosen(cut, outcomes.PROBABLE, 2).tolist() == [0]
 
 
 @pytest.mark.parametrize("rule", outcomes.RULES)

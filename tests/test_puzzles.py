@@ -10,14 +10,16 @@ def some(n, seed=0, **options):
 
 
 def test_truth_and_lie_are_what_the_prompt_says():
-    for puzzle in some(200):
-        task, *letters = puzzle.prompt.split()
-        ordered = sorted(letters)
-        if task == "sort:":
+    for puzzle in some(300):
+        question, letters = puzzle.prompt.split(": ")
+        ordered = sorted(letters.split())
+        if question == "sort":
             assert (puzzle.truth.split(), puzzle.lie.split()) == (ordered, ordered[::-1])
-        else:
-            assert task == "first:"
+        elif question == "first":
             assert (puzzle.truth, puzzle.lie) == (ordered[0], ordered[-1])
+        else:
+            count = letters.count(question.removeprefix("count "))
+            assert (puzzle.truth, puzzle.lie) == (str(count), str(count + 1))
 
 
 def test_the_checker_takes_the_truth_and_nothing_else():
