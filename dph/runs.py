@@ -1,6 +1,7 @@
 """The run directory of one training stage.
 
     config.json                   what was asked for
+    lock                          locked while a process trains here
     metrics.jsonl                 one object per logged step
     tensorboard/                  the same, for TensorBoard
     start/                        weights that training does not change and a resume needs (frozen, reference)
@@ -11,12 +12,14 @@ Tensors are safetensors, the rest is JSON; nothing is pickled.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import math
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +39,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 TIMES = ("seconds", "tokens_per_second")  # keys of metrics.jsonl that differ between equal runs
 FREE = ("output", "evaluation")  # sections of the configuration that a resumed run may change
+OWN = ("config.json", "metrics.jsonl", "start", "checkpoints", "model", "tensorboard")  # names that a run writes to
 
 
 class Run:
@@ -45,7 +49,8 @@ class Run:
         directory: its place.
         checkpoint: the newest complete checkpoint, or None where the run begins.
 
-    Raises UserError where the directory holds a run and ``resume`` is off, or was made by another configuration.
+    Raises UserError where the directory holds a run and ``resume`` is off, was made by another configuration, is in use
+    by another process, or holds files that a run would overwrite and that are not a run's.
     """
 
     def __init__(
@@ -53,14 +58,35 @@ class Run:
     ) -> None:
         self.directory, self.keep = Path(directory), keep
         self.checkpoint: Checkpoint | None = None
-        config = json.loads(json.dumps(config))
-        _remove_leavings(self.directory, self.directory / "checkpoints")
+        self._lock = self._take()
+        try:
+            self._open(json.loads(json.dumps(config)), resume)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _take(self) -> Any:
+        """The lock file, locked until it is closed or the process ends, however it ends."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        lock = (self.directory / "lock").open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise UserError(f"{self.directory}: another process trains there; give another directory") from None
+        except OSError as error:  # some network file systems have no locks
+            log.warning("%s: cannot be locked against a second process (%s)", self.directory, error)
+        return lock
+
+    def _open(self, config: dict, resume: bool) -> None:
+        self._check_own()
         if self._has_begun():
             if not resume:
-                raise UserError(f"{directory}: holds a run already; resume it or give another directory")
+                raise UserError(f"{self.directory}: holds a run already; resume it or give another directory")
             self._check_same(config)
+            for leaving in self._leavings():
+                _clear(leaving)
             self.checkpoint = newest(self.directory / "checkpoints")
-        self.directory.mkdir(parents=True, exist_ok=True)
         _write_file(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
         self._metrics, self._board = self._open_metrics(), None
 
@@ -69,11 +95,34 @@ class Run:
         """Steps that are done: the checkpoint's, or 0."""
         return self.checkpoint.step if self.checkpoint else 0
 
+    def _check_own(self) -> None:
+        """Raise where something stands in a run's place: a model's config.json, a folder ``model`` of the user's."""
+        try:
+            own = "stage" in json.loads((self.directory / "config.json").read_text())
+        except (OSError, ValueError, TypeError):
+            own = False
+        if not own and (foreign := [name for name in OWN if (self.directory / name).exists()]):
+            raise UserError(
+                f"{self.directory}: expected a new directory or a run's, got one with {', '.join(foreign)} that no run "
+                "made; give another directory"
+            )
+
     def _has_begun(self) -> bool:
         """Whether there is a step to lose: a start that failed, over its data say, takes no directory."""
         metrics = self.directory / "metrics.jsonl"
         logged = metrics.exists() and metrics.stat().st_size > 0
-        return (self.directory / "config.json").exists() and (logged or bool(_steps(self.directory / "checkpoints")))
+        saved = _steps(self.directory / "checkpoints") or any(path.suffix == ".old" for path in self._leavings())
+        return (self.directory / "config.json").exists() and bool(logged or saved)
+
+    def _leavings(self) -> list[Path]:
+        """Directories that a killed process left half written or half replaced, by the names that runs give them."""
+        places = [(self.directory, r"\.(model|start)"), (self.directory / "checkpoints", r"\.step-\d{8,}")]
+        return [
+            path
+            for folder, name in places
+            for path in sorted(folder.glob(".*"))
+            if re.fullmatch(name + r"\.(partial|old)", path.name)
+        ]
 
     def _check_same(self, config: dict) -> None:
         before, now = _flat(json.loads((self.directory / "config.json").read_text())), _flat(config)
@@ -137,8 +186,9 @@ class Run:
         return self.directory / "model"
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the files, and let the next process in."""
         self._metrics.close()
+        self._lock.close()
         if self._board is not None:
             self._board.close()
 
@@ -228,15 +278,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove_leavings(*folders: Path) -> None:
+def _clear(leaving: Path) -> None:
     """Delete what a killed process left half written; a directory that it was about to replace goes back."""
-    for folder in folders:
-        for leaving in [*folder.glob(".*.partial"), *folder.glob(".*.old")]:
-            place = leaving.with_name(leaving.name[1:].rsplit(".", 1)[0])
-            if leaving.suffix == ".old" and not place.exists():
-                leaving.rename(place)
-            else:
-                shutil.rmtree(leaving)
+    place = leaving.with_name(leaving.name[1:].removesuffix(leaving.suffix))
+    if leaving.suffix == ".old" and not place.exists():
+        leaving.rename(place)
+    else:
+        shutil.rmtree(leaving)
 
 
 def _write_file(path: Path, text: str) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ def test_checkpoint_comes_back_bit_for_bit(tmp_path):
     run = runs.Run(tmp_path / "run", CONFIG)
     state = {"position": 7, "mean": 0.1 + 0.2, "none": None}
     run.save(12, {"weights": tensors(), "memory": {}}, state)
+    run.close()
     found = runs.Run(tmp_path / "run", CONFIG, resume=True).checkpoint
     assert found.step == 12
     assert found.state() == state
@@ -47,6 +50,7 @@ def test_keeps_the_newest(tmp_path):
     run = runs.Run(tmp_path / "run", CONFIG, keep=2)
     for step in (5, 99_999_999, 100_000_000):
         run.save(step, {}, {})
+    run.close()
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-100000000", "step-99999999"]
     assert runs.Run(tmp_path / "run", CONFIG, resume=True).step == 100_000_000
 
@@ -56,6 +60,7 @@ def test_incomplete_checkpoint_is_passed_over(tmp_path, harm, caplog):
     run = runs.Run(tmp_path / "run", CONFIG)
     run.save(10, {"weights": tensors()}, {})
     path = run.save(20, {"weights": tensors(1)}, {})
+    run.close()
     file = path / "weights.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -85,6 +90,7 @@ def test_a_failed_write_leaves_the_old_one(tmp_path):
 def test_leavings_of_a_killed_process(tmp_path):
     run = runs.Run(tmp_path / "run", CONFIG)
     path = run.save(10, {"weights": tensors()}, {})
+    run.close()
     path.rename(path.with_name(".step-00000010.old"))  # killed between the two renames
     (path.with_name(".step-00000010.partial")).mkdir()
     assert runs.Run(tmp_path / "run", CONFIG, resume=True).step == 10
@@ -97,6 +103,7 @@ def test_metrics_go_on_from_the_checkpoint(tmp_path):
         run.log(step, {"loss": 1 / step, "off": float("nan")})
         if step == 3:
             run.save(3, {}, {})
+    run.close()
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
     again = runs.Run(tmp_path / "run", CONFIG, resume=True)
@@ -119,13 +126,65 @@ def test_tensorboard_holds_the_metrics(tmp_path):
 
 
 def test_a_directory_is_not_taken_twice(tmp_path):
-    runs.Run(tmp_path / "run", CONFIG)
-    runs.Run(tmp_path / "run", CONFIG).log(1, {"loss": 1.0})  # a run without a step may begin again
+    runs.Run(tmp_path / "run", CONFIG).close()
+    run = runs.Run(tmp_path / "run", CONFIG)  # a run without a step may begin again
+    run.log(1, {"loss": 1.0})
+    run.close()
     with pytest.raises(UserError, match="holds a run already"):
         runs.Run(tmp_path / "run", CONFIG)
     with pytest.raises(UserError, match=r"optimiser\.lr: expected 0.0001, with which the run .* began, got 0.0002"):
         runs.Run(tmp_path / "run", {**CONFIG, "optimiser": {"lr": 2e-4}}, resume=True)
-    runs.Run(tmp_path / "run", {**CONFIG, "output": {"keep": 9}}, resume=True)
+    runs.Run(tmp_path / "run", {**CONFIG, "output": {"keep": 9}}, resume=True).close()
+
+
+@pytest.mark.parametrize("names", [("model/weights",), ("config.json",), ("checkpoints/step-1/x", "start/x")])
+def test_a_directory_of_the_users_is_left_alone(names, tmp_path):
+    """A run would overwrite config.json, and replace folders of these names."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"model_type": "dph"}')
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"expected a new directory or a run's, got one with .* that no run made"):
+            runs.Run(tmp_path, CONFIG, resume=resume)
+    assert all((tmp_path / name).read_text() == '{"model_type": "dph"}' for name in names)
+
+
+def test_only_leavings_of_runs_are_removed(tmp_path):
+    run = runs.Run(tmp_path, CONFIG)
+    run.save(10, {}, {})
+    run.close()
+    foreign = [
+        ".bashrc.old",
+        ".photos.partial",
+        ".step-00000001.old",
+        "checkpoints/.model.old",
+        "checkpoints/.x.partial",
+    ]
+    own = [".model.partial", ".start.partial", "checkpoints/.step-00000020.partial"]
+    for name in foreign + own:
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="holds a run already"):
+        runs.Run(tmp_path, CONFIG)
+    assert all((tmp_path / name).exists() for name in foreign + own)  # nothing is touched before the check
+    runs.Run(tmp_path, CONFIG, resume=True).close()
+    assert all((tmp_path / name).exists() for name in foreign)
+    assert not any((tmp_path / name).exists() for name in own)
+
+
+def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path):
+    code = (
+        "import sys, time; from dph import runs; run = runs.Run(sys.argv[1], {'stage': 'sft'});"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "ready\n"
+        with pytest.raises(UserError, match="another process trains there"):
+            runs.Run(tmp_path / "run", {"stage": "sft"}, resume=True)
+    finally:
+        other.kill()
+        other.communicate()
+    runs.Run(tmp_path / "run", {"stage": "sft"}, resume=True).close()
 
 
 def test_resume_without_a_run_begins_one(tmp_path):
