@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -17,7 +18,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("pyproject.toml", "setup.py", "README.md", "csrc", "dph", "dph_kernels", "tests")
+PARTS = (
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "constraints.txt",
+    "csrc",
+    "dph",
+    "dph_kernels",
+    "tests",
+)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names Linux's /bin/false and g++"),
@@ -154,6 +165,21 @@ def test_wheel_holds_the_packages_and_the_recipes_and_nothing_else(python, tree,
     ]
     assert {p.relative_to(tree).as_posix() for p in sources if p.parent.name != "build"} <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"dph", "dph_kernels"}
+
+
+def test_sdist_holds_all_that_is_built(tree):
+    """The native module can be built from it: headers and CUDA sources too, which setuptools does not look for."""
+    pytest.importorskip("setuptools")
+    pytest.importorskip("pybind11")
+    code, output = run([sys.executable, "setup.py", "-q", "sdist"], tree, environment())
+    assert code == 0, output[-3000:]
+    (archive,) = (tree / "dist").glob("dph-*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {member.name.partition("/")[2] for member in file if member.isfile()}
+    csrc = {path.relative_to(tree).as_posix() for path in (tree / "csrc").rglob("*") if path.is_file()}
+    assert {Path(name).suffix for name in csrc} == {".cpp", ".cu", ".h"}
+    recipes = {path.relative_to(tree).as_posix() for path in (tree / "dph" / "recipes").glob("*.yaml")}
+    assert csrc | recipes | {"setup.py", "pyproject.toml", "constraints.txt", "dph/model.py"} <= names
 
 
 def test_build_needs_no_pytorch():
