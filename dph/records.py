@@ -60,6 +60,8 @@ def record(fields: Mapping[str, Any], kind: str, where: str = "record", text_fie
     if kind != "preference" and "messages" in present:
         return lower(_messages(fields, "messages", "user", where), kind, where)
     if kind != "preference" and {"prompt", "completion"} <= present:
+        if "label" in present and fields["label"] is not True:  # TRL's unpaired preference: false marks a bad answer
+            raise UserError(f"{where}: label: expected true beside a completion to learn, got {fields['label']!r}")
         messages = _messages(fields, "prompt", "user", where) + _messages(fields, "completion", "assistant", where)
         return lower(messages, kind, where)
     expected = FORMS[kind] if kind != "text" else FORMS[kind].replace("text", text_field, 1)

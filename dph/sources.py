@@ -30,15 +30,20 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
+def _other(path: Path) -> str:
+    """What stands at ``path`` in a file's place; a pipe can be read once only, and lines are read when asked for."""
+    if not path.exists():
+        return "nothing there"
+    return "a folder there" if path.is_dir() else "something that is not a regular file (a pipe or device)"
+
+
 class JsonLines(Sequence):
     """The objects of a JSONL file, parsed when asked for: only the lines' places are kept in memory."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise UserError(
-                f"{path}: expected a JSONL file, got {'a folder' if self.path.is_dir() else 'nothing'} there"
-            )
+            raise UserError(f"{path}: expected a JSONL file, got {_other(self.path)}")
         self._starts, self._lines = array("q"), array("q")
         with self.path.open("rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.path.stat().st_size else b""

@@ -1,6 +1,7 @@
 """Records of every form, orders that repeat, batches that lose nothing, and states that continue exactly."""
 
 import json
+import os
 import sys
 import types
 from collections import Counter
@@ -48,6 +49,11 @@ def test_a_malformed_line_is_named(tmp_path, content, error):
 def test_a_missing_or_empty_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.jsonl: expected a JSONL file, got nothing there"):
         data.read_jsonl(tmp_path / "none.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(
+        UserError, match=r"pipe\.jsonl: expected a JSONL file, got something that is not a regular file"
+    ):
+        data.read_jsonl(tmp_path / "pipe.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"empty\.jsonl: expected at least one record"):
         data.load(tmp_path / "empty.jsonl", "text")
@@ -75,7 +81,15 @@ def test_preferences_in_every_form(fields):
     assert data.record(fields, "text") == Text("hello?\n\nyes")
 
 
-@pytest.mark.parametrize("fields", [{"messages": [ASK, YES]}, {"prompt": "hello?", "completion": "yes"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [ASK, YES]},
+        {"prompt": "hello?", "completion": "yes"},
+        {"prompt": "hello?", "completion": "yes", "label": True},
+        {"prompt": "hello?", "completion": "yes", "label": None},
+    ],
+)
 def test_conversations_in_every_form(fields):
     assert data.record(fields, "conversation") == Conversation([ASK, YES])
     assert data.record(fields, "text") == Text("hello?\n\nyes")
@@ -106,6 +120,9 @@ def test_a_system_prompt_stays_before_a_side_that_begins_with_the_user():
         ("conversation", {"messages": [ASK]}, "expected an assistant message"),
         ("conversation", {"messages": [ASK, {"role": "assistant"}]}, r"messages\[1\]: expected role and content"),
         ("conversation", {"text": "a"}, "expected a conversation: messages, or prompt and completion"),
+        ("conversation", {"prompt": "a", "completion": "b", "label": False}, "label: expected true .*, got False$"),
+        ("conversation", {"prompt": "a", "completion": "b", "label": 0}, "label: expected true .*, got 0$"),
+        ("text", {"prompt": "a", "completion": "b", "label": False}, "label: expected true .*, got False$"),
         ("text", {"sentence": "a"}, "expected a text: text, or .*got the fields sentence$"),
         ("text", {"text": 3}, "text: expected text, got int"),
         ("text", {}, r"got the fields \(none\)"),
