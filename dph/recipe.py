@@ -11,7 +11,8 @@ overrides, whose values are YAML. An unknown key or a value of the wrong type is
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -156,7 +157,7 @@ class Objective:
     dpo_weight: float = 1.0
     dph_weight: float = 1.0
     heads: tuple[str, ...] = ("default",)
-    pooler: str | None = None
+    pooler: Literal["identity", "bert", "t5", "swiglu_bert", "swiglu_t5"] | None = None
     dropout: float | None = None
 
 
@@ -217,11 +218,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raise UserError where a value lies outside its range."""
-        for key, low, high in RANGES:
-            section, name = key.split(".")
-            value = getattr(getattr(self, section), name)
-            if value is not None and not low <= value < high:
-                raise UserError(f"{key}: expected {low} <= {name} < {high}, got {value}")
+        for pattern, low, high in RANGES:
+            name = pattern.removesuffix(".*").split(".")[-1]
+            for key, value in _values(self, pattern):
+                if value is not None and not low <= value < high:
+                    raise UserError(f"{key}: expected {low} <= {name} < {high}, got {value}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UserError(f"device: expected auto, cpu, cuda or cuda:NUMBER, got {self.device!r}")
         if self.optimiser.warmup > self.optimiser.steps:
             raise UserError(
                 f"optimiser.warmup: expected at most steps {self.optimiser.steps}, got {self.optimiser.warmup}"
@@ -240,7 +243,9 @@ class Recipe:
 
 
 INFINITE = float("inf")
-RANGES = (
+RANGES = (  # key (* stands for each item of a list), least value, bound
+    ("data.sources.*.weight", 0, INFINITE),
+    ("data.sources.*.limit", 1, INFINITE),
     ("data.consecutive", 1, INFINITE),
     ("data.context", 1, INFINITE),
     ("data.memory", 0, INFINITE),
@@ -248,6 +253,7 @@ RANGES = (
     ("optimiser.final_lr", 0, INFINITE),
     ("optimiser.warmup", 0, INFINITE),
     ("optimiser.steps", 1, INFINITE),
+    ("optimiser.betas.*", 0, 1),
     ("optimiser.eps", 0, INFINITE),
     ("optimiser.weight_decay", 0, INFINITE),
     ("optimiser.prior_decay", 0, INFINITE),
@@ -260,11 +266,21 @@ RANGES = (
     ("objective.dpo_weight", 0, INFINITE),
     ("objective.dph_weight", 0, INFINITE),
     ("objective.dropout", 0, 1),
+    ("evaluation.sources.*.limit", 1, INFINITE),
     ("evaluation.every", 0, INFINITE),
     ("output.save_every", 0, INFINITE),
     ("output.keep", 1, INFINITE),
     ("output.log_every", 1, INFINITE),
 )
+
+
+def _values(section: Any, pattern: str, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key that ``pattern`` stands for, and its value."""
+    name, _, rest = pattern.partition(".")
+    items = enumerate(section) if name == "*" else [(name, getattr(section, name))]
+    for word, value in items:
+        key = f"{where}.{word}" if where else str(word)
+        yield from _values(value, rest, key) if rest else [(key, value)]
 
 
 def load(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:

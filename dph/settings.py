@@ -17,6 +17,8 @@ import yaml
 
 from dph.errors import UserError
 
+UNIONS = (types.UnionType, typing.Union)  # of classes, and of what typing makes (Literal)
+
 
 class _Loader(yaml.SafeLoader):
     """YAML with the floats that people write: 1e-4 is a number here, and text in YAML 1.1."""
@@ -112,7 +114,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
 def _convert(kind: Any, value: Any, key: str) -> Any:
     """``value`` as ``kind``; UserError naming the key, what was expected and what came."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:  # X | None
+    if origin in UNIONS:  # X | None
         return None if value is None else _convert(args[0], value, key)
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, key)
@@ -133,7 +135,7 @@ def _name(kind: Any) -> str:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return "one of " + ", ".join(args)
-    if origin is types.UnionType:
+    if origin in UNIONS:
         return f"{_name(args[0])} or null"
     if origin is tuple:
         return f"a list of {_name(args[0])}" if args[1] is Ellipsis else f"a list of {len(args)} numbers"

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dph import recipe
+from dph.config import POOLERS
 from dph.errors import UserError
 
 
@@ -118,6 +119,19 @@ def test_overrides(tmp_path):
         ("optimiser.lr=.nan", "optimiser.lr: expected 0 <= lr < inf, got nan"),
         ("optimiser.warmup=9999", "optimiser.warmup: expected at most steps 6144, got 9999"),
         ("batch.micro=7", "batch.micro: expected a divisor of batch.size 128, got 7"),
+        ("optimiser.betas=[0.9, 1.0]", "optimiser.betas.1: expected 0 <= betas < 1, got 1.0"),
+        ("optimiser.betas=[-0.1, 0.9]", "optimiser.betas.0: expected 0 <= betas < 1, got -0.1"),
+        (
+            "objective.pooler=swiglu",
+            "objective.pooler: expected one of identity, bert, t5, swiglu_bert, swiglu_t5, got 'swiglu'",
+        ),
+        ("data.sources.1.weight=-1", "data.sources.1.weight: expected 0 <= weight < inf, got -1.0"),
+        ("data.sources.1.limit=0", "data.sources.1.limit: expected 1 <= limit < inf, got 0"),
+        (
+            "evaluation.sources=[{source: x, limit: -3}]",
+            "evaluation.sources.0.limit: expected 1 <= limit < inf, got -3",
+        ),
+        ("device=gpu", "device: expected auto, cpu, cuda or cuda:NUMBER, got 'gpu'"),
         ("optimiser.lr=[", "optimiser.lr: expected YAML"),
         ("optimiser.lr", "override: expected key.sub=value, got 'optimiser.lr'"),
     ],
@@ -127,6 +141,14 @@ def test_errors_name_the_key(tmp_path, override, message):
         recipe.load(write(tmp_path / "r.yaml", MINIMAL), [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_poolers_and_devices():
+    """What the recipe admits is what the model has."""
+    for pooler in (*POOLERS, None):
+        assert recipe.from_dict({"stage": "align", "objective": {"pooler": pooler}}).objective.pooler == pooler
+    for device in ("auto", "cpu", "cuda", "cuda:3"):
+        assert recipe.from_dict({"stage": "align", "device": device}).device == device
 
 
 def test_file_errors(tmp_path):
