@@ -57,7 +57,9 @@ def _quickstart(parser: Parser) -> None:
 
 def _train(parser: Parser) -> None:
     parser.add_argument("recipe", help="a YAML file, or a shipped recipe's name")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the recipe's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.sub=value", help="values that replace the recipe's"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
     parser.add_argument("--output", metavar="DIR", help="run directory, in place of the recipe's")
 

@@ -22,7 +22,7 @@ class Candidate:
 
     Attributes:
         text: the answer's content.
-        reward: its reward; NaN where it was cut off before ``<|im_end|>``, since then nothing was judged.
+        reward: its reward; NaN where nothing was judged: without a head, or cut off before ``<|im_end|>``.
         logprob: summed log-probability of its tokens in nats, ``<|im_end|>`` included.
         mean_logprob: mean log-probability of its content tokens in nats; NaN for an empty answer.
         finished: whether it ended with ``<|im_end|>``.
@@ -113,7 +113,7 @@ def best_of_n(
     messages: Sequence[dict[str, str]],
     n: int = 16,
     *,
-    head: str = "default",
+    head: str | None = "default",
     max_new_tokens: int = 256,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -123,12 +123,14 @@ def best_of_n(
     """Sample ``n`` answers to a conversation and rank them by reward, best first (paper, section 1).
 
     An answer that was cut off has no token to judge and ranks behind all that were finished; among themselves, cut-off
-    answers rank by log-probability. See :func:`sample` for the other arguments.
+    answers rank by log-probability, and so do all where ``head`` is None: their rewards are NaN. See :func:`sample` for
+    the other arguments.
 
     Raises ValueError for a model without the head, or with one that was never trained, and where a finished answer's
     reward is not a number.
     """
-    model.check_heads(head)
+    if head is not None:
+        model.check_heads(head)
     prompt = chat.prompt(messages, tokenizer)
     (group,) = sample(
         model, tokenizer, [prompt], n,
@@ -138,14 +140,14 @@ def best_of_n(
     return rank(group, judged, tokenizer, head=head, start=len(prompt))
 
 
-def rank(group: Sequence[Encoded], judged: Judged, tokenizer: Any, *, head: str, start: int) -> list[Candidate]:
-    """Candidates of one prompt of ``start`` tokens, best first."""
+def rank(group: Sequence[Encoded], judged: Judged, tokenizer: Any, *, head: str | None, start: int) -> list[Candidate]:
+    """Candidates of one prompt of ``start`` tokens, best first; by log-probability where there is no head."""
     candidates = []
     for i, encoded in enumerate(group):
         finished = encoded.reward_position is not None
         end = encoded.reward_position if finished else len(encoded.tokens)
-        content, reward = encoded.tokens[start:end], judged.rewards[head][i]
-        if finished and math.isnan(reward):
+        content, reward = encoded.tokens[start:end], math.nan if head is None else judged.rewards[head][i]
+        if head is not None and finished and math.isnan(reward):
             raise ValueError(f"candidate {i}: expected a number as its reward, got NaN: the model's weights are broken")
         candidates.append(
             Candidate(
@@ -157,4 +159,6 @@ def rank(group: Sequence[Encoded], judged: Judged, tokenizer: Any, *, head: str,
                 tokens=tuple(encoded.tokens[start:]),
             )
         )
-    return sorted(candidates, key=lambda c: (c.finished, c.reward if c.finished else c.logprob), reverse=True)
+    return sorted(
+        candidates, key=lambda c: (c.finished, c.logprob if head is None or not c.finished else c.reward), reverse=True
+    )

@@ -113,7 +113,12 @@ def test_help_imports_nothing_heavy():
         ([], "expected a command: quickstart, train"),
         (["trian"], "invalid choice: 'trian'"),
         (["doctor", "--fast"], "unknown arguments: --fast"),
-        (["train"], "required: recipe"),
+        (["train"], "required: recipe (see"),
+        (["train", "--resume"], "required: recipe (see"),
+        (
+            ["generate", "m", "--prompt", "x", "--device", "gpu"],
+            "--device: expected auto or a device of this machine (cpu",
+        ),
         (["train", "sft", "--output", "x", "surplus"], "unknown arguments: surplus"),
         (["generate", "m"], "--prompt --file is required"),
         (["generate", "m", "--prompt", "x", "-n", "0"], "expected a whole number of at least 1, got '0'"),
@@ -248,8 +253,7 @@ def samples(monkeypatch):
         ends = [(tok(text)["input_ids"], end if finished else []) for text, finished in ANSWERS[:n]]
         return [[dph.chat.continuation(prompt, text + end, tok) for text, end in ends] for prompt in prompts]
 
-    for module in ("dph.generate", "dph.commands.answering"):
-        monkeypatch.setattr(f"{module}.sample", sample)
+    monkeypatch.setattr("dph.generate.sample", sample)
 
 
 def candidates(path, **options):

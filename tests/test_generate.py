@@ -54,6 +54,17 @@ def test_the_best_reward_comes_first():
     assert candidates[0].tokens[: len(group[1].tokens)] == tuple(group[1].tokens[len(prompt) :])
 
 
+def test_without_a_head_the_likeliest_comes_first_and_the_cut_off_last():
+    prompt, group = answers("one", "two", "three", finished=(0, 1))
+    without = Judged([-3.0, -2.0, -1.0], [-1.5, -1.0, -0.5], {})
+    candidates = rank(group, without, TOK, head=None, start=len(prompt))
+    assert [c.text for c in candidates] == ["two", "one", "three"]
+    assert [c.logprob for c in candidates] == [-2.0, -3.0, -1.0]
+    assert [c.mean_logprob for c in candidates] == [-1.0, -1.5, -0.5]
+    assert [c.finished for c in candidates] == [True, True, False]
+    assert all(math.isnan(c.reward) for c in candidates)
+
+
 def test_answers_that_were_cut_off_come_last_whatever_their_probability():
     nan = math.nan
     prompt, group = answers("a", "b", "c", "d", finished=(1, 3))

@@ -13,7 +13,7 @@ from dph import chat as chats
 from dph.chat import Message
 from dph.commands.models import check_head, dumps, open_model
 from dph.errors import UserError
-from dph.generate import Candidate, best_of_n, sample
+from dph.generate import Candidate, best_of_n
 from dph.model import Model
 from dph.sources import JsonLines
 from dph.tables import printable, table
@@ -38,31 +38,14 @@ class Answerer:
 
     def __call__(self, messages: Sequence[Message]) -> list[Candidate]:
         """The candidates, best first."""
-        options = self.sampling | {"seed": self.seed}
-        if self.judged:
-            found = best_of_n(self.model, self.tokenizer, messages, self.n, head=self.head, **options)
-        else:
-            found = unjudged(self.model, self.tokenizer, messages, self.n, **options)
+        head = self.head if self.judged else None
+        found = best_of_n(self.model, self.tokenizer, messages, self.n, head=head, seed=self.seed, **self.sampling)
         return found if self.rank == "reward" else sorted(found, key=lambda c: (c.finished, c.logprob), reverse=True)
 
 
 def can_judge(model: Model, head: str) -> bool:
     """Whether the model has the head, with weights."""
     return head in model.head_names and head not in model.untrained_heads
-
-
-def unjudged(model: Model, tokenizer: Any, messages: Sequence[Message], n: int, **options: Any) -> list[Candidate]:
-    """Candidates in the order of sampling, with NaN for rewards."""
-    prompt = chats.prompt(messages, tokenizer)
-    (group,) = sample(model, tokenizer, [prompt], n, **options)
-    (judged,) = model.judge([group])
-    candidates = []
-    for encoded, logprob, mean in zip(group, judged.logprobs, judged.mean_logprobs, strict=True):
-        tokens, finished = encoded.tokens[len(prompt) :], encoded.reward_position is not None
-        content = encoded.tokens[len(prompt) : encoded.reward_position]
-        text = tokenizer.decode(content, skip_special_tokens=False)
-        candidates.append(Candidate(text, math.nan, logprob, mean, finished, tuple(tokens)))
-    return candidates
 
 
 def show(candidates: Sequence[Candidate]) -> str:

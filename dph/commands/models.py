@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dph import devices
 from dph.errors import UserError
 from dph.model import Model
 from dph.pretrained import load_model, load_tokenizer
@@ -16,7 +17,7 @@ from dph.pretrained import load_model, load_tokenizer
 
 def open_model(args: argparse.Namespace) -> tuple[Model, Any]:
     """Model in evaluation mode, where and as ``--device`` and ``--dtype`` say, and its tokenizer."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = devices.choose(args.device, "--device")
     dtype = ("float32" if device == "cpu" else "bfloat16") if args.dtype == "auto" else args.dtype
     model = load_model(args.model, dtype=getattr(torch, dtype))
     return model.to(device).eval(), load_tokenizer(args.model)
