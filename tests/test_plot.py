@@ -1,5 +1,6 @@
 """Figures show what they claim: the objectives' landscapes and optima, and the curves of runs."""
 
+import itertools
 import json
 import math
 
@@ -17,8 +18,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.mark.parametrize("epsilon", [0.05, 0.1, 0.4])
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_landscapes_are_the_training_objectives(name, epsilon):
-    pairs = [(0.0, 0.0), (3.0, -1.5), (-2.0, 4.0), (50.0, -50.0), (-1e4, 1e4)]
-    for chosen, rejected in pairs:
+    ticks = [-6.0, -3.5, -1.0, 0.0, 0.5, 2.0, 6.0]
+    for chosen, rejected in [*itertools.product(ticks, ticks), (50.0, -50.0), (-1e4, 1e4)]:
         want = losses.dph_loss(torch.tensor([chosen]), torch.tensor([rejected]), epsilon, name).item()
         got = OBJECTIVES[name](np.array(chosen), np.array(rejected), epsilon)
         assert got == pytest.approx(want, rel=1e-5)
