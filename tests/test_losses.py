@@ -101,30 +101,37 @@ def test_theorem_2_contrastive_margins_converge_to_the_log_odds(epsilon):
     torch.testing.assert_close(chosen + rejected, torch.tensor(start, dtype=torch.float64).sum(0))
 
 
-def slopes(objective, epsilon, chosen, rejected):
-    """Gradient of the summed loss in every reward."""
-    rewards = [x.clone().requires_grad_() for x in (chosen, rejected)]
-    loss = losses.dph_loss(*rewards, epsilon=epsilon, objective=objective) * len(chosen)
-    return torch.autograd.grad(loss, rewards)
-
-
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("epsilon", [0.0, *EPSILONS])
 def test_second_derivatives_are_positive_on_a_grid(objective, epsilon):
-    """Central differences of the gradient over [-8, 8] squared: both theorems' minima are the only ones.
+    """The gradient's own gradient over [-8, 8] squared: both theorems' minima are the only ones.
 
     Separable: d2L/dr2 = sigmoid(r) sigmoid(-r) for either reward. Contrastive: the same of the margin.
     """
-    axis, h = torch.linspace(-8, 8, 33, dtype=torch.float64), 1e-4
-    chosen, rejected = (grid.flatten() for grid in torch.meshgrid(axis, axis, indexing="ij"))
-    for side in range(2):
-        ahead, behind = [chosen, rejected], [chosen, rejected]
-        ahead[side], behind[side] = ahead[side] + h, behind[side] - h
-        difference = slopes(objective, epsilon, *ahead)[side] - slopes(objective, epsilon, *behind)[side]
-        second = difference / (2 * h)
-        at = (chosen, rejected)[side] if objective == "separable" else chosen - rejected
+    axis = torch.linspace(-8, 8, 33, dtype=torch.float64)
+    chosen, rejected = (grid.flatten().requires_grad_() for grid in torch.meshgrid(axis, axis, indexing="ij"))
+    loss = losses.dph_loss(chosen, rejected, epsilon=epsilon, objective=objective) * len(chosen)
+    slopes = torch.autograd.grad(loss, (chosen, rejected), create_graph=True)
+    for slope, reward in zip(slopes, (chosen, rejected), strict=True):
+        (second,) = torch.autograd.grad(slope.sum(), reward, retain_graph=True)
+        at = (reward if objective == "separable" else chosen - rejected).detach()
         assert (second > 0).all()
-        torch.testing.assert_close(second, at.sigmoid() * (-at).sigmoid(), rtol=1e-4, atol=1e-10)
+        torch.testing.assert_close(second, at.sigmoid() * (-at).sigmoid())
+
+
+@pytest.mark.parametrize("epsilon", EPSILONS)
+def test_hessian_of_the_separable_loss_is_diagonal(epsilon):
+    """Theorem 1's rewards do not see each other; theorem 2's have no curvature along r_w + r_l."""
+    rewards = torch.tensor([0.3, -1.2], dtype=torch.float64)
+    hessians = {
+        objective: torch.autograd.functional.hessian(
+            lambda r, objective=objective: losses.dph_loss(r[:1], r[1:], epsilon, objective), rewards
+        )
+        for objective in OBJECTIVES
+    }
+    torch.testing.assert_close(hessians["separable"], torch.diag(rewards.sigmoid() * (-rewards).sigmoid()))
+    torch.testing.assert_close(hessians["contrastive"].sum(1), torch.zeros(2, dtype=torch.float64))
+    assert hessians["contrastive"][0, 0] > 0.1
 
 
 def test_several_heads_are_averaged():
@@ -217,6 +224,8 @@ def test_bad_sequences(change, message):
 
 
 def test_bad_pairs():
+    with pytest.raises(ValueError, match="rewards_chosen: expected a tensor, got float"):
+        losses.dph_loss(1.0, 2.0)
     with pytest.raises(ValueError, match=r"rewards_rejected: expected shape \[3\], got \[2\]"):
         losses.dph_loss(torch.zeros(3), torch.zeros(2))
     with pytest.raises(ValueError, match=r"dph_epsilon: expected 0.0 <= dph_epsilon < 0.5, got 0.5"):

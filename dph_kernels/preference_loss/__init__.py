@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dph_kernels import checks, dispatch
+from dph_kernels.preference_loss import reference
 
 OBJECTIVES = ("separable", "contrastive")
 REWARDS = ("rewards_chosen", "rewards_rejected")
@@ -49,7 +50,7 @@ def _forward(
     dpo_weight: float,
     dph_weight: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     inputs = (rewards_chosen, rewards_rejected, policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     device = (policy_chosen if rewards_chosen is None else rewards_chosen).device
     run = dispatch.implementation("preference_loss", device, backend).forward
@@ -72,44 +73,93 @@ def _(
     dpo_weight: float,
     dph_weight: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     inputs = (rewards_chosen, rewards_rejected, policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     given, dtype = policy_chosen if rewards_chosen is None else rewards_chosen, _precision(*inputs)
-    shapes = [(0,) if x is None else x.shape for x in (rewards_chosen, rewards_rejected, policy_chosen)]
-    return tuple(given.new_empty(shape, dtype=dtype) for shape in ((), (len(PREFERENCE_METRICS),), *shapes))
+    return given.new_empty((), dtype=dtype), given.new_empty(len(PREFERENCE_METRICS), dtype=dtype)
 
 
 @torch.library.custom_op("dph::preference_loss_backward", mutates_args=())
 def _backward(
-    grad: Tensor, grad_chosen: Tensor, grad_rejected: Tensor, grad_policy: Tensor, backend: str
+    grad: Tensor,
+    rewards_chosen: Tensor | None,
+    rewards_rejected: Tensor | None,
+    policy_chosen: Tensor | None,
+    policy_rejected: Tensor | None,
+    reference_chosen: Tensor | None,
+    reference_rejected: Tensor | None,
+    beta: float,
+    dpo_epsilon: float,
+    dph_epsilon: float,
+    objective: str,
+    dpo_weight: float,
+    dph_weight: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (rewards_chosen, rewards_rejected, policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     run = dispatch.implementation("preference_loss", grad.device, backend).backward
-    return run(grad, grad_chosen, grad_rejected, grad_policy)
+    options = (beta, dpo_epsilon, dph_epsilon, objective, dpo_weight, dph_weight)
+    return run(grad, *inputs, *options)
 
 
 @_backward.register_fake
 def _(
-    grad: Tensor, grad_chosen: Tensor, grad_rejected: Tensor, grad_policy: Tensor, backend: str
+    grad: Tensor,
+    rewards_chosen: Tensor | None,
+    rewards_rejected: Tensor | None,
+    policy_chosen: Tensor | None,
+    policy_rejected: Tensor | None,
+    reference_chosen: Tensor | None,
+    reference_rejected: Tensor | None,
+    beta: float,
+    dpo_epsilon: float,
+    dph_epsilon: float,
+    objective: str,
+    dpo_weight: float,
+    dph_weight: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape) for x in (grad_chosen, grad_rejected, grad_policy))
+    return tuple(grad.new_empty(0 if x is None else x.shape) for x in (rewards_chosen, rewards_rejected, policy_chosen))
 
 
 def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    _, metrics, *grads = output
-    ctx.dtypes, ctx.backend = [x if x is None else x.dtype for x in inputs[:6]], inputs[-1]
-    ctx.mark_non_differentiable(metrics, *grads)
-    ctx.save_for_backward(*grads)
+    ctx.options = inputs[6:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:6])
 
 
 def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    chosen, rejected, policy = _backward(grad, *ctx.saved_tensors, ctx.backend)
+    grads = _backward(grad, *ctx.saved_tensors, *ctx.options)
+    return *_share_out(grads, ctx.saved_tensors, ctx.needs_input_grad[:6]), *(None,) * 7
+
+
+def _share_out(
+    grads: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of all six inputs from the three that differ, each in its input's dtype."""
+    chosen, rejected, policy = grads
     # d = (policy_chosen - policy_rejected) - (reference_chosen - reference_rejected): one slope, four signs.
     grads = (chosen, rejected, policy, -policy, -policy, policy.clone())
-    needed = zip(grads, ctx.dtypes, ctx.needs_input_grad[:6], strict=True)
-    return *(value.to(dtype) if need else None for value, dtype, need in needed), *(None,) * 7
+    return tuple(g.to(x.dtype) if need else None for g, x, need in zip(grads, inputs, needs, strict=True))
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def _setup_second(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    ctx.options = inputs[7:13]
+    ctx.save_for_backward(*inputs[:7])
+
+
+def _second(ctx: torch.autograd.function.FunctionCtx, *along: Tensor) -> tuple[Tensor | None, ...]:
+    """Derivatives of the gradients, for Hessians and gradient penalties: rare, so plain PyTorch on every backend."""
+    grad, *inputs = ctx.saved_tensors
+    first, *grads = reference.double_backward(along, grad, *inputs, *ctx.options)
+    shared = _share_out(tuple(grads), tuple(inputs), ctx.needs_input_grad[1:7])
+    return first if ctx.needs_input_grad[0] else None, *shared, *(None,) * 7
+
+
+_backward.register_autograd(_second, setup_context=_setup_second)
 
 
 def _check_group(names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> bool:
@@ -119,6 +169,7 @@ def _check_group(names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> 
         raise ValueError(f"{', '.join(missing)}: expected a tensor, as {', '.join(names)} come together, got None")
     if missing:
         return False
+    checks.tensor(names[0], tensors[0])
     for name, x in zip(names, tensors, strict=True):
         checks.shape(name, x, *tensors[0].shape)
         checks.dtype(name, x, checks.FLOATS)
@@ -142,6 +193,15 @@ def _check_tensors(rewards: tuple[Tensor | None, ...], logprobs: tuple[Tensor | 
     name, first = ("rewards_chosen", rewards[0]) if has_rewards else ("policy_chosen", logprobs[0])
     if first.numel() == 0:
         raise ValueError(f"{name}: expected at least one pair, as the loss is a mean over pairs, got none")
+
+
+def _blank(metrics: Tensor, off: tuple[str, ...]) -> Tensor:
+    """NaN for the metrics whose names begin with one of ``off``; the operator gives 0."""
+    metrics = metrics.clone()
+    for i, name in enumerate(PREFERENCE_METRICS):
+        if name.startswith(off):
+            metrics[i] = torch.nan
+    return metrics
 
 
 def preference_loss(
@@ -199,5 +259,7 @@ def preference_loss(
         checks.number(name, value, 0.0)
     checks.option("objective", objective, OBJECTIVES)
     options = (float(beta), float(dpo_epsilon), float(dph_epsilon), objective, float(dpo_weight), float(dph_weight))
-    loss, metrics, *_ = _forward(*rewards, *logprobs, *options, backend)
-    return loss, metrics
+    loss, metrics = _forward(*rewards, *logprobs, *options, backend)
+    off = ("dph_loss", "reward_") if rewards_chosen is None else ("dpo_loss", "implicit_")
+    whole = rewards_chosen is not None and policy_chosen is not None
+    return loss, metrics if whole else _blank(metrics, off)

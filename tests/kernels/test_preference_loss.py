@@ -227,21 +227,62 @@ def test_gradcheck(heads, objective):
     assert torch.autograd.gradcheck(lambda *x: preference_loss(*x, objective=objective)[0], tuple(inputs.values()))
 
 
-@pytest.mark.parametrize("parts", [("dph", "dpo"), ("dph",), ("dpo",)])
+def of_given(inputs, objective):
+    """The loss as a function of those inputs that are there, and these."""
+    given = {name: x for name, x in inputs.items() if x is not None}
+
+    def loss(*values):
+        arguments = {**dict.fromkeys(NAMES), **dict(zip(given, values, strict=True))}
+        return preference_loss(**arguments, objective=objective, dpo_weight=0.7, dph_weight=1.3)[0]
+
+    return loss, tuple(given.values())
+
+
+PARTS = pytest.mark.parametrize("parts", [("dph", "dpo"), ("dph",), ("dpo",)])
+
+
+@PARTS
+@pytest.mark.parametrize("objective", ["separable", "contrastive"])
+@pytest.mark.parametrize("heads", [None, 2])
+def test_second_derivatives(heads, objective, parts):
+    loss, values = of_given(make(3, heads, torch.float64, parts=parts), objective)
+    assert torch.autograd.gradgradcheck(loss, values)
+
+
+@pytest.mark.parametrize("objective", ["separable", "contrastive"])
+def test_hessian_is_that_of_the_formulas(objective):
+    inputs = make(3, dtype=torch.float64)
+    loss, values = of_given(inputs, objective)
+
+    def plain(*values):
+        options = {**DEFAULTS, "objective": objective, "dpo_weight": 0.7, "dph_weight": 1.3}
+        return formula(dict(zip(NAMES, values, strict=True)), **options)[0]
+
+    hessian = torch.autograd.functional.hessian(loss, values)
+    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(plain, values))
+    assert hessian[0][0].diagonal().min() > 0
+
+
+def test_third_derivatives():
+    loss, values = of_given(make(3, dtype=torch.float64), "separable")
+
+    def penalty(*values):
+        return sum(g.square().sum() for g in torch.autograd.grad(loss(*values), values, create_graph=True))
+
+    assert torch.autograd.gradgradcheck(penalty, values)
+
+
+@PARTS
 def test_opcheck(parts):
     inputs = make(5, 2, parts=parts)
     options = (0.6, 0.25, 0.1, "separable", 1.0, 0.5, "auto")
-    # opcheck compares results without equal_nan, and a part that is off has NaN metrics; the compile test covers that.
-    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    tests += ["test_aot_dispatch_dynamic"] if len(parts) == 2 else []
-    forward = torch.ops.dph.preference_loss.default
-    torch.library.opcheck(forward, (*inputs.values(), *options), test_utils=tests)
-    loss, _, *grads = torch.ops.dph.preference_loss(*inputs.values(), *options)
-    kept = [x.detach() for x in (torch.ones_like(loss), *grads)]
-    torch.library.opcheck(torch.ops.dph.preference_loss_backward.default, (*kept, "auto"))
+    torch.library.opcheck(torch.ops.dph.preference_loss.default, (*inputs.values(), *options))
+    for grad in (torch.tensor(1.5), torch.tensor(1.5, requires_grad=True)):
+        arguments = (grad, *inputs.values(), *options)
+        torch.library.opcheck(torch.ops.dph.preference_loss_backward.default, arguments)
 
 
-@pytest.mark.parametrize("parts", [("dph", "dpo"), ("dph",), ("dpo",)])
+@PARTS
 def test_compiles_as_one_graph(parts):
     inputs = {name: x for name, x in make(5, parts=parts).items() if x is not None}
 
@@ -266,6 +307,8 @@ MISSING = "policy_rejected, reference_chosen: expected a tensor, as policy_chose
         ({"rewards_rejected": torch.zeros(5, 1)}, r"rewards_rejected: expected shape \[5\], got \[5, 1\]"),
         ({"rewards_rejected": None}, "rewards_rejected: expected a tensor, as rewards_chosen, .*, got None"),
         ({"rewards_chosen": torch.zeros(5, dtype=torch.int64)}, "rewards_chosen: expected float16 or .*, got int64"),
+        (dict.fromkeys(NAMES[:2], 1.0), "rewards_chosen: expected a tensor, got float"),
+        ({"reference_chosen": [1.0]}, "reference_chosen: expected a tensor, got list"),
         ({"rewards_rejected": torch.zeros(5, device="meta")}, "rewards_rejected: expected a tensor on cpu, got one"),
         (dict.fromkeys(NAMES[:2], torch.zeros(5, 2, 1)), r"rewards_chosen: expected shape \[N\] or \[N, K\]"),
         (dict.fromkeys(NAMES[:2], torch.tensor(1.0)), r"rewards_chosen: expected shape \[N\] or \[N, K\], got \[\]"),
