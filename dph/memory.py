@@ -21,7 +21,9 @@ class Memory(Cache):
     Args:
         length: capacity M in tokens per stream.
         kind: "kv" keeps keys and values; "hidden" keeps the attention's inputs, from which every call projects keys and
-            values anew, so that their weights get gradient from memory rows too (SPEC 1).
+            values anew, so that their weights get gradient from memory rows too (SPEC 1). A model trained with the one
+            is to be read with the same: ``Memory(kind=model.config.memory_kind)`` is what a released model says of
+            itself (its ``recompute_kv``).
 
     Use: ``model(ids, past_key_values=memory)`` reads and updates it; every row of a batch is one stream. Padding is
     never stored.
@@ -110,20 +112,30 @@ class Memory(Cache):
     def state_dict(self) -> dict[str, Tensor]:
         """Everything as tensors, for a checkpoint."""
         self.commit()
-        state = {"seen": torch.tensor(self.seen, dtype=torch.int64), "columns": torch.tensor(self.columns)}
+        numbers = {"columns": self.columns, "length": self.length, "kind": KINDS.index(self.kind)}
+        state = {"seen": torch.tensor(self.seen, dtype=torch.int64)}
+        state |= {name: torch.tensor(number) for name, number in numbers.items()}
         for layer, rings in enumerate(self._rings):
             state |= {f"{layer}.{part}": ring for part, ring in enumerate(rings)}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up what :meth:`state_dict` gave; raises ValueError where the memory has another length."""
+        """Take up what :meth:`state_dict` gave; raises ValueError where the memory has another length or kind."""
+        if lacking := {"seen", "columns", "length", "kind"} - state.keys():
+            raise ValueError(f"memory: expected a state with {', '.join(sorted(lacking))}, got {', '.join(state)}")
+        length, kind, seen = int(state["length"]), KINDS[int(state["kind"])], state["seen"].tolist()
+        if (length, kind) != (self.length, self.kind):
+            raise ValueError(
+                f"memory: expected a length of {self.length} and the kind {self.kind!r}, got {length} and {kind!r}"
+            )
+        rings: list[tuple[Tensor, ...]] = []
+        while f"{len(rings)}.0" in state:
+            rings.append(tuple(state[f"{len(rings)}.{part}"].clone() for part in range(2 if kind == "kv" else 1)))
+            if any(ring.shape[:2] != (len(seen), length) for ring in rings[-1]):
+                wrong = [list(ring.shape[:2]) for ring in rings[-1]]
+                raise ValueError(f"memory: expected {[len(seen), length]} streams and tokens, got {wrong}")
         self.reset()
-        self.seen, self.columns = state["seen"].tolist(), int(state["columns"])
-        while (first := f"{len(self._rings)}.0") in state:
-            if state[first].shape[1] != self.length:
-                raise ValueError(f"memory: expected a length of {self.length}, got {state[first].shape[1]}")
-            parts = 2 if self.kind == "kv" else 1
-            self._rings.append(tuple(state[f"{len(self._rings)}.{part}"].clone() for part in range(parts)))
+        self.seen, self.columns, self._rings = seen, int(state["columns"]), rings
 
     # What transformers calls
 

@@ -39,7 +39,10 @@ class LaProp(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         prior_decay: float = 0.0,
     ) -> None:
-        """Take the priors. ValueError for a rate, eps or decay below 0 and for a beta outside [0, 1)."""
+        """Take the priors.
+
+        ValueError for a rate, eps or decay below 0, a beta outside [0, 1), and a parameter that is not contiguous.
+        """
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "prior_decay": prior_decay}
         super().__init__(params, defaults)
 
@@ -47,7 +50,11 @@ class LaProp(torch.optim.Optimizer):
         """Add a group: its state starts here, and so does its prior."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check(group)
+        try:
+            _check(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
         group.setdefault("step", 0)
         group.setdefault("rate_average", 0.0)  # a of the equations
         for p in group["params"]:
@@ -131,7 +138,14 @@ class LaProp(torch.optim.Optimizer):
         return (p for group in self.param_groups for p in group["params"])
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load what ``state_dict`` gave. ValueError where a group decays towards a prior that the state lacks."""
+        """Load what ``state_dict`` gave.
+
+        ValueError where a shape differs, and where a group decays towards a prior that the state lacks.
+        """
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for place, (p, i) in enumerate(zip(self._parameters(), saved_ids, strict=False)):
+            for key, value in state_dict["state"].get(i, {}).items():
+                checks.shape(f"state_dict: {key} of parameter {place}", value, *p.shape)
         for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             anchored = mine["prior_decay"] != 0 or saved["prior_decay"] != 0
             if anchored and any("prior" not in state_dict["state"].get(i, {}) for i in saved["params"]):
@@ -142,7 +156,6 @@ class LaProp(torch.optim.Optimizer):
                 )
         super().load_state_dict(state_dict)
         # The base class casts state to the parameter's dtype, which would round the fp32 state of bf16 parameters.
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         for p, i in zip(self._parameters(), saved_ids, strict=True):
             saved = state_dict["state"].get(i, {})
             self.state[p] = {key: value.detach().to(p.device, copy=True) for key, value in saved.items()}
@@ -184,6 +197,10 @@ def _check(group: dict) -> None:
     checks.number("prior_decay", group["prior_decay"], 0.0)
     for name, beta in zip(("betas[0]", "betas[1]"), group["betas"], strict=True):
         checks.number(name, beta, 0.0, 1.0, below=True)
+    for i, p in enumerate(group["params"]):
+        if not p.is_contiguous():
+            shape, strides = list(p.shape), list(p.stride())
+            raise ValueError(f"params[{i}]: expected a contiguous tensor of shape {shape}, got strides {strides}")
 
 
 def _state_dtype(p: Tensor) -> torch.dtype:

@@ -192,8 +192,26 @@ def test_an_unused_memory_has_a_state_too():
 def test_another_length_is_refused():
     model, memory = tiny_model(), dph.Memory(4)
     segments_of(model, [tokens(1, 4)], memory)
-    with pytest.raises(ValueError, match="memory: expected a length of 5, got 4"):
+    with pytest.raises(ValueError, match="memory: expected a length of 5 and the kind 'kv', got 4 and 'kv'"):
         dph.Memory(5).load_state_dict(memory.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_that_does_not_fit_leaves_the_memory_as_it_was(kind):
+    model, memory = tiny_model(), dph.Memory(4, kind)
+    segments_of(model, [tokens(2, 3)], memory)
+    state, other = memory.state_dict(), next(k for k in KINDS if k != kind)
+    wrong = [
+        (other, state, f"the kind '{other}', got 4 and '{kind}'"),
+        (kind, {k: v for k, v in state.items() if k != "kind"}, "memory: expected a state with kind, got seen"),
+        (kind, state | {"seen": torch.tensor([3])}, r"memory: expected \[1, 4\] streams and tokens, got \[\[2, 4\]"),
+    ]
+    for taken, broken, text in wrong:
+        again = dph.Memory(4, taken)
+        segments_of(model, [tokens(1, 2)], again)
+        with pytest.raises(ValueError, match=text):
+            again.load_state_dict(broken)
+        assert (again.seen, len(again)) == ([2], 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

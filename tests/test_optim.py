@@ -155,17 +155,18 @@ def test_expanded_and_transposed_gradients():
     assert torch.equal(p, q)
 
 
-def test_bf16_weights_have_fp32_masters():
-    start = numbers(64, seed=3).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_have_fp32_masters(dtype):
+    start = numbers(64, seed=3).to(dtype)
     p = nn.Parameter(start.clone())
     optimiser = LaProp([p], lr=1.0, prior_decay=0.5)
     assert {t.dtype for t in optimiser.state[p].values()} == {torch.float32}
-    for _ in range(400):  # each step alone is below the spacing of bf16
+    for _ in range(400):  # each step alone is below the spacing of both
         optimiser.param_groups[0]["lr"] = 1e-5
         p.grad = torch.ones_like(p)
         optimiser.step()
     master = optimiser.state[p]["master"]
-    assert torch.equal(p, master.bfloat16())
+    assert torch.equal(p, master.to(dtype))
     moved = start.float() - master
     assert moved.min() > 3e-3
     assert (start.float() - p.float()).max() > 3e-3
@@ -190,7 +191,7 @@ def test_lower_and_restore_keep_the_fp32_weights():
     assert "master" not in low.state[p]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tag", SETTINGS)
 def test_state_dict_goes_on_bit_for_bit(tag, dtype):
     make = lambda: [nn.Parameter(numbers(5, 3, seed=i).to(dtype)) for i in range(2)]  # noqa: E731
@@ -347,3 +348,17 @@ def test_schedule():
 def test_wrong_settings(changes, message):
     with pytest.raises(ValueError, match=message):
         LaProp([nn.Parameter(torch.zeros(2))], **{"lr": 0.1, **changes})
+
+
+def test_a_state_of_other_shapes_is_refused():
+    mine, other = ([nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(*shape))] for shape in ((2, 3), (3, 2)))
+    saved = LaProp(other, lr=0.1).state_dict()
+    with pytest.raises(ValueError, match=r"state_dict: exp_avg of parameter 1: expected shape .*2, 3.*, got .*3, 2"):
+        LaProp(mine, lr=0.1).load_state_dict(saved)
+
+
+def test_a_parameter_that_is_not_contiguous_is_refused():
+    optimiser = LaProp([nn.Parameter(torch.zeros(2))], lr=0.1)
+    with pytest.raises(ValueError, match=r"params\[1\]: expected a contiguous tensor of shape \[3, 2\], got strides"):
+        optimiser.add_param_group({"params": [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, 3).t())]})
+    assert len(optimiser.param_groups) == 1
