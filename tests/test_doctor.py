@@ -23,6 +23,8 @@ def test_report_has_versions_devices_and_every_operator():
     rows = [line.split()[:3] for line in lines("Operators")]
     expected = [[o, d, dispatch.choose(o, d).backend] for o in dispatch.AUTO for d in ("cpu", "cuda")]
     assert rows == expected
+    for line, (operator, device, _) in zip(lines("Operators"), expected, strict=True):
+        assert line.rstrip().endswith(dispatch.choose(operator, device).reason)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch
 from dph_kernels import dispatch, native
 
 TABLE = {
-    "cpu": ("cpu", "reference"),
-    "cuda": ("cuda", "triton", "reference"),
+    "cpu": {"cpu": "fast", "reference": "slow"},
+    "cuda": {"cuda": "fastest", "triton": "fast", "reference": "slow"},
 }
 
 
@@ -32,21 +32,21 @@ def lacking(monkeypatch, **reasons):
 
 def test_auto_takes_the_first_of_the_line(operator, monkeypatch):
     lacking(monkeypatch)
-    assert dispatch.choose(operator, "cpu") == dispatch.Choice("cpu", "first choice")
-    assert dispatch.choose(operator, "cuda") == dispatch.Choice("cuda", "first choice")
+    assert dispatch.choose(operator, "cpu") == dispatch.Choice("cpu", "fast")
+    assert dispatch.choose(operator, "cuda") == dispatch.Choice("cuda", "fastest")
 
 
 def test_auto_says_what_it_passed_over(operator, monkeypatch):
     lacking(monkeypatch, cpu="no compiler", cuda="no nvcc")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert dispatch.choose(operator, "cpu") == dispatch.Choice("reference", "not cpu: no compiler")
-    reason = "not cuda: no nvcc; not triton: triton is not installed: pip install triton"
+    assert dispatch.choose(operator, "cpu") == dispatch.Choice("reference", "not cpu: no compiler; slow")
+    reason = "not cuda: no nvcc; not triton: triton is not installed: pip install triton; slow"
     assert dispatch.choose(operator, "cuda") == dispatch.Choice("reference", reason)
 
 
 def test_auto_raises_where_nothing_runs(operator, monkeypatch):
     lacking(monkeypatch, cpu="no compiler")
-    monkeypatch.setitem(dispatch.AUTO, operator, {"cpu": ("cpu",)})
+    monkeypatch.setitem(dispatch.AUTO, operator, {"cpu": {"cpu": "fast"}})
     with pytest.raises(RuntimeError, match=r"^made_up: no backend can run on cpu: not cpu: no compiler$"):
         dispatch.choose(operator, "cpu")
 
@@ -73,9 +73,17 @@ def test_a_named_backend_that_cannot_run_raises_with_the_reason(operator, device
 
 
 def test_a_backend_without_code_raises(operator, monkeypatch):
-    monkeypatch.setitem(dispatch.AUTO, operator, {"cpu": ("reference",)})
-    with pytest.raises(RuntimeError, match="made_up has no 'triton' backend, only reference"):
+    monkeypatch.setitem(dispatch.AUTO, operator, {"cpu": {"reference": "slow"}})
+    with pytest.raises(RuntimeError, match="made_up has no 'triton' backend yet, only reference"):
         dispatch.choose(operator, "cpu", "triton")
+
+
+@pytest.mark.parametrize("backend", ["flash", "sdpa"])
+@pytest.mark.parametrize("operator", dispatch.AUTO)
+def test_other_projects_kernels_are_known_by_name_and_not_there_yet(operator, backend):
+    message = f"{operator}: backend '{backend}' cannot run: {operator} has no '{backend}' backend yet, only .*reference"
+    with pytest.raises(RuntimeError, match=message):
+        dispatch.choose(operator, "cpu", backend)
 
 
 def test_an_unknown_backend_is_an_error(operator):
@@ -102,5 +110,6 @@ def test_every_entry_of_the_table_has_its_code(operator):
 @pytest.mark.parametrize("operator", dispatch.AUTO)
 def test_the_reference_runs_everywhere(operator):
     for device, line in dispatch.AUTO[operator].items():
-        assert line[-1] == "reference"
+        assert list(line)[-1] == "reference"
+        assert all(line.values()), "every entry says why it stands where it does"
         assert dispatch.missing(operator, "reference", device) is None
