@@ -11,10 +11,9 @@ from torch import Tensor
 
 from dph.chat import Encoded
 from dph.errors import UserError
+from dph.losses import IGNORED
 from dph.order import Order
 from dph.records import Record
-
-IGNORED = -100  # the target of a position that is not trained on
 
 
 class Streams:

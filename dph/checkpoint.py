@@ -1,11 +1,16 @@
 """The released checkpoint layout, both ways: pure renaming, splitting and joining of tensors."""
 
+import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import cached_file
+
+from dph.chat import END
 
 RELEASED = "lsw_transformer"
 """Model type of the released directories."""
@@ -89,6 +94,10 @@ RENAMED_CONFIG = {
     "eos_token_id": "eos_token_id",
     "pad_token_id": "pad_token_id",
 }
+# What only the released code reads: kept as it is, and written back.
+KEPT_CONFIG = (
+    "recompute_kv", "rope_positions", "rope_yarn_a", "rope_yarn_b", "parent_embeddings", "trainable_embeddings"
+)  # fmt: skip
 LAYER_NORM_EPS = 1e-5
 """Of every released model; their configurations do not name it."""
 
@@ -113,9 +122,18 @@ def config_from_official(config: dict[str, Any]) -> dict[str, Any]:
         if config.get(key, value) != value:
             raise ValueError(f"config.json: expected {key} = {value}, got {config[key]!r}: not part of this model")
     own = {own: config[official] for official, own in RENAMED_CONFIG.items() if official in config}
-    vocab_size = own.get("vocab_size", 50_272)
-    im_end = 50_266 if vocab_size > 50_266 else None  # the second free row of OPT's tokenizer
-    return {**own, "im_end_token_id": config.get("im_end_token_id", im_end)}
+    kept = {key: config[key] for key in KEPT_CONFIG if key in config}
+    return {**own, "im_end_token_id": config.get("im_end_token_id"), "released": kept}
+
+
+def end_token(path: str | os.PathLike, **hub: Any) -> int | None:
+    """The id of ``<|im_end|>`` in the ``tokenizer.json`` beside a model, on disk or hub; None where it has none."""
+    optional = dict.fromkeys(
+        ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
+    )
+    file = cached_file(path, "tokenizer.json", **hub, **optional)
+    added = json.loads(Path(file).read_text())["added_tokens"] if file is not None else []
+    return next((token["id"] for token in added if token["content"] == END), None)
 
 
 def config_to_official(config: Any) -> dict[str, Any]:
@@ -131,7 +149,7 @@ def config_to_official(config: Any) -> dict[str, Any]:
         "architectures": ["LSWTForDPH"],
         "im_end_token_id": config.im_end_token_id,
     }
-    return {**FIXED_CONFIG, **renamed, **extra}
+    return {**FIXED_CONFIG, **config.released, **renamed, **extra}
 
 
 def init_embeddings(model: nn.Module, source: str | Path = "facebook/opt-125m") -> None:

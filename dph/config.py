@@ -1,13 +1,19 @@
 """ModelConfig: a transformers configuration, which also reads those of the released ``lsw_transformer`` models."""
 
+import os
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from dph.checkpoint import RELEASED, config_from_official
+from dph.checkpoint import RELEASED, config_from_official, end_token
 from dph_kernels import Rotary
 
 POOLERS = ("identity", "bert", "t5", "swiglu_bert", "swiglu_t5")
+OPT_ROWS, OPT_END = 50_272, 50_266
+"""Rows of OPT's embedding, and the free one among them that the paper gave to ``<|im_end|>``."""
+
+# Where a hub model is fetched from; they go along with every file of it.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class ModelConfig(PretrainedConfig):
@@ -28,7 +34,9 @@ class ModelConfig(PretrainedConfig):
         task_heads: names of reward heads with a pooler each (paper 5.2.2).
         reward_pooler: identity, bert, t5, swiglu_bert or swiglu_t5 (SPEC 2).
         reward_dropout: dropout of the pooled state (and of the hidden state for the t5 kinds) in training.
-        im_end_token_id: id of ``<|im_end|>``, the token whose hidden state is judged.
+        im_end_token_id: id of ``<|im_end|>``, the token whose hidden state is judged; 50266 where it is None and the
+            embedding has OPT's 50272 rows.
+        released: keys of a released ``config.json`` that this model has no use for, written back by ``save_official``.
 
     Raises ValueError for sizes that do not divide and for unknown poolers.
     """
@@ -57,6 +65,7 @@ class ModelConfig(PretrainedConfig):
         eos_token_id: int | None = 2,
         pad_token_id: int | None = 1,
         tie_word_embeddings: bool = True,
+        released: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -73,7 +82,8 @@ class ModelConfig(PretrainedConfig):
         self.task_heads = list(task_heads)
         self.reward_pooler = reward_pooler
         self.reward_dropout = reward_dropout
-        self.im_end_token_id = im_end_token_id
+        self.im_end_token_id = OPT_END if im_end_token_id is None and vocab_size == OPT_ROWS else im_end_token_id
+        self.released = released or {}
         self._check(tie_word_embeddings)
         super().__init__(
             bos_token_id=bos_token_id,
@@ -101,12 +111,17 @@ class ModelConfig(PretrainedConfig):
     def get_config_dict(cls, path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The fields that ``path`` holds, in own names where it is a released ``lsw_transformer`` directory."""
         fields, rest = super().get_config_dict(path, **kwargs)
-        return _own_fields(fields), rest
+        return _own_fields(fields, path, kwargs), rest
 
     @property
     def head_dim(self) -> int:
         """D, the width of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def memory_kind(self) -> str:
+        """The kind of :class:`dph.Memory` that a released model was trained with (its ``recompute_kv``)."""
+        return "hidden" if self.released.get("recompute_kv") else "kv"
 
     @property
     def rope(self) -> Rotary:
@@ -122,9 +137,30 @@ class ReleasedConfig(ModelConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """A :class:`ModelConfig` (and the unused arguments, if asked for)."""
-        return ModelConfig.from_dict(_own_fields(config_dict), **kwargs)
+        return ModelConfig.from_dict(_own_fields(config_dict, kwargs.get("name_or_path"), kwargs), **kwargs)
 
 
-def _own_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    released = fields.get("model_type") == RELEASED
-    return {**config_from_official(fields), "model_type": ModelConfig.model_type} if released else fields
+def _own_fields(fields: dict[str, Any], path: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Released fields in own names, with the id of ``<|im_end|>``, which they lack, from the tokenizer at ``path``."""
+    if fields.get("model_type") != RELEASED:
+        return fields
+    own = {**config_from_official(fields), "model_type": ModelConfig.model_type}
+    if own["im_end_token_id"] is None and path is not None:
+        own["im_end_token_id"] = end_token(path, **hub_arguments(options))
+    return own
+
+
+def hub_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``options`` that say where to fetch files from."""
+    return {name: options[name] for name in HUB_ARGUMENTS if name in options}
+
+
+def with_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` with those that are fields of the configuration taken up in ``config``."""
+    if isinstance(kwargs.get("config"), PretrainedConfig):
+        return kwargs
+    source = kwargs.get("config") or path
+    apart = ("config", "dtype")  # the latter is the weights', not a field
+    fields = {name: value for name, value in kwargs.items() if name not in apart}
+    config, rest = ModelConfig.from_pretrained(source, return_unused_kwargs=True, **fields)
+    return {name: kwargs[name] for name in apart if name in kwargs} | rest | {"config": config}

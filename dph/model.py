@@ -25,16 +25,14 @@ from transformers.utils import cached_file
 
 from dph import chat, checkpoint
 from dph.backbone import Backbone
-from dph.config import ModelConfig
+from dph.config import ModelConfig, hub_arguments, with_config
 from dph.heads import RewardHead
+from dph.losses import IGNORED
 from dph.memory import Memory
 from dph.packing import PackedBatch, batches, pack
 from dph_kernels import PackedLayout, linear_logprob
 
 log = logging.getLogger(__name__)
-
-# Where a hub model is fetched from; they go along with every file of it.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @dataclass
@@ -73,6 +71,7 @@ class Model(PreTrainedModel, GenerationMixin):
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = False
+    accepts_loss_kwargs = True  # so that transformers' Trainer passes num_items_in_batch
     _no_split_modules = ("Block",)
 
     def __init__(self, config: ModelConfig) -> None:
@@ -116,10 +115,10 @@ class Model(PreTrainedModel, GenerationMixin):
         checkpoint lacks starts afresh: a warning says so, and it raises when it is asked to score.
         """
         loading_info = kwargs.pop("output_loading_info", False)
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        hub = hub_arguments(kwargs)
         name, fields = str(path), PretrainedConfig.get_config_dict(path, **hub)[0]
         if fields.get("model_type") == checkpoint.RELEASED:
-            kwargs = _with_config(path, kwargs)
+            kwargs = with_config(path, kwargs)
             kwargs["state_dict"] = checkpoint.from_official(load_file(cached_file(path, "model.safetensors", **hub)))
             path = None
         kwargs.setdefault("use_safetensors", True)
@@ -140,10 +139,12 @@ class Model(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Save as transformers does, but for heads that were never trained: they are to load as untrained again."""
-        weights = kwargs.pop("state_dict", None) or self.state_dict()
+        weights = self._without_untrained_heads(kwargs.pop("state_dict", None) or self.state_dict())
+        return super().save_pretrained(directory, *args, state_dict=weights, **kwargs)
+
+    def _without_untrained_heads(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         left_out = set(self._weights_of_untrained_heads())
-        kept = {name: tensor for name, tensor in weights.items() if name not in left_out}
-        return super().save_pretrained(directory, *args, state_dict=kept, **kwargs)
+        return {name: tensor for name, tensor in weights.items() if name not in left_out}
 
     def _weights_of_untrained_heads(self) -> Iterator[str]:
         """Names of the reward vectors, and of poolers that serve no trained one."""
@@ -156,12 +157,14 @@ class Model(PreTrainedModel, GenerationMixin):
     def save_official(self, directory: str | os.PathLike) -> None:
         """Write a released-layout (``lsw_transformer``) directory: config.json and model.safetensors.
 
-        Raises ValueError, before anything is written, for what that layout cannot hold: task heads, another epsilon.
+        Heads that were never trained are left out, as by :meth:`save_pretrained`. Raises ValueError, before anything is
+        written, for what that layout cannot hold: task heads, another epsilon.
         """
         from safetensors.torch import save_file
 
         config = checkpoint.config_to_official(self.config)
-        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.to_official(self.state_dict()).items()}
+        tensors = checkpoint.to_official(self._without_untrained_heads(self.state_dict()))
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         os.makedirs(directory, exist_ok=True)
         save_file(tensors, os.path.join(directory, "model.safetensors"), metadata={"format": "pt"})
         with open(os.path.join(directory, "config.json"), "w") as file:
@@ -180,6 +183,10 @@ class Model(PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         position_ids: Tensor | None = None,
         return_dict: bool = True,
+        cache_position: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where there are labels.
 
@@ -194,29 +201,27 @@ class Model(PreTrainedModel, GenerationMixin):
             num_items_in_batch: divisor of the summed loss, for gradient accumulation; the labels' number if None.
             position_ids: taken for ``generate``'s sake and not needed: positions follow from mask and memory.
             return_dict: False gives a tuple.
+            cache_position, token_type_ids: taken since other libraries pass them; they change nothing.
+            output_attentions, output_hidden_states: taken likewise, but True is not supported.
 
         Returns:
             ``logits`` [B, S, V], ``loss`` (mean over labels), ``past_key_values``.
 
         Raises ValueError where shapes do not fit or the cache is not a :class:`dph.Memory`.
         """
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids: expected shape [B, S], got {list(input_ids.shape)}")
+        if output_attentions or output_hidden_states:
+            raise ValueError("output_attentions, output_hidden_states: expected False, got True: not supported")
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(f"labels: expected shape {list(input_ids.shape)}, got {list(labels.shape)}")
         if past_key_values is not None and not isinstance(past_key_values, Memory):
             raise ValueError(f"past_key_values: expected dph.Memory, got {type(past_key_values).__name__}")
         if past_key_values is None and use_cache:
-            past_key_values = Memory(length=max(4096, input_ids.shape[1]))
+            past_key_values = Memory(length=max(4096, input_ids.shape[-1]))
         hidden, mask = self._dense_hidden(input_ids, attention_mask, past_key_values)
-        projected = self.output_proj(hidden)
-        loss = None
-        if labels is not None:
-            loss = self._loss(self._spread(projected, mask, input_ids.shape), labels, num_items_in_batch)
-        grid = self._spread(projected, mask, input_ids.shape)
-        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        grid = grid if isinstance(columns, int) else grid[:, columns]
-        logits = F.linear(grid, self.backbone.embedding.weight)
+        grid = self._spread(self.output_proj(hidden), mask, input_ids.shape)
+        loss = None if labels is None else self._loss(grid, labels, num_items_in_batch)
+        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # -0: all
+        logits = F.linear(grid[:, columns], self.backbone.embedding.weight)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         return output if return_dict else output.to_tuple()
 
@@ -224,6 +229,8 @@ class Model(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states [T, C] of the tokens that are no padding, row by row, and the mask [B, S] (None: all)."""
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids: expected shape [B, S], got {list(input_ids.shape)}")
         batch, length = input_ids.shape
         mask, counts = None, [length] * batch
         if attention_mask is not None:
@@ -250,9 +257,9 @@ class Model(PreTrainedModel, GenerationMixin):
         return rows.new_zeros(*shape, rows.shape[1]).masked_scatter(mask[..., None], rows)
 
     def _loss(self, grid: Tensor, labels: Tensor, divisor: int | Tensor | None) -> Tensor:
-        """Cross-entropy of shifted labels without logits."""
+        """Cross-entropy of shifted labels without logits; NaN without a label, as a mean over nothing."""
         targets = labels[:, 1:]
-        wanted = targets != -100
+        wanted = targets != IGNORED
         logprobs = linear_logprob(grid[:, :-1][wanted], self.backbone.embedding.weight, targets[wanted])
         return -logprobs.sum() / (wanted.sum() if divisor is None else divisor)
 
@@ -294,7 +301,7 @@ class Model(PreTrainedModel, GenerationMixin):
         """
         hidden, _ = self._dense_hidden(tokens, None, memory)
         targets = targets.flatten()
-        wanted = targets != -100
+        wanted = targets != IGNORED
         return linear_logprob(self.output_proj(hidden[wanted]), self.backbone.embedding.weight, targets[wanted])
 
     def forward_packed(
@@ -339,7 +346,10 @@ class Model(PreTrainedModel, GenerationMixin):
     # Judging
 
     def rewards(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, reward_positions: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        reward_positions: Tensor | Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
         """Rewards {head: [B]} fp32 of conversations [B, S].
 
@@ -351,7 +361,12 @@ class Model(PreTrainedModel, GenerationMixin):
         self.check_heads(*self.head_names, training=self.training)
         hidden, mask = self._dense_hidden(input_ids, attention_mask)
         grid = self._spread(hidden, mask, input_ids.shape)
-        positions = self._last_positions(input_ids, mask) if reward_positions is None else reward_positions
+        if reward_positions is None:
+            reward_positions = self._last_positions(input_ids, mask)
+        positions = torch.as_tensor(reward_positions, device=input_ids.device)
+        if positions.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"reward_positions: expected int64, got {str(positions.dtype).removeprefix('torch.')}")
+        positions = positions.long()
         if positions.shape != input_ids.shape[:1] or bool(((positions < 0) | (positions >= input_ids.shape[1])).any()):
             raise ValueError(
                 f"reward_positions: expected {len(input_ids)} columns in [0, {input_ids.shape[1]}), "
@@ -425,14 +440,3 @@ class Model(PreTrainedModel, GenerationMixin):
         self.check_heads(head)
         groups = [[chat.encode(conversation, tokenizer)] for conversation in conversations]
         return torch.tensor([judged.rewards[head][0] for judged in self.judge(groups, max_tokens)])
-
-
-def _with_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` with those that are fields of the configuration taken up in ``config``."""
-    if isinstance(kwargs.get("config"), PretrainedConfig):
-        return kwargs
-    source = kwargs.get("config") or path
-    apart = ("config", "dtype")  # the latter is the weights', not a field
-    fields = {name: value for name, value in kwargs.items() if name not in apart}
-    config, rest = ModelConfig.from_pretrained(source, return_unused_kwargs=True, **fields)
-    return {name: kwargs[name] for name in apart if name in kwargs} | rest | {"config": config}

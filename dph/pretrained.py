@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dph.checkpoint import RELEASED
 from dph.config import ModelConfig
 from dph.errors import UserError
 from dph.model import Model
 
-KINDS = (ModelConfig.model_type, "lsw_transformer")
+KINDS = (ModelConfig.model_type, RELEASED)
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json")  # a tokenizer's directory has one of them
 
 

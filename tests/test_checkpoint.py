@@ -144,9 +144,45 @@ def test_configuration_there_and_back():
 def test_the_paper_s_chat_tokens_lie_in_the_free_rows():
     official = checkpoint.config_to_official(dph.ModelConfig())
     del official["im_end_token_id"]
-    assert checkpoint.config_from_official(official)["im_end_token_id"] == 50_266
-    assert checkpoint.config_from_official(official | {"vocab_size": 512})["im_end_token_id"] is None
-    assert checkpoint.config_from_official(official | {"im_end_token_id": 9})["im_end_token_id"] == 9
+    end = lambda **changes: dph.ModelConfig(**checkpoint.config_from_official(official | changes)).im_end_token_id  # noqa: E731
+    assert (end(), end(vocab_size=512), end(im_end_token_id=9)) == (50_266, None, 9)
+    assert (dph.ModelConfig().im_end_token_id, dph.ModelConfig(vocab_size=50_267).im_end_token_id) == (50_266, None)
+
+
+@pytest.mark.parametrize("given", [None, 7])
+def test_the_end_token_of_a_released_model_is_its_tokenizers(given, tmp_path):
+    """Every released configuration lacks it; without it nothing can be judged."""
+    tiny_model(im_end_token_id=given).save_official(tmp_path)
+    loads = (
+        dph.ModelConfig.from_pretrained,
+        AutoConfig.from_pretrained,
+        lambda path: dph.Model.from_pretrained(path).config,
+        lambda path: AutoModelForCausalLM.from_pretrained(path).config,
+    )
+    assert [load(tmp_path).im_end_token_id for load in loads] == [given] * 4  # no tokenizer there
+    small_tokenizer().save_pretrained(tmp_path)
+    expected = given or small_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    assert [load(tmp_path).im_end_token_id for load in loads] == [expected] * 4
+
+
+def test_what_only_the_released_code_reads_is_written_back(tmp_path):
+    tiny_model().save_official(tmp_path / "a")
+    path = tmp_path / "a/config.json"
+    theirs = {"recompute_kv": True, "rope_positions": 64, "rope_yarn_a": 0.07, "parent_embeddings": "facebook/opt-125m"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | theirs))
+    dph.Model.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    model = dph.Model.from_pretrained(tmp_path / "b")
+    assert (model.config.memory_kind, dph.ModelConfig().memory_kind) == ("hidden", "kv")
+    model.save_official(tmp_path / "c")
+    assert json.loads((tmp_path / "c/config.json").read_text()) == json.loads(path.read_text())
+
+
+def test_heads_that_were_never_trained_are_not_written(tmp_path):
+    model = tiny_model(reward_heads=("a", "b"))
+    model.untrained_heads = {"b"}
+    model.save_official(tmp_path)
+    assert [n for n in load_file(tmp_path / "model.safetensors") if "reward" in n] == ["reward_heads.a.weight"]
+    assert dph.Model.from_pretrained(tmp_path).untrained_heads == {"b"}
 
 
 @pytest.mark.parametrize(
@@ -237,6 +273,7 @@ def test_golden_checkpoint_through_every_door(shared, tmp_path):
     """The paper's own layout -> own format -> the paper's, and the Auto class: one set of logits."""
     source, ids = shared / "golden/checkpoint", torch.arange(24).view(2, 12)
     model = dph.Model.from_pretrained(source).eval()
+    assert model.config.im_end_token_id == AutoTokenizer.from_pretrained(source).convert_tokens_to_ids("<|im_end|>")
     expected = model(ids).logits
     model.save_official(tmp_path / "official")
     first, last = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "official"))

@@ -590,3 +590,50 @@ def test_a_head_that_was_never_trained_is_not_saved_as_if_it_had_been(tmp_path):
     assert torch.equal(loaded.heads["shared"].reward["a"].weight, model.heads["shared"].reward["a"].weight)
     with pytest.raises(ValueError, match="no weights"):
         loaded.check_heads("b")
+
+
+# What other libraries pass
+
+
+def test_arguments_that_change_nothing_and_those_that_cannot_be():
+    model, ids = tiny_model(), tokens(2, 5)
+    harmless = {"cache_position": torch.arange(5), "token_type_ids": torch.zeros_like(ids)}
+    harmless |= {"output_attentions": False, "output_hidden_states": None}
+    assert torch.equal(model(ids, **harmless).logits, model(ids).logits)
+    for name in ("output_attentions", "output_hidden_states"):
+        with pytest.raises(ValueError, match=f"{name}.*: expected False, got True: not supported"):
+            model(ids, **{name: True})
+    with pytest.raises(TypeError, match="inputs_embeds"):
+        model(ids, inputs_embeds=None)
+
+
+def test_micro_batches_as_transformers_trainer_counts_them():
+    """Rows of 2 and 7 labels, accumulated: the gradient is that of their common mean."""
+    model, together, ids = tiny_model(), tiny_model(), tokens(2, 8)
+    assert model.accepts_loss_kwargs is True  # where its Trainer looks before it passes num_items_in_batch
+    labels = ids.clone()
+    labels[0, 3:] = -100
+    for row in range(2):
+        pick = slice(row, row + 1)
+        model(ids[pick], labels=labels[pick], num_items_in_batch=torch.tensor(9)).loss.backward()
+    together(ids, labels=labels).loss.backward()
+    for (name, p), q in zip(model.named_parameters(), together.parameters(), strict=True):
+        if not name.startswith("heads."):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_labels_without_a_target_are_a_mean_over_nothing():
+    assert tiny_model()(tokens(1, 4), labels=torch.full((1, 4), -100)).loss.isnan()
+
+
+def test_reward_positions_may_be_a_list_and_must_be_whole_numbers():
+    model, ids = tiny_model(), tokens(2, 5)
+    expected = model.rewards(ids, reward_positions=torch.tensor([1, 4]))["default"]
+    assert torch.equal(model.rewards(ids, reward_positions=[1, 4])["default"], expected)
+    assert torch.equal(model.rewards(ids, reward_positions=torch.tensor([1, 4]).int())["default"], expected)
+    for wrong, kind in (([1.0, 4.0], "float32"), (torch.tensor([True, False]), "bool")):
+        with pytest.raises(ValueError, match=f"reward_positions: expected int64, got {kind}"):
+            model.rewards(ids, reward_positions=wrong)
+    for call in (model.rewards, model):
+        with pytest.raises(ValueError, match=r"input_ids: expected shape \[B, S\], got \[5\]"):
+            call(ids[0])
