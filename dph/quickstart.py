@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     began = time.monotonic()
     if args.prompts < 1 or args.pairs_from < 1 or args.scale <= 0:
         raise UserError("--prompts, --pairs-from, --scale: expected numbers above 0")
+    if Path(args.output).exists() and not args.resume:
+        raise UserError(f"{args.output}: is there already; --resume goes on with it, --output takes another place")
     road = Road(Path(args.output), args.seed, args.scale, args.resume)
     sft = road.teach()
     pairs = road.preferences(sft, args.pairs_from)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dph import runs, start
+from dph import devices, runs, start
 from dph.chat import Encoded
 from dph.data import Shuffled, encoder
 from dph.errors import UserError
@@ -103,7 +103,7 @@ def make_stage(recipe: Recipe, model: Model, tokenizer: Any, records: Any, held_
         held_out = start.open_held_out(recipe)
     elif not isinstance(held_out, Mapping):
         held_out = {"held out": held_out}
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if recipe.device == "auto" else recipe.device
+    device = devices.choose(recipe.device)
     return (PairStage if recipe.kind == "preference" else StreamStage)(
         recipe=recipe,
         model=model.to(device=device, dtype=torch.float32),

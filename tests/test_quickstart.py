@@ -1,0 +1,56 @@
+"""The quickstart's road on a few steps; what it is worth in full is in the README."""
+
+import itertools
+
+import pytest
+
+from dph import chat, outcomes, puzzles, quickstart
+from dph.cli import main
+from dph.model import Model
+
+SHORT = ["quickstart", "--scale", "0.01", "--prompts", "4", "--pairs-from", "8", "--output"]
+
+
+def truth_and_lie(road, model, prompts):
+    """Pairs that need no samples: the truth against the popular falsehood."""
+    asked = itertools.islice(puzzles.puzzles(1), prompts)
+    answered = ([[*p.question(), chat.Message(role="assistant", content=a)] for a in (p.truth, p.lie)] for p in asked)
+    return [tuple(chat.encode(side, road.tokenizer) for side in sides) for sides in answered]
+
+
+def test_it_ends_with_the_table_pictures_and_models(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quickstart.Road, "preferences", truth_and_lie)
+    assert main([*SHORT, str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    for rule in outcomes.RULES:
+        assert rule in printed
+    assert "4 held-out prompts" in printed
+    for name in ("accuracy.png", "rewards.png"):
+        assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
+    frozen, sft = (Model.from_pretrained(tmp_path / "run" / stage / "model") for stage in ("head", "sft"))
+    assert sft.head_names == []
+    assert frozen.head_names == ["default"]
+    backbone = sft.state_dict()
+    assert all(backbone[name].equal(w) for name, w in frozen.state_dict().items() if name in backbone)
+
+
+def test_a_model_that_gets_nothing_right_is_an_error_in_one_line(tmp_path, capsys):
+    assert main([*SHORT, str(tmp_path / "run")]) == 2
+    assert "expected right and wrong samples" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_second_run_goes_on_or_says_how(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quickstart.Road, "preferences", truth_and_lie)
+    assert main([*SHORT, str(tmp_path / "run")]) == 0
+    first = (tmp_path / "run" / "align" / "model" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main([*SHORT, str(tmp_path / "run")]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main([*SHORT, str(tmp_path / "run"), "--resume"]) == 0
+    assert (tmp_path / "run" / "align" / "model" / "model.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize("option", ["--prompts", "--pairs-from", "--scale"])
+def test_numbers_that_make_no_sense(option, tmp_path, capsys):
+    assert main(["quickstart", option, "0", "--output", str(tmp_path / "run")]) == 2
+    assert "above 0" in capsys.readouterr().err
