@@ -171,7 +171,11 @@ def _laprop(
     momentum_scale: float,
     backend: str,
 ) -> None:
-    dispatch.implementation("laprop", params[0].device, backend).forward(
+    dispatch.call(
+        "forward",
+        "laprop",
+        params[0].device,
+        backend,
         params,
         grads,
         exp_avg,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dph_kernels import checks, dispatch
+from dph_kernels import autocast, checks, dispatch
 
 
 @torch.library.custom_op("dph::linear_logprob", mutates_args=())
@@ -11,8 +11,7 @@ def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_targets(targets, len(weight))
-    run = dispatch.implementation("linear_logprob", hidden.device, backend).forward
-    return run(hidden, weight, targets, statistics)
+    return dispatch.call("forward", "linear_logprob", hidden.device, backend, hidden, weight, targets, statistics)
 
 
 @_forward.register_fake
@@ -36,8 +35,8 @@ def _backward(
     weight_needed: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    run = dispatch.implementation("linear_logprob", hidden.device, backend).backward
-    return run(grad, hidden, weight, targets, normaliser, hidden_needed, weight_needed)
+    arguments = grad, hidden, weight, targets, normaliser, hidden_needed, weight_needed
+    return dispatch.call("backward", "linear_logprob", hidden.device, backend, *arguments)
 
 
 @_backward.register_fake
@@ -99,10 +98,13 @@ def linear_logprob(
         With ``statistics``: (log-probabilities, entropy [R] in nats, arg-max [R] int64, the lowest index of a tie),
         the last two without gradient.
 
+    Under ``torch.autocast`` hidden and weight are cast to its dtype; the sums stay in fp32.
+
     Raises:
         ValueError: a wrong shape, dtype or device; on the CPU also a target outside [0, V). On a GPU that test would
             wait for the device; there the reference stops with PyTorch's device-side assertion.
     """
+    hidden, weight = autocast.together(hidden, weight)
     checks.shape("hidden", hidden, "R", "C")
     checks.dtype("hidden", hidden, checks.FLOATS)
     checks.shape("weight", weight, "V", hidden.shape[1])

@@ -53,9 +53,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     inputs = (rewards_chosen, rewards_rejected, policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     device = (policy_chosen if rewards_chosen is None else rewards_chosen).device
-    run = dispatch.implementation("preference_loss", device, backend).forward
     options = (beta, dpo_epsilon, dph_epsilon, objective, dpo_weight, dph_weight)
-    return run(*inputs, *options, _precision(*inputs))
+    return dispatch.call("forward", "preference_loss", device, backend, *inputs, *options, _precision(*inputs))
 
 
 @_forward.register_fake
@@ -97,9 +96,8 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (rewards_chosen, rewards_rejected, policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    run = dispatch.implementation("preference_loss", grad.device, backend).backward
     options = (beta, dpo_epsilon, dph_epsilon, objective, dpo_weight, dph_weight)
-    return run(grad, *inputs, *options)
+    return dispatch.call("backward", "preference_loss", grad.device, backend, grad, *inputs, *options)
 
 
 @_backward.register_fake

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dph_kernels import checks, dispatch
+from dph_kernels import autocast, checks, dispatch
 from dph_kernels.layout import PackedLayout, Rotary
 
 
@@ -42,9 +42,12 @@ def rope_attention(
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
 
+    Under ``torch.autocast`` queries, keys, values and memory are cast to its dtype.
+
     Source: RoFormer (arXiv 2104.09864), Transformer-XL (arXiv 1901.02860), FlashAttention-2 (arXiv 2307.08691).
     """
     memory_k, memory_v = memory if memory is not None else (k[:0], v[:0])
+    q, k, v, memory_k, memory_v = autocast.together(q, k, v, memory_k, memory_v)
     _check(q, k, v, memory_k, memory_v, layout)
     head_dim = q.shape[-1]
     tables = layout.tables(rope, head_dim, torch.float64 if q.dtype == torch.float64 else torch.float32)
@@ -74,8 +77,8 @@ def _rope_attention(
     q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, segments: Tensor,
     q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    run = dispatch.implementation("rope_attention", q.device, backend)
-    return run.forward(q, k, v, memory_k, memory_v, segments, q_cos, q_sin, k_cos, k_sin, scale)
+    arguments = q, k, v, memory_k, memory_v, segments, q_cos, q_sin, k_cos, k_sin, scale
+    return dispatch.call("forward", "rope_attention", q.device, backend, *arguments)
 
 
 @_rope_attention.register_fake
@@ -88,9 +91,9 @@ def _rope_attention_backward(
     grad: Tensor, q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, out: Tensor, lse: Tensor,
     segments: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    run = dispatch.implementation("rope_attention", q.device, backend)
     tables = q_cos, q_sin, k_cos, k_sin
-    return run.backward(grad, q, rotated, v, memory_k, memory_v, out, lse, segments, *tables, scale)
+    arguments = grad, q, rotated, v, memory_k, memory_v, out, lse, segments, *tables, scale
+    return dispatch.call("backward", "rope_attention", q.device, backend, *arguments)
 
 
 @_rope_attention_backward.register_fake

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dph_kernels import checks, dispatch
+from dph_kernels import autocast, checks, dispatch
 
 
 @torch.library.custom_op("dph::swiglu_reward", mutates_args=())
@@ -23,8 +23,8 @@ def _forward(
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = dispatch.implementation("swiglu_reward", hidden.device, backend).forward
-    return run(hidden, reward, w1, b1, w2, b2, row_ids, dropout, input_dropout, seed, save)
+    arguments = hidden, reward, w1, b1, w2, b2, row_ids, dropout, input_dropout, seed, save
+    return dispatch.call("forward", "swiglu_reward", hidden.device, backend, *arguments)
 
 
 @_forward.register_fake
@@ -65,8 +65,8 @@ def _backward(
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    run = dispatch.implementation("swiglu_reward", hidden.device, backend).backward
-    return run(grad, hidden, reward, w1, w2, row_ids, projected, pooled, dropout, input_dropout, seed, needs)
+    arguments = grad, hidden, reward, w1, w2, row_ids, projected, pooled, dropout, input_dropout, seed, needs
+    return dispatch.call("backward", "swiglu_reward", hidden.device, backend, *arguments)
 
 
 @_backward.register_fake
@@ -183,10 +183,13 @@ def swiglu_reward(
     Returns:
         [R, K] in fp32 (fp64 for fp64 inputs), in which all sums are taken.
 
+    Under ``torch.autocast`` hidden and all weights are cast to its dtype; the sums stay in fp32.
+
     Raises:
         ValueError: a wrong shape, dtype, device, or dropout outside [0, 1).
     """
-    _check_weights(hidden, reward, w1, b1, w2, b2)
+    inputs = hidden, reward, w1, b1, w2, b2 = autocast.together(hidden, reward, w1, b1, w2, b2)
+    _check_weights(*inputs)
     checks.number("dropout", dropout, 0.0, 1.0, below=True)
     checks.number("input_dropout", input_dropout, 0.0, 1.0, below=True)
     checks.number("seed", seed, -(2**63), 2**63 - 1)
@@ -194,6 +197,5 @@ def swiglu_reward(
         checks.shape("row_ids", row_ids, hidden.shape[0])
         checks.dtype("row_ids", row_ids, torch.int64)
         checks.device("row_ids", row_ids, hidden.device)
-    inputs = (hidden, reward, w1, b1, w2, b2)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     return _forward(*inputs, row_ids, dropout, input_dropout, seed, save, backend)[0]

@@ -1,0 +1,23 @@
+"""What `torch.autocast` asks of the operators: one dtype for all that goes into a product."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def together(*values: Any) -> tuple[Any, ...]:
+    """Cast floating-point tensors to the dtype of the autocast context around, if there is one.
+
+    fp64 stays, as in PyTorch's own rules; so does what is no tensor. The casts are part of the graph: gradients come
+    back in each tensor's own dtype.
+    """
+    device = next((x.device.type for x in values if isinstance(x, Tensor)), "cpu")
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return values
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if _eligible(x) else x for x in values)
+
+
+def _eligible(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
