@@ -82,7 +82,9 @@ class Run:
         self._check_own()
         if self._has_begun():
             if not resume:
-                raise UserError(f"{self.directory}: holds a run already; resume it (--resume) or give another directory (--output)")
+                raise UserError(
+                    f"{self.directory}: holds a run already; resume it (--resume) or give another directory (--output)"
+                )
             self._check_same(config)
             for leaving in self._leavings():
                 _clear(leaving)
