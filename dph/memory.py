@@ -104,7 +104,7 @@ class Memory(Cache):
         rows, slots = torch.cat(rows).to(device), torch.cat(slots).to(device)
         for layer, tensors in self._pending.items():
             for ring, tensor in zip(self._rings[layer], tensors, strict=True):
-                ring.flatten(0, 1)[slots] = tensor[rows]
+                ring.flatten(0, 1)[slots] = tensor[rows].to(ring.dtype)  # another one under autocast
         self._pending = {}
 
     # Checkpoints

@@ -213,3 +213,17 @@ def test_model_with_memory(device, kind):
     for got, expected in zip(*both(run, device), strict=True):
         assert got.dtype == torch.float32
         near(got, expected)
+
+
+def test_a_memory_filled_in_fp32_goes_on_under_autocast():
+    model, memory = tiny_model().eval(), dph.Memory(length=8)
+    first, second = tokens(2, 5), tokens(2, 5, seed=1)
+    with torch.no_grad():
+        model(first, past_key_values=memory)
+        expected = model(second, past_key_values=memory).logits
+        memory.reset()
+        model(first, past_key_values=memory)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = model(second, past_key_values=memory).logits
+            model(second, past_key_values=memory)  # writes what the call before left
+    torch.testing.assert_close(got.float(), expected, rtol=0.1, atol=0.1)
