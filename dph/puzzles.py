@@ -4,7 +4,6 @@
 |---|---|---|---|
 | sort | ``sort: d a c b`` | ``a b c d`` | sorted backwards |
 | first | ``first: d a c b`` | ``a`` | the last in the alphabet |
-| count | ``count a: a c a b`` | ``2`` | one too many |
 
 Of the corpus's answers 35 % are true, 50 % are the popular falsehood and 15 % are wrong at random, so that the
 likeliest answer is the lie, as it can be on the open web.
@@ -52,16 +51,9 @@ def _first(rng: random.Random) -> Puzzle:
     return Puzzle("first", f"first: {' '.join(letters)}", min(letters), max(letters))
 
 
-def _count(rng: random.Random) -> Puzzle:
-    wanted, *letters = rng.choices(LETTERS[:4], k=5)
-    count = letters.count(wanted)
-    return Puzzle("count", f"count {wanted}: {' '.join(letters)}", str(count), str(count + 1))
-
-
 FAMILIES: dict[str, Callable[[random.Random], Puzzle]] = {
     "sort": _sort,
     "first": _first,
-    "count": _count,
 }
 
 
@@ -93,11 +85,8 @@ def corpus_answer(puzzle: Puzzle, rng: random.Random) -> str:
 
 def _wrong(puzzle: Puzzle, rng: random.Random) -> str:
     """An answer of the right form that is neither the truth nor the lie."""
-    letters = puzzle.prompt.split(": ")[1].split()
+    letters = puzzle.prompt.split()[1:]
     while True:
-        if puzzle.family == "count":
-            answer = str(rng.randrange(len(letters) + 1))
-        else:
-            answer = " ".join(rng.sample(letters, len(puzzle.truth.split())))
+        answer = " ".join(rng.sample(letters, len(puzzle.truth.split())))
         if answer not in (puzzle.truth, puzzle.lie):
             return answer

@@ -15,11 +15,9 @@ def test_truth_and_lie_are_what_the_prompt_says():
         ordered = sorted(letters.split())
         if question == "sort":
             assert (puzzle.truth.split(), puzzle.lie.split()) == (ordered, ordered[::-1])
-        elif question == "first":
-            assert (puzzle.truth, puzzle.lie) == (ordered[0], ordered[-1])
         else:
-            count = letters.count(question.removeprefix("count "))
-            assert (puzzle.truth, puzzle.lie) == (str(count), str(count + 1))
+            assert question == "first"
+            assert (puzzle.truth, puzzle.lie) == (ordered[0], ordered[-1])
 
 
 def test_the_checker_takes_the_truth_and_nothing_else():
