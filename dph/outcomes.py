@@ -143,11 +143,12 @@ def _curves(found: Mapping[str, Outcome]) -> Figure:
     for axes, (name, outcome) in zip(
         figure.subplots(1, len(found), sharey=True, squeeze=False)[0], found.items(), strict=True
     ):
-        for rule in RULES:
+        for colour, rule in enumerate(RULES):
             if applies(name, rule):
                 points = [accuracy(outcome, rule, n) for n in SIZES]
-                axes.plot(SIZES, [p.value for p in points], marker="o", markersize=4, label=rule)
-                axes.fill_between(SIZES, [p.low for p in points], [p.high for p in points], alpha=0.15)
+                axes.plot(SIZES, [p.value for p in points], f"oC{colour}-", markersize=4, label=rule)
+                low, high = [p.low for p in points], [p.high for p in points]
+                axes.fill_between(SIZES, low, high, color=f"C{colour}", alpha=0.15)
         axes.set(title=name, xscale="log", xlabel="candidates N", ylim=(0, 1.02))
         axes.set_xticks(SIZES, [str(n) for n in SIZES])
         axes.minorticks_off()

@@ -60,3 +60,12 @@ def test_figures_are_pictures(tmp_path):
     paths = outcomes.draw({"SFT": wide, "aligned jointly": wide}, tmp_path)
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_rule_has_one_colour_in_every_panel():
+    wide = outcome([[0, 1] * 8] * 3, [list(range(16))] * 3, [[-1.0] * 16] * 3)
+    sft, frozen = outcomes._curves({"SFT": wide, "frozen": wide}).axes
+    colours = {line.get_label(): line.get_color() for line in frozen.lines}
+    assert len(colours) == len(set(colours.values())) == 4
+    for line in sft.lines:
+        assert line.get_color() == colours[line.get_label()]
