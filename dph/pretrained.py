@@ -21,14 +21,15 @@ def model_path(name: str) -> str:
 
 
 def _find(name: str, what: str, files: tuple[str, ...], missing: str) -> str:
-    """Only OWNER/NAME can be a hub name: nothing else ever reaches the network."""
+    """Only OWNER/NAME can be a hub name, and not below a folder that is here: nothing else ever reaches the network."""
     path = Path(name)
     if path.is_dir():
         for place in (path / "model", path):  # a run has a config.json of its own
             if any((place / file).is_file() for file in files):
                 return str(place)
         raise UserError(f"{name}: expected the directory of {what}, got one without {missing}")
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not path.parent.is_dir()
+    if path.exists() or not on_hub:
         raise UserError(
             f"{name}: expected the directory of {what}, got {'a file' if path.exists() else 'nothing'} there"
         )

@@ -182,7 +182,7 @@ class Output:
 
     Attributes:
         directory: its place; the finished model lies in its ``model`` folder.
-        save_every: steps between checkpoints; 0 for only on SIGTERM.
+        save_every: steps between checkpoints; 0 for only on SIGTERM or Ctrl-C.
         keep: how many checkpoints stay.
         log_every: steps between lines of ``metrics.jsonl``, which hold means over these steps.
     """

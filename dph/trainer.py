@@ -46,7 +46,7 @@ class Result:
         tokenizer: its tokenizer.
         run: the run directory; ``model`` in it opens with ``Model.from_pretrained``.
         step: updates done.
-        interrupted: SIGTERM came: a checkpoint was saved, no model; ``resume=True`` goes on.
+        interrupted: SIGTERM or Ctrl-C came: a checkpoint was saved, no model; ``resume=True`` goes on.
         evaluation: the last figures on held-out records.
     """
 
@@ -185,11 +185,11 @@ class Trainer:
         self.run.save(step, parts, state)
 
     def train(self) -> Result:
-        """Run the loop to its end, or until SIGTERM."""
+        """Run the loop to its end, or until SIGTERM or Ctrl-C."""
         progress = Progress(self.recipe.stage, self.settings.steps, self.run.step, self.quiet)
         self.model.train()
         try:
-            with _sigterm() as told_to_stop, contextlib.closing(progress):
+            with _told_to_stop() as told_to_stop, contextlib.closing(progress):
                 stopped = self._loop(told_to_stop, progress)
         finally:
             self._give_back()
@@ -201,7 +201,7 @@ class Trainer:
         return Result(self.model, self.stage.tokenizer, self.run.directory, done, stopped is not None, self.evaluation)
 
     def _loop(self, told_to_stop: Callable[[], bool], progress: Progress) -> int | None:
-        """All steps that are left: None at their end, or the step after which SIGTERM stopped it."""
+        """All steps that are left: None at their end, or the step after which a signal stopped it."""
         output, total = self.recipe.output, self.settings.steps
         for step in range(self.run.step + 1, total + 1):
             self._update(step)
@@ -290,14 +290,24 @@ def _low_precision(precision: str, device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGTERM has come; outside the main thread, where no handler can be set, never."""
+def _told_to_stop() -> Iterator[Callable[[], bool]]:
+    """A function that says whether SIGTERM or Ctrl-C has come; a second Ctrl-C stops at once.
+
+    Outside the main thread, where no handler can be set, it always says no.
+    """
     came = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield came.is_set
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+
+    def handle(number: int, _: Any) -> None:
+        if number == signal.SIGINT and came.is_set():
+            raise KeyboardInterrupt
+        came.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield came.is_set
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -550,3 +550,9 @@ def test_wrong_recipes(refused, tmp_path):
     assert "optimizer: unknown key" in line
     assert "optimiser" in line
     assert "expected a file or one of align" in refused("train", tmp_path / "none.yaml")
+
+
+def test_a_path_below_a_folder_that_is_here_is_no_hub_name(tmp_path, monkeypatch, refused):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "runs/nope: expected the directory of a model, got nothing" in refused("generate", "runs/nope", *ASKED)

@@ -106,14 +106,15 @@ def test_the_runs_above_cross_an_epoch(stage, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["sft", "align"])
-def test_sigterm_saves_and_stops(stage, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(number, stage, tmp_path):
     whole = go(settings(stage, tmp_path / "whole"))
     recipe = settings(stage, tmp_path / "parts", output__save_every=0)
-    strike = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-    before = signal.getsignal(signal.SIGTERM)
+    strike = lambda: os.kill(os.getpid(), number)  # noqa: E731
+    before = signal.getsignal(number)
     stopped = go(recipe, Trap(records(stage), taken(recipe, 4) + 1, strike))
     assert (stopped.interrupted, stopped.step) == (True, 5)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
     assert not (tmp_path / "parts" / "model").exists()
     assert runs.newest(tmp_path / "parts" / "checkpoints").step == 5
     resumed = go(recipe, resume=True)

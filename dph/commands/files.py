@@ -25,7 +25,7 @@ TERMINATED = 143  # 128 and the number of SIGTERM, as shells have it
 
 
 def train(args: argparse.Namespace) -> int:
-    """``dph train``; the exit code is 143 where SIGTERM ended it, with its state saved."""
+    """``dph train``; the exit code is 143 where SIGTERM or Ctrl-C ended it, with its state saved."""
     from dph import recipe, trainer
 
     output = [] if args.output is None else [f"output.directory={json.dumps(args.output)}"]
