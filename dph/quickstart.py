@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     print(outcomes.report(found, road.tokenizer))
     for path in outcomes.draw(found, road.output):
         print(f"figure: {path}")
-    for stage in ("sft", "head", "align"):
+    print(f"model: {road.output / 'sft' / 'model'}  (no reward head: give --rank logprob, or score's --logprob-only)")
+    for stage in ("head", "align"):
         print(f"model: {road.output / stage / 'model'}  (dph chat, dph generate and dph score open it)")
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes on {torch.get_num_threads()} threads")
 
