@@ -7,17 +7,32 @@ a backend that is asked for by name and cannot run raises with the reason.
 import functools
 import importlib
 import importlib.util
+import os
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 ONLY = "the only implementation so far"
+ASKED = "only where it is asked for by name: nothing measured speaks for it"
 
 # What `auto` tries, best first, and the measurement or the reason that puts it there.
 AUTO: dict[str, dict[str, dict[str, str]]] = {
-    "rope_attention": {"cpu": {"reference": ONLY}, "cuda": {"reference": ONLY}},
+    "rope_attention": {
+        "cpu": {
+            "cpu": "tiled C++ over the packed layout: benchmarks/bench_attention.py",
+            "sdpa": ASKED,
+            "reference": "plain PyTorch runs everywhere",
+        },
+        "cuda": {
+            "triton": "fused kernels over the packed layout; not yet measured",
+            "sdpa": ASKED,
+            "flash": ASKED,
+            "reference": "plain PyTorch runs everywhere",
+        },
+    },
     "linear_logprob": {"cpu": {"reference": ONLY}, "cuda": {"reference": ONLY}},
     "swiglu_reward": {"cpu": {"reference": ONLY}, "cuda": {"reference": ONLY}},
     "preference_loss": {"cpu": {"reference": ONLY}, "cuda": {"reference": ONLY}},
@@ -31,6 +46,14 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
             "reference": "plain PyTorch runs everywhere",
         },
     },
+}
+
+# The dtypes that a backend computes in, where not in all of them.
+HALVES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
+    ("rope_attention", "cpu"): (torch.float32, torch.bfloat16),
+    ("rope_attention", "triton"): HALVES,
+    ("rope_attention", "flash"): (torch.bfloat16, torch.float16),
 }
 
 # Which file of an operator's folder holds a backend; no operator need have them all.
@@ -58,16 +81,24 @@ def implemented(operator: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def missing(operator: str, backend: str, device: str) -> str | None:
-    """Why ``backend`` cannot run ``operator`` on ``device`` here, or None where it can."""
+def missing(operator: str, backend: str, device: str, dtype: torch.dtype | None = None) -> str | None:
+    """Why ``backend`` cannot run ``operator`` on ``device`` in ``dtype`` here, or None where it can."""
     if backend not in implemented(operator):
         return f"{operator} has no {backend!r} backend yet, only {', '.join(implemented(operator))}"
     if backend == "cpu" and device != "cpu":
         return f"the C++ kernel works on CPU tensors, and these are on {device}"
-    if backend in ("triton", "cuda") and device != "cuda":
-        return f"the {backend} kernel works on CUDA tensors, and these are on {device}"
+    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed: pip install flash-attn"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
+    if backend in ("triton", "cuda", "flash") and device != "cuda" and not (backend == "triton" and interpreted()):
+        return f"the {backend} kernel works on CUDA tensors, and these are on {device}"
+    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 wrongly"
+    dtypes = DTYPES.get((operator, backend))
+    if dtypes and dtype is not None and dtype not in dtypes:
+        known = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        return f"it computes in {known}, and these are {str(dtype).removeprefix('torch.')}"
     if backend in ("cpu", "cuda"):
         from dph_kernels import native
 
@@ -75,9 +106,14 @@ def missing(operator: str, backend: str, device: str) -> str | None:
     return None
 
 
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels, so that they run, slowly, on the CPU: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @functools.cache
-def choose(operator: str, device: str, backend: str = "auto") -> Choice:
-    """The backend that runs ``operator`` on ``device`` ("cpu" or "cuda").
+def choose(operator: str, device: str, backend: str = "auto", dtype: torch.dtype | None = None) -> Choice:
+    """The backend that runs ``operator`` on ``device`` ("cpu" or "cuda") in ``dtype`` (None: in any).
 
     Raises ValueError where ``backend`` is unknown, and RuntimeError with the reason where it was asked for by name
     and cannot run.
@@ -85,32 +121,38 @@ def choose(operator: str, device: str, backend: str = "auto") -> Choice:
     if backend != "auto":
         if backend not in MODULES:
             raise ValueError(f"backend: expected 'auto' or one of {', '.join(MODULES)}, got {backend!r}")
-        if reason := missing(operator, backend, device):
+        if reason := missing(operator, backend, device, dtype):
             raise RuntimeError(f"{operator}: backend {backend!r} cannot run: {reason}")
         return Choice(backend, "asked for by name")
     if device not in AUTO[operator]:
         raise ValueError(f"{operator}: expected tensors on {' or '.join(AUTO[operator])}, got {device}")
     passed_over = []
     for name, why in AUTO[operator][device].items():
-        reason = missing(operator, name, device)
+        if why == ASKED:
+            continue
+        reason = missing(operator, name, device, dtype)
         if reason is None:
             return Choice(name, "; ".join([*passed_over, why]))
         passed_over.append(f"not {name}: {reason}")
     raise RuntimeError(f"{operator}: no backend can run on {device}: {'; '.join(passed_over)}")
 
 
-def implementation(operator: str, device: torch.device | str, backend: str = "auto") -> ModuleType:
+def implementation(
+    operator: str, device: torch.device | str, backend: str = "auto", dtype: torch.dtype | None = None
+) -> ModuleType:
     """The module that implements ``operator``: ``dph_kernels.<operator>.<file>``."""
-    choice = choose(operator, torch.device(device).type, backend)
+    choice = choose(operator, torch.device(device).type, backend, dtype)
     return importlib.import_module(f"dph_kernels.{operator}.{MODULES[choice.backend]}")
 
 
-def call(function: str, operator: str, device: torch.device, backend: str, *arguments: Any, **options: Any) -> Any:
+def call(function: str, operator: str, like: Tensor, backend: str, *arguments: Any, **options: Any) -> Any:
     """Run ``function`` ("forward" or "backward") of an operator's implementation, with autocast off.
 
-    Operators compute in the dtypes of their arguments; autocast would change the products inside.
+    The implementation is one for the device and dtype of the tensor ``like``. Operators compute in the dtypes of their
+    arguments; autocast would change the products inside.
     """
-    run = getattr(implementation(operator, device, backend), function)
+    device = like.device
+    run = getattr(implementation(operator, device, backend, like.dtype), function)
     if not torch.is_autocast_enabled(device.type):
         return run(*arguments, **options)
     with torch.autocast(device.type, enabled=False):

@@ -1,11 +1,16 @@
 """Fixtures of the whole suite: fixed seeds, poisoned memory, shared numbers; GPU tests say why they are skipped."""
 
+import os
 import random
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+
+# Without a GPU Triton's kernels are interpreted; Triton reads this as they are defined, so it has to be set first.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Everything here is tiny: one thread is the fastest, and no busy neighbour can stall it.
 torch.set_num_threads(1)

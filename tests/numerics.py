@@ -43,8 +43,13 @@ def assert_close_to_fp64(
 
 
 def implementations(operator: str) -> list:
-    """Parameters ``(device, backend)``: every backend of ``operator``, skipped with the reason where it cannot run."""
+    """Parameters ``(device, backend)``: every backend of ``operator``, skipped with the reason where it cannot run.
+
+    Triton's kernels run on the CPU too, where its interpreter is on (conftest.py).
+    """
     found = []
+    if "triton" in dispatch.implemented(operator) and dispatch.interpreted():
+        found.append(pytest.param("cpu", "triton", id="cpu-triton"))
     for device, backends in dispatch.AUTO[operator].items():
         for backend in backends:
             marks = [pytest.mark.gpu] if device == "cuda" else []
@@ -52,3 +57,9 @@ def implementations(operator: str) -> list:
                 marks.append(pytest.mark.skip(reason=reason))
             found.append(pytest.param(device, backend, marks=marks, id=f"{device}-{backend}"))
     return found
+
+
+def skip_where_unsupported(operator: str, device: str, backend: str, dtype: torch.dtype) -> None:
+    """Skip the test, with the reason, where the backend does not compute in ``dtype``."""
+    if reason := dispatch.missing(operator, backend, device, dtype):
+        pytest.skip(reason)

@@ -174,7 +174,7 @@ def _laprop(
     dispatch.call(
         "forward",
         "laprop",
-        params[0].device,
+        params[0],
         backend,
         params,
         grads,

@@ -11,7 +11,7 @@ def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_targets(targets, len(weight))
-    return dispatch.call("forward", "linear_logprob", hidden.device, backend, hidden, weight, targets, statistics)
+    return dispatch.call("forward", "linear_logprob", hidden, backend, hidden, weight, targets, statistics)
 
 
 @_forward.register_fake
@@ -36,7 +36,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     arguments = grad, hidden, weight, targets, normaliser, hidden_needed, weight_needed
-    return dispatch.call("backward", "linear_logprob", hidden.device, backend, *arguments)
+    return dispatch.call("backward", "linear_logprob", hidden, backend, *arguments)
 
 
 @_backward.register_fake

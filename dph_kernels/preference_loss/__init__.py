@@ -52,9 +52,9 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     inputs = (rewards_chosen, rewards_rejected, policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    device = (policy_chosen if rewards_chosen is None else rewards_chosen).device
+    like = policy_chosen if rewards_chosen is None else rewards_chosen
     options = (beta, dpo_epsilon, dph_epsilon, objective, dpo_weight, dph_weight)
-    return dispatch.call("forward", "preference_loss", device, backend, *inputs, *options, _precision(*inputs))
+    return dispatch.call("forward", "preference_loss", like, backend, *inputs, *options, _precision(*inputs))
 
 
 @_forward.register_fake
@@ -97,7 +97,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (rewards_chosen, rewards_rejected, policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     options = (beta, dpo_epsilon, dph_epsilon, objective, dpo_weight, dph_weight)
-    return dispatch.call("backward", "preference_loss", grad.device, backend, grad, *inputs, *options)
+    like = policy_chosen if rewards_chosen is None else rewards_chosen
+    return dispatch.call("backward", "preference_loss", like, backend, grad, *inputs, *options)
 
 
 @_backward.register_fake

@@ -78,7 +78,7 @@ def _rope_attention(
     q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     arguments = q, k, v, memory_k, memory_v, segments, q_cos, q_sin, k_cos, k_sin, scale
-    return dispatch.call("forward", "rope_attention", q.device, backend, *arguments)
+    return dispatch.call("forward", "rope_attention", q, backend, *arguments)
 
 
 @_rope_attention.register_fake
@@ -93,7 +93,7 @@ def _rope_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tables = q_cos, q_sin, k_cos, k_sin
     arguments = grad, q, rotated, v, memory_k, memory_v, out, lse, segments, *tables, scale
-    return dispatch.call("backward", "rope_attention", q.device, backend, *arguments)
+    return dispatch.call("backward", "rope_attention", q, backend, *arguments)
 
 
 @_rope_attention_backward.register_fake

@@ -24,7 +24,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = hidden, reward, w1, b1, w2, b2, row_ids, dropout, input_dropout, seed, save
-    return dispatch.call("forward", "swiglu_reward", hidden.device, backend, *arguments)
+    return dispatch.call("forward", "swiglu_reward", hidden, backend, *arguments)
 
 
 @_forward.register_fake
@@ -66,7 +66,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments = grad, hidden, reward, w1, w2, row_ids, projected, pooled, dropout, input_dropout, seed, needs
-    return dispatch.call("backward", "swiglu_reward", hidden.device, backend, *arguments)
+    return dispatch.call("backward", "swiglu_reward", hidden, backend, *arguments)
 
 
 @_backward.register_fake

@@ -68,6 +68,7 @@ def test_a_named_backend_is_taken(operator, monkeypatch):
 )
 def test_a_named_backend_that_cannot_run_raises_with_the_reason(operator, device, backend, reason, monkeypatch):
     lacking(monkeypatch, cuda="no nvcc")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match=f"^made_up: backend '{backend}' cannot run: {reason}$"):
         dispatch.choose(operator, device, backend)
 
@@ -79,7 +80,7 @@ def test_a_backend_without_code_raises(operator, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["flash", "sdpa"])
-@pytest.mark.parametrize("operator", dispatch.AUTO)
+@pytest.mark.parametrize("operator", [name for name in dispatch.AUTO if name != "rope_attention"])
 def test_other_projects_kernels_are_known_by_name_and_not_there_yet(operator, backend):
     message = f"{operator}: backend '{backend}' cannot run: {operator} has no '{backend}' backend yet, only .*reference"
     with pytest.raises(RuntimeError, match=message):

@@ -1,0 +1,317 @@
+"""Which blocks of keys a tile of queries visits, and the other way round: from the layout, once for all layers.
+
+A tile is a run of neighbouring rows that one program works on; a run is a range of the other side that it walks through
+in blocks. Where every row of a tile sees every row of a block, the run is *full* and needs no mask; elsewhere who sees
+whom follows from ``bounds``. What a tile does not see is not in its runs, so no work is ever launched for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = np.ndarray
+
+
+class Schedule(NamedTuple):
+    """Work for a kernel, the longest first; all int32.
+
+    tiles: [N, 6] columns start, end (rows of the tile), first_run, first_masked, last_run (its full runs, then its
+        masked ones), parts (how many segments its rows belong to). A tile without runs only writes zeros.
+    runs: [R, 2] start, end; full runs hold whole blocks, and no run crosses from the memory to the new keys.
+    pieces: [P + 1] tiles in the order of their rows where the work of one tile was split, else None: entries
+        ``pieces[i]`` to ``pieces[i + 1]`` of ``order`` are the numbers of the items that share their rows.
+    order: [N] see ``pieces``.
+    """
+
+    tiles: Tensor
+    runs: Tensor
+    pieces: Tensor | None = None
+    order: Tensor | None = None
+
+    @property
+    def split(self) -> bool:
+        """Whether some tile's work is shared by several items, whose results have to be combined."""
+        return self.pieces is not None
+
+
+def by_queries(
+    segments: Tensor, queries: int, memory: int, *, rows: int, block: int, limit: int = 0, device: torch.device
+) -> Schedule:
+    """Tiles of up to ``rows`` queries and the keys that they see (memory first), in blocks of ``block``.
+
+    ``limit`` > 0 splits a tile's work into items of at most that many blocks (few queries on many keys).
+    """
+    return _by_queries(_content(segments), queries, memory, rows, block, limit, device)
+
+
+def by_keys(
+    segments: Tensor, queries: int, keys: int, memory: int, *, rows: int, block: int, device: torch.device
+) -> Schedule:
+    """Tiles of up to ``rows`` new keys (numbered without the memory) and the queries that see them."""
+    return _by_keys(_content(segments), queries, keys, memory, rows, block, device)
+
+
+def bounds(segments: Tensor, queries: int, *, device: torch.device) -> Tensor:
+    """[T, 4] int32: query i sees keys ``[0] <= j < [1]`` of its own and ``[2] <= j < [3]`` of its prefix."""
+    return _bounds(_content(segments), queries, device)
+
+
+# The content is the key of the caches: positions roll on from step to step and do not matter here.
+
+
+def _content(segments: Tensor) -> bytes:
+    return segments[:, :6].numpy().tobytes()
+
+
+def _segments(content: bytes) -> Array:
+    """[G, 6] rows that hold queries, in the order of their queries."""
+    table = np.frombuffer(content, dtype=np.int64).reshape(-1, 6)
+    table = table[table[:, 1] > table[:, 0]]
+    return table[table[:, 0].argsort(kind="stable")]
+
+
+@functools.lru_cache(maxsize=256)
+def _bounds(content: bytes, queries: int, device: torch.device) -> Tensor:
+    result = np.zeros((queries, 4), dtype=np.int32)
+    for q0, q1, k0, k1, p0, p1 in _segments(content):
+        result[q0:q1] = k0, k0, p0, p1
+        result[q0:q1, 1] = np.maximum(np.arange(k1 - q1 + q0, k1) + 1, k0)
+    return _tensor(result, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _by_queries(
+    content: bytes, queries: int, memory: int, rows: int, block: int, limit: int, device: torch.device
+) -> Schedule:
+    table = _segments(content)
+    q0, q1, k0, k1, p0, p1 = table.T
+    tiles = _cut(*_query_groups(table, queries), rows, block)
+    tile, owner = _crossings(tiles, q0, q1)
+    first, last = np.maximum(tiles[tile, 0], q0[owner]), np.minimum(tiles[tile, 1], q1[owner])
+    q1, k0, k1, p0, p1 = (x[owner] for x in (q1, k0, k1, p0, p1))
+    for_all, for_any = (np.maximum(k1 - q1 + 1 + row, k0) for row in (first, last - 1))
+    count = last - first
+    axis = int(max(k1.max(initial=0), p1.max(initial=0), memory)) + 1
+    seen = _levels(
+        tile, [(p0, p1, np.ones_like(count)), (k0, for_any, np.ones_like(count))], np.ones(len(tiles), np.int64), axis
+    )
+    full = _levels(tile, [(p0, p1, count), (k0, for_all, count)], tiles[:, 1] - tiles[:, 0], axis)
+    seen, full = _split_at(seen, memory, axis), _split_at(full, memory, axis)
+    return _schedule(tiles, seen, full, np.bincount(tile, minlength=len(tiles)), block, axis, limit, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _by_keys(
+    content: bytes, queries: int, keys: int, memory: int, rows: int, block: int, device: torch.device
+) -> Schedule:
+    table = _segments(content)
+    q0, q1, *ranges = table.T
+    k0, k1, p0, p1 = (np.maximum(x - memory, 0) for x in ranges)
+    shift = ranges[1] - memory - q1  # the first query that sees own key j is j - shift
+    tiles = _cut(*_key_groups(q0, q1, k0, k1, p0, p1, shift, keys), rows, block)
+    parts = []
+    for start, end, own in ((k0, k1, True), (p0, p1, False)):
+        tile, owner = _crossings(tiles, start, end)
+        low, high = np.maximum(tiles[tile, 0], start[owner]), np.minimum(tiles[tile, 1], end[owner])
+        a, b, s = q0[owner], q1[owner], shift[owner]
+        for_any, for_all = (np.clip(x - s, a, b) if own else a for x in (low, high - 1))
+        parts.append((tile, for_any, for_all, b, high - low))
+    tile, for_any, for_all, end, count = (np.concatenate(x) for x in zip(*parts, strict=True))
+    axis = queries + 1
+    seen = _levels(tile, [(for_any, end, np.ones_like(count))], np.ones(len(tiles), np.int64), axis)
+    full = _levels(tile, [(for_all, end, count)], tiles[:, 1] - tiles[:, 0], axis)
+    return _schedule(tiles, seen, full, np.bincount(tile, minlength=len(tiles)), block, axis, 0, device)
+
+
+# Cutting rows into tiles
+
+
+def _query_groups(table: Array, queries: int) -> tuple[Array, Array]:
+    """Runs of queries that share a prefix, and the gaps between them: ranges [n, 2] and the keys seen [n, 4]."""
+    q0, q1, k0, k1, p0, p1 = table.T
+    follows = np.zeros(len(table), dtype=bool)
+    follows[1:] = (q0[1:] == q1[:-1]) & (p0[1:] == p0[:-1]) & (p1[1:] == p1[:-1]) & (p1[1:] > p0[1:])
+    heads = np.flatnonzero(~follows)
+    if not len(heads):
+        return _with_gaps(np.empty((0, 2), np.int64), np.empty((0, 4), np.int64), queries)
+    tails = np.append(heads[1:], len(table)) - 1
+    seen = np.stack([p0[heads], p1[heads], np.minimum.reduceat(k0, heads), np.maximum.reduceat(k1, heads)], 1)
+    return _with_gaps(np.stack([q0[heads], q1[tails]], 1), seen, queries)
+
+
+def _key_groups(
+    q0: Array, q1: Array, k0: Array, k1: Array, p0: Array, p1: Array, shift: Array, keys: int
+) -> tuple[Array, Array]:
+    """Runs of new keys that the same segments see, and those that nobody sees: ranges [n, 2] and queries [n, 4]."""
+    cuts = np.unique(np.concatenate([k0, k1, p0, p1, [0, keys]]))
+    ranges = np.stack([cuts[:-1], cuts[1:]], 1)
+    low, high = np.full(len(ranges), np.iinfo(np.int64).max), np.zeros(len(ranges), np.int64)
+    for start, end, own in ((k0, k1, True), (p0, p1, False)):
+        piece, owner = _crossings(ranges, start, end)
+        first = np.clip(ranges[piece, 0] - shift[owner], q0[owner], q1[owner]) if own else q0[owner]
+        np.minimum.at(low, piece, first)
+        np.maximum.at(high, piece, q1[owner])
+    low = np.minimum(low, high)
+    return ranges, np.stack([low, high, high, high], 1)
+
+
+def _with_gaps(ranges: Array, seen: Array, total: int) -> tuple[Array, Array]:
+    """The same with the ranges of 0 .. total that are in no group, which see nothing."""
+    gaps = np.stack([np.append(0, ranges[:, 1]), np.append(ranges[:, 0], total)], 1)
+    gaps = gaps[gaps[:, 1] > gaps[:, 0]]
+    ranges = np.concatenate([ranges, gaps])
+    seen = np.concatenate([seen, np.zeros((len(gaps), 4), np.int64)])
+    order = ranges[:, 0].argsort(kind="stable")
+    return ranges[order], seen[order]
+
+
+def _cut(ranges: Array, seen: Array, rows: int, block: int) -> Array:
+    """Tiles [N, 2] of at most ``rows`` rows; a group joins the tile before it where that saves blocks.
+
+    It does where both look at the same rows, or at few neighbouring ones. Groups that look at different things (the
+    memories of two streams) stay apart, so that each has only its own to walk through.
+    """
+    tiles: list[tuple[int, int]] = []
+    start = end = cost = 0
+    view = (0, 0, 0, 0)
+    for (low, high), mine in zip(ranges.tolist(), seen.tolist(), strict=True):
+        mine_cost = _blocks(*mine, block)
+        if end > start:
+            joint = _hull(view, mine)
+            joint_cost = _blocks(*joint, block)
+            fits = high - start <= rows and low == end
+            if (
+                fits
+                and joint_cost < cost + mine_cost
+                and 2 * joint_cost <= 2 * max(cost, mine_cost) + min(cost, mine_cost)
+            ):
+                end, view, cost = high, joint, joint_cost
+                continue
+            tiles.append((start, end))
+        whole = max(-(-(high - low) // rows) - 1, 0)
+        tiles += [(low + i * rows, low + (i + 1) * rows) for i in range(whole)]
+        start, end, view, cost = low + whole * rows, high, tuple(mine), mine_cost
+    if end > start:
+        tiles.append((start, end))
+    return np.array(tiles, dtype=np.int64).reshape(-1, 2)
+
+
+def _hull(a: tuple[int, ...], b: list[int]) -> tuple[int, ...]:
+    """Two ranges each, (start, end, start, end), to the ranges that hold both."""
+    joined: list[int] = []
+    for i in (0, 2):
+        if a[i] == a[i + 1]:
+            joined += b[i : i + 2]
+        elif b[i] == b[i + 1]:
+            joined += a[i : i + 2]
+        else:
+            joined += [min(a[i], b[i]), max(a[i + 1], b[i + 1])]
+    return tuple(joined)
+
+
+def _blocks(a0: int, a1: int, b0: int, b1: int, block: int) -> int:
+    """Blocks that cover two ranges, which may meet."""
+    if a0 < a1 and b0 < b1 and max(a0, b0) <= min(a1, b1):
+        return -(-(max(a1, b1) - min(a0, b0)) // block)
+    return -(-(a1 - a0) // block) - (-(b1 - b0) // block)
+
+
+# Ranges
+
+
+def _crossings(tiles: Array, start: Array, end: Array) -> tuple[Array, Array]:
+    """Every (tile, range) that have rows in common; the tiles are sorted and disjoint, the ranges need not be."""
+    first = np.searchsorted(tiles[:, 1], start, side="right")
+    last = np.searchsorted(tiles[:, 0], end, side="left")
+    count = np.where(end > start, np.maximum(last - first, 0), 0)
+    owner = np.repeat(np.arange(len(start)), count)
+    return _count_on(first, count), owner
+
+
+def _count_on(first: Array, count: Array) -> Array:
+    """``first[i], first[i] + 1, ...``, ``count[i]`` numbers for each i."""
+    ends = count.cumsum()
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - count - first, count)
+
+
+def _levels(tile: Array, weighted: list[tuple[Array, Array, Array]], needed: Array, axis: int) -> Array:
+    """Ranges [n, 2] where the weights of a tile's ranges (start, end, weight) add up to what it needs.
+
+    Coordinates count on from tile to tile: ``tile * axis + position`` with every position < axis.
+    """
+    starts = np.concatenate([tile * axis + start for start, _, _ in weighted])
+    ends = np.concatenate([tile * axis + np.maximum(start, end) for start, end, _ in weighted])
+    weights = np.concatenate([weight for _, _, weight in weighted])
+    places, index = np.unique(np.concatenate([starts, ends]), return_inverse=True)
+    if not len(places):
+        return np.empty((0, 2), np.int64)
+    steps = np.bincount(index.ravel(), np.concatenate([weights, -weights]).astype(np.float64), len(places))
+    enough = steps.cumsum().astype(np.int64) >= needed[places // axis]
+    edges = np.flatnonzero(np.diff(enough, prepend=False, append=False))
+    return places[np.minimum(edges, len(places) - 1)].reshape(-1, 2)
+
+
+def _split_at(ranges: Array, position: int, axis: int) -> Array:
+    """The ranges, none of which crosses ``position`` of its tile any more."""
+    cut = ranges[:, 0] // axis * axis + position
+    crossing = (ranges[:, 0] < cut) & (cut < ranges[:, 1])
+    left, right = ranges.copy(), ranges[crossing]
+    left[crossing, 1] = right[:, 0] = cut[crossing]
+    joined = np.concatenate([left, right])
+    return joined[joined[:, 0].argsort(kind="stable")]
+
+
+def _schedule(
+    tiles: Array, seen: Array, full: Array, parts: Array, block: int, axis: int, limit: int, device: torch.device
+) -> Schedule:
+    """Cut the ranges that are seen into blocks, and put the blocks of a tile together as runs again."""
+    length = seen[:, 1] - seen[:, 0]
+    count = -(-length // block)
+    start = _count_on(np.zeros_like(count), count) * block + np.repeat(seen[:, 0], count)
+    end = np.minimum(start + block, np.repeat(seen[:, 1], count))
+    masked = ~_inside(start, end, full) | (end - start < block)
+    owner = start // axis
+    order = np.lexsort((start, masked, owner))
+    start, end, masked, owner = start[order], end[order], masked[order], owner[order]
+    per_tile = np.bincount(owner, minlength=len(tiles))
+    item, owners = _items(owner, per_tile, limit)
+    fresh = np.ones(len(start), dtype=bool)
+    fresh[1:] = (start[1:] != end[:-1]) | (masked[1:] != masked[:-1]) | (item[1:] != item[:-1])
+    heads = np.flatnonzero(fresh)
+    tails = np.append(heads[1:], len(start)) - 1 if len(heads) else heads
+    runs = np.stack([start[heads] % axis, end[tails] - owner[heads] * axis], 1)
+    last = np.cumsum(np.bincount(item[heads], minlength=len(owners)))
+    first = last - np.bincount(item[heads], minlength=len(owners))
+    first_masked = first + np.bincount(item[heads][~masked[heads]], minlength=len(owners))
+    table = np.stack([*tiles[owners].T, first, first_masked, last, parts[owners]], 1)
+    order = np.argsort(-np.bincount(item, minlength=len(owners)), kind="stable")
+    result = Schedule(_tensor(table[order], device), _tensor(runs, device))
+    if len(owners) == len(tiles):
+        return result
+    pieces = np.append(np.searchsorted(owners, np.arange(len(tiles))), len(owners))
+    return result._replace(pieces=_tensor(pieces, device), order=_tensor(np.argsort(order, kind="stable"), device))
+
+
+def _inside(start: Array, end: Array, ranges: Array) -> Array:
+    """Whether [start, end) lies within one of the sorted, disjoint ``ranges``."""
+    if not len(ranges):
+        return np.zeros(len(start), dtype=bool)
+    at = np.searchsorted(ranges[:, 0], start, side="right") - 1
+    return (at >= 0) & (end <= ranges[at, 1])
+
+
+def _items(owner: Array, per_tile: Array, limit: int) -> tuple[Array, Array]:
+    """The item of every block, and the tile of every item; a tile without blocks is an item too."""
+    items = np.maximum(-(-per_tile // limit), 1) if limit else np.ones_like(per_tile)
+    first = items.cumsum() - items
+    within = np.arange(len(owner)) - np.repeat(per_tile.cumsum() - per_tile, per_tile)
+    return first[owner] + (within // limit if limit else 0), np.repeat(np.arange(len(per_tile)), items)
+
+
+def _tensor(array: Array, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)

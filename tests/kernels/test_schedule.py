@@ -1,0 +1,135 @@
+"""The schedule against the mask: every visible pair is visited once, full blocks hold no hidden one."""
+
+import random
+import time
+
+import pytest
+import torch
+from attention import LAYOUTS
+
+from dph_kernels import PackedLayout
+from dph_kernels.rope_attention import schedule
+
+CPU = torch.device("cpu")
+
+
+def seen_from_bounds(bounds, keys):
+    j = torch.arange(keys)
+    lo, hi, p0, p1 = bounds[:, :, None].unbind(1)
+    return ((lo <= j) & (j < hi)) | ((p0 <= j) & (j < p1))
+
+
+def visits(work, mask, rows, block, boundary=0):
+    """How often each pair [rows, columns] of ``mask`` is visited; checks every tile and run on the way."""
+    counts, owners = torch.zeros(mask.shape, dtype=torch.int32), torch.zeros(mask.shape[0], dtype=torch.int32)
+    blocks = []
+    for start, end, first, first_masked, last, parts in work.tiles.tolist():
+        assert 0 < end - start <= rows
+        owners[start:end] += 1
+        blocks.append(0)
+        assert first <= first_masked <= last
+        for number, (a, b) in enumerate(work.runs[first:last].tolist(), first):
+            assert a < b
+            assert not a < boundary < b
+            seen = mask[start:end, a:b]
+            if number < first_masked:
+                assert (b - a) % block == 0
+                assert seen.all()
+            blocks[-1] += -(-(b - a) // block)
+            assert all(seen[:, i : i + block].any() for i in range(0, b - a, block)), "a block that nobody needs"
+            counts[start:end, a:b] += seen
+        assert parts or not mask[start:end].any()
+    assert blocks == sorted(blocks, reverse=True)
+    return counts, owners
+
+
+def check(layout, rows, block, limit=0):
+    mask = layout.visible()
+    bounds = schedule.bounds(layout.segments, layout.queries, device=CPU)
+    assert torch.equal(seen_from_bounds(bounds, mask.shape[1]), mask)
+    work = schedule.by_queries(
+        layout.segments, layout.queries, layout.memory, rows=rows, block=block, limit=limit, device=CPU
+    )
+    counts, owners = visits(work, mask, rows, block, layout.memory)
+    assert torch.equal(counts, mask.int())
+    assert work.split == bool((owners > 1).any())
+    if not work.split:
+        assert (owners == 1).all()
+    else:
+        groups = [work.order[a:b] for a, b in zip(work.pieces[:-1].tolist(), work.pieces[1:].tolist(), strict=True)]
+        assert torch.equal(torch.cat(groups).sort().values, torch.arange(len(work.tiles), dtype=torch.int32))
+        for group in groups:
+            assert len(work.tiles[group.long(), :2].unique(dim=0)) == 1
+    work = schedule.by_keys(
+        layout.segments, layout.queries, layout.keys, layout.memory, rows=rows, block=block, device=CPU
+    )
+    counts, owners = visits(work, mask[:, layout.memory :].T, rows, block)
+    assert torch.equal(counts, mask[:, layout.memory :].T.int())
+    assert (owners == 1).all()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("rows", "block"), [(16, 16), (64, 32), (32, 64)])
+@pytest.mark.parametrize("limit", [0, 2])
+def test_every_layout(name, rows, block, limit):
+    check(LAYOUTS[name], rows, block, limit)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_layouts(seed):
+    rng = random.Random(seed)
+    prompts = [rng.choice([0, 1, rng.randint(1, 90)]) for _ in range(rng.randint(1, 6))]
+    branches = [[rng.randint(0, 40) for _ in range(rng.randint(0, 5))] for _ in prompts]
+    check(PackedLayout.shared_prefix(prompts, branches), rng.choice([8, 16, 64]), rng.choice([8, 16, 64]))
+    streams = rng.randint(1, 5)
+    filled = [rng.randint(0, 50) for _ in range(streams)]
+    layout = PackedLayout.with_memory([rng.randint(0, 60) for _ in range(streams)], filled, 50)
+    check(layout, rng.choice([8, 16, 64]), rng.choice([8, 16, 64]), rng.choice([0, 1, 3]))
+
+
+def test_branches_share_the_tiles_of_their_prompt():
+    """16 candidates of 4 tokens on a prompt of 256: one tile of queries, which walks through the prompt once."""
+    layout = PackedLayout.shared_prefix([256], [[4] * 16])
+    work = schedule.by_queries(layout.segments, layout.queries, 0, rows=64, block=64, device=CPU)
+    assert sorted(work.tiles[:, :2].tolist()) == [[0, 64], [64, 128], [128, 192], [192, 256], [256, 320]]
+    last = max(work.tiles.tolist())
+    assert work.runs[last[2] : last[3]].tolist() == [[0, 256]]
+    assert work.runs[last[3] : last[4]].tolist() == [[256, 320]]
+
+
+def test_a_key_of_the_prompt_hears_from_its_branches_in_one_run():
+    layout = PackedLayout.shared_prefix([64], [[30, 50, 48]])
+    work = schedule.by_keys(layout.segments, layout.queries, layout.keys, 0, rows=64, block=64, device=CPU)
+    (first,) = (t for t in work.tiles.tolist() if t[0] == 0)
+    assert work.runs[first[2] : first[3]].tolist() == [[64, 192]]
+    assert work.runs[first[3] : first[4]].tolist() == [[0, 64]]
+
+
+def test_streams_keep_their_tiles_apart():
+    """One new token each on four memories: a program each, instead of one that walks through all of them."""
+    layout = PackedLayout.with_memory([1] * 4, [500] * 4, 512)
+    work = schedule.by_queries(layout.segments, layout.queries, layout.memory, rows=64, block=64, device=CPU)
+    assert sorted(work.tiles[:, :2].tolist()) == [[i, i + 1] for i in range(4)]
+
+
+def test_short_documents_share_a_tile():
+    layout = PackedLayout.documents([10] * 6)
+    work = schedule.by_queries(layout.segments, layout.queries, 0, rows=64, block=64, device=CPU)
+    assert work.tiles[:, :2].tolist() == [[0, 60]]
+
+
+def test_positions_do_not_matter_and_nothing_is_computed_twice():
+    """Streams roll on: the same schedule, the same tensors."""
+    a, b = (PackedLayout.with_memory([8], [16], 16, [seen]) for seen in (16, 24))
+    works = [schedule.by_queries(x.segments, 8, 16, rows=64, block=64, device=CPU) for x in (a, b)]
+    assert works[0] is works[1]
+
+
+def test_a_large_layout_is_scheduled_in_milliseconds():
+    layout = PackedLayout.shared_prefix([300] * 500, [[20, 30, 40]] * 500)
+    best = float("inf")
+    for queries in (layout.queries, layout.queries + 1):  # another key of the cache
+        start = time.perf_counter()
+        schedule.by_queries(layout.segments, queries, 0, rows=128, block=64, device=CPU)
+        best = min(best, time.perf_counter() - start)
+    assert best < 0.5
