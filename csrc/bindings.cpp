@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention.h"
 #include "laprop.h"
 #ifdef DPH_CUDA
 #include "cuda/runtime.h"
@@ -57,6 +58,76 @@ void bind_laprop(py::module_& module) {
 #endif
 }
 
+dph::AttentionRows attention_rows(intptr_t data, int64_t row, int64_t head) {
+  return {reinterpret_cast<void*>(data), row, head};
+}
+
+// Every field by its name: a field that a caller misspells is an error there.
+template <class T>
+T from_fields(const py::kwargs& fields) {
+  T result;
+  py::object holder = py::cast(&result, py::return_value_policy::reference);
+  for (const auto& [name, value] : fields) holder.attr(name) = value;
+  return result;
+}
+
+template <class T, class Pointer>
+auto address(Pointer T::* field) {
+  return [field](T& self, intptr_t value) { self.*field = reinterpret_cast<Pointer>(value); };
+}
+
+void bind_attention(py::module_& module) {
+  using namespace dph;
+  using namespace py::literals;
+  module.attr("ATTENTION_ROWS") = ATTENTION_ROWS;
+  module.attr("ATTENTION_BLOCK") = ATTENTION_BLOCK;
+  py::class_<AttentionRows>(module, "AttentionRows").def(py::init(&attention_rows), "data"_a, "row"_a, "head"_a);
+  py::class_<AttentionArguments> attention(module, "AttentionArguments");
+  attention.def(py::init(&from_fields<AttentionArguments>))
+      .def("schedule",
+           [](AttentionArguments& self, intptr_t tiles, intptr_t runs, intptr_t bounds, int64_t count, intptr_t tasks,
+              int64_t task_count) {
+             self.work = {reinterpret_cast<const int32_t*>(tiles), reinterpret_cast<const int32_t*>(runs),
+                          reinterpret_cast<const int32_t*>(bounds), reinterpret_cast<const int32_t*>(tasks), count,
+                          task_count};
+           },
+           py::kw_only(), "tiles"_a, "runs"_a, "bounds"_a, "count"_a, "tasks"_a = 0, "task_count"_a = 0)
+      .def_readwrite("heads", &AttentionArguments::heads)
+      .def_readwrite("head_dim", &AttentionArguments::head_dim)
+      .def_readwrite("memory", &AttentionArguments::memory)
+      .def_readwrite("scale", &AttentionArguments::scale)
+      .def_readwrite("bf16", &AttentionArguments::bf16)
+      .def_readwrite("q", &AttentionArguments::q)
+      .def_readwrite("k", &AttentionArguments::k)
+      .def_readwrite("v", &AttentionArguments::v)
+      .def_readwrite("memory_k", &AttentionArguments::memory_k)
+      .def_readwrite("memory_v", &AttentionArguments::memory_v)
+      .def_readwrite("out", &AttentionArguments::out)
+      .def_readwrite("grad", &AttentionArguments::grad)
+      .def_readwrite("dq", &AttentionArguments::dq)
+      .def_readwrite("dk", &AttentionArguments::dk)
+      .def_readwrite("dv", &AttentionArguments::dv)
+      .def_property("q_cos", nullptr, address(&AttentionArguments::q_cos))
+      .def_property("q_sin", nullptr, address(&AttentionArguments::q_sin))
+      .def_property("lse", nullptr, address(&AttentionArguments::lse));
+  py::class_<RotateArguments>(module, "RotateArguments")
+      .def(py::init(&from_fields<RotateArguments>))
+      .def_readwrite("source", &RotateArguments::in)
+      .def_readwrite("target", &RotateArguments::out)
+      .def_readwrite("rows", &RotateArguments::rows)
+      .def_readwrite("heads", &RotateArguments::heads)
+      .def_readwrite("head_dim", &RotateArguments::head_dim)
+      .def_readwrite("sign", &RotateArguments::sign)
+      .def_readwrite("source_bf16", &RotateArguments::in_bf16)
+      .def_readwrite("target_bf16", &RotateArguments::out_bf16)
+      .def_property("cos", nullptr, address(&RotateArguments::cos))
+      .def_property("sin", nullptr, address(&RotateArguments::sin));
+  const py::call_guard<py::gil_scoped_release> released;
+  module.def("attention_forward_cpu", &attention_forward_cpu, "arguments"_a, "threads"_a, released);
+  module.def("attention_backward_cpu", &attention_backward_cpu, "arguments"_a, "threads"_a, released);
+  module.def("rotate_cpu", &rotate_cpu, "arguments"_a, "threads"_a, released);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -70,5 +141,6 @@ PYBIND11_MODULE(_native, module) {
 #else
   module.attr("cuda") = 0;
 #endif
+  bind_attention(module);
   bind_laprop(module);
 }

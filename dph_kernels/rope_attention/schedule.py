@@ -56,6 +56,17 @@ def by_keys(
     return _by_keys(_content(segments), queries, keys, memory, rows, block, device)
 
 
+def by_component(
+    segments: Tensor, queries: int, memory: int, *, rows: int, block: int, device: torch.device
+) -> tuple[Schedule, Tensor]:
+    """The tiles of ``by_queries`` in the order of their rows, and [C + 1] int32: where each component begins.
+
+    Tiles of different components see no new key in common, so their gradients can be added up side by side. The
+    component with the most work comes first.
+    """
+    return _by_component(_content(segments), queries, memory, rows, block, device)
+
+
 def bounds(segments: Tensor, queries: int, *, device: torch.device) -> Tensor:
     """[T, 4] int32: query i sees keys ``[0] <= j < [1]`` of its own and ``[2] <= j < [3]`` of its prefix."""
     return _bounds(_content(segments), queries, device)
@@ -102,7 +113,7 @@ def _by_queries(
     )
     full = _levels(tile, [(p0, p1, count), (k0, for_all, count)], tiles[:, 1] - tiles[:, 0], axis)
     seen, full = _split_at(seen, memory, axis), _split_at(full, memory, axis)
-    return _schedule(tiles, seen, full, np.bincount(tile, minlength=len(tiles)), block, axis, limit, device)
+    return _schedule(tiles, seen, full, np.bincount(tile, minlength=len(tiles)), block, axis, memory, limit, device)
 
 
 @functools.lru_cache(maxsize=256)
@@ -125,7 +136,34 @@ def _by_keys(
     axis = queries + 1
     seen = _levels(tile, [(for_any, end, np.ones_like(count))], np.ones(len(tiles), np.int64), axis)
     full = _levels(tile, [(for_all, end, count)], tiles[:, 1] - tiles[:, 0], axis)
-    return _schedule(tiles, seen, full, np.bincount(tile, minlength=len(tiles)), block, axis, 0, device)
+    return _schedule(tiles, seen, full, np.bincount(tile, minlength=len(tiles)), block, axis, 0, 0, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _by_component(
+    content: bytes, queries: int, memory: int, rows: int, block: int, device: torch.device
+) -> tuple[Schedule, Tensor]:
+    work = _by_queries(content, queries, memory, rows, block, 0, torch.device("cpu"))
+    tiles, runs = work.tiles.numpy().astype(np.int64), work.runs.numpy().astype(np.int64)
+    owner = np.repeat(np.arange(len(tiles)), tiles[:, 4] - tiles[:, 2])
+    runs = runs[_count_on(tiles[:, 2], tiles[:, 4] - tiles[:, 2])]
+    new = runs[:, 0] >= memory
+    low, high = np.full(len(tiles), np.iinfo(np.int64).max), np.full(len(tiles), -1)
+    np.minimum.at(low, owner[new], runs[new, 0])
+    np.maximum.at(high, owner[new], runs[new, 1])
+    low = np.where(high < 0, 0, low)  # sees no new key: joins whatever component is first
+    order = np.argsort(low, kind="stable")
+    reach = np.maximum.accumulate(high[order]) if len(order) else high
+    fresh = np.ones(len(order), dtype=bool)
+    fresh[1:] = low[order][1:] >= np.maximum(reach[:-1], 0)
+    component = np.empty(len(order), np.int64)
+    component[order] = fresh.cumsum() - 1
+    weight = np.bincount(component, np.bincount(owner, runs[:, 1] - runs[:, 0], len(tiles)))
+    rank = np.empty(len(weight), np.int64)
+    rank[np.argsort(-weight, kind="stable")] = np.arange(len(weight))
+    order = np.lexsort((tiles[:, 0], rank[component]))
+    starts = np.append(0, np.bincount(rank[component]).cumsum()) if len(order) else np.zeros(1)
+    return Schedule(_tensor(tiles[order], device), work.runs.to(device)), _tensor(starts, device)
 
 
 # Cutting rows into tiles
@@ -267,9 +305,20 @@ def _split_at(ranges: Array, position: int, axis: int) -> Array:
 
 
 def _schedule(
-    tiles: Array, seen: Array, full: Array, parts: Array, block: int, axis: int, limit: int, device: torch.device
+    tiles: Array,
+    seen: Array,
+    full: Array,
+    parts: Array,
+    block: int,
+    axis: int,
+    boundary: int,
+    limit: int,
+    device: torch.device,
 ) -> Schedule:
-    """Cut the ranges that are seen into blocks, and put the blocks of a tile together as runs again."""
+    """Cut the ranges that are seen into blocks, and put the blocks of a tile together as runs again.
+
+    No run crosses ``boundary``; the ranges do not either.
+    """
     length = seen[:, 1] - seen[:, 0]
     count = -(-length // block)
     start = _count_on(np.zeros_like(count), count) * block + np.repeat(seen[:, 0], count)
@@ -282,6 +331,7 @@ def _schedule(
     item, owners = _items(owner, per_tile, limit)
     fresh = np.ones(len(start), dtype=bool)
     fresh[1:] = (start[1:] != end[:-1]) | (masked[1:] != masked[:-1]) | (item[1:] != item[:-1])
+    fresh |= start % axis == boundary
     heads = np.flatnonzero(fresh)
     tails = np.append(heads[1:], len(start)) - 1 if len(heads) else heads
     runs = np.stack([start[heads] % axis, end[tails] - owner[heads] * axis], 1)

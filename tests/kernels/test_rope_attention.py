@@ -3,7 +3,7 @@
 import pytest
 import torch
 from attention import LAYOUTS, ROPE, compare, dense, inputs, rotate, run
-from numerics import FLOOR, implementations
+from numerics import FLOOR, implementations, skip_where_unsupported
 
 from dph_kernels import PackedLayout, rope_attention
 
@@ -25,6 +25,7 @@ def test_every_layout_agrees_with_the_definition(name, device, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["branches", "turned-ring"])
 def test_every_dtype_and_head_dimension(name, dtype, head_dim, device, backend):
+    skip_where_unsupported("rope_attention", device, backend, dtype)
     layout = LAYOUTS[name]
     compare(layout, inputs(layout, 3, head_dim, dtype, device), device, backend)
 
@@ -33,6 +34,7 @@ def test_every_dtype_and_head_dimension(name, dtype, head_dim, device, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_scores_of_ten_thousand(dtype, device, backend):
     """exp(1e4) overflows every dtype: only the subtraction of the maximum saves it."""
+    skip_where_unsupported("rope_attention", device, backend, dtype)
     layout = LAYOUTS["branches"]
     given = q, k, *_ = inputs(layout, 2, 64, dtype, device)
     q, k = (rotate(x.cpu().double(), layout.query_positions, ROPE) for x in (q, k))
@@ -77,6 +79,7 @@ def test_rows_that_see_nothing_are_zero_with_zero_gradient(name, device, backend
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_empty_layouts(dtype, device, backend):
+    skip_where_unsupported("rope_attention", device, backend, dtype)
     for layout in (PackedLayout.documents([]), PackedLayout.documents([0, 0]), PackedLayout.aligned([0], [4]),
                    PackedLayout.with_memory([0], [3], 5)):  # fmt: skip
         q, k, v, memory, grad = inputs(layout, 2, 16, dtype, device)
@@ -224,6 +227,7 @@ def test_memory_written_before_backward_is_noticed(device, backend):
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 @pytest.mark.parametrize("name", ["branches", "part-memory", "fewer-keys"])
 def test_gradcheck(name, device, backend):
+    skip_where_unsupported("rope_attention", device, backend, torch.float64)
     layout = {
         "branches": PackedLayout.shared_prefix([3, 0], [[2, 1], [2]]),
         "part-memory": PackedLayout.with_memory([3, 1], [2, 4], 4),
@@ -248,6 +252,7 @@ def operands(layout, dtype, device, backend):
 @pytest.mark.parametrize("name", ["branches", "part-memory", "padding", "empty"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(name, dtype, device, backend):
+    skip_where_unsupported("rope_attention", device, backend, dtype)
     layout = (LAYOUTS | {"empty": PackedLayout.documents([])})[name].to(device)
     args, grad = operands(layout, dtype, device, backend)
     for x in args[:3]:

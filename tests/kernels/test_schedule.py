@@ -87,6 +87,11 @@ def test_random_layouts(seed):
     check(layout, rng.choice([8, 16, 64]), rng.choice([8, 16, 64]), rng.choice([0, 1, 3]))
 
 
+@pytest.mark.parametrize("filled", [25, 64, 128])
+def test_no_run_crosses_from_a_full_memory_to_the_new_keys(filled):
+    check(PackedLayout.with_memory([70], [filled], filled), 64, 64)
+
+
 def test_branches_share_the_tiles_of_their_prompt():
     """16 candidates of 4 tokens on a prompt of 256: one tile of queries, which walks through the prompt once."""
     layout = PackedLayout.shared_prefix([256], [[4] * 16])

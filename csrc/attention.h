@@ -1,0 +1,63 @@
+// Rotary attention over a packed layout on the CPU: what dph_kernels/rope_attention/native.py hands over.
+#pragma once
+
+#include "common.h"
+
+namespace dph {
+
+// Tensor [rows, heads, D] whose last dimension is contiguous; strides in elements.
+struct AttentionRows {
+  void* data = nullptr;
+  int64_t row = 0;
+  int64_t head = 0;
+};
+
+// The work, as dph_kernels/rope_attention/schedule.py describes it.
+struct AttentionSchedule {
+  const int32_t* tiles = nullptr;   // [count, 6]: start, end, first_run, first_masked, last_run, parts
+  const int32_t* runs = nullptr;    // [.., 2]: start, end; memory rows come before new keys
+  const int32_t* bounds = nullptr;  // [T, 4]: own start, own end, prefix start, prefix end
+  const int32_t* tasks = nullptr;   // [task_count + 1]: tiles that one thread takes, in order; null: each tile is one
+  int64_t count = 0;
+  int64_t task_count = 0;
+};
+
+struct AttentionArguments {
+  AttentionSchedule work;
+  int64_t heads = 0;
+  int64_t head_dim = 0;
+  int64_t memory = 0;  // keys below are rows of memory_k and memory_v
+  double scale = 1.0;
+  bool bf16 = false;  // of q, k, v, memory, out and grad; all else is float
+  AttentionRows q, k, v, memory_k, memory_v, out;  // k holds rotated keys
+  const float* q_cos = nullptr;                    // [T, D/2]
+  const float* q_sin = nullptr;
+  float* lse = nullptr;  // [T, heads], natural logarithm
+  // Backward only. dq is in the dtype of q; dk (of the rotated keys) and dv are float and start as zeros.
+  AttentionRows grad, dq, dk, dv;
+};
+
+constexpr int64_t ATTENTION_ROWS = 64;   // queries in a tile
+constexpr int64_t ATTENTION_BLOCK = 64;  // keys in a block
+
+void attention_forward_cpu(const AttentionArguments& arguments, int threads);
+
+// A task's tiles share their new keys with no other task's, so nothing is added to by two threads.
+void attention_backward_cpu(const AttentionArguments& arguments, int threads);
+
+// out[t, h] = in[t, h] with its halves rotated by the angles whose cosines and (sign *) sines are given.
+struct RotateArguments {
+  AttentionRows in, out;
+  const float* cos = nullptr;  // [T, D/2]
+  const float* sin = nullptr;
+  int64_t rows = 0;
+  int64_t heads = 0;
+  int64_t head_dim = 0;
+  float sign = 1.0f;
+  bool in_bf16 = false;
+  bool out_bf16 = false;
+};
+
+void rotate_cpu(const RotateArguments& arguments, int threads);
+
+}  // namespace dph

@@ -1,0 +1,108 @@
+// Rotary attention on the CPU: threads over tiles and heads, and the kernels for the processor that is found.
+#include "../attention.h"
+
+#include <math.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+namespace dph {
+namespace {
+
+namespace baseline {
+#define DPH_TARGET
+#define DPH_LANES 4
+#include "attention_kernels.h"
+#undef DPH_TARGET
+#undef DPH_LANES
+}  // namespace baseline
+
+// Explicit targets instead of target_clones: vector types have to be as wide as the instruction set's registers.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DPH_X86 1
+namespace avx2 {
+#define DPH_TARGET __attribute__((target("avx2,fma")))
+#define DPH_LANES 8
+#include "attention_kernels.h"
+#undef DPH_TARGET
+#undef DPH_LANES
+}  // namespace avx2
+
+namespace avx512 {
+#define DPH_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define DPH_LANES 16
+#include "attention_kernels.h"
+#undef DPH_TARGET
+#undef DPH_LANES
+}  // namespace avx512
+#endif
+
+struct Kernels {
+  void (*forward)(const AttentionArguments&, int64_t, int64_t, float*) = baseline::forward_tile;
+  void (*backward)(const AttentionArguments&, int64_t, int64_t, float*) = baseline::backward_tile;
+  void (*rotate)(const RotateArguments&, int64_t, float*) = baseline::rotate_rows;
+};
+
+Kernels pick() {
+#ifdef DPH_X86
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+    return {avx512::forward_tile, avx512::backward_tile, avx512::rotate_rows};
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return {avx2::forward_tile, avx2::backward_tile, avx2::rotate_rows};
+  }
+#endif
+  return {};
+}
+
+const Kernels kernels = pick();
+
+struct Free {
+  void operator()(float* p) const { free(p); }
+};
+
+std::unique_ptr<float, Free> scratch(int64_t floats) {
+  return std::unique_ptr<float, Free>(static_cast<float*>(aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
+}
+
+}  // namespace
+
+void attention_forward_cpu(const AttentionArguments& a, int threads) {
+  const int64_t items = a.work.count * a.heads;
+#pragma omp parallel num_threads(threads) if (items > 1)
+  {
+    const auto workspace = scratch(baseline::forward_floats(a.head_dim));
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < items; ++item) {  // longest first; a tile's heads lie side by side in memory
+      kernels.forward(a, item / a.heads, item % a.heads, workspace.get());
+    }
+  }
+}
+
+void attention_backward_cpu(const AttentionArguments& a, int threads) {
+  const int64_t items = a.work.task_count * a.heads;
+#pragma omp parallel num_threads(threads) if (items > 1)
+  {
+    const auto workspace = scratch(baseline::backward_floats(a.head_dim));
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < items; ++item) {
+      const int64_t task = item / a.heads;
+      for (int64_t tile = a.work.tasks[task]; tile < a.work.tasks[task + 1]; ++tile) {
+        kernels.backward(a, tile, item % a.heads, workspace.get());
+      }
+    }
+  }
+}
+
+void rotate_cpu(const RotateArguments& a, int threads) {
+#pragma omp parallel num_threads(threads) if (a.rows * a.heads * a.head_dim > 16384)
+  {
+    const auto workspace = scratch(a.head_dim);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < a.rows; ++row) kernels.rotate(a, row, workspace.get());
+  }
+}
+
+}  // namespace dph

@@ -1,0 +1,403 @@
+// The attention kernels for one instruction set; attention.cpp includes this once for each, in a namespace of its own,
+// with DPH_TARGET (the function attribute) and DPH_LANES (floats in a vector) defined. No include guard: that is why.
+//
+// Queries lie along the lanes of vectors: scores are K Qt with keys as rows, so that keys and values are read as they
+// lie (their elements are broadcast) and softmax needs no reduction across lanes.
+
+#define DPH_FN DPH_TARGET static inline __attribute__((always_inline))
+
+constexpr int64_t W = DPH_LANES;
+constexpr int64_t MR = 8;  // rows of a micro-tile; with two vectors 16 accumulators, which hides the latency of FMA
+constexpr int64_t BM = ATTENTION_ROWS;
+constexpr int64_t BN = ATTENTION_BLOCK;
+static_assert(BM % (2 * W) == 0 && BN % MR == 0, "tiles are whole micro-tiles");
+
+typedef float Vec __attribute__((vector_size(4 * DPH_LANES)));
+typedef int32_t Int __attribute__((vector_size(4 * DPH_LANES)));
+typedef float Loose __attribute__((vector_size(4 * DPH_LANES), aligned(4), may_alias));
+typedef int32_t LooseInt __attribute__((vector_size(4 * DPH_LANES), aligned(4), may_alias));
+
+DPH_FN Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+DPH_FN Int load(const int32_t* p) { return *reinterpret_cast<const LooseInt*>(p); }
+DPH_FN void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
+DPH_FN Vec splat(float x) { return x - Vec{}; }
+DPH_FN Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// 2^x to 1e-7; 0 below 2^-125, NaN stays NaN. x is at most about 0 here.
+DPH_FN Vec exp2(Vec x) {
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
+  const Vec low = splat(-125.0f);
+  const Vec clamped = x < low ? low : x;
+  const Vec shifted = clamped + magic;
+  const Vec f = clamped - (shifted - magic);  // within 1/2
+  Vec p = splat(1.535336150e-04f);               // minimax polynomial on [-1/2, 1/2]
+  p = p * f + 1.339887499e-03f;
+  p = p * f + 9.618437364e-03f;
+  p = p * f + 5.550332470e-02f;
+  p = p * f + 2.402264791e-01f;
+  p = p * f + 6.931472029e-01f;
+  p = p * f + 1.0f;
+  const Vec result = reinterpret_cast<Vec>(reinterpret_cast<Int>(p) + (reinterpret_cast<Int>(shifted) << 23));
+  return x < low ? Vec{} : result;
+}
+
+enum class Into { Set, Add, Rescale };
+
+// C [m, n] = A B, += A B, or = C diag(alpha) + A B. A's element (i, k) is at A[i * rs + k * cs], B is [depth, n] and C
+// [m, n] with rows ldb and ldc apart; m is a multiple of MR, n of W.
+template <int NV, Into INTO>
+DPH_FN void micro(int64_t depth, const float* A, int64_t rs, int64_t cs, const float* B, int64_t ldb, float* C,
+                  int64_t ldc, const float* alpha) {
+  Vec acc[MR][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; ++n) {
+      acc[r][n] = INTO == Into::Set ? Vec{} : load(C + r * ldc + n * W);
+      if (INTO == Into::Rescale) acc[r][n] *= load(alpha + n * W);
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec b[NV];
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; ++n) b[n] = load(B + k * ldb + n * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      const Vec a = splat(A[r * rs + k * cs]);
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; ++n) acc[r][n] += a * b[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; ++n) store(C + r * ldc + n * W, acc[r][n]);
+  }
+}
+
+template <Into INTO>
+DPH_FN void multiply(int64_t m, int64_t n, int64_t depth, const float* A, int64_t rs, int64_t cs, const float* B,
+                     int64_t ldb, float* C, int64_t ldc, const float* alpha = nullptr) {
+  for (int64_t i = 0; i < m; i += MR) {
+    int64_t j = 0;
+    for (; j + 2 * W <= n; j += 2 * W) {
+      micro<2, INTO>(depth, A + i * rs, rs, cs, B + j, ldb, C + i * ldc + j, ldc, alpha + j);
+    }
+    for (; j < n; j += W) micro<1, INTO>(depth, A + i * rs, rs, cs, B + j, ldb, C + i * ldc + j, ldc, alpha + j);
+  }
+}
+
+DPH_FN void load_row(float* to, const AttentionRows& from, int64_t row, int64_t head, int64_t size, bool bf16) {
+  const int64_t at = row * from.row + head * from.head;
+  if (bf16) {
+    const uint16_t* source = static_cast<const uint16_t*>(from.data) + at;
+    for (int64_t d = 0; d < size; ++d) to[d] = float_from_bf16(source[d]);
+  } else {
+    memcpy(to, static_cast<const float*>(from.data) + at, size * sizeof(float));
+  }
+}
+
+DPH_FN void store_row(const AttentionRows& to, int64_t row, int64_t head, const float* from, int64_t size, bool bf16) {
+  const int64_t at = row * to.row + head * to.head;
+  if (bf16) {
+    uint16_t* target = static_cast<uint16_t*>(to.data) + at;
+    for (int64_t d = 0; d < size; ++d) target[d] = bf16_from_float(from[d]);
+  } else {
+    memcpy(static_cast<float*>(to.data) + at, from, size * sizeof(float));
+  }
+}
+
+DPH_FN void rotate_row(float* x, const float* cos, const float* sin, float sign, int64_t half) {
+  for (int64_t d = 0; d < half; ++d) {
+    const float first = x[d], second = x[d + half], s = sign * sin[d];
+    x[d] = first * cos[d] - second * s;
+    x[d + half] = second * cos[d] + first * s;
+  }
+}
+
+// Keys or values [start, end) as contiguous rows, padded with zeros to whole micro-tiles.
+DPH_FN void load_block(float* to, const AttentionArguments& a, const AttentionRows& memory, const AttentionRows& fresh,
+                       int64_t start, int64_t end, int64_t head, int64_t width) {
+  const AttentionRows& rows = start < a.memory ? memory : fresh;
+  const int64_t base = start < a.memory ? 0 : a.memory;
+  for (int64_t j = start; j < end; ++j) {
+    float* row = to + (j - start) * width;
+    load_row(row, rows, j - base, head, a.head_dim, a.bf16);
+    for (int64_t d = a.head_dim; d < width; ++d) row[d] = 0.0f;
+  }
+  const int64_t filled = end - start, whole = (filled + MR - 1) / MR * MR;
+  memset(to + filled * width, 0, (whole - filled) * width * sizeof(float));
+}
+
+// [rows, width] to [width, lanes].
+DPH_FN void transpose(float* to, const float* from, int64_t rows, int64_t width, int64_t lanes) {
+  for (int64_t d = 0; d < width; ++d) {
+    float* line = to + d * lanes;
+    for (int64_t i = 0; i < rows; ++i) line[i] = from[i * width + d];
+    for (int64_t i = rows; i < lanes; ++i) line[i] = 0.0f;
+  }
+}
+
+// One tile of queries: its sizes, and who may look at what.
+struct Tile {
+  int64_t start, rows, lanes;  // lanes: rows, rounded up to whole vectors
+  const int32_t *runs, *masked, *end;
+  bool thin;                         // few rows of many segments: lanes would mostly idle
+  alignas(64) int32_t bound[4][BM];  // by lane; lanes without a row see nothing
+};
+
+DPH_FN void open_tile(Tile& t, const AttentionArguments& a, int64_t number) {
+  const int32_t* tile = a.work.tiles + 6 * number;
+  t.start = tile[0];
+  t.rows = tile[1] - tile[0];
+  t.lanes = (t.rows + W - 1) / W * W;
+  t.runs = a.work.runs + 2 * tile[2];
+  t.masked = a.work.runs + 2 * tile[3];
+  t.end = a.work.runs + 2 * tile[4];
+  t.thin = t.rows < 3 * tile[5];
+  for (int64_t c = 0; c < 4; ++c) {
+    for (int64_t i = 0; i < t.lanes; ++i) t.bound[c][i] = i < t.rows ? a.work.bounds[4 * (t.start + i) + c] : 0;
+  }
+}
+
+DPH_FN void mask_scores(float* scores, float hidden, const Tile& t, int64_t start, int64_t end) {
+  for (int64_t i = 0; i < t.lanes; i += W) {
+    const Int own = load(t.bound[0] + i), own_end = load(t.bound[1] + i);
+    const Int prefix = load(t.bound[2] + i), prefix_end = load(t.bound[3] + i);
+    for (int64_t key = start; key < end; ++key) {
+      const Int j = static_cast<int32_t>(key) - Int{};
+      const Int seen = ((own <= j) & (j < own_end)) | ((prefix <= j) & (j < prefix_end));
+      float* place = scores + (key - start) * t.lanes + i;
+      store(place, seen ? load(place) : splat(hidden));
+    }
+  }
+}
+
+DPH_FN float sum(const float* x, int64_t size) {
+  Vec total = {};
+  for (int64_t i = 0; i < size; i += W) total += load(x + i);
+  float result = 0.0f;
+  for (int64_t i = 0; i < W; ++i) result += total[i];
+  return result;
+}
+
+// Rounded up to what every instruction set divides into whole vectors and micro-tiles.
+constexpr int64_t padded(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+
+DPH_TARGET inline int64_t forward_floats(int64_t head_dim) {
+  return (4 * BM + 2 * BN) * padded(head_dim) + BN * BM + 4 * BM;
+}
+
+// Rows of one segment are few: keys lie along the lanes of the scores, the head dimension along those of the output.
+DPH_FN void forward_thin(const AttentionArguments& a, const Tile& t, int64_t head, const float* queries, float* keys,
+                         float* values, float* scores, float* out, float* stats) {
+  const int64_t width = padded(a.head_dim);
+  float *peak = stats, *total = stats + BM;
+  memset(out, 0, t.rows * width * sizeof(float));
+  for (int64_t i = 0; i < t.rows; ++i) peak[i] = -INFINITY, total[i] = 0.0f;
+  for (const int32_t* run = t.runs; run < t.end; run += 2) {
+    for (int64_t start = run[0]; start < run[1]; start += BN) {
+      const int64_t end = std::min<int64_t>(start + BN, run[1]);
+      load_block(keys, a, a.memory_k, a.k, start, end, head, width);
+      load_block(values, a, a.memory_v, a.v, start, end, head, width);
+      for (int64_t i = 0; i < t.rows; ++i) {
+        for (int64_t part = 0; part < 4; part += 2) {
+          const int64_t low = std::max<int64_t>(start, t.bound[part][i]) - start;
+          const int64_t high = std::min<int64_t>(end, t.bound[part + 1][i]) - start;
+          if (low >= high) continue;
+          const int64_t count = high - low, whole = (count + W - 1) / W * W;
+          const float* query = queries + i * width;
+          Vec top = splat(-INFINITY);
+          for (int64_t j = 0; j < count; ++j) {
+            const float* key = keys + (low + j) * width;
+            Vec product = {};
+            for (int64_t d = 0; d < width; d += W) product += load(query + d) * load(key + d);
+            float score = 0.0f;
+#pragma GCC unroll 16
+            for (int64_t l = 0; l < W; ++l) score += product[l];
+            scores[j] = score;
+          }
+          for (int64_t j = count; j < whole; ++j) scores[j] = -INFINITY;
+          for (int64_t j = 0; j < whole; j += W) top = max(load(scores + j), top);
+          float now = peak[i];
+          for (int64_t l = 0; l < W; ++l) now = top[l] > now ? top[l] : now;
+          const float zero = now == -INFINITY ? 0.0f : now, decay = exp2f(peak[i] - zero);
+          for (int64_t j = 0; j < whole; j += W) store(scores + j, exp2(load(scores + j) - zero));
+          total[i] = total[i] * decay + sum(scores, whole);
+          peak[i] = now;
+          for (int64_t d = 0; d < width; d += W) {
+            Vec acc = load(out + i * width + d) * decay;
+            for (int64_t j = 0; j < count; ++j) acc += scores[j] * load(values + (low + j) * width + d);
+            store(out + i * width + d, acc);
+          }
+        }
+      }
+    }
+  }
+}
+
+DPH_FN void forward_wide(const AttentionArguments& a, const Tile& t, int64_t head, const float* queries, float* keys,
+                         float* values, float* scores, float* out, float* stats) {
+  const int64_t width = padded(a.head_dim), lanes = t.lanes;
+  float *peak = stats, *total = stats + BM, *decay = stats + 2 * BM;
+  memset(out, 0, width * lanes * sizeof(float));
+  for (int64_t i = 0; i < lanes; ++i) peak[i] = -INFINITY, total[i] = 0.0f;
+  for (const int32_t* run = t.runs; run < t.end; run += 2) {
+    for (int64_t start = run[0]; start < run[1]; start += BN) {
+      const int64_t end = std::min<int64_t>(start + BN, run[1]), count = end - start;
+      const int64_t whole = (count + MR - 1) / MR * MR;
+      load_block(keys, a, a.memory_k, a.k, start, end, head, width);
+      load_block(values, a, a.memory_v, a.v, start, end, head, width);
+      multiply<Into::Set>(whole, lanes, a.head_dim, keys, width, 1, queries, lanes, scores, lanes);
+      if (run >= t.masked) mask_scores(scores, -INFINITY, t, start, end);
+      for (int64_t i = 0; i < lanes; i += W) {
+        const Vec before = load(peak + i);
+        Vec now = before, sums = {};
+        for (int64_t j = 0; j < count; ++j) now = max(load(scores + j * lanes + i), now);
+        const Vec zero = now == -INFINITY ? Vec{} : now;
+        for (int64_t j = 0; j < count; ++j) {
+          const Vec p = exp2(load(scores + j * lanes + i) - zero);
+          store(scores + j * lanes + i, p);
+          sums += p;
+        }
+        const Vec factor = exp2(before - zero);
+        store(peak + i, now);
+        store(decay + i, factor);
+        store(total + i, load(total + i) * factor + sums);
+      }
+      multiply<Into::Rescale>(width, lanes, count, values, 1, width, scores, lanes, out, lanes, decay);
+    }
+  }
+}
+
+DPH_TARGET inline void forward_tile(const AttentionArguments& a, int64_t number, int64_t head, float* workspace) {
+  Tile t;
+  open_tile(t, a, number);
+  const int64_t width = padded(a.head_dim), half = a.head_dim / 2;
+  float* rows = workspace;
+  float* lanes = rows + BM * width;
+  float* keys = lanes + BM * width;
+  float* values = keys + BN * width;
+  float* out = values + BN * width;
+  float* scores = out + 2 * BM * width;
+  float* stats = scores + BN * BM;
+  const float scale = static_cast<float>(a.scale * 1.4426950408889634);  // exponentials are powers of two
+  for (int64_t i = 0; i < t.rows; ++i) {
+    float* row = rows + i * width;
+    load_row(row, a.q, t.start + i, head, a.head_dim, a.bf16);
+    rotate_row(row, a.q_cos + (t.start + i) * half, a.q_sin + (t.start + i) * half, 1.0f, half);
+    for (int64_t d = 0; d < a.head_dim; ++d) row[d] *= scale;
+    for (int64_t d = a.head_dim; d < width; ++d) row[d] = 0.0f;
+  }
+  if (t.thin) {
+    forward_thin(a, t, head, rows, keys, values, scores, out, stats);
+  } else {
+    transpose(lanes, rows, t.rows, width, t.lanes);
+    forward_wide(a, t, head, lanes, keys, values, scores, out, stats);
+  }
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const float peak = stats[i], total = stats[BM + i];
+    const bool blind = peak == -INFINITY;
+    const int64_t step = t.thin ? 1 : t.lanes;
+    const float* from = t.thin ? out + i * width : out + i;
+    const float inverse = blind ? 0.0f : 1.0f / total;
+    float* row = rows + i * width;
+    for (int64_t d = 0; d < a.head_dim; ++d) row[d] = blind ? 0.0f : from[d * step] * inverse;
+    store_row(a.out, t.start + i, head, row, a.head_dim, a.bf16);
+    a.lse[(t.start + i) * a.heads + head] = blind ? -INFINITY : (peak + log2f(total)) * 0.6931471805599453f;
+  }
+}
+
+DPH_TARGET inline int64_t backward_floats(int64_t head_dim) {
+  return (5 * BM + 3 * BN) * padded(head_dim) + 2 * BN * BM + 2 * BM;
+}
+
+DPH_FN void add_rows(const AttentionRows& to, int64_t first, int64_t head, const float* from, int64_t rows,
+                     int64_t size, int64_t width) {
+  for (int64_t j = 0; j < rows; ++j) {
+    float* __restrict target = static_cast<float*>(to.data) + (first + j) * to.row + head * to.head;
+    const float* __restrict source = from + j * width;
+    for (int64_t d = 0; d < size; ++d) target[d] += source[d];
+  }
+}
+
+// dq of a tile, and what its queries add to dk and dv of the new keys that they see.
+DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number, int64_t head, float* workspace) {
+  Tile t;
+  open_tile(t, a, number);
+  const int64_t width = padded(a.head_dim), half = a.head_dim / 2, lanes = t.lanes;
+  const float scale = static_cast<float>(a.scale * 1.4426950408889634);
+  float* query = workspace;                 // [rows, width], scaled: what dk multiplies
+  float* query_lanes = query + BM * width;  // [width, lanes], in base 2
+  float* grad = query_lanes + BM * width;
+  float* grad_lanes = grad + BM * width;
+  float* dq = grad_lanes + BM * width;  // [width, lanes]
+  float* keys = dq + BM * width;
+  float* values = keys + BN * width;
+  float* sums = values + BN * width;  // what is added to dk or dv
+  float* p = sums + BN * width;       // [keys, lanes]
+  float* ds = p + BN * BM;
+  float* lse = ds + BN * BM;
+  float* delta = lse + BM;
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const int64_t row = t.start + i;
+    load_row(query + i * width, a.q, row, head, a.head_dim, a.bf16);
+    rotate_row(query + i * width, a.q_cos + row * half, a.q_sin + row * half, 1.0f, half);
+    for (int64_t d = 0; d < a.head_dim; ++d) query[i * width + d] *= scale;
+    load_row(grad + i * width, a.grad, row, head, a.head_dim, a.bf16);
+    load_row(keys, a.out, row, head, a.head_dim, a.bf16);  // keys serves as scratch here
+    for (int64_t d = a.head_dim; d < width; ++d) query[i * width + d] = grad[i * width + d] = keys[d] = 0.0f;
+    for (int64_t d = 0; d < width; ++d) keys[d] *= grad[i * width + d];
+    delta[i] = sum(keys, width);
+    const float kept = a.lse[row * a.heads + head];
+    lse[i] = kept == -INFINITY ? INFINITY : kept * 1.4426950408889634f;  // who sees nothing gets p = 0
+  }
+  for (int64_t i = t.rows; i < lanes; ++i) lse[i] = INFINITY, delta[i] = 0.0f;
+  transpose(query_lanes, query, t.rows, width, lanes);  // the very scores of the forward pass come from these
+  for (int64_t i = 0; i < t.rows * width; ++i) query[i] *= 0.6931471805599453f;
+  transpose(grad_lanes, grad, t.rows, width, lanes);
+  memset(dq, 0, width * lanes * sizeof(float));
+  for (const int32_t* run = t.runs; run < t.end; run += 2) {
+    for (int64_t start = run[0]; start < run[1]; start += BN) {
+      const int64_t end = std::min<int64_t>(start + BN, run[1]), count = end - start;
+      const int64_t whole = (count + MR - 1) / MR * MR;
+      load_block(keys, a, a.memory_k, a.k, start, end, head, width);
+      load_block(values, a, a.memory_v, a.v, start, end, head, width);
+      multiply<Into::Set>(whole, lanes, a.head_dim, keys, width, 1, query_lanes, lanes, p, lanes);
+      multiply<Into::Set>(whole, lanes, a.head_dim, values, width, 1, grad_lanes, lanes, ds, lanes);
+      if (run >= t.masked) mask_scores(p, -INFINITY, t, start, end);
+      for (int64_t j = 0; j < count; ++j) {
+        for (int64_t i = 0; i < lanes; i += W) {
+          const Vec probability = exp2(load(p + j * lanes + i) - load(lse + i));
+          store(p + j * lanes + i, probability);
+          store(ds + j * lanes + i, probability * (load(ds + j * lanes + i) - load(delta + i)));
+        }
+      }
+      multiply<Into::Add>(width, lanes, count, keys, 1, width, ds, lanes, dq, lanes);
+      if (start < a.memory) continue;  // detached
+      memset(p + count * lanes, 0, (whole - count) * lanes * sizeof(float));
+      memset(ds + count * lanes, 0, (whole - count) * lanes * sizeof(float));
+      multiply<Into::Set>(whole, width, t.rows, p, lanes, 1, grad, width, sums, width);
+      add_rows(a.dv, start - a.memory, head, sums, count, a.head_dim, width);
+      multiply<Into::Set>(whole, width, t.rows, ds, lanes, 1, query, width, sums, width);
+      add_rows(a.dk, start - a.memory, head, sums, count, a.head_dim, width);
+    }
+  }
+  for (int64_t i = 0; i < t.rows; ++i) {
+    float* row = query + i * width;
+    for (int64_t d = 0; d < a.head_dim; ++d) row[d] = dq[d * lanes + i] * static_cast<float>(a.scale);
+    rotate_row(row, a.q_cos + (t.start + i) * half, a.q_sin + (t.start + i) * half, -1.0f, half);
+    store_row(a.dq, t.start + i, head, row, a.head_dim, a.bf16);
+  }
+}
+
+DPH_TARGET inline void rotate_rows(const RotateArguments& a, int64_t row, float* workspace) {
+  const int64_t half = a.head_dim / 2;
+  for (int64_t head = 0; head < a.heads; ++head) {
+    load_row(workspace, a.in, row, head, a.head_dim, a.in_bf16);
+    rotate_row(workspace, a.cos + row * half, a.sin + row * half, a.sign, half);
+    store_row(a.out, row, head, workspace, a.head_dim, a.out_bf16);
+  }
+}
+
+#undef DPH_FN
