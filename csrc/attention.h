@@ -40,6 +40,9 @@ struct AttentionArguments {
 constexpr int64_t ATTENTION_ROWS = 64;   // queries in a tile
 constexpr int64_t ATTENTION_BLOCK = 64;  // keys in a block
 
+// Use vectors of at most ``most`` floats from now on; returns what the processor has of them. For tests.
+int attention_lanes(int most);
+
 void attention_forward_cpu(const AttentionArguments& arguments, int threads);
 
 // A task's tiles share their new keys with no other task's, so nothing is added to by two threads.

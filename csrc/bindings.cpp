@@ -123,6 +123,7 @@ void bind_attention(py::module_& module) {
       .def_property("cos", nullptr, address(&RotateArguments::cos))
       .def_property("sin", nullptr, address(&RotateArguments::sin));
   const py::call_guard<py::gil_scoped_release> released;
+  module.def("attention_lanes", &attention_lanes, "most"_a);
   module.def("attention_forward_cpu", &attention_forward_cpu, "arguments"_a, "threads"_a, released);
   module.def("attention_backward_cpu", &attention_backward_cpu, "arguments"_a, "threads"_a, released);
   module.def("rotate_cpu", &rotate_cpu, "arguments"_a, "threads"_a, released);

@@ -39,25 +39,27 @@ namespace avx512 {
 #endif
 
 struct Kernels {
+  int lanes = 4;
   void (*forward)(const AttentionArguments&, int64_t, int64_t, float*) = baseline::forward_tile;
   void (*backward)(const AttentionArguments&, int64_t, int64_t, float*) = baseline::backward_tile;
   void (*rotate)(const RotateArguments&, int64_t, float*) = baseline::rotate_rows;
 };
 
-Kernels pick() {
+// The kernels with the widest vectors that the processor has, of at most ``lanes`` floats.
+Kernels pick(int lanes) {
 #ifdef DPH_X86
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+  if (lanes >= 16 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    return {avx512::forward_tile, avx512::backward_tile, avx512::rotate_rows};
+    return {16, avx512::forward_tile, avx512::backward_tile, avx512::rotate_rows};
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return {avx2::forward_tile, avx2::backward_tile, avx2::rotate_rows};
+  if (lanes >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return {8, avx2::forward_tile, avx2::backward_tile, avx2::rotate_rows};
   }
 #endif
   return {};
 }
 
-const Kernels kernels = pick();
+Kernels kernels = pick(16);
 
 struct Free {
   void operator()(float* p) const { free(p); }
@@ -68,6 +70,11 @@ std::unique_ptr<float, Free> scratch(int64_t floats) {
 }
 
 }  // namespace
+
+int attention_lanes(int most) {
+  kernels = pick(most);
+  return kernels.lanes;
+}
 
 void attention_forward_cpu(const AttentionArguments& a, int threads) {
   const int64_t items = a.work.count * a.heads;

@@ -173,76 +173,141 @@ DPH_FN void mask_scores(float* scores, float hidden, const Tile& t, int64_t star
   }
 }
 
-DPH_FN float sum(const float* x, int64_t size) {
-  Vec total = {};
-  for (int64_t i = 0; i < size; i += W) total += load(x + i);
-  float result = 0.0f;
-  for (int64_t i = 0; i < W; ++i) result += total[i];
+// The lanes added up, by halves.
+DPH_FN float sum(Vec x) {
+  typedef float Half __attribute__((vector_size(2 * DPH_LANES)));
+  typedef float Quarter __attribute__((vector_size(DPH_LANES)));
+  Half halves[2];
+  Quarter quarters[2];
+  memcpy(halves, &x, sizeof x);
+  const Half half = halves[0] + halves[1];
+  memcpy(quarters, &half, sizeof half);
+  const Quarter quarter = quarters[0] + quarters[1];
+  float result = quarter[0];
+  for (int64_t l = 1; l < W / 4; ++l) result += quarter[l];
   return result;
 }
 
 // Rounded up to what every instruction set divides into whole vectors and micro-tiles.
 constexpr int64_t padded(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
-DPH_TARGET inline int64_t forward_floats(int64_t head_dim) {
-  return (4 * BM + 2 * BN) * padded(head_dim) + BN * BM + 4 * BM;
+// Where a tile's forward pass keeps what it works on.
+struct Buffers {
+  float *rows, *queries, *keys, *values, *out, *turned, *scores, *peak, *total, *decay;
+
+  static int64_t floats(int64_t width) { return (4 * BM + 2 * BN) * width + BN * BM + 3 * BM; }
+
+  Buffers(float* at, int64_t width) {
+    auto take = [&at](int64_t size) { return (at += size) - size; };
+    rows = take(BM * width);     // [rows, width] the queries, rotated and scaled
+    queries = take(BM * width);  // [width, lanes] the same
+    keys = take(BN * width);
+    values = take(BN * width);
+    out = take(BM * width);
+    turned = take(BM * width);
+    scores = take(BN * BM);
+    peak = take(BM);   // largest score
+    total = take(BM);  // sum of exponentials below it
+    decay = take(BM);
+  }
+};
+
+DPH_TARGET inline int64_t forward_floats(int64_t head_dim) { return Buffers::floats(padded(head_dim)); }
+
+// Rows [start, end) of keys or values and the distance between them: where they lie, or as float in ``buffer``.
+DPH_FN const float* view_block(int64_t& stride, float* buffer, const AttentionArguments& a, const AttentionRows& memory,
+                               const AttentionRows& fresh, int64_t start, int64_t end, int64_t head) {
+  if (a.bf16 || a.head_dim % W != 0) {
+    stride = padded(a.head_dim);
+    load_block(buffer, a, memory, fresh, start, end, head, stride);
+    return buffer;
+  }
+  const AttentionRows& rows = start < a.memory ? memory : fresh;
+  stride = rows.row;
+  return static_cast<const float*>(rows.data) + (start - (start < a.memory ? 0 : a.memory)) * rows.row + head * rows.head;
 }
 
-// Rows of one segment are few: keys lie along the lanes of the scores, the head dimension along those of the output.
-DPH_FN void forward_thin(const AttentionArguments& a, const Tile& t, int64_t head, const float* queries, float* keys,
-                         float* values, float* scores, float* out, float* stats) {
+// out = decay * out + scores values, for NV vectors of the head dimension; even and odd keys apart, to hide latency.
+template <int NV>
+DPH_FN void add_values(float* out, float decay, const float* scores, const float* values, int64_t stride,
+                       int64_t count) {
+  Vec even[NV], odd[NV];
+#pragma GCC unroll 4
+  for (int n = 0; n < NV; ++n) even[n] = load(out + n * W) * decay, odd[n] = Vec{};
+  int64_t j = 0;
+  for (; j + 2 <= count; j += 2) {
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) {
+      even[n] += scores[j] * load(values + j * stride + n * W);
+      odd[n] += scores[j + 1] * load(values + (j + 1) * stride + n * W);
+    }
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < NV; ++n) {
+    if (j < count) even[n] += scores[j] * load(values + j * stride + n * W);
+    store(out + n * W, even[n] + odd[n]);
+  }
+}
+
+// One query on keys [low, high) of a block: keys lie along the lanes of the scores, the head dimension along those of
+// the output, which is not yet divided by ``total``.
+DPH_FN void attend_one(const float* query, const float* keys, int64_t key_stride, const float* values,
+                       int64_t value_stride, int64_t count, int64_t width, float* scores, float* out, float& peak,
+                       float& total) {
+  const int64_t whole = (count + W - 1) / W * W;
+  for (int64_t j = 0; j < count; ++j) {
+    Vec product = {};
+    for (int64_t d = 0; d < width; d += W) product += load(query + d) * load(keys + j * key_stride + d);
+    scores[j] = sum(product);
+  }
+  for (int64_t j = count; j < whole; ++j) scores[j] = -INFINITY;
+  Vec top = splat(peak);
+  for (int64_t j = 0; j < whole; j += W) top = max(load(scores + j), top);
+  float now = peak;
+  for (int64_t l = 0; l < W; ++l) now = top[l] > now ? top[l] : now;
+  const float zero = now == -INFINITY ? 0.0f : now, decay = exp2f(peak - zero);
+  Vec sums = {};
+  for (int64_t j = 0; j < whole; j += W) {
+    const Vec p = exp2(load(scores + j) - zero);
+    store(scores + j, p);
+    sums += p;
+  }
+  total = total * decay + sum(sums);
+  peak = now;
+  int64_t d = 0;
+  for (; d + 4 * W <= width; d += 4 * W) add_values<4>(out + d, decay, scores, values + d, value_stride, count);
+  for (; d < width; d += W) add_values<1>(out + d, decay, scores, values + d, value_stride, count);
+}
+
+// Runs [run, end) where few rows of a tile see a key, so that lanes of queries would idle. ``out`` is [rows, width].
+DPH_FN void forward_thin(const AttentionArguments& a, const Tile& t, const int32_t* run, const int32_t* last,
+                         int64_t head, const float* queries, const Buffers& b) {
   const int64_t width = padded(a.head_dim);
-  float *peak = stats, *total = stats + BM;
-  memset(out, 0, t.rows * width * sizeof(float));
-  for (int64_t i = 0; i < t.rows; ++i) peak[i] = -INFINITY, total[i] = 0.0f;
-  for (const int32_t* run = t.runs; run < t.end; run += 2) {
+  for (; run < last; run += 2) {
     for (int64_t start = run[0]; start < run[1]; start += BN) {
       const int64_t end = std::min<int64_t>(start + BN, run[1]);
-      load_block(keys, a, a.memory_k, a.k, start, end, head, width);
-      load_block(values, a, a.memory_v, a.v, start, end, head, width);
+      int64_t key_stride, value_stride;
+      const float* keys = view_block(key_stride, b.keys, a, a.memory_k, a.k, start, end, head);
+      const float* values = view_block(value_stride, b.values, a, a.memory_v, a.v, start, end, head);
       for (int64_t i = 0; i < t.rows; ++i) {
         for (int64_t part = 0; part < 4; part += 2) {
           const int64_t low = std::max<int64_t>(start, t.bound[part][i]) - start;
           const int64_t high = std::min<int64_t>(end, t.bound[part + 1][i]) - start;
           if (low >= high) continue;
-          const int64_t count = high - low, whole = (count + W - 1) / W * W;
-          const float* query = queries + i * width;
-          Vec top = splat(-INFINITY);
-          for (int64_t j = 0; j < count; ++j) {
-            const float* key = keys + (low + j) * width;
-            Vec product = {};
-            for (int64_t d = 0; d < width; d += W) product += load(query + d) * load(key + d);
-            float score = 0.0f;
-#pragma GCC unroll 16
-            for (int64_t l = 0; l < W; ++l) score += product[l];
-            scores[j] = score;
-          }
-          for (int64_t j = count; j < whole; ++j) scores[j] = -INFINITY;
-          for (int64_t j = 0; j < whole; j += W) top = max(load(scores + j), top);
-          float now = peak[i];
-          for (int64_t l = 0; l < W; ++l) now = top[l] > now ? top[l] : now;
-          const float zero = now == -INFINITY ? 0.0f : now, decay = exp2f(peak[i] - zero);
-          for (int64_t j = 0; j < whole; j += W) store(scores + j, exp2(load(scores + j) - zero));
-          total[i] = total[i] * decay + sum(scores, whole);
-          peak[i] = now;
-          for (int64_t d = 0; d < width; d += W) {
-            Vec acc = load(out + i * width + d) * decay;
-            for (int64_t j = 0; j < count; ++j) acc += scores[j] * load(values + (low + j) * width + d);
-            store(out + i * width + d, acc);
-          }
+          attend_one(queries + i * width, keys + low * key_stride, key_stride, values + low * value_stride,
+                     value_stride, high - low, width, b.scores, b.out + i * width, b.peak[i], b.total[i]);
         }
       }
     }
   }
 }
 
-DPH_FN void forward_wide(const AttentionArguments& a, const Tile& t, int64_t head, const float* queries, float* keys,
-                         float* values, float* scores, float* out, float* stats) {
+// Runs [run, end) with queries along the lanes. ``out`` is [width, lanes].
+DPH_FN void forward_wide(const AttentionArguments& a, const Tile& t, const int32_t* run, const int32_t* last,
+                         int64_t head, const float* queries, const Buffers& b) {
   const int64_t width = padded(a.head_dim), lanes = t.lanes;
-  float *peak = stats, *total = stats + BM, *decay = stats + 2 * BM;
-  memset(out, 0, width * lanes * sizeof(float));
-  for (int64_t i = 0; i < lanes; ++i) peak[i] = -INFINITY, total[i] = 0.0f;
-  for (const int32_t* run = t.runs; run < t.end; run += 2) {
+  float *keys = b.keys, *values = b.values, *scores = b.scores;
+  for (; run < last; run += 2) {
     for (int64_t start = run[0]; start < run[1]; start += BN) {
       const int64_t end = std::min<int64_t>(start + BN, run[1]), count = end - start;
       const int64_t whole = (count + MR - 1) / MR * MR;
@@ -251,7 +316,7 @@ DPH_FN void forward_wide(const AttentionArguments& a, const Tile& t, int64_t hea
       multiply<Into::Set>(whole, lanes, a.head_dim, keys, width, 1, queries, lanes, scores, lanes);
       if (run >= t.masked) mask_scores(scores, -INFINITY, t, start, end);
       for (int64_t i = 0; i < lanes; i += W) {
-        const Vec before = load(peak + i);
+        const Vec before = load(b.peak + i);
         Vec now = before, sums = {};
         for (int64_t j = 0; j < count; ++j) now = max(load(scores + j * lanes + i), now);
         const Vec zero = now == -INFINITY ? Vec{} : now;
@@ -261,11 +326,11 @@ DPH_FN void forward_wide(const AttentionArguments& a, const Tile& t, int64_t hea
           sums += p;
         }
         const Vec factor = exp2(before - zero);
-        store(peak + i, now);
-        store(decay + i, factor);
-        store(total + i, load(total + i) * factor + sums);
+        store(b.peak + i, now);
+        store(b.decay + i, factor);
+        store(b.total + i, load(b.total + i) * factor + sums);
       }
-      multiply<Into::Rescale>(width, lanes, count, values, 1, width, scores, lanes, out, lanes, decay);
+      multiply<Into::Rescale>(width, lanes, count, values, 1, width, scores, lanes, b.out, lanes, b.decay);
     }
   }
 }
@@ -274,37 +339,35 @@ DPH_TARGET inline void forward_tile(const AttentionArguments& a, int64_t number,
   Tile t;
   open_tile(t, a, number);
   const int64_t width = padded(a.head_dim), half = a.head_dim / 2;
-  float* rows = workspace;
-  float* lanes = rows + BM * width;
-  float* keys = lanes + BM * width;
-  float* values = keys + BN * width;
-  float* out = values + BN * width;
-  float* scores = out + 2 * BM * width;
-  float* stats = scores + BN * BM;
+  Buffers b(workspace, width);
   const float scale = static_cast<float>(a.scale * 1.4426950408889634);  // exponentials are powers of two
   for (int64_t i = 0; i < t.rows; ++i) {
-    float* row = rows + i * width;
+    float* row = b.rows + i * width;
     load_row(row, a.q, t.start + i, head, a.head_dim, a.bf16);
     rotate_row(row, a.q_cos + (t.start + i) * half, a.q_sin + (t.start + i) * half, 1.0f, half);
     for (int64_t d = 0; d < a.head_dim; ++d) row[d] *= scale;
     for (int64_t d = a.head_dim; d < width; ++d) row[d] = 0.0f;
   }
-  if (t.thin) {
-    forward_thin(a, t, head, rows, keys, values, scores, out, stats);
-  } else {
-    transpose(lanes, rows, t.rows, width, t.lanes);
-    forward_wide(a, t, head, lanes, keys, values, scores, out, stats);
+  memset(b.out, 0, t.lanes * width * sizeof(float));
+  for (int64_t i = 0; i < t.lanes; ++i) b.peak[i] = -INFINITY, b.total[i] = 0.0f;
+  // Candidates: lanes for the prompt that all of them see, then each one's own keys.
+  const int32_t* wide_end = !t.thin ? t.end : t.rows < MR ? t.runs : t.masked;
+  float* out = b.out;
+  if (wide_end > t.runs) {
+    transpose(b.queries, b.rows, t.rows, width, t.lanes);
+    forward_wide(a, t, t.runs, wide_end, head, b.queries, b);
+    out = b.turned;
+    transpose(out, b.out, width, t.lanes, width);
   }
+  b.out = out;
+  forward_thin(a, t, wide_end, t.end, head, b.rows, b);
   for (int64_t i = 0; i < t.rows; ++i) {
-    const float peak = stats[i], total = stats[BM + i];
-    const bool blind = peak == -INFINITY;
-    const int64_t step = t.thin ? 1 : t.lanes;
-    const float* from = t.thin ? out + i * width : out + i;
-    const float inverse = blind ? 0.0f : 1.0f / total;
-    float* row = rows + i * width;
-    for (int64_t d = 0; d < a.head_dim; ++d) row[d] = blind ? 0.0f : from[d * step] * inverse;
+    const bool blind = b.peak[i] == -INFINITY;
+    const float inverse = blind ? 0.0f : 1.0f / b.total[i];
+    float* row = b.out + i * width;
+    for (int64_t d = 0; d < a.head_dim; ++d) row[d] = blind ? 0.0f : row[d] * inverse;
     store_row(a.out, t.start + i, head, row, a.head_dim, a.bf16);
-    a.lse[(t.start + i) * a.heads + head] = blind ? -INFINITY : (peak + log2f(total)) * 0.6931471805599453f;
+    a.lse[(t.start + i) * a.heads + head] = blind ? -INFINITY : (b.peak[i] + log2f(b.total[i])) * 0.6931471805599453f;
   }
 }
 
@@ -347,8 +410,9 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
     load_row(grad + i * width, a.grad, row, head, a.head_dim, a.bf16);
     load_row(keys, a.out, row, head, a.head_dim, a.bf16);  // keys serves as scratch here
     for (int64_t d = a.head_dim; d < width; ++d) query[i * width + d] = grad[i * width + d] = keys[d] = 0.0f;
-    for (int64_t d = 0; d < width; ++d) keys[d] *= grad[i * width + d];
-    delta[i] = sum(keys, width);
+    Vec products = {};
+    for (int64_t d = 0; d < width; d += W) products += load(keys + d) * load(grad + i * width + d);
+    delta[i] = sum(products);
     const float kept = a.lse[row * a.heads + head];
     lse[i] = kept == -INFINITY ? INFINITY : kept * 1.4426950408889634f;  // who sees nothing gets p = 0
   }
