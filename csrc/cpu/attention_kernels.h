@@ -160,7 +160,8 @@ DPH_FN void open_tile(Tile& t, const AttentionArguments& a, int64_t number) {
   }
 }
 
-DPH_FN void mask_scores(float* scores, float hidden, const Tile& t, int64_t start, int64_t end) {
+// Scores [keys, lanes] of what a query may not see become minus infinity.
+DPH_FN void mask_scores(float* scores, const Tile& t, int64_t start, int64_t end) {
   for (int64_t i = 0; i < t.lanes; i += W) {
     const Int own = load(t.bound[0] + i), own_end = load(t.bound[1] + i);
     const Int prefix = load(t.bound[2] + i), prefix_end = load(t.bound[3] + i);
@@ -168,7 +169,7 @@ DPH_FN void mask_scores(float* scores, float hidden, const Tile& t, int64_t star
       const Int j = static_cast<int32_t>(key) - Int{};
       const Int seen = ((own <= j) & (j < own_end)) | ((prefix <= j) & (j < prefix_end));
       float* place = scores + (key - start) * t.lanes + i;
-      store(place, seen ? load(place) : splat(hidden));
+      store(place, seen ? load(place) : splat(-INFINITY));
     }
   }
 }
@@ -217,7 +218,7 @@ DPH_TARGET inline int64_t forward_floats(int64_t head_dim) { return Buffers::flo
 // Rows [start, end) of keys or values and the distance between them: where they lie, or as float in ``buffer``.
 DPH_FN const float* view_block(int64_t& stride, float* buffer, const AttentionArguments& a, const AttentionRows& memory,
                                const AttentionRows& fresh, int64_t start, int64_t end, int64_t head) {
-  if (a.bf16 || a.head_dim % W != 0) {
+  if (a.bf16 || a.head_dim != padded(a.head_dim)) {
     stride = padded(a.head_dim);
     load_block(buffer, a, memory, fresh, start, end, head, stride);
     return buffer;
@@ -314,7 +315,7 @@ DPH_FN void forward_wide(const AttentionArguments& a, const Tile& t, const int32
       load_block(keys, a, a.memory_k, a.k, start, end, head, width);
       load_block(values, a, a.memory_v, a.v, start, end, head, width);
       multiply<Into::Set>(whole, lanes, a.head_dim, keys, width, 1, queries, lanes, scores, lanes);
-      if (run >= t.masked) mask_scores(scores, -INFINITY, t, start, end);
+      if (run >= t.masked) mask_scores(scores, t, start, end);
       for (int64_t i = 0; i < lanes; i += W) {
         const Vec before = load(b.peak + i);
         Vec now = before, sums = {};
@@ -429,7 +430,7 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
       load_block(values, a, a.memory_v, a.v, start, end, head, width);
       multiply<Into::Set>(whole, lanes, a.head_dim, keys, width, 1, query_lanes, lanes, p, lanes);
       multiply<Into::Set>(whole, lanes, a.head_dim, values, width, 1, grad_lanes, lanes, ds, lanes);
-      if (run >= t.masked) mask_scores(p, -INFINITY, t, start, end);
+      if (run >= t.masked) mask_scores(p, t, start, end);
       for (int64_t j = 0; j < count; ++j) {
         for (int64_t i = 0; i < lanes; i += W) {
           const Vec probability = exp2(load(p + j * lanes + i) - load(lse + i));

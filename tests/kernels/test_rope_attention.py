@@ -105,7 +105,7 @@ def test_results_are_the_same_in_every_run(device, backend):
 
 @pytest.mark.parametrize("lanes", [4, 8])
 @pytest.mark.parametrize("name", ["documents", "branches", "turned-ring", "decode"])
-@pytest.mark.parametrize("head_dim", [36, 64])
+@pytest.mark.parametrize("head_dim", [24, 36, 64])
 def test_narrower_vectors(name, head_dim, lanes):
     """What a processor without AVX-512, or without AVX2, runs."""
     skip_where_unsupported("rope_attention", "cpu", "cpu", torch.float32)
