@@ -1,0 +1,339 @@
+"""Rotary attention on the GPU: what ``triton_kernels.py`` is launched with, and in which configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from dph_kernels.launches import Launch, signature
+from dph_kernels.layout import PackedLayout, Rotary
+from dph_kernels.rope_attention import schedule
+from dph_kernels.rope_attention import triton_kernels as kernels
+from dph_kernels.rope_attention.schedule import Schedule
+
+# Configurations
+
+
+class Config(NamedTuple):
+    """``queries`` x ``keys`` is the block of scores (BM x BN)."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+HALF, SINGLE = 2, 4  # bytes of an element
+
+# By architecture, kernel, bytes of an element and padded head dimension. "few" is the forward kernel where no segment
+# has more than FEW queries.
+CONFIGS: dict[int, dict[str, dict[tuple[int, int], Config]]] = {
+    80: {
+        "forward": {
+            (HALF, 16): Config(128, 64, 4, 3), (HALF, 32): Config(128, 64, 4, 3),
+            (HALF, 64): Config(128, 64, 4, 3), (HALF, 128): Config(128, 64, 8, 2),
+            (SINGLE, 16): Config(32, 32, 4, 2), (SINGLE, 32): Config(32, 32, 4, 2),
+            (SINGLE, 64): Config(32, 32, 4, 2), (SINGLE, 128): Config(32, 32, 4, 2),
+        },
+        "few": {
+            (HALF, 16): Config(16, 64, 1, 3), (HALF, 32): Config(16, 64, 1, 3),
+            (HALF, 64): Config(16, 64, 1, 3), (HALF, 128): Config(16, 64, 2, 3),
+            (SINGLE, 16): Config(16, 32, 2, 2), (SINGLE, 32): Config(16, 32, 2, 2),
+            (SINGLE, 64): Config(16, 32, 2, 2), (SINGLE, 128): Config(16, 32, 4, 2),
+        },
+        "queries": {
+            (HALF, 16): Config(128, 64, 8, 3), (HALF, 32): Config(128, 64, 8, 3),
+            (HALF, 64): Config(128, 64, 8, 3), (HALF, 128): Config(128, 64, 8, 2),
+            (SINGLE, 16): Config(32, 32, 4, 2), (SINGLE, 32): Config(32, 32, 4, 2),
+            (SINGLE, 64): Config(32, 32, 4, 2), (SINGLE, 128): Config(32, 32, 4, 2),
+        },
+        "keys": {
+            (HALF, 16): Config(64, 128, 8, 3), (HALF, 32): Config(64, 128, 8, 3),
+            (HALF, 64): Config(64, 128, 8, 3), (HALF, 128): Config(64, 128, 8, 2),
+            (SINGLE, 16): Config(32, 32, 4, 2), (SINGLE, 32): Config(32, 32, 4, 2),
+            (SINGLE, 64): Config(32, 32, 4, 2), (SINGLE, 128): Config(32, 32, 4, 2),
+        },
+    },
+}  # fmt: skip
+CONFIGS[90] = CONFIGS[80]
+INTERPRETED = {
+    "forward": Config(32, 32, 1, 1), "few": Config(16, 32, 1, 1),
+    "queries": Config(32, 32, 1, 1), "keys": Config(32, 32, 1, 1),
+}  # fmt: skip
+FEW = 16
+ROTATE = Config(64, 0, 4, 1)  # rows of the rotation kernel
+LEAST = 4  # blocks of an item of split work
+PROGRAMS = 2  # that a processor should have: with fewer, work is split
+TINY = 1e-30
+CPU = torch.device("cpu")
+
+
+# Launches
+
+
+class _Machine:
+    """What kernels are launched on; capability 0 is Triton's interpreter."""
+
+    def __init__(self, device: torch.device, capability: int, processors: int) -> None:
+        self.device, self.capability, self.processors = device, capability, processors
+
+    def config(self, kernel: str, x: Tensor) -> Config:
+        """That of the nearest architecture which is not newer; for interpreted kernels, small tiles."""
+        if not self.capability:
+            return INTERPRETED[kernel]
+        known = [capability for capability in CONFIGS if capability <= self.capability]
+        if not known:
+            raise RuntimeError(
+                f"rope_attention: expected a GPU of compute capability {min(CONFIGS)} or higher, got {self.capability}"
+            )
+        return CONFIGS[max(known)][kernel][x.element_size(), _padded(x)]
+
+    def run(
+        self, kernel: Any, grid: tuple[int, ...], config: Config, arguments: dict[str, Any], constants: dict[str, Any]
+    ) -> None:
+        """Launch it, unless the grid is empty."""
+        if 0 in grid:
+            return
+        with torch.cuda.device(self.device) if self.capability else contextlib.nullcontext():
+            # Multiplications and additions are to fuse: exp2 gets its scaled argument from one instruction.
+            kernel[grid](
+                **arguments, **constants, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True
+            )
+
+
+@functools.cache
+def _machine(device: torch.device) -> _Machine:
+    if device.type == "cpu":
+        return _Machine(device, 0, 4)
+    properties = torch.cuda.get_device_properties(device)
+    return _Machine(device, properties.major * 10 + properties.minor, properties.multi_processor_count)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x`` [T, H, D] with its halves rotated by the angles of ``cos`` and ``sin`` [T, D/2] fp32; contiguous."""
+    return _run_rotate(_machine(x.device), x, cos, sin)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, segments: Tensor,
+    q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What ``reference.forward`` gives."""
+    tensors = q, k, v, memory_k, memory_v, segments, q_cos, q_sin, k_cos, k_sin
+    return _run_forward(_machine(q.device), *tensors, scale)
+
+
+def backward(
+    grad: Tensor, q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, out: Tensor, lse: Tensor,
+    segments: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What ``reference.backward`` gives."""
+    tensors = grad, q, rotated, v, memory_k, memory_v, out, lse, segments, q_cos, q_sin, k_cos, k_sin
+    return _run_backward(_machine(q.device), *tensors, scale)
+
+
+def _run_rotate(machine: _Machine, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x = _last_contiguous(x)
+    rows, heads, head_dim = x.shape
+    rotated = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    arguments = {"x": x, "cos": cos, "sin": sin, "rotated": rotated, "rows": rows * heads, "H": heads}
+    unit, strides = _strides(x=x)
+    constants = {"D": head_dim, "BD": _padded(x), "BM": ROTATE.queries, "UNIT": unit}
+    grid = (triton.cdiv(rows * heads, ROTATE.queries),)
+    machine.run(kernels.rotate, grid, ROTATE, arguments | strides, constants)
+    return rotated
+
+
+def _run_forward(
+    machine: _Machine, q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, segments: Tensor,
+    q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rotated = _run_rotate(machine, k, k_cos, k_sin)
+    q_cos, q_sin, scale = _positive(q_cos, q_sin, scale)
+    q, v, memory_k, memory_v = (_last_contiguous(x) for x in (q, v, memory_k, memory_v))
+    (queries, heads, head_dim), memory, device = q.shape, len(memory_k), q.device
+    config = machine.config("few" if _longest(segments) <= FEW else "forward", q)
+    sizes = {"rows": config.queries, "block": config.keys}
+    limit = _limit(schedule.by_queries(segments, queries, memory, **sizes, device=CPU), heads, config, machine)
+    work = schedule.by_queries(segments, queries, memory, **sizes, limit=limit, device=device)
+    items = len(work.tiles)
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=device)
+    parts, parts_lse = out, lse
+    if work.split:
+        parts_lse = torch.empty((items, heads, config.queries), dtype=torch.float32, device=device)
+        parts = torch.empty((*parts_lse.shape, _padded(q)), dtype=torch.float32, device=device)
+    unit, strides = _strides(q=q, v=v, mk=memory_k, mv=memory_v)
+    arguments = {
+        "q": q, "k": rotated, "v": v, "memory_k": memory_k, "memory_v": memory_v, "q_cos": q_cos, "q_sin": q_sin,
+        "out": parts, "lse": parts_lse, "tiles": work.tiles, "runs": work.runs,
+        "bounds": schedule.bounds(segments, queries, device=device),
+        "scale": scale * kernels.LOG2_E.value, "memory": memory, "H": heads,
+    }  # fmt: skip
+    constants = {"D": head_dim, "BD": _padded(q), "BM": config.queries}
+    options = {"BN": config.keys, "UNIT": unit, "MEMORY": memory > 0, "SPLIT": work.split}
+    machine.run(kernels.forward, (items, heads), config, arguments | strides, constants | options)
+    if work.split:
+        arguments = {
+            "parts": parts, "parts_lse": parts_lse, "out": out, "lse": lse, "tiles": work.tiles,
+            "pieces": work.pieces, "order": work.order, "H": heads,
+        }  # fmt: skip
+        machine.run(kernels.combine, (len(work.pieces) - 1, heads), config, arguments, constants)
+    return out, lse, rotated
+
+
+def _run_backward(
+    machine: _Machine, grad: Tensor, q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor,
+    out: Tensor, lse: Tensor, segments: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q_cos, q_sin, scale = _positive(q_cos, q_sin, scale)
+    grad, q, v, memory_k, memory_v, out = (_last_contiguous(x) for x in (grad, q, v, memory_k, memory_v, out))
+    rotated, lse = rotated.contiguous(), lse.contiguous()  # as the forward pass gave them
+    (queries, heads, head_dim), keys, memory, device = q.shape, len(v), len(memory_k), q.device
+    common = {
+        "grad": grad, "k": rotated, "v": v, "rotated": torch.empty(q.shape, dtype=q.dtype, device=device),
+        "levels": torch.empty((heads, queries), dtype=torch.float32, device=device),
+        "deltas": torch.empty((heads, queries), dtype=torch.float32, device=device),
+        "bounds": schedule.bounds(segments, queries, device=device),
+        "scale": scale * kernels.LOG2_E.value, "factor": scale, "memory": memory, "T": queries, "H": heads,
+    }  # fmt: skip
+    constants = {"D": head_dim, "BD": _padded(q)}
+
+    config = machine.config("queries", q)
+    sizes = {"rows": config.queries, "block": config.keys}
+    work = schedule.by_queries(segments, queries, memory, **sizes, device=device)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=device)
+    unit, strides = _strides(g=grad, q=q, o=out, v=v, mk=memory_k, mv=memory_v)
+    arguments = {
+        "q": q, "memory_k": memory_k, "memory_v": memory_v, "out": out, "lse": lse, "q_cos": q_cos, "q_sin": q_sin,
+        "dq": dq, "tiles": work.tiles, "runs": work.runs,
+    }  # fmt: skip
+    options = {"BM": config.queries, "BN": config.keys, "UNIT": unit, "MEMORY": memory > 0}
+    grid = (len(work.tiles), heads)
+    machine.run(kernels.backward_queries, grid, config, common | arguments | strides, constants | options)
+
+    config = machine.config("keys", q)
+    work = schedule.by_keys(segments, queries, keys, memory, rows=config.keys, block=config.queries, device=device)
+    dk, dv = (torch.empty(v.shape, dtype=v.dtype, device=device) for _ in range(2))
+    unit, strides = _strides(g=grad, v=v)
+    arguments = {"k_cos": k_cos, "k_sin": k_sin, "dk": dk, "dv": dv, "tiles": work.tiles, "runs": work.runs}
+    options = {"BM": config.queries, "BN": config.keys, "UNIT": unit}
+    grid = (len(work.tiles), heads)
+    machine.run(kernels.backward_keys, grid, config, common | arguments | strides, constants | options)
+    return dq, dk, dv
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    """``x``, copied only where its last dimension is not contiguous: the kernels read vectors of it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(**tensors: Tensor) -> tuple[int, dict[str, int]]:
+    """The largest power of two up to 16 that divides all row and head strides, and these in units of it."""
+    steps = {f"{name}_{step}": x.stride(i) for name, x in tensors.items() for i, step in enumerate(("row", "head"))}
+    unit = math.gcd(16, *steps.values())
+    return unit, {name: step // unit for name, step in steps.items()}
+
+
+def _padded(x: Tensor) -> int:
+    """BD: the least tensor cores multiply is 16."""
+    return max(16, triton.next_power_of_2(x.shape[-1]))
+
+
+def _longest(segments: Tensor) -> int:
+    return int((segments[:, 1] - segments[:, 0]).max()) if len(segments) else 0
+
+
+def _limit(work: Schedule, heads: int, config: Config, machine: _Machine) -> int:
+    """How many blocks of keys an item may have, so that there are programs for all processors; 0 where there are."""
+    shares = PROGRAMS * machine.processors // max(len(work.tiles) * heads, 1)
+    if shares < 2 or not len(work.tiles):
+        return 0
+    first, _, last = work.tiles[0, 2:5].tolist()  # the tile with the most work comes first
+    low, high = work.runs[first:last].unbind(1)
+    blocks = int(((high - low + config.keys - 1) // config.keys).sum())
+    limit = max(triton.cdiv(blocks, shares), LEAST)
+    return limit if limit < blocks else 0
+
+
+def _positive(cos: Tensor, sin: Tensor, scale: float) -> tuple[Tensor, Tensor, float]:
+    """Tables of the queries and a scale above zero that give the same scores: the kernels take it out of the maximum.
+
+    A negative scale negates the rotated queries instead; zero becomes too small to matter.
+    """
+    return (cos, sin, max(scale, TINY)) if scale >= 0 else (-cos, -sin, -scale)
+
+
+# For the audit
+
+
+class _Recorder(_Machine):
+    """Keeps every launch instead of doing it."""
+
+    def __init__(self, capability: int, processors: int) -> None:
+        super().__init__(torch.device("meta"), capability, processors)
+        self.found: list[Launch] = []
+
+    def run(
+        self, kernel: Any, grid: tuple[int, ...], config: Config, arguments: dict[str, Any], constants: dict[str, Any]
+    ) -> None:
+        """Describe it."""
+        dtype = next(arguments[name].dtype for name in ("v", "x", "out") if name in arguments)
+        multiplies = kernel not in (kernels.rotate, kernels.combine)
+        rows = config.keys if kernel is kernels.backward_keys else config.queries
+        wide = self.capability >= 90 and rows >= 64 and config.warps >= 4
+        words = [str(dtype).removeprefix("torch."), f"D={constants['D']}", f"{config.queries}x{config.keys}"]
+        words += [name.lower() for name in ("MEMORY", "SPLIT") if constants.get(name)]
+        self.found.append(
+            Launch(
+                name=" ".join([f"rope_attention.{kernel.__name__}", *words]),
+                kernel=kernel,
+                signature=signature(kernel, arguments, constants),
+                constants=constants,
+                aligned=tuple(name for name, value in arguments.items() if isinstance(value, Tensor)),
+                num_warps=config.warps,
+                num_stages=config.stages,
+                matrix="" if dtype == torch.float32 or not multiplies else "HGMMA" if wide else "HMMA",
+                copies=multiplies,
+            )
+        )
+
+
+def launches(capability: int) -> list[Launch]:
+    """Every kernel in every configuration for bf16, and for fp16 and fp32 at head dimension 64."""
+    found: dict[tuple, Launch] = {}
+    cases = [(torch.bfloat16, d) for d in (16, 32, 64, 100, 128)] + [(torch.float16, 64), (torch.float32, 64)]
+    for dtype, head_dim in cases:
+        for launch in _record(capability, dtype, head_dim):
+            found.setdefault(launch.key(), launch)
+    return list(found.values())
+
+
+def _record(capability: int, dtype: torch.dtype, head_dim: int) -> list[Launch]:
+    """The launches of long and short segments, with and without memory, split and whole."""
+    found = []
+    for layout in (
+        PackedLayout.documents([1024]),
+        PackedLayout.with_memory([1024], [1024], 1024),
+        PackedLayout.aligned([1], [1024]),
+        PackedLayout.decode([1024], [[1]], 1),
+    ):
+        for processors in (0, 1 << 20):
+            machine = _Recorder(capability, processors)
+            q, k, v, memory_k, memory_v = (
+                torch.empty(n, 4, head_dim, dtype=dtype, device=machine.device)
+                for n in (layout.queries, layout.keys, layout.keys, layout.memory, layout.memory)
+            )
+            rest = layout.segments, *layout.to(machine.device).tables(Rotary(), head_dim, torch.float32), 1.0
+            out, lse, rotated = _run_forward(machine, q, k, v, memory_k, memory_v, *rest)
+            _run_backward(machine, out, q, rotated, v, memory_k, memory_v, out, lse, *rest)
+            found += machine.found
+    return found

@@ -1,0 +1,68 @@
+"""One GPU kernel in one configuration, as it would be launched: what the audit compiles ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One ahead-of-time compilation.
+
+    Attributes:
+        name: operator, kernel and configuration, for people to read.
+        kernel: the ``@triton.jit`` function.
+        signature: argument -> Triton's type ("*bf16", "i32", ...; "constexpr" for constants).
+        constants: the values of the constants.
+        aligned: arguments that the launch guarantees to be divisible by 16.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline.
+        spill_budget: bytes of registers that may be spilled to memory.
+        matrix: the tensor-core instruction that must occur, "HMMA" or "HGMMA"; empty where none need.
+        copies: whether asynchronous copies must occur.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, object]
+    aligned: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+    spill_budget: int = 0
+    matrix: str = ""
+    copies: bool = False
+
+    def key(self) -> tuple:
+        """Equal for two launches that run the same machine code."""
+        parts = (self.signature, self.constants)
+        return self.kernel.__name__, *(tuple(sorted(p.items())) for p in parts), self.num_warps, self.num_stages
+
+
+def signature(kernel: Any, arguments: Mapping[str, Any], constants: Mapping[str, Any]) -> dict[str, str]:
+    """Triton's types of a call: those of tensors by dtype, an annotated one as it says, other numbers by kind."""
+    types = {}
+    for parameter in kernel.params:
+        if parameter.is_constexpr:
+            types[parameter.name] = "constexpr"
+            if parameter.name not in constants:
+                raise ValueError(f"{kernel.__name__}: expected a constant {parameter.name}, got {sorted(constants)}")
+            continue
+        value = arguments[parameter.name]
+        if isinstance(value, torch.Tensor):
+            types[parameter.name] = f"*{TYPES[value.dtype]}"
+        else:
+            types[parameter.name] = parameter.annotation_type or ("fp32" if isinstance(value, float) else "i32")
+    return types

@@ -1,0 +1,484 @@
+# ruff: noqa: ANN001, ANN201, ANN202, SIM108
+"""The Triton kernels of rotary attention, forward and backward, over the schedule of the packed layout.
+
+Each program takes one item of the schedule (a tile of rows of one head) and walks through its runs: the full ones
+without any mask, then the masked ones. Keys are rotated once, by a kernel of their own; queries as they are loaded;
+gradients are rotated back before they are stored. The softmax is online and in base 2 (FlashAttention-2,
+arXiv 2307.08691, algorithms 1 and 2). Nothing is added atomically: one program writes each result, in one order.
+
+Letters: T queries, S new keys, M rows of memory, H heads, D head dimension, BD = D padded to a power of two, N items,
+BM x BN a block of scores (queries x keys).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+# No kernel is compiled anew for a number that is 1 or a multiple of 16: the audit then sees what runs.
+NUMBERS = [
+    "T", "H", "rows", "memory", "x_row", "x_head", "q_row", "q_head", "g_row", "g_head", "o_row", "o_head",
+    "v_row", "v_head", "mk_row", "mk_head", "mv_row", "mv_head",
+]  # fmt: skip
+
+# Addresses. A tile of a tensor [rows, H, D] is read at pointer + row * row stride + column. Row offsets are 64-bit:
+# tokens x heads x head dimension passes 2**31. Strides come in units of UNIT elements, so that the compiler knows that
+# they are multiples of it and moves as many elements at once.
+
+
+@triton.jit
+def _stride(units, UNIT: tl.constexpr):
+    return tl.cast(units, tl.int64) * UNIT
+
+
+@triton.jit
+def _columns(D: tl.constexpr, BD: tl.constexpr):
+    """Columns of values: the first D of BD."""
+    column = tl.arange(0, BD)
+    return column, column < D
+
+
+@triton.jit
+def _halves(D: tl.constexpr, BD: tl.constexpr):
+    """Columns of queries and keys: each half of D at the beginning of a half of BD, so that halves swap in place."""
+    place = tl.arange(0, BD)
+    if D == BD:
+        column = place
+    else:
+        column = place // (BD // 2) * (D // 2) + place % (BD // 2)
+    return column, place % (BD // 2) < D // 2
+
+
+@triton.jit
+def _load(at, row_inside, column_inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile, zero outside; ROWS and COLUMNS tell which of the two conditions have to be looked at."""
+    if ROWS and COLUMNS:
+        tile = tl.load(at, mask=row_inside[:, None] & column_inside[None, :], other=0.0)
+    elif ROWS:
+        tile = tl.load(at, mask=row_inside[:, None], other=0.0)
+    elif COLUMNS:
+        tile = tl.load(at, mask=column_inside[None, :], other=0.0)
+    else:
+        tile = tl.load(at)
+    return tile
+
+
+@triton.jit
+def _load_rotated(base, stride, cos, sin, row, inside, D: tl.constexpr, BD: tl.constexpr):
+    """Rows of ``base``, rotated, in its dtype [rows, BD]; columns as ``_halves`` places them."""
+    half: tl.constexpr = D // 2
+    place = tl.arange(0, BD)
+    second, index = place // (BD // 2), place % (BD // 2)
+    mask = inside[:, None] & (index < half)[None, :]
+    start = row[:, None].to(tl.int64) * stride + index[None, :]
+    x = tl.load(base + start + second[None, :] * half, mask=mask, other=0.0).to(tl.float32)
+    partner = tl.load(base + start + (1 - second)[None, :] * half, mask=mask, other=0.0).to(tl.float32)
+    angle = row[:, None].to(tl.int64) * half + index[None, :]
+    c = tl.load(cos + angle, mask=mask, other=0.0)
+    s = tl.load(sin + angle, mask=mask, other=0.0)
+    return (x * c + partner * tl.where(second[None, :] == 0, -s, s)).to(base.dtype.element_ty)
+
+
+@triton.jit
+def _store_rotated_back(base, x, cos, sin, row, inside, stride, D: tl.constexpr, BD: tl.constexpr):
+    """Rotate ``x`` [rows, BD] fp32, whose columns ``_halves`` placed, by the negated angles and store it."""
+    half: tl.constexpr = D // 2
+    a, b = x.reshape(x.shape[0], 2, BD // 2).permute(0, 2, 1).split()
+    index = tl.arange(0, BD // 2)
+    mask = inside[:, None] & (index < half)[None, :]
+    angle = row[:, None].to(tl.int64) * half + index[None, :]
+    c = tl.load(cos + angle, mask=mask, other=0.0)
+    s = tl.load(sin + angle, mask=mask, other=0.0)
+    at = base + row[:, None].to(tl.int64) * stride + index[None, :]
+    tl.store(at, (a * c + b * s).to(base.dtype.element_ty), mask=mask)
+    tl.store(at + half, (b * c - a * s).to(base.dtype.element_ty), mask=mask)
+
+
+# Rotation
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def rotate(
+    x, cos, sin, rotated,
+    x_row: tl.int64, x_head: tl.int64, rows: tl.int64, H,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """``x`` [T, H, D] rotated into ``rotated``, contiguous; a row here is one head of one token."""
+    half: tl.constexpr = D // 2
+    number = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    token, head = number // H, number % H
+    index = tl.arange(0, BD // 2)
+    mask = (number < rows)[:, None] & (index < half)[None, :]
+    c = tl.load(cos + token[:, None] * half + index[None, :], mask=mask, other=0.0)
+    s = tl.load(sin + token[:, None] * half + index[None, :], mask=mask, other=0.0)
+    at = x + (token * _stride(x_row, UNIT) + head * _stride(x_head, UNIT))[:, None] + index[None, :]
+    a = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(at + half, mask=mask, other=0.0).to(tl.float32)
+    at = rotated + number[:, None] * D + index[None, :]
+    tl.store(at, (a * c - b * s).to(rotated.dtype.element_ty), mask=mask)
+    tl.store(at + half, (b * c + a * s).to(rotated.dtype.element_ty), mask=mask)
+
+
+# What a run's keys and values are
+
+
+@triton.jit
+def _source(
+    low, k, v, memory_k, memory_v, v_row, v_head, mk_row, mk_head, mv_row, mv_head,
+    memory, head, H, D: tl.constexpr, UNIT: tl.constexpr, MEMORY: tl.constexpr,
+):  # fmt: skip
+    """Where the run that begins at key ``low`` lies: keys, values, their row strides, and the number of row 0.
+
+    A run lies in the memory or among the new keys, never in both.
+    """
+    key_row = tl.cast(H, tl.int64) * D
+    keys = k + tl.cast(head, tl.int64) * D
+    values = v + head * _stride(v_head, UNIT)
+    value_row = _stride(v_row, UNIT)
+    first = memory
+    if MEMORY:
+        cached = low < memory
+        keys = tl.where(cached, memory_k + head * _stride(mk_head, UNIT), keys)
+        values = tl.where(cached, memory_v + head * _stride(mv_head, UNIT), values)
+        key_row = tl.where(cached, _stride(mk_row, UNIT), key_row)
+        value_row = tl.where(cached, _stride(mv_row, UNIT), value_row)
+        first = tl.where(cached, 0, memory)
+    return keys, values, key_row, value_row, first
+
+
+@triton.jit
+def _bounds(bounds, row, inside):
+    """The two ranges of keys that each query of ``row`` sees; those outside see none."""
+    at = bounds + row.to(tl.int64) * 4
+    own_low = tl.load(at, mask=inside, other=0)
+    own_high = tl.load(at + 1, mask=inside, other=0)
+    prefix_low = tl.load(at + 2, mask=inside, other=0)
+    prefix_high = tl.load(at + 3, mask=inside, other=0)
+    return own_low, own_high, prefix_low, prefix_high
+
+
+@triton.jit
+def _sees(own_low, own_high, prefix_low, prefix_high, key):
+    return ((own_low <= key) & (key < own_high)) | ((prefix_low <= key) & (key < prefix_high))
+
+
+# Forward
+
+
+@triton.jit
+def _attend(
+    q, acc, peak, total, own_low, own_high, prefix_low, prefix_high,
+    keys, values, key_row, value_row, low, high, first, scale,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Go on with the softmax over keys ``low`` to ``high``: row maxima, row sums and outputs, all in fp32.
+
+    Scores are in base 2: ``scale`` holds log2(e).
+    """
+    key = tl.arange(0, BN)
+    key_column, key_column_inside = _halves(D, BD)
+    value_column, value_column_inside = _columns(D, BD)
+    keys += key[:, None].to(tl.int64) * key_row + key_column[None, :]
+    values += key[:, None].to(tl.int64) * value_row + value_column[None, :]
+    for start in range(low, high, BN):
+        row, inside = tl.cast(start - first, tl.int64), key < high - start
+        k = _load(keys + row * key_row, inside, key_column_inside, MASKED, D != BD)  # [BN, BD]
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
+        if MASKED:
+            j = start + key[None, :]
+            seen = _sees(own_low[:, None], own_high[:, None], prefix_low[:, None], prefix_high[:, None], j)
+            s = tl.where(seen & inside[None, :], s, float("-inf"))
+        higher = tl.maximum(peak, tl.max(s, 1) * scale)
+        if MASKED:  # a row that has seen nothing yet: exp2(-inf - 0), not exp2(-inf + inf)
+            level = tl.where(higher == float("-inf"), 0.0, higher)
+        else:
+            level = higher
+        p = tl.exp2(s * scale - level[:, None])
+        shrink = tl.exp2(peak - level)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        v = _load(values + row * value_row, inside, value_column_inside, MASKED, D != BD)  # [BN, BD]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")  # [BM, BD]
+        peak = higher
+    return acc, peak, total
+
+
+@triton.jit
+def _finish(acc, peak, total):
+    """Normalised output and log-sum-exp in base 2; rows that saw nothing: zeros, and minus infinity."""
+    blind = total == 0.0
+    total = tl.where(blind, 1.0, total)
+    return acc / total[:, None], tl.where(blind, float("-inf"), peak + tl.log2(total))
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def forward(
+    q, k, v, memory_k, memory_v, q_cos, q_sin, out, lse, tiles, runs, bounds,
+    q_row: tl.int64, q_head: tl.int64, v_row: tl.int64, v_head: tl.int64,
+    mk_row: tl.int64, mk_head: tl.int64, mv_row: tl.int64, mv_head: tl.int64,
+    scale, memory, H,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
+    MEMORY: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """One item: its rows of the output and log-sum-exp [T, H]; with SPLIT its own part of them, for ``combine``.
+
+    ``k`` [S, H, D] is rotated already and contiguous.
+    """
+    item, head = tl.program_id(0), tl.program_id(1)
+    tile = tiles + item * 6
+    row = tl.load(tile) + tl.arange(0, BM)
+    inside = row < tl.load(tile + 1)
+    first_run, first_masked, last_run = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
+
+    x = _load_rotated(q + head * _stride(q_head, UNIT), _stride(q_row, UNIT), q_cos, q_sin, row, inside, D, BD)
+    own_low, own_high, prefix_low, prefix_high = _bounds(bounds, row, inside)
+    acc = tl.zeros((BM, BD), tl.float32)
+    peak = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    for run in range(first_run, first_masked):
+        low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
+        keys, values, key_row, value_row, first = _source(
+            low, k, v, memory_k, memory_v, v_row, v_head, mk_row, mk_head, mv_row, mv_head, memory, head, H,
+            D, UNIT, MEMORY,
+        )  # fmt: skip
+        acc, peak, total = _attend(
+            x, acc, peak, total, own_low, own_high, prefix_low, prefix_high,
+            keys, values, key_row, value_row, low, high, first, scale, D, BD, BN, False,
+        )  # fmt: skip
+    for run in range(first_masked, last_run):
+        low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
+        keys, values, key_row, value_row, first = _source(
+            low, k, v, memory_k, memory_v, v_row, v_head, mk_row, mk_head, mv_row, mv_head, memory, head, H,
+            D, UNIT, MEMORY,
+        )  # fmt: skip
+        acc, peak, total = _attend(
+            x, acc, peak, total, own_low, own_high, prefix_low, prefix_high,
+            keys, values, key_row, value_row, low, high, first, scale, D, BD, BN, True,
+        )  # fmt: skip
+
+    acc, logarithm = _finish(acc, peak, total)
+    column, column_inside = _columns(D, BD)
+    if SPLIT:  # [N, H, BM, BD] and [N, H, BM], in base 2
+        row = (item.to(tl.int64) * H + head) * BM + tl.arange(0, BM)
+        tl.store(out + row[:, None] * BD + column[None, :], acc)
+        tl.store(lse + row, logarithm)
+    else:
+        at = out + tl.cast(head, tl.int64) * D + row[:, None].to(tl.int64) * (tl.cast(H, tl.int64) * D)
+        tl.store(at + column[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
+        tl.store(lse + row.to(tl.int64) * H + head, logarithm / LOG2_E, mask=inside)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def combine(
+    parts, parts_lse, out, lse, tiles, pieces, order, H,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Rows of one tile from the parts that its items computed, in the order of their keys."""
+    tile, head = tl.program_id(0), tl.program_id(1)
+    begin, end = tl.load(pieces + tile), tl.load(pieces + tile + 1)
+    column, column_inside = _columns(D, BD)
+    acc = tl.zeros((BM, BD), tl.float32)
+    peak = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    for piece in range(begin, end):
+        place = (tl.load(order + piece).to(tl.int64) * H + head) * BM + tl.arange(0, BM)
+        x = tl.load(parts + place[:, None] * BD + column[None, :])  # [BM, BD]
+        weight = tl.load(parts_lse + place)
+        higher = tl.maximum(peak, weight)
+        level = tl.where(higher == float("-inf"), 0.0, higher)
+        weight, shrink = tl.exp2(weight - level), tl.exp2(peak - level)
+        acc = acc * shrink[:, None] + x * weight[:, None]
+        total = total * shrink + weight
+        peak = higher
+    acc, logarithm = _finish(acc, peak, total)
+    at = tiles + tl.load(order + begin) * 6
+    row = tl.load(at) + tl.arange(0, BM)
+    inside = row < tl.load(at + 1)
+    at = out + tl.cast(head, tl.int64) * D + row[:, None].to(tl.int64) * (tl.cast(H, tl.int64) * D)
+    tl.store(at + column[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
+    tl.store(lse + row.to(tl.int64) * H + head, logarithm / LOG2_E, mask=inside)
+
+
+# Backward, queries
+
+
+@triton.jit
+def _pull_queries(
+    q, g, acc, level, delta, own_low, own_high, prefix_low, prefix_high,
+    keys, values, key_row, value_row, low, high, first, scale,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add to ``acc`` [BM, BD] what keys ``low`` to ``high`` give to the gradient of the rotated queries."""
+    key = tl.arange(0, BN)
+    key_column, key_column_inside = _halves(D, BD)
+    value_column, value_column_inside = _columns(D, BD)
+    keys += key[:, None].to(tl.int64) * key_row + key_column[None, :]
+    values += key[:, None].to(tl.int64) * value_row + value_column[None, :]
+    for start in range(low, high, BN):
+        row, inside = tl.cast(start - first, tl.int64), key < high - start
+        k = _load(keys + row * key_row, inside, key_column_inside, MASKED, D != BD)  # [BN, BD]
+        v = _load(values + row * value_row, inside, value_column_inside, MASKED, D != BD)  # [BN, BD]
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
+        p = tl.exp2(s * scale - level[:, None])
+        if MASKED:
+            j = start + key[None, :]
+            seen = _sees(own_low[:, None], own_high[:, None], prefix_low[:, None], prefix_high[:, None], j)
+            p = tl.where(seen & inside[None, :], p, 0.0)
+        dp = tl.dot(g, tl.trans(v), input_precision="ieee")  # [BM, BN]
+        ds = p * (dp - delta[:, None])
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def backward_queries(
+    grad, q, k, v, memory_k, memory_v, out, lse, q_cos, q_sin, dq, rotated, levels, deltas, tiles, runs, bounds,
+    g_row: tl.int64, g_head: tl.int64, q_row: tl.int64, q_head: tl.int64, o_row: tl.int64, o_head: tl.int64,
+    v_row: tl.int64, v_head: tl.int64,
+    mk_row: tl.int64, mk_head: tl.int64, mv_row: tl.int64, mv_head: tl.int64,
+    scale, factor, memory, T, H,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, MEMORY: tl.constexpr,
+):  # fmt: skip
+    """dq [T, H, D] of one item, and what ``backward_keys`` reads: the rotated queries [T, H, D] and two rows of [H, T].
+
+    ``levels`` are log-sum-exps in base 2, infinite where a row sees nothing (its probabilities are then exp2(-inf)),
+    and ``deltas`` the sums of grad * out. ``scale`` holds log2(e), ``factor`` does not.
+    """
+    item, head = tl.program_id(0), tl.program_id(1)
+    tile = tiles + item * 6
+    row = tl.load(tile) + tl.arange(0, BM)
+    inside = row < tl.load(tile + 1)
+    first_run, first_masked, last_run = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
+    wide = row.to(tl.int64)
+    line = tl.cast(H, tl.int64) * D  # from token to token where a tensor is contiguous
+
+    column, column_inside = _columns(D, BD)
+    g = _load(
+        grad + head * _stride(g_head, UNIT) + wide[:, None] * _stride(g_row, UNIT) + column[None, :],
+        inside, column_inside, True, D != BD,
+    )  # fmt: skip
+    o = _load(
+        out + head * _stride(o_head, UNIT) + wide[:, None] * _stride(o_row, UNIT) + column[None, :],
+        inside, column_inside, True, D != BD,
+    )  # fmt: skip
+    delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    level = tl.load(lse + wide * H + head, mask=inside, other=float("-inf")) * LOG2_E
+    level = tl.where(level == float("-inf"), float("inf"), level)
+    tl.store(deltas + tl.cast(head, tl.int64) * T + wide, delta, mask=inside)
+    tl.store(levels + tl.cast(head, tl.int64) * T + wide, level, mask=inside)
+
+    x = _load_rotated(q + head * _stride(q_head, UNIT), _stride(q_row, UNIT), q_cos, q_sin, row, inside, D, BD)
+    column, column_inside = _halves(D, BD)
+    at = rotated + tl.cast(head, tl.int64) * D + wide[:, None] * line + column[None, :]
+    tl.store(at, x, mask=inside[:, None] & column_inside[None, :])
+
+    own_low, own_high, prefix_low, prefix_high = _bounds(bounds, row, inside)
+    acc = tl.zeros((BM, BD), tl.float32)
+    for run in range(first_run, first_masked):
+        low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
+        keys, values, key_row, value_row, first = _source(
+            low, k, v, memory_k, memory_v, v_row, v_head, mk_row, mk_head, mv_row, mv_head, memory, head, H,
+            D, UNIT, MEMORY,
+        )  # fmt: skip
+        acc = _pull_queries(
+            x, g, acc, level, delta, own_low, own_high, prefix_low, prefix_high,
+            keys, values, key_row, value_row, low, high, first, scale, D, BD, BN, False,
+        )  # fmt: skip
+    for run in range(first_masked, last_run):
+        low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
+        keys, values, key_row, value_row, first = _source(
+            low, k, v, memory_k, memory_v, v_row, v_head, mk_row, mk_head, mv_row, mv_head, memory, head, H,
+            D, UNIT, MEMORY,
+        )  # fmt: skip
+        acc = _pull_queries(
+            x, g, acc, level, delta, own_low, own_high, prefix_low, prefix_high,
+            keys, values, key_row, value_row, low, high, first, scale, D, BD, BN, True,
+        )  # fmt: skip
+    _store_rotated_back(dq + tl.cast(head, tl.int64) * D, acc * factor, q_cos, q_sin, row, inside, line, D, BD)
+
+
+# Backward, keys
+
+
+@triton.jit
+def _pull_keys(
+    k, v, dk, dv, key, queries, grads, levels, deltas, bounds, q_row, g_row, low, high, scale,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add to ``dk`` and ``dv`` [BN, BD] what queries ``low`` to ``high`` give; scores are transposed, [BN, BM]."""
+    query = tl.arange(0, BM)
+    key_column, key_column_inside = _halves(D, BD)
+    value_column, value_column_inside = _columns(D, BD)
+    queries += query[:, None].to(tl.int64) * q_row + key_column[None, :]
+    grads += query[:, None].to(tl.int64) * g_row + value_column[None, :]
+    for start in range(low, high, BM):
+        row, inside = tl.cast(start, tl.int64), query < high - start
+        q = _load(queries + row * q_row, inside, key_column_inside, MASKED, D != BD)  # [BM, BD]
+        g = _load(grads + row * g_row, inside, value_column_inside, MASKED, D != BD)  # [BM, BD]
+        if MASKED:
+            level = tl.load(levels + start + query, mask=inside, other=float("inf"))
+            delta = tl.load(deltas + start + query, mask=inside, other=0.0)
+        else:
+            level = tl.load(levels + start + query)
+            delta = tl.load(deltas + start + query)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BN, BM]
+        p = tl.exp2(s * scale - level[None, :])
+        if MASKED:
+            own_low, own_high, prefix_low, prefix_high = _bounds(bounds, start + query, inside)
+            seen = _sees(own_low[None, :], own_high[None, :], prefix_low[None, :], prefix_high[None, :], key[:, None])
+            p = tl.where(seen, p, 0.0)
+        dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(g), input_precision="ieee")  # [BN, BM]
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def backward_keys(
+    grad, rotated, k, v, levels, deltas, k_cos, k_sin, dk, dv, tiles, runs, bounds,
+    g_row: tl.int64, g_head: tl.int64, v_row: tl.int64, v_head: tl.int64,
+    scale, factor, memory, T, H,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """dk and dv [S, H, D] of one tile of new keys, from the queries that see them."""
+    item, head = tl.program_id(0), tl.program_id(1)
+    tile = tiles + item * 6
+    row = tl.load(tile) + tl.arange(0, BN)
+    inside = row < tl.load(tile + 1)
+    first_run, first_masked, last_run = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
+    wide = row.to(tl.int64)
+    line = tl.cast(H, tl.int64) * D
+    start = tl.cast(head, tl.int64) * D
+
+    key_column, key_column_inside = _halves(D, BD)
+    column, column_inside = _columns(D, BD)
+    x = _load(k + start + wide[:, None] * line + key_column[None, :], inside, key_column_inside, True, D != BD)
+    y = _load(
+        v + head * _stride(v_head, UNIT) + wide[:, None] * _stride(v_row, UNIT) + column[None, :],
+        inside, column_inside, True, D != BD,
+    )  # fmt: skip
+    queries, grads, g_line = rotated + start, grad + head * _stride(g_head, UNIT), _stride(g_row, UNIT)
+    levels += tl.cast(head, tl.int64) * T
+    deltas += tl.cast(head, tl.int64) * T
+    key = memory + row  # its number in the bounds
+
+    key_acc = tl.zeros((BN, BD), tl.float32)
+    value_acc = tl.zeros((BN, BD), tl.float32)
+    for run in range(first_run, first_masked):
+        low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
+        key_acc, value_acc = _pull_keys(
+            x, y, key_acc, value_acc, key, queries, grads, levels, deltas, bounds, line, g_line, low, high, scale,
+            D, BD, BM, False,
+        )  # fmt: skip
+    for run in range(first_masked, last_run):
+        low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
+        key_acc, value_acc = _pull_keys(
+            x, y, key_acc, value_acc, key, queries, grads, levels, deltas, bounds, line, g_line, low, high, scale,
+            D, BD, BM, True,
+        )  # fmt: skip
+    at = dv + start + wide[:, None] * line + column[None, :]
+    tl.store(at, value_acc.to(dv.dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
+    _store_rotated_back(dk + start, key_acc * factor, k_cos, k_sin, row, inside, line, D, BD)
