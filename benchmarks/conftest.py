@@ -1,4 +1,4 @@
-"""What every benchmark shares: measured limits of the machine, and one table at the end of the run.
+"""What every benchmark shares: measured limits of the machine, timing, and one table at the end of the run.
 
 A benchmark says what it moved or computed, after it has shown that the result is right::
 
@@ -10,11 +10,15 @@ A benchmark says what it moved or computed, after it has shown that the result i
     def bench_rival(benchmark, record):
         benchmark(rival_step)
         record("laprop", "eager", bytes_moved=32 * n, rival=True)
+
+On CUDA the clock waits for the device, so any way of timing is right there; ``timed`` also keeps its queue filled.
 """
 
+import functools
+import math
 import statistics
 import time
-from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,29 +26,46 @@ import torch
 from dph.tables import table
 
 
+def clock():
+    """Seconds, once the GPU, if one is in use, has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def pytest_collection_modifyitems(items):
+    """Every benchmark is timed by ``clock``."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.benchmark(timer=clock))
+
+
 def _median_seconds(run, rounds):
     run()
     times = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = clock()
         run()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return statistics.median(times)
 
 
-@dataclass(frozen=True)
 class Limits:
-    """What this machine's CPU can do, measured with all cores that PyTorch may use."""
+    """What a device can do: the CPU with all cores that PyTorch may use, or the current GPU. Measured once a run."""
 
-    def bandwidth(self, elements=20_000_000, rounds=20):
+    @functools.cache  # noqa: B019 (there is one of these)
+    def bandwidth(self, device="cpu"):
         """Bytes per second of ``a += s * b`` in fp32: two reads to one write, none wasted."""
-        a, b = torch.zeros(elements), torch.ones(elements)
-        return 12 * elements / _median_seconds(lambda: a.add_(b, alpha=0.5), rounds)
+        elements = 20_000_000 if device == "cpu" else 400_000_000
+        a, b = torch.zeros(elements, device=device), torch.ones(elements, device=device)
+        return 12 * elements / _median_seconds(lambda: a.add_(b, alpha=0.5), 20)
 
-    def matmul(self, size=1536, rounds=10):
-        """Floating-point operations per second of a square fp32 matrix product."""
-        a, b = torch.randn(size, size), torch.randn(size, size)
-        return 2 * size**3 / _median_seconds(lambda: a @ b, rounds)
+    @functools.cache  # noqa: B019
+    def matmul(self, device="cpu", dtype=torch.float32):
+        """Floating-point operations per second of a square matrix product."""
+        size = 1536 if device == "cpu" else 8192
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        return 2 * size**3 / _median_seconds(lambda: a @ b, 10)
 
 
 @pytest.fixture(scope="session")
@@ -53,49 +74,144 @@ def limits():
 
 
 @pytest.fixture
-def record(benchmark):
-    """Notes for the final table: who ran what, and how much work that was; rates are per second."""
+def timed(benchmark):
+    """Time a function for about as long as told, warm, in rounds of at least 2 ms: 5 to 100 of them.
 
-    def note(operator, who, *, bytes_moved=None, flops=None, limit=None, rival=False, target=None):
-        if (bytes_moved is None) == (flops is None):
-            raise ValueError("record: expected exactly one of bytes_moved and flops")
-        unit, work = ("GB/s", bytes_moved / 1e9) if flops is None else ("TFLOP/s", flops / 1e12)
-        scale = 1e9 if flops is None else 1e12
-        benchmark.extra_info.update(
-            operator=operator,
-            who=who,
-            unit=unit,
-            work=work,
-            limit=None if limit is None else limit / scale,
-            rival=rival,
-            target=target,
-        )
+    A round of many calls is what lets the host run ahead of a GPU, as it does in a model.
+    """
+
+    def run(function, seconds=1.0):
+        if not benchmark.enabled:
+            return benchmark(function)
+        once = _median_seconds(function, 1)
+        iterations = math.ceil(2e-3 / once)
+        rounds = min(max(int(seconds / (once * iterations)), 5), 100)
+        benchmark.pedantic(function, rounds=rounds, iterations=iterations, warmup_rounds=1)
+        return None
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def peak_memory():
+    """Bytes that a call allocates at its peak beyond what was there before; None on the CPU, which does not count."""
+
+    def measure(function):
+        if not torch.cuda.is_initialized():
+            return None
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+
+    return measure
+
+
+@pytest.fixture
+def record(benchmark):
+    """Notes for the final table: who ran what, and how much work that was.
+
+    Args:
+        operator: rows with the same text are compared with each other.
+        who: who ran it.
+        bytes_moved: bytes that had to move in a call.
+        flops: floating-point operations that were necessary in a call.
+        limit: what the machine can do per second, of ``flops`` where given, else of ``bytes_moved``.
+        bandwidth: bytes per second that it can move, where ``limit`` is one of ``flops``.
+        peak: bytes that a call allocated at its peak.
+        rival: somebody else's work.
+        kind: rivals of one kind share a goal.
+        target: for ours: a rival, a kind of them, or "best rival" -> how many times its speed is the goal.
+    """
+
+    def note(operator, who, *, bytes_moved=None, flops=None, limit=None, bandwidth=None, peak=None, rival=False,
+             kind=None, target=None):  # fmt: skip
+        if bytes_moved is None and flops is None:
+            raise ValueError("record: expected bytes_moved or flops or both, got neither")
+        if flops is None:
+            limit, bandwidth = None, limit if bandwidth is None else bandwidth
+        info = {"bytes_moved": bytes_moved, "flops": flops, "limit": limit, "bandwidth": bandwidth, "peak": peak}
+        info |= {"operator": operator, "who": who, "rival": rival, "kind": kind, "target": target}
+        if benchmark.stats:  # None where timing is switched off
+            info["quantiles"] = _quantiles(benchmark.stats.stats.sorted_data)
+        benchmark.extra_info.update(info)
 
     return note
 
 
-def _row(bench, rivals):
+def _quantiles(times):
+    """The 20% and 80% quantiles of sorted times."""
+    return times[(len(times) - 1) // 5], times[-1 - (len(times) - 1) // 5]
+
+
+# The table
+
+HEADERS = (
+    "operator",
+    "by",
+    "ms",
+    "20% - 80%",
+    "rate",
+    "of the limit",
+    "MB",
+    "rate",
+    "of the limit",
+    "peak MB",
+    "speed of ours",
+)
+
+
+def _rate(work, seconds, limit, unit, scale):
+    """The rate in words, and which share of its limit that is."""
+    if work is None:
+        return "", ""
+    rate = work / seconds
+    share = f"{100 * rate / limit:.0f}% of {limit / scale:.3g}" if limit else ""
+    return f"{rate / scale:.3g} {unit}", share
+
+
+def _compared(bench, mine, rivals):
+    """For a rival how many times its speed ours has; for ours the best rival, and the goals."""
+    if bench.extra_info["rival"]:
+        return f"{bench.stats.median / mine[0].stats.median:.2f}×" if mine else ""
+    if not rivals:
+        return ""
+    parts, goals = [], {"best rival": None} | (bench.extra_info["target"] or {})
+    for name, goal in goals.items():
+        met = [r for r in rivals if name in ("best rival", r.extra_info["who"], r.extra_info["kind"])]
+        if met:
+            ratio = met[0].stats.median / bench.stats.median
+            parts.append(f"{ratio:.2f}× {name}" + (f" (goal {goal}×)" if goal else ""))
+    return ", ".join(parts)
+
+
+def _row(bench, mine, rivals):
     info, seconds = bench.extra_info, bench.stats.median
-    rate = info["work"] / seconds
-    share = f"{100 * rate / info['limit']:.0f}% of {info['limit']:.0f}" if info["limit"] else ""
-    against = []
-    if not info["rival"]:
-        for rival in sorted(rivals, key=lambda r: r.stats.median):
-            ratio, goal = rival.stats.median / seconds, (info["target"] or {}).get(rival.extra_info["who"])
-            against.append(f"{ratio:.2f}× {rival.extra_info['who']}" + (f" (goal {goal}×)" if goal else ""))
-    columns = (info["operator"], info["who"], 1e3 * seconds, 1e3 * bench.stats.min)
-    return (*columns, f"{rate:.3g} {info['unit']}", share, ", ".join(against))
+    unit, scale = ("TFLOP/s", 1e12) if (info["limit"] or 0) >= 1e13 else ("GFLOP/s", 1e9)
+    return (
+        info["operator"],
+        info["who"],
+        1e3 * seconds,
+        " - ".join(f"{1e3 * q:.3f}" for q in info["quantiles"]),
+        *_rate(info["flops"], seconds, info["limit"], unit, scale),
+        None if info["bytes_moved"] is None else info["bytes_moved"] / 1e6,
+        *_rate(info["bytes_moved"], seconds, info["bandwidth"], "GB/s", 1e9),
+        None if info["peak"] is None else info["peak"] / 1e6,
+        _compared(bench, mine, rivals),
+    )
 
 
 def summary(benches):
-    """The table: operators together, ours first; the speed of ours over each rival's, the best rival first."""
-    headers = ("operator", "by", "ms (median)", "ms (min)", "rate", "of the limit", "speed against rivals")
+    """The table: operators together, ours first, the best rival next."""
     rows = []
     for operator in dict.fromkeys(b.extra_info["operator"] for b in benches):
-        mine = [b for b in benches if b.extra_info["operator"] == operator]
-        rivals = [b for b in mine if b.extra_info["rival"]]
-        rows += [_row(b, rivals) for b in sorted(mine, key=lambda b: (b.extra_info["rival"], b.stats.median))]
-    return table(headers, rows)
+        ranked = sorted((b for b in benches if b.extra_info["operator"] == operator), key=lambda b: b.stats.median)
+        rivals = [b for b in ranked if b.extra_info["rival"]]
+        mine = [b for b in ranked if not b.extra_info["rival"]]
+        rows += [_row(b, mine, rivals) for b in mine + rivals]
+    empty = [i for i in range(len(HEADERS)) if all(row[i] in (None, "") for row in rows)]
+    kept = [i for i in range(len(HEADERS)) if i not in empty]
+    return table([HEADERS[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -103,5 +219,6 @@ def pytest_terminal_summary(terminalreporter, config):
     benches = [b for b in getattr(session, "benchmarks", []) if b.extra_info.get("operator") and b.stats.rounds]
     if not benches:
         return
-    terminalreporter.section(f"speed, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+    device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else f"{torch.get_num_threads()} threads"
+    terminalreporter.section(f"speed, {device}, PyTorch {torch.__version__}")
     terminalreporter.write_line(summary(benches))

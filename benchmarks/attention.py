@@ -1,0 +1,187 @@
+"""Workloads of attention, and the plans by which others compute them.
+
+A workload is a layout, as ours runs it. Everybody else follows a plan: batches of sequences of one length, padded
+where they are not, with a copy of the prompt for each answer where the plan does not share it. A plan's inputs are laid
+out beforehand and cost nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dph_kernels import PackedLayout
+
+HEAD_DIM = 64
+NOTHING = torch.empty(1, 0, dtype=torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences that are computed in one call; rows -1 are padding.
+
+    rows: [B, n] queries of the layout.
+    cached: [B, c] rows of its memory, which come first among the keys.
+    new: [B, s] its new keys.
+    mask: [B or 1, n, c + s] bool, who sees whom; None: causal, aligned at the end.
+    """
+
+    rows: Tensor
+    cached: Tensor
+    new: Tensor
+    mask: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """The mask written out."""
+        n, m = self.rows.shape[1], self.cached.shape[1] + self.new.shape[1]
+        return torch.ones(1, n, m, dtype=torch.bool).tril(m - n) if self.mask is None else self.mask
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """A layout, the plans that give its result, and what ours is to reach.
+
+    plans: name -> batches. "shared" computes no token twice.
+    goals: direction -> a kind of rivals -> how many times its speed.
+    fresh: bytes of memory rows to go round in turns, so that no processor's cache keeps what memory has to give.
+    """
+
+    name: str
+    layout: PackedLayout
+    heads: int
+    plans: dict[str, list[Batch]]
+    directions: tuple[str, ...] = ("forward", "both")
+    goals: dict[str, dict[str, float]] = field(default_factory=dict)
+    fresh: int = 0
+
+    def copies(self, item: int) -> int:
+        """Sets of inputs, at ``item`` bytes a number, that make up ``fresh``."""
+        return max(-(-self.fresh // max(2 * item * HEAD_DIM * self.heads * self.layout.memory, 1)), 1)
+
+    def flops(self, direction: str) -> int:
+        """Operations that are necessary: 2 D for each product of each pair of query and key that sees it.
+
+        There are 2 products forward and 5 backward, of which dk and dv are not needed for the detached memory.
+        """
+        q0, q1, k0, k1, p0, p1, _ = self.layout.segments.unbind(1)
+        n, own, prefix = q1 - q0, k1 - k0, p1 - p0
+        seeing = torch.minimum(n, own)
+        causal, full = seeing * own - seeing * (seeing - 1) // 2, n * prefix
+        detached = causal[k0 < self.layout.memory].sum() + full[p0 < self.layout.memory].sum()
+        products = 2 * (causal + full).sum()
+        if direction == "both":
+            products += 5 * (causal + full).sum() - 2 * detached
+        return 2 * HEAD_DIM * self.heads * int(products)
+
+    def bytes_moved(self, direction: str, item: int) -> int:
+        """Bytes that have to move at ``item`` bytes a number: every input that is used once, every output once."""
+        queries, seen = self.layout.queries, torch.zeros(self.layout.memory + self.layout.keys, dtype=torch.bool)
+        for _, _, k0, k1, p0, p1, _ in self.layout.segments.tolist():
+            seen[k0:k1] = seen[p0:p1] = True
+        rows = 2 * queries + 2 * int(seen.sum())  # q, out; k, v
+        if direction == "both":
+            rows += 4 * queries + 2 * int(seen.sum()) + 2 * self.layout.keys  # q, out, dout, dq; k, v; dk, dv
+        return item * HEAD_DIM * self.heads * rows
+
+
+# The workloads: every number of the table
+
+
+def workloads(large: bool) -> list[Workload]:
+    """The table's full size, for a GPU, or the same shapes on a smaller scale."""
+    if large:
+        lengths = draw(16, 64, 4096)
+        pairs = draw(64, 64, 1024), [draw(2, 4, 256, seed) for seed in range(64)]
+        questions = draw(256, 64, 512), [draw(4, 1, 32, seed) for seed in range(256)]
+        return [
+            *(documents(f"dense {n}", [n] * (16384 // n), 24) for n in (2048, 4096, 16384)),
+            memory("memory 2048 + 2048", 8, 2048, 2048, 24, goal=1.15),
+            documents("documents of 64 to 4096", lengths, 24),
+            branches("64 pairs", *pairs, 24, pad=1280),
+            branches("4 choices", *questions, 24, directions=("forward",)),
+            *(decode(f"decode {n} on 1024", 1024, draw(n, 1, 64), 24, 128 << 20) for n in (1, 16, 128)),
+        ]
+    pairs = draw(16, 16, 256), [draw(2, 4, 64, seed) for seed in range(16)]
+    questions = draw(16, 32, 256), [draw(4, 1, 16, seed) for seed in range(16)]
+    return [
+        documents("dense 1024", [1024], 12, goals={"both": {"SDPA": 0.9}}),
+        memory("memory 256 + 256", 2, 256, 256, 8),
+        documents("documents of 16 to 512", draw(12, 16, 512), 12),
+        branches("16 pairs", *pairs, 12, pad=512),
+        branches("4 choices", *questions, 12, directions=("forward",)),
+        *(decode(f"decode {n} on 1024", 1024, draw(n, 1, 64), 12, 64 << 20) for n in (1, 16, 128)),
+    ]
+
+
+def draw(count: int, low: int, high: int, seed: int = 0) -> list[int]:
+    """``count`` lengths from ``low`` to ``high``, always the same."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high + 1, (count,), generator=generator).tolist()
+
+
+def documents(
+    name: str, lengths: Sequence[int], heads: int, goals: dict[str, dict[str, float]] | None = None
+) -> Workload:
+    """Causal sequences end to end; in one batch where they are equally long."""
+    layout = PackedLayout.documents(lengths)
+    rows = torch.arange(layout.queries).split(list(lengths))
+    if len(set(lengths)) == 1:
+        rows = [torch.cat(rows)]
+    rows = [r.view(-1, n) for r, n in zip(rows, lengths, strict=False)]
+    return Workload(name, layout, heads, {"shared": [Batch(r, NOTHING, r) for r in rows]}, goals=goals or {})
+
+
+def memory(name: str, batch: int, length: int, filled: int, heads: int, goal: float | None = None) -> Workload:
+    """Streams that see a full memory and themselves."""
+    layout = PackedLayout.with_memory([length] * batch, [filled] * batch, filled)
+    rows, cached = torch.arange(batch * length).view(batch, -1), torch.arange(batch * filled).view(batch, -1)
+    goals = {"both": {"best rival": goal}} if goal else {}
+    return Workload(name, layout, heads, {"shared": [Batch(rows, cached, rows)]}, goals=goals)
+
+
+def branches(
+    name: str, prompts: Sequence[int], answers: Sequence[Sequence[int]], heads: int, pad: int = 0,
+    directions: tuple[str, ...] = ("forward", "both"),
+) -> Workload:  # fmt: skip
+    """Answers to prompts. Plans: a document under its mask, or every answer behind its own copy of the prompt."""
+    shared, sequences, start = [], [], 0
+    for prompt, tails in zip(prompts, answers, strict=True):
+        rows = torch.arange(start, start + prompt + sum(tails))
+        mask = PackedLayout.shared_prefix([prompt], [tails]).visible()
+        shared.append(Batch(rows[None], NOTHING, rows[None], mask[None]))
+        sequences += [torch.cat([rows[:prompt], tail]) for tail in rows[prompt:].split(list(tails))]
+        start += len(rows)
+    by_length = sorted(sequences, key=len)
+    plans = {
+        "shared": shared,
+        "alone": [Batch(s[None], NOTHING, s[None]) for s in sequences],
+        "by length": [_padded(by_length[i : i + 8]) for i in range(0, len(by_length), 8)],
+    }
+    if pad:
+        plans["padded"] = [_padded(sequences, pad)]
+    goals = {"both": {"without sharing": 1.5, "padded": 4}} if pad else {}
+    return Workload(name, PackedLayout.shared_prefix(prompts, answers), heads, plans, directions, goals)
+
+
+def _padded(sequences: Sequence[Tensor], length: int = 0) -> Batch:
+    """Sequences as one batch, padded behind, where causal attention needs no mask for it."""
+    rows = pad_sequence(list(sequences), batch_first=True, padding_value=-1)
+    rows = torch.nn.functional.pad(rows, (0, max(length - rows.shape[1], 0)), value=-1)
+    return Batch(rows, NOTHING.expand(len(rows), 0), rows)
+
+
+def decode(name: str, prompt: int, said: Sequence[int], heads: int, fresh: int) -> Workload:
+    """A new token of each candidate. Plans: the prompt's cache once, or in a cache of each candidate's own."""
+    capacity = max(said)
+    layout = PackedLayout.decode([prompt], [said], capacity)
+    rows = torch.arange(len(said))
+    own = prompt + rows[:, None] * capacity + torch.arange(capacity)
+    caches = torch.cat([torch.arange(prompt).expand(len(said), -1), own], dim=1)
+    seen = torch.arange(prompt + capacity) < prompt + torch.tensor(said)[:, None]
+    plans = {
+        "shared": [Batch(rows[None], torch.arange(layout.memory)[None], NOTHING, layout.visible()[None])],
+        "padded": [Batch(rows[:, None], caches, NOTHING.expand(len(said), 0), seen[:, None])],
+    }
+    return Workload(name, layout, heads, plans, ("forward",), fresh=fresh)
