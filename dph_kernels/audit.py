@@ -1,0 +1,391 @@
+"""Compiles every GPU kernel ahead of time, as it would be launched, and reports what the compiler made of it.
+
+No GPU is needed. Triton kernels are found through ``launches(capability)`` of each ``dph_kernels/<operator>/triton.py``
+and compiled with Triton; CUDA kernels are those of csrc/**/*.cu, compiled with nvcc. Registers, spilled bytes and
+static shared memory are what ptxas says (``ptxas -v``), instructions are counted in the disassembled machine code.
+
+    python -m dph_kernels.audit --arch 80 --only rope_attention
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib
+import importlib.util
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dph_kernels import native
+from dph_kernels.launches import Launch
+
+# Compute capability -> bytes of shared memory that one thread block can have (CUDA programming guide, table of
+# technical specifications): A100, and H100 or H200.
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+
+# As setup.py compiles them.
+CUDA_COMPILE = ["-std=c++17", "-O3"]
+
+# Machine instructions: tensor cores; asynchronous copies to shared memory, by threads and in bulk.
+KINDS = {"hmma": ["HMMA"], "hgmma": ["HGMMA"], "ldgsts": ["LDGSTS"], "bulk": ["UBLKCP", "UTMALDG"]}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one architecture: what it needs (bytes per thread spilled, bytes per block shared), what it has.
+
+    ``spilled`` counts the bytes that spill instructions store or load, whichever is more. None: not known.
+    """
+
+    kernel: str
+    arch: int
+    registers: int | None = None
+    spilled: int | None = None
+    shared: int | None = None
+    hmma: int | None = None
+    hgmma: int | None = None
+    ldgsts: int | None = None
+    bulk: int | None = None
+    problems: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """In one word."""
+        return "FAILS" if self.problems else "ok"
+
+
+@dataclass(frozen=True)
+class TritonJob:
+    """The launch number ``index`` of a module that has ``launches``: a worker can look it up, not unpickle it."""
+
+    module: str
+    index: int
+    name: str
+    arch: int
+
+
+@dataclass(frozen=True)
+class CudaJob:
+    """One CUDA source file, all of its kernels."""
+
+    source: Path
+    arch: int
+
+    @property
+    def name(self) -> str:
+        """The path under csrc/, without the suffix."""
+        return self.source.relative_to(native.CSRC).with_suffix("").as_posix()
+
+
+Job = TritonJob | CudaJob
+
+
+def operators() -> list[str]:
+    """The modules of this package that have Triton kernels."""
+    found = sorted(Path(__file__).parent.glob("*/triton.py"))
+    names = [f"dph_kernels.{path.parent.name}.triton" for path in found]
+    return [name for name in names if hasattr(importlib.import_module(name), "launches")]
+
+
+@functools.cache
+def launches(module: str, arch: int) -> list[Launch]:
+    """What a module launches on an architecture."""
+    return importlib.import_module(module).launches(arch)
+
+
+def triton_jobs(modules: Iterable[str], archs: Sequence[int]) -> list[TritonJob]:
+    """Every launch of ``modules`` on every architecture."""
+    return [
+        TritonJob(module, index, launch.name, arch)
+        for module in modules
+        for arch in archs
+        for index, launch in enumerate(launches(module, arch))
+    ]
+
+
+def cuda_jobs(archs: Sequence[int]) -> list[CudaJob]:
+    """Every CUDA source on every architecture."""
+    return [CudaJob(source, arch) for source in sorted(native.CSRC.rglob("*.cu")) for arch in archs]
+
+
+def audit(job: Job) -> list[Row]:
+    """Compile one job; a row for each of its kernels."""
+    return _audit_triton(job) if isinstance(job, TritonJob) else _audit_cuda(job)
+
+
+def _audit_triton(job: TritonJob) -> list[Row]:
+    launch = launches(job.module, job.arch)[job.index]
+    row = Row(job.name, job.arch)
+    try:
+        cubin, log, shared = compile_triton(launch, job.arch)
+    except Exception as error:  # whatever the compiler raises is what this row has to say
+        return [replace(row, problems=(f"does not compile: {_one_line(error)}",))]
+    measured = measure(log)
+    if len(measured) != 1:
+        raise RuntimeError(f"{job.name}: expected ptxas to report one kernel, got {list(measured)} in:\n{log}")
+    [(symbol, figures)] = measured.items()
+    row = replace(row, **{**figures, "shared": shared}, **instructions(cubin, _cuobjdump_of_triton())[symbol])
+    problems = judge(row, launch.spill_budget, launch.matrix, launch.copies) + losses(log)
+    return [replace(row, problems=problems)]
+
+
+def compile_triton(launch: Launch, arch: int) -> tuple[bytes, str, int]:
+    """The machine code of a launch, what ptxas said about it, and its bytes of shared memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+
+    names = launch.kernel.arg_names
+    if unknown := sorted({*launch.signature, *launch.constants, *launch.aligned}.symmetric_difference(names)):
+        raise ValueError(f"signature: expected the arguments of {launch.kernel.__name__}, and these differ: {unknown}")
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, attributes)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    target = GPUTarget("cuda", arch, 32)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), triton.knobs.nvidia.scope():
+        triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=target, options=options)
+        if "spill stores" not in said.getvalue():  # it came from Triton's cache: only ptxas has to run again
+            backend = make_backend(target)
+            backend.make_cubin(compiled.asm["ptx"], {}, backend.parse_options(options), arch)
+    return compiled.asm["cubin"], said.getvalue(), compiled.metadata.shared
+
+
+def _cuobjdump_of_triton() -> str:
+    import triton
+
+    return triton.knobs.nvidia.cuobjdump.path
+
+
+def _audit_cuda(job: CudaJob) -> list[Row]:
+    target = f"-gencode=arch=compute_{job.arch},code=sm_{job.arch}"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = [native.nvcc(), *CUDA_COMPILE, target, "-Xptxas=-v", "-cubin", str(job.source), "-o", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            return [Row(job.name, job.arch, problems=(f"does not compile: {_one_line(done.stderr)}",))]
+        code = cubin.read_bytes()
+    measured = measure(done.stderr)
+    tool = cuobjdump()
+    counted = instructions(code, tool) if tool and measured else {}
+    names = [short_name(symbol) for symbol in measured]
+    rows = []
+    for symbol, figures in measured.items():
+        name = short_name(symbol) if names.count(short_name(symbol)) == 1 else symbol  # templates share one
+        row = Row(f"{job.name} {name}", job.arch, **figures, **counted.get(symbol, {}))
+        rows.append(replace(row, problems=judge(row) + losses(done.stderr)))
+    return rows
+
+
+def cuobjdump() -> str | None:
+    """The disassembler for nvcc's machine code: nvcc's own, else one on the PATH, else Triton's."""
+    beside = str(Path(native.nvcc()).resolve().parent)
+    if found := shutil.which("cuobjdump", path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])):
+        return found
+    return _cuobjdump_of_triton() if importlib.util.find_spec("triton") else None
+
+
+def measure(log: str) -> dict[str, dict[str, int]]:
+    """What ``ptxas -v`` reports: kernel symbol -> registers, spilled and (static) shared bytes.
+
+    What functions that are not inlined spill is added to every kernel, since any of them may call it.
+    """
+    entries = re.findall(r"Compiling entry function '(\w+)'", log)
+    spills = {
+        name: max(int(stores), int(loads))
+        for name, stores, loads in re.findall(
+            r"Function properties for (\w+)\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads", log
+        )
+    }
+    uses = re.findall(r"Used (\d+) registers(.*)", log)
+    if not len(entries) == len(uses) <= len(spills):
+        raise RuntimeError(f"ptxas -v: expected registers and spills of {entries}, got:\n{log}")
+    called = sum(spilled for name, spilled in spills.items() if name not in entries)
+    figures = {}
+    for name, (registers, rest) in zip(entries, uses, strict=True):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        figures[name] = {
+            "registers": int(registers),
+            "spilled": spills[name] + called,
+            "shared": int(shared[1]) if shared else 0,
+        }
+    return figures
+
+
+def losses(log: str) -> tuple[str, ...]:
+    """What ptxas calls a performance loss, such as wgmma instructions that wait for each other."""
+    found = re.findall(r"Potential Performance Loss: (.*?)(?: in the function .*)?$", log, re.M)
+    return tuple(dict.fromkeys(found))
+
+
+def instructions(cubin: bytes, tool: str) -> dict[str, dict[str, int]]:
+    """Kernel symbol -> how many instructions of each kind stand in its machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    counted = {}
+    for section in re.split(r"^\s*Function : ", listing, flags=re.M)[1:]:
+        symbol, code = section.split("\n", 1)
+        operations = Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", code, re.M))
+        counted[symbol.strip()] = {kind: sum(operations[n] for n in names) for kind, names in KINDS.items()}
+    return counted
+
+
+def judge(row: Row, spill_budget: int = 0, matrix: str = "", copies: bool = False) -> tuple[str, ...]:
+    """What is wrong with a kernel, given what its launch asks for (fields of Launch)."""
+    problems = []
+    if row.spilled > spill_budget:
+        problems.append(f"spills {row.spilled} bytes, the budget is {spill_budget}")
+    if row.shared > SHARED[row.arch]:
+        problems.append(f"shared memory of {row.shared} bytes, sm_{row.arch} has {SHARED[row.arch]}")
+    if matrix == "HGMMA" and not row.hgmma:
+        problems.append("no HGMMA (wgmma) instruction")
+    if matrix == "HMMA" and not (row.hmma or row.hgmma):
+        problems.append("no tensor-core instruction (HMMA)")
+    if copies and not (row.ldgsts or row.bulk):
+        problems.append("no asynchronous copy (LDGSTS, UBLKCP, UTMALDG)")
+    return tuple(problems)
+
+
+def short_name(symbol: str) -> str:
+    """The function's own name in a mangled C++ name: ``_ZN3dph6kernelEf`` -> ``kernel``."""
+    name, rest = symbol, re.sub("^_ZN?", "", symbol)
+    while length := re.match(r"\d+", rest):
+        end = length.end() + int(length[0])
+        name, rest = rest[length.end() : end], rest[end:]
+        if not symbol.startswith("_ZN"):  # what follows are the types of its arguments
+            break
+    return name
+
+
+def _one_line(error: Any) -> str:
+    """The most telling line of a compiler's message: the first with "error" in it, else the last."""
+    lines = [line.strip() for line in f"{error}".splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "error" in line.lower()), lines[-1])
+
+
+HEADERS = ("kernel", "arch", "registers", "spilled", "shared", "HMMA", "HGMMA", "LDGSTS", "bulk", "verdict", "problems")
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Aligned columns; numbers to the right, "-" where nothing is known."""
+    lines = [list(HEADERS)]
+    for row in rows:
+        figures = (row.registers, row.spilled, row.shared, row.hmma, row.hgmma, row.ldgsts, row.bulk)
+        cells = ["-" if value is None else str(value) for value in figures]
+        lines.append([row.kernel, f"sm_{row.arch}", *cells, row.verdict, "; ".join(row.problems)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADERS) - 1)]
+    widths.append(len(HEADERS[-1]))  # the last column is as long as it has to be
+    lines.insert(1, ["-" * width for width in widths])
+    right = [2 <= i <= 8 for i in range(len(HEADERS))]
+    return "\n".join(_line(line, widths, right) for line in lines)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
+    aligned = zip(cells, widths, right, strict=True)
+    return "  ".join(text.rjust(width) if end else text.ljust(width) for text, width, end in aligned).rstrip()
+
+
+def plan(
+    modules: Sequence[str] | None, archs: Sequence[int], only: Sequence[str] | None
+) -> tuple[list[Job], list[str]]:
+    """What can be compiled here, and a line for each thing that cannot."""
+    jobs, notes = [], []
+    if importlib.util.find_spec("triton"):
+        jobs += triton_jobs(operators() if modules is None else modules, archs)
+    else:
+        notes.append("Triton's kernels are left out: triton is not installed (pip install triton)")
+    if modules is None:
+        if not native.CSRC.is_dir():
+            notes.append("the CUDA kernels are left out: csrc/ is not beside the package")
+        elif native.nvcc() is None:
+            notes.append("the CUDA kernels are left out: nvcc was not found (on the PATH or in CUDA_HOME/bin)")
+        else:
+            jobs += cuda_jobs(archs)
+            if cuobjdump() is None:
+                notes.append("the instructions of CUDA kernels are not counted: cuobjdump was not found")
+    return [job for job in jobs if only is None or any(part in job.name for part in only)], notes
+
+
+def run(jobs: Sequence[Job]) -> list[Row]:
+    """The rows of all jobs, in their order, compiled on all cores."""
+    rows = {}
+    # A fresh process each: Triton's state and PyTorch's threads do not survive a fork.
+    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(audit, job): job for job in jobs}
+        for done in tqdm(as_completed(running), total=len(jobs), unit="kernel", disable=None):
+            rows[running[done]] = done.result()
+    return [row for job in jobs for row in rows[job]]
+
+
+def interpreted() -> bool:
+    """Whether Triton, where it is installed, interprets its kernels."""
+    if not importlib.util.find_spec("triton"):
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="python -m dph_kernels.audit",
+        description="Compile every GPU kernel ahead of time (no GPU needed) and report registers, spilled bytes, "
+        "shared memory, tensor-core instructions and asynchronous copies. Exit code 0: all is well; 1: a kernel "
+        "fails; 2: nothing could be audited.",
+        epilog="example: python -m dph_kernels.audit --arch 80 --only rope_attention cuda --json audit.json",
+    )
+    result.add_argument("--arch", nargs="+", type=int, choices=sorted(SHARED), default=sorted(SHARED), help="sm_...")
+    result.add_argument("--only", nargs="+", metavar="NAME", help="only what has one of these in its name or file name")
+    result.add_argument("--module", nargs="+", help="audit launches() of these Python modules, not the package")
+    result.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Audit, print the table, name what fails; the exit code."""
+    options = parser().parse_args(arguments)
+    if interpreted():
+        print("audit: TRITON_INTERPRET makes Triton interpret its kernels, not compile them: unset it", file=sys.stderr)
+        return 2
+    began = time.perf_counter()
+    jobs, notes = plan(options.module, options.arch, options.only)
+    rows = run(jobs) if jobs else []
+    for note in notes:
+        print(f"audit: {note}", file=sys.stderr)
+    if not rows:
+        named = f"; names with one of: {', '.join(options.only)}" if options.only else ""
+        print(f"audit: nothing to compile{named}", file=sys.stderr)
+        return 2
+    print(table(rows))
+    failing = [row for row in rows if row.problems]
+    names = ", ".join(f"{row.kernel} (sm_{row.arch})" for row in failing)
+    print(
+        f"\n{len(rows)} kernels in {time.perf_counter() - began:.0f} s, {len(failing)} fail{': ' * bool(names)}{names}"
+    )
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    return 1 if failing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
