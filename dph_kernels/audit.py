@@ -379,9 +379,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(rows))
     failing = [row for row in rows if row.problems]
     names = ", ".join(f"{row.kernel} (sm_{row.arch})" for row in failing)
-    print(
-        f"\n{len(rows)} kernels in {time.perf_counter() - began:.0f} s, {len(failing)} fail{': ' * bool(names)}{names}"
-    )
+    verdict = f"{len(failing)} fail: {names}" if failing else "all are well"
+    print(f"\n{len(rows)} kernels in {time.perf_counter() - began:.0f} s: {verdict}")
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     return 1 if failing else 0
