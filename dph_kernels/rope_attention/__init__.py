@@ -42,6 +42,9 @@ def rope_attention(
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
 
+    Rows are computed in tiles, and a hidden value counts as zero times itself: infinities and NaN in ``v`` may reach
+    other rows of their tile, also those that do not see them. All results are the same in every run, bit for bit.
+
     Under ``torch.autocast`` queries, keys, values and memory are cast to its dtype.
 
     Source: RoFormer (arXiv 2104.09864), Transformer-XL (arXiv 1901.02860), FlashAttention-2 (arXiv 2307.08691).
