@@ -49,10 +49,10 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
 }
 
 # The dtypes that a backend computes in, where not in all of them.
-HALVES = (torch.float32, torch.bfloat16, torch.float16)
+UP_TO_FP32 = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("rope_attention", "cpu"): (torch.float32, torch.bfloat16),
-    ("rope_attention", "triton"): HALVES,
+    ("rope_attention", "triton"): UP_TO_FP32,
     ("rope_attention", "flash"): (torch.bfloat16, torch.float16),
 }
 
@@ -85,6 +85,8 @@ def missing(operator: str, backend: str, device: str, dtype: torch.dtype | None 
     """Why ``backend`` cannot run ``operator`` on ``device`` in ``dtype`` here, or None where it can."""
     if backend not in implemented(operator):
         return f"{operator} has no {backend!r} backend yet, only {', '.join(implemented(operator))}"
+    if backend == "sdpa" and device not in ("cpu", "cuda"):
+        return f"it works on CPU and CUDA tensors, and these are on {device}"
     if backend == "cpu" and device != "cpu":
         return f"the C++ kernel works on CPU tensors, and these are on {device}"
     if backend == "flash" and importlib.util.find_spec("flash_attn") is None:

@@ -97,17 +97,17 @@ class PackedLayout:
         total = self.memory + self.keys
         ranges = (("query", q0, q1, self.queries), ("key", k0, k1, total), ("prefix", p0, p1, total))
         for name, start, end, size in ranges:
-            for number in _first((start < 0) | (end < start) | (end > size)):
+            for number in first_true((start < 0) | (end < start) | (end > size)):
                 got = f"[{start[number]}, {end[number]})"
                 raise ValueError(f"segment {number}: expected a {name} range within [0, {size}], got {got}")
-        for number in _first(position < 0):
+        for number in first_true(position < 0):
             raise ValueError(f"segment {number}: expected position >= 0, got {position[number]}")
-        for number in _first((q1 > q0) & (torch.maximum(k0, p0) < torch.minimum(k1, p1))):
+        for number in first_true((q1 > q0) & (torch.maximum(k0, p0) < torch.minimum(k1, p1))):
             own, prefix = f"[{k0[number]}, {k1[number]})", f"[{p0[number]}, {p1[number]})"
             raise ValueError(f"segment {number}: expected own and prefix keys apart, got {own} and {prefix}")
         numbers = (q1 > q0).nonzero().flatten()
         numbers = numbers[q0[numbers].argsort(stable=True)]
-        for i in _first(q0[numbers[1:]] < q1[numbers[:-1]]):
+        for i in first_true(q0[numbers[1:]] < q1[numbers[:-1]]):
             first, second = numbers[i], numbers[i + 1]
             raise ValueError(f"segments {first} and {second}: expected disjoint queries, both hold query {q0[second]}")
 
@@ -126,7 +126,7 @@ class PackedLayout:
         rows, places = rows[new] - self.memory, places[new]
         positions = torch.zeros(self.keys, dtype=torch.int64)
         positions[rows] = places
-        for i in _first(positions[rows] != places):
+        for i in first_true(positions[rows] != places):
             both = sorted((int(places[i]), int(positions[rows[i]])))
             raise ValueError(f"new key {rows[i]}: expected one position, got {both[0]} and {both[1]}")
         return positions
@@ -323,7 +323,7 @@ def _expand(start: Tensor, end: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
     return start[owners] + offsets, first[owners] + offsets
 
 
-def _first(wrong: Tensor) -> list[int]:
+def first_true(wrong: Tensor) -> list[int]:
     """The index of the first True, if there is one."""
     return wrong.nonzero().flatten()[:1].tolist()
 

@@ -21,6 +21,13 @@ LAYOUTS = {
     "more-keys": PackedLayout.aligned([1, 20, 64], [65, 33, 64], [0, 5, 100]),
     "fewer-keys": PackedLayout.aligned([9, 4], [5, 4], [4, 0]),  # the first four rows see nothing
     "decode": PackedLayout.decode([64, 0, 5], [[1, 3, 9], [2], []], 9),
+    "overlapping-prefixes": PackedLayout(
+        torch.tensor([[0, 5, 20, 25, 0, 12, 12], [5, 9, 25, 29, 4, 15, 15], [9, 30, 29, 50, 0, 20, 20]]), 30, 50
+    ),
+    "shared-own-keys": PackedLayout(torch.tensor([[0, 3, 0, 9, 0, 0, 6], [3, 10, 0, 9, 0, 0, 2]]), 10, 9),
+    "own-across-memory": PackedLayout(torch.tensor([[0, 10, 0, 80, 0, 0, 70]]), 10, 16, 64),
+    "prefix-across-memory": PackedLayout(torch.tensor([[0, 10, 40, 50, 0, 40, 40]]), 10, 30, 20),
+    "no-keys": PackedLayout(torch.tensor([[0, 4, 0, 0, 0, 0, 0]]), 4, 0),
     "padding": PackedLayout(torch.tensor([[2, 7, 1, 6, 0, 0, 3], [9, 12, 7, 10, 0, 0, 0]]), queries=14, keys=11),
 }  # fmt: skip
 
@@ -66,6 +73,7 @@ def run(function, qkv, layout, memory, grad, dtype, **kwargs):
 
 
 def compare(layout, given, device, backend, scale=None, floor=None):
+    """Output and gradients of a backend against the definition in fp64, by the rule of numerics.py."""
     q, k, v, memory, grad = given
     dtype, rest = q.dtype, ((q, k, v), layout.to(device), memory, grad)
     got = run(rope_attention, *rest, dtype, scale=scale, rope=ROPE, backend=backend)

@@ -6,6 +6,11 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <new>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace dph {
 namespace {
@@ -48,8 +53,8 @@ struct Kernels {
 // The kernels with the widest vectors that the processor has, of at most ``lanes`` floats.
 Kernels pick(int lanes) {
 #ifdef DPH_X86
-  if (lanes >= 16 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+  if (lanes >= 16 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
     return {16, avx512::forward_tile, avx512::backward_tile, avx512::rotate_rows};
   }
   if (lanes >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
@@ -61,13 +66,32 @@ Kernels pick(int lanes) {
 
 Kernels kernels = pick(16);
 
-struct Free {
-  void operator()(float* p) const { free(p); }
+// Memory for each of the threads, taken before they start: a failure is then an exception that somebody can catch.
+class Scratch {
+ public:
+  Scratch(int64_t floats, int threads) : size_((floats + 15) / 16 * 16) {
+    data_.reset(static_cast<float*>(aligned_alloc(64, std::max<int64_t>(size_ * threads, 16) * sizeof(float))));
+    if (!data_) throw std::bad_alloc();
+  }
+  float* of(int thread) const { return data_.get() + thread * size_; }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { free(p); }
+  };
+  int64_t size_;
+  std::unique_ptr<float, Free> data_;
 };
 
-std::unique_ptr<float, Free> scratch(int64_t floats) {
-  return std::unique_ptr<float, Free>(static_cast<float*>(aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
+int thread_number() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
 }
+
+constexpr int64_t WORTH_THREADS = 16384;  // elements to rotate: below, starting threads costs more than the work
 
 }  // namespace
 
@@ -78,38 +102,29 @@ int attention_lanes(int most) {
 
 void attention_forward_cpu(const AttentionArguments& a, int threads) {
   const int64_t items = a.work.count * a.heads;
-#pragma omp parallel num_threads(threads) if (items > 1)
-  {
-    const auto workspace = scratch(baseline::forward_floats(a.head_dim));
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < items; ++item) {  // longest first; a tile's heads lie side by side in memory
-      kernels.forward(a, item / a.heads, item % a.heads, workspace.get());
-    }
+  const Scratch scratch(baseline::forward_floats(a.head_dim), threads);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (items > 1)
+  for (int64_t item = 0; item < items; ++item) {  // longest first; a tile's heads lie side by side in memory
+    kernels.forward(a, item / a.heads, item % a.heads, scratch.of(thread_number()));
   }
 }
 
 void attention_backward_cpu(const AttentionArguments& a, int threads) {
   const int64_t items = a.work.task_count * a.heads;
-#pragma omp parallel num_threads(threads) if (items > 1)
-  {
-    const auto workspace = scratch(baseline::backward_floats(a.head_dim));
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < items; ++item) {
-      const int64_t task = item / a.heads;
-      for (int64_t tile = a.work.tasks[task]; tile < a.work.tasks[task + 1]; ++tile) {
-        kernels.backward(a, tile, item % a.heads, workspace.get());
-      }
+  const Scratch scratch(baseline::backward_floats(a.head_dim), threads);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (items > 1)
+  for (int64_t item = 0; item < items; ++item) {
+    const int64_t task = item / a.heads;
+    for (int64_t tile = a.work.tasks[task]; tile < a.work.tasks[task + 1]; ++tile) {
+      kernels.backward(a, tile, item % a.heads, scratch.of(thread_number()));
     }
   }
 }
 
 void rotate_cpu(const RotateArguments& a, int threads) {
-#pragma omp parallel num_threads(threads) if (a.rows * a.heads * a.head_dim > 16384)
-  {
-    const auto workspace = scratch(a.head_dim);
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < a.rows; ++row) kernels.rotate(a, row, workspace.get());
-  }
+  const Scratch scratch(a.head_dim, threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (a.rows * a.heads * a.head_dim > WORTH_THREADS)
+  for (int64_t row = 0; row < a.rows; ++row) kernels.rotate(a, row, scratch.of(thread_number()));
 }
 
 }  // namespace dph

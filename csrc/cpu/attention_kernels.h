@@ -81,9 +81,11 @@ DPH_FN void multiply(int64_t m, int64_t n, int64_t depth, const float* A, int64_
   for (int64_t i = 0; i < m; i += MR) {
     int64_t j = 0;
     for (; j + 2 * W <= n; j += 2 * W) {
-      micro<2, INTO>(depth, A + i * rs, rs, cs, B + j, ldb, C + i * ldc + j, ldc, alpha + j);
+      micro<2, INTO>(depth, A + i * rs, rs, cs, B + j, ldb, C + i * ldc + j, ldc, alpha ? alpha + j : nullptr);
     }
-    for (; j < n; j += W) micro<1, INTO>(depth, A + i * rs, rs, cs, B + j, ldb, C + i * ldc + j, ldc, alpha + j);
+    for (; j < n; j += W) {
+      micro<1, INTO>(depth, A + i * rs, rs, cs, B + j, ldb, C + i * ldc + j, ldc, alpha ? alpha + j : nullptr);
+    }
   }
 }
 
@@ -141,7 +143,7 @@ DPH_FN void transpose(float* to, const float* from, int64_t rows, int64_t width,
 // One tile of queries: its sizes, and who may look at what.
 struct Tile {
   int64_t start, rows, lanes;  // lanes: rows, rounded up to whole vectors
-  const int32_t *runs, *masked, *end;
+  const int32_t *runs, *first_masked, *last_run;
   bool thin;                         // few rows of many segments: lanes would mostly idle
   alignas(64) int32_t bound[4][BM];  // by lane; lanes without a row see nothing
 };
@@ -152,8 +154,8 @@ DPH_FN void open_tile(Tile& t, const AttentionArguments& a, int64_t number) {
   t.rows = tile[1] - tile[0];
   t.lanes = (t.rows + W - 1) / W * W;
   t.runs = a.work.runs + 2 * tile[2];
-  t.masked = a.work.runs + 2 * tile[3];
-  t.end = a.work.runs + 2 * tile[4];
+  t.first_masked = a.work.runs + 2 * tile[3];
+  t.last_run = a.work.runs + 2 * tile[4];
   t.thin = t.rows < 3 * tile[5];
   for (int64_t c = 0; c < 4; ++c) {
     for (int64_t i = 0; i < t.lanes; ++i) t.bound[c][i] = i < t.rows ? a.work.bounds[4 * (t.start + i) + c] : 0;
@@ -194,7 +196,7 @@ constexpr int64_t padded(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
 // Where a tile's forward pass keeps what it works on.
 struct Buffers {
-  float *rows, *queries, *keys, *values, *out, *turned, *scores, *peak, *total, *decay;
+  float *rows, *queries, *keys, *values, *out, *out_rows, *scores, *peak, *total, *decay;
 
   static int64_t floats(int64_t width) { return (4 * BM + 2 * BN) * width + BN * BM + 3 * BM; }
 
@@ -205,7 +207,7 @@ struct Buffers {
     keys = take(BN * width);
     values = take(BN * width);
     out = take(BM * width);
-    turned = take(BM * width);
+    out_rows = take(BM * width);
     scores = take(BN * BM);
     peak = take(BM);   // largest score
     total = take(BM);  // sum of exponentials below it
@@ -225,7 +227,8 @@ DPH_FN const float* view_block(int64_t& stride, float* buffer, const AttentionAr
   }
   const AttentionRows& rows = start < a.memory ? memory : fresh;
   stride = rows.row;
-  return static_cast<const float*>(rows.data) + (start - (start < a.memory ? 0 : a.memory)) * rows.row + head * rows.head;
+  const int64_t row = start < a.memory ? start : start - a.memory;
+  return static_cast<const float*>(rows.data) + row * rows.row + head * rows.head;
 }
 
 // out = decay * out + scores values, for NV vectors of the head dimension; even and odd keys apart, to hide latency.
@@ -250,7 +253,7 @@ DPH_FN void add_values(float* out, float decay, const float* scores, const float
   }
 }
 
-// One query on keys [low, high) of a block: keys lie along the lanes of the scores, the head dimension along those of
+// One query on ``count`` keys: keys lie along the lanes of the scores, the head dimension along those of
 // the output, which is not yet divided by ``total``.
 DPH_FN void attend_one(const float* query, const float* keys, int64_t key_stride, const float* values,
                        int64_t value_stride, int64_t count, int64_t width, float* scores, float* out, float& peak,
@@ -280,7 +283,7 @@ DPH_FN void attend_one(const float* query, const float* keys, int64_t key_stride
   for (; d < width; d += W) add_values<1>(out + d, decay, scores, values + d, value_stride, count);
 }
 
-// Runs [run, end) where few rows of a tile see a key, so that lanes of queries would idle. ``out`` is [rows, width].
+// Runs [run, last) where few rows of a tile see a key, so that lanes of queries would idle. ``out`` is [rows, width].
 DPH_FN void forward_thin(const AttentionArguments& a, const Tile& t, const int32_t* run, const int32_t* last,
                          int64_t head, const float* queries, const Buffers& b) {
   const int64_t width = padded(a.head_dim);
@@ -303,7 +306,7 @@ DPH_FN void forward_thin(const AttentionArguments& a, const Tile& t, const int32
   }
 }
 
-// Runs [run, end) with queries along the lanes. ``out`` is [width, lanes].
+// Runs [run, last) with queries along the lanes. ``out`` is [width, lanes].
 DPH_FN void forward_wide(const AttentionArguments& a, const Tile& t, const int32_t* run, const int32_t* last,
                          int64_t head, const float* queries, const Buffers& b) {
   const int64_t width = padded(a.head_dim), lanes = t.lanes;
@@ -315,7 +318,7 @@ DPH_FN void forward_wide(const AttentionArguments& a, const Tile& t, const int32
       load_block(keys, a, a.memory_k, a.k, start, end, head, width);
       load_block(values, a, a.memory_v, a.v, start, end, head, width);
       multiply<Into::Set>(whole, lanes, a.head_dim, keys, width, 1, queries, lanes, scores, lanes);
-      if (run >= t.masked) mask_scores(scores, t, start, end);
+      if (run >= t.first_masked) mask_scores(scores, t, start, end);
       for (int64_t i = 0; i < lanes; i += W) {
         const Vec before = load(b.peak + i);
         Vec now = before, sums = {};
@@ -352,18 +355,18 @@ DPH_TARGET inline void forward_tile(const AttentionArguments& a, int64_t number,
   memset(b.out, 0, t.lanes * width * sizeof(float));
   for (int64_t i = 0; i < t.lanes; ++i) b.peak[i] = -INFINITY, b.total[i] = 0.0f;
   // Candidates: lanes for the prompt that all of them see, then each one's own keys.
-  const int32_t* wide_end = !t.thin ? t.end : t.rows < MR ? t.runs : t.masked;
+  const int32_t* wide_end = !t.thin ? t.last_run : t.rows < MR ? t.runs : t.first_masked;
   float* out = b.out;
   if (wide_end > t.runs) {
     transpose(b.queries, b.rows, t.rows, width, t.lanes);
     forward_wide(a, t, t.runs, wide_end, head, b.queries, b);
-    out = b.turned;
+    out = b.out_rows;
     transpose(out, b.out, width, t.lanes, width);
   }
   b.out = out;
-  forward_thin(a, t, wide_end, t.end, head, b.rows, b);
+  forward_thin(a, t, wide_end, t.last_run, head, b.rows, b);
   for (int64_t i = 0; i < t.rows; ++i) {
-    const bool blind = b.peak[i] == -INFINITY;
+    const bool blind = b.total[i] == 0.0f;  // not by its peak: a row of NaN has that of a blind one
     const float inverse = blind ? 0.0f : 1.0f / b.total[i];
     float* row = b.out + i * width;
     for (int64_t d = 0; d < a.head_dim; ++d) row[d] = blind ? 0.0f : row[d] * inverse;
@@ -422,7 +425,7 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
   for (int64_t i = 0; i < t.rows * width; ++i) query[i] *= 0.6931471805599453f;
   transpose(grad_lanes, grad, t.rows, width, lanes);
   memset(dq, 0, width * lanes * sizeof(float));
-  for (const int32_t* run = t.runs; run < t.end; run += 2) {
+  for (const int32_t* run = t.runs; run < t.last_run; run += 2) {
     for (int64_t start = run[0]; start < run[1]; start += BN) {
       const int64_t end = std::min<int64_t>(start + BN, run[1]), count = end - start;
       const int64_t whole = (count + MR - 1) / MR * MR;
@@ -430,7 +433,7 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
       load_block(values, a, a.memory_v, a.v, start, end, head, width);
       multiply<Into::Set>(whole, lanes, a.head_dim, keys, width, 1, query_lanes, lanes, p, lanes);
       multiply<Into::Set>(whole, lanes, a.head_dim, values, width, 1, grad_lanes, lanes, ds, lanes);
-      if (run >= t.masked) mask_scores(p, t, start, end);
+      if (run >= t.first_masked) mask_scores(p, t, start, end);
       for (int64_t j = 0; j < count; ++j) {
         for (int64_t i = 0; i < lanes; i += W) {
           const Vec probability = exp2(load(p + j * lanes + i) - load(lse + i));

@@ -1,11 +1,13 @@
 """What attention kernels of other libraries need: one contiguous range of keys a segment, rotated rows, autograd."""
 
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from dph_kernels import dispatch
+from dph_kernels.layout import first_true
 from dph_kernels.rope_attention import reference
 
 
@@ -13,7 +15,7 @@ class InexpressibleError(RuntimeError):
     """A layout that the backend which was asked for has no means to express."""
 
 
-def refuse(backend: str, number: int, reason: str) -> None:
+def refuse(backend: str, number: int, reason: str) -> NoReturn:
     """Raise for segment ``number`` of the table."""
     raise InexpressibleError(f"rope_attention: backend {backend!r} cannot express segment {number}: {reason}")
 
@@ -30,11 +32,11 @@ def ranges(segments: Tensor, memory: int, backend: str) -> Tensor:
     q0, q1, k0, k1, p0, p1, _ = segments[numbers].unbind(1)
     own, prefix = k1 > k0, p1 > p0
     start, end = torch.where(prefix, p0, k0), torch.where(own | ~prefix, k1, p1)
-    for i in _first((start < memory) & (memory < end)):
+    for i in first_true((start < memory) & (memory < end)):
         refuse(backend, int(numbers[i]), f"its keys lie on both sides of row {memory}, where the memory ends")
-    for i in _first(own & prefix & (p1 != k0)):
+    for i in first_true(own & prefix & (p1 != k0)):
         refuse(backend, int(numbers[i]), f"its prefix ends at key {p1[i]}, and its own keys begin at {k0[i]}")
-    for i in _first(prefix & (q1 - q0 > k1 - k0 + 1)):
+    for i in first_true(prefix & (q1 - q0 > k1 - k0 + 1)):
         few = f"{q1[i] - q0[i]} queries and {k1[i] - k0[i]} own keys"
         refuse(backend, int(numbers[i]), f"with {few}, alignment at the end would hide keys of its prefix")
     return torch.stack([numbers, q0, q1, start, end], dim=1)
@@ -60,8 +62,3 @@ def gradients(attend: Callable[..., Tensor], grad: Tensor, given: Sequence[Tenso
     with torch.enable_grad(), inside:
         leaves = [x.detach().requires_grad_(i < wanted) for i, x in enumerate(given)]
         return torch.autograd.grad(attend(*leaves), leaves[:wanted], grad)
-
-
-def _first(wrong: Tensor) -> list[int]:
-    """The index of the first True, if there is one."""
-    return wrong.nonzero().flatten()[:1].tolist()

@@ -105,4 +105,5 @@ def _last_contiguous(x: Tensor) -> Tensor:
 
 
 def _addresses(**tensors: Tensor) -> dict[str, int]:
-    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    """Where contiguous tensors lie: tables, schedules and the log-sum-exp are made so."""
+    return {name: native.pointer(tensor) for name, tensor in tensors.items()}

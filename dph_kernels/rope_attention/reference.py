@@ -72,7 +72,7 @@ def _groups(segments: Tensor, heads: int, device: torch.device) -> Iterator[tupl
     for (n, own, prefix), starts in shapes.items():
         hidden = torch.ones(n, own, dtype=torch.bool, device=device).triu(own - n + 1)
         hidden = torch.cat([hidden.new_zeros(n, prefix), hidden], dim=1)
-        for part in torch.tensor(starts, device=device).split(max(SCORES // (heads * n * (own + prefix)), 1)):
+        for part in torch.tensor(starts, device=device).split(max(SCORES // (max(heads, 1) * n * (own + prefix)), 1)):
             q0, k0, p0 = part[:, :, None].unbind(1)
             rows = q0 + torch.arange(n, device=device)
             columns = [p0 + torch.arange(prefix, device=device), k0 + torch.arange(own, device=device)]

@@ -151,7 +151,7 @@ def _by_component(
     low, high = np.full(len(tiles), np.iinfo(np.int64).max), np.full(len(tiles), -1)
     np.minimum.at(low, owner[new], runs[new, 0])
     np.maximum.at(high, owner[new], runs[new, 1])
-    low = np.where(high < 0, 0, low)  # sees no new key: joins whatever component is first
+    low = np.where(high < 0, 0, low)  # sees no new key: shares nothing with any other
     order = np.argsort(low, kind="stable")
     reach = np.maximum.accumulate(high[order]) if len(order) else high
     fresh = np.ones(len(order), dtype=bool)

@@ -8,6 +8,8 @@ from numerics import FLOOR, implementations, skip_where_unsupported
 from dph_kernels import PackedLayout, native, rope_attention
 
 BACKENDS = implementations("rope_attention")
+
+
 # Numbers
 
 
@@ -140,6 +142,25 @@ def test_nothing_is_lost_between_many_threads(device, backend):
         assert all(map(torch.equal, *results))
     else:
         torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+@pytest.mark.parametrize("heads", [0, 2])
+def test_any_scale_and_no_heads(heads, scale, device, backend):
+    compare(LAYOUTS["branches"], inputs(LAYOUTS["branches"], heads, 10, torch.float32, device), device, backend, scale)
+
+
+@pytest.mark.parametrize(("device", "backend"), [b for b in BACKENDS if "sdpa" not in b.values])
+@pytest.mark.parametrize("lengths", [[40], [1, 2, 1]])
+def test_nan_is_not_taken_for_seeing_nothing(lengths, device, backend):
+    """A query that is NaN gives NaN, not the zeros of a row without keys; PyTorch's own kernels may drop it."""
+    layout = PackedLayout.documents(lengths).to(device)
+    q, k, v, _, _ = inputs(layout, 2, 16, torch.float32, device)
+    q[2] = float("nan")
+    out = rope_attention(q, k, v, layout, rope=ROPE, backend=backend)
+    assert out[2].isnan().all()
+    assert out[[i for i in range(len(q)) if i != 2]].isfinite().all()
 
 
 # Strides

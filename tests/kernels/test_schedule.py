@@ -52,6 +52,7 @@ def check(layout, rows, block, limit=0):
     )
     counts, owners = visits(work, mask, rows, block, layout.memory)
     assert torch.equal(counts, mask.int())
+    check_components(layout, mask, rows, block)
     assert work.split == bool((owners > 1).any())
     if not work.split:
         assert (owners == 1).all()
@@ -66,6 +67,20 @@ def check(layout, rows, block, limit=0):
     counts, owners = visits(work, mask[:, layout.memory :].T, rows, block)
     assert torch.equal(counts, mask[:, layout.memory :].T.int())
     assert (owners == 1).all()
+
+
+def check_components(layout, mask, rows, block):
+    """Every tile in one task, and no new key in two: threads add to the gradients of keys side by side."""
+    sizes = {"rows": rows, "block": block, "device": CPU}
+    work, tasks = schedule.by_component(layout.segments, layout.queries, layout.memory, **sizes)
+    whole = schedule.by_queries(layout.segments, layout.queries, layout.memory, **sizes)
+    assert sorted(work.tiles.tolist()) == sorted(whole.tiles.tolist())
+    assert (tasks[0], tasks[-1]) == (0, len(work.tiles))
+    visited = torch.zeros(mask.shape[1] - layout.memory, dtype=torch.int32)
+    for first, last in zip(tasks[:-1].tolist(), tasks[1:].tolist(), strict=True):
+        seen = [mask[start:end, layout.memory :].any(0) for start, end in work.tiles[first:last, :2].tolist()]
+        visited += torch.stack(seen).any(0)
+    assert (visited <= 1).all()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -85,6 +100,29 @@ def test_random_layouts(seed):
     filled = [rng.randint(0, 50) for _ in range(streams)]
     layout = PackedLayout.with_memory([rng.randint(0, 60) for _ in range(streams)], filled, 50)
     check(layout, rng.choice([8, 16, 64]), rng.choice([8, 16, 64]), rng.choice([0, 1, 3]))
+
+
+class Table:
+    """Any table of ranges: the schedule does not look at positions, which an arbitrary one has not."""
+
+    visible = PackedLayout.visible
+
+    def __init__(self, rng):
+        self.memory, self.keys, self.queries = rng.choice([0, rng.randint(1, 100)]), rng.randint(0, 120), 0
+        total, rows = self.memory + self.keys, []
+        for _ in range(rng.randint(1, 7)):
+            start = self.queries + rng.choice([0, rng.randint(0, 5)])
+            self.queries = start + rng.choice([0, 1, rng.randint(1, 70)])
+            a, b, c, d = sorted(rng.randint(0, total) for _ in range(4))
+            own, prefix = rng.choice([((a, b), (c, d)), ((c, d), (a, b))])
+            rows.append((start, self.queries, *own, *prefix, 0))
+        self.segments = torch.tensor(rows)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_table(seed):
+    rng = random.Random(seed)
+    check(Table(rng), rng.choice([8, 16, 64]), rng.choice([8, 16, 64]), rng.choice([0, 1, 3]))
 
 
 @pytest.mark.parametrize("filled", [25, 64, 128])
@@ -130,7 +168,7 @@ def test_positions_do_not_matter_and_nothing_is_computed_twice():
     assert works[0] is works[1]
 
 
-def test_a_large_layout_is_scheduled_in_milliseconds():
+def test_a_large_layout_does_not_take_long():
     layout = PackedLayout.shared_prefix([300] * 500, [[20, 30, 40]] * 500)
     best = float("inf")
     for queries in (layout.queries, layout.queries + 1):  # another key of the cache
