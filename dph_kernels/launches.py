@@ -29,6 +29,7 @@ class Launch:
         aligned: arguments that the launch guarantees to be divisible by 16.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
+        registers: most that a thread may have; None: the compiler decides.
         spill_budget: bytes of registers that may be spilled to memory.
         matrix: the tensor-core instruction that must occur, "HMMA" or "HGMMA"; empty where none need.
         copies: whether asynchronous copies must occur.
@@ -41,14 +42,15 @@ class Launch:
     aligned: tuple[str, ...]
     num_warps: int
     num_stages: int
+    registers: int | None = None
     spill_budget: int = 0
     matrix: str = ""
     copies: bool = False
 
     def key(self) -> tuple:
         """Equal for two launches that run the same machine code."""
-        parts = (self.signature, self.constants)
-        return self.kernel.__name__, *(tuple(sorted(p.items())) for p in parts), self.num_warps, self.num_stages
+        types, constants = (tuple(sorted(part.items())) for part in (self.signature, self.constants))
+        return self.kernel.__name__, types, constants, self.num_warps, self.num_stages, self.registers
 
 
 def signature(kernel: Any, arguments: Mapping[str, Any], constants: Mapping[str, Any]) -> dict[str, str]:

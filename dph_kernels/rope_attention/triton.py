@@ -21,12 +21,27 @@ from dph_kernels.rope_attention.schedule import Schedule
 
 
 class Config(NamedTuple):
-    """``queries`` x ``keys`` is the block of scores (BM x BN)."""
+    """How a kernel is launched.
+
+    queries, keys: the block of scores (BM x BN).
+    step: how many of the side that a program walks along are taken at once where a mask is needed.
+    warps, stages: of a program, and of its software pipeline.
+    registers: most that a thread may have, so that enough programs share a processor; None: the compiler decides.
+    """
 
     queries: int
     keys: int
+    step: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton's launcher takes."""
+        # Multiplications and additions are to fuse: exp2 gets its scaled argument from one instruction.
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
 HALF, SINGLE = 2, 4  # bytes of an element
@@ -36,40 +51,41 @@ HALF, SINGLE = 2, 4  # bytes of an element
 CONFIGS: dict[int, dict[str, dict[tuple[int, int], Config]]] = {
     80: {
         "forward": {
-            (HALF, 16): Config(128, 64, 4, 3), (HALF, 32): Config(128, 64, 4, 3),
-            (HALF, 64): Config(128, 64, 4, 3), (HALF, 128): Config(128, 64, 8, 2),
-            (SINGLE, 16): Config(32, 32, 4, 2), (SINGLE, 32): Config(32, 32, 4, 2),
-            (SINGLE, 64): Config(32, 32, 4, 2), (SINGLE, 128): Config(32, 32, 4, 2),
+            (HALF, 16): Config(128, 64, 32, 4, 3), (HALF, 32): Config(128, 64, 32, 4, 3),
+            (HALF, 64): Config(128, 64, 32, 8, 3), (HALF, 128): Config(128, 64, 32, 8, 2),
+            (SINGLE, 16): Config(32, 32, 16, 4, 2), (SINGLE, 32): Config(32, 32, 16, 4, 2),
+            (SINGLE, 64): Config(32, 32, 16, 4, 2), (SINGLE, 128): Config(32, 32, 16, 4, 2),
         },
         "few": {
-            (HALF, 16): Config(16, 64, 1, 3), (HALF, 32): Config(16, 64, 1, 3),
-            (HALF, 64): Config(16, 64, 1, 3), (HALF, 128): Config(16, 64, 2, 3),
-            (SINGLE, 16): Config(16, 32, 2, 2), (SINGLE, 32): Config(16, 32, 2, 2),
-            (SINGLE, 64): Config(16, 32, 2, 2), (SINGLE, 128): Config(16, 32, 4, 2),
+            (HALF, 16): Config(16, 64, 32, 1, 3), (HALF, 32): Config(16, 64, 32, 1, 3),
+            (HALF, 64): Config(16, 64, 32, 1, 3), (HALF, 128): Config(16, 64, 32, 2, 3),
+            (SINGLE, 16): Config(16, 32, 16, 2, 2), (SINGLE, 32): Config(16, 32, 16, 2, 2),
+            (SINGLE, 64): Config(16, 32, 16, 2, 2), (SINGLE, 128): Config(16, 32, 16, 4, 2),
         },
         "queries": {
-            (HALF, 16): Config(128, 64, 8, 3), (HALF, 32): Config(128, 64, 8, 3),
-            (HALF, 64): Config(128, 64, 8, 3), (HALF, 128): Config(128, 64, 8, 2),
-            (SINGLE, 16): Config(32, 32, 4, 2), (SINGLE, 32): Config(32, 32, 4, 2),
-            (SINGLE, 64): Config(32, 32, 4, 2), (SINGLE, 128): Config(32, 32, 4, 2),
+            (HALF, 16): Config(128, 64, 32, 8, 3), (HALF, 32): Config(128, 64, 32, 8, 3),
+            (HALF, 64): Config(128, 64, 32, 8, 3), (HALF, 128): Config(128, 64, 32, 8, 2),
+            (SINGLE, 16): Config(32, 32, 16, 4, 2), (SINGLE, 32): Config(32, 32, 16, 4, 2),
+            (SINGLE, 64): Config(32, 32, 16, 4, 2), (SINGLE, 128): Config(32, 32, 16, 4, 2),
         },
         "keys": {
-            (HALF, 16): Config(64, 128, 8, 3), (HALF, 32): Config(64, 128, 8, 3),
-            (HALF, 64): Config(64, 128, 8, 3), (HALF, 128): Config(64, 128, 8, 2),
-            (SINGLE, 16): Config(32, 32, 4, 2), (SINGLE, 32): Config(32, 32, 4, 2),
-            (SINGLE, 64): Config(32, 32, 4, 2), (SINGLE, 128): Config(32, 32, 4, 2),
+            (HALF, 16): Config(64, 128, 32, 8, 3), (HALF, 32): Config(64, 128, 32, 8, 3),
+            (HALF, 64): Config(64, 128, 32, 8, 3), (HALF, 128): Config(64, 128, 32, 8, 2),
+            (SINGLE, 16): Config(32, 32, 16, 4, 2), (SINGLE, 32): Config(32, 32, 16, 4, 2),
+            (SINGLE, 64): Config(32, 32, 16, 4, 2), (SINGLE, 128): Config(32, 32, 16, 4, 2),
         },
     },
 }  # fmt: skip
 CONFIGS[90] = CONFIGS[80]
 INTERPRETED = {
-    "forward": Config(32, 32, 1, 1), "few": Config(16, 32, 1, 1),
-    "queries": Config(32, 32, 1, 1), "keys": Config(32, 32, 1, 1),
+    "forward": Config(32, 32, 16, 1, 1), "few": Config(16, 32, 16, 1, 1),
+    "queries": Config(32, 32, 16, 1, 1), "keys": Config(32, 32, 16, 1, 1),
 }  # fmt: skip
 FEW = 16
-ROTATE = Config(64, 0, 4, 1)  # rows of the rotation kernel
+ROTATE = Config(64, 0, 0, 4, 1)  # rows of the rotation kernel
 LEAST = 4  # blocks of an item of split work
 PROGRAMS = 2  # that a processor should have: with fewer, work is split
+SPILLS = 64  # bytes that the backward kernels may spill, outside of their inner loops
 TINY = 1e-30
 CPU = torch.device("cpu")
 
@@ -94,6 +110,11 @@ class _Machine:
             )
         return CONFIGS[max(known)][kernel][x.element_size(), _padded(x)]
 
+    def warpgroups(self, rows: int, config: Config, dtype: torch.dtype) -> bool:
+        """Whether matrix products of ``rows`` rows are Hopper's, of four warps together; interpreted ones count too."""
+        hopper = self.capability // 10 == 9 and rows >= 64 and config.warps >= 4 and dtype != torch.float32
+        return hopper or not self.capability
+
     def run(
         self, kernel: Any, grid: tuple[int, ...], config: Config, arguments: dict[str, Any], constants: dict[str, Any]
     ) -> None:
@@ -101,10 +122,7 @@ class _Machine:
         if 0 in grid:
             return
         with torch.cuda.device(self.device) if self.capability else contextlib.nullcontext():
-            # Multiplications and additions are to fuse: exp2 gets its scaled argument from one instruction.
-            kernel[grid](
-                **arguments, **constants, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True
-            )
+            kernel[grid](**arguments, **constants, **config.options)
 
 
 @functools.cache
@@ -178,7 +196,7 @@ def _run_forward(
         "scale": scale * kernels.LOG2_E.value, "memory": memory, "H": heads,
     }  # fmt: skip
     constants = {"D": head_dim, "BD": _padded(q), "BM": config.queries}
-    options = {"BN": config.keys, "UNIT": unit, "MEMORY": memory > 0, "SPLIT": work.split}
+    options = {"BN": config.keys, "UNIT": unit, "STEP": config.step, "MEMORY": memory > 0, "SPLIT": work.split}
     machine.run(kernels.forward, (items, heads), config, arguments | strides, constants | options)
     if work.split:
         arguments = {
@@ -200,8 +218,7 @@ def _run_backward(
     (queries, heads, head_dim), keys, memory, device = q.shape, len(v), len(memory_k), q.device
     common = {
         "grad": grad, "k": rotated, "v": v, "rotated": torch.empty(q.shape, dtype=q.dtype, device=device),
-        "levels": torch.empty((heads, queries), dtype=torch.float32, device=device),
-        "deltas": torch.empty((heads, queries), dtype=torch.float32, device=device),
+        "sums": torch.empty((heads, queries, 4), dtype=torch.float32, device=device),
         "bounds": schedule.bounds(segments, queries, device=device),
         "scale": scale * kernels.LOG2_E.value, "factor": scale, "memory": memory, "T": queries, "H": heads,
     }  # fmt: skip
@@ -216,7 +233,7 @@ def _run_backward(
         "q": q, "memory_k": memory_k, "memory_v": memory_v, "out": out, "lse": lse, "q_cos": q_cos, "q_sin": q_sin,
         "dq": dq, "tiles": work.tiles, "runs": work.runs,
     }  # fmt: skip
-    options = {"BM": config.queries, "BN": config.keys, "UNIT": unit, "MEMORY": memory > 0}
+    options = {"BM": config.queries, "BN": config.keys, "UNIT": unit, "STEP": config.step, "MEMORY": memory > 0}
     grid = (len(work.tiles), heads)
     machine.run(kernels.backward_queries, grid, config, common | arguments | strides, constants | options)
 
@@ -225,7 +242,7 @@ def _run_backward(
     dk, dv = (torch.empty(v.shape, dtype=v.dtype, device=device) for _ in range(2))
     unit, strides = _strides(g=grad, v=v)
     arguments = {"k_cos": k_cos, "k_sin": k_sin, "dk": dk, "dv": dv, "tiles": work.tiles, "runs": work.runs}
-    options = {"BM": config.queries, "BN": config.keys, "UNIT": unit}
+    options = {"BM": config.queries, "BN": config.keys, "UNIT": unit, "STEP": config.step}
     grid = (len(work.tiles), heads)
     machine.run(kernels.backward_keys, grid, config, common | arguments | strides, constants | options)
     return dq, dk, dv
@@ -289,7 +306,7 @@ class _Recorder(_Machine):
         dtype = next(arguments[name].dtype for name in ("v", "x", "out") if name in arguments)
         multiplies = kernel not in (kernels.rotate, kernels.combine)
         rows = config.keys if kernel is kernels.backward_keys else config.queries
-        wide = self.capability >= 90 and rows >= 64 and config.warps >= 4
+        matrix = "HGMMA" if self.warpgroups(rows, config, dtype) else "HMMA"
         words = [str(dtype).removeprefix("torch."), f"D={constants['D']}", f"{config.queries}x{config.keys}"]
         words += [name.lower() for name in ("MEMORY", "SPLIT") if constants.get(name)]
         self.found.append(
@@ -301,7 +318,9 @@ class _Recorder(_Machine):
                 aligned=tuple(name for name, value in arguments.items() if isinstance(value, Tensor)),
                 num_warps=config.warps,
                 num_stages=config.stages,
-                matrix="" if dtype == torch.float32 or not multiplies else "HGMMA" if wide else "HMMA",
+                registers=config.registers,
+                spill_budget=0 if kernel in (kernels.rotate, kernels.forward, kernels.combine) else SPILLS,
+                matrix=matrix if multiplies and dtype != torch.float32 else "",
                 copies=multiplies,
             )
         )

@@ -35,14 +35,14 @@ def _stride(units, UNIT: tl.constexpr):
 
 @triton.jit
 def _columns(D: tl.constexpr, BD: tl.constexpr):
-    """Columns of values: the first D of BD."""
+    """The first D of BD columns."""
     column = tl.arange(0, BD)
     return column, column < D
 
 
 @triton.jit
 def _halves(D: tl.constexpr, BD: tl.constexpr):
-    """Columns of queries and keys: each half of D at the beginning of a half of BD, so that halves swap in place."""
+    """The same with each half of D at the beginning of a half of BD, so that gradients can be rotated in registers."""
     place = tl.arange(0, BD)
     if D == BD:
         column = place
@@ -66,19 +66,23 @@ def _load(at, row_inside, column_inside, ROWS: tl.constexpr, COLUMNS: tl.constex
 
 
 @triton.jit
-def _load_rotated(base, stride, cos, sin, row, inside, D: tl.constexpr, BD: tl.constexpr):
-    """Rows of ``base``, rotated, in its dtype [rows, BD]; columns as ``_halves`` places them."""
+def _rotate_into(at, base, stride, cos, sin, row, inside, D: tl.constexpr, BD: tl.constexpr):
+    """Write rows of ``base``, rotated, to ``at`` [rows, 1]: memory of this program alone, which it then reads again.
+
+    In registers the halves would have to be joined; and Hopper's matrix instructions get their left operand from shared
+    memory only where it comes from a load, else anew from registers for each block of keys.
+    """
     half: tl.constexpr = D // 2
-    place = tl.arange(0, BD)
-    second, index = place // (BD // 2), place % (BD // 2)
+    index = tl.arange(0, BD // 2)
     mask = inside[:, None] & (index < half)[None, :]
-    start = row[:, None].to(tl.int64) * stride + index[None, :]
-    x = tl.load(base + start + second[None, :] * half, mask=mask, other=0.0).to(tl.float32)
-    partner = tl.load(base + start + (1 - second)[None, :] * half, mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(base + row[:, None].to(tl.int64) * stride + index[None, :], mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(base + row[:, None].to(tl.int64) * stride + half + index[None, :], mask=mask, other=0.0).to(tl.float32)
     angle = row[:, None].to(tl.int64) * half + index[None, :]
     c = tl.load(cos + angle, mask=mask, other=0.0)
     s = tl.load(sin + angle, mask=mask, other=0.0)
-    return (x * c + partner * tl.where(second[None, :] == 0, -s, s)).to(base.dtype.element_ty)
+    tl.store(at + index[None, :], (a * c - b * s).to(base.dtype.element_ty), mask=mask)
+    tl.store(at + half + index[None, :], (b * c + a * s).to(base.dtype.element_ty), mask=mask)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -149,19 +153,29 @@ def _source(
 
 
 @triton.jit
-def _bounds(bounds, row, inside):
-    """The two ranges of keys that each query of ``row`` sees; those outside see none."""
-    at = bounds + row.to(tl.int64) * 4
-    own_low = tl.load(at, mask=inside, other=0)
-    own_high = tl.load(at + 1, mask=inside, other=0)
-    prefix_low = tl.load(at + 2, mask=inside, other=0)
-    prefix_high = tl.load(at + 3, mask=inside, other=0)
-    return own_low, own_high, prefix_low, prefix_high
+def _rows(tile, SIZE: tl.constexpr, AGAIN: tl.constexpr):
+    """The rows of a tile, and which of them exist; AGAIN reads them anew, so that no registers keep them meanwhile."""
+    row = tl.load(tile, volatile=AGAIN) + tl.arange(0, SIZE)
+    return row, row < tl.load(tile + 1, volatile=AGAIN)
+
+
+@triton.jit
+def _four(base, row, inside, MASKED: tl.constexpr):
+    """The columns of rows of ``base`` [T, 4]; zero outside.
+
+    They are read as one tile, not as four vectors: Triton 3.6 copies short vectors once for each thread that asks.
+    """
+    at = base + row[:, None].to(tl.int64) * 4 + tl.arange(0, 4)[None, :]
+    four = _load(at, inside, inside, MASKED, False)
+    even, odd = tl.split(four.reshape(row.shape[0], 2, 2))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
 
 
 @triton.jit
 def _sees(own_low, own_high, prefix_low, prefix_high, key):
-    return ((own_low <= key) & (key < own_high)) | ((prefix_low <= key) & (key < prefix_high))
+    They are read as one tile, not as four vectors: Triton 3.6 copies short vectors once for each thread in need.
 
 
 # Forward
@@ -178,13 +192,12 @@ def _attend(
     Scores are in base 2: ``scale`` holds log2(e).
     """
     key = tl.arange(0, BN)
-    key_column, key_column_inside = _halves(D, BD)
-    value_column, value_column_inside = _columns(D, BD)
-    keys += key[:, None].to(tl.int64) * key_row + key_column[None, :]
-    values += key[:, None].to(tl.int64) * value_row + value_column[None, :]
+    column, column_inside = _columns(D, BD)
+    keys += key[:, None].to(tl.int64) * key_row + column[None, :]
+    values += key[:, None].to(tl.int64) * value_row + column[None, :]
     for start in range(low, high, BN):
         row, inside = tl.cast(start - first, tl.int64), key < high - start
-        k = _load(keys + row * key_row, inside, key_column_inside, MASKED, D != BD)  # [BN, BD]
+        k = _load(keys + row * key_row, inside, column_inside, MASKED, D != BD)  # [BN, BD]
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
         if MASKED:
             j = start + key[None, :]
@@ -199,7 +212,7 @@ def _attend(
         shrink = tl.exp2(peak - level)
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
-        v = _load(values + row * value_row, inside, value_column_inside, MASKED, D != BD)  # [BN, BD]
+        v = _load(values + row * value_row, inside, column_inside, MASKED, D != BD)  # [BN, BD]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")  # [BM, BD]
         peak = higher
     return acc, peak, total
@@ -213,6 +226,21 @@ def _finish(acc, peak, total):
     return acc / total[:, None], tl.where(blind, float("-inf"), peak + tl.log2(total))
 
 
+@triton.jit
+def _places(out, row, item, head, H, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr):
+    """Where the rows of an item lie in the log-sum-exp [T, H] and the output [T, H, D].
+
+    With SPLIT in this item's own part of them, [N, H, BM] and [N, H, BM, BD].
+    """
+    if SPLIT:
+        place = (item.to(tl.int64) * H + head) * BM + tl.arange(0, BM)
+        at = out + place[:, None] * BD
+    else:
+        place = row.to(tl.int64) * H + head
+        at = out + place[:, None] * D
+    return place, at
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def forward(
     q, k, v, memory_k, memory_v, q_cos, q_sin, out, lse, tiles, runs, bounds,
@@ -220,20 +248,22 @@ def forward(
     mk_row: tl.int64, mk_head: tl.int64, mv_row: tl.int64, mv_head: tl.int64,
     scale, memory, H,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
-    MEMORY: tl.constexpr, SPLIT: tl.constexpr,
+    STEP: tl.constexpr, MEMORY: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One item: its rows of the output and log-sum-exp [T, H]; with SPLIT its own part of them, for ``combine``.
 
-    ``k`` [S, H, D] is rotated already and contiguous.
+    ``k`` [S, H, D] is rotated already and contiguous. Masked runs are walked through in steps of STEP keys.
     """
     item, head = tl.program_id(0), tl.program_id(1)
     tile = tiles + item * 6
-    row = tl.load(tile) + tl.arange(0, BM)
-    inside = row < tl.load(tile + 1)
+    row, inside = _rows(tile, BM, False)
     first_run, first_masked, last_run = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
 
-    x = _load_rotated(q + head * _stride(q_head, UNIT), _stride(q_row, UNIT), q_cos, q_sin, row, inside, D, BD)
-    own_low, own_high, prefix_low, prefix_high = _bounds(bounds, row, inside)
+    place, at = _places(out, row, item, head, H, D, BD, BM, SPLIT)
+    own = at.to(tl.pointer_type(q.dtype.element_ty))  # the queries go where the output will be
+    _rotate_into(own, q + head * _stride(q_head, UNIT), _stride(q_row, UNIT), q_cos, q_sin, row, inside, D, BD)
+    column, column_inside = _columns(D, BD)
+    x = _load(own + column[None, :], inside, column_inside, True, D != BD)  # [BM, BD]
     acc = tl.zeros((BM, BD), tl.float32)
     peak = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -244,9 +274,11 @@ def forward(
             D, UNIT, MEMORY,
         )  # fmt: skip
         acc, peak, total = _attend(
-            x, acc, peak, total, own_low, own_high, prefix_low, prefix_high,
+            x, acc, peak, total, 0, 0, 0, 0,
             keys, values, key_row, value_row, low, high, first, scale, D, BD, BN, False,
         )  # fmt: skip
+    row, inside = _rows(tile, BM, True)
+    own_low, own_high, prefix_low, prefix_high = _four(bounds, row, inside, True)
     for run in range(first_masked, last_run):
         low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
         keys, values, key_row, value_row, first = _source(
@@ -255,19 +287,16 @@ def forward(
         )  # fmt: skip
         acc, peak, total = _attend(
             x, acc, peak, total, own_low, own_high, prefix_low, prefix_high,
-            keys, values, key_row, value_row, low, high, first, scale, D, BD, BN, True,
+            keys, values, key_row, value_row, low, high, first, scale, D, BD, STEP, True,
         )  # fmt: skip
 
     acc, logarithm = _finish(acc, peak, total)
-    column, column_inside = _columns(D, BD)
-    if SPLIT:  # [N, H, BM, BD] and [N, H, BM], in base 2
-        row = (item.to(tl.int64) * H + head) * BM + tl.arange(0, BM)
-        tl.store(out + row[:, None] * BD + column[None, :], acc)
-        tl.store(lse + row, logarithm)
-    else:
-        at = out + tl.cast(head, tl.int64) * D + row[:, None].to(tl.int64) * (tl.cast(H, tl.int64) * D)
-        tl.store(at + column[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
-        tl.store(lse + row.to(tl.int64) * H + head, logarithm / LOG2_E, mask=inside)
+    row, inside = _rows(tile, BM, True)
+    place, at = _places(out, row, item, head, H, D, BD, BM, SPLIT)
+    if not SPLIT:
+        logarithm /= LOG2_E
+    tl.store(at + column[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
+    tl.store(lse + place, logarithm, mask=inside)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -278,14 +307,15 @@ def combine(
     """Rows of one tile from the parts that its items computed, in the order of their keys."""
     tile, head = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(pieces + tile), tl.load(pieces + tile + 1)
+    row, inside = _rows(tiles + tl.load(order + begin) * 6, BM, False)
     column, column_inside = _columns(D, BD)
     acc = tl.zeros((BM, BD), tl.float32)
     peak = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     for piece in range(begin, end):
         place = (tl.load(order + piece).to(tl.int64) * H + head) * BM + tl.arange(0, BM)
-        x = tl.load(parts + place[:, None] * BD + column[None, :])  # [BM, BD]
-        weight = tl.load(parts_lse + place)
+        x = _load(parts + place[:, None] * BD + column[None, :], inside, column_inside, True, D != BD)  # [BM, BD]
+        weight = tl.load(parts_lse + place, mask=inside, other=float("-inf"))
         higher = tl.maximum(peak, weight)
         level = tl.where(higher == float("-inf"), 0.0, higher)
         weight, shrink = tl.exp2(weight - level), tl.exp2(peak - level)
@@ -293,15 +323,10 @@ def combine(
         total = total * shrink + weight
         peak = higher
     acc, logarithm = _finish(acc, peak, total)
-    at = tiles + tl.load(order + begin) * 6
-    row = tl.load(at) + tl.arange(0, BM)
-    inside = row < tl.load(at + 1)
-    at = out + tl.cast(head, tl.int64) * D + row[:, None].to(tl.int64) * (tl.cast(H, tl.int64) * D)
-    tl.store(at + column[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
-    tl.store(lse + row.to(tl.int64) * H + head, logarithm / LOG2_E, mask=inside)
-
-
-# Backward, queries
+    place = row.to(tl.int64) * H + head
+    at = out + place[:, None] * D + column[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
+    tl.store(lse + place, logarithm / LOG2_E, mask=inside)
 
 
 @triton.jit
@@ -334,22 +359,22 @@ def _pull_queries(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def backward_queries(
-    grad, q, k, v, memory_k, memory_v, out, lse, q_cos, q_sin, dq, rotated, levels, deltas, tiles, runs, bounds,
+    grad, q, k, v, memory_k, memory_v, out, lse, q_cos, q_sin, dq, rotated, sums, tiles, runs, bounds,
     g_row: tl.int64, g_head: tl.int64, q_row: tl.int64, q_head: tl.int64, o_row: tl.int64, o_head: tl.int64,
     v_row: tl.int64, v_head: tl.int64,
     mk_row: tl.int64, mk_head: tl.int64, mv_row: tl.int64, mv_head: tl.int64,
     scale, factor, memory, T, H,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, MEMORY: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
+    STEP: tl.constexpr, MEMORY: tl.constexpr,
 ):  # fmt: skip
-    """dq [T, H, D] of one item, and what ``backward_keys`` reads: the rotated queries [T, H, D] and two rows of [H, T].
+    """dq [T, H, D] of one item, and what ``backward_keys`` reads: the rotated queries [T, H, D] and ``sums`` [H, T, 4].
 
-    ``levels`` are log-sum-exps in base 2, infinite where a row sees nothing (its probabilities are then exp2(-inf)),
-    and ``deltas`` the sums of grad * out. ``scale`` holds log2(e), ``factor`` does not.
+    Of these the first column is the log-sum-exp in base 2, infinite where a row sees nothing (its probabilities are
+    then exp2(-inf)), the second the sum of grad * out. ``scale`` holds log2(e), ``factor`` does not.
     """
     item, head = tl.program_id(0), tl.program_id(1)
     tile = tiles + item * 6
-    row = tl.load(tile) + tl.arange(0, BM)
-    inside = row < tl.load(tile + 1)
+    row, inside = _rows(tile, BM, False)
     first_run, first_masked, last_run = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     wide = row.to(tl.int64)
     line = tl.cast(H, tl.int64) * D  # from token to token where a tensor is contiguous
@@ -366,15 +391,15 @@ def backward_queries(
     delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     level = tl.load(lse + wide * H + head, mask=inside, other=float("-inf")) * LOG2_E
     level = tl.where(level == float("-inf"), float("inf"), level)
-    tl.store(deltas + tl.cast(head, tl.int64) * T + wide, delta, mask=inside)
-    tl.store(levels + tl.cast(head, tl.int64) * T + wide, level, mask=inside)
+    at = sums + (tl.cast(head, tl.int64) * T + wide) * 4
+    tl.store(at, level, mask=inside)
+    tl.store(at + 1, delta, mask=inside)
 
-    x = _load_rotated(q + head * _stride(q_head, UNIT), _stride(q_row, UNIT), q_cos, q_sin, row, inside, D, BD)
-    column, column_inside = _halves(D, BD)
-    at = rotated + tl.cast(head, tl.int64) * D + wide[:, None] * line + column[None, :]
-    tl.store(at, x, mask=inside[:, None] & column_inside[None, :])
+    at = rotated + tl.cast(head, tl.int64) * D + wide[:, None] * line
+    _rotate_into(at, q + head * _stride(q_head, UNIT), _stride(q_row, UNIT), q_cos, q_sin, row, inside, D, BD)
+    key_column, key_column_inside = _halves(D, BD)
+    x = _load(at + key_column[None, :], inside, key_column_inside, True, D != BD)  # [BM, BD]
 
-    own_low, own_high, prefix_low, prefix_high = _bounds(bounds, row, inside)
     acc = tl.zeros((BM, BD), tl.float32)
     for run in range(first_run, first_masked):
         low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
@@ -383,9 +408,11 @@ def backward_queries(
             D, UNIT, MEMORY,
         )  # fmt: skip
         acc = _pull_queries(
-            x, g, acc, level, delta, own_low, own_high, prefix_low, prefix_high,
+            x, g, acc, level, delta, 0, 0, 0, 0,
             keys, values, key_row, value_row, low, high, first, scale, D, BD, BN, False,
         )  # fmt: skip
+    row, inside = _rows(tile, BM, True)
+    own_low, own_high, prefix_low, prefix_high = _four(bounds, row, inside, True)
     for run in range(first_masked, last_run):
         low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
         keys, values, key_row, value_row, first = _source(
@@ -394,8 +421,9 @@ def backward_queries(
         )  # fmt: skip
         acc = _pull_queries(
             x, g, acc, level, delta, own_low, own_high, prefix_low, prefix_high,
-            keys, values, key_row, value_row, low, high, first, scale, D, BD, BN, True,
+            keys, values, key_row, value_row, low, high, first, scale, D, BD, STEP, True,
         )  # fmt: skip
+    row, inside = _rows(tile, BM, True)
     _store_rotated_back(dq + tl.cast(head, tl.int64) * D, acc * factor, q_cos, q_sin, row, inside, line, D, BD)
 
 
@@ -404,7 +432,7 @@ def backward_queries(
 
 @triton.jit
 def _pull_keys(
-    k, v, dk, dv, key, queries, grads, levels, deltas, bounds, q_row, g_row, low, high, scale,
+    k, v, dk, dv, key, queries, grads, sums, bounds, q_row, g_row, low, high, scale,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add to ``dk`` and ``dv`` [BN, BD] what queries ``low`` to ``high`` give; scores are transposed, [BN, BM]."""
@@ -417,16 +445,11 @@ def _pull_keys(
         row, inside = tl.cast(start, tl.int64), query < high - start
         q = _load(queries + row * q_row, inside, key_column_inside, MASKED, D != BD)  # [BM, BD]
         g = _load(grads + row * g_row, inside, value_column_inside, MASKED, D != BD)  # [BM, BD]
-        if MASKED:
-            level = tl.load(levels + start + query, mask=inside, other=float("inf"))
-            delta = tl.load(deltas + start + query, mask=inside, other=0.0)
-        else:
-            level = tl.load(levels + start + query)
-            delta = tl.load(deltas + start + query)
+        level, delta, _, _ = _four(sums, start + query, inside, MASKED)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BN, BM]
         p = tl.exp2(s * scale - level[None, :])
         if MASKED:
-            own_low, own_high, prefix_low, prefix_high = _bounds(bounds, start + query, inside)
+            own_low, own_high, prefix_low, prefix_high = _four(bounds, start + query, inside, True)
             seen = _sees(own_low[None, :], own_high[None, :], prefix_low[None, :], prefix_high[None, :], key[:, None])
             p = tl.where(seen, p, 0.0)
         dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
@@ -438,16 +461,16 @@ def _pull_keys(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def backward_keys(
-    grad, rotated, k, v, levels, deltas, k_cos, k_sin, dk, dv, tiles, runs, bounds,
+    grad, rotated, k, v, sums, k_cos, k_sin, dk, dv, tiles, runs, bounds,
     g_row: tl.int64, g_head: tl.int64, v_row: tl.int64, v_head: tl.int64,
     scale, factor, memory, T, H,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """dk and dv [S, H, D] of one tile of new keys, from the queries that see them."""
     item, head = tl.program_id(0), tl.program_id(1)
     tile = tiles + item * 6
-    row = tl.load(tile) + tl.arange(0, BN)
-    inside = row < tl.load(tile + 1)
+    row, inside = _rows(tile, BN, False)
     first_run, first_masked, last_run = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     wide = row.to(tl.int64)
     line = tl.cast(H, tl.int64) * D
@@ -461,8 +484,7 @@ def backward_keys(
         inside, column_inside, True, D != BD,
     )  # fmt: skip
     queries, grads, g_line = rotated + start, grad + head * _stride(g_head, UNIT), _stride(g_row, UNIT)
-    levels += tl.cast(head, tl.int64) * T
-    deltas += tl.cast(head, tl.int64) * T
+    sums += tl.cast(head, tl.int64) * T * 4
     key = memory + row  # its number in the bounds
 
     key_acc = tl.zeros((BN, BD), tl.float32)
@@ -470,15 +492,16 @@ def backward_keys(
     for run in range(first_run, first_masked):
         low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
         key_acc, value_acc = _pull_keys(
-            x, y, key_acc, value_acc, key, queries, grads, levels, deltas, bounds, line, g_line, low, high, scale,
+            x, y, key_acc, value_acc, key, queries, grads, sums, bounds, line, g_line, low, high, scale,
             D, BD, BM, False,
         )  # fmt: skip
     for run in range(first_masked, last_run):
         low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
         key_acc, value_acc = _pull_keys(
-            x, y, key_acc, value_acc, key, queries, grads, levels, deltas, bounds, line, g_line, low, high, scale,
-            D, BD, BM, True,
+            x, y, key_acc, value_acc, key, queries, grads, sums, bounds, line, g_line, low, high, scale,
+            D, BD, STEP, True,
         )  # fmt: skip
-    at = dv + start + wide[:, None] * line + column[None, :]
+    row, inside = _rows(tile, BN, True)
+    at = dv + start + row[:, None].to(tl.int64) * line + column[None, :]
     tl.store(at, value_acc.to(dv.dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
     _store_rotated_back(dk + start, key_acc * factor, k_cos, k_sin, row, inside, line, D, BD)

@@ -1,0 +1,121 @@
+"""Rotary attention in Triton beyond the common tests: split work, wide offsets; at full size on a GPU."""
+
+import dataclasses
+
+import pytest
+import torch
+from attention import ROPE, compare, inputs, run
+from numerics import assert_close_to_fp64
+
+from dph_kernels import PackedLayout, dispatch, rope_attention
+
+if reason := dispatch.missing("rope_attention", "triton", "cuda" if torch.cuda.is_available() else "cpu"):
+    pytest.skip(reason, allow_module_level=True)
+
+from dph_kernels.rope_attention import triton as attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+interpreted = pytest.mark.skipif(not dispatch.interpreted(), reason="needs Triton's interpreter")
+
+
+@interpreted
+def test_split_work_gives_what_whole_work_gives(monkeypatch):
+    """Few queries on many keys: the parts, put together, against one pass and the definition."""
+    layout = PackedLayout.decode([300, 5], [[1, 3, 9], [2]], 9)
+    given = inputs(layout, 2, 16, torch.float32)
+    taken = []
+    monkeypatch.setattr(attention, "_limit", lambda *_: taken.append(1) or 2)
+    compare(layout, given, "cpu", "triton")
+    q, k, v, memory, grad = given
+    split = run(rope_attention, (q, k, v), layout, memory, grad, torch.float32, rope=ROPE, backend="triton")
+    assert taken
+    monkeypatch.setattr(attention, "_limit", lambda *_: 0)
+    whole = run(rope_attention, (q, k, v), layout, memory, grad, torch.float32, rope=ROPE, backend="triton")
+    for got, want in zip(split, whole, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("head_dim", [2, 6, 34, 66, 100, 128])
+def test_head_dimensions_that_are_no_power_of_two(head_dim):
+    layout = PackedLayout.shared_prefix([33], [[7, 1]])
+    compare(layout, inputs(layout, 2, head_dim, torch.float32, DEVICE), DEVICE, "triton")
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """The interpreter reports index arithmetic that leaves 32 bits, on masked lanes too."""
+    import triton.runtime.interpreter as interpreter
+
+    options = dataclasses.replace(interpreter.interpreter_builder.options, debug=True)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+
+
+@interpreted
+@pytest.mark.usefixtures("watched")
+def test_the_detector_of_overflow_works():
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def far(x, stride):
+        tl.store(x, tl.program_id(0) * stride + stride * 3)
+
+    far[(1,)](torch.zeros(1, dtype=torch.int64), 2**28)
+    with pytest.raises(Exception, match="overflow"):
+        far[(1,)](torch.zeros(1, dtype=torch.int64), 2**30)
+
+
+@interpreted
+@pytest.mark.usefixtures("watched")
+def test_rows_that_lie_far_apart():
+    """Offsets beyond 2**31 elements: memory that is reserved, and touched only where the rows lie."""
+    layout, near = PackedLayout.documents([3]), []
+    try:
+        spread = [torch.empty_strided((3, 1, 16), (2**30 + 8, 16, 1), dtype=torch.float16) for _ in range(4)]
+    except RuntimeError:
+        pytest.skip("this machine reserves no 16 GB that are not used")
+    for x in spread:
+        x.copy_(torch.randn(3, 1, 16))
+        near.append(x.contiguous())
+    results = []
+    for q, k, v, grad in (spread, near):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = rope_attention(*leaves, layout, rope=ROPE, backend="triton")
+        results.append((out, *torch.autograd.grad(out, leaves, grad)))
+    for far, close in zip(*results, strict=True):
+        torch.testing.assert_close(far, close, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        PackedLayout.with_memory([2048] * 2, [2048, 1500], 2048),
+        PackedLayout.shared_prefix([700, 1024], [[256, 4], [100, 77]]),
+        PackedLayout.decode([1024], [[1 + i % 64 for i in range(128)]], 64),
+        PackedLayout.documents([4096, 1, 333]),
+    ],
+)
+def test_full_size(layout, dtype):
+    compare(layout, inputs(layout, 4, 64, dtype, "cuda"), "cuda", "triton")
+
+
+@pytest.mark.gpu
+def test_a_hundred_runs_are_the_same_bit_for_bit():
+    layout = PackedLayout.shared_prefix([300, 64], [[100, 77, 5], [9]]).to("cuda")
+    q, k, v, memory, grad = inputs(layout, 4, 64, torch.bfloat16, "cuda")
+    first = None
+    for _ in range(100):
+        results = run(rope_attention, (q, k, v), layout, memory, grad, torch.bfloat16, rope=ROPE, backend="triton")
+        first = first or results
+        assert all(map(torch.equal, results, first))
+
+
+def test_rotation_alone():
+    x = torch.randn(70, 3, 20, device=DEVICE)
+    tables = ROPE.tables(torch.arange(70, device=DEVICE), 20)
+    from dph_kernels.rope_attention import reference
+
+    truth = reference.rotate(x.double(), *(t.double() for t in tables))
+    assert_close_to_fp64(attention.rotate(x, *tables), reference.rotate(x, *tables), truth)
