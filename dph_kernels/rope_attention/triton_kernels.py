@@ -175,7 +175,7 @@ def _four(base, row, inside, MASKED: tl.constexpr):
 
 @triton.jit
 def _sees(own_low, own_high, prefix_low, prefix_high, key):
-    They are read as one tile, not as four vectors: Triton 3.6 copies short vectors once for each thread in need.
+    return ((own_low <= key) & (key < own_high)) | ((prefix_low <= key) & (key < prefix_high))
 
 
 # Forward
