@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "laprop.h"
+#include "linear_logprob.h"
 #ifdef DPH_CUDA
 #include "cuda/runtime.h"
 #endif
@@ -129,6 +130,29 @@ void bind_attention(py::module_& module) {
   module.def("rotate_cpu", &rotate_cpu, "arguments"_a, "threads"_a, released);
 }
 
+void bind_linear_logprob(py::module_& module) {
+  using namespace dph;
+  using namespace py::literals;
+  py::class_<LogprobTile>(module, "LogprobTile")
+      .def(py::init(&from_fields<LogprobTile>))
+      .def_readwrite("rows", &LogprobTile::rows)
+      .def_readwrite("columns", &LogprobTile::columns)
+      .def_readwrite("stride", &LogprobTile::stride)
+      .def_readwrite("first", &LogprobTile::first)
+      .def_readwrite("last", &LogprobTile::last)
+      .def_property("logits", nullptr, address(&LogprobTile::logits))
+      .def_property("targets", nullptr, address(&LogprobTile::targets))
+      .def_property("largest", nullptr, address(&LogprobTile::largest))
+      .def_property("log_sum", nullptr, address(&LogprobTile::log_sum))
+      .def_property("logprobs", nullptr, address(&LogprobTile::logprobs))
+      .def_property("entropy", nullptr, address(&LogprobTile::entropy))
+      .def_property("best", nullptr, address(&LogprobTile::best))
+      .def_property("upstream", nullptr, address(&LogprobTile::upstream));
+  const py::call_guard<py::gil_scoped_release> released;
+  module.def("linear_logprob_reduce_cpu", &linear_logprob_reduce_cpu, "tile"_a, "threads"_a, released);
+  module.def("linear_logprob_gradient_cpu", &linear_logprob_gradient_cpu, "tile"_a, "threads"_a, released);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -144,4 +168,5 @@ PYBIND11_MODULE(_native, module) {
 #endif
   bind_attention(module);
   bind_laprop(module);
+  bind_linear_logprob(module);
 }

@@ -96,13 +96,14 @@ def linear_logprob(
     Returns:
         [R] in nats, never above 0, in fp32 (fp64 for fp64 inputs); all sums are taken in that precision.
         With ``statistics``: (log-probabilities, entropy [R] in nats, arg-max [R] int64, the lowest index of a tie),
-        the last two without gradient.
+        the last two without gradient; they come from the same pass. Where the arg-max equals the target, the token was
+        predicted right.
 
     Under ``torch.autocast`` hidden and weight are cast to its dtype; the sums stay in fp32.
 
     Raises:
         ValueError: a wrong shape, dtype or device; on the CPU also a target outside [0, V). On a GPU that test would
-            wait for the device; there the reference stops with PyTorch's device-side assertion.
+            wait for the device; there the reference stops with PyTorch's device-side assertion, and "triton" gives NaN.
     """
     hidden, weight = autocast.together(hidden, weight)
     checks.shape("hidden", hidden, "R", "C")

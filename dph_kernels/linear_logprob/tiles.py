@@ -1,0 +1,151 @@
+"""How the compiled backends go through R x V logits: tile by tile, matrix products by PyTorch, one pass for the rest.
+
+Blocks of the vocabulary are the outer loop, so that a block of weights is read (and converted) once and its gradient is
+complete when the loop leaves it; nearly square tiles keep the sums of both gradients from going through memory often.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Engine(Protocol):
+    """What a backend brings: sizes, products, and the passes over a tile of logits.
+
+    Attributes:
+        rows: rows of a tile, at most.
+        columns: columns of a tile (tokens of the vocabulary), at most.
+        most_sums: elements of fp32 sums that may be kept for a gradient in half precision.
+    """
+
+    rows: int
+    columns: int
+    most_sums: int
+
+    def operand(self, x: Tensor) -> Tensor:
+        """``x`` as the products take it."""
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """``hidden @ weight.T`` in fp32, rows contiguous; valid until the next call."""
+
+    def reduce(
+        self, logits: Tensor, first: int, last: bool, targets: Tensor,
+        normaliser: Tensor, logprobs: Tensor, entropy: Tensor, best: Tensor,
+    ) -> None:  # fmt: skip
+        """Take a tile into its rows' results; ``last``: finish them. Without statistics the last two are empty.
+
+        Columns begin at token ``first`` and come in order. In between, ``normaliser[1]`` holds sum exp(x - m),
+        ``logprobs`` the target's logit, and ``entropy`` sum exp(x - m) (x - m).
+        """
+
+    def gradient(self, logits: Tensor, first: int, upstream: Tensor, targets: Tensor, normaliser: Tensor) -> Tensor:
+        """upstream * (onehot(target) - softmax) of a tile, as the products take it; may overwrite ``logits``."""
+
+    def sums(self, result: Tensor, transposed: bool) -> Tensor:
+        """Where the fp32 sums of a gradient are taken, shaped like it; ``transposed``: as products with ``x.T``."""
+
+    def add(self, total: Tensor, a: Tensor, b: Tensor, start: bool) -> None:
+        """``total += a @ b``, or ``total = a @ b`` where ``start``."""
+
+
+def spans(size: int, most: int, multiple: int = 1) -> Iterator[slice]:
+    """Slices of [0, size) with at most ``most`` elements, about equally long, if they can be multiples."""
+    count = max(1, -(-size // most))
+    step = max(1, min(most, -(-size // (count * multiple)) * multiple))
+    return (slice(first, min(first + step, size)) for first in range(0, size, step))
+
+
+def forward(
+    engine: Engine, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What ``reference.forward`` gives."""
+    rows, vocabulary = len(hidden), len(weight)
+    logprobs, normaliser = (hidden.new_empty(size, dtype=torch.float32) for size in ((rows,), (2, rows)))
+    entropy = hidden.new_empty(rows if statistics else 0, dtype=torch.float32)
+    best = targets.new_empty(rows if statistics else 0)
+    targets = targets.contiguous()
+    for columns in spans(vocabulary, engine.columns, 16):
+        w = engine.operand(weight[columns])
+        for part in spans(rows, engine.rows, 16):
+            h = engine.operand(hidden[part])
+            logits = engine.logits(h, w)
+            results = targets[part], normaliser[:, part], logprobs[part], entropy[part], best[part]
+            engine.reduce(logits, columns.start, columns.stop == vocabulary, *results)
+            del h, logits  # before the next ones: their memory serves again
+        del w
+    return logprobs, normaliser, entropy, best
+
+
+def backward(
+    engine: Engine,
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    normaliser: Tensor,
+    hidden_needed: bool,
+    weight_needed: bool,
+) -> tuple[Tensor, Tensor]:
+    """What ``reference.backward`` gives; gradients are summed in fp32 and rounded once.
+
+    Where the fp32 sums for a gradient of hidden in half precision would be too many, that gradient is computed for some
+    rows at a time, and the weights' by itself: a fifth product instead of memory that grows with R.
+    """
+    grad, targets = grad.contiguous(), targets.contiguous()
+    grad_hidden = hidden.new_empty(hidden.shape if hidden_needed else 0)
+    grad_weight = weight.new_empty(weight.shape if weight_needed else 0)
+    most = max(1, engine.most_sums // max(1, hidden.shape[1]))
+    if hidden_needed and hidden.dtype != torch.float32 and len(hidden) > most:
+        for part in spans(len(hidden), most, 16):
+            rows = grad[part], hidden[part], weight, targets[part], normaliser[:, part]
+            _joint(engine, *rows, grad_hidden[part], None)
+        hidden_needed = False
+    if hidden_needed or weight_needed:
+        outputs = grad_hidden if hidden_needed else None, grad_weight if weight_needed else None
+        _joint(engine, grad, hidden, weight, targets, normaliser, *outputs)
+    return grad_hidden, grad_weight
+
+
+def _joint(
+    engine: Engine,
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    normaliser: Tensor,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+) -> None:
+    """Fill the gradients that are given, each tile of logits computed once."""
+    if not len(hidden) and grad_weight is not None:
+        grad_weight.zero_()
+    hidden_sums = None if grad_hidden is None else engine.sums(grad_hidden, False)
+    for columns in spans(len(weight), engine.columns, 16):
+        w = engine.operand(weight[columns])
+        weight_sums = None if grad_weight is None else engine.sums(grad_weight[columns], True)
+        for part in spans(len(hidden), engine.rows, 16):
+            h = engine.operand(hidden[part])
+            logits = engine.logits(h, w)
+            change = engine.gradient(logits, columns.start, grad[part], targets[part], normaliser[:, part])
+            if hidden_sums is not None:
+                engine.add(hidden_sums[part], change, w, columns.start == 0)
+            if weight_sums is not None:
+                engine.add(weight_sums, change.T, h, part.start == 0)
+            del h, logits, change  # before the next ones: their memory serves again
+        if weight_sums is not None and len(hidden):
+            _round(weight_sums, grad_weight[columns])
+        del w, weight_sums
+    if hidden_sums is not None:
+        _round(hidden_sums, grad_hidden)
+
+
+def fp32_sums(result: Tensor) -> Tensor:
+    """The result itself, if it is fp32, else memory beside it."""
+    return result if result.dtype == torch.float32 else torch.empty_like(result, dtype=torch.float32)
+
+
+def _round(sums: Tensor, result: Tensor) -> None:
+    if sums is not result:
+        result.copy_(sums)
