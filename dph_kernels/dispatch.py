@@ -35,7 +35,16 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
     },
     "linear_logprob": {"cpu": {"reference": ONLY}, "cuda": {"reference": ONLY}},
     "swiglu_reward": {"cpu": {"reference": ONLY}, "cuda": {"reference": ONLY}},
-    "preference_loss": {"cpu": {"reference": ONLY}, "cuda": {"reference": ONLY}},
+    "preference_loss": {
+        "cpu": {
+            "cpu": "one call where eager PyTorch makes sixty: benchmarks/bench_preference_loss.py",
+            "reference": "plain PyTorch runs everywhere, and in fp64",
+        },
+        "cuda": {
+            "triton": "one launch for loss, gradients and metrics; not yet measured",
+            "reference": "plain PyTorch runs everywhere, and in fp64",
+        },
+    },
     "laprop": {
         "cpu": {
             "cpu": "over 10 times as fast as eager PyTorch, as fast as its compiled form: benchmarks/bench_laprop.py",
@@ -54,6 +63,8 @@ DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("rope_attention", "cpu"): (torch.float32, torch.bfloat16),
     ("rope_attention", "triton"): UP_TO_FP32,
     ("rope_attention", "flash"): (torch.bfloat16, torch.float16),
+    ("preference_loss", "cpu"): HALVES,
+    ("preference_loss", "triton"): HALVES,
 }
 
 # Which file of an operator's folder holds a backend; no operator need have them all.
@@ -144,7 +155,12 @@ def implementation(
 ) -> ModuleType:
     """The module that implements ``operator``: ``dph_kernels.<operator>.<file>``."""
     choice = choose(operator, torch.device(device).type, backend, dtype)
-    return importlib.import_module(f"dph_kernels.{operator}.{MODULES[choice.backend]}")
+    return _module(operator, choice.backend)
+
+
+@functools.cache
+def _module(operator: str, backend: str) -> ModuleType:
+    return importlib.import_module(f"dph_kernels.{operator}.{MODULES[backend]}")
 
 
 def call(function: str, operator: str, like: Tensor, backend: str, *arguments: Any, **options: Any) -> Any:
