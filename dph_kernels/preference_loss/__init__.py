@@ -15,21 +15,17 @@ __all__ = ["HEAD_METRICS", "PREFERENCE_METRICS", "metric_names", "preference_los
 OBJECTIVES = ("separable", "contrastive")
 REWARDS = ("rewards_chosen", "rewards_rejected")
 LOGPROBS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = {Tensor, torch.nn.Parameter}
 
 
-def _widest(tensors: Sequence[Tensor]) -> Tensor:
-    """A tensor of the dtype that decides: one in fp64 where there is one."""
-    dtypes = [x.dtype for x in tensors]
-    return tensors[dtypes.index(torch.float64)] if torch.float64 in dtypes else tensors[0]
-
-
-def _run(rewards: Sequence[Tensor], logprobs: Sequence[Tensor], *options: float | str) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``reference.forward`` gives, in fp32, or in fp64 if any input is; ``options``: those, and the backend."""
-    *numbers, backend = options
-    like = _widest((*rewards, *logprobs))
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return dispatch.call("forward", "preference_loss", like, backend, rewards, logprobs, Options(*numbers), dtype)
+def _run(
+    rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``reference.forward`` gives."""
+    inputs = (*rewards, *logprobs)
+    dtypes = [x.dtype for x in inputs]
+    like = inputs[dtypes.index(torch.float64)] if torch.float64 in dtypes else inputs[0]  # kernels refuse fp64
+    return dispatch.call("forward", "preference_loss", like, backend, rewards, logprobs, options)
 
 
 # Defined without `torch.library.custom_op`, whose wrapper takes longer than the arithmetic. The operator has no
@@ -40,14 +36,25 @@ torch.library.define(
     "float dph_weight, str objective, str backend) -> (Tensor loss, Tensor metrics, Tensor slopes)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-torch.library.impl("dph::preference_loss", ("cpu", "cuda"), _run)
+
+
+@torch.library.impl("dph::preference_loss", ("cpu", "cuda"))
+def _(rewards: list[Tensor], logprobs: list[Tensor], *options: float | str) -> tuple[Tensor, Tensor, Tensor]:
+    return _run(rewards, logprobs, Options(*options[:-1]), options[-1])
 
 
 @torch.library.register_fake("dph::preference_loss")
 def _(rewards: list[Tensor], logprobs: list[Tensor], *_: float | str) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (*rewards, *logprobs)
-    dtype = torch.promote_types(_widest(inputs).dtype, torch.float32)
+    dtype = reference.precision(inputs)
     return tuple(inputs[0].new_empty(size, dtype=dtype) for size in ((), *reference.sizes(rewards, logprobs)))
+
+
+def _operator(
+    rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``_run`` through PyTorch's dispatcher."""
+    return torch.ops.dph.preference_loss.default(rewards, logprobs, *options, backend)
 
 
 def _unobserved(tensors: Sequence[Tensor]) -> bool:
@@ -56,16 +63,18 @@ def _unobserved(tensors: Sequence[Tensor]) -> bool:
     """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
-    return all(type(x) in PLAIN for x in tensors)
+    return set(map(type, tensors)) <= PLAIN
 
 
 class _Loss(torch.autograd.Function):
     """The operator with its gradient: the slopes that it has kept, times the gradient of the loss."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, rewards: int, options: tuple, *inputs: Tensor) -> tuple:
-        run = _run if _unobserved(inputs) else torch.ops.dph.preference_loss.default
-        loss, metrics, slopes = run(inputs[:rewards], inputs[rewards:], *options)
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, rewards: int, options: Options, backend: str, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        run = _run if _unobserved(inputs) else _operator
+        loss, metrics, slopes = run(inputs[:rewards], inputs[rewards:], options, backend)
         ctx.rewards, ctx.options = rewards, options
         ctx.save_for_backward(slopes, *inputs)
         ctx.mark_non_differentiable(metrics)
@@ -74,27 +83,27 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
         if grad is None:
-            return (None,) * len(ctx.needs_input_grad)
+            return (None,) * len(needs)
         slopes, *inputs = ctx.saved_tensors
         rewards, logprobs = inputs[: ctx.rewards], inputs[ctx.rewards :]
+        judged = [*rewards, *logprobs[:2]]
         if torch.is_grad_enabled():  # for Hessians and gradient penalties: rare, so plain PyTorch on every backend
-            grads = reference.backward(grad, rewards, logprobs, Options(*ctx.options[:-1]))
+            grads = reference.backward(grad, rewards, logprobs, ctx.options)
         else:
-            grads = (slopes * grad).split_with_sizes([x.numel() for x in (*rewards, *logprobs[:2])])
-        if logprobs:
+            grads = (slopes * grad).split_with_sizes([x.numel() for x in judged])
+        grads = [
+            grad if grad.dim() == x.dim() and grad.dtype == x.dtype else grad.view(x.shape).to(x.dtype)
+            for grad, x in zip(grads, judged, strict=True)
+        ]
+        if not logprobs:
+            return None, None, None, *grads
+        references = None, None
+        if needs[-2] or needs[-1]:
             # d = (policy_chosen - policy_rejected) - (reference_chosen - reference_rejected): one slope, four signs.
-            judged = any(ctx.needs_input_grad[-2:])
-            grads = *grads, *((grads[-1].clone(), grads[-2].clone()) if judged else (None, None))
-        needed = zip(ctx.needs_input_grad[2:], grads, inputs, strict=True)
-        return None, None, *(_like(grad, x) if need else None for need, grad, x in needed)
-
-
-def _like(grad: Tensor, x: Tensor) -> Tensor:
-    """A gradient in the shape and dtype of its input; no call where they are so already."""
-    if grad.dim() != x.dim():
-        grad = grad.view(x.shape)
-    return grad if grad.dtype == x.dtype else grad.to(x.dtype)
+            references = grads[-1].to(logprobs[2].dtype, copy=True), grads[-2].to(logprobs[3].dtype, copy=True)
+        return None, None, None, *grads, *references
 
 
 def _fits(rewards: tuple[Tensor, ...], logprobs: tuple[Tensor, ...]) -> bool:
@@ -212,4 +221,4 @@ def preference_loss(
         _complain(rewards, logprobs)
     options = Options(beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, objective)
     _check_options(options)
-    return _Loss.apply(len(rewards), (*options, backend), *rewards, *logprobs)
+    return _Loss.apply(len(rewards), options, backend, *rewards, *logprobs)

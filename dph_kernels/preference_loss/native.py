@@ -11,17 +11,18 @@ from dph_kernels.preference_loss.reference import Options, sizes
 KNOWN = (torch.float32, torch.bfloat16)
 
 
-def forward(
-    rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """What ``reference.forward`` gives."""
-    inputs = [x if x.dtype in KNOWN else x.to(dtype) for x in (*rewards, *logprobs)]
+    inputs = [x if x.dtype in KNOWN else x.float() for x in (*rewards, *logprobs)]
     table: list[int] = []
     for x in inputs:  # `PreferenceInput` of csrc/preference_loss.h, four words each
         strides = x.stride()
         table += x.data_ptr(), strides[0], strides[-1], x.dtype is torch.bfloat16
     pairs, *heads = inputs[0].shape
-    loss, metrics, slopes = (torch.empty(size, dtype=dtype) for size in ((), *sizes(rewards, logprobs)))
+    count, room = sizes(rewards, logprobs)
+    loss = torch.empty((), dtype=torch.float32)
+    metrics = torch.empty(count, dtype=torch.float32)
+    slopes = torch.empty(room, dtype=torch.float32)
     *numbers, objective = options
     native.module().preference_loss_cpu(
         table,

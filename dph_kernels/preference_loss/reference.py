@@ -60,6 +60,11 @@ class Options(NamedTuple):
     objective: str
 
 
+def precision(inputs: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of loss and metrics: fp32, or fp64 if any input is."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+
+
 def smoothed(x: Tensor, epsilon: float) -> Tensor:
     """s(x); exact for any size of x, since log sigmoid is taken as min(x, 0) - log1p(exp(-|x|))."""
     return epsilon * x - logsigmoid(x)
@@ -101,23 +106,22 @@ def summary(chosen: Tensor, rejected: Tensor) -> list[Tensor]:
     return [accuracy(chosen - rejected), (chosen - rejected).mean(), chosen.mean(), rejected.mean()]
 
 
-def forward(
-    rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, metrics, slopes), in ``dtype``.
+def forward(rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, metrics, slopes), in ``precision``.
 
     Args:
         rewards: of chosen and rejected, [N] or [N, K]; none: that part is off, which adds nothing to the loss and has
             NaN metrics.
         logprobs: of the policy on chosen and rejected, of the reference on chosen and rejected, [N]; or none.
         options: see `preference_loss`.
-        dtype: fp32 or fp64.
 
     Returns:
         The loss; the metrics that `metric_names` lists; and the gradients of the loss in both rewards and both
         log-probabilities of the policy (one after the other, flat), as far as these are there.
     """
-    loss = torch.zeros((), dtype=dtype, device=(*rewards, *logprobs)[0].device)
+    inputs = (*rewards, *logprobs)
+    dtype = precision(inputs)
+    loss = torch.zeros((), dtype=dtype, device=inputs[0].device)
     off = torch.full_like(loss, torch.nan)
     dph_loss, dpo_loss, explicit, implied, heads = off, off, [off] * 4, [off] * 4, []
     if rewards:

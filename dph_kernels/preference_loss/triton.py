@@ -26,12 +26,12 @@ TENSORS = (
 )
 
 
-def forward(
-    rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """What ``reference.forward`` gives."""
     device = (*rewards, *logprobs)[0].device
-    loss, metrics, slopes = (torch.empty(size, dtype=dtype, device=device) for size in ((), *sizes(rewards, logprobs)))
+    loss, metrics, slopes = (
+        torch.empty(size, dtype=torch.float32, device=device) for size in ((), *sizes(rewards, logprobs))
+    )
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for programs, arguments, constants in _launches(rewards, logprobs, options, loss, metrics, slopes):
             kernels.preference_loss[(programs,)](
