@@ -42,7 +42,7 @@ def forward(rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Opti
 
 def _launches(
     rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options, loss: Tensor, metrics: Tensor,
-    slopes: Tensor, group: int = GROUP,
+    slopes: Tensor,
 ) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:  # fmt: skip
     """(programs, arguments, constants) of each launch."""
     pairs, *heads = (*rewards, *logprobs)[0].shape
@@ -50,15 +50,14 @@ def _launches(
     tensors = (*(rewards or (slopes,) * 2), *(logprobs or (slopes,) * 4))  # for those that are off, any address
     strides = {f"{name}_row": x.stride(0) for name, x in zip(TENSORS, tensors, strict=True)}
     strides |= {f"{name}_head": x.stride(-1) for name, x in zip(TENSORS, rewards or tensors[:2], strict=False)}
-    programs = triton.cdiv(pairs, group)
+    programs = triton.cdiv(pairs, GROUP)
     width = len(rewards) // 2 * heads + len(logprobs) // 4
     sums = loss if programs == 1 else loss.new_empty(programs, width, 5)
     arguments = {
         **dict(zip(TENSORS, tensors, strict=True)), **strides,
         "loss": loss, "metrics": metrics, "slopes": slopes, "sums": sums,
-        "N": pairs, "K": heads, "group": group, "programs": programs,
-        "beta": options.beta, "dpo_epsilon": options.dpo_epsilon, "dph_epsilon": options.dph_epsilon,
-        "dpo_weight": options.dpo_weight, "dph_weight": options.dph_weight,
+        "N": pairs, "K": heads, "group": GROUP, "programs": programs,
+        **{name: float(value) for name, value in options._asdict().items() if name != "objective"},
         "dpo_scale": options.dpo_weight * options.beta / pairs, "dph_scale": options.dph_weight / (pairs * heads),
     }  # fmt: skip
     constants = {

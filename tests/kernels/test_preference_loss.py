@@ -129,7 +129,15 @@ def test_either_part_may_be_off(parts, device, backend):
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
-@pytest.mark.parametrize("options", [{"dpo_weight": 0.0}, {"dph_weight": 0.0}, {"dpo_weight": 0.3, "dph_weight": 2.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dpo_weight": 0.0},
+        {"dph_weight": 0.0},
+        {"dpo_weight": 0.3, "dph_weight": 2.0},
+        {"dpo_weight": 1, "dph_weight": 2, "beta": 1, "dph_epsilon": 0},
+    ],
+)
 def test_weights(options, device, backend):
     compare(make(65, device=device), backend, **options)
 
