@@ -63,8 +63,8 @@ DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("rope_attention", "cpu"): (torch.float32, torch.bfloat16),
     ("rope_attention", "triton"): UP_TO_FP32,
     ("rope_attention", "flash"): (torch.bfloat16, torch.float16),
-    ("preference_loss", "cpu"): HALVES,
-    ("preference_loss", "triton"): HALVES,
+    ("preference_loss", "cpu"): UP_TO_FP32,
+    ("preference_loss", "triton"): UP_TO_FP32,
 }
 
 # Which file of an operator's folder holds a backend; no operator need have them all.
