@@ -1,12 +1,15 @@
 // The only file that knows Python. Pointers arrive as integers; the callers in dph_kernels have checked the tensors.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "attention.h"
 #include "laprop.h"
 #include "linear_logprob.h"
+#include "preference_loss.h"
 #ifdef DPH_CUDA
 #include "cuda/runtime.h"
 #endif
@@ -153,6 +156,25 @@ void bind_linear_logprob(py::module_& module) {
   module.def("linear_logprob_gradient_cpu", &linear_logprob_gradient_cpu, "tile"_a, "threads"_a, released);
 }
 
+// The table holds the fields of PreferenceInput, those of the rewards first. Positional, as names would take longer to
+// pass than the arithmetic takes.
+void preference_loss(const std::vector<int64_t>& table, size_t rewards, int64_t pairs, int64_t heads, float beta,
+                     float dpo_epsilon, float dph_epsilon, float dpo_weight, float dph_weight, bool contrastive,
+                     intptr_t loss, intptr_t metrics, intptr_t slopes, int threads) {
+  std::vector<dph::PreferenceInput> inputs;
+  for (size_t i = 0; i + 4 <= table.size(); i += 4)
+    inputs.push_back({reinterpret_cast<const void*>(table[i]), table[i + 1], table[i + 2], table[i + 3] != 0});
+  dph::preference_loss_cpu(
+      {rewards > 0 ? inputs.data() : nullptr, rewards < inputs.size() ? inputs.data() + rewards : nullptr, pairs, heads,
+       beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, contrastive, reinterpret_cast<float*>(loss),
+       reinterpret_cast<float*>(metrics), reinterpret_cast<float*>(slopes)},
+      threads);
+}
+
+void bind_preference_loss(py::module_& module) {
+  module.def("preference_loss_cpu", &preference_loss, py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -169,4 +191,5 @@ PYBIND11_MODULE(_native, module) {
   bind_attention(module);
   bind_laprop(module);
   bind_linear_logprob(module);
+  bind_preference_loss(module);
 }

@@ -18,7 +18,7 @@ from dph.packing import PackedBatch, pack
 from dph.records import Record
 from dph.stages import Loss, Material, Work, excerpt, merge
 from dph_kernels import preference_loss
-from dph_kernels.preference_loss import PREFERENCE_METRICS
+from dph_kernels.preference_loss import metric_names
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,6 @@ class PairPart:
 class PairStage(Material):
     """Alignment and head training: preference pairs, their prompts shared."""
 
-    metrics = tuple(name for name in PREFERENCE_METRICS if name != "finite")
-
     def __post_init__(self) -> None:
         """Set up the batches. UserError for a missing head, no loss, and no held-out pair that fits."""
         objective = self.recipe.objective
@@ -45,6 +43,8 @@ class PairStage(Material):
             raise UserError("objective: expected a weight above 0 for a part that the stage trains, got none")
         if unknown := [name for name in objective.heads if name not in self.model.head_names] or not objective.heads:
             raise UserError(f"objective.heads: expected some of {self.model.head_names}, got {unknown or 'none'}")
+        self.found = metric_names(objective.heads if self.rewarded else ())
+        self.metrics = tuple(name for name in self.found if name != "finite")
         self.batches = self._pairs(self.records, self.recipe.batch.size)
         for name, records in self.held_out.items():  # an error now rather than at the first evaluation
             held_out = self._pairs(InOrder(records), 1)
@@ -110,7 +110,7 @@ class PairStage(Material):
             dph_weight=objective.dph_weight,
         )
         values = sum(side.detach().reshape(count, -1).sum(1) for side in inputs if side is not None)
-        kept = torch.stack([m for m, name in zip(metrics, PREFERENCE_METRICS, strict=True) if name != "finite"])
+        kept = torch.stack([m for m, name in zip(metrics, self.found, strict=True) if name != "finite"])
         return Loss(loss * count, kept * count, values)
 
     def describe(self, part: PairPart, values: Tensor) -> str:

@@ -184,6 +184,15 @@ def test_what_trains_and_what_stands_still(stage, tmp_path):
     assert all(p.grad is None for p in result.model.parameters())
 
 
+def test_each_of_several_heads_is_logged(tmp_path):
+    heads = ["default", "other"]
+    go(settings("head", tmp_path / "run", objective__heads=heads), model=tiny(reward_heads=heads))
+    line = figures(tmp_path / "run")[0]
+    for name in ("dph_loss", "reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected"):
+        assert line[name] == pytest.approx(sum(line[f"{name}_{head}"] for head in heads) / 2, rel=1e-4, abs=1e-6)
+    assert line["reward_margin_default"] != line["reward_margin_other"]
+
+
 def test_head_stage_in_bf16_leaves_the_backbone_bit_for_bit(tmp_path):
     model = tiny()
     before = weights(model)

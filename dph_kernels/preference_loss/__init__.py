@@ -1,206 +1,168 @@
 """The joint preference objective of Direct Preference Heads: loss, gradients and logged metrics in one operator."""
 
-import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dph_kernels import checks, dispatch
 from dph_kernels.preference_loss import reference
+from dph_kernels.preference_loss.reference import HEAD_METRICS, PREFERENCE_METRICS, Options, metric_names
+
+__all__ = ["HEAD_METRICS", "PREFERENCE_METRICS", "metric_names", "preference_loss"]
 
 OBJECTIVES = ("separable", "contrastive")
 REWARDS = ("rewards_chosen", "rewards_rejected")
 LOGPROBS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
+PLAIN = {Tensor, torch.nn.Parameter}
 
-PREFERENCE_METRICS = (
-    "loss",
-    "dph_loss",
-    "dpo_loss",
-    "reward_accuracy",
-    "reward_margin",
-    "reward_chosen",
-    "reward_rejected",
-    "implicit_accuracy",
-    "implicit_margin",
-    "implicit_chosen",
-    "implicit_rejected",
-    "finite",
+
+def _run(
+    rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``reference.forward`` gives."""
+    inputs = (*rewards, *logprobs)
+    dtypes = [x.dtype for x in inputs]
+    like = inputs[dtypes.index(torch.float64)] if torch.float64 in dtypes else inputs[0]  # kernels refuse fp64
+    return dispatch.call("forward", "preference_loss", like, backend, rewards, logprobs, options)
+
+
+# Defined without `torch.library.custom_op`, whose wrapper takes longer than the arithmetic. The operator has no
+# gradient of its own: `_Loss` makes it from the slopes.
+torch.library.define(
+    "dph::preference_loss",
+    "(Tensor[] rewards, Tensor[] logprobs, float beta, float dpo_epsilon, float dph_epsilon, float dpo_weight, "
+    "float dph_weight, str objective, str backend) -> (Tensor loss, Tensor metrics, Tensor slopes)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
-"""What the metrics vector holds, in order. Implicit rewards are beta (log pi - log pi_ref); `finite` is 1 or 0."""
 
 
-def _precision(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of loss and metrics: fp32, or fp64 if any input is."""
-    dtypes = (x.dtype for x in tensors if x is not None)
-    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+@torch.library.impl("dph::preference_loss", ("cpu", "cuda"))
+def _(rewards: list[Tensor], logprobs: list[Tensor], *options: float | str) -> tuple[Tensor, Tensor, Tensor]:
+    return _run(rewards, logprobs, Options(*options[:-1]), options[-1])
 
 
-@torch.library.custom_op("dph::preference_loss", mutates_args=())
-def _forward(
-    rewards_chosen: Tensor | None,
-    rewards_rejected: Tensor | None,
-    policy_chosen: Tensor | None,
-    policy_rejected: Tensor | None,
-    reference_chosen: Tensor | None,
-    reference_rejected: Tensor | None,
-    beta: float,
-    dpo_epsilon: float,
-    dph_epsilon: float,
-    objective: str,
-    dpo_weight: float,
-    dph_weight: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    inputs = (rewards_chosen, rewards_rejected, policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    like = policy_chosen if rewards_chosen is None else rewards_chosen
-    options = (beta, dpo_epsilon, dph_epsilon, objective, dpo_weight, dph_weight)
-    return dispatch.call("forward", "preference_loss", like, backend, *inputs, *options, _precision(*inputs))
+@torch.library.register_fake("dph::preference_loss")
+def _(rewards: list[Tensor], logprobs: list[Tensor], *_: float | str) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (*rewards, *logprobs)
+    dtype = reference.precision(inputs)
+    return tuple(inputs[0].new_empty(size, dtype=dtype) for size in ((), *reference.sizes(rewards, logprobs)))
 
 
-@_forward.register_fake
-def _(
-    rewards_chosen: Tensor | None,
-    rewards_rejected: Tensor | None,
-    policy_chosen: Tensor | None,
-    policy_rejected: Tensor | None,
-    reference_chosen: Tensor | None,
-    reference_rejected: Tensor | None,
-    beta: float,
-    dpo_epsilon: float,
-    dph_epsilon: float,
-    objective: str,
-    dpo_weight: float,
-    dph_weight: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    inputs = (rewards_chosen, rewards_rejected, policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    given, dtype = policy_chosen if rewards_chosen is None else rewards_chosen, _precision(*inputs)
-    return given.new_empty((), dtype=dtype), given.new_empty(len(PREFERENCE_METRICS), dtype=dtype)
-
-
-@torch.library.custom_op("dph::preference_loss_backward", mutates_args=())
-def _backward(
-    grad: Tensor,
-    rewards_chosen: Tensor | None,
-    rewards_rejected: Tensor | None,
-    policy_chosen: Tensor | None,
-    policy_rejected: Tensor | None,
-    reference_chosen: Tensor | None,
-    reference_rejected: Tensor | None,
-    beta: float,
-    dpo_epsilon: float,
-    dph_epsilon: float,
-    objective: str,
-    dpo_weight: float,
-    dph_weight: float,
-    backend: str,
+def _operator(
+    rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (rewards_chosen, rewards_rejected, policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    options = (beta, dpo_epsilon, dph_epsilon, objective, dpo_weight, dph_weight)
-    like = policy_chosen if rewards_chosen is None else rewards_chosen
-    return dispatch.call("backward", "preference_loss", like, backend, grad, *inputs, *options)
+    """``_run`` through PyTorch's dispatcher."""
+    return torch.ops.dph.preference_loss.default(rewards, logprobs, *options, backend)
 
 
-@_backward.register_fake
-def _(
-    grad: Tensor,
-    rewards_chosen: Tensor | None,
-    rewards_rejected: Tensor | None,
-    policy_chosen: Tensor | None,
-    policy_rejected: Tensor | None,
-    reference_chosen: Tensor | None,
-    reference_rejected: Tensor | None,
-    beta: float,
-    dpo_epsilon: float,
-    dph_epsilon: float,
-    objective: str,
-    dpo_weight: float,
-    dph_weight: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(grad.new_empty(0 if x is None else x.shape) for x in (rewards_chosen, rewards_rejected, policy_chosen))
-
-
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    ctx.options = inputs[6:]
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[:6])
-
-
-def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _backward(grad, *ctx.saved_tensors, *ctx.options)
-    return *_share_out(grads, ctx.saved_tensors, ctx.needs_input_grad[:6]), *(None,) * 7
-
-
-def _share_out(
-    grads: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of all six inputs from the three that differ, each in its input's dtype."""
-    chosen, rejected, policy = grads
-    # d = (policy_chosen - policy_rejected) - (reference_chosen - reference_rejected): one slope, four signs.
-    grads = (chosen, rejected, policy, -policy, -policy, policy.clone())
-    return tuple(g.to(x.dtype) if need else None for g, x, need in zip(grads, inputs, needs, strict=True))
-
-
-_forward.register_autograd(_gradients, setup_context=_setup)
-
-
-def _setup_second(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    ctx.options = inputs[7:13]
-    ctx.save_for_backward(*inputs[:7])
-
-
-def _second(ctx: torch.autograd.function.FunctionCtx, *along: Tensor) -> tuple[Tensor | None, ...]:
-    """Derivatives of the gradients, for Hessians and gradient penalties: rare, so plain PyTorch on every backend."""
-    grad, *inputs = ctx.saved_tensors
-    first, *grads = reference.double_backward(along, grad, *inputs, *ctx.options)
-    shared = _share_out(tuple(grads), tuple(inputs), ctx.needs_input_grad[1:7])
-    return first if ctx.needs_input_grad[0] else None, *shared, *(None,) * 7
-
-
-_backward.register_autograd(_second, setup_context=_setup_second)
-
-
-def _check_group(names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether the tensors are there: all of one shape, dtype and device, or all None."""
-    missing = [name for name, x in zip(names, tensors, strict=True) if x is None]
-    if 0 < len(missing) < len(names):
-        raise ValueError(f"{', '.join(missing)}: expected a tensor, as {', '.join(names)} come together, got None")
-    if missing:
+def _unobserved(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are plain tensors and nobody traces the call: it need not go through PyTorch's dispatcher then,
+    which costs as much as everything else in the forward pass.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
+    return set(map(type, tensors)) <= PLAIN
+
+
+class _Loss(torch.autograd.Function):
+    """The operator with its gradient: the slopes that it has kept, times the gradient of the loss."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, rewards: int, options: Options, backend: str, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        run = _run if _unobserved(inputs) else _operator
+        loss, metrics, slopes = run(inputs[:rewards], inputs[rewards:], options, backend)
+        ctx.rewards, ctx.options = rewards, options
+        ctx.save_for_backward(slopes, *inputs)
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        return loss, metrics
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        if grad is None:
+            return (None,) * len(needs)
+        slopes, *inputs = ctx.saved_tensors
+        rewards, logprobs = inputs[: ctx.rewards], inputs[ctx.rewards :]
+        judged = [*rewards, *logprobs[:2]]
+        if torch.is_grad_enabled():  # for Hessians and gradient penalties: rare, so plain PyTorch on every backend
+            grads = reference.backward(grad, rewards, logprobs, ctx.options)
+        else:
+            grads = (slopes * grad).split_with_sizes([x.numel() for x in judged])
+        grads = [
+            grad if grad.dim() == x.dim() and grad.dtype == x.dtype else grad.view(x.shape).to(x.dtype)
+            for grad, x in zip(grads, judged, strict=True)
+        ]
+        if not logprobs:
+            return None, None, None, *grads
+        references = None, None
+        if needs[-2] or needs[-1]:
+            # d = (policy_chosen - policy_rejected) - (reference_chosen - reference_rejected): one slope, four signs.
+            references = grads[-1].to(logprobs[2].dtype, copy=True), grads[-2].to(logprobs[3].dtype, copy=True)
+        return None, None, None, *grads, *references
+
+
+def _fits(rewards: tuple[Tensor, ...], logprobs: tuple[Tensor, ...]) -> bool:
+    """Whether the tensors are as `_complain` wants them. At usual sizes its own way of asking would take longer than
+    the loss and its gradients.
+    """
+    first = (*rewards, *logprobs, None)[0]
+    if not isinstance(first, Tensor):
+        return False
+    shape, device = first.shape, first.device
+    if len(shape) not in ((1, 2) if rewards else (1,)) or 0 in shape:
+        return False
+    for tensors, expected in ((rewards, shape), (logprobs, shape[:1])):
+        for x in tensors:
+            if not isinstance(x, Tensor) or x.shape != expected or x.device != device or x.dtype not in checks.FLOATS:
+                return False
+    return True
+
+
+def _complain(rewards: tuple[Tensor | None, ...], logprobs: tuple[Tensor | None, ...]) -> None:
+    """ValueError for no part of the objective, no pairs, other numbers of pairs in one part than in the other."""
+    _check_group(REWARDS, rewards)
+    _check_group(LOGPROBS, logprobs)
+    if not (rewards or logprobs):
+        raise ValueError(
+            "rewards_chosen, policy_chosen: expected at least one part of the objective, got None for both"
+        )
+    if rewards and rewards[0].dim() not in (1, 2):
+        raise ValueError(f"rewards_chosen: expected shape [N] or [N, K], got {list(rewards[0].shape)}")
+    if logprobs:
+        checks.shape("policy_chosen", logprobs[0], rewards[0].shape[0] if rewards else "N")
+    if logprobs and rewards:
+        checks.device("policy_chosen", logprobs[0], rewards[0].device)
+    name, first = ("rewards_chosen", rewards[0]) if rewards else ("policy_chosen", logprobs[0])
+    if first.numel() == 0:
+        raise ValueError(f"{name}: expected at least one pair, as the loss is a mean over pairs, got none")
+    raise AssertionError("tensors that fit were refused")
+
+
+def _check_group(names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> None:
+    """All of one shape, dtype and device; none at all is right too."""
+    if not tensors:
+        return
+    if missing := [name for name, x in zip(names, tensors, strict=True) if x is None]:
+        raise ValueError(f"{', '.join(missing)}: expected a tensor, as {', '.join(names)} come together, got None")
     checks.tensor(names[0], tensors[0])
     for name, x in zip(names, tensors, strict=True):
         checks.shape(name, x, *tensors[0].shape)
         checks.dtype(name, x, checks.FLOATS)
         checks.device(name, x, tensors[0].device)
-    return True
 
 
-def _check_tensors(rewards: tuple[Tensor | None, ...], logprobs: tuple[Tensor | None, ...]) -> None:
-    """At least one part of the objective, at least one pair, and as many pairs in one part as in the other."""
-    has_rewards, has_logprobs = _check_group(REWARDS, rewards), _check_group(LOGPROBS, logprobs)
-    if not (has_rewards or has_logprobs):
-        raise ValueError(
-            "rewards_chosen, policy_chosen: expected at least one part of the objective, got None for both"
-        )
-    if has_rewards and rewards[0].dim() not in (1, 2):
-        raise ValueError(f"rewards_chosen: expected shape [N] or [N, K], got {list(rewards[0].shape)}")
-    if has_logprobs:
-        checks.shape("policy_chosen", logprobs[0], rewards[0].shape[0] if has_rewards else "N")
-    if has_logprobs and has_rewards:
-        checks.device("policy_chosen", logprobs[0], rewards[0].device)
-    name, first = ("rewards_chosen", rewards[0]) if has_rewards else ("policy_chosen", logprobs[0])
-    if first.numel() == 0:
-        raise ValueError(f"{name}: expected at least one pair, as the loss is a mean over pairs, got none")
-
-
-def _blank(metrics: Tensor, off: tuple[str, ...]) -> Tensor:
-    """NaN for the metrics whose names begin with one of ``off``; the operator gives 0."""
-    metrics = metrics.clone()
-    for i, name in enumerate(PREFERENCE_METRICS):
-        if name.startswith(off):
-            metrics[i] = torch.nan
-    return metrics
+def _check_options(options: Options) -> None:
+    checks.number("dpo_epsilon", options.dpo_epsilon, 0.0, 0.5, below=True)
+    checks.number("dph_epsilon", options.dph_epsilon, 0.0, 0.5, below=True)
+    checks.number("beta", options.beta, 0.0)
+    checks.number("dpo_weight", options.dpo_weight, 0.0)
+    checks.number("dph_weight", options.dph_weight, 0.0)
+    checks.option("objective", options.objective, OBJECTIVES)
 
 
 def preference_loss(
@@ -242,23 +204,21 @@ def preference_loss(
 
     Returns:
         (loss, metrics): the loss a scalar in fp32 (fp64 if any input is), stable for rewards and margins of 1e4;
-        the metrics [12], named by PREFERENCE_METRICS, without gradient. A part that is off has NaN metrics. NaN in an
-        input makes every figure NaN that depends on it, and `finite` 0.
+        the metrics, named by `metric_names`, without gradient: [12], or [12 + 5 K] for K > 1 heads. A part that is off
+        has NaN metrics. NaN in an input makes every figure NaN that depends on it, and `finite` 0, all without
+        waiting for the device.
 
     Raises:
         ValueError: a wrong shape, dtype or device, no pairs (a mean over nothing is not a number), an epsilon outside
             [0, 0.5), or both parts off.
     """
-    rewards = (rewards_chosen, rewards_rejected)
-    logprobs = (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    _check_tensors(rewards, logprobs)
-    for name, epsilon in (("dpo_epsilon", dpo_epsilon), ("dph_epsilon", dph_epsilon)):
-        checks.number(name, epsilon, 0.0, 0.5, below=True)
-    for name, value in (("beta", beta), ("dpo_weight", dpo_weight), ("dph_weight", dph_weight)):
-        checks.number(name, value, 0.0)
-    checks.option("objective", objective, OBJECTIVES)
-    options = (float(beta), float(dpo_epsilon), float(dph_epsilon), objective, float(dpo_weight), float(dph_weight))
-    loss, metrics = _forward(*rewards, *logprobs, *options, backend)
-    off = ("dph_loss", "reward_") if rewards_chosen is None else ("dpo_loss", "implicit_")
-    whole = rewards_chosen is not None and policy_chosen is not None
-    return loss, metrics if whole else _blank(metrics, off)
+    rewards, logprobs = (), ()
+    if not rewards_chosen is rewards_rejected is None:
+        rewards = rewards_chosen, rewards_rejected
+    if not policy_chosen is policy_rejected is reference_chosen is reference_rejected is None:
+        logprobs = policy_chosen, policy_rejected, reference_chosen, reference_rejected
+    if not _fits(rewards, logprobs):
+        _complain(rewards, logprobs)
+    options = Options(beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, objective)
+    _check_options(options)
+    return _Loss.apply(len(rewards), options, backend, *rewards, *logprobs)

@@ -7,9 +7,62 @@ With s(x) = -(1 - eps) log sigmoid(x) - eps log sigmoid(-x) = softplus(-x) + eps
     cDPO         L_DPO = s(beta d),  d = (log pi(y_w) - log pi(y_l)) - (log pi_ref(y_w) - log pi_ref(y_l))
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+PREFERENCE_METRICS = (
+    "loss",
+    "dph_loss",
+    "dpo_loss",
+    "reward_accuracy",
+    "reward_margin",
+    "reward_chosen",
+    "reward_rejected",
+    "implicit_accuracy",
+    "implicit_margin",
+    "implicit_chosen",
+    "implicit_rejected",
+    "finite",
+)
+"""What the metrics vector begins with, in order. Implicit rewards are beta (log pi - log pi_ref); `finite` is 1, or 0
+where NaN or infinity has reached the loss, found on the device."""
+
+HEAD_METRICS = ("dph_loss", "reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected")
+"""What then follows for each reward head, where there are several."""
+
+
+def metric_names(heads: Sequence[str] = ()) -> tuple[str, ...]:
+    """The names of the metrics vector of rewards [N, K], K = ``len(heads)``: ``reward_margin_NAME`` and the like."""
+    several = heads if len(heads) > 1 else ()
+    return PREFERENCE_METRICS + tuple(f"{metric}_{name}" for name in several for metric in HEAD_METRICS)
+
+
+def sizes(rewards: Sequence[Tensor], logprobs: Sequence[Tensor]) -> tuple[int, int]:
+    """How many metrics and how many slopes ``forward`` gives."""
+    shape = (*rewards, *logprobs)[0].shape
+    heads = shape[1] if len(shape) == 2 else 1
+    metrics = len(PREFERENCE_METRICS) + (len(HEAD_METRICS) * heads if heads > 1 else 0)
+    return metrics, shape[0] * (len(rewards) * heads + len(logprobs) // 2)
+
+
+class Options(NamedTuple):
+    """What `preference_loss` takes beside tensors."""
+
+    beta: float
+    dpo_epsilon: float
+    dph_epsilon: float
+    dpo_weight: float
+    dph_weight: float
+    objective: str
+
+
+def precision(inputs: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of loss and metrics: fp32, or fp64 if any input is."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
 
 
 def smoothed(x: Tensor, epsilon: float) -> Tensor:
@@ -27,11 +80,6 @@ def accuracy(margin: Tensor) -> Tensor:
     return torch.where(margin.isnan(), margin, (margin > 0).to(margin.dtype)).mean()
 
 
-def curvature(x: Tensor) -> Tensor:
-    """d2s/dx2 = sigmoid(x) sigmoid(-x), whatever epsilon."""
-    return torch.sigmoid(x) * torch.sigmoid(-x)
-
-
 def logistic(chosen: Tensor, rejected: Tensor, epsilon: float, objective: str) -> Tensor:
     """Mean loss over all pairs and heads."""
     if objective == "contrastive":
@@ -47,17 +95,7 @@ def slopes(chosen: Tensor, rejected: Tensor, epsilon: float, objective: str) -> 
     return smoothed_slope(chosen, epsilon) / chosen.numel(), -smoothed_slope(-rejected, epsilon) / chosen.numel()
 
 
-def bend(
-    chosen: Tensor, rejected: Tensor, objective: str, along_chosen: Tensor, along_rejected: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The Hessian of ``logistic`` times a direction, in chosen and in rejected."""
-    if objective == "contrastive":
-        product = curvature(chosen - rejected) * (along_chosen - along_rejected) / chosen.numel()
-        return product, -product
-    return curvature(chosen) * along_chosen / chosen.numel(), curvature(rejected) * along_rejected / chosen.numel()
-
-
-def implicit(beta: float, dtype: torch.dtype, *logprobs: Tensor) -> tuple[Tensor, Tensor]:
+def implicit(beta: float, dtype: torch.dtype, logprobs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Implicit rewards beta (log pi - log pi_ref) of chosen and rejected; cDPO is contrastive on them."""
     policy_chosen, policy_rejected, reference_chosen, reference_rejected = (x.to(dtype) for x in logprobs)
     return beta * (policy_chosen - reference_chosen), beta * (policy_rejected - reference_rejected)
@@ -68,95 +106,54 @@ def summary(chosen: Tensor, rejected: Tensor) -> list[Tensor]:
     return [accuracy(chosen - rejected), (chosen - rejected).mean(), chosen.mean(), rejected.mean()]
 
 
-def forward(
-    rewards_chosen: Tensor | None,
-    rewards_rejected: Tensor | None,
-    policy_chosen: Tensor | None,
-    policy_rejected: Tensor | None,
-    reference_chosen: Tensor | None,
-    reference_rejected: Tensor | None,
-    beta: float,
-    dpo_epsilon: float,
-    dph_epsilon: float,
-    objective: str,
-    dpo_weight: float,
-    dph_weight: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """(loss, metrics), both in ``dtype``. A part that is off (None) adds nothing to the loss; its metrics are 0."""
-    device = (policy_chosen if rewards_chosen is None else rewards_chosen).device
-    loss = off = torch.zeros((), dtype=dtype, device=device)
-    dph_loss, dpo_loss, explicit, implied = off, off, [off] * 4, [off] * 4
-    if rewards_chosen is not None:
-        rewards = rewards_chosen.to(dtype), rewards_rejected.to(dtype)
-        dph_loss, explicit = logistic(*rewards, dph_epsilon, objective), summary(*rewards)
-        loss = loss + dph_weight * dph_loss
-    if policy_chosen is not None:
-        rewards = implicit(beta, dtype, policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-        dpo_loss, implied = logistic(*rewards, dpo_epsilon, "contrastive"), summary(*rewards)
-        loss = loss + dpo_weight * dpo_loss
-    return loss, torch.stack([loss, dph_loss, dpo_loss, *explicit, *implied, loss.isfinite().to(dtype)])
+def forward(rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, metrics, slopes), in ``precision``.
 
+    Args:
+        rewards: of chosen and rejected, [N] or [N, K]; none: that part is off, which adds nothing to the loss and has
+            NaN metrics.
+        logprobs: of the policy on chosen and rejected, of the reference on chosen and rejected, [N]; or none.
+        options: see `preference_loss`.
 
-def backward(
-    grad: Tensor,
-    rewards_chosen: Tensor | None,
-    rewards_rejected: Tensor | None,
-    policy_chosen: Tensor | None,
-    policy_rejected: Tensor | None,
-    reference_chosen: Tensor | None,
-    reference_rejected: Tensor | None,
-    beta: float,
-    dpo_epsilon: float,
-    dph_epsilon: float,
-    objective: str,
-    dpo_weight: float,
-    dph_weight: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in rewards_chosen, rewards_rejected and policy_chosen, in the dtype of ``grad``; empty for what is off.
-
-    Those of the other log-probabilities are the last one's but for the sign.
+    Returns:
+        The loss; the metrics that `metric_names` lists; and the gradients of the loss in both rewards and both
+        log-probabilities of the policy (one after the other, flat), as far as these are there.
     """
-    grads = [grad.new_empty(0) for _ in range(3)]
-    if rewards_chosen is not None:
-        rewards = rewards_chosen.to(grad.dtype), rewards_rejected.to(grad.dtype)
-        grads[:2] = (grad * dph_weight * slope for slope in slopes(*rewards, dph_epsilon, objective))
-    if policy_chosen is not None:
-        rewards = implicit(beta, grad.dtype, policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-        grads[2] = grad * dpo_weight * beta * slopes(*rewards, dpo_epsilon, "contrastive")[0]
-    return tuple(grads)
+    inputs = (*rewards, *logprobs)
+    dtype = precision(inputs)
+    loss = torch.zeros((), dtype=dtype, device=inputs[0].device)
+    off = torch.full_like(loss, torch.nan)
+    dph_loss, dpo_loss, explicit, implied, heads = off, off, [off] * 4, [off] * 4, []
+    if rewards:
+        chosen, rejected = (x.to(dtype) for x in rewards)
+        dph_loss, explicit = (
+            logistic(chosen, rejected, options.dph_epsilon, options.objective),
+            summary(chosen, rejected),
+        )
+        loss = loss + options.dph_weight * dph_loss
+        if chosen.dim() == 2 and chosen.shape[1] > 1:
+            for pair in zip(chosen.unbind(1), rejected.unbind(1), strict=True):
+                heads += [logistic(*pair, options.dph_epsilon, options.objective), *summary(*pair)]
+    if logprobs:
+        pair = implicit(options.beta, dtype, logprobs)
+        dpo_loss, implied = logistic(*pair, options.dpo_epsilon, "contrastive"), summary(*pair)
+        loss = loss + options.dpo_weight * dpo_loss
+    metrics = [loss, dph_loss, dpo_loss, *explicit, *implied, loss.isfinite().to(dtype), *heads]
+    grads = backward(torch.ones_like(loss), rewards, logprobs, options)
+    return loss, torch.stack(metrics), torch.cat([grad.flatten() for grad in grads])
 
 
-def double_backward(
-    along: tuple[Tensor, Tensor, Tensor],
-    grad: Tensor,
-    rewards_chosen: Tensor | None,
-    rewards_rejected: Tensor | None,
-    policy_chosen: Tensor | None,
-    policy_rejected: Tensor | None,
-    reference_chosen: Tensor | None,
-    reference_rejected: Tensor | None,
-    beta: float,
-    dpo_epsilon: float,
-    dph_epsilon: float,
-    objective: str,
-    dpo_weight: float,
-    dph_weight: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``backward`` in grad and its three inputs: the slopes and the Hessian along a direction.
+def backward(grad: Tensor, rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options) -> list[Tensor]:
+    """Gradients in both rewards and both log-probabilities of the policy, in the dtype of ``grad``.
 
-    Plain differentiable PyTorch, so that third derivatives are right too.
+    Those of the reference's log-probabilities are the policy's with the other sign. Differentiable itself.
     """
-    logprobs = (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    options = (beta, dpo_epsilon, dph_epsilon, objective, dpo_weight, dph_weight)
-    slope = backward(torch.ones_like(grad), rewards_chosen, rewards_rejected, *logprobs, *options)
-    grads = [(a * s).sum() for a, s in zip(along, slope, strict=True)]
-    grads = [sum(grads), *(grad.new_empty(0) for _ in range(3))]
-    if rewards_chosen is not None:
-        rewards = rewards_chosen.to(grad.dtype), rewards_rejected.to(grad.dtype)
-        grads[1:3] = (grad * dph_weight * bent for bent in bend(*rewards, objective, *along[:2]))
-    if policy_chosen is not None:
-        rewards = implicit(beta, grad.dtype, *logprobs)
-        bent, _ = bend(*rewards, "contrastive", along[2], torch.zeros_like(along[2]))
-        grads[3] = grad * dpo_weight * beta**2 * bent
-    return tuple(grads)
+    grads = []
+    if rewards:
+        pair = (x.to(grad.dtype) for x in rewards)
+        grads += [grad * options.dph_weight * x for x in slopes(*pair, options.dph_epsilon, options.objective)]
+    if logprobs:
+        pair = implicit(options.beta, grad.dtype, logprobs)
+        scale = grad * options.dpo_weight * options.beta
+        grads += [scale * x for x in slopes(*pair, options.dpo_epsilon, "contrastive")]
+    return grads

@@ -1,13 +1,19 @@
 """preference_loss: every backend against the formulas as the paper prints them, in the same precision and in fp64."""
 
+import dataclasses
 import itertools
+import sys
 
 import pytest
 import torch
-from numerics import assert_close_to_fp64, implementations
+from numerics import assert_close_to_fp64, implementations, skip_where_unsupported
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import logsigmoid
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dph_kernels.preference_loss import PREFERENCE_METRICS, preference_loss
+from dph_kernels.preference_loss import HEAD_METRICS, PREFERENCE_METRICS, metric_names, preference_loss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BACKENDS = implementations("preference_loss")
@@ -47,6 +53,9 @@ def formula(inputs, beta, dpo_epsilon, dph_epsilon, objective, dpo_weight, dph_w
         found["dph_loss"] = -terms.mean()
         found.update(describe("reward", r_w, r_l))
         loss = loss + dph_weight * found["dph_loss"]
+        for i in range(r_w.shape[1] if r_w.dim() == 2 else 0):
+            own = {"dph_loss": -terms[:, i].mean(), **describe("reward", r_w[:, i], r_l[:, i])}
+            found.update({f"{name}_{i}": value for name, value in own.items()})
     if logprobs[0] is not None:
         p_w, p_l, f_w, f_l = logprobs
         e, d = dpo_epsilon, beta * ((p_w - p_l) - (f_w - f_l))
@@ -69,20 +78,24 @@ def as_fp64(inputs):
     return {name: x if x is None else x.detach().double().requires_grad_() for name, x in inputs.items()}
 
 
-def named(metrics):
-    return dict(zip(PREFERENCE_METRICS, metrics.tolist(), strict=True))
+def named(metrics, heads=None):
+    names = metric_names([str(i) for i in range(heads or 1)])
+    return dict(zip(names, metrics.tolist(), strict=True))
 
 
 def compare(inputs, backend, upstream=1.0, **options):
     """Loss, metrics and all gradients of an operator call against the formulas."""
     options = {**DEFAULTS, **options}
+    first = next(x for x in inputs.values() if x is not None)
+    skip_where_unsupported("preference_loss", first.device.type, backend, first.dtype)
     loss, metrics = preference_loss(**inputs, **options, backend=backend)
     same, _ = formula(inputs, **options)
     wide = as_fp64(inputs)
     truth, expected = formula(wide, **options)
     assert not metrics.requires_grad
     assert_close_to_fp64(loss, same, truth, "loss")
-    got = named(metrics)
+    rewards = inputs["rewards_chosen"]
+    got = named(metrics, rewards.shape[1] if rewards is not None and rewards.dim() == 2 else None)
     assert got.pop("finite") == 1.0
     for name, value in got.items():
         wanted = expected[name].item() if name in expected else torch.nan
@@ -116,7 +129,15 @@ def test_either_part_may_be_off(parts, device, backend):
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
-@pytest.mark.parametrize("options", [{"dpo_weight": 0.0}, {"dph_weight": 0.0}, {"dpo_weight": 0.3, "dph_weight": 2.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dpo_weight": 0.0},
+        {"dph_weight": 0.0},
+        {"dpo_weight": 0.3, "dph_weight": 2.0},
+        {"dpo_weight": 1, "dph_weight": 2, "beta": 1, "dph_epsilon": 0},
+    ],
+)
 def test_weights(options, device, backend):
     compare(make(65, device=device), backend, **options)
 
@@ -133,16 +154,120 @@ def test_the_loss_of_a_sum_is_scaled(device, backend):
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
-def test_each_input_keeps_its_dtype(device, backend):
+@pytest.mark.parametrize("dtypes", [DTYPES, DTYPES[:1] + DTYPES[2:3], DTYPES[:3]])
+def test_each_input_keeps_its_dtype(dtypes, device, backend):
+    for dtype in dtypes:
+        skip_where_unsupported("preference_loss", device, backend, dtype)
     inputs = make(33, 2, device=device)
     with torch.no_grad():
-        mixed = {name: x.to(dtype) for (name, x), dtype in zip(inputs.items(), itertools.cycle(DTYPES), strict=False)}
+        mixed = {name: x.to(dtype) for (name, x), dtype in zip(inputs.items(), itertools.cycle(dtypes), strict=False)}
     mixed = {name: x.requires_grad_() for name, x in mixed.items()}
     loss, metrics = preference_loss(**mixed, backend=backend)
     loss.backward()
-    assert loss.dtype == metrics.dtype == torch.float64
-    assert loss.item() == pytest.approx(formula(as_fp64(mixed), **DEFAULTS)[0].item(), rel=1e-12)
+    wide = torch.float64 in dtypes
+    assert loss.dtype == metrics.dtype == (torch.float64 if wide else torch.float32)
+    truth = formula(as_fp64(mixed), **DEFAULTS)[0].item()
+    assert loss.item() == pytest.approx(truth, rel=1e-12 if wide else 1e-6)
     assert all(x.grad.dtype == x.dtype and x.grad.isfinite().all() for x in mixed.values())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_kernels_never_narrow_fp64(backend):
+    inputs = make(5)
+    inputs["reference_rejected"] = inputs["reference_rejected"].detach().double()
+    with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run: .*(float64|CUDA)"):
+        preference_loss(**inputs, backend=backend)
+    assert preference_loss(**inputs)[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("objective", ["separable", "contrastive"])
+@pytest.mark.parametrize("heads", [None, 3])
+def test_many_pairs(heads, objective, device, backend):
+    """More than one group of the C++ kernel and than one program of the Triton kernel, the last one not full."""
+    compare(make(9001, heads, device=device), backend, objective=objective)
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_a_million_pairs(device, backend):
+    if (device, backend) == ("cpu", "triton"):
+        pytest.skip("interpreted kernels are slow")
+    compare(make(1_000_000, device=device), backend)
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("heads", [None, 2])
+def test_the_same_bits_again(heads, device, backend):
+    """Whatever the number of threads: sums are taken in one order."""
+    inputs = make(70_000 if device == "cuda" or backend == "cpu" else 5000, heads, device=device)
+
+    def run():
+        loss, metrics = preference_loss(**inputs, backend=backend)
+        return [loss, metrics, *torch.autograd.grad(loss, list(inputs.values()))]
+
+    threads, first = torch.get_num_threads(), run()
+    try:
+        for count in (1, 2, 3, 1) if backend == "cpu" else (1,) * (100 if device == "cuda" else 2):
+            torch.set_num_threads(count)
+            assert all(map(torch.equal, run(), first))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_upstream_gradients_of_any_strides(device, backend):
+    inputs = make(65, 2, device=device)
+    loss, _ = preference_loss(**inputs, backend=backend)
+    given = list(inputs.values())
+    once = torch.autograd.grad(loss, given, retain_graph=True)
+    weights = torch.tensor([0.5, 9.0, 1.5, 9.0], device=device)
+    for upstream in (weights[::2], torch.ones(1, device=device).expand(2)):
+        several = torch.autograd.grad(loss.expand(2), given, upstream, retain_graph=True)
+        torch.testing.assert_close(several, tuple(2 * grad for grad in once))
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_gradients_may_be_changed_in_place(device, backend):
+    """Each input has a gradient of its own, also those whose gradients are equal."""
+    inputs = make(5, device=device)
+    loss, _ = preference_loss(**inputs, backend=backend)
+    loss.backward()
+    kept = {name: x.grad.clone() for name, x in inputs.items()}
+    for name, x in inputs.items():
+        x.grad.fill_(7.0)
+        kept[name].fill_(7.0)
+        assert all(torch.equal(inputs[other].grad, kept[other]) for other in NAMES), name
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("needed", [NAMES[:1], NAMES[1:3], NAMES[3:5], NAMES[5:]])
+def test_only_some_inputs_need_a_gradient(needed, device, backend):
+    inputs = make(33, device=device)
+    every = torch.autograd.grad(preference_loss(**inputs, backend=backend)[0], list(inputs.values()))
+    some = {name: x.detach().requires_grad_(name in needed) for name, x in inputs.items()}
+    preference_loss(**some, backend=backend)[0].backward()
+    for name, expected in zip(NAMES, every, strict=True):
+        assert torch.equal(some[name].grad, expected) if name in needed else some[name].grad is None
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_row_offsets_beyond_two_to_the_31(device, backend, monkeypatch):
+    """Three pairs that lie 2**30 elements apart. Only pages that are touched take memory."""
+    if backend == "triton" and device == "cpu":
+        import triton
+
+        builder = triton.runtime.interpreter.interpreter_builder
+        monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
+    try:
+        room = torch.empty(2**31 + 64, dtype=torch.float16, device=device)
+    except (RuntimeError, MemoryError) as error:
+        pytest.skip(f"needs 4 GB of address space: {error}")
+    far = [room[i:].as_strided((3,), (2**30,)) for i in range(6)]
+    inputs = {name: x.detach().half() for name, x in make(3, device=device).items()}
+    for x, near in zip(far, inputs.values(), strict=True):
+        x.copy_(near)
+    got = preference_loss(*far, backend=backend)
+    torch.testing.assert_close(got, preference_loss(*inputs.values(), backend=backend))
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
@@ -176,6 +301,29 @@ def test_stable_at_ten_thousand(epsilon, objective, device, backend):
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("size", [20.0, 80.0, 1e4])
+def test_large_values_and_ties(size, dtype, device, backend):
+    """Pair by pair, so that no large loss hides a small one."""
+    for first, second in itertools.product((size, 0.0, -size), repeat=2):
+        inputs = make(1, dtype=dtype, device=device)
+        for x, value in zip(inputs.values(), (first, second, first, second, 0.0, 0.0), strict=True):
+            x.detach().fill_(value)
+        for objective in ("separable", "contrastive"):
+            compare(inputs, backend, beta=1.0, dph_epsilon=0.0, dpo_epsilon=0.0, objective=objective)
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_every_slope_is_accurate(device, backend):
+    """To some units in the last place, also where exp underflows; below the normal numbers 0 will do."""
+    rewards = torch.linspace(-110, 110, 4001, device=device).requires_grad_()
+    loss, _ = preference_loss(rewards, torch.zeros_like(rewards), dph_epsilon=0.0, backend=backend)
+    loss.backward()
+    slopes = -torch.sigmoid(-rewards.detach().double())
+    torch.testing.assert_close(rewards.grad.double() * len(rewards), slopes, rtol=1e-6, atol=1e-34)
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
 def test_cdpo_is_stable_at_ten_thousand(device, backend):
     inputs = make(3, device=device, parts=("dpo",))
     with torch.no_grad():
@@ -204,6 +352,45 @@ def test_nan_is_never_hidden(value, broken, device, backend):
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("objective", ["separable", "contrastive"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("pair", [0, 9000])
+def test_a_head_that_is_not_finite_is_told_from_the_others(pair, value, objective, device, backend):
+    inputs = {name: x.detach() for name, x in make(9001, 3, device=device).items()}
+    inputs["rewards_rejected"][pair, 1] = value
+    got = named(preference_loss(**inputs, objective=objective, dph_epsilon=0.0, backend=backend)[1], 3)
+    assert got["finite"] == 0.0
+    finite = {name for name, x in got.items() if abs(x) < torch.inf}
+    broken = {f"{name}_1" for name in ("reward_margin", "reward_rejected")}
+    assert finite.isdisjoint({"loss", "dph_loss", "dph_loss_1", *broken})
+    assert {f"{name}_{head}" for name in HEAD_METRICS for head in (0, 2)} <= finite
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_nan_reaches_the_gradients_of_its_pair_only(device, backend):
+    inputs = make(5, device=device)
+    inputs["rewards_chosen"].detach()[1] = torch.nan
+    inputs["policy_rejected"].detach()[3] = torch.nan
+    preference_loss(**inputs, backend=backend)[0].backward()
+    expected = {"rewards_chosen": [1], "rewards_rejected": [], **{name: [3] for name in LOGPROBS}}
+    for name, pairs in expected.items():
+        assert inputs[name].grad.isnan().nonzero().flatten().tolist() == pairs, name
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device():
+    inputs = make(64, 2, device="cuda")
+    preference_loss(**inputs)[0].backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, metrics = preference_loss(**inputs)
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert metrics[PREFERENCE_METRICS.index("finite")] == 1.0
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
 def test_a_tie_is_wrong(device, backend):
     same = torch.ones(4, device=device)
     _, metrics = preference_loss(same, same, same, same, same, same, backend=backend)
@@ -211,9 +398,10 @@ def test_a_tie_is_wrong(device, backend):
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("pairs", [65, 5000])
 @pytest.mark.usefixtures("poisoned_empty")
-def test_every_element_is_written(device, backend):
-    inputs = make(65, 3, device=device)
+def test_every_element_is_written(pairs, device, backend):
+    inputs = make(pairs, 3, device=device)
     loss, metrics = preference_loss(**inputs, backend=backend)
     loss.backward()
     assert metrics.isfinite().all()
@@ -272,29 +460,94 @@ def test_third_derivatives():
     assert torch.autograd.gradgradcheck(penalty, values)
 
 
-@PARTS
-def test_opcheck(parts):
-    inputs = make(5, 2, parts=parts)
-    options = (0.6, 0.25, 0.1, "separable", 1.0, 0.5, "auto")
-    torch.library.opcheck(torch.ops.dph.preference_loss.default, (*inputs.values(), *options))
-    for grad in (torch.tensor(1.5), torch.tensor(1.5, requires_grad=True)):
-        arguments = (grad, *inputs.values(), *options)
-        torch.library.opcheck(torch.ops.dph.preference_loss_backward.default, arguments)
+def operator_arguments(inputs, backend, objective="separable"):
+    """What the operator behind the public function is called with."""
+    groups = [[x.detach() for x in list(inputs.values())[i:j] if x is not None] for i, j in ((0, 2), (2, 6))]
+    return *groups, 0.6, 0.25, 0.1, 1.0, 0.5, objective, backend
 
 
 @PARTS
-def test_compiles_as_one_graph(parts):
-    inputs = {name: x for name, x in make(5, parts=parts).items() if x is not None}
+@pytest.mark.parametrize("heads", [None, 1, 2])
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_opcheck(device, backend, heads, parts):
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if len(parts) == 1:
+        tests.pop()  # it takes NaN, which metrics of a part that is off are, for different from NaN; see the next test
+    arguments = operator_arguments(make(5, heads, parts=parts, device=device), backend)
+    torch.library.opcheck(torch.ops.dph.preference_loss.default, arguments, test_utils=tests)
 
+
+@PARTS
+@pytest.mark.parametrize("heads", [None, 2])
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_compiles_as_one_graph(device, backend, heads, parts):
     def run(*values):
-        loss, metrics = preference_loss(**{**dict.fromkeys(NAMES), **dict(zip(inputs, values, strict=True))})
+        arguments = {**dict.fromkeys(NAMES), **dict(zip(given, values, strict=True))}
+        loss, metrics = preference_loss(**arguments, backend=backend)
         return loss * 2, metrics
 
+    torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    (loss, metrics), (expected, same) = compiled(*inputs.values()), run(*inputs.values())
-    torch.testing.assert_close(metrics, same, equal_nan=True)
-    grads = [torch.autograd.grad(x, inputs.values()) for x in (loss, expected)]
-    torch.testing.assert_close(*grads)
+    for pairs in (5, 7, 9):  # the second size makes it dynamic, the third runs what that gave
+        inputs = make(pairs, heads, parts=parts, device=device)
+        given = [name for name, x in inputs.items() if x is not None]
+        values = [inputs[name] for name in given]
+        with torch.compiler.set_stance("fail_on_recompile") if pairs == 9 else torch.enable_grad():
+            loss, metrics = compiled(*values)
+        expected, same = run(*values)
+        torch.testing.assert_close(metrics, same, equal_nan=True)
+        torch.testing.assert_close(torch.autograd.grad(loss, values), torch.autograd.grad(expected, values))
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.seen.append(function)
+        return function(*arguments, **(options or {}))
+
+
+OPERATOR = torch.ops.dph.preference_loss.default
+
+
+def test_who_watches_sees_the_operator():
+    """Plain calls go past the dispatcher; whoever traces, fakes or wraps tensors is not gone past."""
+    inputs = tuple(x.detach() for x in make(5).values())
+    expected = preference_loss(*inputs)
+    with Recorder() as recorder:
+        torch.testing.assert_close(preference_loss(*inputs), expected)
+    assert OPERATOR in recorder.seen
+
+    graph = make_fx(lambda *x: preference_loss(*x)[0])(*inputs)
+    assert OPERATOR in [node.target for node in graph.graph.nodes]
+    assert graph(*(2 * x for x in inputs)) == preference_loss(*(2 * x for x in inputs))[0]
+
+    loss, _ = preference_loss(*(TwoTensor(x, 2 * x) for x in inputs))
+    assert loss.a == expected[0]
+    assert loss.b == preference_loss(*(2 * x for x in inputs))[0]
+
+    with FakeTensorMode() as fake:
+        loss, metrics = preference_loss(*(fake.from_tensor(x) for x in inputs))
+    assert (loss.shape, metrics.shape) == ((), (12,))
+
+
+def test_plain_calls_do_not_pay_for_the_dispatcher(monkeypatch):
+    operator = sys.modules["dph_kernels.preference_loss"]
+    monkeypatch.setattr(operator, "_run", lambda *_: pytest.fail("reached"))
+    with pytest.raises(pytest.fail.Exception, match="reached"):
+        preference_loss(torch.nn.Parameter(torch.zeros(5)), torch.zeros(5))
+
+
+def test_metric_names():
+    assert metric_names() == metric_names(["only"]) == PREFERENCE_METRICS
+    several = metric_names(["safe", "helpful"])
+    assert several[:12] == PREFERENCE_METRICS
+    assert several[12:17] == tuple(f"{name}_safe" for name in HEAD_METRICS)
+    assert several[17:] == tuple(f"{name}_helpful" for name in HEAD_METRICS)
 
 
 MISSING = "policy_rejected, reference_chosen: expected a tensor, as policy_chosen, .* come together, got None"

@@ -1,0 +1,213 @@
+// The joint preference objective on the CPU. cDPO is the contrastive objective on implicit rewards, so there is one
+// loop. Partial sums belong to fixed groups of pairs and are added in their order: results do not depend on threads.
+#include "../preference_loss.h"
+
+#include <math.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace dph {
+namespace {
+
+constexpr int64_t BLOCK = 256;   // pairs that are worked on at once, in the first-level cache
+constexpr int64_t GROUP = 4096;  // pairs between two additions in double
+constexpr int64_t LEAST = 8;     // groups that are worth waking another core for
+
+// One part of the objective: pairs of rewards, explicit or implicit.
+struct Part {
+  const PreferenceInput* inputs;
+  int64_t heads;
+  bool implicit;
+  float beta;
+  float epsilon;
+  bool contrastive;
+  float scale;      // of the slopes
+  float* chosen;    // slopes [N, K]
+  float* rejected;
+};
+
+// Sums over pairs, in the order of HEAD_METRICS.
+struct Sums {
+  double loss = 0, right = 0, margin = 0, chosen = 0, rejected = 0;
+
+  void add(const Sums& other) {
+    loss += other.loss;
+    right += other.right;
+    margin += other.margin;
+    chosen += other.chosen;
+    rejected += other.rejected;
+  }
+};
+
+// exp(x) for x <= 0, to 1 unit in the last place; 0 where that is no normal number. NaN stays NaN.
+DPH_INLINE float exp_negative(float x) {
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the rounded quotient
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts
+  float p = 1.9875691500e-4f;  // Cephes' expf
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  const float power = float_from_bits((bits_from_float(shifted) - bits_from_float(12582912.0f) + 127u) << 23);
+  return x < -87.0f ? 0.0f : p * power;
+}
+
+// s(x) = softplus(-x) + epsilon x, and its derivative epsilon - sigmoid(-x), from one exponential and one division.
+DPH_INLINE float smoothed(float x, float epsilon, float& slope) {
+  const float e = exp_negative(-fabsf(x));
+  const float inverse = 1.0f / ((1.0f + e) * (2.0f + e));
+  const float small = (2.0f + e) * inverse;  // 1 / (1 + e)
+  slope = epsilon - (x < 0.0f ? small : e * small);
+  // log(1 + e) = 2 artanh(u), u = e / (2 + e) <= 1/3
+  const float u = e * (1.0f + e) * inverse, square = u * u;
+  float p = 1.0f / 15.0f;
+  p = p * square + 1.0f / 13.0f;
+  p = p * square + 1.0f / 11.0f;
+  p = p * square + 1.0f / 9.0f;
+  p = p * square + 1.0f / 7.0f;
+  p = p * square + 1.0f / 5.0f;
+  p = p * square + 1.0f / 3.0f;
+  const float softplus = 2.0f * (u + u * square * p) + (x < 0.0f ? -x : 0.0f);
+  return softplus + epsilon * x;
+}
+
+template <bool CONTRASTIVE>
+DPH_INLINE Sums pairs(const Part& part, const float* __restrict chosen, const float* __restrict rejected, int64_t size,
+                      float* __restrict chosen_slope, float* __restrict rejected_slope) {
+  float loss = 0, right = 0, margins = 0, first = 0, second = 0;
+  const float epsilon = part.epsilon, scale = part.scale;
+#pragma omp simd reduction(+ : loss, right, margins, first, second)
+  for (int64_t i = 0; i < size; ++i) {
+    const float margin = chosen[i] - rejected[i];
+    float slope, other;
+    if (CONTRASTIVE) {
+      loss += smoothed(margin, epsilon, slope);
+      other = slope;
+    } else {
+      loss += smoothed(chosen[i], epsilon, slope);
+      loss += smoothed(-rejected[i], epsilon, other);
+    }
+    chosen_slope[i] = scale * slope;
+    rejected_slope[i] = -(scale * other);
+    right += margin != margin ? margin : (margin > 0.0f ? 1.0f : 0.0f);
+    margins += margin;
+    first += chosen[i];
+    second += rejected[i];
+  }
+  return {loss, right, margins, first, second};
+}
+
+float value(const PreferenceInput& input, int64_t at) {
+  return input.bf16 ? float_from_bf16(static_cast<const uint16_t*>(input.data)[at])
+                    : static_cast<const float*>(input.data)[at];
+}
+
+// Where the values lie end to end: they themselves; else copied to ``room``.
+const float* gather(const PreferenceInput& input, int64_t begin, int64_t size, int64_t head, float* room) {
+  const int64_t start = begin * input.row + head * input.head;
+  if (!input.bf16 && input.row == 1) return static_cast<const float*>(input.data) + start;
+  for (int64_t i = 0; i < size; ++i) room[i] = value(input, start + i * input.row);
+  return room;
+}
+
+void scatter(const float* slopes, int64_t begin, int64_t size, int64_t head, int64_t heads, float* target) {
+  for (int64_t i = 0; i < size; ++i) target[(begin + i) * heads + head] = slopes[i];
+}
+
+}  // namespace
+
+DPH_CLONES void preference_loss_cpu_block(const Part& part, const float* chosen, const float* rejected, int64_t size,
+                                          float* chosen_slope, float* rejected_slope, Sums& sums) {
+  sums.add(part.contrastive ? pairs<true>(part, chosen, rejected, size, chosen_slope, rejected_slope)
+                            : pairs<false>(part, chosen, rejected, size, chosen_slope, rejected_slope));
+}
+
+namespace {
+
+DPH_INLINE void subtract(const float* x, const float* y, float factor, int64_t size, float* result) {
+  for (int64_t i = 0; i < size; ++i) result[i] = factor * (x[i] - y[i]);
+}
+
+Sums group(const Part& part, int64_t begin, int64_t end, int64_t head) {
+  float room[4][BLOCK], slopes[2][BLOCK];
+  Sums sums;
+  for (; begin < end; begin += BLOCK) {
+    const int64_t size = std::min(BLOCK, end - begin);
+    const float* values[4];
+    for (int i = 0; i < (part.implicit ? 4 : 2); ++i) values[i] = gather(part.inputs[i], begin, size, head, room[i]);
+    if (part.implicit) {
+      for (int i = 0; i < 2; ++i) {
+        subtract(values[i], values[i + 2], part.beta, size, room[i]);
+        values[i] = room[i];
+      }
+    }
+    const bool dense = part.heads == 1;
+    float* const chosen = dense ? part.chosen + begin : slopes[0];
+    float* const rejected = dense ? part.rejected + begin : slopes[1];
+    preference_loss_cpu_block(part, values[0], values[1], size, chosen, rejected, sums);
+    if (!dense) {
+      scatter(slopes[0], begin, size, head, part.heads, part.chosen);
+      scatter(slopes[1], begin, size, head, part.heads, part.rejected);
+    }
+  }
+  return sums;
+}
+
+// Sums of one head over all pairs.
+Sums total(const Part& part, int64_t pairs, int64_t head, int threads) {
+  const int64_t groups = (pairs + GROUP - 1) / GROUP;
+  if (groups == 1) return group(part, 0, pairs, head);
+  std::vector<Sums> found(groups);
+#pragma omp parallel for schedule(static) num_threads(threads) if (groups >= LEAST)
+  for (int64_t i = 0; i < groups; ++i) found[i] = group(part, i * GROUP, std::min((i + 1) * GROUP, pairs), head);
+  Sums sums;
+  for (const Sums& one : found) sums.add(one);
+  return sums;
+}
+
+// Means in the order of HEAD_METRICS; returns that of the loss.
+double describe(const Sums& sums, double count, float* loss, float* summary) {
+  *loss = static_cast<float>(sums.loss / count);
+  summary[0] = static_cast<float>(sums.right / count);
+  summary[1] = static_cast<float>(sums.margin / count);
+  summary[2] = static_cast<float>(sums.chosen / count);
+  summary[3] = static_cast<float>(sums.rejected / count);
+  return sums.loss / count;
+}
+
+}  // namespace
+
+void preference_loss_cpu(const PreferenceArguments& a, int threads) {
+  const double pairs = static_cast<double>(a.pairs), judgements = pairs * static_cast<double>(a.heads);
+  float* metrics = a.metrics;
+  std::fill(metrics, metrics + PREFERENCE_METRICS, NAN);
+  float* slopes = a.slopes;
+  double loss = 0;
+  if (a.rewards) {
+    const int64_t count = a.pairs * a.heads;
+    const Part part{a.rewards, a.heads, false, 0.0f, a.dph_epsilon, a.contrastive,
+                    static_cast<float>(a.dph_weight / judgements), slopes, slopes + count};
+    slopes += 2 * count;
+    Sums all;
+    for (int64_t head = 0; head < a.heads; ++head) {
+      const Sums sums = total(part, a.pairs, head, threads);
+      all.add(sums);
+      float* const own = metrics + PREFERENCE_METRICS + head * PREFERENCE_HEAD_METRICS;
+      if (a.heads > 1) describe(sums, pairs, own, own + 1);
+    }
+    loss += a.dph_weight * describe(all, judgements, metrics + 1, metrics + 3);
+  }
+  if (a.logprobs) {
+    const Part part{a.logprobs, 1, true, a.beta, a.dpo_epsilon, true,
+                    static_cast<float>(static_cast<double>(a.dpo_weight) * a.beta / pairs), slopes, slopes + a.pairs};
+    loss += a.dpo_weight * describe(total(part, a.pairs, 0, threads), pairs, metrics + 2, metrics + 7);
+  }
+  *a.loss = metrics[0] = static_cast<float>(loss);
+  metrics[11] = isfinite(*a.loss) ? 1.0f : 0.0f;
+}
+
+}  // namespace dph

@@ -1,0 +1,39 @@
+"""The joint preference objective by csrc/cpu/preference_loss.cpp: fp32 or bf16 as it lies in memory, fp32 inside."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dph_kernels import native
+from dph_kernels.preference_loss.reference import Options, sizes
+
+KNOWN = (torch.float32, torch.bfloat16)
+
+
+def forward(rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``reference.forward`` gives."""
+    inputs = [x if x.dtype in KNOWN else x.float() for x in (*rewards, *logprobs)]
+    table: list[int] = []
+    for x in inputs:  # `PreferenceInput` of csrc/preference_loss.h, four words each
+        strides = x.stride()
+        table += x.data_ptr(), strides[0], strides[-1], x.dtype is torch.bfloat16
+    pairs, *heads = inputs[0].shape
+    count, room = sizes(rewards, logprobs)
+    loss = torch.empty((), dtype=torch.float32)
+    metrics = torch.empty(count, dtype=torch.float32)
+    slopes = torch.empty(room, dtype=torch.float32)
+    *numbers, objective = options
+    native.module().preference_loss_cpu(
+        table,
+        len(rewards),
+        pairs,
+        *(heads or (1,)),
+        *numbers,
+        objective == "contrastive",
+        loss.data_ptr(),
+        metrics.data_ptr(),
+        slopes.data_ptr(),
+        native.threads(),
+    )
+    return loss, metrics, slopes

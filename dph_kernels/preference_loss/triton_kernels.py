@@ -1,0 +1,194 @@
+# ruff: noqa: ANN001, ANN201, ANN202
+"""The Triton kernel of the joint preference objective: loss, slopes and all metrics by one program.
+
+Where there are many pairs, many programs leave their sums instead, and one more adds these up in their order: nothing
+is added atomically. cDPO is the contrastive objective on implicit rewards, so both parts take the same way.
+
+Letters: N pairs, K reward heads, B pairs of a block.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# No kernel is compiled anew for a number that is 1 or a multiple of 16: the audit then sees what runs.
+NUMBERS = [
+    "N", "K", "group", "programs", "rewards_chosen_row", "rewards_chosen_head", "rewards_rejected_row",
+    "rewards_rejected_head", "policy_chosen_row", "policy_rejected_row", "reference_chosen_row",
+    "reference_rejected_row",
+]  # fmt: skip
+
+SUMS = tl.constexpr(5)  # over pairs, in the order of HEAD_METRICS: loss, right answers, margin, chosen, rejected
+METRICS = tl.constexpr(12)  # those that are not of one head
+
+
+@triton.jit
+def _smoothed(x, epsilon):
+    """s(x) = softplus(-x) + epsilon x and its derivative epsilon - sigmoid(-x), for any size of x."""
+    e = tl.exp(-tl.abs(x))
+    inverse = 1.0 / (1.0 + e)
+    slope = epsilon - tl.where(x < 0.0, inverse, e * inverse)
+    # log(1 + e) = 2 artanh(u), u = e / (2 + e) <= 1/3: log itself would lose e where it is small.
+    u = e / (2.0 + e)
+    square = u * u
+    p = square * (1.0 / 15.0) + 1.0 / 13.0
+    p = p * square + 1.0 / 11.0
+    p = p * square + 1.0 / 9.0
+    p = p * square + 1.0 / 7.0
+    p = p * square + 1.0 / 5.0
+    p = p * square + 1.0 / 3.0
+    softplus = 2.0 * (u + u * square * p) + tl.where(x < 0.0, -x, 0.0)
+    return softplus + epsilon * x, slope
+
+
+@triton.jit
+def _load(base, row, stride, inside):
+    return tl.load(base + row * stride, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _judge(
+    chosen, rejected, chosen_row, rejected_row,
+    reference_chosen, reference_rejected, reference_chosen_row, reference_rejected_row, beta,
+    chosen_slope, rejected_slope, slope_row, first, last, epsilon, scale,
+    IMPLICIT: tl.constexpr, CONTRASTIVE: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """The sums over pairs first..last of one head, or of the implicit rewards; stores the pairs' slopes."""
+    losses = tl.zeros([B], tl.float32)
+    rights = tl.zeros([B], tl.float32)
+    margins = tl.zeros([B], tl.float32)
+    ones = tl.zeros([B], tl.float32)
+    others = tl.zeros([B], tl.float32)
+    for start in range(first, last, B):
+        row = start + tl.arange(0, B).to(tl.int64)  # [B]; row offsets may pass 2**31
+        inside = row < last
+        one = _load(chosen, row, chosen_row, inside)
+        other = _load(rejected, row, rejected_row, inside)
+        if IMPLICIT:
+            one = beta * (one - _load(reference_chosen, row, reference_chosen_row, inside))
+            other = beta * (other - _load(reference_rejected, row, reference_rejected_row, inside))
+        margin = one - other
+        if CONTRASTIVE:
+            loss, rise = _smoothed(margin, epsilon)
+            fall = rise
+        else:
+            loss, rise = _smoothed(one, epsilon)
+            second, fall = _smoothed(-other, epsilon)
+            loss += second
+        tl.store(chosen_slope + row * slope_row, scale * rise, mask=inside)
+        tl.store(rejected_slope + row * slope_row, -(scale * fall), mask=inside)
+        right = tl.where(margin != margin, margin, tl.where(margin > 0.0, 1.0, 0.0))  # NaN stays NaN
+        losses += tl.where(inside, loss, 0.0)  # the others are 0 outside, as the values are
+        rights += right
+        margins += margin
+        ones += one
+        others += other
+    return tl.sum(losses, 0), tl.sum(rights, 0), tl.sum(margins, 0), tl.sum(ones, 0), tl.sum(others, 0)
+
+
+@triton.jit
+def _column(sums, step, programs, B: tl.constexpr):
+    """The sum of one figure over programs, whose figures lie ``step`` apart."""
+    total = tl.zeros([B], tl.float32)
+    for start in range(0, programs, B):
+        program = start + tl.arange(0, B).to(tl.int64)  # [B]
+        total += tl.load(sums + program * step, mask=program < programs, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _collect(sums, step, programs, B: tl.constexpr):
+    """What the programs of a partial launch have left of one head."""
+    loss = _column(sums, step, programs, B)
+    right = _column(sums + 1, step, programs, B)
+    margin = _column(sums + 2, step, programs, B)
+    chosen = _column(sums + 3, step, programs, B)
+    rejected = _column(sums + 4, step, programs, B)
+    return loss, right, margin, chosen, rejected
+
+
+@triton.jit
+def _write(loss_at, rest_at, count, loss, right, margin, chosen, rejected):
+    """The sums over ``count``, the loss apart from the other four."""
+    tl.store(loss_at, loss / count)
+    tl.store(rest_at, right / count)
+    tl.store(rest_at + 1, margin / count)
+    tl.store(rest_at + 2, chosen / count)
+    tl.store(rest_at + 3, rejected / count)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def preference_loss(
+    rewards_chosen, rewards_rejected, policy_chosen, policy_rejected, reference_chosen, reference_rejected,
+    loss, metrics, slopes, sums,
+    N, K, group, programs,
+    rewards_chosen_row, rewards_chosen_head, rewards_rejected_row, rewards_rejected_head,
+    policy_chosen_row, policy_rejected_row, reference_chosen_row, reference_rejected_row,
+    beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, dpo_scale, dph_scale,
+    DPH: tl.constexpr, DPO: tl.constexpr, CONTRASTIVE: tl.constexpr,
+    PARTIAL: tl.constexpr, FINAL: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """One program does everything; or with PARTIAL ``programs`` of them leave ``sums`` [programs, heads, 5], each over
+    ``group`` pairs, and with FINAL one makes the metrics of these. Heads are the K of rewards, then the implicit one.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    first = program * group
+    last = tl.minimum(first + group, N)
+    pairs = N.to(tl.float32)
+    count = K.to(tl.int64) * N  # of judgements, and of slopes in one tensor of rewards
+    heads = DPO + (K if DPH else 0)
+    step = heads * SUMS
+    total = 0.0
+    if DPH:
+        all_loss, all_right, all_margin, all_chosen, all_rejected = 0.0, 0.0, 0.0, 0.0, 0.0
+        for head in range(0, K):
+            if FINAL:
+                judged, right, margin, chosen, rejected = _collect(sums + head * SUMS, step, programs, B)
+            else:
+                h = tl.cast(head, tl.int64)
+                judged, right, margin, chosen, rejected = _judge(
+                    rewards_chosen + h * rewards_chosen_head, rewards_rejected + h * rewards_rejected_head,
+                    rewards_chosen_row, rewards_rejected_row, rewards_chosen, rewards_rejected, 0, 0, beta,
+                    slopes + h, slopes + count + h, K, first, last, dph_epsilon, dph_scale, False, CONTRASTIVE, B,
+                )  # fmt: skip
+            if PARTIAL:
+                own = sums + program * step + head * SUMS
+                _write(own, own + 1, 1.0, judged, right, margin, chosen, rejected)
+            elif K > 1:
+                own = metrics + METRICS + head * SUMS
+                _write(own, own + 1, pairs, judged, right, margin, chosen, rejected)
+            all_loss += judged
+            all_right += right
+            all_margin += margin
+            all_chosen += chosen
+            all_rejected += rejected
+        if not PARTIAL:
+            judgements = count.to(tl.float32)
+            _write(metrics + 1, metrics + 3, judgements, all_loss, all_right, all_margin, all_chosen, all_rejected)
+            total += dph_weight * (all_loss / judgements)
+    if DPO:
+        if FINAL:
+            judged, right, margin, chosen, rejected = _collect(sums + (heads - 1) * SUMS, step, programs, B)
+        else:
+            policy = slopes + (2 * count if DPH else 0)
+            judged, right, margin, chosen, rejected = _judge(
+                policy_chosen, policy_rejected, policy_chosen_row, policy_rejected_row,
+                reference_chosen, reference_rejected, reference_chosen_row, reference_rejected_row, beta,
+                policy, policy + N, 1, first, last, dpo_epsilon, dpo_scale, True, True, B,
+            )  # fmt: skip
+        if PARTIAL:
+            own = sums + program * step + (heads - 1) * SUMS
+            _write(own, own + 1, 1.0, judged, right, margin, chosen, rejected)
+        else:
+            _write(metrics + 2, metrics + 7, pairs, judged, right, margin, chosen, rejected)
+            total += dpo_weight * (judged / pairs)
+    if not PARTIAL:
+        nan = float("nan")
+        if not DPH:
+            _write(metrics + 1, metrics + 3, 1.0, nan, nan, nan, nan, nan)
+        if not DPO:
+            _write(metrics + 2, metrics + 7, 1.0, nan, nan, nan, nan, nan)
+        tl.store(loss, total)
+        tl.store(metrics, total)
+        tl.store(metrics + 11, tl.where(total - total == 0.0, 1.0, 0.0))  # NaN and infinity give NaN
