@@ -14,7 +14,8 @@ from dph_kernels import checks
 __all__ = ["LaProp", "gradient_norm", "param_groups", "warmup_cosine"]
 
 NO_DECAY = ("norm", "bias", "embedding")
-CLOCK = ("step", "rate_average")  # names in state_dict of what a group's clock holds: t and a of LaProp's equations
+PRIORS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CLOCK = ("step", "rate_average")  # what a group's clock holds: t and a of LaProp's equations
 
 
 class LaProp(torch.optim.Optimizer):
@@ -158,9 +159,7 @@ class LaProp(torch.optim.Optimizer):
         ValueError where a parameter is sharded: FSDP2 lowers weights itself (MixedPrecisionPolicy).
         """
         if any(sharding(p) is not None for p in self._parameters()):
-            raise ValueError(
-                "lower: expected whole parameters, got some sharded by FSDP2: use its MixedPrecisionPolicy"
-            )
+            raise ValueError("lower: expected whole parameters, got sharded ones: use FSDP2's MixedPrecisionPolicy")
         for p in self._parameters():
             self.state[p].setdefault("master", p.detach())
             p.data = p.data.to(dtype)
@@ -177,24 +176,20 @@ class LaProp(torch.optim.Optimizer):
         return (p for group in self.param_groups for p in group["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """The layout of PyTorch's optimisers: settings in the groups, all else in tensors per parameter.
+        """The layout of PyTorch's optimisers: tensors per parameter, ``step`` among them, and numbers per group.
 
-        ``step`` and ``rate_average`` (t and a of the equations), the same for all parameters of a group, are copies on
-        the CPU; the other tensors are the optimiser's own.
+        Of the equations, t is every parameter's ``step`` and a its group's ``rate_average``: copies, on the CPU. The
+        other tensors are the optimiser's own.
         """
         packed = super().state_dict()
         for group, clock in zip(packed["param_groups"], self._clocks, strict=True):
-            step, rate_average = clock.tolist()
+            step, group["rate_average"] = clock.tolist()
             for i in group["params"]:
-                packed["state"][i] = {
-                    **packed["state"][i],
-                    "step": torch.tensor(step, dtype=torch.float32),
-                    "rate_average": torch.tensor(rate_average, dtype=torch.float64),
-                }
+                packed["state"][i] = {"step": torch.tensor(step, dtype=torch.float32), **packed["state"][i]}
         return packed
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load what ``state_dict`` gave, or gave when groups had ``step`` and ``rate_average``.
+        """Load what ``state_dict`` gave; a ``step`` of the group, as it was once saved, serves as well.
 
         ValueError where a tensor is missing, has another shape, or is sharded and the parameter is not, and where a
         group decays towards a prior that the state lacks.
@@ -249,7 +244,7 @@ class LaProp(torch.optim.Optimizer):
             state.setdefault(name, {})[kind] = value
         groups = [{**group, "betas": tuple(group["betas"])} for group in meta["groups"]]
         for group in groups:
-            group["prior_dtype"] = getattr(torch, group.get("prior_dtype", "float32"))
+            group["prior_dtype"] = PRIORS[group.get("prior_dtype", "float32")]
         self.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -270,11 +265,11 @@ class _Saved:
 
     @staticmethod
     def _common(name: str, group: dict, states: list[dict]) -> float:
-        """A clock's number: the group's, or the one that all its parameters have."""
-        found = [group[name]] if name in group else list(dict.fromkeys(float(s.get(name, math.nan)) for s in states))
-        if len(found) > 1 or any(math.isnan(value) for value in found):
-            raise ValueError(f"state_dict: expected one {name} for all parameters of a group, got {found[:4]}")
-        return found[0] if found else 0.0
+        """A number of the clock: the group's, or the one that all its parameters have."""
+        found = {float(s[name]) if name in s else None for s in (states if name not in group else [group])}
+        if len(found) > 1 or None in found:
+            raise ValueError(f"state_dict: expected one {name} for all parameters of a group, got {found or 'none'}")
+        return found.pop() if found else 0.0
 
     def check(self, mine: dict) -> None:
         """Raise where the tensors are not those of the optimiser's group ``mine``."""
@@ -302,7 +297,7 @@ def _check(group: dict) -> None:
     checks.number("prior_decay", group["prior_decay"], 0.0)
     for name, beta in zip(("betas[0]", "betas[1]"), group["betas"], strict=True):
         checks.number(name, beta, 0.0, 1.0, below=True)
-    if group["prior_dtype"] not in (torch.float32, torch.bfloat16):
+    if group["prior_dtype"] not in PRIORS.values():
         raise ValueError(f"prior_dtype: expected torch.float32 or torch.bfloat16, got {group['prior_dtype']}")
     for i, p in enumerate(group["params"]):
         if not local(p).is_contiguous():

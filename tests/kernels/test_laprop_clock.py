@@ -138,7 +138,10 @@ def test_bfloat16_priors_over_ten_thousand_steps(device, backend):
     gradients = torch.randn(50, size).to(device)
 
     def run(dtype, anchor, backend):
-        param, m, v = prior.to(device, dtype), *(torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
+        param, m, v = (
+            prior.to(device, dtype, copy=True),
+            *(torch.zeros(size, dtype=dtype, device=device) for _ in range(2)),
+        )
         clock, anchor = new_clock(device), anchor.to(device)
         for step in range(steps):
             grads = [gradients[step % 50].to(dtype)]

@@ -137,7 +137,7 @@ def test_offsets_beyond_two_to_the_31_in_the_kernel():
     addresses = {name: x.data_ptr() for name, x in results.items()}
     arguments = kernels.GradientNormArguments(table=table.data_ptr(), count=1, chunks=1, max_norm=1.0, **addresses)
     kernels.gradient_norm_cpu(arguments, 1)
-    assert results["norm"].item() == results["partials"].sqrt().item() == pytest.approx(exact([grad]), rel=1e-13)
+    assert results["norm"].item() == pytest.approx(exact([grad]), rel=1e-13)
     assert results["scale"].item() == pytest.approx(min(1.0, 1 / exact([grad])))
     assert results["finite"].item()
 
