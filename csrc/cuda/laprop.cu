@@ -15,6 +15,13 @@ DPH_INLINE bool aligned(const void* pointer, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
+// A pointer that was read from memory: the compiler has to be told that it is none to shared memory.
+template <class T>
+__device__ __forceinline__ T* global(T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
 struct Nothing {};
 
 __device__ __forceinline__ float4 load_four(const float* values) { return *reinterpret_cast<const float4*>(values); }
@@ -36,44 +43,47 @@ __device__ __forceinline__ float4 prior_four(const Nothing*, int64_t, float4 par
 
 template <class Prior>
 __device__ __forceinline__ float prior_one(const Prior* prior, int64_t i, float) {
-  return laprop_load(prior, i);
+  return laprop_load(global(prior), i);
 }
 
 template <class Prior>
 __device__ __forceinline__ float4 prior_four(const Prior* prior, int64_t i, float4) {
-  return load_four(prior + i);
+  return load_four(global(prior) + i);
 }
 
 // Elements begin to end of one tensor, by one block.
 template <class Grad, class Prior, bool COPY>
 __device__ __forceinline__ void update(const LapropTensor& t, const LapropCoefficients& k, float scale, int64_t begin,
                                        int64_t end) {
-  const Grad* grad = static_cast<const Grad*>(t.grad);
+  float* param = global(t.param);
+  float* exp_avg = global(t.exp_avg);
+  float* exp_avg_sq = global(t.exp_avg_sq);
+  const Grad* grad = global(static_cast<const Grad*>(t.grad));
   const Prior* prior = static_cast<const Prior*>(t.prior);
-  const bool vectors = aligned(t.param, 16) && aligned(t.exp_avg, 16) && aligned(t.exp_avg_sq, 16) &&
-                       aligned(grad, WIDTH * sizeof(Grad)) && aligned(prior, WIDTH * sizeof(Prior)) &&
-                       aligned(t.copy, 8);
+  uint16_t* copy = COPY ? global(t.copy) : nullptr;
+  const bool vectors = aligned(param, 16) && aligned(exp_avg, 16) && aligned(exp_avg_sq, 16) && aligned(copy, 8) &&
+                       aligned(grad, WIDTH * sizeof(Grad)) && aligned(prior, WIDTH * sizeof(Prior));
   const int64_t vector_end = vectors ? begin + (end - begin) / WIDTH * WIDTH : begin;
 #pragma unroll 1  // five loads are in flight as it is, and more registers would leave fewer threads
   for (int64_t i = begin + threadIdx.x * WIDTH; i < vector_end; i += THREADS * WIDTH) {
-    float4 p = load_four(t.param + i), m = load_four(t.exp_avg + i), v = load_four(t.exp_avg_sq + i);
+    float4 p = load_four(param + i), m = load_four(exp_avg + i), v = load_four(exp_avg_sq + i);
     const float4 g = load_four(grad + i), anchor = prior_four(prior, i, p);
     laprop_element(k, scale * g.x, anchor.x, p.x, m.x, v.x);
     laprop_element(k, scale * g.y, anchor.y, p.y, m.y, v.y);
     laprop_element(k, scale * g.z, anchor.z, p.z, m.z, v.z);
     laprop_element(k, scale * g.w, anchor.w, p.w, m.w, v.w);
-    store_four(t.param + i, p);
-    store_four(t.exp_avg + i, m);
-    store_four(t.exp_avg_sq + i, v);
-    if (COPY) store_four(t.copy + i, p);
+    store_four(param + i, p);
+    store_four(exp_avg + i, m);
+    store_four(exp_avg_sq + i, v);
+    if (COPY) store_four(copy + i, p);
   }
   for (int64_t i = vector_end + threadIdx.x; i < end; i += THREADS) {
-    float p = t.param[i], m = t.exp_avg[i], v = t.exp_avg_sq[i];
+    float p = param[i], m = exp_avg[i], v = exp_avg_sq[i];
     laprop_element(k, scale * laprop_load(grad, i), prior_one(prior, i, p), p, m, v);
-    t.param[i] = p;
-    t.exp_avg[i] = m;
-    t.exp_avg_sq[i] = v;
-    if (COPY) t.copy[i] = bf16_from_float(p);
+    param[i] = p;
+    exp_avg[i] = m;
+    exp_avg_sq[i] = v;
+    if (COPY) copy[i] = bf16_from_float(p);
   }
 }
 
@@ -126,7 +136,8 @@ DPH_INLINE double squared(float value) { return static_cast<double>(value) * val
 
 // A thread's share of the squares of elements begin to end.
 template <class Grad>
-__device__ __forceinline__ double squares(const Grad* grad, int64_t begin, int64_t end) {
+__device__ __forceinline__ double squares(const void* values, int64_t begin, int64_t end) {
+  const Grad* grad = global(static_cast<const Grad*>(values));
   const int64_t vector_end = aligned(grad, WIDTH * sizeof(Grad)) ? begin + (end - begin) / WIDTH * WIDTH : begin;
   double x = 0.0, y = 0.0, z = 0.0, w = 0.0;  // four sums, so that none waits for the other
 #pragma unroll 4
@@ -147,8 +158,8 @@ __global__ void __launch_bounds__(THREADS) gradient_squares_kernel(const Gradien
   const GradientTensor t = a.tensors[laprop_row(a.tensors, a.count, chunk)];
   const int64_t begin = (chunk - t.first_chunk) * LAPROP_CHUNK;
   const int64_t end = min(begin + LAPROP_CHUNK, t.size);
-  const double mine = t.kinds & LAPROP_BF16_GRAD ? squares(static_cast<const uint16_t*>(t.grad), begin, end)
-                                                 : squares(static_cast<const float*>(t.grad), begin, end);
+  const double mine =
+      t.kinds & LAPROP_BF16_GRAD ? squares<uint16_t>(t.grad, begin, end) : squares<float>(t.grad, begin, end);
   const double sum = block_sum<THREADS>(mine);
   if (threadIdx.x == 0) a.partials[chunk] = sum;
 }
