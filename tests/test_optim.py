@@ -240,6 +240,37 @@ def test_a_gradient_that_is_not_finite_changes_nothing(dtype):
     assert all(map(torch.equal, params, others))
 
 
+@pytest.mark.gpu
+def test_a_cuda_graph_captures_clipping_and_step():
+    """With bf16 weights, a rate that changes between replays, and a replay whose gradients are not finite."""
+    make = lambda: [nn.Parameter(numbers(300, seed=i).bfloat16().cuda()) for i in range(3)]  # noqa: E731
+    settings = {**SETTINGS["both"], "prior_dtype": torch.bfloat16}
+    params, others = make(), make()
+    one, other = LaProp(params, lr=torch.tensor(0.0, device="cuda"), **settings), LaProp(others, lr=0.0, **settings)
+    warm = make()
+    for p in params + warm:
+        p.grad = torch.zeros_like(p)
+    LaProp(warm, lr=0.0, **settings).step(grad_scale=gradient_norm(warm, 1.0).scale)  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = gradient_norm(params, 1.0)
+        one.step(grad_scale=norm.scale)
+    assert one.state_dict()["state"][0]["step"] == 0, "to capture a step is not to take it"
+    for step, rate in enumerate(RATES):
+        for i, (p, q) in enumerate(zip(params, others, strict=True)):
+            p.grad.copy_(numbers(300, seed=10 * step + i))
+            if step == 2:
+                p.grad[7] = math.inf
+            q.grad = p.grad.clone()
+        one.param_groups[0]["lr"].fill_(rate)
+        other.param_groups[0]["lr"] = torch.tensor(rate, device="cuda").item()
+        graph.replay()
+        assert norm.finite.item() == (step != 2)
+        other.step(grad_scale=gradient_norm(others, 1.0).scale)
+        assert all(map(torch.equal, params, others))
+    assert one.state_dict()["state"][0]["step"] == len(RATES) - 1
+
+
 def test_a_group_in_two_precisions_counts_each_step_once():
     """One optimiser over fp32, bf16 and fp64 parameters, and one for each of them."""
     kinds = (torch.float32, torch.bfloat16, torch.float64)

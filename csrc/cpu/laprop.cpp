@@ -47,8 +47,8 @@ DPH_INLINE void update(const LapropTensor& t, const LapropCoefficients& k, float
   }
 }
 
-// Which of many neighbouring chunks a core takes at a time. Dynamic, as a core that something else has slowed down then
-// takes fewer instead of keeping all waiting; but several at a time, as memory is faster where each core reads long runs.
+// How many neighbouring chunks a core takes at a time. It asks for more when it is done, so that a core which something
+// else has slowed down takes fewer; but several at a time, as memory is faster where each core reads long runs.
 int64_t run_length(int64_t chunks, int threads) {
   return std::clamp<int64_t>(chunks / (8 * std::max(threads, 1)), 1, 16);
 }

@@ -116,15 +116,15 @@ def test_empty_shards_keep_time(device, backend):
 
 @backends
 def test_compiles_with_clock_and_rate(device, backend):
-    def clipped(lists, clock, rate):
+    def step(lists, clock, rate):
         scale = gradient_norm(lists["grads"], max_norm=1.0, backend=backend).scale
         laprop(**lists, lr=rate, clock=clock, grad_scale=scale, backend=backend)
 
     lists, clock, rate = make(device), new_clock(device), torch.full((), 0.01, device=device)
     del lists["priors"]
     eager, time = clone(lists), clock.clone()
-    clipped(eager, time, rate)
-    torch.compile(clipped, fullgraph=True, backend="aot_eager")(lists, clock, rate)
+    step(eager, time, rate)
+    torch.compile(step, fullgraph=True, backend="aot_eager")(lists, clock, rate)
     assert_same(lists, eager)
     assert torch.equal(clock, time)
 
@@ -178,29 +178,25 @@ def test_bad_arguments_are_named(case):
         laprop(**{**lists, "lr": 0.1, "prior_decay": 0.5, **changes})
 
 
-def captured(lists, clock, rate):
-    """One clipped step as a CUDA graph; the norm is written anew at each replay."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        norm = gradient_norm(lists["grads"], max_norm=1.0, backend="cuda")
-        laprop(**lists, lr=rate, clock=clock, **DECAYS, grad_scale=norm.scale, backend="cuda")
-    return graph, norm
+def clipped(lists, clock, rate):
+    norm = gradient_norm(lists["grads"], max_norm=1.0, backend="cuda")
+    laprop(**lists, lr=rate, clock=clock, **DECAYS, grad_scale=norm.scale, backend="cuda")
+    return norm
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("warm", [False, True])
-def test_a_cuda_graph_with_a_changing_rate(warm):
-    """Also where the tables were on the device before, and have been dropped since."""
+@pytest.mark.parametrize("known", [False, True])
+def test_a_cuda_graph_with_a_changing_rate(known):
+    """Also where the tables of these tensors were on the device before, and have been dropped since."""
     lists, clock, rate = make("cuda"), new_clock("cuda"), torch.zeros((), device="cuda")
-    if warm:
-        rest = clone(lists), clock.clone()
-        norm = gradient_norm(lists["grads"], backend="cuda")
-        laprop(**lists, lr=rate, clock=clock, **DECAYS, grad_scale=norm.scale, backend="cuda")
-        for name in lists:
-            torch._foreach_copy_(lists[name], rest[0][name])
-        clock.copy_(rest[1])
+    before = clone(lists)
+    clipped(lists if known else clone(lists), clock.clone(), rate)  # loads the kernels
+    for name in lists:
+        torch._foreach_copy_(lists[name], before[name])
     eager, time = clone(lists), clock.clone()
-    graph, norm = captured(lists, clock, rate)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = clipped(lists, clock, rate)
     assert_same(lists, eager)
     laprop_native._keep.cache_clear()
     other = make("cuda")  # takes the memory that is free now
@@ -214,8 +210,7 @@ def test_a_cuda_graph_with_a_changing_rate(warm):
         rate.fill_(value)
         graph.replay()
         assert norm.finite.item() == (step < len(RATES))
-        scale = gradient_norm(gradients, max_norm=1.0, backend="cuda").scale
-        laprop(**eager, lr=rate, clock=time, **DECAYS, grad_scale=scale, backend="cuda")
+        clipped(eager, time, rate)
         assert_same(lists, eager)
         assert torch.equal(clock, time)
     assert clock[0] == len(RATES)
@@ -239,7 +234,6 @@ def test_no_step_waits_for_the_device():
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
-            scale = gradient_norm(lists["grads"], max_norm=1.0, backend="cuda").scale
-            laprop(**lists, lr=rate, clock=clock, **DECAYS, grad_scale=scale, backend="cuda")
+            clipped(lists, clock, rate)
     finally:
         torch.cuda.set_sync_debug_mode("default")
