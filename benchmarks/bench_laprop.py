@@ -1,16 +1,23 @@
-"""LaProp with prior decay on 20 million parameters: the C++ kernel, eager PyTorch, and torch.compile of the latter.
+"""LaProp with prior decay, alone and after the norm that clips its gradients, against everything else that does it.
 
-Bytes: parameter, both moments, gradient and prior are read, the first three written: 32 per parameter in fp32.
+On the CPU 20 million parameters in one tensor, on a GPU those of the paper's model in its 228 tensors. Bytes are the
+necessary ones: parameter and both moments read and written, gradient and prior read, in fp32 32 per parameter; for the
+norm the gradient is read once more. AdamW has no prior (28 bytes): a rival for bandwidth only.
 """
+
+import functools
 
 import pytest
 import torch
 
-from dph_kernels import dispatch, laprop
+import dph
+from dph_kernels import dispatch, gradient_norm, laprop
 from dph_kernels.laprop import reference
 
-PARAMETERS = 20_000_000
-BYTES = 32 * PARAMETERS
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OURS = {"cpu": "C++", "cuda": "CUDA C++"}[DEVICE]
+SECONDS = 1.0  # each row is timed for about so long
+LIMIT = 1.0  # of the norm
 STEP = {
     "lr": 3e-4,
     "beta1": 0.9,
@@ -21,67 +28,167 @@ STEP = {
     "bias_correction": 0.9,
     "momentum_scale": 1.1,
 }
-TIMING = {"rounds": 40, "warmup_rounds": 5, "iterations": 1}
+NAMES = ("params", "grads", "exp_avg", "exp_avg_sq", "priors", "copies")
+# dtypes of gradients and priors, whether bf16 copies are written, bytes per parameter
+KINDS = {
+    "fp32": (torch.float32, torch.float32, False, 32),
+    "bf16 prior": (torch.float32, torch.bfloat16, False, 30),
+    "bf16 gradients and copies": (torch.bfloat16, torch.float32, True, 32),
+    "bf16 prior, gradients and copies": (torch.bfloat16, torch.bfloat16, True, 30),
+}
+GOALS = {"cpu": {"eager": 8, "torch.compile": 0.95}, "cuda": {}}[DEVICE]
+missing = dispatch.missing("laprop", DEVICE, DEVICE)
+built = pytest.mark.skipif(bool(missing), reason=str(missing))
+kinds = pytest.mark.parametrize("kind", KINDS)
+gradients = pytest.mark.parametrize("kind", ["fp32", "bf16 gradients and copies"])  # which differ in their gradients
 
 
-def make(size, dtype=torch.float32):
-    """params, grads, exp_avg, exp_avg_sq, priors: one tensor each."""
+@functools.cache
+def shapes():
+    """What is timed: one tensor on the CPU, a model's on a GPU."""
+    if DEVICE == "cpu":
+        return [(20_000_000,)]
+    with torch.device("meta"):
+        return [p.shape for p in dph.Model(dph.ModelConfig()).parameters()]
+
+
+def size():
+    return sum(torch.Size(s).numel() for s in shapes())
+
+
+def make(kind, sizes):
+    """The lists of a step, by name."""
     torch.manual_seed(0)
-    values = [torch.randn(size) for _ in range(5)]
-    values[2] *= 1e-4
-    values[3] = values[3].square()
-    return [[x.to(dtype)] for x in values]
+    grad, prior, copies, _ = KINDS[kind]
+    draw = lambda dtype=torch.float32, scale=1.0: [  # noqa: E731
+        (torch.randn(s, device=DEVICE) * scale).to(dtype) for s in sizes
+    ]
+    lists = {"params": draw(), "grads": draw(grad), "exp_avg": draw(scale=1e-4)}
+    lists |= {"exp_avg_sq": [x.square_() for x in draw()], "priors": draw(prior)}
+    return lists | {"copies": [x.bfloat16() for x in lists["params"]] if copies else []}
 
 
-def eager(params, grads, exp_avg, exp_avg_sq, priors):
-    reference.forward(params, grads, exp_avg, exp_avg_sq, priors, [], None, **STEP)
+@functools.lru_cache(maxsize=1)
+def timed_lists(kind):
+    return make(kind, shapes())
 
 
-def native(*lists):
-    laprop(*lists, **STEP, backend="cpu")
+def ours(lists, norm):
+    scale = gradient_norm(lists["grads"], max_norm=LIMIT, backend=DEVICE).scale if norm else None
+    laprop(**{**lists, "copies": lists["copies"] or None}, **STEP, grad_scale=scale, backend=DEVICE)
 
 
-def check(step):
-    """A step's results must be those of fp64, before anything is timed."""
-    lists, truth = make(100_003), make(100_003, torch.float64)
-    step(*lists)
-    eager(*truth)
-    for got, want in zip((lists[0], lists[2], lists[3]), (truth[0], truth[2], truth[3]), strict=True):
-        torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=1e-7)
+def eager(lists, norm):
+    scale = None
+    if norm:
+        total = torch.nn.utils.get_total_norm(lists["grads"])
+        scale = (LIMIT / (total + 1e-6)).clamp(max=1.0)
+    reference.forward(*(lists[name] for name in NAMES), scale, None, None, **STEP)
 
 
-@pytest.fixture(scope="module")
-def tensors():
-    return make(PARAMETERS)
+def unchecked(lists, norm):
+    """As ``eager`` without the look at the coefficient, for which a compiled graph would have to wait."""
+    grads = lists["grads"]
+    if norm:
+        total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]))
+        scale = (LIMIT / (total + 1e-6)).clamp(max=1.0)
+        grads = [g * scale for g in grads]
+    rest = [lists[name] for name in NAMES if name not in ("params", "grads")]
+    reference.forward(lists["params"], grads, *rest, None, None, None, **STEP)
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    step = torch.compile(eager, fullgraph=True)
+@functools.cache
+def compiled(kind, norm):
+    step = torch.compile(unchecked, fullgraph=True)
     try:
-        step(*make(1024))
+        check(step, kind, norm)
+    except AssertionError:
+        raise
     except Exception as error:  # whatever keeps the compiler from working here
-        pytest.skip(f"torch.compile does not work here: {str(error).splitlines()[0]}")
+        pytest.skip(f"torch.compile does not work here: {str(error).strip().splitlines()[0]}")
     return step
 
 
-@pytest.mark.skipif(
-    bool(dispatch.missing("laprop", "cpu", "cpu")), reason=str(dispatch.missing("laprop", "cpu", "cpu"))
-)
-def bench_native(benchmark, record, limits, tensors):
-    check(native)
-    benchmark.pedantic(native, tensors, **TIMING)
-    goals = {"eager": 8, "torch.compile": 0.95}
-    record("laprop 20M", "C++", bytes_moved=BYTES, limit=limits.bandwidth(), target=goals)
+def check(step, kind, norm):
+    """A step's results must be those of fp64, before anything is timed."""
+    lists = make(kind, [(100_003,), (7, 5)])
+    truth = {name: [x.double() for x in tensors] for name, tensors in lists.items()}
+    step(lists, norm)
+    eager(truth | {"copies": []}, norm)
+    for name in ("params", "exp_avg", "exp_avg_sq"):
+        for got, want in zip(lists[name], truth[name], strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=1e-7)
+    for copy, param in zip(lists["copies"], lists["params"], strict=bool(lists["copies"])):
+        assert torch.equal(copy, param.bfloat16())
 
 
-def bench_eager(benchmark, record, tensors):
-    check(eager)
-    benchmark.pedantic(eager, tensors, **{**TIMING, "rounds": 10, "warmup_rounds": 2})
-    record("laprop 20M", "eager", bytes_moved=BYTES, rival=True)
+def title(kind, norm):
+    return f"{'norm + step' if norm else 'step'}, {size() / 1e6:.0f}M, {kind}"
 
 
-def bench_compiled(benchmark, record, tensors, compiled):
-    check(compiled)
-    benchmark.pedantic(compiled, tensors, **TIMING)
-    record("laprop 20M", "torch.compile", bytes_moved=BYTES, rival=True)
+def measure(timed, record, limits, step, kind, norm, who, **notes):
+    check(step, kind, norm)
+    lists = timed_lists(kind)
+    timed(lambda: step(lists, norm), SECONDS)
+    moved = (KINDS[kind][3] + norm * KINDS[kind][0].itemsize) * size()
+    record(title(kind, norm), who, bytes_moved=moved, limit=limits.bandwidth(DEVICE), **notes)
+
+
+@built
+@kinds
+@pytest.mark.parametrize("norm", [False, True])
+def bench_ours(timed, record, limits, kind, norm):
+    measure(timed, record, limits, ours, kind, norm, OURS, target=GOALS)
+
+
+@kinds
+@pytest.mark.parametrize("norm", [False, True])
+def bench_eager(timed, record, limits, kind, norm):
+    measure(timed, record, limits, eager, kind, norm, "eager", rival=True)
+
+
+@kinds
+@pytest.mark.parametrize("norm", [False, True])
+def bench_compiled(timed, record, limits, kind, norm):
+    measure(timed, record, limits, compiled(kind, norm), kind, norm, "torch.compile", rival=True)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def bench_adamw(timed, record, limits, norm):
+    """PyTorch's one fused kernel; clipping is its own pass over the gradients."""
+    params = [torch.nn.Parameter(torch.randn(s, device=DEVICE)) for s in shapes()]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimiser = torch.optim.AdamW(params, lr=STEP["lr"], fused=True)
+
+    def step():
+        if norm:
+            torch.nn.utils.clip_grad_norm_(params, LIMIT)
+        optimiser.step()
+
+    timed(step, SECONDS)
+    moved = (28 + 4 * norm) * size()
+    bandwidth = limits.bandwidth(DEVICE)
+    record(title("fp32", norm), "AdamW(fused=True)", bytes_moved=moved, limit=bandwidth, rival=True)
+
+
+@built
+@gradients
+def bench_norm(timed, record, limits, kind):
+    grads = timed_lists(kind)["grads"]
+    want = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads]))
+    torch.testing.assert_close(gradient_norm(grads, backend=DEVICE).norm, want, rtol=1e-12, atol=0)
+    timed(lambda: gradient_norm(grads, max_norm=LIMIT, backend=DEVICE), SECONDS)
+    record(norm_title(kind), OURS, bytes_moved=grads[0].itemsize * size(), limit=limits.bandwidth(DEVICE))
+
+
+@gradients
+def bench_norm_of_pytorch(timed, record, limits, kind):
+    grads = timed_lists(kind)["grads"]
+    timed(lambda: torch.nn.utils.get_total_norm(grads), SECONDS)
+    moved = grads[0].itemsize * size()
+    record(norm_title(kind), "get_total_norm", bytes_moved=moved, limit=limits.bandwidth(DEVICE), rival=True)
+
+
+def norm_title(kind):
+    return f"norm, {size() / 1e6:.0f}M, {KINDS[kind][0]}".replace("torch.", "")

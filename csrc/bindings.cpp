@@ -26,39 +26,65 @@ void check_cuda(int code) {
 
 dph::LapropArguments laprop_arguments(intptr_t table, int64_t count, int64_t chunks, intptr_t grad_scale, double lr,
                                       double beta1, double beta2, double eps, double weight_decay, double prior_decay,
-                                      double bias_correction, double momentum_scale) {
-  dph::LapropArguments arguments;
-  arguments.tensors = reinterpret_cast<const dph::LapropTensor*>(table);
-  arguments.count = count;
-  arguments.chunks = chunks;
-  arguments.grad_scale = reinterpret_cast<const float*>(grad_scale);
-  // Products are taken in double: 1 - beta and lr * decay lose digits in float.
-  auto& k = arguments.coefficients;
-  k.beta1 = static_cast<float>(beta1);
-  k.beta2 = static_cast<float>(beta2);
-  k.square = static_cast<float>(1.0 - beta2);
-  k.step = static_cast<float>((1.0 - beta1) * lr * bias_correction);
-  k.eps = static_cast<float>(eps);
-  k.prior_decay = static_cast<float>(prior_decay * lr);
-  k.weight_decay = static_cast<float>(weight_decay * lr);
-  k.momentum_scale = static_cast<float>(momentum_scale);
-  return arguments;
+                                      double bias_correction, double momentum_scale, intptr_t clock, intptr_t rate,
+                                      intptr_t coefficients) {
+  return {reinterpret_cast<const dph::LapropTensor*>(table),
+          count,
+          chunks,
+          {lr, beta1, beta2, eps, weight_decay, prior_decay, bias_correction, momentum_scale},
+          reinterpret_cast<const float*>(grad_scale),
+          reinterpret_cast<dph::LapropClock*>(clock),
+          reinterpret_cast<const double*>(rate),
+          reinterpret_cast<dph::LapropCoefficients*>(coefficients)};
+}
+
+dph::GradientNormArguments gradient_norm_arguments(intptr_t table, int64_t count, int64_t chunks, double max_norm,
+                                                   intptr_t partials, intptr_t norm, intptr_t scale, intptr_t finite) {
+  return {reinterpret_cast<const dph::GradientTensor*>(table),
+          count,
+          chunks,
+          max_norm,
+          reinterpret_cast<double*>(partials),
+          reinterpret_cast<double*>(norm),
+          reinterpret_cast<float*>(scale),
+          reinterpret_cast<bool*>(finite)};
 }
 
 void bind_laprop(py::module_& module) {
+  using namespace dph;
   using namespace py::literals;
-  module.attr("LAPROP_CHUNK") = dph::LAPROP_CHUNK;
-  py::class_<dph::LapropArguments>(module, "LapropArguments")
+  module.attr("LAPROP_CHUNK") = LAPROP_CHUNK;
+  module.attr("LAPROP_COEFFICIENTS") = sizeof(LapropCoefficients) / sizeof(float);
+  py::class_<LapropArguments>(module, "LapropArguments")
       .def(py::init(&laprop_arguments), py::kw_only(), "table"_a, "count"_a, "chunks"_a, "grad_scale"_a, "lr"_a,
-           "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "prior_decay"_a, "bias_correction"_a, "momentum_scale"_a);
-  module.def("laprop_cpu", &dph::laprop_cpu, "arguments"_a, "threads"_a, py::call_guard<py::gil_scoped_release>());
+           "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "prior_decay"_a, "bias_correction"_a, "momentum_scale"_a,
+           "clock"_a = 0, "rate"_a = 0, "coefficients"_a = 0);
+  py::class_<GradientNormArguments>(module, "GradientNormArguments")
+      .def(py::init(&gradient_norm_arguments), py::kw_only(), "table"_a, "count"_a, "chunks"_a, "max_norm"_a,
+           "partials"_a, "norm"_a, "scale"_a, "finite"_a);
+  const py::call_guard<py::gil_scoped_release> released;
+  module.def("laprop_cpu", &laprop_cpu, "arguments"_a, "threads"_a, released);
+  module.def("gradient_norm_cpu", &gradient_norm_cpu, "arguments"_a, "threads"_a, released);
 #ifdef DPH_CUDA
   module.def(
       "laprop_cuda",
-      [](const dph::LapropArguments& arguments, intptr_t stream) {
-        check_cuda(dph::laprop_cuda(arguments, reinterpret_cast<void*>(stream)));
+      [](const LapropArguments& arguments, intptr_t stream) {
+        check_cuda(laprop_cuda(arguments, reinterpret_cast<void*>(stream)));
       },
-      "arguments"_a, "stream"_a, py::call_guard<py::gil_scoped_release>());
+      "arguments"_a, "stream"_a, released);
+  module.def(
+      "gradient_norm_cuda",
+      [](const GradientNormArguments& arguments, intptr_t stream) {
+        check_cuda(gradient_norm_cuda(arguments, reinterpret_cast<void*>(stream)));
+      },
+      "arguments"_a, "stream"_a, released);
+  module.def(
+      "cuda_write",
+      [](intptr_t words, int64_t count, intptr_t target, intptr_t stream) {
+        check_cuda(cuda_write(reinterpret_cast<const int64_t*>(words), count, reinterpret_cast<int64_t*>(target),
+                              reinterpret_cast<void*>(stream)));
+      },
+      "words"_a, "count"_a, "target"_a, "stream"_a, released);
 #endif
 }
 

@@ -1,8 +1,10 @@
-// LaProp with decoupled prior and weight decay (SPEC.md 4): what the CPU and the CUDA kernel share.
+// LaProp with decoupled prior and weight decay (SPEC.md 4) and the norm that its gradients are clipped by: what the CPU
+// and the CUDA kernels share.
 #pragma once
 
 #include "common.h"
 
+#include <float.h>
 #include <math.h>
 
 namespace dph {
@@ -12,18 +14,42 @@ struct LapropTensor {
   float* param;
   float* exp_avg;
   float* exp_avg_sq;
-  const void* grad;    // float, or bf16 where grad_is_bf16
-  const float* prior;  // null: no prior decay
+  const void* grad;    // float, or bf16 where kinds has LAPROP_BF16_GRAD
+  const void* prior;   // float, or bf16 where kinds has LAPROP_BF16_PRIOR; null: no prior decay
   uint16_t* copy;      // bf16 copy of the parameter to refresh, or null
   int64_t size;        // elements
   int64_t first_chunk; // number of chunks in the rows above
-  int64_t grad_is_bf16;
+  int64_t kinds;
 };
 static_assert(sizeof(LapropTensor) == 9 * sizeof(int64_t), "native.py writes nine words to a row");
+
+constexpr int64_t LAPROP_BF16_GRAD = 1, LAPROP_BF16_PRIOR = 2;  // as in native.py
+
+// The same for the norm.
+struct GradientTensor {
+  const void* grad;
+  int64_t size;
+  int64_t first_chunk;
+  int64_t kinds;
+};
+static_assert(sizeof(GradientTensor) == 4 * sizeof(int64_t), "native.py writes four words to a row");
 
 // Elements in one piece of work: small enough that many small tensors and a huge one both spread over all cores.
 constexpr int64_t LAPROP_CHUNK = 16384;
 
+// What a caller says, in double: 1 - beta and lr * decay lose digits in float.
+struct LapropSettings {
+  double lr;
+  double beta1;
+  double beta2;
+  double eps;
+  double weight_decay;
+  double prior_decay;
+  double bias_correction;
+  double momentum_scale;
+};
+
+// What an element's update reads.
 struct LapropCoefficients {
   float beta1;
   float beta2;
@@ -35,13 +61,61 @@ struct LapropCoefficients {
   float momentum_scale;  // 1 / c
 };
 
+// Steps done, and the average of their rates (a of SPEC.md 4).
+struct LapropClock {
+  double step;
+  double rate_average;
+};
+
 struct LapropArguments {
   const LapropTensor* tensors;
   int64_t count;
   int64_t chunks;
-  LapropCoefficients coefficients;
-  const float* grad_scale;  // null: 1
+  LapropSettings settings;
+  const float* grad_scale;           // null: 1. Where it is not finite, the call changes nothing
+  LapropClock* clock;                // null: the corrections are those of settings; else it goes on by one step
+  const double* rate;                // null: settings.lr
+  LapropCoefficients* coefficients;  // CUDA with a clock: room for what the clock gives
 };
+
+struct GradientNormArguments {
+  const GradientTensor* tensors;
+  int64_t count;
+  int64_t chunks;
+  double max_norm;
+  double* partials;  // one sum of squares per chunk
+  double* norm;
+  float* scale;      // min(1, max_norm / norm), NaN where the norm is not finite
+  bool* finite;
+};
+
+DPH_INLINE LapropCoefficients laprop_coefficients(const LapropSettings& s) {
+  LapropCoefficients k;
+  k.beta1 = static_cast<float>(s.beta1);
+  k.beta2 = static_cast<float>(s.beta2);
+  k.square = static_cast<float>(1.0 - s.beta2);
+  k.step = static_cast<float>((1.0 - s.beta1) * s.lr * s.bias_correction);
+  k.eps = static_cast<float>(s.eps);
+  k.prior_decay = static_cast<float>(s.prior_decay * s.lr);
+  k.weight_decay = static_cast<float>(s.weight_decay * s.lr);
+  k.momentum_scale = static_cast<float>(s.momentum_scale);
+  return k;
+}
+
+// The clock goes on by one step; the coefficients are those of the step that it then shows.
+DPH_INLINE LapropCoefficients laprop_advance(LapropSettings s, const double* rate, LapropClock& clock) {
+  if (rate) s.lr = *rate;
+  clock.step += 1.0;
+  clock.rate_average = s.beta1 * clock.rate_average + (1.0 - s.beta1) * s.lr;
+  s.bias_correction = sqrt(1.0 - pow(s.beta2, clock.step));
+  s.momentum_scale = s.lr != 0.0 ? s.lr / clock.rate_average : 1.0;
+  return laprop_coefficients(s);
+}
+
+DPH_INLINE bool laprop_finite(float scale) { return fabsf(scale) <= FLT_MAX; }
+
+DPH_INLINE float laprop_load(const float* values, int64_t i) { return values[i]; }
+DPH_INLINE float laprop_load(const uint16_t* values, int64_t i) { return float_from_bf16(values[i]); }
 
 // The update of one element. prior is the parameter itself where there is none.
 DPH_INLINE void laprop_element(const LapropCoefficients& k, float grad, float prior, float& param, float& exp_avg,
@@ -52,8 +126,18 @@ DPH_INLINE void laprop_element(const LapropCoefficients& k, float grad, float pr
   param -= decay + k.momentum_scale * exp_avg;
 }
 
+// Norm, coefficient and finite check from the sum of all squares. In double no finite gradient overflows it.
+DPH_INLINE void gradient_norm_result(const GradientNormArguments& a, double squares) {
+  const double norm = sqrt(squares);
+  const bool finite = norm <= DBL_MAX;
+  *a.norm = norm;
+  *a.scale = finite ? static_cast<float>(norm > a.max_norm ? a.max_norm / norm : 1.0) : NAN;
+  *a.finite = finite;
+}
+
 // The row that holds a chunk: the last one whose first_chunk is not above it (which also steps over empty tensors).
-DPH_INLINE int64_t laprop_row(const LapropTensor* tensors, int64_t count, int64_t chunk) {
+template <class Row>
+DPH_INLINE int64_t laprop_row(const Row* tensors, int64_t count, int64_t chunk) {
   int64_t low = 0, high = count - 1;
   while (low < high) {
     const int64_t middle = (low + high + 1) / 2;
@@ -66,10 +150,12 @@ DPH_INLINE int64_t laprop_row(const LapropTensor* tensors, int64_t count, int64_
   return low;
 }
 
-// tensors and grad_scale are host memory.
+// All pointers are host memory.
 void laprop_cpu(const LapropArguments& arguments, int threads);
+void gradient_norm_cpu(const GradientNormArguments& arguments, int threads);
 
-// tensors and grad_scale are device memory; returns a cudaError_t.
+// All pointers are device memory; these return a cudaError_t.
 int laprop_cuda(const LapropArguments& arguments, void* stream);
+int gradient_norm_cuda(const GradientNormArguments& arguments, void* stream);
 
 }  // namespace dph

@@ -25,7 +25,7 @@ from dph.chat import Encoded
 from dph.data import Shuffled, encoder
 from dph.errors import UserError
 from dph.model import Model
-from dph.optim import LaProp, clip_coefficient, global_norm, param_groups, warmup_cosine
+from dph.optim import LaProp, gradient_norm, param_groups, warmup_cosine
 from dph.pair_stage import PairStage
 from dph.progress import Progress, Window
 from dph.recipe import Recipe
@@ -239,13 +239,13 @@ class Trainer:
             loss = self.stage.loss(part, step)
             (loss.total / work.weight).backward()
             losses.append(loss._replace(total=loss.total.detach()))
-        norm = global_norm(self.names)
-        sums = torch.stack([loss.sums for loss in losses]).double().sum(0) / work.weight
-        if not bool(torch.isfinite(norm + sum(loss.total for loss in losses))):  # the one wait for the device
-            self.optimiser.zero_grad()
-            raise Diverged(self._explain(step, work, losses, norm))
-        self.optimiser.step(grad_scale=clip_coefficient(norm, self.settings.clip))
+        norm, scale, finite = gradient_norm(self.names, self.settings.clip)
+        finite = finite & torch.isfinite(sum(loss.total for loss in losses))
+        self.optimiser.step(grad_scale=torch.where(finite, scale, math.nan))  # NaN: the step changes nothing
         self.optimiser.zero_grad()
+        sums = torch.stack([loss.sums for loss in losses]).double().sum(0) / work.weight
+        if not bool(finite):  # the one wait for the device
+            raise Diverged(self._explain(step, work, losses, norm))
         self.window.add(sums, norm, lr, work.tokens, time.monotonic() - began)
 
     def _explain(self, step: int, work: Work, losses: Sequence[Loss], norm: Tensor) -> str:

@@ -1,6 +1,6 @@
 """Fused operators of Direct Preference Heads: attention, log-probabilities, reward, preference loss, optimiser."""
 
-from dph_kernels.laprop import laprop
+from dph_kernels.laprop import GradientNorm, gradient_norm, laprop
 from dph_kernels.layout import PackedLayout, Rotary
 from dph_kernels.linear_logprob import linear_logprob
 from dph_kernels.preference_loss import preference_loss
@@ -8,8 +8,10 @@ from dph_kernels.rope_attention import rope_attention
 from dph_kernels.swiglu_reward import swiglu_reward
 
 __all__ = [
+    "GradientNorm",
     "PackedLayout",
     "Rotary",
+    "gradient_norm",
     "laprop",
     "linear_logprob",
     "preference_loss",

@@ -176,7 +176,7 @@ def _module(operator: str, backend: str) -> ModuleType:
 
 
 def call(function: str, operator: str, like: Tensor, backend: str, *arguments: Any, **options: Any) -> Any:
-    """Run ``function`` ("forward" or "backward") of an operator's implementation, with autocast off.
+    """Run ``function`` ("forward", "backward", or what else it has) of an operator's implementation, autocast off.
 
     The implementation is one for the device and dtype of the tensor ``like``. Operators compute in the dtypes of their
     arguments; autocast would change the products inside.

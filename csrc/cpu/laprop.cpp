@@ -22,20 +22,24 @@ class FlushSubnormals {
 #endif
 };
 
-template <bool BF16_GRAD, bool PRIOR, bool COPY>
+struct Nothing {};
+
+DPH_INLINE float prior_of(const float* prior, int64_t i, float) { return prior[i]; }
+DPH_INLINE float prior_of(const uint16_t* prior, int64_t i, float) { return float_from_bf16(prior[i]); }
+DPH_INLINE float prior_of(const Nothing*, int64_t, float param) { return param; }
+
+template <class Grad, class Prior, bool COPY>
 DPH_INLINE void update(const LapropTensor& t, const LapropCoefficients& k, float scale, int64_t begin, int64_t size) {
   float* __restrict param = t.param + begin;
   float* __restrict exp_avg = t.exp_avg + begin;
   float* __restrict exp_avg_sq = t.exp_avg_sq + begin;
-  const float* __restrict grad = static_cast<const float*>(t.grad) + (BF16_GRAD ? 0 : begin);
-  const uint16_t* __restrict grad_bf16 = static_cast<const uint16_t*>(t.grad) + (BF16_GRAD ? begin : 0);
-  const float* __restrict prior = PRIOR ? t.prior + begin : nullptr;
+  const Grad* __restrict grad = static_cast<const Grad*>(t.grad) + begin;
+  const Prior* __restrict prior = static_cast<const Prior*>(t.prior) + (t.prior ? begin : 0);
   uint16_t* __restrict copy = COPY ? t.copy + begin : nullptr;
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     float p = param[i], m = exp_avg[i], v = exp_avg_sq[i];
-    const float g = scale * (BF16_GRAD ? float_from_bf16(grad_bf16[i]) : grad[i]);
-    laprop_element(k, g, PRIOR ? prior[i] : p, p, m, v);
+    laprop_element(k, scale * laprop_load(grad, i), prior_of(prior, i, p), p, m, v);
     param[i] = p;
     exp_avg[i] = m;
     exp_avg_sq[i] = v;
@@ -43,36 +47,90 @@ DPH_INLINE void update(const LapropTensor& t, const LapropCoefficients& k, float
   }
 }
 
+// How many neighbouring chunks a core takes at a time. It asks for more when it is done, so that a core which something
+// else has slowed down takes fewer; but several at a time, as memory is faster where each core reads long runs.
+int64_t run_length(int64_t chunks, int threads) {
+  return std::clamp<int64_t>(chunks / (8 * std::max(threads, 1)), 1, 16);
+}
+
 }  // namespace
 
-// The eight loops stand in one function, so that each is compiled for every instruction set.
+// The twelve loops stand in one function, so that each is compiled for every instruction set.
 DPH_CLONES void laprop_cpu_chunk(const LapropTensor& t, const LapropCoefficients& k, float scale, int64_t begin,
                                  int64_t size) {
-  const int variant = (t.grad_is_bf16 ? 4 : 0) + (t.prior ? 2 : 0) + (t.copy ? 1 : 0);
-  switch (variant) {
-    case 0: return update<false, false, false>(t, k, scale, begin, size);
-    case 1: return update<false, false, true>(t, k, scale, begin, size);
-    case 2: return update<false, true, false>(t, k, scale, begin, size);
-    case 3: return update<false, true, true>(t, k, scale, begin, size);
-    case 4: return update<true, false, false>(t, k, scale, begin, size);
-    case 5: return update<true, false, true>(t, k, scale, begin, size);
-    case 6: return update<true, true, false>(t, k, scale, begin, size);
-    default: return update<true, true, true>(t, k, scale, begin, size);
+  const int prior = t.prior ? (t.kinds & LAPROP_BF16_PRIOR ? 2 : 1) : 0;
+  switch ((t.kinds & LAPROP_BF16_GRAD ? 6 : 0) + 2 * prior + (t.copy ? 1 : 0)) {
+    case 0: return update<float, Nothing, false>(t, k, scale, begin, size);
+    case 1: return update<float, Nothing, true>(t, k, scale, begin, size);
+    case 2: return update<float, float, false>(t, k, scale, begin, size);
+    case 3: return update<float, float, true>(t, k, scale, begin, size);
+    case 4: return update<float, uint16_t, false>(t, k, scale, begin, size);
+    case 5: return update<float, uint16_t, true>(t, k, scale, begin, size);
+    case 6: return update<uint16_t, Nothing, false>(t, k, scale, begin, size);
+    case 7: return update<uint16_t, Nothing, true>(t, k, scale, begin, size);
+    case 8: return update<uint16_t, float, false>(t, k, scale, begin, size);
+    case 9: return update<uint16_t, float, true>(t, k, scale, begin, size);
+    case 10: return update<uint16_t, uint16_t, false>(t, k, scale, begin, size);
+    default: return update<uint16_t, uint16_t, true>(t, k, scale, begin, size);
   }
 }
 
-void laprop_cpu(const LapropArguments& arguments, int threads) {
-  const float scale = arguments.grad_scale ? *arguments.grad_scale : 1.0f;
-  // Dynamic, as a core that something else has slowed down then takes fewer chunks instead of keeping all waiting; but
-  // several neighbours at a time, as memory is faster where each core reads long runs.
-  const int64_t run = std::clamp<int64_t>(arguments.chunks / (8 * std::max(threads, 1)), 1, 16);
-#pragma omp parallel for schedule(dynamic, run) num_threads(threads) if (arguments.chunks > 1)
-  for (int64_t chunk = 0; chunk < arguments.chunks; ++chunk) {
+void laprop_cpu(const LapropArguments& a, int threads) {
+  const float scale = a.grad_scale ? *a.grad_scale : 1.0f;
+  if (!laprop_finite(scale)) return;
+  const LapropCoefficients k = a.clock ? laprop_advance(a.settings, a.rate, *a.clock) : laprop_coefficients(a.settings);
+  const int64_t run = run_length(a.chunks, threads);
+#pragma omp parallel for schedule(dynamic, run) num_threads(threads) if (a.chunks > 1)
+  for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
     const FlushSubnormals guard;
-    const LapropTensor& t = arguments.tensors[laprop_row(arguments.tensors, arguments.count, chunk)];
+    const LapropTensor& t = a.tensors[laprop_row(a.tensors, a.count, chunk)];
     const int64_t begin = (chunk - t.first_chunk) * LAPROP_CHUNK;
-    laprop_cpu_chunk(t, arguments.coefficients, scale, begin, std::min(LAPROP_CHUNK, t.size - begin));
+    laprop_cpu_chunk(t, k, scale, begin, std::min(LAPROP_CHUNK, t.size - begin));
   }
+}
+
+namespace {
+
+// Sixteen sums side by side, which add up in one order on every instruction set.
+template <class Grad>
+DPH_INLINE double squares(const Grad* grad, int64_t size) {
+  constexpr int LANES = 16;
+  double lanes[LANES] = {};
+  const int64_t whole = size / LANES * LANES;
+  for (int64_t i = 0; i < whole; i += LANES) {
+#pragma omp simd
+    for (int lane = 0; lane < LANES; ++lane) {
+      const double g = laprop_load(grad, i + lane);
+      lanes[lane] += g * g;
+    }
+  }
+  for (int64_t i = whole; i < size; ++i) {
+    const double g = laprop_load(grad, i);
+    lanes[i - whole] += g * g;
+  }
+  double sum = 0.0;
+  for (const double lane : lanes) sum += lane;
+  return sum;
+}
+
+}  // namespace
+
+DPH_CLONES double gradient_norm_cpu_chunk(const GradientTensor& t, int64_t begin, int64_t size) {
+  if (t.kinds & LAPROP_BF16_GRAD) return squares(static_cast<const uint16_t*>(t.grad) + begin, size);
+  return squares(static_cast<const float*>(t.grad) + begin, size);
+}
+
+void gradient_norm_cpu(const GradientNormArguments& a, int threads) {
+  const int64_t run = run_length(a.chunks, threads);
+#pragma omp parallel for schedule(dynamic, run) num_threads(threads) if (a.chunks > 1)
+  for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
+    const GradientTensor& t = a.tensors[laprop_row(a.tensors, a.count, chunk)];
+    const int64_t begin = (chunk - t.first_chunk) * LAPROP_CHUNK;
+    a.partials[chunk] = gradient_norm_cpu_chunk(t, begin, std::min(LAPROP_CHUNK, t.size - begin));
+  }
+  double sum = 0.0;
+  for (int64_t chunk = 0; chunk < a.chunks; ++chunk) sum += a.partials[chunk];
+  gradient_norm_result(a, sum);
 }
 
 }  // namespace dph

@@ -1,4 +1,4 @@
-// LaProp on the GPU: one launch for any number of tensors, each byte touched once.
+// LaProp on the GPU: one launch for any number of tensors, each byte touched once; and the norm of their gradients.
 #include "../laprop.h"
 
 #include <cuda_runtime.h>
@@ -7,79 +7,186 @@ namespace dph {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int WIDTH = 4;  // elements that a thread moves at a time: 128-bit loads of float
+constexpr int WIDTH = 4;       // elements that a thread moves at a time: 128-bit loads of float
+constexpr int SUM_THREADS = 1024;
+constexpr unsigned ALL = 0xffffffffu;
 
 DPH_INLINE bool aligned(const void* pointer, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-DPH_INLINE bool vectorisable(const LapropTensor& t) {
-  return aligned(t.param, 16) && aligned(t.exp_avg, 16) && aligned(t.exp_avg_sq, 16) && aligned(t.prior, 16) &&
-         aligned(t.grad, t.grad_is_bf16 ? 8 : 16) && aligned(t.copy, 8);
+// A pointer that was read from memory: the compiler has to be told that it is none to shared memory.
+template <class T>
+__device__ __forceinline__ T* global(T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
 }
 
-__device__ __forceinline__ float load_grad(const LapropTensor& t, int64_t i) {
-  return t.grad_is_bf16 ? float_from_bf16(static_cast<const uint16_t*>(t.grad)[i]) : static_cast<const float*>(t.grad)[i];
+struct Nothing {};
+
+__device__ __forceinline__ float4 load_four(const float* values) { return *reinterpret_cast<const float4*>(values); }
+
+__device__ __forceinline__ float4 load_four(const uint16_t* values) {
+  const ushort4 v = *reinterpret_cast<const ushort4*>(values);
+  return make_float4(float_from_bf16(v.x), float_from_bf16(v.y), float_from_bf16(v.z), float_from_bf16(v.w));
 }
 
-__device__ __forceinline__ float4 load_grads(const LapropTensor& t, int64_t i) {
-  if (!t.grad_is_bf16) return *reinterpret_cast<const float4*>(static_cast<const float*>(t.grad) + i);
-  const ushort4 g = *reinterpret_cast<const ushort4*>(static_cast<const uint16_t*>(t.grad) + i);
-  return make_float4(float_from_bf16(g.x), float_from_bf16(g.y), float_from_bf16(g.z), float_from_bf16(g.w));
+__device__ __forceinline__ void store_four(float* values, float4 v) { *reinterpret_cast<float4*>(values) = v; }
+
+__device__ __forceinline__ void store_four(uint16_t* values, float4 v) {
+  *reinterpret_cast<ushort4*>(values) =
+      make_ushort4(bf16_from_float(v.x), bf16_from_float(v.y), bf16_from_float(v.z), bf16_from_float(v.w));
 }
 
-__device__ __forceinline__ void update_one(const LapropTensor& t, const LapropCoefficients& k, float scale, int64_t i) {
-  float p = t.param[i], m = t.exp_avg[i], v = t.exp_avg_sq[i];
-  laprop_element(k, scale * load_grad(t, i), t.prior ? t.prior[i] : p, p, m, v);
-  t.param[i] = p;
-  t.exp_avg[i] = m;
-  t.exp_avg_sq[i] = v;
-  if (t.copy) t.copy[i] = bf16_from_float(p);
+__device__ __forceinline__ float prior_one(const Nothing*, int64_t, float param) { return param; }
+__device__ __forceinline__ float4 prior_four(const Nothing*, int64_t, float4 param) { return param; }
+
+template <class Prior>
+__device__ __forceinline__ float prior_one(const Prior* prior, int64_t i, float) {
+  return laprop_load(global(prior), i);
 }
 
-__device__ __forceinline__ void update_four(const LapropTensor& t, const LapropCoefficients& k, float scale, int64_t i) {
-  float4 p = *reinterpret_cast<const float4*>(t.param + i);
-  float4 m = *reinterpret_cast<const float4*>(t.exp_avg + i);
-  float4 v = *reinterpret_cast<const float4*>(t.exp_avg_sq + i);
-  const float4 g = load_grads(t, i);
-  const float4 prior = t.prior ? *reinterpret_cast<const float4*>(t.prior + i) : p;
-  laprop_element(k, scale * g.x, prior.x, p.x, m.x, v.x);
-  laprop_element(k, scale * g.y, prior.y, p.y, m.y, v.y);
-  laprop_element(k, scale * g.z, prior.z, p.z, m.z, v.z);
-  laprop_element(k, scale * g.w, prior.w, p.w, m.w, v.w);
-  *reinterpret_cast<float4*>(t.param + i) = p;
-  *reinterpret_cast<float4*>(t.exp_avg + i) = m;
-  *reinterpret_cast<float4*>(t.exp_avg_sq + i) = v;
-  if (t.copy) {
-    const ushort4 copy = make_ushort4(bf16_from_float(p.x), bf16_from_float(p.y), bf16_from_float(p.z), bf16_from_float(p.w));
-    *reinterpret_cast<ushort4*>(t.copy + i) = copy;
+template <class Prior>
+__device__ __forceinline__ float4 prior_four(const Prior* prior, int64_t i, float4) {
+  return load_four(global(prior) + i);
+}
+
+// Elements begin to end of one tensor, by one block.
+template <class Grad, class Prior, bool COPY>
+__device__ __forceinline__ void update(const LapropTensor& t, const LapropCoefficients& k, float scale, int64_t begin,
+                                       int64_t end) {
+  float* param = global(t.param);
+  float* exp_avg = global(t.exp_avg);
+  float* exp_avg_sq = global(t.exp_avg_sq);
+  const Grad* grad = global(static_cast<const Grad*>(t.grad));
+  const Prior* prior = static_cast<const Prior*>(t.prior);
+  uint16_t* copy = COPY ? global(t.copy) : nullptr;
+  const bool vectors = aligned(param, 16) && aligned(exp_avg, 16) && aligned(exp_avg_sq, 16) && aligned(copy, 8) &&
+                       aligned(grad, WIDTH * sizeof(Grad)) && aligned(prior, WIDTH * sizeof(Prior));
+  const int64_t vector_end = vectors ? begin + (end - begin) / WIDTH * WIDTH : begin;
+#pragma unroll 1  // five loads are in flight as it is, and more registers would leave fewer threads
+  for (int64_t i = begin + threadIdx.x * WIDTH; i < vector_end; i += THREADS * WIDTH) {
+    float4 p = load_four(param + i), m = load_four(exp_avg + i), v = load_four(exp_avg_sq + i);
+    const float4 g = load_four(grad + i), anchor = prior_four(prior, i, p);
+    laprop_element(k, scale * g.x, anchor.x, p.x, m.x, v.x);
+    laprop_element(k, scale * g.y, anchor.y, p.y, m.y, v.y);
+    laprop_element(k, scale * g.z, anchor.z, p.z, m.z, v.z);
+    laprop_element(k, scale * g.w, anchor.w, p.w, m.w, v.w);
+    store_four(param + i, p);
+    store_four(exp_avg + i, m);
+    store_four(exp_avg_sq + i, v);
+    if (COPY) store_four(copy + i, p);
   }
+  for (int64_t i = vector_end + threadIdx.x; i < end; i += THREADS) {
+    float p = param[i], m = exp_avg[i], v = exp_avg_sq[i];
+    laprop_element(k, scale * laprop_load(grad, i), prior_one(prior, i, p), p, m, v);
+    param[i] = p;
+    exp_avg[i] = m;
+    exp_avg_sq[i] = v;
+    if (COPY) copy[i] = bf16_from_float(p);
+  }
+}
+
+// One thread: the clock goes on, once for all blocks of the launch that follows.
+__global__ void laprop_clock_kernel(const LapropArguments a) {
+  const float scale = a.grad_scale ? *a.grad_scale : 1.0f;
+  if (laprop_finite(scale)) *a.coefficients = laprop_advance(a.settings, a.rate, *a.clock);
 }
 
 // One block to a chunk.
-__global__ void __launch_bounds__(THREADS) laprop_kernel(const LapropArguments arguments) {
+__global__ void __launch_bounds__(THREADS) laprop_kernel(const LapropArguments a, const LapropCoefficients fixed) {
+  const float scale = a.grad_scale ? *a.grad_scale : 1.0f;
+  if (!laprop_finite(scale)) return;
+  const LapropCoefficients k = a.clock ? *a.coefficients : fixed;
   const int64_t chunk = blockIdx.x;
-  const LapropTensor t = arguments.tensors[laprop_row(arguments.tensors, arguments.count, chunk)];
-  const float scale = arguments.grad_scale ? *arguments.grad_scale : 1.0f;
+  const LapropTensor t = a.tensors[laprop_row(a.tensors, a.count, chunk)];
   const int64_t begin = (chunk - t.first_chunk) * LAPROP_CHUNK;
   const int64_t end = min(begin + LAPROP_CHUNK, t.size);
-  const int64_t vector_end = vectorisable(t) ? begin + (end - begin) / WIDTH * WIDTH : begin;
-#pragma unroll 2
+  const int prior = t.prior ? (t.kinds & LAPROP_BF16_PRIOR ? 2 : 1) : 0;
+  switch ((t.kinds & LAPROP_BF16_GRAD ? 6 : 0) + 2 * prior + (t.copy ? 1 : 0)) {
+    case 0: return update<float, Nothing, false>(t, k, scale, begin, end);
+    case 1: return update<float, Nothing, true>(t, k, scale, begin, end);
+    case 2: return update<float, float, false>(t, k, scale, begin, end);
+    case 3: return update<float, float, true>(t, k, scale, begin, end);
+    case 4: return update<float, uint16_t, false>(t, k, scale, begin, end);
+    case 5: return update<float, uint16_t, true>(t, k, scale, begin, end);
+    case 6: return update<uint16_t, Nothing, false>(t, k, scale, begin, end);
+    case 7: return update<uint16_t, Nothing, true>(t, k, scale, begin, end);
+    case 8: return update<uint16_t, float, false>(t, k, scale, begin, end);
+    case 9: return update<uint16_t, float, true>(t, k, scale, begin, end);
+    case 10: return update<uint16_t, uint16_t, false>(t, k, scale, begin, end);
+    default: return update<uint16_t, uint16_t, true>(t, k, scale, begin, end);
+  }
+}
+
+// The sum over a block of N threads, in one order: valid in thread 0.
+template <int N>
+__device__ __forceinline__ double block_sum(double value) {
+  __shared__ double warps[N / 32];
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(ALL, value, offset);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  if (threadIdx.x >= 32) return 0.0;
+  value = threadIdx.x < N / 32 ? warps[threadIdx.x] : 0.0;
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(ALL, value, offset);
+  return value;
+}
+
+DPH_INLINE double squared(float value) { return static_cast<double>(value) * value; }
+
+// A thread's share of the squares of elements begin to end.
+template <class Grad>
+__device__ __forceinline__ double squares(const void* values, int64_t begin, int64_t end) {
+  const Grad* grad = global(static_cast<const Grad*>(values));
+  const int64_t vector_end = aligned(grad, WIDTH * sizeof(Grad)) ? begin + (end - begin) / WIDTH * WIDTH : begin;
+  double x = 0.0, y = 0.0, z = 0.0, w = 0.0;  // four sums, so that none waits for the other
+#pragma unroll 4
   for (int64_t i = begin + threadIdx.x * WIDTH; i < vector_end; i += THREADS * WIDTH) {
-    update_four(t, arguments.coefficients, scale, i);
+    const float4 g = load_four(grad + i);
+    x += squared(g.x);
+    y += squared(g.y);
+    z += squared(g.z);
+    w += squared(g.w);
   }
-  for (int64_t i = vector_end + threadIdx.x; i < end; i += THREADS) {
-    update_one(t, arguments.coefficients, scale, i);
-  }
+  for (int64_t i = vector_end + threadIdx.x; i < end; i += THREADS) x += squared(laprop_load(grad, i));
+  return (x + y) + (z + w);
+}
+
+// One block to a chunk, one partial sum each: no atomics, so the same sum every time.
+__global__ void __launch_bounds__(THREADS) gradient_squares_kernel(const GradientNormArguments a) {
+  const int64_t chunk = blockIdx.x;
+  const GradientTensor t = a.tensors[laprop_row(a.tensors, a.count, chunk)];
+  const int64_t begin = (chunk - t.first_chunk) * LAPROP_CHUNK;
+  const int64_t end = min(begin + LAPROP_CHUNK, t.size);
+  const double mine =
+      t.kinds & LAPROP_BF16_GRAD ? squares<uint16_t>(t.grad, begin, end) : squares<float>(t.grad, begin, end);
+  const double sum = block_sum<THREADS>(mine);
+  if (threadIdx.x == 0) a.partials[chunk] = sum;
+}
+
+// One block: the partial sums, then what is made of their sum.
+__global__ void __launch_bounds__(SUM_THREADS) gradient_norm_kernel(const GradientNormArguments a) {
+  double mine = 0.0;
+  for (int64_t chunk = threadIdx.x; chunk < a.chunks; chunk += SUM_THREADS) mine += a.partials[chunk];
+  const double sum = block_sum<SUM_THREADS>(mine);
+  if (threadIdx.x == 0) gradient_norm_result(a, sum);
 }
 
 }  // namespace
 
-int laprop_cuda(const LapropArguments& arguments, void* stream) {
-  if (arguments.chunks > 0) {
-    const auto blocks = static_cast<unsigned>(arguments.chunks);
-    laprop_kernel<<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
+int laprop_cuda(const LapropArguments& a, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (a.clock) laprop_clock_kernel<<<1, 1, 0, on>>>(a);
+  if (a.chunks > 0) {
+    laprop_kernel<<<static_cast<unsigned>(a.chunks), THREADS, 0, on>>>(a, laprop_coefficients(a.settings));
   }
+  return static_cast<int>(cudaGetLastError());
+}
+
+int gradient_norm_cuda(const GradientNormArguments& a, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (a.chunks > 0) gradient_squares_kernel<<<static_cast<unsigned>(a.chunks), THREADS, 0, on>>>(a);
+  gradient_norm_kernel<<<1, SUM_THREADS, 0, on>>>(a);
   return static_cast<int>(cudaGetLastError());
 }
 

@@ -1,9 +1,10 @@
-"""LaProp with decoupled prior and weight decay, every parameter in one call.
+"""LaProp with decoupled prior and weight decay, and the norm of its gradients: every parameter in one call.
 
 Paper: arXiv 2405.20053, on LaProp (arXiv 2002.04839); the momentum carries the learning rate (SPEC.md 4).
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,20 @@ GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 COPIES = (torch.bfloat16, torch.float16)
 
 
+class GradientNorm(NamedTuple):
+    """What :func:`gradient_norm` gives; all of it lies on the gradients' device.
+
+    Attributes:
+        norm: Euclidean norm of all gradients together, [] fp64.
+        scale: ``min(1, max_norm / norm)``, [1] fp32, NaN where the norm is not finite: ``grad_scale`` of ``laprop``.
+        finite: whether the norm is finite, which it is where every gradient is, [] bool.
+    """
+
+    norm: Tensor
+    scale: Tensor
+    finite: Tensor
+
+
 @torch.no_grad()
 def laprop(
     params: Sequence[Tensor],
@@ -22,7 +37,7 @@ def laprop(
     exp_avg_sq: Sequence[Tensor],
     priors: Sequence[Tensor] | None = None,
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float = 0.9,
     beta2: float = 0.95,
     eps: float = 1e-8,
@@ -31,10 +46,11 @@ def laprop(
     bias_correction: float = 1.0,
     momentum_scale: float = 1.0,
     grad_scale: Tensor | None = None,
+    clock: Tensor | None = None,
     copies: Sequence[Tensor] | None = None,
     backend: str = "auto",
 ) -> None:
-    """Update ``params``, ``exp_avg``, ``exp_avg_sq`` and ``copies`` in place.
+    """Update ``params``, ``exp_avg``, ``exp_avg_sq``, ``copies`` and ``clock`` in place.
 
     For each tensor, with g = grad * grad_scale::
 
@@ -43,9 +59,15 @@ def laprop(
         param = param - lr * (prior_decay * (param - prior) + weight_decay * param) - momentum_scale * exp_avg
         copy = param.to(copy.dtype)
 
+    Where ``grad_scale`` is not finite, nothing changes at all, the clock included; no one waits to find out.
+
     Lists are of equal length; tensors that stand at the same place have the same shape, and all are contiguous and on
-    one device. Parameters, state and priors are float32 (or float64, which the reference backend computes), gradients
-    float32, bfloat16 or float16. Float16, of gradients or copies, costs a pass of its own: the kernels do not know it.
+    one device. Parameters and state are float32 (or float64, which the reference backend computes), priors the same or
+    bfloat16, gradients float32, bfloat16 or float16. Float16, of gradients or copies, costs a pass of its own: the
+    kernels do not know it.
+
+    A CUDA graph can capture the call. What changes from step to step then has to lie on the device: the rate as a
+    tensor, the corrections by way of a clock, and gradients that keep their addresses.
 
     Args:
         params: the weights, fp32 masters where the model computes in bf16.
@@ -53,15 +75,18 @@ def laprop(
         exp_avg: momentum of normalised updates, which carries the learning rate.
         exp_avg_sq: second moment of the gradients.
         priors: the values that prior decay pulls to; needed where ``prior_decay`` is not 0.
-        lr: learning rate of this step.
+        lr: learning rate of this step; with a clock also as one number on the tensors' device, read when the step runs.
         beta1: decay of the momentum.
         beta2: decay of the second moment.
         eps: added to the root of the second moment.
         weight_decay: pull to zero, times ``lr``.
         prior_decay: pull to the prior, times ``lr``.
-        bias_correction: ``sqrt(1 - beta2 ** t)`` at step t, from 1.
-        momentum_scale: ``1 / c`` of SPEC.md 4, which corrects the momentum's bias; 1 where the learning rate is 0.
+        bias_correction: ``sqrt(1 - beta2 ** t)`` at step t, from 1; not read where there is a clock.
+        momentum_scale: ``1 / c`` of SPEC.md 4, which corrects the momentum's bias; 1 where the learning rate is 0; not
+            read where there is a clock.
         grad_scale: one fp32 number on the tensors' device that multiplies every gradient (a clip coefficient).
+        clock: [2] fp64 on the tensors' device, zeros before the first step: the number of steps taken, and a of
+            SPEC.md 4. It goes on by one step, and both corrections follow from it, in fp64.
         copies: bfloat16 or float16 tensors that receive the new weights, rounded to nearest even.
         backend: "auto", "reference", "cpu" (C++) or "cuda".
 
@@ -85,23 +110,35 @@ def laprop(
         backend = "reference"
     if params[0].dtype == torch.float64 and backend != "reference":
         raise ValueError(f"params[0]: expected float32 for backend {backend!r}, got float64")
+    device = params[0].device
     if grad_scale is not None:
-        checks.device("grad_scale", grad_scale, params[0].device)
-        checks.dtype("grad_scale", grad_scale, torch.float32)
-        checks.shape("grad_scale", grad_scale.reshape(-1), 1)
-    _check_numbers(lr, beta1, beta2, eps, weight_decay, prior_decay)
+        _check_number("grad_scale", grad_scale, device, torch.float32)
+    if clock is not None:
+        checks.shape("clock", clock, 2)
+        checks.dtype("clock", clock, torch.float64)
+        checks.device("clock", clock, device)
+        checks.contiguous("clock", clock)
+    rate = None
+    if isinstance(lr, Tensor):
+        if clock is None:
+            raise ValueError("lr: expected a number where there is no clock, got a tensor")
+        _check_number("lr", lr, device, (torch.float32, torch.float64))
+        rate, lr = lr.double(), 0.0
+    _check_settings(lr, beta1, beta2, eps, weight_decay, prior_decay)
     checks.number("bias_correction", bias_correction, 0.0, below=True)
     checks.number("momentum_scale", momentum_scale, 0.0, below=True)
     copies = list(copies or ())
     half = any(copy.dtype == torch.float16 for copy in copies)
     _laprop(
         list(params),
-        [grad.float() if grad.dtype == torch.float16 else grad for grad in grads],
+        _known(grads),
         list(exp_avg),
         list(exp_avg_sq),
         list(priors or ()),
         [] if half else copies,
         grad_scale,
+        clock,
+        rate,
         float(lr),
         float(beta1),
         float(beta2),
@@ -113,7 +150,61 @@ def laprop(
         backend,
     )
     if half:
-        torch._foreach_copy_(copies, list(params))
+        _copy(copies, params, grad_scale)
+
+
+@torch.no_grad()
+def gradient_norm(grads: Sequence[Tensor], *, max_norm: float = float("inf"), backend: str = "auto") -> GradientNorm:
+    """The norm of all gradients together, and the coefficient that clips it, without a wait for either.
+
+    The same as::
+
+        norm = torch.linalg.vector_norm(torch.cat([g.flatten().double() for g in grads]))
+        scale = min(1, max_norm / norm) if norm.isfinite() else nan
+
+    Squares are summed in fp64, which no finite gradient overflows, in an order that depends on nothing but the sizes:
+    the same gradients give the same norm, bit by bit, on any number of threads. The gradients are contiguous, on one
+    device, of any dtype of ``laprop``; float16 costs a pass of its own. Without gradients the norm is 0, on the CPU.
+
+    Args:
+        grads: tensors of any shapes.
+        max_norm: what ``scale`` brings the norm down to.
+        backend: "auto", "reference", "cpu" (C++) or "cuda".
+
+    Raises:
+        ValueError: an argument of the wrong dtype, device, layout or range.
+        RuntimeError: ``backend`` was asked for by name and cannot run here.
+    """
+    checks.option("backend", backend, ("auto", *dispatch.MODULES))
+    checks.number("max_norm", max_norm, 0.0)
+    for i, grad in enumerate(grads):
+        checks.tensor(f"grads[{i}]", grad)
+        checks.dtype(f"grads[{i}]", grad, (*GRADIENTS, torch.float64))
+        checks.device(f"grads[{i}]", grad, grads[0].device)
+        checks.contiguous(f"grads[{i}]", grad)
+    double = next((i for i, grad in enumerate(grads) if grad.dtype == torch.float64), None)
+    if double is not None and backend not in ("auto", "reference"):
+        raise ValueError(f"grads[{double}]: expected float32 or a half for backend {backend!r}, got float64")
+    grads = _known(grads) or [torch.zeros(0)]
+    return GradientNorm(*_gradient_norm(grads, float(max_norm), backend if double is None else "reference"))
+
+
+def _known(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients in dtypes that the kernels know."""
+    return [grad.float() if grad.dtype == torch.float16 else grad for grad in grads]
+
+
+def _copy(copies: Sequence[Tensor], params: Sequence[Tensor], grad_scale: Tensor | None) -> None:
+    """Round the weights into copies of both kinds, unless the step changed nothing."""
+    for copy, param in zip(copies, params, strict=True):
+        copy.copy_(param if grad_scale is None else torch.where(grad_scale.isfinite(), param.to(copy.dtype), copy))
+
+
+def _check_number(name: str, value: Tensor, device: torch.device, dtypes: torch.dtype | Sequence[torch.dtype]) -> None:
+    """One element on the device."""
+    checks.device(name, value, device)
+    checks.dtype(name, value, dtypes)
+    checks.shape(name, value.reshape(-1), 1)
 
 
 def _check_tensors(lists: dict[str, Sequence[Tensor]]) -> None:
@@ -123,7 +214,8 @@ def _check_tensors(lists: dict[str, Sequence[Tensor]]) -> None:
     checks.tensor("params[0]", first)
     checks.dtype("params[0]", first, (torch.float32, torch.float64))
     for name, tensors in lists.items():
-        dtypes = {"grads": (*GRADIENTS, first.dtype), "copies": COPIES}.get(name, (first.dtype,))
+        others = {"grads": GRADIENTS, "priors": (torch.bfloat16,)}.get(name, ())
+        dtypes = COPIES if name == "copies" else tuple(dict.fromkeys((*others, first.dtype)))
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             if (
                 not isinstance(tensor, Tensor)
@@ -143,7 +235,7 @@ def _complain(name: str, tensor: Tensor, param: Tensor, dtypes: tuple[torch.dtyp
     checks.contiguous(name, tensor)
 
 
-def _check_numbers(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, prior_decay: float) -> None:
+def _check_settings(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, prior_decay: float) -> None:
     checks.number("lr", lr, 0.0)
     checks.number("beta1", beta1, 0.0, 1.0, below=True)
     checks.number("beta2", beta2, 0.0, 1.0, below=True)
@@ -152,7 +244,7 @@ def _check_numbers(lr: float, beta1: float, beta2: float, eps: float, weight_dec
     checks.number("prior_decay", prior_decay, 0.0)
 
 
-@torch.library.custom_op("dph::laprop", mutates_args=("params", "exp_avg", "exp_avg_sq", "copies"))
+@torch.library.custom_op("dph::laprop", mutates_args=("params", "exp_avg", "exp_avg_sq", "copies", "clock"))
 def _laprop(
     params: list[Tensor],
     grads: list[Tensor],
@@ -161,6 +253,8 @@ def _laprop(
     priors: list[Tensor],
     copies: list[Tensor],
     grad_scale: Tensor | None,
+    clock: Tensor | None,
+    rate: Tensor | None,
     lr: float,
     beta1: float,
     beta2: float,
@@ -183,6 +277,8 @@ def _laprop(
         priors,
         copies,
         grad_scale,
+        clock,
+        rate,
         lr=lr,
         beta1=beta1,
         beta2=beta2,
@@ -197,3 +293,18 @@ def _laprop(
 @_laprop.register_fake
 def _(*arguments: object) -> None:
     """Nothing is returned; everything happens in place."""
+
+
+@torch.library.custom_op("dph::gradient_norm", mutates_args=())
+def _gradient_norm(grads: list[Tensor], max_norm: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return dispatch.call("gradient_norm", "laprop", grads[0], backend, grads, max_norm)
+
+
+@_gradient_norm.register_fake
+def _(grads: list[Tensor], *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    first = grads[0]
+    return (
+        first.new_empty((), dtype=torch.float64),
+        first.new_empty(1, dtype=torch.float32),
+        first.new_empty((), dtype=torch.bool),
+    )

@@ -1,11 +1,16 @@
 """LaProp by csrc/cpu/laprop.cpp and csrc/cuda/laprop.cu: every tensor in one call, each byte touched once."""
 
-from collections.abc import Sequence
+import functools
+from array import array
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from dph_kernels import native
+
+TABLES = 64  # device tables that are kept, of about 20 KB for 300 parameters
+BF16_GRAD, BF16_PRIOR = 1, 2  # of `kinds` in csrc/laprop.h
 
 
 def forward(
@@ -16,26 +21,62 @@ def forward(
     priors: Sequence[Tensor],
     copies: Sequence[Tensor],
     grad_scale: Tensor | None,
-    **coefficients: float,
+    clock: Tensor | None,
+    rate: Tensor | None,
+    **settings: float,
 ) -> None:
-    """One step, in place; the coefficients are those of ``reference.forward``."""
+    """One step, in place; the settings are those of ``reference.forward``."""
     device, kernels = params[0].device, native.module()
     rows, chunks = _table(params, grads, exp_avg, exp_avg_sq, priors, copies, kernels.LAPROP_CHUNK)
-    table = torch.tensor(rows, dtype=torch.int64)
     with native.device_guard(device):
-        # On CUDA the copy is ordered on the current stream, and so is the memory's reuse: the kernel reads it in time.
-        table = table.to(device)
+        table = _place(rows, device)
+        # Its memory may be used again as soon as this returns: by then the kernel is in line on the same stream.
+        coefficients = None
+        if clock is not None and device.type == "cuda":
+            coefficients = torch.empty(kernels.LAPROP_COEFFICIENTS, dtype=torch.float32, device=device)
         arguments = kernels.LapropArguments(
             table=table.data_ptr(),
             count=len(params),
             chunks=chunks,
             grad_scale=native.pointer(grad_scale),
-            **coefficients,
+            clock=native.pointer(clock),
+            rate=native.pointer(rate),
+            coefficients=native.pointer(coefficients),
+            **settings,
         )
-        if device.type == "cuda":
-            kernels.laprop_cuda(arguments, native.stream(device))
-        else:
-            kernels.laprop_cpu(arguments, native.threads())
+        _run("laprop", arguments, device)
+
+
+def gradient_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as ``reference.gradient_norm``."""
+    device, kernels = grads[0].device, native.module()
+    rows, chunks = _gradient_table(grads, kernels.LAPROP_CHUNK)
+    norm = torch.empty((), dtype=torch.float64, device=device)
+    scale = torch.empty(1, dtype=torch.float32, device=device)
+    finite = torch.empty((), dtype=torch.bool, device=device)
+    partials = torch.empty(chunks, dtype=torch.float64, device=device)
+    with native.device_guard(device):
+        table = _place(rows, device)
+        arguments = kernels.GradientNormArguments(
+            table=table.data_ptr(),
+            count=len(grads),
+            chunks=chunks,
+            max_norm=max_norm,
+            partials=partials.data_ptr(),
+            norm=norm.data_ptr(),
+            scale=scale.data_ptr(),
+            finite=finite.data_ptr(),
+        )
+        _run("gradient_norm", arguments, device)
+    return norm, scale, finite
+
+
+def _run(name: str, arguments: object, device: torch.device) -> None:
+    kernels = native.module()
+    if device.type == "cuda":
+        getattr(kernels, f"{name}_cuda")(arguments, native.stream(device))
+    else:
+        getattr(kernels, f"{name}_cpu")(arguments, native.threads())
 
 
 def _table(
@@ -52,8 +93,50 @@ def _table(
     columns = (params, exp_avg, exp_avg_sq, grads, priors or nothing, copies or nothing)
     rows, chunks = [], 0
     for tensors in zip(*columns, strict=True):
-        param, grad = tensors[0], tensors[3]
+        size, grad, prior = tensors[0].numel(), tensors[3], tensors[4]
         addresses = [native.pointer(tensor) for tensor in tensors]
-        rows.append((*addresses, param.numel(), chunks, int(grad.dtype == torch.bfloat16)))
-        chunks += -(-param.numel() // chunk)
+        rows.append((*addresses, size, chunks, _kinds(grad, prior)))
+        chunks += -(-size // chunk)
     return rows, chunks
+
+
+def _gradient_table(grads: Sequence[Tensor], chunk: int) -> tuple[list[tuple[int, ...]], int]:
+    """Rows of ``GradientTensor`` and how many chunks they make."""
+    rows, chunks = [], 0
+    for grad in grads:
+        size = grad.numel()
+        rows.append((grad.data_ptr(), size, chunks, _kinds(grad)))
+        chunks += -(-size // chunk)
+    return rows, chunks
+
+
+def _kinds(grad: Tensor, prior: Tensor | None = None) -> int:
+    bf16_prior = prior is not None and prior.dtype == torch.bfloat16
+    return BF16_GRAD * (grad.dtype == torch.bfloat16) + BF16_PRIOR * bf16_prior
+
+
+def _place(rows: Iterable[Iterable[int]], device: torch.device) -> Tensor:
+    """The rows as int64 words where the kernel reads them."""
+    words = array("q", (word for row in rows for word in row))
+    if device.type == "cpu":
+        return torch.frombuffer(words, dtype=torch.int64)
+    stream = native.stream(device)
+    if torch.cuda.is_current_stream_capturing():
+        # Part of the graph, which writes it anew at each replay: a kept table could be dropped while the graph lives.
+        return _write(words, device, stream)
+    return _keep(words.tobytes(), device, stream)
+
+
+@functools.lru_cache(maxsize=TABLES)
+def _keep(words: bytes, device: torch.device, stream: int) -> Tensor:
+    """A table on the device, the same for the same content.
+
+    Known by its words, so it cannot be stale, and by the stream that wrote it, so that it is read after that.
+    """
+    return _write(array("q", words), device, stream)
+
+
+def _write(words: array, device: torch.device, stream: int) -> Tensor:
+    table = torch.empty(len(words), dtype=torch.int64, device=device)
+    native.module().cuda_write(words.buffer_info()[0], len(words), table.data_ptr(), stream)
+    return table

@@ -24,7 +24,7 @@ COEFFICIENTS = {
 backends = pytest.mark.parametrize(("device", "backend"), implementations("laprop"))
 
 
-def make(sizes, device="cpu", *, grad_dtype=torch.float32, offset=0):
+def make(sizes, device="cpu", *, grad_dtype=torch.float32, prior_dtype=torch.float32, offset=0):
     """Lists of tensors as at some later step; with ``offset`` every tensor starts between two vector boundaries."""
 
     def tensors(dtype=torch.float32, scale=1.0):
@@ -36,7 +36,7 @@ def make(sizes, device="cpu", *, grad_dtype=torch.float32, offset=0):
         "grads": tensors(grad_dtype, 0.1),
         "exp_avg": tensors(scale=1e-3),
         "exp_avg_sq": [x.square() if offset == 0 else x.square_() for x in tensors(scale=0.1)],
-        "priors": tensors(),
+        "priors": tensors(prior_dtype),
         "copies": tensors(torch.bfloat16),
     }
 
@@ -70,8 +70,9 @@ def assert_step(lists, backend, **changes):
 @backends
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_many_tensors_match_fp64(device, backend, grad_dtype, offset):
-    lists = make(SIZES, device, grad_dtype=grad_dtype, offset=offset)
+@pytest.mark.parametrize("prior_dtype", [torch.float32, torch.bfloat16])
+def test_many_tensors_match_fp64(device, backend, grad_dtype, prior_dtype, offset):
+    lists = make(SIZES, device, grad_dtype=grad_dtype, prior_dtype=prior_dtype, offset=offset)
     assert_step(lists, backend, grad_scale=torch.full((1,), 0.37, device=device))
 
 
@@ -84,8 +85,9 @@ def test_each_size_alone(device, backend, size):
 @backends
 @pytest.mark.parametrize("absent", [("priors",), ("copies",), ("priors", "copies")])
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
-def test_without_priors_and_copies(device, backend, absent, grad_dtype):
-    lists = make([(257,), (20011,)], device, grad_dtype=grad_dtype)
+@pytest.mark.parametrize("prior_dtype", [torch.float32, torch.bfloat16])
+def test_without_priors_and_copies(device, backend, absent, grad_dtype, prior_dtype):
+    lists = make([(257,), (20011,)], device, grad_dtype=grad_dtype, prior_dtype=prior_dtype)
     for name in absent:
         del lists[name]
     assert_step(lists, backend, prior_decay=0.0 if "priors" in absent else 0.5)
@@ -204,8 +206,10 @@ def test_opcheck(device, backend):
     lists = make([(33, 17), (5,)], device)
     arguments = [[x.flatten()[:5].clone() for x in lists[name]] for name in lists]
     scale = torch.full((1,), 0.5, device=device)
+    clock, rate = (torch.zeros(n, dtype=torch.float64, device=device) for n in (2, 1))
     numbers = [COEFFICIENTS[name] for name in COEFFICIENTS]
-    torch.library.opcheck(torch.ops.dph.laprop.default, (*arguments, scale, *numbers, backend))
+    torch.library.opcheck(torch.ops.dph.laprop.default, (*arguments, scale, None, None, *numbers, backend))
+    torch.library.opcheck(torch.ops.dph.laprop.default, (*arguments, scale, clock, rate, *numbers, backend))
 
 
 @backends
