@@ -34,7 +34,13 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
         },
     },
     "linear_logprob": {"cpu": {"reference": ONLY}, "cuda": {"reference": ONLY}},
-    "swiglu_reward": {"cpu": {"reference": ONLY}, "cuda": {"reference": ONLY}},
+    "swiglu_reward": {
+        "cpu": {
+            "cpu": "C++ products with all else fused into them: benchmarks/bench_swiglu_reward.py",
+            "reference": "plain PyTorch runs everywhere",
+        },
+        "cuda": {"reference": ONLY},
+    },
     "preference_loss": {"cpu": {"reference": ONLY}, "cuda": {"reference": ONLY}},
     "laprop": {
         "cpu": {
@@ -54,6 +60,7 @@ DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("rope_attention", "cpu"): (torch.float32, torch.bfloat16),
     ("rope_attention", "triton"): UP_TO_FP32,
     ("rope_attention", "flash"): (torch.bfloat16, torch.float16),
+    ("swiglu_reward", "cpu"): (torch.float32, torch.bfloat16),
 }
 
 # Which file of an operator's folder holds a backend; no operator need have them all.
