@@ -6,16 +6,21 @@
 #include <memory>
 #include <type_traits>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace dph {
 namespace {
 
 constexpr int64_t BLOCK = 32;   // features that one thread takes at a time
+constexpr int64_t SPAN = 128;   // and at most where it reads weights by columns: the longer their runs, the better
 constexpr int64_t PANEL = 32;   // columns that lie together
 constexpr int64_t CHUNK = 256;  // columns of a product that a thread works on at a time
 constexpr int64_t DEPTH = 256;  // and features: a panel of them fits the first-level cache
 static_assert(BLOCK == PANEL && CHUNK % PANEL == 0 && DEPTH % PANEL == 0, "blocks are whole panels");
 
-int64_t blocks(int64_t size) { return (size + BLOCK - 1) / BLOCK; }
+int64_t blocks(int64_t size, int64_t block = BLOCK) { return (size + block - 1) / block; }
 int64_t padded(int64_t size) { return (size + REWARD_LANES - 1) / REWARD_LANES * REWARD_LANES; }
 
 // A matrix [features, lanes] as panels of 32 columns, the last one of 16 where that is enough.
@@ -44,15 +49,27 @@ Buffer<T> buffer(int64_t size) {
   return Buffer<T>(static_cast<T*>(aligned_alloc(64, (size * sizeof(T) + 64) / 64 * 64)));
 }
 
+// A large result that is about to be written whole: its memory is mostly new, and the system hands it out eight times as
+// fast in huge pages (27 against 3.3 ms for 48 MB).
+void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t least = int64_t{4} << 20, page = 4096;
+  const intptr_t first = (reinterpret_cast<intptr_t>(data) + page - 1) / page * page;
+  const intptr_t last = (reinterpret_cast<intptr_t>(data) + bytes) / page * page;
+  if (bytes >= least) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // it may be refused
+#endif
+}
+
 // What a thread works in.
 struct Scratch {
-  Buffer<float> sums = buffer(2 * BLOCK * CHUNK), packed = buffer(8 * DEPTH);
+  Buffer<float> sums = buffer(SPAN * CHUNK), packed = buffer(SPAN * (DEPTH + 16));
 };
 
 // A call with its intermediate results; ``lanes`` is R, padded.
 struct Job {
   const SwigluRewardArguments& a;
   int64_t lanes = padded(a.rows);
+  int64_t span = BLOCK;
   Buffer<float> reward = buffer(a.heads * a.columns);  // [K, C]
   Buffer<uint32_t> row_low = buffer<uint32_t>(lanes), row_high = buffer<uint32_t>(lanes);
   Buffer<float> parts;                                   // [blocks of C, K, lanes] of the rewards, or [C, K] of d_reward
@@ -212,13 +229,18 @@ void swiglu_reward_backward_cpu(const SwigluRewardArguments& a, int threads) {
     const int64_t last = (a.width - 1) / PANEL * PANEL;  // its panel may be wider than what is left of F
     memset(job.gated_rows.row(0, last), 0, a.rows * job.gated_rows.width(last) * sizeof(float));
   }
-  if (below || job.gated_rows.data) each(blocks(a.width), threads, job, kernels.gate_backward);
-  if (a.d_hidden) each(blocks(a.columns), threads, job, kernels.hidden_backward);
+  auto spans = [&](int64_t features, Stage stage) {
+    job.span = blocks(features, SPAN) >= 2 * threads ? SPAN : BLOCK;
+    each(blocks(features, job.span), threads, job, stage);
+  };
+  if (below || job.gated_rows.data) spans(a.width, kernels.gate_backward);
+  if (a.d_hidden) spans(a.columns, kernels.hidden_backward);
   if (wide) {
     job.hidden_rows = job.make(a.rows, padded(a.columns));
     each(blocks(a.columns), threads, job, kernels.turn_hidden);
   }
   auto weight = [&](const Panels& left, const Panels& right, int64_t columns, void* out) {
+    prefer_huge_pages(out, left.features * columns * (a.bf16 ? sizeof(uint16_t) : sizeof(float)));
     each(blocks(left.features), threads, [&](int64_t block, Scratch& scratch) {
       kernels.weight_backward(left, right, columns, out, a.bf16, block, scratch);
     });

@@ -46,39 +46,56 @@ struct Left {
   Panels panels;  // of whose features the factor is made instead, where data is null
 };
 
-// Rows [i, i + count) of the left factor at depths [k, k + depth) as float, missing rows of the tile as zeros: element
-// (r, d) is at to[r * depth + d], or where ``turned`` at to[d * MR + r].
-template <bool BF16>
+// Packed tiles of MR rows are this far apart: not by a power of two, as they would share few of the cache's sets.
+constexpr int64_t tile_step(int64_t depth) { return MR * depth + 16; }
+
+// Row r of those that are not turned.
+DPH_FN float* packed_row(float* packed, int64_t r, int64_t depth) {
+  return packed + r / MR * tile_step(depth) + r % MR * depth;
+}
+
+// Rows [i, i + count) of the left factor at depths [k, k + depth) as float, padded with zeros to whole tiles. In a tile,
+// element (r, d) is at r * depth + d, or where ``turned`` at d * MR + r.
+template <class Element>
 DPH_FN void pack_matrix(float* to, const Left& a, int64_t i, int64_t count, int64_t k, int64_t depth, bool turned) {
-  typedef typename std::conditional<BF16, uint16_t, float>::type Element;
   const Element* from = static_cast<const Element*>(a.data) + i * a.row + k * a.column;
   if (!turned) {
     for (int64_t r = 0; r < count; ++r) {
-      for (int64_t d = 0; d < depth; ++d) to[r * depth + d] = value(from[r * a.row + d]);
+      float* row = packed_row(to, r, depth);
+      for (int64_t d = 0; d < depth; ++d) row[d] = value(from[r * a.row + d]);
     }
-  } else if (count == MR && a.row == 1) {
-    for (int64_t d = 0; d < depth; ++d) {
-      for (int64_t r = 0; r < MR; ++r) to[d * MR + r] = value(from[r + d * a.column]);
-    }
-  } else {
-    for (int64_t d = 0; d < depth; ++d) {
-      for (int64_t r = 0; r < MR; ++r) to[d * MR + r] = r < count ? value(from[r * a.row + d * a.column]) : 0.0f;
+    return;
+  }
+  for (int64_t d = 0; d < depth; ++d, from += a.column) {
+    float* place = to + d * MR;
+    if (count % MR == 0 && a.row == 1) {  // a run of whole cache lines
+      for (int64_t r = 0; r < count; r += 16) __builtin_prefetch(from + 8 * a.column + r);
+      for (int64_t r = 0; r < count; r += MR, place += tile_step(depth)) {
+        for (int64_t t = 0; t < MR; ++t) place[t] = value(from[r + t]);
+      }
+    } else {
+      for (int64_t r = 0; r < count; r += MR, place += tile_step(depth)) {
+        for (int64_t t = 0; t < MR; ++t) place[t] = r + t < count ? value(from[(r + t) * a.row]) : 0.0f;
+      }
     }
   }
 }
 
 DPH_FN void pack(float* to, const Left& a, int64_t i, int64_t count, int64_t k, int64_t depth, bool turned) {
-  if (!turned) memset(to + count * depth, 0, (MR - count) * depth * sizeof(float));
-  if (!a.data) {
+  if (a.data && a.bf16) {
+    pack_matrix<uint16_t>(to, a, i, count, k, depth, turned);
+  } else if (a.data) {
+    pack_matrix<float>(to, a, i, count, k, depth, turned);
+  } else {
     for (int64_t r = 0; r < count; ++r) {
+      float* row = packed_row(to, r, depth);
       for (int64_t d = 0; d < depth; d += PANEL) {
-        memcpy(to + r * depth + d, a.panels.row(i + r, k + d), std::min(PANEL, depth - d) * sizeof(float));
+        memcpy(row + d, a.panels.row(i + r, k + d), std::min(PANEL, depth - d) * sizeof(float));
       }
     }
-  } else if (a.bf16) {
-    pack_matrix<true>(to, a, i, count, k, depth, turned);
-  } else {
-    pack_matrix<false>(to, a, i, count, k, depth, turned);
+  }
+  if (!turned && count % MR) {
+    memset(packed_row(to, count, depth), 0, (MR - count % MR) * depth * sizeof(float));
   }
 }
 
@@ -142,20 +159,15 @@ DPH_FN void multiply_tile(float* out, int64_t ld, const float* A, int64_t rs, bo
 DPH_TARGET static void product(float* out, int64_t ld, const Left& a, int64_t first, int64_t count, const Panels& b,
                                int64_t begin, int64_t end, float* packed) {
   const bool turned = a.data && a.column != 1;
+  const int64_t direct = a.data && !turned && !a.bf16 ? count / MR * MR : 0;  // rows that are multiplied as they lie
   for (int64_t i = 0; b.features == 0 && i < count; ++i) memset(out + i * ld, 0, (end - begin) * sizeof(float));
   for (int64_t k = 0; k < b.features; k += DEPTH) {
     const int64_t depth = std::min(DEPTH, b.features - k);
+    if (direct < count) pack(packed, a, first + direct, count - direct, k, depth, turned);
     for (int64_t i = 0; i < count; i += MR) {
-      const int64_t rows = std::min(MR, count - i);
-      const float* A = packed;
-      int64_t rs = depth;
-      if (a.data && !a.bf16 && !turned && rows == MR) {
-        A = static_cast<const float*>(a.data) + (first + i) * a.row + k;
-        rs = a.row;
-      } else {
-        pack(packed, a, first + i, rows, k, depth, turned);
-      }
-      multiply_tile(out + i * ld, ld, A, rs, turned, rows, b, k, depth, begin, end);
+      const bool lies = i < direct;
+      const float* A = lies ? static_cast<const float*>(a.data) + (first + i) * a.row + k : packed + (i - direct) / MR * tile_step(depth);
+      multiply_tile(out + i * ld, ld, A, lies ? a.row : depth, turned, std::min(MR, count - i), b, k, depth, begin, end);
     }
   }
 }
@@ -226,7 +238,7 @@ DPH_FN void draw(float* factors, const Job& job, const RewardDropout& dropout, i
   }
 }
 
-// Stages. Each takes a block of BLOCK features, for all answers.
+// Stages. Each takes a block of features, for all answers: BLOCK of them, or job.span where weights are read by columns.
 
 // Columns [32 block, ..) of the hidden states, times their dropout, with answers along the lanes.
 DPH_TARGET inline void take_hidden(const Job& job, int64_t block, Scratch&) {
@@ -376,9 +388,9 @@ DPH_TARGET inline void pool_backward_block(const Job& job, int64_t block, Scratc
 // Gradients of [x | g] and of b1 for one block of F; and x silu(g) again, with features along the lanes.
 DPH_TARGET inline void gate_backward_block(const Job& job, int64_t block, Scratch& s) {
   const SwigluRewardArguments& a = job.a;
-  const int64_t first = block * BLOCK, count = std::min(BLOCK, a.width - first);
+  const int64_t first = block * job.span, count = std::min(job.span, a.width - first);
   const Left turned = {a.w2.data, a.w2.column, a.w2.row, a.bf16, {}};
-  float x_biases[BLOCK] = {}, g_biases[BLOCK] = {};
+  float x_biases[SPAN] = {}, g_biases[SPAN] = {};
   for (int64_t begin = 0; begin < job.lanes; begin += CHUNK) {
     const int64_t end = std::min(begin + CHUNK, job.lanes);
     float* sums = s.sums.get();
@@ -424,7 +436,7 @@ DPH_TARGET inline void gate_backward_block(const Job& job, int64_t block, Scratc
 // Gradient of one block of hidden's columns.
 DPH_TARGET inline void hidden_backward_block(const Job& job, int64_t block, Scratch& s) {
   const SwigluRewardArguments& a = job.a;
-  const int64_t first = block * BLOCK, count = std::min(BLOCK, a.columns - first);
+  const int64_t first = block * job.span, count = std::min(job.span, a.columns - first);
   const RewardMatrix& w = a.width ? a.w1 : a.w2;
   const Left turned = {w.data, w.column, w.row, a.bf16, {}};
   const Panels& grad = a.width ? job.d_projected : job.d_pooled;
