@@ -10,6 +10,7 @@
 #include "laprop.h"
 #include "linear_logprob.h"
 #include "preference_loss.h"
+#include "swiglu_reward.h"
 #ifdef DPH_CUDA
 #include "cuda/runtime.h"
 #endif
@@ -201,6 +202,53 @@ void bind_preference_loss(py::module_& module) {
   module.def("preference_loss_cpu", &preference_loss, py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_swiglu_reward(py::module_& module) {
+  using namespace dph;
+  using namespace py::literals;
+  using Arguments = SwigluRewardArguments;
+  module.attr("REWARD_LANES") = REWARD_LANES;
+  py::class_<RewardMatrix>(module, "RewardMatrix")
+      .def(py::init([](intptr_t data, int64_t row, int64_t column) {
+             return RewardMatrix{reinterpret_cast<void*>(data), row, column};
+           }),
+           "data"_a = 0, "row"_a = 0, "column"_a = 0);
+  py::class_<RewardDropout>(module, "RewardDropout")
+      .def(py::init<uint32_t, uint32_t, float>(), "threshold"_a, "stream"_a, "keep"_a);
+  py::class_<Arguments>(module, "SwigluRewardArguments")
+      .def(py::init(&from_fields<Arguments>))
+      .def_readwrite("rows", &Arguments::rows)
+      .def_readwrite("columns", &Arguments::columns)
+      .def_readwrite("width", &Arguments::width)
+      .def_readwrite("heads", &Arguments::heads)
+      .def_readwrite("bf16", &Arguments::bf16)
+      .def_readwrite("hidden", &Arguments::hidden)
+      .def_readwrite("reward", &Arguments::reward)
+      .def_readwrite("w1", &Arguments::w1)
+      .def_readwrite("b1", &Arguments::b1)
+      .def_readwrite("w2", &Arguments::w2)
+      .def_readwrite("b2", &Arguments::b2)
+      .def_property("row_ids", nullptr, address(&Arguments::row_ids))
+      .def_readwrite("seed", &Arguments::seed)
+      .def_readwrite("input", &Arguments::input)
+      .def_readwrite("pooled", &Arguments::pooled)
+      .def_property("rewards", nullptr, address(&Arguments::rewards))
+      .def_property("kept_projected", nullptr, address(&Arguments::kept_projected))
+      .def_property("kept_pooled", nullptr, address(&Arguments::kept_pooled))
+      .def_property("grad", nullptr, address(&Arguments::grad))
+      .def_readwrite("grad_row", &Arguments::grad_row)
+      .def_readwrite("grad_column", &Arguments::grad_column)
+      .def_property("d_hidden", nullptr, address(&Arguments::d_hidden))
+      .def_property("d_reward", nullptr, address(&Arguments::d_reward))
+      .def_property("d_w1", nullptr, address(&Arguments::d_w1))
+      .def_property("d_b1", nullptr, address(&Arguments::d_b1))
+      .def_property("d_w2", nullptr, address(&Arguments::d_w2))
+      .def_property("d_b2", nullptr, address(&Arguments::d_b2));
+  const py::call_guard<py::gil_scoped_release> released;
+  module.def("swiglu_reward_lanes", &swiglu_reward_lanes, "most"_a);
+  module.def("swiglu_reward_forward_cpu", &swiglu_reward_forward_cpu, "arguments"_a, "threads"_a, released);
+  module.def("swiglu_reward_backward_cpu", &swiglu_reward_backward_cpu, "arguments"_a, "threads"_a, released);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -218,4 +266,5 @@ PYBIND11_MODULE(_native, module) {
   bind_laprop(module);
   bind_linear_logprob(module);
   bind_preference_loss(module);
+  bind_swiglu_reward(module);
 }

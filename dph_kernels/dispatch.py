@@ -55,6 +55,18 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
             "reference": "plain PyTorch runs everywhere, and in fp64",
         },
     },
+    "linear_logprob": {"cpu": {"reference": ONLY}, "cuda": {"reference": ONLY}},
+    "swiglu_reward": {
+        "cpu": {
+            "cpu": "C++ products with all else fused into them: benchmarks/bench_swiglu_reward.py",
+            "reference": "plain PyTorch runs everywhere",
+        },
+        "cuda": {
+            "triton": "two launches that stream the weights; not yet measured",
+            "reference": "plain PyTorch runs everywhere",
+        },
+    },
+    "preference_loss": {"cpu": {"reference": ONLY}, "cuda": {"reference": ONLY}},
     "laprop": {
         "cpu": {
             "cpu": "over 10 times as fast as eager PyTorch, as fast as its compiled form: benchmarks/bench_laprop.py",
@@ -77,6 +89,8 @@ DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("linear_logprob", "triton"): UP_TO_FP32,
     ("preference_loss", "cpu"): UP_TO_FP32,
     ("preference_loss", "triton"): UP_TO_FP32,
+    ("swiglu_reward", "cpu"): (torch.float32, torch.bfloat16),
+    ("swiglu_reward", "triton"): HALVES,
 }
 
 # Which file of an operator's folder holds a backend; no operator need have them all.

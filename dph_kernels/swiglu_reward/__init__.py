@@ -43,9 +43,15 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype, rows = torch.promote_types(hidden.dtype, torch.float32), hidden.shape[0]
-    projected = (rows, w1.shape[0]) if save and w1 is not None else (0,)
-    pooled = hidden.shape if save and w2 is not None else (0,)
-    shapes = ((rows, reward.shape[0]), projected, pooled)
+    name = "reference" if hidden.is_meta else backend
+    device = "cpu" if hidden.is_meta else hidden.device
+    kept = dispatch.implementation("swiglu_reward", device, name, hidden.dtype).kept_shapes
+    projected, pooled = kept(rows, hidden.shape[1], 0 if w1 is None else w1.shape[0] // 2)
+    shapes = (
+        (rows, reward.shape[0]),
+        projected if save and w1 is not None else (0,),
+        pooled if save and w2 is not None else (0,),
+    )
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
@@ -137,8 +143,8 @@ def _check_weights(
     width = columns
     if w1 is not None:
         _check("w1", w1, hidden, "2F", columns)
-        if w1.shape[0] % 2:
-            raise ValueError(f"w1: expected an even number of rows ([x | gate], 2F), got {w1.shape[0]}")
+        if w1.shape[0] % 2 or not w1.shape[0]:
+            raise ValueError(f"w1: expected an even, positive number of rows ([x | gate], 2F), got {w1.shape[0]}")
         _check("b1", b1, hidden, w1.shape[0])
         width = w1.shape[0] // 2
     _check("w2", w2, hidden, columns, width)

@@ -10,6 +10,11 @@ from dph_kernels import philox
 HIDDEN, REWARD, W1, B1, W2, B2 = range(6)
 
 
+def kept_shapes(rows: int, columns: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of [x | g] and of the pooled state, as ``forward`` keeps them for ``backward``."""
+    return (rows, 2 * width), (rows, columns)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` in the precision of x."""
     product = x @ weight.to(x.dtype).T

@@ -1,0 +1,475 @@
+// The pooler's kernels for one instruction set; swiglu_reward.cpp includes this once for each, in a namespace of its
+// own, with DPH_TARGET (the function attribute) and DPH_LANES (floats in a vector) defined. No include guard: that is
+// why.
+//
+// Answers lie along the lanes of vectors and features along the rows, so that a weight matrix is the left factor of
+// every product: it is read once, as it lies, and its elements are broadcast. Sums run over a row's own features in one
+// fixed order, so that a row's rewards do not depend on its batch.
+
+#define DPH_FN DPH_TARGET static inline __attribute__((always_inline))
+
+constexpr int64_t W = DPH_LANES;
+constexpr int64_t MR = W == 16 ? 8 : 4;  // rows of a micro-tile; times two vectors, the accumulators fill the registers
+
+typedef float Vec __attribute__((vector_size(4 * DPH_LANES)));
+typedef float Loose __attribute__((vector_size(4 * DPH_LANES), aligned(4), may_alias));
+
+DPH_FN Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+DPH_FN void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
+
+DPH_FN float value(float x) { return x; }
+DPH_FN float value(uint16_t bf16) { return float_from_bf16(bf16); }
+
+DPH_FN float get(const void* data, int64_t at, bool bf16) {
+  return bf16 ? value(static_cast<const uint16_t*>(data)[at]) : static_cast<const float*>(data)[at];
+}
+
+DPH_FN float get(const RewardMatrix& m, int64_t i, int64_t j, bool bf16) {
+  return get(m.data, i * m.row + j * m.column, bf16);
+}
+
+DPH_FN void put(void* data, int64_t at, float value, bool bf16) {
+  if (bf16) {
+    static_cast<uint16_t*>(data)[at] = bf16_from_float(value);
+  } else {
+    static_cast<float*>(data)[at] = value;
+  }
+}
+
+// Products
+
+// The left factor [.., depth] of a product.
+struct Left {
+  const void* data;
+  int64_t row, column;  // strides, of a matrix
+  bool bf16;
+  Panels panels;  // of whose features the factor is made instead, where data is null
+};
+
+// Packed tiles of MR rows are this far apart: not by a power of two, as they would share few of the cache's sets.
+constexpr int64_t tile_step(int64_t depth) { return MR * depth + 16; }
+
+// Row r of those that are not turned.
+DPH_FN float* packed_row(float* packed, int64_t r, int64_t depth) {
+  return packed + r / MR * tile_step(depth) + r % MR * depth;
+}
+
+// Rows [i, i + count) of the left factor at depths [k, k + depth) as float, padded with zeros to whole tiles. In a tile,
+// element (r, d) is at r * depth + d, or where ``turned`` at d * MR + r.
+template <class Element>
+DPH_FN void pack_matrix(float* to, const Left& a, int64_t i, int64_t count, int64_t k, int64_t depth, bool turned) {
+  const Element* from = static_cast<const Element*>(a.data) + i * a.row + k * a.column;
+  if (!turned) {
+    for (int64_t r = 0; r < count; ++r) {
+      float* row = packed_row(to, r, depth);
+      for (int64_t d = 0; d < depth; ++d) row[d] = value(from[r * a.row + d]);
+    }
+    return;
+  }
+  for (int64_t d = 0; d < depth; ++d, from += a.column) {
+    float* place = to + d * MR;
+    if (count % MR == 0 && a.row == 1) {  // a run of whole cache lines
+      for (int64_t r = 0; r < count; r += 16) __builtin_prefetch(from + 8 * a.column + r);
+      for (int64_t r = 0; r < count; r += MR, place += tile_step(depth)) {
+        for (int64_t t = 0; t < MR; ++t) place[t] = value(from[r + t]);
+      }
+    } else {
+      for (int64_t r = 0; r < count; r += MR, place += tile_step(depth)) {
+        for (int64_t t = 0; t < MR; ++t) place[t] = r + t < count ? value(from[(r + t) * a.row]) : 0.0f;
+      }
+    }
+  }
+}
+
+DPH_FN void pack(float* to, const Left& a, int64_t i, int64_t count, int64_t k, int64_t depth, bool turned) {
+  if (a.data && a.bf16) {
+    pack_matrix<uint16_t>(to, a, i, count, k, depth, turned);
+  } else if (a.data) {
+    pack_matrix<float>(to, a, i, count, k, depth, turned);
+  } else {
+    for (int64_t r = 0; r < count; ++r) {
+      float* row = packed_row(to, r, depth);
+      for (int64_t d = 0; d < depth; d += PANEL) {
+        memcpy(row + d, a.panels.row(i + r, k + d), std::min(PANEL, depth - d) * sizeof(float));
+      }
+    }
+  }
+  if (!turned && count % MR) {
+    memset(packed_row(to, count, depth), 0, (MR - count % MR) * depth * sizeof(float));
+  }
+}
+
+// C [MR, NV vectors] = A B, or += A B. A's element (r, k) is at A[r * rs + k * cs]; B's and C's rows are ldb and ldc
+// apart. A sum starts at zero and is added to C as one, which keeps the rounding of long ones small.
+template <int NV>
+DPH_FN void micro(int64_t depth, const float* A, int64_t rs, int64_t cs, const float* B, int64_t ldb, float* C,
+                  int64_t ldc, int64_t count, bool add) {
+  Vec acc[MR][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; ++n) acc[r][n] = Vec{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec b[NV];
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; ++n) b[n] = load(B + k * ldb + n * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      const Vec a = A[r * rs + k * cs] - Vec{};
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; ++n) acc[r][n] += a * b[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+    if (r >= count) break;
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; ++n) {
+      float* c = C + r * ldc + n * W;
+      store(c, add ? load(c) + acc[r][n] : acc[r][n]);
+    }
+  }
+}
+
+// One tile of rows times columns [begin, end) of the panels, whose features [k, k + depth) it meets.
+DPH_FN void multiply_tile(float* out, int64_t ld, const float* A, int64_t rs, bool turned, int64_t count,
+                          const Panels& b, int64_t k, int64_t depth, int64_t begin, int64_t end) {
+  for (int64_t j = begin; j < end; j += PANEL) {
+    const int64_t width = b.width(j);
+    const float* B = b.row(k, j);
+    for (int64_t n = 0; n < width;) {
+      float* C = out + j - begin + n;
+      const bool two = n + 2 * W <= width;
+      if (turned && two) {
+        micro<2>(depth, A, 1, MR, B + n, width, C, ld, count, k > 0);
+      } else if (turned) {
+        micro<1>(depth, A, 1, MR, B + n, width, C, ld, count, k > 0);
+      } else if (two) {
+        micro<2>(depth, A, rs, 1, B + n, width, C, ld, count, k > 0);
+      } else {
+        micro<1>(depth, A, rs, 1, B + n, width, C, ld, count, k > 0);
+      }
+      n += two ? 2 * W : W;
+    }
+  }
+}
+
+// out [count, end - begin] = rows [first, first + count) of the left factor times columns [begin, end) of the right.
+DPH_TARGET static void product(float* out, int64_t ld, const Left& a, int64_t first, int64_t count, const Panels& b,
+                               int64_t begin, int64_t end, float* packed) {
+  const bool turned = a.data && a.column != 1;
+  const int64_t direct = a.data && !turned && !a.bf16 ? count / MR * MR : 0;  // rows that are multiplied as they lie
+  for (int64_t i = 0; b.features == 0 && i < count; ++i) memset(out + i * ld, 0, (end - begin) * sizeof(float));
+  for (int64_t k = 0; k < b.features; k += DEPTH) {
+    const int64_t depth = std::min(DEPTH, b.features - k);
+    if (direct < count) pack(packed, a, first + direct, count - direct, k, depth, turned);
+    for (int64_t i = 0; i < count; i += MR) {
+      const bool lies = i < direct;
+      const float* A = lies ? static_cast<const float*>(a.data) + (first + i) * a.row + k : packed + (i - direct) / MR * tile_step(depth);
+      multiply_tile(out + i * ld, ld, A, lies ? a.row : depth, turned, std::min(MR, count - i), b, k, depth, begin, end);
+    }
+  }
+}
+
+// Elementwise functions, written for one element: the loops over lanes around them become vectors.
+
+// e^x to 1 unit in the last place, for x in [-87, 88]; x beyond counts as the nearer end, NaN stays NaN.
+DPH_FN float exp_of(float x) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
+  const float above = x < -87.0f ? -87.0f : x, clamped = above > 88.0f ? 88.0f : above;
+  const float shifted = clamped * 1.44269504f + magic, n = shifted - magic;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  float p = 1.9875691500e-4f;                                         // Cephes' expf, on [-ln 2 / 2, ln 2 / 2]
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return float_from_bits(bits_from_float(p) + (bits_from_float(shifted) << 23));
+}
+
+DPH_FN float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
+
+DPH_FN float tanh_of(float x) {
+  const float size = x < 0.0f ? -x : x, square = x * x;
+  float p = -5.70498872745e-3f;  // Cephes' tanhf, below 5/8
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const float small = p * square * x + x;
+  const float large = 1.0f - 2.0f / (1.0f + exp_of(2.0f * size));
+  return size < 0.625f ? small : x < 0.0f ? -large : large;
+}
+
+// Word 0 of Philox4x32-10 with key ``seed`` and counter (column, stream, row id): dph_kernels/philox.py.
+DPH_FN uint32_t philox(uint64_t seed, uint32_t column, uint32_t stream, uint32_t row_low, uint32_t row_high) {
+  uint32_t c0 = column, c1 = stream, c2 = row_low, c3 = row_high;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = uint64_t{0xD2511F53u} * c0, product1 = uint64_t{0xCD9E8D57u} * c2;
+    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(product1);
+    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(product0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return c0;
+}
+
+// The factors of a dropout for one column and ``count`` answers from ``row`` on.
+DPH_FN void draw(float* factors, const Job& job, const RewardDropout& dropout, int64_t column, int64_t row,
+                 int64_t count) {
+  const float kept = 1.0f / dropout.keep;
+  if (dropout.threshold == 0) {
+    for (int64_t l = 0; l < count; ++l) factors[l] = kept;
+    return;
+  }
+  const uint32_t *low = job.row_low.get() + row, *high = job.row_high.get() + row;
+  const uint32_t stream = dropout.stream, threshold = dropout.threshold, place = static_cast<uint32_t>(column);
+  const uint64_t seed = job.a.seed;
+#pragma omp simd
+  for (int64_t l = 0; l < count; ++l) {
+    factors[l] = philox(seed, place, stream, low[l], high[l]) >= threshold ? kept : 0.0f;
+  }
+}
+
+// Stages. Each takes a block of features, for all answers: BLOCK of them, or job.span where weights are read by columns.
+
+// Columns [32 block, ..) of the hidden states, times their dropout, with answers along the lanes.
+DPH_TARGET inline void take_hidden(const Job& job, int64_t block, Scratch&) {
+  const SwigluRewardArguments& a = job.a;
+  const int64_t first = block * BLOCK, last = std::min(first + BLOCK, a.columns);
+  for (int64_t j = 0; j < job.lanes; j += PANEL) {
+    const int64_t width = job.width(j), filled = std::min(width, std::max<int64_t>(a.rows - j, 0));
+    for (int64_t c = first; c < last; ++c) {
+      float* to = job.hidden.row(c, j);
+      for (int64_t l = 0; l < filled; ++l) to[l] = get(a.hidden, j + l, c, a.bf16);
+      for (int64_t l = filled; l < width; ++l) to[l] = 0.0f;
+      if (a.input.threshold == 0) continue;
+      alignas(64) float factors[PANEL];
+      draw(factors, job, a.input, c, j, width);
+      for (int64_t l = 0; l < width; ++l) to[l] *= factors[l];
+    }
+  }
+}
+
+// Columns [32 block, ..) of the same with features along the lanes, as the gradient of a weight matrix takes them.
+DPH_TARGET inline void turn_hidden(const Job& job, int64_t block, Scratch&) {
+  const int64_t first = block * PANEL, width = job.hidden_rows.width(first);
+  for (int64_t r = 0; r < job.a.rows; ++r) {
+    float* to = job.hidden_rows.row(r, first);
+    for (int64_t l = 0; l < width; ++l) to[l] = first + l < job.a.columns ? job.hidden.row(first + l, r)[0] : 0.0f;
+  }
+}
+
+// x silu(g) of one block of F.
+DPH_TARGET inline void gate_block(const Job& job, int64_t block, Scratch& s) {
+  const SwigluRewardArguments& a = job.a;
+  const int64_t first = block * BLOCK, count = std::min(BLOCK, a.width - first);
+  const Left w1 = {a.w1.data, a.w1.row, a.w1.column, a.bf16, {}};
+  float *xs = s.sums.get(), *gs = xs + BLOCK * CHUNK;
+  for (int64_t begin = 0; begin < job.lanes; begin += CHUNK) {
+    const int64_t end = std::min(begin + CHUNK, job.lanes);
+    product(xs, CHUNK, w1, first, count, job.hidden, begin, end, s.packed.get());
+    product(gs, CHUNK, w1, a.width + first, count, job.hidden, begin, end, s.packed.get());
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t f = first + i;
+      const float x_bias = a.b1.data ? get(a.b1, f, 0, a.bf16) : 0.0f;
+      const float g_bias = a.b1.data ? get(a.b1, a.width + f, 0, a.bf16) : 0.0f;
+      for (int64_t j = begin; j < end; j += PANEL) {
+        float *x = xs + i * CHUNK + j - begin, *g = gs + i * CHUNK + j - begin, *to = job.gated.row(f, j);
+        const int64_t width = job.width(j);
+#pragma omp simd
+        for (int64_t l = 0; l < width; ++l) {
+          x[l] += x_bias;
+          g[l] += g_bias;
+          to[l] = x[l] * (g[l] * sigmoid(g[l]));
+        }
+        if (!a.kept_projected) continue;
+        memcpy(job.projected.row(f, j), x, width * sizeof(float));
+        memcpy(job.projected.row(a.width + f, j), g, width * sizeof(float));
+      }
+    }
+  }
+}
+
+// What one block of C adds to the rewards: pooled state, dropout and the dot product with each reward vector.
+DPH_TARGET inline void reward_block(const Job& job, int64_t block, Scratch& s) {
+  const SwigluRewardArguments& a = job.a;
+  const int64_t first = block * BLOCK, count = std::min(BLOCK, a.columns - first);
+  const Left w2 = {a.w2.data, a.w2.row, a.w2.column, a.bf16, {}};
+  float* parts = job.parts.get() + block * a.heads * job.lanes;
+  memset(parts, 0, a.heads * job.lanes * sizeof(float));
+  for (int64_t begin = 0; begin < job.lanes; begin += CHUNK) {
+    const int64_t end = std::min(begin + CHUNK, job.lanes);
+    float* sums = s.sums.get();
+    if (a.w2.data) product(sums, CHUNK, w2, first, count, a.width ? job.gated : job.hidden, begin, end, s.packed.get());
+    for (int64_t i = 0; i < count; ++i) {
+      const float bias = a.b2.data ? get(a.b2, first + i, 0, a.bf16) : 0.0f;
+      for (int64_t j = begin; j < end; j += PANEL) {
+        alignas(64) float state[PANEL], factors[PANEL];
+        const int64_t width = job.width(j);
+        if (a.w2.data) {
+          const float* z = sums + i * CHUNK + j - begin;
+#pragma omp simd
+          for (int64_t l = 0; l < width; ++l) state[l] = tanh_of(z[l] + bias);
+        } else {
+          memcpy(state, job.hidden.row(first + i, j), width * sizeof(float));
+        }
+        if (a.kept_pooled) memcpy(job.pooled.row(first + i, j), state, width * sizeof(float));
+        draw(factors, job, a.pooled, first + i, j, width);
+        for (int64_t l = 0; l < width; ++l) state[l] *= factors[l];
+        for (int64_t k = 0; k < a.heads; ++k) {
+          const float weight = job.reward.get()[k * a.columns + first + i];
+          float* part = parts + k * job.lanes + j;
+          for (int64_t l = 0; l < width; ++l) part[l] += weight * state[l];
+        }
+      }
+    }
+  }
+}
+
+// One feature's gradients, with answers along the lanes from j on, times the input's dropout and turned back to rows.
+DPH_FN void put_hidden(const Job& job, int64_t column, int64_t j, const float* values) {
+  const SwigluRewardArguments& a = job.a;
+  const int64_t filled = std::min(job.width(j), a.rows - j);
+  alignas(64) float factors[PANEL];
+  draw(factors, job, a.input, column, j, filled);
+  for (int64_t l = 0; l < filled; ++l) put(a.d_hidden, (j + l) * a.columns + column, values[l] * factors[l], a.bf16);
+}
+
+// Gradients before tanh, of the reward vectors and of b2, for one block of C; of hidden where there is no pooler.
+DPH_TARGET inline void pool_backward_block(const Job& job, int64_t block, Scratch&) {
+  const SwigluRewardArguments& a = job.a;
+  const int64_t first = block * BLOCK, last = std::min(first + BLOCK, a.columns);
+  for (int64_t c = first; c < last; ++c) {
+    float d_bias = 0.0f, *d_reward = job.parts.get() + c * a.heads;
+    for (int64_t k = 0; k < a.heads; ++k) d_reward[k] = 0.0f;
+    for (int64_t j = 0; j < job.lanes; j += PANEL) {
+      alignas(64) float factors[PANEL], d[PANEL] = {};
+      const int64_t width = job.width(j);
+      const float* state = a.w2.data ? job.pooled.row(c, j) : job.hidden.row(c, j);
+      draw(factors, job, a.pooled, c, j, width);
+      for (int64_t k = 0; k < a.heads; ++k) {
+        const float* grad = job.grad.get() + k * job.lanes + j;
+        const float weight = job.reward.get()[k * a.columns + c];
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t l = 0; l < width; ++l) {
+          sum += grad[l] * (factors[l] * state[l]);
+          d[l] += weight * grad[l];
+        }
+        d_reward[k] += sum;
+      }
+      if (!a.w2.data) {
+        for (int64_t l = 0; l < width; ++l) d[l] *= factors[l];
+        if (a.d_hidden) put_hidden(job, c, j, d);
+        continue;
+      }
+      float* to = job.d_pooled.row(c, j);
+      float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t l = 0; l < width; ++l) {
+        to[l] = d[l] * factors[l] * (1.0f - state[l] * state[l]);
+        sum += to[l];
+      }
+      d_bias += sum;
+    }
+    for (int64_t k = 0; a.d_reward && k < a.heads; ++k) put(a.d_reward, k * a.columns + c, d_reward[k], a.bf16);
+    if (a.d_b2) put(a.d_b2, c, d_bias, a.bf16);
+  }
+}
+
+// Gradients of [x | g] and of b1 for one block of F; and x silu(g) again, with features along the lanes.
+DPH_TARGET inline void gate_backward_block(const Job& job, int64_t block, Scratch& s) {
+  const SwigluRewardArguments& a = job.a;
+  const int64_t first = block * job.span, count = std::min(job.span, a.width - first);
+  const Left turned = {a.w2.data, a.w2.column, a.w2.row, a.bf16, {}};
+  float x_biases[SPAN] = {}, g_biases[SPAN] = {};
+  for (int64_t begin = 0; begin < job.lanes; begin += CHUNK) {
+    const int64_t end = std::min(begin + CHUNK, job.lanes);
+    float* sums = s.sums.get();
+    if (job.d_projected.data) {
+      product(sums, CHUNK, turned, first, count, job.d_pooled, begin, end, s.packed.get());
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t f = first + i;
+      for (int64_t j = begin; j < end; j += PANEL) {
+        const float *x = job.projected.row(f, j), *g = job.projected.row(a.width + f, j);
+        const int64_t width = job.width(j), filled = std::min(width, a.rows - j);
+        if (job.d_projected.data) {
+          const float* d = sums + i * CHUNK + j - begin;
+          float *dx = job.d_projected.row(f, j), *dg = job.d_projected.row(a.width + f, j);
+          float x_sum = 0.0f, g_sum = 0.0f;
+#pragma omp simd reduction(+ : x_sum, g_sum)
+          for (int64_t l = 0; l < width; ++l) {
+            const float share = sigmoid(g[l]);
+            dx[l] = d[l] * (g[l] * share);
+            dg[l] = d[l] * x[l] * share * (1.0f + g[l] * (1.0f - share));
+            x_sum += dx[l];
+            g_sum += dg[l];
+          }
+          x_biases[i] += x_sum;
+          g_biases[i] += g_sum;
+        }
+        if (!job.gated_rows.data) continue;
+        alignas(64) float gated[PANEL];
+#pragma omp simd
+        for (int64_t l = 0; l < width; ++l) gated[l] = x[l] * (g[l] * sigmoid(g[l]));
+        float* to = job.gated_rows.row(j, f);
+        const int64_t step = job.gated_rows.width(f);
+        for (int64_t l = 0; l < filled; ++l) to[l * step] = gated[l];
+      }
+    }
+  }
+  for (int64_t i = 0; a.d_b1 && i < count; ++i) {
+    put(a.d_b1, first + i, x_biases[i], a.bf16);
+    put(a.d_b1, a.width + first + i, g_biases[i], a.bf16);
+  }
+}
+
+// Gradient of one block of hidden's columns.
+DPH_TARGET inline void hidden_backward_block(const Job& job, int64_t block, Scratch& s) {
+  const SwigluRewardArguments& a = job.a;
+  const int64_t first = block * job.span, count = std::min(job.span, a.columns - first);
+  const RewardMatrix& w = a.width ? a.w1 : a.w2;
+  const Left turned = {w.data, w.column, w.row, a.bf16, {}};
+  const Panels& grad = a.width ? job.d_projected : job.d_pooled;
+  for (int64_t begin = 0; begin < job.lanes; begin += CHUNK) {
+    const int64_t end = std::min(begin + CHUNK, job.lanes);
+    product(s.sums.get(), CHUNK, turned, first, count, grad, begin, end, s.packed.get());
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = begin; j < std::min(end, a.rows); j += PANEL) {
+        put_hidden(job, first + i, j, s.sums.get() + i * CHUNK + j - begin);
+      }
+    }
+  }
+}
+
+// BLOCK rows of a weight's gradient: features of ``left`` against those of ``right``, summed over the answers.
+DPH_TARGET inline void weight_backward_block(const Panels& left, const Panels& right, int64_t columns, void* out,
+                                             bool bf16, int64_t block, Scratch& s) {
+  const int64_t first = block * BLOCK, count = std::min(BLOCK, left.features - first);
+  const Left a = {nullptr, 0, 0, false, left};
+  for (int64_t begin = 0; begin < right.lanes; begin += CHUNK) {
+    const int64_t end = std::min(begin + CHUNK, right.lanes), whole = std::min(end, columns / PANEL * PANEL);
+    // Whole panels of floats go where they belong, the rest by way of a buffer.
+    const int64_t direct = bf16 ? begin : std::max(begin, whole);
+    float* place = static_cast<float*>(out) + first * columns + begin;
+    if (direct > begin) product(place, columns, a, first, count, right, begin, direct, s.packed.get());
+    if (direct == end) continue;
+    product(s.sums.get(), CHUNK, a, first, count, right, direct, end, s.packed.get());
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = direct; j < std::min(end, columns); ++j) {
+        put(out, (first + i) * columns + j, s.sums.get()[i * CHUNK + j - direct], bf16);
+      }
+    }
+  }
+}
+
+#undef DPH_FN

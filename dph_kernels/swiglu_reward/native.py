@@ -1,0 +1,87 @@
+"""Pooler and reward heads by csrc/cpu/swiglu_reward.cpp: fp32, or bf16 with fp32 arithmetic."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dph_kernels import native, philox
+
+
+LANES = 16  # answers are padded to a multiple of it, as REWARD_LANES in csrc/swiglu_reward.h says
+
+
+def kept_shapes(rows: int, columns: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of [x | g] and of the pooled state, as ``forward`` keeps them: a feature's answers lie together, padded."""
+    lanes = -(-rows // LANES) * LANES
+    return (2 * width, lanes), (columns, lanes)
+
+
+def forward(
+    hidden: Tensor, reward: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None,
+    row_ids: Tensor | None, dropout: float, input_dropout: float, seed: int, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What ``reference.forward`` gives, the last two in the kernels' layout."""
+    kernels = native.module()
+    rows, width = len(hidden), 0 if w1 is None else len(w1) // 2
+    projected, pooled = kept_shapes(rows, hidden.shape[1], width)
+    rewards = torch.empty(rows, len(reward))
+    projected = torch.empty(projected if save and w1 is not None else 0)
+    pooled = torch.empty(pooled if save and w2 is not None else 0)
+    row_ids = None if row_ids is None else row_ids.contiguous()
+    arguments = _arguments(hidden, reward, w1, w2, row_ids, projected, pooled, dropout, input_dropout, seed)
+    arguments.b1, arguments.b2 = _matrix(b1), _matrix(b2)
+    arguments.rewards = rewards.data_ptr()
+    kernels.swiglu_reward_forward_cpu(arguments, native.threads())
+    return rewards, projected, pooled
+
+
+def backward(
+    grad: Tensor, hidden: Tensor, reward: Tensor, w1: Tensor | None, w2: Tensor | None, row_ids: Tensor | None,
+    projected: Tensor, pooled: Tensor, dropout: float, input_dropout: float, seed: int, needs: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What ``reference.backward`` gives."""
+    kernels = native.module()
+    like = hidden, reward, w1, None if w1 is None else w1[:, 0], w2, None if w2 is None else w2[:, 0]
+    grads = [hidden.new_empty(x.shape if need else 0) for x, need in zip(like, needs, strict=True)]
+    row_ids = None if row_ids is None else row_ids.contiguous()
+    arguments = _arguments(hidden, reward, w1, w2, row_ids, projected, pooled, dropout, input_dropout, seed)
+    arguments.grad = grad.data_ptr()
+    arguments.grad_row, arguments.grad_column = grad.stride()
+    for name, value, need in zip(("hidden", "reward", "w1", "b1", "w2", "b2"), grads, needs, strict=True):
+        if need:
+            setattr(arguments, f"d_{name}", value.data_ptr())
+    kernels.swiglu_reward_backward_cpu(arguments, native.threads())
+    return tuple(grads)
+
+
+def _arguments(
+    hidden: Tensor, reward: Tensor, w1: Tensor | None, w2: Tensor | None, row_ids: Tensor | None,
+    projected: Tensor, pooled: Tensor, dropout: float, input_dropout: float, seed: int,
+) -> Any:  # fmt: skip
+    """What both passes take; it holds addresses, so the tensors have to outlive it."""
+    kernels = native.module()
+    return kernels.SwigluRewardArguments(
+        rows=len(hidden),
+        columns=hidden.shape[1],
+        width=0 if w1 is None else len(w1) // 2,
+        heads=len(reward),
+        bf16=hidden.dtype == torch.bfloat16,
+        hidden=_matrix(hidden),
+        reward=_matrix(reward),
+        w1=_matrix(w1),
+        w2=_matrix(w2),
+        row_ids=native.pointer(row_ids),
+        seed=seed % 2**64,
+        input=kernels.RewardDropout(philox.threshold(input_dropout), philox.INPUT, 1 - input_dropout),
+        pooled=kernels.RewardDropout(philox.threshold(dropout), philox.POOLED, 1 - dropout),
+        kept_projected=projected.data_ptr(),
+        kept_pooled=pooled.data_ptr(),
+    )
+
+
+def _matrix(x: Tensor | None) -> Any:
+    """A matrix, a vector as its only column, or none, as it lies in memory."""
+    matrix = native.module().RewardMatrix
+    return matrix() if x is None else matrix(x.data_ptr(), *x.stride())
