@@ -156,6 +156,8 @@ def compile_triton(launch: Launch, arch: int) -> tuple[bytes, str, int]:
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
     source = ASTSource(launch.kernel, launch.signature, launch.constants, attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    if launch.registers:
+        options["maxnreg"] = launch.registers
     target = GPUTarget("cuda", arch, 32)
     said = io.StringIO()
     with contextlib.redirect_stdout(said), triton.knobs.nvidia.scope():

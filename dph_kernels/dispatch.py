@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ONLY = "the only implementation so far"
 ASKED = "only where it is asked for by name: nothing measured speaks for it"
 
 # What `auto` tries, best first, and the measurement or the reason that puts it there.
@@ -44,7 +43,6 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
             "reference": "plain PyTorch runs everywhere",
         },
     },
-    "swiglu_reward": {"cpu": {"reference": ONLY}, "cuda": {"reference": ONLY}},
     "preference_loss": {
         "cpu": {
             "cpu": "4 times as fast as eager PyTorch, 2 as its compiled form: benchmarks/bench_preference_loss.py",
@@ -55,7 +53,6 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
             "reference": "plain PyTorch runs everywhere, and in fp64",
         },
     },
-    "linear_logprob": {"cpu": {"reference": ONLY}, "cuda": {"reference": ONLY}},
     "swiglu_reward": {
         "cpu": {
             "cpu": "C++ products with all else fused into them: benchmarks/bench_swiglu_reward.py",
@@ -66,7 +63,6 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
             "reference": "plain PyTorch runs everywhere",
         },
     },
-    "preference_loss": {"cpu": {"reference": ONLY}, "cuda": {"reference": ONLY}},
     "laprop": {
         "cpu": {
             "cpu": "over 10 times as fast as eager PyTorch, as fast as its compiled form: benchmarks/bench_laprop.py",
@@ -90,7 +86,7 @@ DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("preference_loss", "cpu"): UP_TO_FP32,
     ("preference_loss", "triton"): UP_TO_FP32,
     ("swiglu_reward", "cpu"): (torch.float32, torch.bfloat16),
-    ("swiglu_reward", "triton"): HALVES,
+    ("swiglu_reward", "triton"): UP_TO_FP32,
 }
 
 # Which file of an operator's folder holds a backend; no operator need have them all.
