@@ -23,9 +23,8 @@ class Engine:
         self.rows, self.columns = min(self.most_rows, most), min(self.most_columns, most)
 
     def operand(self, x: Tensor) -> Tensor:
-        """``x`` in fp32 with distinct elements in contiguous rows or columns."""
-        x = x.float()
-        return x if 1 in x.stride() and 0 not in x.stride() else x.contiguous()
+        """``x`` in fp32, contiguous; nothing is copied where it is."""
+        return x.float().contiguous()
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """``hidden @ weight.T``."""
@@ -49,7 +48,7 @@ class Engine:
         return logits
 
     def sums(self, result: Tensor, transposed: bool) -> Tensor:
-        """For products with ``x.T``, column by column: see :meth:`add`."""
+        """Column by column where a first factor is transposed: see :meth:`add`."""
         return result.new_empty(result.shape[::-1], dtype=torch.float32).T if transposed else tiles.fp32_sums(result)
 
     def add(self, total: Tensor, a: Tensor, b: Tensor, start: bool) -> None:

@@ -44,7 +44,7 @@ class Engine(Protocol):
         """upstream * (onehot(target) - softmax) of a tile, as the products take it; may overwrite ``logits``."""
 
     def sums(self, result: Tensor, transposed: bool) -> Tensor:
-        """Where the fp32 sums of a gradient are taken, shaped like it; ``transposed``: as products with ``x.T``."""
+        """Where the fp32 sums of a gradient are taken, in its shape; ``transposed``: :meth:`add`'s ``a`` will be."""
 
     def add(self, total: Tensor, a: Tensor, b: Tensor, start: bool) -> None:
         """``total += a @ b``, or ``total = a @ b`` where ``start``."""

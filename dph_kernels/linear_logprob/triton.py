@@ -135,7 +135,8 @@ class _Recorder(Engine):
 
     def run(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any]) -> None:
         """Describe it."""
-        words = str(self.dtype).removeprefix("torch."), *(name.lower() for name, on in constants.items() if on)
+        dtype = arguments.get("changes", arguments["logits"]).dtype
+        words = str(dtype).removeprefix("torch."), *(name.lower() for name, on in constants.items() if on)
         constants = {**constants, **SIZES}
         self.found.append(
             Launch(

@@ -375,8 +375,8 @@ INTERPRETED = [p for p in BACKENDS if p.values == ("cpu", "triton")]
 
 @pytest.mark.parametrize(("device", "backend"), NATIVE)
 def test_without_onednn(device, backend, small_tiles):
-    with torch.backends.mkldnn.flags(enabled=False):
-        compare(*make(65, 16, 111), backend)
+    small_tiles.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    compare(*make(65, 16, 111), backend)
 
 
 @pytest.mark.parametrize(("device", "backend"), NATIVE)
@@ -441,6 +441,21 @@ def test_rows_beyond_32_bits_in_triton(device, backend, monkeypatch):
     torch.testing.assert_close(logprobs, expected)
     kernels.gradient_rows[(1, 3)](start, start, **rows, upstream=upstream, **sizes)
     torch.testing.assert_close(logits.clone(), grad)
+
+
+@pytest.mark.parametrize("device", [*(p.values[0] for p in INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_triton_gives_nan_for_a_target_outside_of_the_vocabulary(device, small_tiles):
+    """The host does not look at targets on a GPU: nothing may be read or written in other places then."""
+    hidden, weight, targets = (x.detach() for x in make(5, 8, 65, device=device))
+    targets[1], targets[3] = -100, 65
+    triton = importlib.import_module("dph_kernels.linear_logprob.triton")
+    logprobs, normaliser, *_ = triton.forward(hidden, weight, targets, False)
+    assert logprobs.isnan().tolist() == [False, True, False, True, False]
+    grads = triton.backward(torch.ones_like(logprobs), hidden, weight, targets, normaliser, True, True)
+    expected = reference.backward(
+        torch.ones_like(logprobs)[::2], hidden[::2], weight, targets[::2], normaliser[:, ::2], True, False
+    )[0]
+    torch.testing.assert_close(grads[0][::2], expected)
 
 
 @pytest.mark.slow

@@ -1,0 +1,198 @@
+"""Log-probabilities under a head of 50,272 tokens, against everything else that computes them here.
+
+Everyone gets the loss of supervised training, the mean of -log p over R rows, so that those may take part which compute
+one loss for all rows: they know the upstream gradient in the forward pass, and make three products where others make
+four. Rates count what is necessary, three. Peak memory is beside the gradients themselves.
+"""
+
+import ctypes
+import functools
+import importlib
+import timeit
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from dph_kernels import dispatch, linear_logprob
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+R, C, V = (16384 if DEVICE == "cuda" else 4096), 768, 50272
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}[DTYPE]  # of the largest value
+CHUNK = 2**24  # logits at a time in the plain loop
+SECONDS = 2.0
+# Forward and backward pass, by device; memory of materialised logits over ours has to be 20 on the CPU.
+GOALS = {"cpu": {"materialised": 1.1}, "cuda": {"best rival": 1.0}}
+PRODUCTS = {"forward": 1, "both": 3}
+TITLES = {"forward": "forward", "both": "forward + backward"}
+
+
+class Contender(NamedTuple):
+    """``make()`` gives a function of hidden, weight and targets: [R] log-probabilities, or the loss."""
+
+    who: str
+    make: Callable
+    kind: str = "rival"
+    directions: tuple[str, ...] = ("forward", "both")
+
+
+def materialised(hidden, weight, targets):
+    return torch.log_softmax(hidden @ weight.T, -1, dtype=torch.float32).gather(-1, targets[:, None]).squeeze(-1)
+
+
+def compiled():
+    return torch.compile(materialised, fullgraph=True)
+
+
+def loop(hidden, weight, targets):
+    """Some rows at a time, each part's logits computed again in the backward pass."""
+    step = CHUNK // V
+    parts = zip(hidden.split(step), targets.split(step), strict=True)
+    return torch.cat([checkpoint(materialised, h, weight, t, use_reentrant=False) for h, t in parts])
+
+
+def torch_chunked(reduction):
+    """PyTorch's own fused loss (2.13 and later), in the chunks that it chooses."""
+
+    def make():
+        run, options = torch.nn.functional.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions()
+        sign = -1 if reduction == "none" else 1
+        return lambda hidden, weight, targets: sign * run(hidden, weight, targets, reduction=reduction, options=options)
+
+    return make
+
+
+def liger():
+    """Triton; one loss for all rows."""
+    run = importlib.import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
+    return lambda hidden, weight, targets: run(hidden, weight, targets, reduction="mean")
+
+
+def cut_cross_entropy():
+    """Triton, fully fused (arXiv 2411.09009)."""
+    run = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return lambda hidden, weight, targets: -run(hidden, weight, targets, reduction="none")
+
+
+def ours(backend):
+    return lambda: functools.partial(linear_logprob, backend=backend)
+
+
+CONTENDERS = [
+    *(Contender(backend, ours(backend), "ours") for backend in dispatch.AUTO["linear_logprob"][DEVICE]),
+    Contender("materialised", lambda: materialised),
+    Contender("torch.compile", compiled),
+    Contender("plain loop", lambda: loop),
+    Contender("torch, by row", torch_chunked("none")),
+    Contender("torch, one loss", torch_chunked("mean"), directions=("both",)),
+    *([Contender("Liger", liger, directions=("both",))] if DEVICE == "cuda" else []),
+    *([Contender("cut-cross-entropy", cut_cross_entropy)] if DEVICE == "cuda" else []),
+]
+
+
+@functools.cache
+def problem(rows):
+    """hidden, weight and targets."""
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, C, device=DEVICE).to(DTYPE).requires_grad_()
+    weight = torch.randn(V, C, device=DEVICE).mul(0.05).to(DTYPE).requires_grad_()
+    return hidden, weight, torch.randint(V, (rows,), device=DEVICE)
+
+
+def step(run, direction, hidden, weight, targets):
+    """The loss, or its gradients too."""
+    with torch.set_grad_enabled(direction == "both"):
+        out = run(hidden, weight, targets)
+        loss = -out.mean() if out.ndim else out
+    return [loss, *torch.autograd.grad(loss, (hidden, weight))] if direction == "both" else [loss]
+
+
+@functools.cache
+def truth(rows):
+    hidden, weight, targets = problem(rows)
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    loss = torch.nn.functional.cross_entropy(wide[0] @ wide[1].T, targets)
+    return [loss.detach(), *torch.autograd.grad(loss, wide)]
+
+
+def check(run, direction, rows=300):
+    """What is timed is right: on fewer rows, as fp64 costs."""
+    for got, want in zip(step(run, direction, *problem(rows)), truth(rows), strict=False):
+        error = (got.double() - want).abs().max()
+        assert error <= TOLERANCE * want.abs().max(), f"off by {error:.2e}"
+
+
+def peak_on_cpu(run):
+    """Bytes by which a call raises the peak of resident memory; None where the system does not tell."""
+
+    def peak():
+        with open("/proc/self/status") as status:
+            return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # or what calls before have left would serve, and not be seen
+        with open("/proc/self/clear_refs", "w") as reset:
+            reset.write("5")  # the peak is what is used now
+    except (OSError, AttributeError):
+        return None
+    before = peak()
+    run()
+    return peak() - before
+
+
+@functools.cache
+def product_limit():
+    """Operations per second of the fastest product here: on the CPU PyTorch's own is not always that."""
+    product = importlib.import_module("dph_kernels.linear_logprob.native").product
+    a, b = (torch.randn(1536, 1536) for _ in range(2))
+    return 2 * 1536**3 / _least_seconds(lambda: product(a, b))
+
+
+def _least_seconds(run):
+    run()
+    return min(timeit.repeat(run, number=1, repeat=10))
+
+
+CASES = [
+    pytest.param(direction, contender, id=f"{direction}-{contender.who.replace(', ', '-').replace(' ', '-')}")
+    for direction in PRODUCTS
+    for contender in CONTENDERS
+    if direction in contender.directions
+]
+
+
+@pytest.mark.parametrize(("direction", "contender"), CASES)
+def bench_linear_logprob(direction, contender, timed, peak_memory, record, limits):
+    rival = contender.kind != "ours"
+    if not rival and (reason := dispatch.missing("linear_logprob", contender.who, DEVICE, DTYPE)):
+        pytest.skip(reason)
+    try:
+        run = contender.make()
+        check(run, direction)
+    except Exception as error:  # whatever keeps somebody else's work from running here
+        if not rival or isinstance(error, AssertionError):
+            raise
+        pytest.skip(f"{contender.who}: {(str(error).strip().splitlines() or [repr(error)])[0]}")
+    given = problem(R)
+
+    def once():
+        step(run, direction, *given)
+
+    once()
+    peak = peak_memory(once) if DEVICE == "cuda" else peak_on_cpu(once)
+    if peak is not None and direction == "both":
+        peak -= sum(x.numel() * x.element_size() for x in given[:2])
+    timed(once, SECONDS)
+    record(
+        f"linear_logprob R={R} V={V}, {TITLES[direction]}",
+        contender.who,
+        flops=PRODUCTS[direction] * 2 * R * C * V,
+        limit=max(limits.matmul(DEVICE, DTYPE), product_limit() if DEVICE == "cpu" else 0),
+        peak=peak,
+        rival=rival,
+        kind=contender.kind,
+        target=None if rival or direction == "forward" else GOALS[DEVICE],
+    )
