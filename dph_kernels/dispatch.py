@@ -64,7 +64,7 @@ DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("rope_attention", "triton"): UP_TO_FP32,
     ("rope_attention", "flash"): (torch.bfloat16, torch.float16),
     ("swiglu_reward", "cpu"): (torch.float32, torch.bfloat16),
-    ("swiglu_reward", "triton"): HALVES,
+    ("swiglu_reward", "triton"): UP_TO_FP32,
 }
 
 # Which file of an operator's folder holds a backend; no operator need have them all.
