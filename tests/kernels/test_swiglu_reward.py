@@ -4,83 +4,15 @@ import importlib
 
 import pytest
 import torch
-from numerics import assert_close_to_fp64, implementations, skip_where_unsupported
+from numerics import implementations, skip_where_unsupported
+from poolers import POOLERS, SIZES, compare, eager, make
 
-from dph_kernels import philox
 from dph_kernels.swiglu_reward import swiglu_reward
 
 reference = importlib.import_module("dph_kernels.swiglu_reward.reference")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-SIZES = [(1, 1, 1, 1), (2, 3, 5, 1), (63, 64, 65, 2), (64, 65, 63, 1), (3, 111, 257, 5), (65, 2, 1, 3), (257, 16, 8, 1)]
-POOLERS = ["identity", "bert", "swiglu"]
-WEIGHTS = {"identity": (), "bert": ("w2", "b2"), "swiglu": ("w1", "b1", "w2", "b2")}
 BACKENDS = implementations("swiglu_reward")
-
-
-def make(rows, columns, width, heads, pooler="swiglu", dtype=torch.float32, device="cpu"):
-    """Named inputs: hidden, reward and the pooler's weights, of a size that keeps tanh away from saturation."""
-    inner = width if pooler == "swiglu" else columns
-    shapes = {
-        "hidden": (rows, columns),
-        "reward": (heads, columns),
-        "w1": (2 * width, columns),
-        "b1": (2 * width,),
-        "w2": (columns, inner),
-        "b2": (columns,),
-    }
-    names = ("hidden", "reward", *WEIGHTS[pooler])
-    fan_in = {"reward": columns, "w1": columns, "w2": inner}
-    return {
-        name: torch.randn(shapes[name], device=device).div(fan_in.get(name, 1) ** 0.5).to(dtype).requires_grad_()
-        for name in names
-    }
-
-
-def eager(hidden, reward, w1=None, b1=None, w2=None, b2=None, input_mask=None, mask=None):
-    """What one would write, in the precision of the inputs."""
-    state = hidden if input_mask is None else hidden * input_mask
-    if w1 is not None:
-        x, g = torch.nn.functional.linear(state, w1, b1).chunk(2, -1)
-        state = x * torch.nn.functional.silu(g)
-    if w2 is not None:
-        state = torch.nn.functional.linear(state, w2, b2).tanh()
-    return (state if mask is None else state * mask) @ reward.T
-
-
-def as_fp64(inputs):
-    return {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
-
-
-def compare(inputs, backend, grad=None, **options):
-    """Rewards and all gradients of an operator call against eager PyTorch under the same masks."""
-    hidden = inputs["hidden"]
-    rows = options.get("row_ids", torch.arange(len(hidden), device=hidden.device))
-
-    def draw(p, stream):
-        return philox.dropout_mask(rows, hidden.shape[1], p, options.get("seed", 0), stream, torch.float64)
-
-    masks = {
-        "input_mask": draw(options.get("input_dropout", 0.0), philox.INPUT),
-        "mask": draw(options.get("dropout", 0.0), philox.POOLED),
-    }
-    got = swiglu_reward(**inputs, **options, backend=backend)
-    same = eager(**inputs, **{name: mask.to(hidden.dtype) for name, mask in masks.items()})
-    wide = as_fp64(inputs)
-    truth = eager(**wide, **masks)
-    assert got.dtype == torch.promote_types(hidden.dtype, torch.float32)
-    assert_close_to_fp64(got, same, truth, "rewards")
-    grad = torch.randn_like(got) if grad is None else grad
-    gradients = zip(
-        inputs,
-        torch.autograd.grad(got, inputs.values(), grad),
-        torch.autograd.grad(same, inputs.values(), grad.to(same.dtype)),
-        torch.autograd.grad(truth, wide.values(), grad.double()),
-        strict=True,
-    )
-    for name, ours, theirs, true in gradients:
-        assert ours.dtype == inputs[name].dtype
-        assert_close_to_fp64(ours, theirs, true, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -246,20 +178,6 @@ def test_gradcheck(pooler, dropout):
         return swiglu_reward(**dict(zip(inputs, values, strict=True)), **options)
 
     assert torch.autograd.gradcheck(call, tuple(inputs.values()))
-
-
-@pytest.mark.parametrize("pooler", POOLERS)
-def test_opcheck(pooler):
-    inputs = make(5, 8, 6, 2, pooler)
-    tensors = [inputs.get(name) for name in ("hidden", "reward", "w1", "b1", "w2", "b2")]
-    forward, backward = torch.ops.dph.swiglu_reward.default, torch.ops.dph.swiglu_reward_backward.default
-    torch.library.opcheck(forward, (*tensors, None, 0.1, 0.2, 3, True, "auto"))
-    tensors = [x if x is None else x.detach() for x in tensors]
-    torch.library.opcheck(forward, (*tensors, torch.arange(5), 0.1, 0.0, 3, False, "auto"))
-    rewards, *saved = forward(*tensors, None, 0.1, 0.2, 3, True, "auto")
-    kept = (torch.ones_like(rewards), tensors[0], tensors[1], tensors[2], tensors[4], None, *saved)
-    for needs in ([x is not None for x in tensors], [False, True, *[False] * 4]):
-        torch.library.opcheck(backward, (*kept, 0.1, 0.2, 3, needs, "auto"))
 
 
 def test_the_bare_operator_refuses_to_lose_gradients():
