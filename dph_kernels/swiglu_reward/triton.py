@@ -348,9 +348,13 @@ class _Recorder(_Machine):
         wide = self.capability >= 90 and config.rows >= 64
         dtype = next(arguments[name].dtype for name in ("w1", "w2", "reward", "x") if name in arguments)
         words = [f"{config.rows}x{config.columns}", str(dtype).removeprefix("torch.")]
-        words += [f"{name.lower()}={constants[name]}" for name in ("DEPTH", "SHARES", "K") if constants.get(name, 1) > 1]
+        words += [
+            f"{name.lower()}={constants[name]}" for name in ("DEPTH", "SHARES", "K") if constants.get(name, 1) > 1
+        ]
         words += [name.lower() for name in ("DROP", "SAVE", "POOLED", "NUMBERED") if constants.get(name)]
-        aligned = [n for n, v in arguments.items() if isinstance(v, Tensor) or n not in kernels.NUMBERS and v % 16 == 0]
+        aligned = [
+            n for n, v in arguments.items() if isinstance(v, Tensor) or (n not in kernels.NUMBERS and v % 16 == 0)
+        ]
         self.found.append(
             Launch(
                 name=" ".join([f"swiglu_reward.{kernel.__name__}", *words]),

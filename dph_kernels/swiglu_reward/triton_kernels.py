@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202, SIM108
 """The Triton kernels of the pooler and its reward heads (arXiv 2405.20053, section 3.1).
 
 Few answers are judged at a time, so the limit is the reading of the weights: every program streams columns of its own,
