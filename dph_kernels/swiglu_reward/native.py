@@ -12,7 +12,7 @@ LANES = 16  # answers are padded to a multiple of it, as REWARD_LANES in csrc/sw
 
 
 def kept_shapes(rows: int, columns: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of [x | g] and the pooled state as ``forward`` keeps them: the answers of a feature side by side, padded."""
+    """Shapes of [x | g] and the pooled state as ``forward`` keeps them: a feature's answers side by side, padded."""
     lanes = -(-rows // LANES) * LANES
     return (2 * width, lanes), (columns, lanes)
 
