@@ -98,7 +98,7 @@ def toys(toy):
 @needs_triton
 @needs_nvcc
 def test_every_kernel_of_the_package_is_well():
-    """Attention at the tuned head dimension, some of the others, in bf16; without arguments it takes all, and minutes."""
+    """Attention at the tuned head dimension, some of the others, in bf16; without arguments the audit takes all."""
     attention, rest = "bfloat16 D=64", ("linear_logprob.gradient_rows bfloat16", "preference_loss bfloat16")
     done = run("--only", attention, *rest, "swiglu_reward.gate 16x16 bfloat16", "cuda/")
     assert done.returncode == 0, done.stdout + done.stderr
