@@ -52,31 +52,36 @@ CONFIGS: dict[int, dict[str, dict[tuple[int, int], Config]]] = {
     80: {
         "forward": {
             (HALF, 16): Config(128, 64, 32, 4, 3), (HALF, 32): Config(128, 64, 32, 4, 3),
-            (HALF, 64): Config(128, 64, 32, 8, 3), (HALF, 128): Config(128, 64, 32, 8, 2),
+            (HALF, 64): Config(128, 64, 32, 8, 3), (HALF, 128): Config(64, 64, 32, 8, 2),
             (SINGLE, 16): Config(32, 32, 16, 4, 2), (SINGLE, 32): Config(32, 32, 16, 4, 2),
             (SINGLE, 64): Config(32, 32, 16, 4, 2), (SINGLE, 128): Config(32, 32, 16, 4, 2),
         },
         "few": {
             (HALF, 16): Config(16, 64, 32, 1, 3), (HALF, 32): Config(16, 64, 32, 1, 3),
-            (HALF, 64): Config(16, 64, 32, 1, 3), (HALF, 128): Config(16, 64, 32, 2, 3),
+            (HALF, 64): Config(16, 64, 32, 1, 3), (HALF, 128): Config(16, 32, 32, 4, 3),
             (SINGLE, 16): Config(16, 32, 16, 2, 2), (SINGLE, 32): Config(16, 32, 16, 2, 2),
             (SINGLE, 64): Config(16, 32, 16, 2, 2), (SINGLE, 128): Config(16, 32, 16, 4, 2),
         },
         "queries": {
             (HALF, 16): Config(128, 64, 32, 8, 3), (HALF, 32): Config(128, 64, 32, 8, 3),
-            (HALF, 64): Config(128, 64, 32, 8, 3), (HALF, 128): Config(128, 64, 32, 8, 2),
+            (HALF, 64): Config(128, 64, 32, 8, 3), (HALF, 128): Config(64, 64, 32, 8, 2),
             (SINGLE, 16): Config(32, 32, 16, 4, 2), (SINGLE, 32): Config(32, 32, 16, 4, 2),
             (SINGLE, 64): Config(32, 32, 16, 4, 2), (SINGLE, 128): Config(32, 32, 16, 4, 2),
         },
         "keys": {
             (HALF, 16): Config(64, 128, 32, 8, 3), (HALF, 32): Config(64, 128, 32, 8, 3),
-            (HALF, 64): Config(64, 128, 32, 8, 3), (HALF, 128): Config(64, 128, 32, 8, 2),
+            (HALF, 64): Config(64, 128, 32, 8, 3), (HALF, 128): Config(64, 64, 32, 8, 2),
             (SINGLE, 16): Config(32, 32, 16, 4, 2), (SINGLE, 32): Config(32, 32, 16, 4, 2),
             (SINGLE, 64): Config(32, 32, 16, 4, 2), (SINGLE, 128): Config(32, 32, 16, 4, 2),
         },
     },
 }  # fmt: skip
-CONFIGS[90] = CONFIGS[80]
+CONFIGS[90] = {
+    **CONFIGS[80],
+    "forward": CONFIGS[80]["forward"] | {(HALF, 128): Config(128, 64, 32, 8, 2)},
+    "queries": CONFIGS[80]["queries"] | {(HALF, 128): Config(128, 64, 32, 8, 2)},
+    "keys": CONFIGS[80]["keys"] | {(HALF, 128): Config(32, 64, 32, 8, 2)},
+}
 INTERPRETED = {
     "forward": Config(32, 32, 16, 1, 1), "few": Config(16, 32, 16, 1, 1),
     "queries": Config(32, 32, 16, 1, 1), "keys": Config(32, 32, 16, 1, 1),
