@@ -26,7 +26,8 @@ class Config(NamedTuple):
     queries, keys: the block of scores (BM x BN).
     step: how many of the side that a program walks along are taken at once where a mask is needed.
     warps, stages: of a program, and of its software pipeline.
-    registers: most that a thread may have, so that enough programs share a processor; None: the compiler decides.
+    registers: most that a thread may have: fewer let more programs share a processor. None: the compiler decides, and
+        ptxas may spill a few bytes for one program more.
     """
 
     queries: int
@@ -44,44 +45,69 @@ class Config(NamedTuple):
         return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
-HALF, SINGLE = 2, 4  # bytes of an element
-
-# By architecture, kernel, bytes of an element and padded head dimension. "few" is the forward kernel where no segment
-# has more than FEW queries.
-CONFIGS: dict[int, dict[str, dict[tuple[int, int], Config]]] = {
+# Of half precision, by architecture, kernel and head dimension, where RAGGED stands for all that are not 16, 32, 64 or
+# 128. "few" is the forward kernel where no segment has more than FEW queries. Chosen by what the compiler makes of them
+# (Triton 3.6 and 3.9), not yet by measurement: nothing spilled in the forward pass; where that is possible two programs
+# or more share a processor, so that one computes its softmax while another multiplies.
+RAGGED = 0
+CONFIGS: dict[int, dict[str, dict[int, Config]]] = {
     80: {
         "forward": {
-            (HALF, 16): Config(128, 64, 32, 4, 3), (HALF, 32): Config(128, 64, 32, 4, 3),
-            (HALF, 64): Config(128, 64, 32, 8, 3), (HALF, 128): Config(64, 64, 32, 8, 2),
-            (SINGLE, 16): Config(32, 32, 16, 4, 2), (SINGLE, 32): Config(32, 32, 16, 4, 2),
-            (SINGLE, 64): Config(32, 32, 16, 4, 2), (SINGLE, 128): Config(32, 32, 16, 4, 2),
+            16: Config(128, 64, 32, 4, 3, 192), 32: Config(128, 64, 32, 4, 3, 192),
+            64: Config(128, 64, 32, 4, 3), 128: Config(128, 64, 32, 8, 2, 255),
+            RAGGED: Config(64, 64, 32, 8, 2),
         },
         "few": {
-            (HALF, 16): Config(16, 64, 32, 1, 3), (HALF, 32): Config(16, 64, 32, 1, 3),
-            (HALF, 64): Config(16, 64, 32, 1, 3), (HALF, 128): Config(16, 32, 32, 4, 3),
-            (SINGLE, 16): Config(16, 32, 16, 2, 2), (SINGLE, 32): Config(16, 32, 16, 2, 2),
-            (SINGLE, 64): Config(16, 32, 16, 2, 2), (SINGLE, 128): Config(16, 32, 16, 4, 2),
+            16: Config(16, 64, 32, 1, 3), 32: Config(16, 64, 32, 1, 3),
+            64: Config(16, 64, 32, 1, 3), 128: Config(16, 32, 32, 4, 3),
+            RAGGED: Config(16, 32, 32, 4, 3),
         },
         "queries": {
-            (HALF, 16): Config(128, 64, 32, 8, 3), (HALF, 32): Config(128, 64, 32, 8, 3),
-            (HALF, 64): Config(128, 64, 32, 8, 3), (HALF, 128): Config(64, 64, 32, 8, 2),
-            (SINGLE, 16): Config(32, 32, 16, 4, 2), (SINGLE, 32): Config(32, 32, 16, 4, 2),
-            (SINGLE, 64): Config(32, 32, 16, 4, 2), (SINGLE, 128): Config(32, 32, 16, 4, 2),
+            16: Config(128, 64, 32, 8, 2), 32: Config(128, 64, 32, 8, 2),
+            64: Config(128, 64, 32, 8, 2), 128: Config(64, 64, 32, 4, 2),
+            RAGGED: Config(64, 64, 32, 8, 2),
         },
         "keys": {
-            (HALF, 16): Config(64, 128, 32, 8, 3), (HALF, 32): Config(64, 128, 32, 8, 3),
-            (HALF, 64): Config(64, 128, 32, 8, 3), (HALF, 128): Config(64, 64, 32, 8, 2),
-            (SINGLE, 16): Config(32, 32, 16, 4, 2), (SINGLE, 32): Config(32, 32, 16, 4, 2),
-            (SINGLE, 64): Config(32, 32, 16, 4, 2), (SINGLE, 128): Config(32, 32, 16, 4, 2),
+            16: Config(64, 128, 64, 8, 2), 32: Config(64, 128, 64, 8, 2),
+            64: Config(64, 128, 64, 8, 2), 128: Config(32, 64, 32, 4, 2),
+            RAGGED: Config(64, 64, 32, 8, 2),
+        },
+    },
+    90: {
+        "forward": {
+            16: Config(128, 64, 32, 8, 3, 128), 32: Config(128, 64, 32, 8, 3, 128),
+            64: Config(128, 64, 32, 8, 3, 128), 128: Config(128, 64, 32, 8, 3),
+            RAGGED: Config(128, 64, 32, 8, 2),
+        },
+        "few": {
+            16: Config(16, 64, 32, 1, 3), 32: Config(16, 64, 32, 1, 3),
+            64: Config(16, 64, 32, 1, 3), 128: Config(16, 32, 32, 4, 3),
+            RAGGED: Config(16, 32, 32, 4, 3, 168),
+        },
+        "queries": {
+            16: Config(128, 64, 32, 8, 2, 128), 32: Config(128, 64, 32, 8, 2, 128),
+            64: Config(128, 64, 32, 8, 2, 128), 128: Config(128, 64, 32, 8, 2),
+            RAGGED: Config(128, 64, 32, 8, 2),
+        },
+        "keys": {
+            16: Config(64, 64, 32, 4, 2), 32: Config(64, 64, 32, 4, 2),
+            64: Config(64, 64, 32, 4, 2), 128: Config(64, 128, 64, 8, 2),
+            RAGGED: Config(32, 64, 32, 8, 2),
         },
     },
 }  # fmt: skip
-CONFIGS[90] = {
-    **CONFIGS[80],
-    "forward": CONFIGS[80]["forward"] | {(HALF, 128): Config(128, 64, 32, 8, 2)},
-    "queries": CONFIGS[80]["queries"] | {(HALF, 128): Config(128, 64, 32, 8, 2)},
-    "keys": CONFIGS[80]["keys"] | {(HALF, 128): Config(32, 64, 32, 8, 2)},
-}
+# Single precision multiplies without tensor cores, which would round its numbers to 11 bits. By the largest head
+# dimension; on all architectures.
+PRECISE: dict[int, dict[str, Config]] = {
+    64: {
+        "forward": Config(32, 32, 16, 4, 2, 128), "few": Config(16, 32, 16, 8, 2, 128),
+        "queries": Config(32, 32, 16, 4, 2), "keys": Config(32, 32, 16, 8, 2),
+    },
+    128: {
+        "forward": Config(16, 32, 16, 8, 2, 128), "few": Config(16, 32, 16, 8, 2, 128),
+        "queries": Config(32, 32, 16, 8, 2), "keys": Config(16, 32, 16, 8, 2, 168),
+    },
+}  # fmt: skip
 INTERPRETED = {
     "forward": Config(32, 32, 16, 1, 1), "few": Config(16, 32, 16, 1, 1),
     "queries": Config(32, 32, 16, 1, 1), "keys": Config(32, 32, 16, 1, 1),
@@ -113,7 +139,10 @@ class _Machine:
             raise RuntimeError(
                 f"rope_attention: expected a GPU of compute capability {min(CONFIGS)} or higher, got {self.capability}"
             )
-        return CONFIGS[max(known)][kernel][x.element_size(), _padded(x)]
+        head_dim = x.shape[-1]
+        if x.dtype == torch.float32:
+            return PRECISE[64 if head_dim <= 64 else 128][kernel]
+        return CONFIGS[max(known)][kernel][head_dim if head_dim == _padded(x) else RAGGED]
 
     def warpgroups(self, rows: int, config: Config, dtype: torch.dtype) -> bool:
         """Whether matrix products of ``rows`` rows are Hopper's, of four warps together; interpreted ones count too."""
@@ -332,10 +361,10 @@ class _Recorder(_Machine):
 
 
 def launches(capability: int) -> list[Launch]:
-    """Every kernel in every configuration for bf16, and for fp16 and fp32 at head dimension 64."""
+    """Every kernel in every configuration for bf16, and for fp32; for fp16, which shares bf16's, at D = 64."""
     found: dict[tuple, Launch] = {}
-    cases = [(torch.bfloat16, d) for d in (16, 32, 64, 100, 128)] + [(torch.float16, 64), (torch.float32, 64)]
-    for dtype, head_dim in cases:
+    dims = {torch.bfloat16: (16, 32, 64, 100, 128), torch.float16: (64,), torch.float32: (64, 128)}
+    for dtype, head_dim in [(dtype, head_dim) for dtype in dims for head_dim in dims[dtype]]:
         for launch in _record(capability, dtype, head_dim):
             found.setdefault(launch.key(), launch)
     return list(found.values())
