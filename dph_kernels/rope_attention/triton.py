@@ -60,7 +60,7 @@ CONFIGS: dict[int, dict[str, dict[int, Config]]] = {
         "few": {
             16: Config(16, 64, 32, 1, 3), 32: Config(16, 64, 32, 1, 3),
             64: Config(16, 64, 32, 1, 3), 128: Config(16, 32, 32, 4, 3),
-            RAGGED: Config(16, 32, 32, 4, 3),
+            RAGGED: Config(16, 32, 32, 4, 3, 168),
         },
         "queries": {
             16: Config(128, 64, 32, 8, 2), 32: Config(128, 64, 32, 8, 2),
@@ -75,8 +75,8 @@ CONFIGS: dict[int, dict[str, dict[int, Config]]] = {
     },
     90: {
         "forward": {
-            16: Config(128, 64, 32, 8, 3, 128), 32: Config(128, 64, 32, 8, 3, 128),
-            64: Config(128, 64, 32, 8, 3, 128), 128: Config(128, 64, 32, 8, 3),
+            16: Config(64, 64, 32, 4, 3), 32: Config(128, 64, 32, 8, 3, 128),
+            64: Config(128, 64, 32, 8, 3, 128), 128: Config(128, 64, 32, 8, 3, 255),
             RAGGED: Config(128, 64, 32, 8, 2),
         },
         "few": {
@@ -85,7 +85,7 @@ CONFIGS: dict[int, dict[str, dict[int, Config]]] = {
             RAGGED: Config(16, 32, 32, 4, 3, 168),
         },
         "queries": {
-            16: Config(128, 64, 32, 8, 2, 128), 32: Config(128, 64, 32, 8, 2, 128),
+            16: Config(64, 64, 32, 4, 2), 32: Config(128, 64, 32, 8, 2, 128),
             64: Config(128, 64, 32, 8, 2, 128), 128: Config(128, 64, 32, 8, 2),
             RAGGED: Config(128, 64, 32, 8, 2),
         },
@@ -100,7 +100,7 @@ CONFIGS: dict[int, dict[str, dict[int, Config]]] = {
 # dimension; on all architectures.
 PRECISE: dict[int, dict[str, Config]] = {
     64: {
-        "forward": Config(32, 32, 16, 4, 2, 128), "few": Config(16, 32, 16, 8, 2, 128),
+        "forward": Config(64, 32, 16, 8, 2, 128), "few": Config(16, 32, 16, 8, 2, 128),
         "queries": Config(32, 32, 16, 4, 2), "keys": Config(32, 32, 16, 8, 2),
     },
     128: {
