@@ -32,6 +32,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dph_kernels import native
+from dph_kernels.dispatch import interpreted
 from dph_kernels.launches import Launch
 
 # Compute capability -> bytes of shared memory that one thread block can have (CUDA programming guide, table of
@@ -284,6 +285,7 @@ def _one_line(error: Any) -> str:
     return next((line for line in lines if "error" in line.lower()), lines[-1])
 
 
+# The columns of the table: those of Row, with the verdict in one word.
 HEADERS = ("kernel", "arch", "registers", "spilled", "shared", "HMMA", "HGMMA", "LDGSTS", "bulk", "verdict", "problems")
 
 
@@ -336,15 +338,6 @@ def run(jobs: Sequence[Job]) -> list[Row]:
         for done in tqdm(as_completed(running), total=len(jobs), unit="kernel", disable=None):
             rows[running[done]] = done.result()
     return [row for job in jobs for row in rows[job]]
-
-
-def interpreted() -> bool:
-    """Whether Triton, where it is installed, interprets its kernels."""
-    if not importlib.util.find_spec("triton"):
-        return False
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -143,7 +143,7 @@ def missing(operator: str, backend: str, device: str, dtype: torch.dtype | None 
 
 def interpreted() -> bool:
     """Whether Triton interprets its kernels, so that they run, slowly, on the CPU: for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+# Triton's names of the dtypes that kernels take.
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",

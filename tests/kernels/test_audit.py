@@ -98,9 +98,7 @@ def toys(toy):
 @needs_triton
 @needs_nvcc
 def test_every_kernel_of_the_package_is_well():
-    """Attention at the tuned head dimension, some of the others, in bf16; without arguments the audit takes all."""
-    attention, rest = "bfloat16 D=64", ("linear_logprob.gradient_rows bfloat16", "preference_loss bfloat16")
-    done = run("--only", attention, *rest, "swiglu_reward.gate 16x16 bfloat16", "cuda/")
+    done = run()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all are well" in done.stdout
     for arch in ("sm_80", "sm_90"):
