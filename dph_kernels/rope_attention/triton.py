@@ -364,8 +364,8 @@ def launches(capability: int) -> list[Launch]:
     """Every kernel in every configuration for bf16, and for fp32; for fp16, which shares bf16's, at D = 64."""
     found: dict[tuple, Launch] = {}
     dims = {torch.bfloat16: (16, 32, 64, 100, 128), torch.float16: (64,), torch.float32: (64, 128)}
-    for dtype, head_dim in [(dtype, head_dim) for dtype in dims for head_dim in dims[dtype]]:
-        for launch in _record(capability, dtype, head_dim):
+    for dtype, sizes in dims.items():
+        for launch in [launch for head_dim in sizes for launch in _record(capability, dtype, head_dim)]:
             found.setdefault(launch.key(), launch)
     return list(found.values())
 
