@@ -16,13 +16,18 @@ On CUDA the clock waits for the device, so any way of timing is right there; ``t
 
 import functools
 import math
+import platform
 import statistics
 import time
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
+import cpuinfo
 import pytest
 import torch
 
+from benchmarks.report import Result, cells
 from dph.tables import table
 
 
@@ -144,74 +149,23 @@ def _quantiles(times):
     return times[(len(times) - 1) // 5], times[-1 - (len(times) - 1) // 5]
 
 
-# The table
-
-HEADERS = (
-    "operator",
-    "by",
-    "ms",
-    "20% - 80%",
-    "rate",
-    "of the limit",
-    "MB",
-    "rate",
-    "of the limit",
-    "peak MB",
-    "speed of ours",
-)
+# What is told at the end
 
 
-def _rate(work, seconds, limit, unit, scale):
-    """The rate in words, and which share of its limit that is."""
-    if work is None:
-        return "", ""
-    rate = work / seconds
-    share = f"{100 * rate / limit:.0f}% of {limit / scale:.3g}" if limit else ""
-    return f"{rate / scale:.3g} {unit}", share
+def device():
+    """The machine's name, as results are known by: the GPU's, or the processor's with the threads that are used."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = cpuinfo.get_cpu_info().get("brand_raw", platform.machine())
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
-def _compared(bench, mine, rivals):
-    """For a rival how many times its speed ours has; for ours the best rival, and the goals."""
-    if bench.extra_info["rival"]:
-        return f"{bench.stats.median / mine[0].stats.median:.2f}×" if mine else ""
-    if not rivals:
-        return ""
-    parts, goals = [], {"best rival": None} | (bench.extra_info["target"] or {})
-    for name, goal in goals.items():
-        met = [r for r in rivals if name in ("best rival", r.extra_info["who"], r.extra_info["kind"])]
-        if met:
-            ratio = met[0].stats.median / bench.stats.median
-            parts.append(f"{ratio:.2f}× {name}" + (f" (goal {goal}×)" if goal else ""))
-    return ", ".join(parts)
-
-
-def _row(bench, mine, rivals):
-    info, seconds = bench.extra_info, bench.stats.median
-    unit, scale = ("TFLOP/s", 1e12) if (info["limit"] or 0) >= 1e13 else ("GFLOP/s", 1e9)
-    return (
-        info["operator"],
-        info["who"],
-        1e3 * seconds,
-        " - ".join(f"{1e3 * q:.3f}" for q in info["quantiles"]),
-        *_rate(info["flops"], seconds, info["limit"], unit, scale),
-        None if info["bytes_moved"] is None else info["bytes_moved"] / 1e6,
-        *_rate(info["bytes_moved"], seconds, info["bandwidth"], "GB/s", 1e9),
-        None if info["peak"] is None else info["peak"] / 1e6,
-        _compared(bench, mine, rivals),
-    )
-
-
-def summary(benches):
-    """The table: operators together, ours first, the best rival next."""
-    rows = []
-    for operator in dict.fromkeys(b.extra_info["operator"] for b in benches):
-        ranked = sorted((b for b in benches if b.extra_info["operator"] == operator), key=lambda b: b.stats.median)
-        rivals = [b for b in ranked if b.extra_info["rival"]]
-        mine = [b for b in ranked if not b.extra_info["rival"]]
-        rows += [_row(b, mine, rivals) for b in mine + rivals]
-    empty = [i for i in range(len(HEADERS)) if all(row[i] in (None, "") for row in rows)]
-    kept = [i for i in range(len(HEADERS)) if i not in empty]
-    return table([HEADERS[i] for i in kept], [[row[i] for i in kept] for row in rows])
+def pytest_benchmark_update_machine_info(config, machine_info):
+    """What matters of the machine, without what is nobody's business, such as the host's name."""
+    packages = {name: version(name) for name in ("torch", "triton") if find_spec(name)}
+    kept = {"device": device(), "system": platform.system(), "python": platform.python_version(), **packages}
+    machine_info.clear()
+    machine_info.update(kept)
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -219,6 +173,6 @@ def pytest_terminal_summary(terminalreporter, config):
     benches = [b for b in getattr(session, "benchmarks", []) if b.extra_info.get("operator") and b.stats.rounds]
     if not benches:
         return
-    device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else f"{torch.get_num_threads()} threads"
-    terminalreporter.section(f"speed, {device}, PyTorch {torch.__version__}")
-    terminalreporter.write_line(summary(benches))
+    results = [Result.of(bench.extra_info, bench.stats.median) for bench in benches]
+    terminalreporter.section(f"speed, {device()}, PyTorch {torch.__version__}")
+    terminalreporter.write_line(table(*cells(results)))

@@ -1,15 +1,19 @@
 """What the benchmarks count and compare: necessary work, plans that give the layout's result, the table."""
 
-import re
-from types import SimpleNamespace
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from attention import dense
 
-from benchmarks import attention, attention_rivals, conftest
+from benchmarks import attention, attention_rivals, conftest, report
 from benchmarks.attention_rivals import Plan
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
     attention.documents("equal", [7, 7], 2),
     attention.documents("unequal", [5, 9, 1], 2),
@@ -55,22 +59,84 @@ def test_copies_of_a_query_share_its_gradient():
     assert not laid[~real].any()
 
 
-def test_the_table_ranks_and_compares():
-    def bench(who, seconds, **info):
-        given = {"operator": "attention", "who": who, "rival": True, "kind": None, "target": None, "peak": None}
-        given |= {"flops": 3e9, "limit": 2e11, "bytes_moved": None, "bandwidth": None, "quantiles": (seconds, seconds)}
-        return SimpleNamespace(extra_info=given | info, stats=SimpleNamespace(median=seconds))
-
+def results(source=("", "")):
+    shared = {"operator": "attention", "rival": True, "flops": 3e9, "limit": 2e11}
     benches = [
-        bench("slow", 0.09, kind="padded"),
-        bench("fast", 0.03),
-        bench("mine", 0.02, rival=False, target={"padded": 4}),
+        (0.09, {"who": "slow", "kind": "padded"}),
+        (0.03, {"who": "fast"}),
+        (0.02, {"who": "mine", "rival": False, "target": {"padded": 4}}),
     ]
-    header, _, *rows = (re.split(r"\s{2,}", line) for line in conftest.summary(benches).splitlines())
-    assert header == ["operator", "by", "ms", "20% - 80%", "rate", "of the limit", "speed of ours"]
+    return [report.Result.of({**shared, **info, "quantiles": (s, s)}, s, source) for s, info in benches]
+
+
+def test_the_table_ranks_and_compares():
+    headers, rows = report.cells(results())
+    assert headers == ["operator", "by", "ms", "20% - 80%", "rate", "of the limit", "speed of ours"]
     assert [row[1] for row in rows] == ["mine", "fast", "slow"]
     assert rows[0][-3:] == ["150 GFLOP/s", "75% of 200", "1.50× best rival, 4.50× padded (goal 4×)"]
     assert [row[-1] for row in rows[1:]] == ["1.50×", "4.50×"]
+
+
+def test_files_are_compared_each_for_itself():
+    table = report.markdown(results(("a", "x")) + results(("b", "x"))).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert rows[0][:4] == ["file", "operator", "by", "ms"]
+    assert rows[1][:4] == ["---", "---", "---", "---:"]
+    assert [row[0] for row in rows[2:]] == ["a"] * 3 + ["b"] * 3
+    assert [row[-1] for row in rows[3:5]] == [row[-1] for row in rows[6:8]] == ["1.50×", "4.50×"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The JSON of a real run of one small benchmark."""
+    file = tmp_path_factory.mktemp("measured") / "laptop.json"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "benchmarks/bench_preference_loss.py",
+        "-k",
+        "64-1 and not compiled",
+    ]
+    command += ["--benchmark-only", f"--benchmark-json={file}", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return file, done.stdout
+
+
+def test_a_run_becomes_a_table_and_pictures(measured, tmp_path, capsys):
+    file, said = measured
+    assert report.main([str(file), "--output", str(tmp_path)]) == 0
+    table = capsys.readouterr().out.strip()
+    written = (tmp_path / "report.md").read_text()
+    assert table in written
+    assert "preference_loss, 64 pairs" in table
+    assert "eager" in table
+    assert "preference_loss, 64 pairs" in said  # the run's own table
+    assert "![preference_loss, " in written
+    assert (tmp_path / "laptop-preference_loss.png").read_bytes().startswith(b"\x89PNG")
+    machine = json.loads(file.read_text())["machine_info"]
+    assert {"device", "python", "torch"} <= machine.keys()
+    assert platform.node() not in json.dumps(machine)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("no JSON", "expected JSON that pytest --benchmark-json wrote"),
+        ("[]", "expected JSON that pytest --benchmark-json wrote"),
+        ('{"benchmarks": [], "machine_info": {}}', "expected benchmarks of this project, got 0 others"),
+    ],
+)
+def test_what_is_no_result_is_refused(tmp_path, capsys, content, message):
+    file = tmp_path / "x.json"
+    if content is not None:
+        file.write_text(content)
+    assert report.main([str(file)]) == 2
+    assert f"{file}: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "report.md").exists()
 
 
 def test_quantiles_of_times():
