@@ -150,6 +150,7 @@ def main(rank, folder):
     replicate(model)
     resume(rank, model, optimiser, folder)
     refuse(model, optimiser)
+    dist.barrier()  # gloo aborts a process that leaves while another still talks to it
     dist.destroy_process_group()
 
 
