@@ -6,6 +6,7 @@ Exits with NO_GLOO and the reason where the processes cannot find each other.
 """
 
 import math
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -150,9 +151,12 @@ def main(rank, folder):
     replicate(model)
     resume(rank, model, optimiser, folder)
     refuse(model, optimiser)
-    dist.barrier()  # gloo aborts a process that leaves while another still talks to it
+    dist.barrier()  # nobody leaves while another still talks to it
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), Path(sys.argv[2]))
+    # All is shown. At Python's end a thread of PyTorch's that still wants the interpreter would abort the process.
+    sys.stdout.flush()
+    os._exit(0)
