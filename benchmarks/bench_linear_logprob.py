@@ -8,7 +8,6 @@ four. Rates count what is necessary, three. Peak memory is beside the gradients 
 import ctypes
 import functools
 import importlib
-import timeit
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -143,19 +142,6 @@ def peak_on_cpu(run):
     return peak() - before
 
 
-@functools.cache
-def product_limit():
-    """Operations per second of the fastest product here: on the CPU PyTorch's own is not always that."""
-    product = importlib.import_module("dph_kernels.linear_logprob.native").product
-    a, b = (torch.randn(1536, 1536) for _ in range(2))
-    return 2 * 1536**3 / _least_seconds(lambda: product(a, b))
-
-
-def _least_seconds(run):
-    run()
-    return min(timeit.repeat(run, number=1, repeat=10))
-
-
 CASES = [
     pytest.param(direction, contender, id=f"{direction}-{contender.who.replace(', ', '-').replace(' ', '-')}")
     for direction in PRODUCTS
@@ -190,7 +176,7 @@ def bench_linear_logprob(direction, contender, timed, peak_memory, record, limit
         f"linear_logprob R={R} V={V}, {TITLES[direction]}",
         contender.who,
         flops=PRODUCTS[direction] * 2 * R * C * V,
-        limit=max(limits.matmul(DEVICE, DTYPE), product_limit() if DEVICE == "cpu" else 0),
+        limit=limits.matmul(DEVICE, DTYPE),
         peak=peak,
         rival=rival,
         kind=contender.kind,
