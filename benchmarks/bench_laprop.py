@@ -78,11 +78,15 @@ def ours(lists, norm):
     laprop(**{**lists, "copies": lists["copies"] or None}, **STEP, grad_scale=scale, backend=DEVICE)
 
 
+def coefficient(grads):
+    """What PyTorch's clipping multiplies gradients by; its own norm of bf16 gradients would be rounded to bf16."""
+    dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=dtype) for g in grads]))
+    return (LIMIT / (total + 1e-6)).clamp(max=1.0)
+
+
 def eager(lists, norm):
-    scale = None
-    if norm:
-        total = torch.nn.utils.get_total_norm(lists["grads"])
-        scale = (LIMIT / (total + 1e-6)).clamp(max=1.0)
+    scale = coefficient(lists["grads"]) if norm else None
     reference.forward(*(lists[name] for name in NAMES), scale, None, None, **STEP)
 
 
@@ -90,8 +94,7 @@ def unchecked(lists, norm):
     """As ``eager`` without the look at the coefficient, for which a compiled graph would have to wait."""
     grads = lists["grads"]
     if norm:
-        total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]))
-        scale = (LIMIT / (total + 1e-6)).clamp(max=1.0)
+        scale = coefficient(grads)
         grads = [g * scale for g in grads]
     rest = [lists[name] for name in NAMES if name not in ("params", "grads")]
     reference.forward(lists["params"], grads, *rest, None, None, None, **STEP)
