@@ -27,7 +27,7 @@ def describe(chosen, rejected, dim=None):
 
 
 def eager(r_w, r_l, p_w, p_l, f_w, f_l):
-    """The objective as SPEC 3 and most training scripts write it, and every metric that `preference_loss` gives."""
+    """The objective as the paper and most training scripts write it, and every metric that `preference_loss` gives."""
     e = DPH_EPSILON
     terms = (1 - e) * logsigmoid(r_w) + e * logsigmoid(-r_w) + e * logsigmoid(r_l) + (1 - e) * logsigmoid(-r_l)
     dph = -terms.mean()

@@ -87,23 +87,20 @@ class _Loss(torch.autograd.Function):
         if grad is None:
             return (None,) * len(needs)
         slopes, *inputs = ctx.saved_tensors
-        rewards, logprobs = inputs[: ctx.rewards], inputs[ctx.rewards :]
-        judged = [*rewards, *logprobs[:2]]
+        judged = inputs[: ctx.rewards + 2]  # the reference's log-probabilities come last
         if torch.is_grad_enabled():  # for Hessians and gradient penalties: rare, so plain PyTorch on every backend
-            grads = reference.backward(grad, rewards, logprobs, ctx.options)
+            grads = reference.backward(grad, inputs[: ctx.rewards], inputs[ctx.rewards :], ctx.options)
         else:
             grads = (slopes * grad).split_with_sizes([x.numel() for x in judged])
-        grads = [
-            grad if grad.dim() == x.dim() and grad.dtype == x.dtype else grad.view(x.shape).to(x.dtype)
-            for grad, x in zip(grads, judged, strict=True)
-        ]
-        if not logprobs:
+        if judged[0].dim() == 2:
+            grads = [grad.view_as(x) for grad, x in zip(grads, judged, strict=True)]
+        # PyTorch casts them to the dtypes of the inputs.
+        if len(judged) == len(inputs):
             return None, None, None, *grads
-        references = None, None
-        if needs[-2] or needs[-1]:
-            # d = (policy_chosen - policy_rejected) - (reference_chosen - reference_rejected): one slope, four signs.
-            references = grads[-1].to(logprobs[2].dtype, copy=True), grads[-2].to(logprobs[3].dtype, copy=True)
-        return None, None, None, *grads, *references
+        if not (needs[-2] or needs[-1]):
+            return None, None, None, *grads, None, None
+        # d = (policy_chosen - policy_rejected) - (reference_chosen - reference_rejected): one slope, four signs.
+        return None, None, None, *grads, grads[-1].clone(), grads[-2].clone()
 
 
 def _fits(rewards: tuple[Tensor, ...], logprobs: tuple[Tensor, ...]) -> bool:

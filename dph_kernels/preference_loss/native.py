@@ -8,12 +8,14 @@ from torch import Tensor
 from dph_kernels import native
 from dph_kernels.preference_loss.reference import Options, sizes
 
-KNOWN = (torch.float32, torch.bfloat16)
+KNOWN = {torch.float32, torch.bfloat16}
 
 
 def forward(rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """What ``reference.forward`` gives."""
-    inputs = [x if x.dtype in KNOWN else x.float() for x in (*rewards, *logprobs)]
+    inputs = (*rewards, *logprobs)
+    if not {x.dtype for x in inputs} <= KNOWN:
+        inputs = tuple(x if x.dtype in KNOWN else x.float() for x in inputs)
     table: list[int] = []
     for x in inputs:  # `PreferenceInput` of csrc/preference_loss.h, four words each
         strides = x.stride()
