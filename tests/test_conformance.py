@@ -8,20 +8,29 @@ from pathlib import Path
 
 import pytest
 
+from dph_kernels import dispatch, native
+
 SECTIONS = ("model", "memory", "hidden_memory", "gradients", "poolers", "roundtrip", "losses", "optimizer", "align",
             "chat", "tasks")  # fmt: skip
-ROOT = Path(__file__).resolve().parents[1]
+COMPUTED = ("model", "memory", "hidden_memory", "gradients", "poolers", "losses", "optimizer", "align")
+WITH_MEMORY = ("memory", "gradients")  # which SDPA cannot read where it lies
+USED = {"rope_attention", "swiglu_reward", "preference_loss", "laprop"}  # by these sections
+TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def report(shared):
-    """What the script prints for each section, all run by one process."""
-    script = shared / "conformance/check.py"
-    if not script.is_file():
+def script(shared):
+    path = shared / "conformance/check.py"
+    if not path.is_file():
         pytest.skip("../shared/conformance/check.py is not there")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return path
+
+
+def run(*arguments):
+    """What a process of Python prints, by the sections of the script."""
+    path = os.pathsep.join(filter(None, [str(TESTS.parent), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, str(script), *SECTIONS], capture_output=True, text=True, timeout=600,
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=600,
         env=os.environ | {"PYTHONPATH": path},
     )  # fmt: skip
     parts = re.split(r"^== (\w+)$", done.stdout, flags=re.MULTILINE)[1:]
@@ -29,8 +38,33 @@ def report(shared):
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-@pytest.mark.parametrize("section", SECTIONS)
-def test_section(section, report):
+@pytest.fixture(scope="module")
+def report(script):
+    """What the script prints for each section, all run by one process."""
+    return run(script, *SECTIONS)
+
+
+def check(report, section):
     lines = [line for line in report[section].splitlines() if line.startswith(("ok ", "FAIL"))]
     assert lines, "nothing was compared"
     assert not [line for line in lines if line.startswith("FAIL")]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_section(section, report):
+    check(report, section)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "sdpa"])
+def test_forced_backend(backend, script):
+    """The same with every operator that has the backend put on it."""
+    if backend == "cpu" and (reason := native.missing("cpu")):
+        pytest.skip(reason)
+    if backend == "triton":
+        pytest.importorskip("triton")
+    sections = [s for s in COMPUTED if backend != "sdpa" or s not in WITH_MEMORY]
+    report = run(TESTS / "forced.py", backend, script, *sections)
+    for section in sections:
+        check(report, section)
+    expected = {f"{operator}:{backend}" for operator in USED if backend in dispatch.implemented(operator)}
+    assert expected <= set(report["used"].split()), "an operator was not run by the backend"

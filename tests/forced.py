@@ -1,0 +1,42 @@
+"""Run a script with one backend first in line for every operator that has it, and tell which were used in the end.
+
+python tests/forced.py triton ../shared/conformance/check.py model losses
+"""
+
+import os
+import runpy
+import sys
+
+
+def force(backend):
+    """Put ``backend`` first; the set that gathers (operator, backend) as operators are called."""
+    if backend == "triton":
+        os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels are defined
+    from dph_kernels import dispatch
+
+    for operator, devices in dispatch.AUTO.items():
+        for device, line in devices.items():
+            if backend in dispatch.implemented(operator):
+                devices[device] = {backend: "forced", "reference": line["reference"]}
+    used, find = set(), dispatch._module
+
+    def noted(operator, backend):
+        used.add((operator, backend))
+        return find(operator, backend)
+
+    dispatch._module = noted
+    return used
+
+
+def main():
+    backend, script, *arguments = sys.argv[1:]
+    used = force(backend)
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        print("== used", *sorted(f"{operator}:{backend}" for operator, backend in used), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
