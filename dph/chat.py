@@ -1,4 +1,4 @@
-"""Conversations as tokens (ChatML, SPEC 6): masks for training and scoring, and the place where the reward is read.
+"""Conversations as tokens (ChatML): masks for training and scoring, and the place where the reward is read.
 
     </s><|im_start|>user\\nHello<|im_end|>\\n<|im_start|>assistant\\nHi<|im_end|>\\n
 

@@ -17,7 +17,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 
 
 class ModelConfig(PretrainedConfig):
-    """Sizes and switches of :class:`dph.Model`; the defaults are the paper's 551M model (SPEC 1).
+    """Sizes and switches of :class:`dph.Model`; the defaults are the paper's 551M model (arXiv 2405.20053).
 
     Args:
         vocab_size: V, rows of the embedding.
@@ -32,7 +32,7 @@ class ModelConfig(PretrainedConfig):
         initializer_range: standard deviation of fresh weights.
         reward_heads: names of the reward heads that share one pooler; () for none.
         task_heads: names of reward heads with a pooler each (paper 5.2.2).
-        reward_pooler: identity, bert, t5, swiglu_bert or swiglu_t5 (SPEC 2).
+        reward_pooler: identity, bert, t5, swiglu_bert or swiglu_t5.
         reward_dropout: dropout of the pooled state (and of the hidden state for the t5 kinds) in training.
         im_end_token_id: id of ``<|im_end|>``, the token whose hidden state is judged; 50266 where it is None and the
             embedding has OPT's 50272 rows.

@@ -1,4 +1,4 @@
-"""Answers judged by log-probability and by reward in one packed pass (SPEC 8), and what the judgements are worth.
+"""Answers judged by log-probability and by reward in one packed pass, and what the judgements are worth.
 
 Every alternative of a record is scored together with its siblings, their shared beginning computed once. A NaN is an
 error: the record counts as answered wrong and is counted, whatever the other alternatives got. Equal best scores are

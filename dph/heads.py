@@ -7,7 +7,7 @@ from dph_kernels import swiglu_reward
 
 
 class RewardHead(nn.Module):
-    """reward = w_r . dropout(f(h)) for K named reward vectors over one pooler f (SPEC 2).
+    """reward = w_r . dropout(f(h)) for K named reward vectors over one pooler f (arXiv 2405.20053).
 
     | pooler | f(h) |
     |---|---|

@@ -1,4 +1,4 @@
-"""The objectives as functions (SPEC: paper, section 3): thin calls of `dph_kernels.preference_loss`."""
+"""The objectives as functions (arXiv 2405.20053, section 3): thin calls of `dph_kernels.preference_loss`."""
 
 import torch
 from torch import Tensor

@@ -21,7 +21,7 @@ class Memory(Cache):
     Args:
         length: capacity M in tokens per stream.
         kind: "kv" keeps keys and values; "hidden" keeps the attention's inputs, from which every call projects keys and
-            values anew, so that their weights get gradient from memory rows too (SPEC 1). A model trained with the one
+            values anew, so that their weights get gradient from memory rows too. A model trained with the one
             is to be read with the same: ``Memory(kind=model.config.memory_kind)`` is what a released model says of
             itself (its ``recompute_kv``).
 

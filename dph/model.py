@@ -288,21 +288,27 @@ class Model(PreTrainedModel, GenerationMixin):
 
     # Streams and packed answers
 
-    def stream_logprobs(self, tokens: Tensor, targets: Tensor, memory: Memory | None = None) -> Tensor:
+    def stream_logprobs(
+        self, tokens: Tensor, targets: Tensor, memory: Memory | None = None, *, statistics: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of the targets of B streams, without logits.
 
         Args:
             tokens: [B, S] int64.
             targets: [B, S] int64, shifted already; -100 is ignored.
             memory: read and updated, detached.
+            statistics: also say how sure the model was, and whether it was right.
 
         Returns:
-            [R] fp32, the targets that are not -100, row by row.
+            [R] fp32, the targets that are not -100, row by row. With ``statistics``: (log-probabilities, entropy [R] in
+            nats, whether the most probable token was the target [R] bool), the last two without gradient.
         """
         hidden, _ = self._dense_hidden(tokens, None, memory)
         targets = targets.flatten()
         wanted = targets != IGNORED
-        return linear_logprob(self.output_proj(hidden[wanted]), self.backbone.embedding.weight, targets[wanted])
+        states, targets = self.output_proj(hidden[wanted]), targets[wanted]
+        found = linear_logprob(states, self.backbone.embedding.weight, targets, statistics=statistics)
+        return (*found[:2], found[2] == targets) if statistics else found
 
     def forward_packed(
         self, batch: PackedBatch, *, dropout_seed: int | None = None, answer_ids: Tensor | None = None

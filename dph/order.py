@@ -103,7 +103,7 @@ class Shuffled(InOrder):
 
 
 class Interleaved:
-    """``run`` consecutive records of one source, then of another one drawn, and so on (SPEC 5).
+    """``run`` consecutive records of one source, then of another one drawn, and so on.
 
     The draw is uniform, or in proportion to ``weights``.
     """

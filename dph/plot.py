@@ -21,7 +21,7 @@ LIMIT = 6.0  # of the rewards on the landscapes' axes
 
 
 def separable(chosen: np.ndarray, rejected: np.ndarray, epsilon: float) -> np.ndarray:
-    """The separable loss of every pair of rewards (SPEC 3); ``dph.losses.dph_loss`` gives its mean."""
+    """The separable loss of every pair of rewards; ``dph.losses.dph_loss`` gives its mean."""
     return (
         (1 - epsilon) * _softplus(-chosen)
         + epsilon * _softplus(chosen)
@@ -31,7 +31,7 @@ def separable(chosen: np.ndarray, rejected: np.ndarray, epsilon: float) -> np.nd
 
 
 def contrastive(chosen: np.ndarray, rejected: np.ndarray, epsilon: float) -> np.ndarray:
-    """The contrastive loss of every pair of rewards (SPEC 3)."""
+    """The contrastive loss of every pair of rewards."""
     margin = chosen - rejected
     return (1 - epsilon) * _softplus(-margin) + epsilon * _softplus(margin)
 
@@ -81,8 +81,8 @@ def _draw_landscape(figure: Figure, axes: Axes, name: str, epsilon: float) -> No
 
 # Title, label of the axis, and the words by which a metric's name is known; the first panel that knows it draws it.
 PANELS = (
-    ("losses", "loss (nats)", ("loss",)),
-    ("accuracies", "share of pairs", ("accuracy",)),
+    ("losses", "nats", ("loss", "entropy")),
+    ("accuracies", "share that is right", ("accuracy",)),
     ("rewards", "reward", ("reward", "implicit")),
     ("learning rate", "learning rate", ("lr",)),
 )

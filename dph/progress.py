@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SHOWN = ("loss", "reward_accuracy", "grad_norm", "lr")
+SHOWN = ("loss", "token_accuracy", "reward_accuracy", "grad_norm", "lr")
 
 
 class Progress:

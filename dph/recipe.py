@@ -136,7 +136,7 @@ class Batch:
 
 @typed
 class Objective:
-    """The joint preference objective (stages align and head; SPEC 3).
+    """The joint preference objective (stages align and head; arXiv 2405.20053, section 3).
 
     Attributes:
         beta: strength of cDPO's implicit reward.

@@ -18,7 +18,7 @@ from dph.stages import Loss, Material, Work, excerpt, merge
 class StreamStage(Material):
     """Pre-training, vocabulary and SFT: parallel streams, each with its Transformer-XL memory."""
 
-    metrics = ("loss",)
+    metrics = ("loss", "token_accuracy", "entropy")
     needs_reference = False
 
     def __post_init__(self) -> None:
@@ -46,12 +46,14 @@ class StreamStage(Material):
         return Work(parts, max(1, int((targets != IGNORED).sum())), tokens.numel(), taken)
 
     def loss(self, part: tuple[Memory | None, Tensor, Tensor], step: int) -> Loss:
-        """Minus the log-probabilities of the targets."""
+        """Minus the log-probabilities of the targets; how many were the most probable token; entropy in nats."""
         memory, tokens, targets = part
         device = self.model.device
-        logprobs = self.model.stream_logprobs(tokens.to(device), targets.to(device), memory)
+        logprobs, entropy, right = self.model.stream_logprobs(
+            tokens.to(device), targets.to(device), memory, statistics=True
+        )
         total = -logprobs.sum()
-        return Loss(total, total.detach().reshape(1), logprobs.detach())
+        return Loss(total, torch.stack([total.detach(), right.sum(), entropy.sum()]), logprobs.detach())
 
     def describe(self, part: tuple[Memory | None, Tensor, Tensor], values: Tensor) -> str:
         """The first stream that went wrong."""
@@ -66,19 +68,19 @@ class StreamStage(Material):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean loss over the targets of each held-out source, and of all."""
+        """What ``metrics`` names, as means over the targets of each held-out source, and of all."""
         return merge({name: self._evaluate(records) for name, records in self.held_out.items()})
 
     def _evaluate(self, records: Sequence[Record]) -> tuple[dict[str, float], int]:
-        """Summed loss, and targets; over as many streams as in training, so that the cut in parts changes nothing."""
+        """Sums, and targets; over as many streams as in training, so that the cut in parts changes nothing."""
         streams = min(self.recipe.batch.size, len(records))
         memories = [self._memory() for _ in range(0, streams, self.micro)]
-        total, count = 0.0, 0
+        sums, count = torch.zeros(len(self.metrics), dtype=torch.float64, device=self.model.device), 0
         for tokens, targets in self._streams(InOrder(records), streams):
             for part in zip(memories, tokens.split(self.micro), targets.split(self.micro), strict=True):
                 loss = self.loss(part, 0)
-                total, count = total + float(loss.total), count + len(loss.values)
-        return {"loss": total}, count
+                sums, count = sums + loss.sums, count + len(loss.values)
+        return dict(zip(self.metrics, sums.tolist(), strict=True)), count
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Memories, and what the streams have left over."""

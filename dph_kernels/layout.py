@@ -18,7 +18,7 @@ COLUMNS = ("query_start", "query_end", "key_start", "key_end", "prefix_start", "
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary position embedding in rotate-half form (SPEC: base 500,000; ``reversed`` negates every angle).
+    """Rotary position embedding in rotate-half form (``reversed`` negates every angle).
 
     Args:
         base: base of the geometric series of wavelengths.

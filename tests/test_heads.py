@@ -18,7 +18,7 @@ def head_of(pooler, names=("a", "b"), dropout=0.0):
 
 
 def definition(head, pooler, hidden):
-    """SPEC 2 without dropout, in fp64: {name: [R]}."""
+    """The paper's heads without dropout, in fp64: {name: [R]}."""
     w = {name: tensor.detach().double() for name, tensor in head.state_dict().items()}
     h = hidden.double()
     first = 1 if pooler.endswith("t5") else 0

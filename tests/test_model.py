@@ -37,7 +37,7 @@ def test_logits_and_rewards_are_those_of_the_definition(reverse, length):
 
 @pytest.mark.parametrize("pooler", ["identity", "bert", "t5", "swiglu_bert", "swiglu_t5"])
 def test_parameters_of_the_551m_model(pooler):
-    """SPEC 1. Its backbone is all but the heads: blocks, norms, both projections and the embedding, which is tied."""
+    """The paper's 551M. Its backbone is all but the heads: blocks, norms, both projections and the tied embedding."""
     with torch.device("meta"):
         model = dph.Model(dph.ModelConfig(reward_pooler=pooler))
     heads = sum(p.numel() for p in model.heads.parameters())
@@ -190,6 +190,22 @@ def test_stream_logprobs():
     wanted = [expected[:, c][targets[:, c] != -100] for c in (slice(0, 6), slice(6, 12))]
     torch.testing.assert_close(torch.cat(parts), torch.cat(wanted), rtol=0, atol=2e-5)
     torch.testing.assert_close(model.stream_logprobs(ids, targets), expected[targets != -100], rtol=0, atol=2e-5)
+
+
+def test_stream_statistics():
+    model, ids = tiny_model(), tokens(2, 12)
+    logits = model(ids).logits
+    targets = logits.argmax(-1).masked_fill(torch.rand(2, 12) < 0.5, 3)
+    targets[0, 3] = -100
+    wanted = targets != -100
+    logprobs, entropy, right = model.stream_logprobs(ids, targets, statistics=True)
+    assert torch.equal(logprobs, model.stream_logprobs(ids, targets))
+    expected = torch.distributions.Categorical(logits=logits[wanted]).entropy()
+    torch.testing.assert_close(entropy, expected, rtol=0, atol=2e-5)
+    assert torch.equal(right, logits.argmax(-1)[wanted] == targets[wanted])
+    assert right.any()
+    assert not right.all()
+    assert not entropy.requires_grad
 
 
 # Generation

@@ -40,7 +40,7 @@ def run(optimiser, params, steps, first=0):
 
 
 def by_the_book(theta, steps, weight_decay=0.0, prior_decay=0.0, seed=0, beta1=0.9, beta2=0.95, eps=1e-8):
-    """SPEC 4, line by line, in fp64."""
+    """The paper's LaProp, line by line, in fp64."""
     theta = theta.double()
     prior, m, v, a = theta.clone(), torch.zeros_like(theta), torch.zeros_like(theta), 0.0
     for t in range(1, steps + 1):

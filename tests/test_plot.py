@@ -90,9 +90,10 @@ def test_one_run_is_not_named_in_the_legend(tmp_path):
 
 def test_panels():
     names = ["dpo_loss", "eval/rte/reward_accuracy", "implicit_accuracy", "reward_margin", "lr", "seconds", "loss"]
+    names += ["entropy", "eval/token_accuracy"]
     assert group(names) == [
-        ["dpo_loss", "loss"],
-        ["eval/rte/reward_accuracy", "implicit_accuracy"],
+        ["dpo_loss", "loss", "entropy"],
+        ["eval/rte/reward_accuracy", "implicit_accuracy", "eval/token_accuracy"],
         ["reward_margin"],
         ["lr"],
     ]

@@ -23,7 +23,7 @@ optimiser: {lr: 3e-5, betas: [0.8, 0.9]}
 
 
 def test_paper_stages():
-    """SPEC 5, cell by cell."""
+    """The paper's stages, cell by cell."""
     table = {  # lr, final_lr, warmup, steps, prior_decay, no_decay, size, micro divides
         "vocab": (6e-5, 0.0, 200, 4096, 0.0, None, 128),
         "sft": (3e-5, 0.0, 200, 6144, 0.5, ("embedding",), 128),

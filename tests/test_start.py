@@ -57,7 +57,7 @@ def test_all_stages_in_a_row(files):
     train(make(files, "pretrain", [text], config=CONFIG, tokenizer=tokenizer), quiet=True)
     train(make(files, "vocab", mix, path=str(files / "pretrain")), quiet=True)
     sft = train(make(files, "sft", mix, path=str(files / "vocab/model")), quiet=True)
-    assert sft.evaluation.keys() == {"loss"}
+    assert sft.evaluation.keys() == {"loss", "token_accuracy", "entropy"}
     assert sft.model.head_names == []
     short = make(files, "align", [pairs], path=str(files / "sft")).as_dict()
     short["data"]["context"], short["output"]["directory"] = 80, str(files / "short")

@@ -230,15 +230,23 @@ def first_line(tmp_path):
     return figures(tmp_path / "run")[0]
 
 
-def test_stream_loss_is_cross_entropy(tmp_path):
-    """The first update's loss, from logits over the segments that the seed gives."""
+def test_stream_figures(tmp_path):
+    """The first update's loss, token accuracy and entropy, from logits over the segments that the seed gives."""
     recipe = settings("sft", tmp_path / "run", output__log_every=1, optimiser__steps=2)
     model = tiny()
     order = Shuffled(records("sft"), recipe.seed)
     tokens, targets = next(dph.data.Streams(order, encoder(small_tokenizer()), 4, recipe.data.context, 1))
-    want = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
+    wanted = targets != -100
+    logits = model(tokens).logits[wanted]
+    found = {
+        "loss": torch.nn.functional.cross_entropy(logits, targets[wanted]),
+        "token_accuracy": (logits.argmax(1) == targets[wanted]).double().mean(),
+        "entropy": torch.distributions.Categorical(logits=logits).entropy().mean(),
+    }
     go(recipe, model=model)
-    assert first_line(tmp_path)["loss"] == pytest.approx(want.item(), rel=1e-5)
+    line = first_line(tmp_path)
+    for name, want in found.items():
+        assert line[name] == pytest.approx(want.item(), rel=1e-5), name
 
 
 def test_memory_reaches_the_second_segment(tmp_path):
@@ -324,7 +332,7 @@ def broken(monkeypatch, model, method, call):
         out = original(self, *args, **kwargs)
         left[0] -= self is model
         if left[0] == 0 and self is model:
-            (out if isinstance(out, torch.Tensor) else out.rewards["default"]).data[-1] = math.nan
+            (out[0] if isinstance(out, tuple) else out.rewards["default"]).data[-1] = math.nan
         return out
 
     monkeypatch.setattr(dph.Model, method, wrapped)

@@ -1,4 +1,4 @@
-"""The data sets of SPEC 7, one declarative entry each: where it lives, its fields, prompt, choices and metric.
+"""The paper's data sets, one declarative entry each: where it lives, its fields, prompt, choices and metric.
 
     task = dph.tasks.load("glue/sst2")              # no download yet
     for doc in task.documents("validation"):

@@ -1,6 +1,6 @@
 """LaProp with decoupled prior and weight decay, and the norm of its gradients: every parameter in one call.
 
-Paper: arXiv 2405.20053, on LaProp (arXiv 2002.04839); the momentum carries the learning rate (SPEC.md 4).
+Paper: arXiv 2405.20053, on LaProp (arXiv 2002.04839); the momentum carries the learning rate.
 """
 
 from collections.abc import Sequence
@@ -82,11 +82,11 @@ def laprop(
         weight_decay: pull to zero, times ``lr``.
         prior_decay: pull to the prior, times ``lr``.
         bias_correction: ``sqrt(1 - beta2 ** t)`` at step t, from 1; not read where there is a clock.
-        momentum_scale: ``1 / c`` of SPEC.md 4, which corrects the momentum's bias; 1 where the learning rate is 0; not
-            read where there is a clock.
+        momentum_scale: ``lr / a``, which corrects the momentum's bias, where every step makes ``a`` (at first 0) into
+            ``beta1 * a + (1 - beta1) * lr``; 1 where the learning rate is 0; not read where there is a clock.
         grad_scale: one fp32 number on the tensors' device that multiplies every gradient (a clip coefficient).
-        clock: [2] fp64 on the tensors' device, zeros before the first step: the number of steps taken, and a of
-            SPEC.md 4. It goes on by one step, and both corrections follow from it, in fp64.
+        clock: [2] fp64 on the tensors' device, zeros before the first step: the number of steps taken, and the a of
+            ``momentum_scale``. It goes on by one step, and both corrections follow from it, in fp64.
         copies: bfloat16 or float16 tensors that receive the new weights, rounded to nearest even.
         backend: "auto", "reference", "cpu" (C++) or "cuda".
 

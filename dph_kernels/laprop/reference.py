@@ -1,4 +1,4 @@
-"""LaProp in plain PyTorch: the specification (SPEC.md 4; LaProp: arXiv 2002.04839; prior decay: arXiv 2405.20053)."""
+"""LaProp in plain PyTorch: the specification (LaProp: arXiv 2002.04839; prior decay: arXiv 2405.20053)."""
 
 import math
 from collections.abc import Sequence

@@ -36,7 +36,7 @@ def assert_same(one, two):
 
 
 def corrected(lists, backend, rates, **options):
-    """Steps with the corrections that a caller computes (SPEC.md 4)."""
+    """Steps with the corrections that a caller computes."""
     average = 0.0
     for step, rate in enumerate(rates, 1):
         average = 0.9 * average + 0.1 * rate

@@ -40,7 +40,7 @@ def make(pairs, heads=None, dtype=torch.float32, device="cpu", parts=("dph", "dp
 
 
 def formula(inputs, beta, dpo_epsilon, dph_epsilon, objective, dpo_weight, dph_weight):
-    """(loss, metrics by name) as SPEC 3 writes them."""
+    """(loss, metrics by name) as the paper writes them."""
     r_w, r_l, *logprobs = inputs.values()
     found = {}
     loss = 0.0
