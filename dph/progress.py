@@ -6,9 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 SHOWN = ("loss", "token_accuracy", "reward_accuracy", "grad_norm", "lr")
 
 
@@ -65,39 +62,38 @@ def _shown(key: str) -> bool:
 
 
 class Window:
-    """Means over the steps since the last logged one, gathered on the device."""
+    """Means over the steps since the last logged one; steps that were skipped are counted, and no more."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self.names = [*names, "grad_norm"]
-        self._sums: Tensor | None = None
-        self._steps = self._tokens = self._all_tokens = 0
+        self.names = names
+        self._sums = [0.0] * len(names)
+        self._steps = self._tokens = self._all_tokens = self._skipped = 0
         self._lr = self._seconds = 0.0
 
-    def add(self, means: Tensor, norm: Tensor, lr: float, tokens: int, seconds: float) -> None:
-        """One step's figures, and the time that it took."""
-        values = torch.cat([means, norm.reshape(1)])
-        self._sums = values if self._sums is None else self._sums.to(values.device) + values
-        self._steps, self._lr, self._seconds = self._steps + 1, lr, self._seconds + seconds
+    def add(self, figures: Sequence[float], lr: float, tokens: int, seconds: float, *, skipped: bool) -> None:
+        """One step's figures, as ``names`` has them, and the time that it took."""
+        if not skipped:
+            self._sums = [a + b for a, b in zip(self._sums, figures, strict=True)]
+            self._steps += 1
+        self._skipped, self._lr, self._seconds = self._skipped + skipped, lr, self._seconds + seconds
         self._tokens, self._all_tokens = self._tokens + tokens, self._all_tokens + tokens
 
     def close(self) -> dict[str, float]:
-        """The means, the rate and the speed; then a new window begins."""
-        means = (self._sums / self._steps).tolist()
-        values = dict(zip(self.names, means, strict=True)) | {"lr": self._lr, "tokens": self._all_tokens}
+        """The means, the rate, the speed and all that was skipped so far; then a new window begins."""
+        values = {name: x / self._steps for name, x in zip(self.names, self._sums, strict=True) if self._steps}
+        values |= {"lr": self._lr, "tokens": self._all_tokens, "skipped": self._skipped}
         values |= {"tokens_per_second": self._tokens / max(self._seconds, 1e-9), "seconds": self._seconds}
-        self._sums, self._steps, self._tokens, self._seconds = None, 0, 0, 0.0
+        self._sums, self._steps, self._tokens, self._seconds = [0.0] * len(self.names), 0, 0, 0.0
         return values
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON."""
-        sums = None if self._sums is None else [None if math.isnan(x) else x for x in self._sums.tolist()]
+        sums = [None if math.isnan(x) else x for x in self._sums]  # a part that is off has NaN, which JSON has not
         counts = {"steps": self._steps, "tokens": self._tokens, "all_tokens": self._all_tokens}
-        return {"sums": sums, **counts, "seconds": self._seconds}
+        return {"sums": sums, **counts, "skipped": self._skipped, "seconds": self._seconds}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up what ``state`` gave."""
-        sums = state["sums"]
-        if sums is not None:
-            self._sums = torch.tensor([math.nan if x is None else x for x in sums], dtype=torch.float64)
+        self._sums = [math.nan if x is None else x for x in state["sums"]]
         self._steps, self._tokens, self._all_tokens = state["steps"], state["tokens"], state["all_tokens"]
-        self._seconds = state["seconds"]
+        self._skipped, self._seconds = state["skipped"], state["seconds"]

@@ -162,6 +162,20 @@ class Objective:
 
 
 @typed
+class Guard:
+    """What happens to an update that would do harm: it is skipped and counted, and the weights stay as they are.
+
+    Attributes:
+        stop_after: so many skipped in a row end the run, the weights as they were before the first.
+        spike: beside updates whose loss or gradient is not finite, skip those whose loss lies so many standard
+            deviations above its running mean; None skips none of them.
+    """
+
+    stop_after: int = 3
+    spike: float | None = None
+
+
+@typed
 class Evaluation:
     """Held-out records.
 
@@ -210,6 +224,7 @@ class Recipe:
     optimiser: Optimiser = field(default_factory=Optimiser)
     batch: Batch = field(default_factory=Batch)
     objective: Objective = field(default_factory=Objective)
+    guard: Guard = field(default_factory=Guard)
     evaluation: Evaluation = field(default_factory=Evaluation)
     output: Output = field(default_factory=Output)
     seed: int = 0
@@ -266,6 +281,8 @@ RANGES = (  # key (* stands for each item of a list), least value, bound
     ("objective.dpo_weight", 0, INFINITE),
     ("objective.dph_weight", 0, INFINITE),
     ("objective.dropout", 0, 1),
+    ("guard.stop_after", 1, INFINITE),
+    ("guard.spike", 1e-12, INFINITE),
     ("evaluation.sources.*.limit", 1, INFINITE),
     ("evaluation.every", 0, INFINITE),
     ("output.save_every", 0, INFINITE),

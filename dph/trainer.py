@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ from torch import Tensor
 from dph import devices, runs, start
 from dph.chat import Encoded
 from dph.data import Shuffled, encoder
+from dph.devices import Reading
 from dph.errors import UserError
+from dph.guard import Guard
 from dph.model import Model
 from dph.optim import LaProp, gradient_norm, param_groups, warmup_cosine
 from dph.pair_stage import PairStage
@@ -34,7 +36,7 @@ from dph.stream_stage import StreamStage
 
 
 class Diverged(RuntimeError):
-    """Loss or gradient is not finite: training stopped before the update, the weights are those of the step before."""
+    """As many updates in a row as the recipe allows had to be skipped: the weights are those before the first."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,17 @@ def make_stage(recipe: Recipe, model: Model, tokenizer: Any, records: Any, held_
     )
 
 
+class Launched(NamedTuple):
+    """A step that the device has been given, and the figures that it will give."""
+
+    step: int
+    lr: float
+    work: Work
+    losses: list[Loss]
+    counts: dict[str, int]
+    reading: Reading
+
+
 class Trainer:
     """One run of one stage. Made, it stands at the run's checkpoint, or at the beginning."""
 
@@ -125,7 +138,9 @@ class Trainer:
             p.requires_grad_(stage.trains(name))
         self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimiser = self._optimiser()
-        self.window, self.evaluation = Window(stage.metrics), {}
+        self.window, self.evaluation = Window((*stage.metrics, "grad_norm")), {}
+        self.guard = Guard(recipe.guard.stop_after, recipe.guard.spike, self.model.device)
+        self._launched: Launched | None = None
         self._begin()
         self.low = _low_precision(recipe.precision, self.model.device)
         if self.low:
@@ -166,6 +181,7 @@ class Trainer:
         self.optimiser.from_tensors(self.names, checkpoint.tensors("optimiser"), state["optimiser"])
         self.stage.load_state(checkpoint.tensors("data"), state["data"])
         self.window.load(state["window"])
+        self.guard.load(state["guard"])
         self.evaluation = state["evaluation"]
         runs.set_generators(checkpoint.tensors("generators"), state["generators"])
 
@@ -179,6 +195,7 @@ class Trainer:
             "optimiser": optimiser_state,
             "data": data_state,
             "window": self.window.state(),
+            "guard": self.guard.state(),
             "evaluation": self.evaluation,
             "generators": generators_state,
         }
@@ -203,16 +220,23 @@ class Trainer:
     def _loop(self, told_to_stop: Callable[[], bool], progress: Progress) -> int | None:
         """All steps that are left: None at their end, or the step after which a signal stopped it."""
         output, total = self.recipe.output, self.settings.steps
+        self._clock = time.monotonic()
         for step in range(self.run.step + 1, total + 1):
-            self._update(step)
+            launched = self._launch(step)
+            self._settle(progress)  # the step before, while the device is busy with this one
+            self._launched = launched
             progress.advance()
             last, stop = step == total, told_to_stop()
-            if last or step % output.log_every == 0:
-                self._log(step, progress, self.window.close() | self.stage.counts())
-            if last or self._due(self.recipe.evaluation.every, step):
+            evaluate = last or self._due(self.recipe.evaluation.every, step)
+            save = last or stop or self._due(output.save_every, step)
+            if evaluate or save:
+                self._settle(progress)
+            if evaluate:
                 self._evaluate(step, progress)
-            if last or stop or self._due(output.save_every, step):
+            if save:
                 self._save(step)
+            if evaluate or save:
+                self._clock = time.monotonic()
             if stop and not last:
                 return step
         return None
@@ -221,9 +245,8 @@ class Trainer:
     def _due(every: int, step: int) -> bool:
         return every > 0 and step % every == 0
 
-    def _update(self, step: int) -> None:
-        """One update of the weights; none where loss or gradient is not finite."""
-        began = time.monotonic()
+    def _launch(self, step: int) -> Launched:
+        """One update of the weights, or none where the guard skips it; nothing here waits for the device."""
         lr = warmup_cosine(
             step,
             peak=self.settings.lr,
@@ -239,22 +262,47 @@ class Trainer:
             loss = self.stage.loss(part, step)
             (loss.total / work.weight).backward()
             losses.append(loss._replace(total=loss.total.detach()))
-        norm, scale, finite = gradient_norm(self.names, self.settings.clip)
-        finite = finite & torch.isfinite(sum(loss.total for loss in losses))
-        self.optimiser.step(grad_scale=torch.where(finite, scale, math.nan))  # NaN: the step changes nothing
+        norm = gradient_norm(self.names, self.settings.clip)
+        scale, skipped = self.guard.admit(sum(loss.total for loss in losses) / work.weight, norm)
+        self.optimiser.step(grad_scale=scale)
         self.optimiser.zero_grad()
         sums = torch.stack([loss.sums for loss in losses]).double().sum(0) / work.weight
-        if not bool(finite):  # the one wait for the device
-            raise Diverged(self._explain(step, work, losses, norm))
-        self.window.add(sums, norm, lr, work.tokens, time.monotonic() - began)
+        figures = torch.cat([sums, torch.stack([norm.norm, skipped])])
+        return Launched(step, lr, work, losses, self.stage.counts(), Reading(figures))
 
-    def _explain(self, step: int, work: Work, losses: Sequence[Loss], norm: Tensor) -> str:
-        text = f"step {step}: stopped before the update, the weights are those of step {step - 1}; in {work.records}: "
-        for part, loss in zip(work.parts, losses, strict=True):
+    def _settle(self, progress: Progress) -> None:
+        """Take up the figures of the step that was launched last, if that has not been done."""
+        if self._launched is None:
+            return
+        launched, self._launched = self._launched, None
+        *figures, skipped = launched.reading.numbers()
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        self.window.add(figures, launched.lr, launched.work.tokens, seconds, skipped=skipped > 0)
+        if skipped:
+            self._tell(launched, figures[-1], int(skipped), progress)
+        step, output = launched.step, self.recipe.output
+        if step == self.settings.steps or step % output.log_every == 0:
+            self._log(step, progress, self.window.close() | launched.counts)
+
+    def _tell(self, launched: Launched, norm: float, in_a_row: int, progress: Progress) -> None:
+        """Say why a step was skipped; raise Diverged where it was one too many."""
+        reason = f"in {launched.work.records}: {self._explain(launched, norm)}"
+        if in_a_row < self.recipe.guard.stop_after:
+            return progress.note(f"step {launched.step} was skipped, the weights are as before; {reason}")
+        good = launched.step - in_a_row
+        raise Diverged(
+            f"step {launched.step}: stopped before the update, the weights are those of step {good}; {reason}"
+        )
+
+    def _explain(self, launched: Launched, norm: float) -> str:
+        for part, loss in zip(launched.work.parts, launched.losses, strict=True):
             if not bool(torch.isfinite(loss.values).all()):
-                return text + f"the loss is {float(loss.total)} for {self.stage.describe(part, loss.values)}"
-        total = sum(float(loss.total) for loss in losses) / work.weight
-        return text + f"the gradient's norm is {float(norm)} at a loss of {total:.4g}"
+                return f"the loss is {float(loss.total)} for {self.stage.describe(part, loss.values)}"
+        total = sum(float(loss.total) for loss in launched.losses) / launched.work.weight
+        if math.isfinite(total) and math.isfinite(norm):
+            return f"a loss of {total:.4g} is a spike, over {self.recipe.guard.spike:g} deviations above the mean"
+        return f"the gradient's norm is {norm} at a loss of {total:.4g}"
 
     def _log(self, step: int, progress: Progress, values: dict[str, float]) -> None:
         values = {key: value for key, value in values.items() if math.isfinite(value)}  # a part that is off has NaN

@@ -12,7 +12,7 @@ from stages import STAGES, records, settings, tiny, weights
 from texts import small_tokenizer
 
 import dph
-from dph import cli, runs
+from dph import cli, guard, runs
 from dph.chat import Encoded
 from dph.errors import UserError
 from dph.order import Shuffled
@@ -340,7 +340,8 @@ def broken(monkeypatch, model, method, call):
 
 @pytest.mark.parametrize(("stage", "method"), [("sft", "stream_logprobs"), ("align", "forward_packed")])
 def test_nan_stops_before_the_update(stage, method, tmp_path, monkeypatch):
-    recipe = settings(stage, tmp_path / "run", evaluation__every=0, batch__micro=2, output__log_every=1)
+    changes = {"evaluation__every": 0, "batch__micro": 2, "output__log_every": 1, "guard__stop_after": 1}
+    recipe = settings(stage, tmp_path / "run", **changes)
     model, intact = tiny(), tiny()
     broken(monkeypatch, model, method, 2 * 4 + 2)  # the second part of step 5
     with pytest.raises(Diverged) as caught:
@@ -361,6 +362,57 @@ def test_nan_stops_before_the_update(stage, method, tmp_path, monkeypatch):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize(("stage", "method"), [("sft", "stream_logprobs"), ("align", "forward_packed")])
+def test_nan_is_skipped_counted_and_told(stage, method, tmp_path, monkeypatch, capsys):
+    recipe = settings(stage, tmp_path / "run", output__log_every=1, output__save_every=1)
+    model = tiny()
+    broken(monkeypatch, model, method, 5)
+    assert go(recipe, model=model, held_out={}, quiet=False).step == 8
+    said = [line for line in capsys.readouterr().err.splitlines() if "was skipped" in line]
+    assert len(said) == 1
+    assert f"{stage}: step 5 was skipped, the weights are as before; in " in said[0]
+    assert "the loss is nan for " in said[0]
+    lines = [line for line in figures(tmp_path / "run") if "skipped" in line]
+    assert [line["skipped"] for line in lines] == [0] * 4 + [1] * 4
+    assert ["loss" in line for line in lines] == [True] * 4 + [False] + [True] * 3
+    saved = [
+        runs.Checkpoint(n, tmp_path / "run" / "checkpoints" / f"step-{n:08d}").tensors("weights") for n in (4, 5, 6)
+    ]
+    assert all(torch.equal(t, saved[1][name]) for name, t in saved[0].items())
+    assert not all(torch.equal(t, saved[2][name]) for name, t in saved[0].items())
+
+
+def test_a_spike_is_skipped_and_many_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "WARM", 3)
+    original, left = dph.Model.stream_logprobs, [0]
+
+    def worse(self, *args, **kwargs):
+        logprobs, *rest = original(self, *args, **kwargs)
+        left[0] += 1
+        return (logprobs * 20 if left[0] in (5, 7, 8) else logprobs), *rest
+
+    monkeypatch.setattr(dph.Model, "stream_logprobs", worse)
+    recipe = settings("sft", tmp_path / "run", guard__spike=10.0, guard__stop_after=2, output__log_every=1)
+    model = tiny()
+    with pytest.raises(Diverged, match=r"step 8: .* weights are those of step 6; in .* is a spike, over 10 deviations"):
+        go(recipe, model=model, held_out={})
+    assert [line["skipped"] for line in figures(tmp_path / "run")] == [0] * 4 + [1, 1, 2]
+
+
+def test_resume_remembers_what_the_guard_has_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "WARM", 2)
+    changes = {"guard__spike": 0.1, "guard__stop_after": 9, "optimiser__lr": 1e-6}  # the loss goes up and down
+    whole = go(settings("sft", tmp_path / "whole", **changes))
+    recipe = settings("sft", tmp_path / "parts", **changes)
+    with pytest.raises(Killed):
+        go(recipe, Trap(records("sft"), taken(recipe, 5) + 1, die))
+    resumed = go(recipe, resume=True)
+    assert 0 < figures(tmp_path / "whole")[-2]["skipped"] < 8
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_infinite_gradient_stops_before_the_update(precision, tmp_path):
     """In bf16 too the caller has his own weights back, not their rounded copies."""
@@ -368,7 +420,8 @@ def test_infinite_gradient_stops_before_the_update(precision, tmp_path):
     before = weights(model)
     model.output_proj.weight.register_hook(lambda g: g * math.inf)
     with pytest.raises(
-        Diverged, match=r"step 1: .* in segments after records 0 to \d+: the gradient's norm is (nan|inf)"
+        Diverged,
+        match=r"step 3: .* those of step 0; in segments after records \d+ to \d+: the gradient's norm is (nan|inf)",
     ):
         go(settings("sft", tmp_path / "run", precision=precision), model=model)
     assert all(p.dtype == torch.float32 and torch.equal(p, before[name]) for name, p in weights(model).items())
