@@ -36,6 +36,7 @@ class Memory(Cache):
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")
         self.length, self.kind = length, kind
+        self.version = 0  # another one when a call begins, and when what calls read has changed
         self.reset()
 
     def reset(self) -> None:
@@ -46,13 +47,15 @@ class Memory(Cache):
         self._pending: dict[int, tuple[Tensor, ...]] = {}  # per layer: rows of the last call, not yet written
         self._kept: dict[int, tuple[Tensor, ...]] = {}  # per layer: rows of the call under way, dropped if it fails
         self._counts: list[int] = []  # tokens of each stream in the last call
+        self._under_way = False
+        self.version += 1
 
     # What the model calls, in this order
 
     def begin(self, counts: list[int]) -> PackedLayout:
         """Write what the last call left, and describe a call with ``counts`` [B] new tokens per stream."""
         self.commit()
-        self._kept = {}
+        self._kept, self._under_way, self.version = {}, True, self.version + 1
         if self.seen and len(counts) != len(self.seen):
             raise ValueError(f"past_key_values: expected a batch of {len(self.seen)} streams, got {len(counts)}")
         self.seen = self.seen or [0] * len(counts)
@@ -70,23 +73,31 @@ class Memory(Cache):
                 self._rings.append(tuple(like.new_zeros(size) for _ in range(2 if self.kind == "kv" else 1)))
         return tuple(ring.flatten(0, 1) for ring in self._rings[layer])
 
-    def recall(self, layer: int, inputs: Tensor, counts: list[int]) -> Tensor:
-        """Attention inputs of memory and call, oldest first, stream after stream (kind "hidden")."""
+    def recall(self, layer: int, inputs: Tensor, counts: list[int], seen: list[int]) -> Tensor:
+        """Attention inputs of memory and call, oldest first, stream after stream (kind "hidden").
+
+        counts, seen: tokens of each stream in the call, and those that it had seen before.
+        """
         (rows,) = self.read(layer, inputs)
         parts = []
         for b, own in enumerate(inputs.split(counts)):
-            first = max(self.seen[b] - self.length, 0)
-            slots = b * self.length + torch.arange(first, self.seen[b], device=rows.device) % self.length
+            first = max(seen[b] - self.length, 0)
+            slots = b * self.length + torch.arange(first, seen[b], device=rows.device) % self.length
             parts += [rows[slots], own]
         return torch.cat(parts) if parts else inputs
 
     def keep(self, layer: int, *rows: Tensor) -> None:
-        """Hold the call's rows [T, ...] of a layer until they are written; their gradient ends here."""
+        """Hold the call's rows [T, ...] of a layer until they are written; their gradient ends here.
+
+        Not a second time where gradient checkpointing computes the call again.
+        """
+        if not self._under_way:
+            return
         self._kept[layer] = tuple(r.detach() for r in rows)
 
     def end(self, counts: list[int], columns: int) -> None:
         """Count the call's tokens; ``columns`` is the width of its input, padding included."""
-        self._pending, self._kept, self._counts = self._kept, {}, counts
+        self._pending, self._kept, self._counts, self._under_way = self._kept, {}, counts, False
         self.seen = [s + c for s, c in zip(self.seen, counts, strict=True)]
         self.columns += columns
 
@@ -105,7 +116,7 @@ class Memory(Cache):
         for layer, tensors in self._pending.items():
             for ring, tensor in zip(self._rings[layer], tensors, strict=True):
                 ring.flatten(0, 1)[slots] = tensor[rows].to(ring.dtype)  # another one under autocast
-        self._pending = {}
+        self._pending, self.version = {}, self.version + 1
 
     # Checkpoints
 

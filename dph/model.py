@@ -70,7 +70,7 @@ class Model(PreTrainedModel, GenerationMixin):
     config: ModelConfig
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # so that transformers' Trainer passes num_items_in_batch
     _no_split_modules = ("Block",)
 

@@ -214,6 +214,8 @@ class Recipe:
     Attributes:
         stage: pretrain, vocab (embedding only), sft, align (all and head) or head (head only).
         seed: of fresh weights, order of data and dropout.
+        checkpointing: none, or block: blocks are computed again in the backward pass, which saves most of the memory of
+            activations for a third more arithmetic and changes no result.
         precision: fp32, bf16 (with fp32 masters), or auto: bf16 on a GPU, fp32 on a CPU.
         device: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
     """
@@ -228,6 +230,7 @@ class Recipe:
     evaluation: Evaluation = field(default_factory=Evaluation)
     output: Output = field(default_factory=Output)
     seed: int = 0
+    checkpointing: Literal["none", "block"] = "none"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
 

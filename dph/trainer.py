@@ -142,6 +142,7 @@ class Trainer:
         self.guard = Guard(recipe.guard.stop_after, recipe.guard.spike, self.model.device)
         self._launched: Launched | None = None
         self._begin()
+        self.model.backbone.gradient_checkpointing = recipe.checkpointing == "block"
         self.low = _low_precision(recipe.precision, self.model.device)
         if self.low:
             self.optimiser.lower(torch.bfloat16)
@@ -318,6 +319,7 @@ class Trainer:
 
     def _give_back(self) -> None:
         """Turn the model back into fp32, what did not train as it was found, however training ended."""
+        self.model.backbone.gradient_checkpointing = False
         for name, p in self.model.named_parameters():
             p.requires_grad_(self.before[name])
         if self.low:

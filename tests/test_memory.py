@@ -129,6 +129,48 @@ def test_only_the_hidden_kind_teaches_the_projections_through_memory():
     torch.testing.assert_close(grads["kv"][:16], grads["hidden"][:16], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_changes_nothing(kind):
+    """Gradients and memory, bit for bit, over segments; the rows that are computed again are not kept twice."""
+    found = []
+    for again in (False, True):
+        model, ids, memory = tiny_model(), tokens(2, 15), dph.Memory(7, kind)
+        model.backbone.gradient_checkpointing = again
+        for part in ids.split(5, 1):
+            model(part, labels=part, past_key_values=memory).loss.backward()
+            assert not memory._kept
+        found.append([*(p.grad for p in model.parameters() if p.grad is not None), *memory.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_transformers_switches_gradient_checkpointing():
+    model, ids = tiny_model(), tokens(2, 15)
+    blocks = []
+    model.backbone.blocks[0].register_forward_pre_hook(lambda *_: blocks.append(1))
+    switch = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    switch()
+    model(ids, labels=ids).loss.backward()
+    assert len(blocks) == 2
+    with torch.no_grad():
+        model(ids)
+    assert len(blocks) == 3
+
+
+@pytest.mark.parametrize("commit", ["by hand", "by the next call"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_writing_before_a_checkpointed_backward_is_noticed(commit, kind):
+    model, ids, memory = tiny_model(), tokens(1, 12), dph.Memory(4, kind)
+    model.backbone.gradient_checkpointing = True
+    segments_of(model, [ids[:, :4]], memory)
+    loss = model(ids[:, 4:8], labels=ids[:, 4:8], past_key_values=memory).loss
+    if commit == "by hand":
+        memory.commit()
+    else:
+        segments_of(model, [ids[:, 8:]], memory)
+    with pytest.raises(RuntimeError, match="expected a backward pass before the memory's next call"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("commit", ["by hand", "by the next call"])
 def test_writing_before_backward_is_noticed(commit):
     model, ids, memory = tiny_model(), tokens(1, 12), dph.Memory(4)

@@ -168,6 +168,8 @@ def test_every_key_is_documented():
         fields = set(section.__dataclass_fields__)
         documented = {line.split(":")[0].strip() for line in section.__doc__.splitlines()}
         undocumented = (
-            fields - documented - ({"model", "data", "optimiser", "batch", "objective", "evaluation", "output"})
+            fields
+            - documented
+            - ({"model", "data", "optimiser", "batch", "objective", "guard", "evaluation", "output"})
         )
         assert not undocumented, f"{section.__name__}: {undocumented}"

@@ -167,6 +167,17 @@ def test_accumulation_changes_nothing_but_rounding(stage, tmp_path, monkeypatch)
             assert one == pytest.approx(two, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize(("stage", "kind"), [("sft", "kv"), ("sft", "hidden"), ("align", "kv"), ("head", "kv")])
+def test_checkpointing_changes_nothing(stage, kind, tmp_path):
+    """Bit for bit, with parts and memory."""
+    changes = {"data__memory_kind": kind, "batch__micro": 2}
+    plain, again = (
+        go(settings(stage, tmp_path / way, checkpointing=way, **changes)).model for way in ("none", "block")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(weights(plain).values(), weights(again).values(), strict=True))
+    assert not again.backbone.gradient_checkpointing
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_trains_and_what_stands_still(stage, tmp_path):
     model = tiny(task_heads=["other"])
