@@ -42,4 +42,21 @@ DPH_INLINE uint16_t bf16_from_float(float value) {
   return static_cast<uint16_t>(value != value ? (bits >> 16) | 0x40u : rounded);
 }
 
+// e^x to 1 unit in the last place for x in [-87, 88], exactly 1 at 0; x beyond counts as the nearer end. NaN stays NaN,
+// since it is multiplied: added to the exponent, whatever a NaN has in its low bits would make a number of it.
+DPH_INLINE float exp_of(float x) {
+  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
+  const float above = x < -87.0f ? -87.0f : x, clamped = above > 88.0f ? 88.0f : above;
+  const float shifted = clamped * 1.44269504f + magic, n = shifted - magic;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: n times the first is exact
+  float p = 1.9875691500e-4f;                                         // Cephes' expf, on [-ln 2 / 2, ln 2 / 2]
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * float_from_bits((bits_from_float(shifted) << 23) + 0x3f800000u);
+}
+
 }  // namespace dph

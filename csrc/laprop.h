@@ -1,4 +1,4 @@
-// LaProp with decoupled prior and weight decay (SPEC.md 4) and the norm that its gradients are clipped by: what the CPU
+// LaProp with decoupled prior and weight decay and the norm that its gradients are clipped by: what the CPU
 // and the CUDA kernels share.
 #pragma once
 
@@ -61,7 +61,7 @@ struct LapropCoefficients {
   float momentum_scale;  // 1 / c
 };
 
-// Steps done, and the average of their rates (a of SPEC.md 4).
+// Steps done, and the average of their rates: 1 / c is lr over it.
 struct LapropClock {
   double step;
   double rate_average;

@@ -1,4 +1,4 @@
-// The joint preference objective (SPEC.md 3): loss, its slopes and all metrics in one pass.
+// The joint preference objective (arXiv 2405.20053, section 3): loss, its slopes and all metrics in one pass.
 #pragma once
 
 #include "common.h"

@@ -25,7 +25,7 @@ def gradient_norm(params: Iterable[Tensor], limit: float = math.inf) -> Gradient
     squares = [_over_ranks(dph_kernels.gradient_norm(grads).norm.square(), where) for where, grads in parts.items()]
     norm = torch.stack(squares).sum().sqrt()
     finite = norm.isfinite()
-    scale = torch.where(finite, (limit / norm).clamp(max=1.0), math.nan)
+    scale = torch.where(finite, torch.where(norm > limit, limit / norm, 1.0), math.nan)
     return GradientNorm(norm, scale.float().reshape(1), finite)
 
 

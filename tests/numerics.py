@@ -42,6 +42,11 @@ def assert_close_to_fp64(
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e} (plain PyTorch has {earned:.3e})"
 
 
+def strange_nans() -> Tensor:
+    """NaN as arithmetic makes it, and as memory that was never written often holds it: the low bits are payload."""
+    return torch.tensor([0x7FC00000, 0x7FC00001, -1], dtype=torch.int32).view(torch.float32)
+
+
 def implementations(operator: str) -> list:
     """Parameters ``(device, backend)``: every backend of ``operator``, skipped with the reason where it cannot run.
 

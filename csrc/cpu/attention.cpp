@@ -1,5 +1,6 @@
 // Rotary attention on the CPU: threads over tiles and heads, and the kernels for the processor that is found.
 #include "../attention.h"
+#include "threads.h"
 
 #include <math.h>
 
@@ -7,10 +8,6 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace dph {
 namespace {
@@ -82,14 +79,6 @@ class Scratch {
   int64_t size_;
   std::unique_ptr<float, Free> data_;
 };
-
-int thread_number() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 constexpr int64_t WORTH_THREADS = 16384;  // elements to rotate: below, starting threads costs more than the work
 

@@ -37,8 +37,8 @@ DPH_FN Vec exp2(Vec x) {
   p = p * f + 2.402264791e-01f;
   p = p * f + 6.931472029e-01f;
   p = p * f + 1.0f;
-  const Vec result = reinterpret_cast<Vec>(reinterpret_cast<Int>(p) + (reinterpret_cast<Int>(shifted) << 23));
-  return x < low ? Vec{} : result;
+  const Int exponent = (reinterpret_cast<Int>(shifted) << 23) + 0x3f800000;
+  return x < low ? Vec{} : p * reinterpret_cast<Vec>(exponent);  // times: a NaN's low bits are not to end in its exponent
 }
 
 enum class Into { Set, Add, Rescale };

@@ -11,24 +11,8 @@ namespace {
 constexpr int64_t BLOCK = 1024;  // columns that stay in the first-level cache between finding their maximum and exp
 constexpr float LOWEST = -87.0f;  // exp of less is no normal number
 
-// e^x to 1 unit in the last place for x <= 0, exactly 1 at 0, 0 below LOWEST; NaN stays NaN.
-DPH_INLINE float exp_of(float x) {
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
-  const float clamped = x < LOWEST ? LOWEST : x;
-  const float shifted = clamped * 1.44269504f + magic;
-  const float n = shifted - magic;
-  // x - n ln 2, ln 2 in two parts: n times the first is exact.
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;  // Cephes' expf: minimax polynomial on [-ln 2 / 2, ln 2 / 2]
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const float result = float_from_bits(bits_from_float(p) + (bits_from_float(shifted) << 23));
-  return x < LOWEST ? 0.0f : result;
-}
+// e^x for x <= 0, 0 below LOWEST.
+DPH_INLINE float exp_negative(float x) { return x < LOWEST ? 0.0f : exp_of(x); }
 
 // What one row has come to: sum of e^(x - largest), and of e^(x - largest) (x - largest).
 struct State {
@@ -46,7 +30,7 @@ DPH_INLINE void add_block(State& state, const float* __restrict x, int64_t begin
   if (start) {
     state = {largest, 0.0f, 0.0f, begin};
   } else if (largest > state.largest) {
-    const float shift = state.largest - largest, factor = exp_of(shift);
+    const float shift = state.largest - largest, factor = exp_negative(shift);
     // Where the factor is 0, what went before counts for nothing; the shift may then be infinite.
     state.weighted = factor > 0.0f ? factor * (state.weighted + shift * state.sum) : 0.0f;
     state.sum *= factor;
@@ -57,7 +41,7 @@ DPH_INLINE void add_block(State& state, const float* __restrict x, int64_t begin
   float sum = 0.0f, weighted = 0.0f;
 #pragma omp simd reduction(+ : sum, weighted)
   for (int64_t i = 0; i < size; ++i) {
-    const float shifted = x[i] - origin, e = exp_of(shifted);
+    const float shifted = x[i] - origin, e = exp_negative(shifted);
     sum += e;
     // A logit of minus infinity has no part in the entropy.
     if (STATISTICS) weighted += e * (shifted < LOWEST ? LOWEST : shifted);
@@ -111,7 +95,7 @@ DPH_CLONES void linear_logprob_gradient_row(const LogprobTile& tile, int64_t row
   const float logprob = here ? (x[target] - largest) - log_sum : 0.0f;
 #pragma omp simd
   for (int64_t i = 0; i < tile.columns; ++i) {
-    const float gradient = -upstream * exp_of((x[i] - largest) - log_sum);
+    const float gradient = -upstream * exp_negative((x[i] - largest) - log_sum);
     x[i] = fabsf(gradient) < 1.17549435e-38f ? 0.0f : gradient;  // subnormal numbers slow the products down
   }
   if (here) x[target] = -upstream * expm1f(logprob);  // 1 - p without loss where p is near 1

@@ -40,25 +40,9 @@ struct Sums {
   }
 };
 
-// exp(x) for x <= 0, to 1 unit in the last place; 0 where that is no normal number. NaN stays NaN.
-DPH_INLINE float exp_negative(float x) {
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the rounded quotient
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts
-  float p = 1.9875691500e-4f;  // Cephes' expf
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r) * r + r + 1.0f;
-  const float power = float_from_bits((bits_from_float(shifted) - bits_from_float(12582912.0f) + 127u) << 23);
-  return x < -87.0f ? 0.0f : p * power;
-}
-
 // s(x) = softplus(-x) + epsilon x, and its derivative epsilon - sigmoid(-x), from one exponential and one division.
 DPH_INLINE float smoothed(float x, float epsilon, float& slope) {
-  const float e = exp_negative(-fabsf(x));
+  const float size = fabsf(x), e = size > 87.0f ? 0.0f : exp_of(-size);
   const float inverse = 1.0f / ((1.0f + e) * (2.0f + e));
   const float small = (2.0f + e) * inverse;  // 1 / (1 + e)
   slope = epsilon - (x < 0.0f ? small : e * small);

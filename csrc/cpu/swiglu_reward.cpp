@@ -1,10 +1,13 @@
 // Pooler and reward heads on the CPU: buffers, threads over blocks of features, and the kernels for the processor.
 #include "../swiglu_reward.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <type_traits>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -46,7 +49,9 @@ using Buffer = std::unique_ptr<T, Free>;
 
 template <class T = float>
 Buffer<T> buffer(int64_t size) {
-  return Buffer<T>(static_cast<T*>(aligned_alloc(64, (size * sizeof(T) + 64) / 64 * 64)));
+  Buffer<T> memory(static_cast<T*>(aligned_alloc(64, (size * sizeof(T) + 64) / 64 * 64)));
+  if (!memory) throw std::bad_alloc();
+  return memory;
 }
 
 // A large result that is about to be written whole: its memory is mostly new, and the system hands it out eight times as
@@ -164,15 +169,13 @@ Kernels pick(int lanes) {
 
 Kernels kernels = pick(16);
 
-// run(block, scratch) for all blocks, on all threads.
+// run(block, scratch) for all blocks, on all threads. Their memory is taken before they start: a failure is then an
+// exception that somebody can catch.
 template <class Run>
 void each(int64_t count, int threads, const Run& run) {
-#pragma omp parallel num_threads(threads) if (count > 1)
-  {
-    Scratch scratch;
-#pragma omp for schedule(dynamic)
-    for (int64_t block = 0; block < count; ++block) run(block, scratch);
-  }
+  std::vector<Scratch> scratch(std::min<int64_t>(threads, std::max<int64_t>(count, 1)));
+#pragma omp parallel for schedule(dynamic) num_threads(scratch.size()) if (count > 1)
+  for (int64_t block = 0; block < count; ++block) run(block, scratch[thread_number()]);
 }
 
 void each(int64_t count, int threads, const Job& job, Stage stage) {

@@ -174,22 +174,6 @@ DPH_TARGET static void product(float* out, int64_t ld, const Left& a, int64_t fi
 
 // Elementwise functions, written for one element: the loops over lanes around them become vectors.
 
-// e^x to 1 unit in the last place, for x in [-87, 88]; x beyond counts as the nearer end, NaN stays NaN.
-DPH_FN float exp_of(float x) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
-  const float above = x < -87.0f ? -87.0f : x, clamped = above > 88.0f ? 88.0f : above;
-  const float shifted = clamped * 1.44269504f + magic, n = shifted - magic;
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  float p = 1.9875691500e-4f;                                         // Cephes' expf, on [-ln 2 / 2, ln 2 / 2]
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return float_from_bits(bits_from_float(p) + (bits_from_float(shifted) << 23));
-}
-
 DPH_FN float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
 DPH_FN float tanh_of(float x) {

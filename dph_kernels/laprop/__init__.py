@@ -21,7 +21,7 @@ class GradientNorm(NamedTuple):
     Attributes:
         norm: Euclidean norm of all gradients together, [] fp64.
         scale: ``min(1, max_norm / norm)``, [1] fp32, NaN where the norm is not finite: ``grad_scale`` of ``laprop``.
-        finite: whether the norm is finite, which it is where every gradient is, [] bool.
+        finite: whether the norm is finite, which it is where every gradient is (fp64 ones up to 1e154), [] bool.
     """
 
     norm: Tensor
@@ -113,6 +113,7 @@ def laprop(
     device = params[0].device
     if grad_scale is not None:
         _check_number("grad_scale", grad_scale, device, torch.float32)
+        grad_scale = grad_scale.reshape(())
     if clock is not None:
         checks.shape("clock", clock, 2)
         checks.dtype("clock", clock, torch.float64)
@@ -123,7 +124,7 @@ def laprop(
         if clock is None:
             raise ValueError("lr: expected a number where there is no clock, got a tensor")
         _check_number("lr", lr, device, (torch.float32, torch.float64))
-        rate, lr = lr.double(), 0.0
+        rate, lr = lr.double().reshape(()), 0.0
     _check_settings(lr, beta1, beta2, eps, weight_decay, prior_decay)
     checks.number("bias_correction", bias_correction, 0.0, below=True)
     checks.number("momentum_scale", momentum_scale, 0.0, below=True)
@@ -185,7 +186,7 @@ def gradient_norm(grads: Sequence[Tensor], *, max_norm: float = float("inf"), ba
     double = next((i for i, grad in enumerate(grads) if grad.dtype == torch.float64), None)
     if double is not None and backend not in ("auto", "reference"):
         raise ValueError(f"grads[{double}]: expected float32 or a half for backend {backend!r}, got float64")
-    grads = _known(grads) or [torch.zeros(0)]
+    grads = _known(grads) or [torch.zeros(0, dtype=torch.float32, device="cpu")]
     return GradientNorm(*_gradient_norm(grads, float(max_norm), backend if double is None else "reference"))
 
 

@@ -58,5 +58,5 @@ def gradient_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Ten
     norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     finite = torch.isfinite(norm)
-    scale = torch.where(finite, (max_norm / norm).clamp(max=1.0), math.nan)
+    scale = torch.where(finite, torch.where(norm > max_norm, max_norm / norm, 1.0), math.nan)
     return norm, scale.float().reshape(1), finite

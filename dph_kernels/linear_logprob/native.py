@@ -1,6 +1,7 @@
 """Log-probabilities on the CPU: products by oneDNN through PyTorch, the passes between by csrc/cpu/linear_logprob.cpp.
 
-fp32 arithmetic throughout; bf16 and fp16 are converted block by block.
+fp32 arithmetic throughout, as far as PyTorch's products have it (``torch.set_float32_matmul_precision``); bf16 and fp16
+are converted block by block.
 """
 
 import torch
@@ -57,6 +58,10 @@ class Engine:
             total, a, b = total.T, b.T, a.T
         result = product(a, b.T)
         total.copy_(result) if start else total.add_(result)
+
+    def finish(self, sums: Tensor, result: Tensor) -> None:
+        """Rounded, and no more."""
+        tiles.rounded(sums, result)
 
 
 def forward(hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -49,6 +49,9 @@ class Engine(Protocol):
     def add(self, total: Tensor, a: Tensor, b: Tensor, start: bool) -> None:
         """``total += a @ b``, or ``total = a @ b`` where ``start``."""
 
+    def finish(self, sums: Tensor, result: Tensor) -> None:
+        """Round a gradient's sums into its result, which they may lie in."""
+
 
 def spans(size: int, most: int, multiple: int = 1) -> Iterator[slice]:
     """Slices of [0, size) with at most ``most`` elements, about equally long, if they can be multiples."""
@@ -135,10 +138,10 @@ def _joint(
                 engine.add(weight_sums, change.T, h, part.start == 0)
             del h, logits, change  # before the next ones: their memory serves again
         if weight_sums is not None and len(hidden):
-            _round(weight_sums, grad_weight[columns])
+            engine.finish(weight_sums, grad_weight[columns])
         del w, weight_sums
     if hidden_sums is not None:
-        _round(hidden_sums, grad_hidden)
+        engine.finish(hidden_sums, grad_hidden)
 
 
 def fp32_sums(result: Tensor) -> Tensor:
@@ -146,6 +149,7 @@ def fp32_sums(result: Tensor) -> Tensor:
     return result if result.dtype == torch.float32 else torch.empty_like(result, dtype=torch.float32)
 
 
-def _round(sums: Tensor, result: Tensor) -> None:
+def rounded(sums: Tensor, result: Tensor) -> None:
+    """What ``finish`` has to do at least."""
     if sums is not result:
         result.copy_(sums)

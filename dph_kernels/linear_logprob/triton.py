@@ -38,6 +38,7 @@ class Engine:
         size = self.rows, -(-min(self.columns, len(weight)) // UNIT) * UNIT
         self.buffer = torch.empty(size, dtype=torch.float32, device=hidden.device)
         self.dtype = hidden.dtype
+        self.unit: Tensor | None = None  # of the gradients of logits, where these are scaled
 
     @functools.cached_property
     def changes(self) -> Tensor:
@@ -91,6 +92,21 @@ class Engine:
         else:
             torch.addmm(total, a.float(), b.float(), beta=0 if start else 1, out=total)
 
+    def finish(self, sums: Tensor, result: Tensor) -> None:
+        """In the gradient's own unit again."""
+        tiles.rounded(sums if self.unit is None else sums.mul_(self.unit), result)
+
+    def scale(self, upstream: Tensor) -> Tensor:
+        """``upstream`` by a power of two that brings the largest of it to 2^14 or above.
+
+        Gradients of logits go through the products in fp16, where a mean over some thousand rows would lose them below
+        its smallest number, and a loss scaled for fp16 above its largest.
+        """
+        largest = upstream.abs().amax()
+        exponent = torch.where(largest.isfinite() & (largest > 0), largest.frexp().exponent, 15).clamp(-100, 100)
+        self.unit = torch.ldexp(torch.ones_like(largest), exponent - 15)
+        return upstream / self.unit
+
     def run(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any]) -> None:
         """Launch it."""
         device, constants = arguments["logits"].device, {**constants, **SIZES}
@@ -116,8 +132,10 @@ def backward(
     weight_needed: bool,
 ) -> tuple[Tensor, Tensor]:
     """What ``reference.backward`` gives."""
-    arguments = grad, hidden, weight, targets, normaliser, hidden_needed, weight_needed
-    return tiles.backward(Engine(hidden, weight), *arguments)
+    engine = Engine(hidden, weight)
+    if hidden.dtype == torch.float16 and len(hidden):
+        grad = engine.scale(grad)
+    return tiles.backward(engine, grad, hidden, weight, targets, normaliser, hidden_needed, weight_needed)
 
 
 # For the audit

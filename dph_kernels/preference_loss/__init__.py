@@ -63,7 +63,7 @@ def _unobserved(tensors: Sequence[Tensor]) -> bool:
     """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
-    return set(map(type, tensors)) <= PLAIN
+    return set(map(type, tensors)) <= PLAIN and not any(map(Tensor.is_neg, tensors))
 
 
 class _Loss(torch.autograd.Function):

@@ -22,9 +22,9 @@ def forward(rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Opti
         table += x.data_ptr(), strides[0], strides[-1], x.dtype is torch.bfloat16
     pairs, *heads = inputs[0].shape
     count, room = sizes(rewards, logprobs)
-    loss = torch.empty((), dtype=torch.float32)
-    metrics = torch.empty(count, dtype=torch.float32)
-    slopes = torch.empty(room, dtype=torch.float32)
+    loss = torch.empty((), dtype=torch.float32, device="cpu")
+    metrics = torch.empty(count, dtype=torch.float32, device="cpu")
+    slopes = torch.empty(room, dtype=torch.float32, device="cpu")
     *numbers, objective = options
     native.module().preference_loss_cpu(
         table,

@@ -135,6 +135,8 @@ def _check_weights(
     checks.dtype("hidden", hidden, checks.FLOATS)
     columns = hidden.shape[1]
     _check("reward", reward, hidden, "K", columns)
+    if reward.shape[0] == 0:
+        raise ValueError(f"reward: expected at least one reward vector (K >= 1), got shape {list(reward.shape)}")
     for weight, bias, name in ((w1, b1, "1"), (w2, b2, "2")):
         if weight is None and bias is not None:
             raise ValueError(f"b{name}: expected None where w{name} is None, got a tensor")

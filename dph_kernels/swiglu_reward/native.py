@@ -1,5 +1,6 @@
 """Pooler and reward heads by csrc/cpu/swiglu_reward.cpp: fp32, or bf16 with fp32 arithmetic."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,9 +26,10 @@ def forward(
     kernels = native.module()
     rows, width = len(hidden), 0 if w1 is None else len(w1) // 2
     projected, pooled = kept_shapes(rows, hidden.shape[1], width)
-    rewards = torch.empty(rows, len(reward))
-    projected = torch.empty(projected if save and w1 is not None else 0)
-    pooled = torch.empty(pooled if save and w2 is not None else 0)
+    empty = functools.partial(hidden.new_empty, dtype=torch.float32)
+    rewards = empty((rows, len(reward)))
+    projected = empty(projected if save and w1 is not None else 0)
+    pooled = empty(pooled if save and w2 is not None else 0)
     row_ids = None if row_ids is None else row_ids.contiguous()
     arguments = _arguments(hidden, reward, w1, w2, row_ids, projected, pooled, dropout, input_dropout, seed)
     arguments.b1, arguments.b2 = _matrix(b1), _matrix(b2)

@@ -137,7 +137,7 @@ class _Draw:
             "row_ids": like if self.row_ids is None else self.row_ids,
             "seed_low": self.seed_low, "seed_high": self.seed_high,
             "threshold": philox.threshold(self.shares[stream]),
-            "kept": torch.ones(()).div(1 - self.shares[stream]).item(),
+            "kept": torch.ones((), dtype=torch.float32, device="cpu").div(1 - self.shares[stream]).item(),
         }  # fmt: skip
 
     def constants(self, stream: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from numerics import assert_close_to_fp64, implementations
 from safetensors.torch import load_file
 
-from dph_kernels import dispatch, laprop, native
+from dph_kernels import dispatch, gradient_norm, laprop, native
 from dph_kernels.laprop import native as laprop_native
 
 SIZES = [(0,), (1,), (3,), (63,), (257,), (33, 17), (16384,), (16385,), (100003,)]
@@ -91,6 +91,16 @@ def test_without_priors_and_copies(device, backend, absent, grad_dtype, prior_dt
     for name in absent:
         del lists[name]
     assert_step(lists, backend, prior_decay=0.0 if "priors" in absent else 0.5)
+
+
+@backends
+@pytest.mark.parametrize("sizes", [[()], [(), (3,), (2, 2)]])
+def test_numbers_are_parameters_too(device, backend, sizes):
+    """With the scale as `gradient_norm` gives it, [1]."""
+    lists = make(sizes, device)
+    scale = gradient_norm(lists["grads"], max_norm=0.01, backend=backend).scale
+    assert_step(lists, backend, grad_scale=scale)
+    assert [x.shape for x in lists["params"]] == [torch.Size(s) for s in sizes]
 
 
 @backends

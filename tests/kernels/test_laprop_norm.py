@@ -80,6 +80,7 @@ def test_zero_gradients_are_not_scaled(device, backend):
     for sizes in ([(0,)], [(5,), (0,)]):
         norm, scale, finite = gradient_norm([torch.zeros(s, device=device) for s in sizes], backend=backend)
         assert (norm.item(), scale.item(), finite.item()) == (0.0, 1.0, True)
+        assert gradient_norm([torch.zeros(5, device=device)], max_norm=0.0, backend=backend).scale.item() == 1.0
 
 
 def test_no_gradients():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from numerics import assert_close_to_fp64, implementations, skip_where_unsupported
+from numerics import assert_close_to_fp64, implementations, skip_where_unsupported, strange_nans
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dph_kernels.linear_logprob import linear_logprob
@@ -177,10 +177,34 @@ def test_a_certain_token_is_never_above_zero(device, backend):
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
-def test_nan_is_not_hidden(device, backend):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e4])
+def test_tiny_and_huge_upstream_gradients(size, dtype, device, backend):
+    """A mean over many rows, and a loss that is scaled for fp16: what lies between does not go through halves as it is.
+
+    The floor is relative to the result, however small, but for what fp16 cannot hold.
+    """
+    skip_where_unsupported("linear_logprob", device, backend, dtype)
+    hidden, weight, targets = make(6, 16, 1000, dtype, device, scale=0.1)
+    grad = torch.rand(6, device=device).mul(size)
+    got = linear_logprob(hidden, weight, targets, backend=backend)
+    wide = as_fp64(hidden, weight)
+    truth = torch.autograd.grad(eager(*wide, targets)[0], wide, grad.double())
+    for ours, true in zip(torch.autograd.grad(got, (hidden, weight), grad), truth, strict=True):
+        step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # of the smallest numbers
+        error = (ours.double() - true).abs().max()
+        assert error <= 2 * torch.finfo(dtype).eps * true.abs().max() + step
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("nan", strange_nans())
+def test_nan_is_not_hidden(nan, device, backend):
     hidden, weight, targets = make(3, 4, 5, device=device)
     with torch.no_grad():
-        hidden[1, 2] = torch.nan
+        spoilt = weight.clone()
+        spoilt[2, 1] = nan
+        assert linear_logprob(hidden, spoilt, targets, backend=backend).isnan().all()
+        hidden[1, 2] = nan
     got = linear_logprob(hidden, weight, targets, backend=backend)
     assert got.isnan().tolist() == [False, True, False]
     got[[0, 2]].sum().backward()

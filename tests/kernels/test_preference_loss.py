@@ -595,3 +595,22 @@ def test_bad_arguments(change, message):
 def test_a_backend_that_cannot_run_says_why():
     with pytest.raises(RuntimeError, match=r"preference_loss: backend 'cuda' cannot run: .+"):
         preference_loss(torch.zeros(5), torch.zeros(5), backend="cuda")
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_views_with_the_other_sign(device, backend):
+    """PyTorch keeps a flag and no negated numbers: what reads memory itself has to ask for them."""
+    numbers = torch.randn(2, 9, dtype=torch.complex64, device=device).conj().imag.unbind()
+    assert all(x.is_neg() for x in numbers)
+    want = preference_loss(*(x.resolve_neg() for x in numbers), backend=backend)
+    for got, expected in zip(preference_loss(*numbers, backend=backend), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_another_default_device_changes_nothing(device, backend):
+    rewards = torch.randn(2, 9, device=device).unbind()
+    want = preference_loss(*rewards, backend=backend)
+    with torch.device("meta"):
+        got = preference_loss(*rewards, backend=backend)
+    assert torch.equal(got[0], want[0])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from attention import LAYOUTS, ROPE, compare, dense, inputs, rotate, run
-from numerics import FLOOR, implementations, skip_where_unsupported
+from numerics import FLOOR, implementations, skip_where_unsupported, strange_nans
 
 from dph_kernels import PackedLayout, native, rope_attention
 
@@ -153,11 +153,12 @@ def test_any_scale_and_no_heads(heads, scale, device, backend):
 
 @pytest.mark.parametrize(("device", "backend"), [b for b in BACKENDS if "sdpa" not in b.values])
 @pytest.mark.parametrize("lengths", [[40], [1, 2, 1]])
-def test_nan_is_not_taken_for_seeing_nothing(lengths, device, backend):
+@pytest.mark.parametrize("nan", strange_nans())
+def test_nan_is_not_taken_for_seeing_nothing(nan, lengths, device, backend):
     """A query that is NaN gives NaN, not the zeros of a row without keys; PyTorch's own kernels may drop it."""
     layout = PackedLayout.documents(lengths).to(device)
     q, k, v, _, _ = inputs(layout, 2, 16, torch.float32, device)
-    q[2] = float("nan")
+    q[2] = nan
     out = rope_attention(q, k, v, layout, rope=ROPE, backend=backend)
     assert out[2].isnan().all()
     assert out[[i for i in range(len(q)) if i != 2]].isfinite().all()

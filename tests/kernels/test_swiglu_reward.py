@@ -1,13 +1,19 @@
 """swiglu_reward: every backend against plain PyTorch in the same precision and in fp64."""
 
 import importlib
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from numerics import implementations, skip_where_unsupported
+from numerics import implementations, skip_where_unsupported, strange_nans
 from poolers import POOLERS, SIZES, compare, eager, make
 
+from dph_kernels import dispatch
 from dph_kernels.swiglu_reward import swiglu_reward
+
+ROOT = Path(__file__).resolve().parents[2]
 
 reference = importlib.import_module("dph_kernels.swiglu_reward.reference")
 
@@ -112,11 +118,53 @@ def test_saturated_pooler(scale, device, backend):
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
-def test_nan_is_not_hidden(device, backend):
+@pytest.mark.parametrize("nan", strange_nans())
+def test_nan_is_not_hidden(nan, device, backend):
     inputs = make(3, 8, 6, 2, device=device)
     with torch.no_grad():
-        inputs["hidden"][1, 2] = torch.nan
-    assert swiglu_reward(**inputs, backend=backend).isnan().any(1).tolist() == [False, True, False]
+        inputs["hidden"][1, 2] = nan
+        assert swiglu_reward(**inputs, backend=backend).isnan().any(1).tolist() == [False, True, False]
+        inputs = make(3, 8, 6, 2, device=device)
+        inputs["b2"][3] = nan
+        assert swiglu_reward(**inputs, backend=backend).isnan().all()
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype, device, backend):
+    inputs = make(5, 8, 6, 2, device=device)
+    options = {"dropout": 0.3, "seed": 7, "backend": backend}
+    want = swiglu_reward(**inputs, **options)
+    grads = torch.autograd.grad(want.sum(), list(inputs.values()))
+    try:
+        torch.set_default_dtype(dtype)
+        got = swiglu_reward(**inputs, **options)
+        again = torch.autograd.grad(got.sum(), list(inputs.values()))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)
+    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory")
+@pytest.mark.skipif(dispatch.missing("swiglu_reward", "cpu", "cpu") is not None, reason="the C++ module is not built")
+def test_out_of_memory_is_an_error():
+    code = """if True:
+        import resource
+        import torch
+        from dph_kernels import swiglu_reward
+        hidden, reward, w2 = torch.zeros(1, 8).expand(20_000_000, 8), torch.zeros(1, 8), torch.zeros(8, 8)
+        swiglu_reward(hidden[:5], reward, w2=w2, backend="cpu")
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, used + 2**29))
+        try:
+            swiglu_reward(hidden, reward, w2=w2, backend="cpu")
+        except (MemoryError, RuntimeError):
+            print("no memory")
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "no memory", done.stderr
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
@@ -214,6 +262,7 @@ def test_compiles_as_one_graph_for_every_seed():
         ({"w1": None, "b1": None}, r"w2: expected shape \[8, 8\], got \[8, 6\]"),
         ({"w2": None, "b2": None}, r"w2: expected a tensor \[C, F\] where w1 is given, got None"),
         ({"w2": None}, "b2: expected None where w2 is None, got a tensor"),
+        ({"reward": torch.zeros(0, 8)}, r"reward: expected at least one reward vector \(K >= 1\), got shape \[0, 8\]"),
         ({"w2": torch.zeros(8, 7)}, r"w2: expected shape \[8, 6\], got \[8, 7\]"),
         ({"b1": torch.zeros(6)}, r"b1: expected shape \[12\], got \[6\]"),
         ({"b2": torch.zeros(8, device="meta")}, "b2: expected a tensor on cpu, got one on meta"),
