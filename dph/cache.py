@@ -20,14 +20,14 @@ import time
 import uuid
 import zlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from dph.chat import Encoded
 from dph.errors import UserError
@@ -181,15 +181,15 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-def fingerprint(module: nn.Module, config: Any) -> str:
-    """Hash, as 64 hexadecimal digits, of the weights of ``module`` and of what the configuration says of the backbone.
+def fingerprint(weights: Mapping[str, Tensor], config: Any) -> str:
+    """Hash, as 64 hexadecimal digits, of a model's weights and of what its configuration says of the backbone.
 
     Names, types and shapes count too: bf16 weights are another model than the fp32 ones that they come from.
     """
     digest = hashlib.sha256(repr(_backbone_fields(config)).encode())
-    for name, parameter in sorted(module.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -9,12 +9,12 @@ A folder may be deleted whenever no process runs on it: its numbers are computed
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dph.cache import Cache, fingerprint, pair_key
 from dph.chat import Encoded
@@ -29,7 +29,7 @@ class PairCache:
     Args:
         directory: of all caches; this one's folder in it is named after kind, model and tokenizer.
         kind: what the numbers are.
-        module: whose weights they depend on.
+        weights: that they depend on, by name.
         config: of the model.
         tokenizer: that made the tokens.
         width: numbers a pair.
@@ -38,8 +38,10 @@ class PairCache:
         computed: pairs whose numbers were not there.
     """
 
-    def __init__(self, directory: Path, kind: str, module: nn.Module, config: Any, tokenizer: Any, width: int) -> None:
-        self._model = fingerprint(module, config)
+    def __init__(
+        self, directory: Path, kind: str, weights: Mapping[str, Tensor], config: Any, tokenizer: Any, width: int
+    ) -> None:
+        self._model = fingerprint(weights, config)
         vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
         folder = f"{kind}-{self._model[:16]}-{hashlib.sha256(vocabulary).hexdigest()[:8]}"
         self.store = Cache(directory / folder, width)

@@ -74,10 +74,12 @@ class PairStage(Material):
     @cached_property
     def cache(self) -> PairCache:
         """Made when first asked for: by then the weights, which it is named after, have the precision of the run."""
-        states = self.cached == "states"
-        module, width = (self.model.backbone, 2 * self.model.config.hidden_size) if states else (self.reference, 2)
-        where = directory(self.recipe)
-        return PairCache(where, self.cached, module, self.model.config, self.tokenizer, width)
+        config, width = self.model.config, 2
+        weights = {} if self.reference is None else dict(self.reference.named_parameters())
+        if self.cached == "states":
+            weights, width = dict(self.model.backbone.named_parameters()), 2 * config.hidden_size
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("heads.")}
+        return PairCache(directory(self.recipe), self.cached, weights, config, self.tokenizer, width)
 
     def _pairs(self, records: Order, size: int) -> PairBatches:
         return PairBatches(records, self.encode, size, self.recipe.data.context)
