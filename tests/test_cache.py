@@ -1,15 +1,15 @@
 """The cache of a frozen model's numbers: the store on disk, and training with it as without it."""
 
 import errno
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stages import records, settings, tiny, weights
-from texts import small_tokenizer
+from texts import small_tokenizer, write_lines
 
-from dph import ahead, cache, pair_cache, runs
+from dph import ahead, cache, cli, pair_cache, runs
 from dph.backbone import Backbone
 from dph.cache import Cache, fingerprint, pair_key
 from dph.errors import UserError
@@ -364,3 +364,22 @@ def test_a_pass_says_why_there_is_nothing_to_fill(stage, changes, message, tmp_p
     with pytest.raises(UserError, match=message):
         fill(settings(stage, tmp_path / "run", **changes))
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_command_fills_what_training_reads(tmp_path, calls, capsys):
+    tiny().save_pretrained(tmp_path / "model")
+    small_tokenizer().save_pretrained(tmp_path / "model")
+    data = write_lines(tmp_path / "pairs.jsonl", *(asdict(record) for record in records("align")))
+    asked = [
+        "mini-align", f"model.path={tmp_path / 'model'}", f"data.sources=[{data}]", "objective.reference=cache",
+        "--output", str(tmp_path / "run"), "optimiser.steps=2", "optimiser.warmup=1", "batch.size=4", "device=cpu",
+    ]  # fmt: skip
+    for new in (8, 0):
+        assert cli.main(["cache", *asked]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith(f"{tmp_path / 'cache' / 'reference-'}")
+        assert out.endswith(f": 8 pairs, {new} of the 8 seen are new\n")
+        assert "8/8" in err
+    calls.clear()
+    assert cli.main(["train", *asked]) == 0
+    assert calls == [True, True]
