@@ -123,11 +123,11 @@ def test_resume_is_bit_for_bit(stage, after, tmp_path, monkeypatch):
 
 
 def test_the_cache_lies_beside_the_run_unless_the_recipe_says_where(tmp_path):
-    assert pair_cache.directory(settings("head", tmp_path / "run")) == tmp_path / "cache"
+    assert pair_cache.directory(settings("head", tmp_path / "run", data__cache=None)) == tmp_path / "cache"
     assert pair_cache.directory(settings("head", tmp_path / "run", data__cache="there")).name == "there"
-    go(settings("head", tmp_path / "run", optimiser__steps=2))
+    go(settings("head", tmp_path / "run", data__cache=None, optimiser__steps=2))
     assert [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()] == ["states"]
-    go(settings("align", tmp_path / "other", optimiser__steps=2))  # on the fly: nothing is kept
+    go(settings("align", tmp_path / "other", data__cache=None, optimiser__steps=2))  # on the fly: nothing is kept
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -186,7 +186,7 @@ def test_a_pass_ends_with_the_data_and_goes_on_where_it_stopped(tmp_path, monkey
 def test_a_pass_says_why_there_is_nothing_to_fill(stage, changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         fill(settings(stage, tmp_path / "run", **changes))
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_fills_what_training_reads(tmp_path, calls, capsys):
