@@ -56,11 +56,15 @@ def _quickstart(parser: Parser) -> None:
 
 
 def _train(parser: Parser) -> None:
+    _cache(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
+
+
+def _cache(parser: Parser) -> None:
     parser.add_argument("recipe", help="a YAML file, or a shipped recipe's name")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.sub=value", help="values that replace the recipe's"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
     parser.add_argument("--output", metavar="DIR", help="run directory, in place of the recipe's")
 
 
@@ -186,6 +190,12 @@ COMMANDS = {
         _train,
         "dph.commands.files",
     ),
+    "cache": Command(
+        "compute what stage align or head keeps of a frozen model (reference log-probabilities, hidden states) ahead",
+        "dph cache align model.path=runs/sft objective.reference=cache --output runs/align\ndph cache head",
+        _cache,
+        "dph.commands.files",
+    ),
     "evaluate": Command(
         "answer a task's questions by log-probability and by reward",
         "dph evaluate runs/align --task glue/sst2 --directory data --limit 500",
@@ -255,7 +265,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = build(name)
     args, rest = parser.parse_known_args(argv)
     # argparse takes positional arguments in one run only: overrides that stand behind an option are left over.
-    if rest and args.command == "train" and all("=" in word and not word.startswith("-") for word in rest):
+    if rest and args.command in ("train", "cache") and all("=" in word and not word.startswith("-") for word in rest):
         args.overrides, rest = args.overrides + rest, []
     if rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")

@@ -333,6 +333,16 @@ class Model(PreTrainedModel, GenerationMixin):
         mean = mean.masked_fill(counts == 0, float("nan"))  # after the division: 0/0 would put NaN in every gradient
         return PackedOutput(total, mean, self._packed_rewards(hidden, batch, dropout_seed, answer_ids))
 
+    def reward_states(self, batch: PackedBatch) -> Tensor:
+        """Hidden states [A, C] of the judged tokens of a packed batch, each of whose A answers is finished."""
+        return self.backbone(batch.tokens, batch.layout)[batch.reward_rows]
+
+    def rewards_of(
+        self, states: Tensor, *, dropout_seed: int | None = None, answer_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Rewards {head: [A]} fp32 of what :meth:`reward_states` gave, with :meth:`forward_packed`'s dropout."""
+        return self._reward(states, dropout_seed, answer_ids)
+
     def _packed_rewards(
         self, hidden: Tensor, batch: PackedBatch, seed: int | None, ids: Tensor | None
     ) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,19 +16,31 @@ from dph.errors import UserError
 from dph.model import PackedOutput
 from dph.order import InOrder, Order, draw
 from dph.packing import PackedBatch, pack
+from dph.pair_cache import PairCache, directory
 from dph.records import Record
 from dph.stages import Loss, Material, Work, excerpt, merge
 from dph_kernels import preference_loss
+from dph_kernels.layout import common_prefix
 from dph_kernels.preference_loss import metric_names
 
 
 @dataclass(frozen=True)
 class PairPart:
-    """Pairs of one part, with chosen and rejected in turn as the answers of ``packed``; ``first`` of the whole work."""
+    """Pairs of one part, the first of which is number ``first`` of the whole work."""
 
     pairs: list[tuple[Encoded, Encoded]]
-    packed: PackedBatch
     first: int
+
+    @property
+    def tokens(self) -> int:
+        """How many go through the model, prompts shared."""
+        pairs = [[side.tokens for side in pair] for pair in self.pairs]
+        return sum(sum(map(len, pair)) - common_prefix(pair) for pair in pairs)
+
+    @cached_property
+    def packed(self) -> PackedBatch:
+        """Chosen and rejected in turn as the answers; made when asked for, which cached states need not."""
+        return pack(self.pairs)
 
 
 @dataclass(kw_only=True)
@@ -43,6 +56,7 @@ class PairStage(Material):
             raise UserError("objective: expected a weight above 0 for a part that the stage trains, got none")
         if unknown := [name for name in objective.heads if name not in self.model.head_names] or not objective.heads:
             raise UserError(f"objective.heads: expected some of {self.model.head_names}, got {unknown or 'none'}")
+        self.cached = self._cached()
         self.found = metric_names(objective.heads if self.rewarded else ())
         self.metrics = tuple(name for name in self.found if name != "finite")
         self.batches = self._pairs(self.records, self.recipe.batch.size)
@@ -50,6 +64,22 @@ class PairStage(Material):
             held_out = self._pairs(InOrder(records), 1)
             if next(held_out, None) is None:
                 raise UserError(f"{name}: expected held-out pairs, got none: {dict(held_out.refused)} refused")
+
+    def _cached(self) -> str | None:
+        """What is kept on disk of what a frozen model says: "reference" log-probabilities, "states" or nothing."""
+        if self.needs_reference and self.recipe.objective.reference == "cache":
+            return "reference"
+        return "states" if self.recipe.stage == "head" and self.recipe.data.cache_states else None
+
+    @cached_property
+    def cache(self) -> PairCache:
+        """Made when first asked for: by then the weights, which it is named after, have the precision of the run."""
+        config, width = self.model.config, 2
+        weights = {} if self.reference is None else dict(self.reference.named_parameters())
+        if self.cached == "states":
+            weights, width = dict(self.model.backbone.named_parameters()), 2 * config.hidden_size
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("heads.")}
+        return PairCache(directory(self.recipe), self.cached, weights, config, self.tokenizer, width)
 
     def _pairs(self, records: Order, size: int) -> PairBatches:
         return PairBatches(records, self.encode, size, self.recipe.data.context)
@@ -69,37 +99,59 @@ class PairStage(Material):
         first = self.position()
         pairs = next(self.batches)
         parts = [self._part(pairs[i : i + self.micro], i) for i in range(0, len(pairs), self.micro)]
-        tokens = sum(len(part.packed.tokens) for part in parts)
+        tokens = sum(part.tokens for part in parts)
         return Work(parts, len(pairs), tokens, f"records {first} to {self.position() - 1}")
 
     def _part(self, pairs: list[tuple[Encoded, Encoded]], first: int) -> PairPart:
         for pair in pairs if self.rewarded else []:
             if any(side.reward_position is None for side in pair):
                 raise UserError(f"pairs: expected finished answers, got one that was cut off: {self._show(pair)}")
-        return PairPart(pairs, pack(pairs), first)
+        return PairPart(pairs, first)
 
     def loss(self, part: PairPart, step: int) -> Loss:
         """The joint objective; a pair's dropout depends on the seed, the step and its place, not on its part."""
+        first = 2 * part.first
+        dropout = {
+            "dropout_seed": draw(2**31, self.recipe.seed, step, "dropout"),
+            "answer_ids": torch.arange(first, first + 2 * len(part.pairs), device=self.model.device),
+        }
+        if self.cached == "states":
+            rewards = self.model.rewards_of(self.frozen(part), **dropout)
+            return self._objective(rewards, None, None, len(part.pairs))
         packed = part.packed if self.needs_reference else _judged_only(part.packed)
         packed = packed.to(self.model.device)
-        first = 2 * part.first
-        ids = torch.arange(first, first + 2 * len(part.pairs), device=self.model.device)
-        out = self.model.forward_packed(
-            packed, dropout_seed=draw(2**31, self.recipe.seed, step, "dropout"), answer_ids=ids
-        )
-        return self._objective(out, self._reference(packed), len(part.pairs))
+        out = self.model.forward_packed(packed, **dropout)
+        reference = None if self.reference is None else self.frozen(part, packed)
+        return self._objective(out.rewards, out.logprobs, reference, len(part.pairs))
 
     @torch.no_grad()
-    def _reference(self, packed: PackedBatch) -> Tensor | None:
-        return None if self.reference is None else self.reference.forward_packed(packed).logprobs
+    def frozen(self, part: PairPart, packed: PackedBatch | None = None) -> Tensor:
+        """What the frozen model says of a part: reference log-probabilities [2N] or, in stage head, states [2N, C].
 
-    def _objective(self, out: PackedOutput, reference: Tensor | None, count: int) -> Loss:
+        ``packed`` is the part's on the model's device, where it is there already.
+        """
+        if self.cached is None:
+            return self._frozen(part, packed)
+        rows = self.cache.rows(part.pairs, lambda: self._frozen(part, packed))
+        if self.cached == "reference":
+            return rows.flatten().to(self.model.device)
+        return rows.view(2 * len(rows), -1).to(self.model.device, self.model.dtype)
+
+    def _frozen(self, part: PairPart, packed: PackedBatch | None) -> Tensor:
+        packed = part.packed.to(self.model.device) if packed is None else packed
+        if self.recipe.stage == "head":
+            return self.model.reward_states(packed)
+        return self.reference.forward_packed(packed).logprobs
+
+    def _objective(
+        self, rewards: dict[str, Tensor], logprobs: Tensor | None, reference: Tensor | None, count: int
+    ) -> Loss:
         objective = self.recipe.objective
         inputs: list[Tensor | None] = [None] * 6
         if self.rewarded:
-            inputs[:2] = _sides(torch.stack([out.rewards[name] for name in objective.heads], 1))
+            inputs[:2] = _sides(torch.stack([rewards[name] for name in objective.heads], 1))
         if reference is not None:
-            inputs[2:] = *_sides(out.logprobs), *_sides(reference)
+            inputs[2:] = *_sides(logprobs), *_sides(reference)
         loss, metrics = preference_loss(
             *inputs,
             beta=objective.beta,
@@ -147,8 +199,14 @@ class PairStage(Material):
         yield "logprob_accuracy", _sides(out.mean_logprobs)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The place in the data."""
+        """The place in the data. What the cache has gathered goes to the disk: a checkpoint follows."""
+        self.flush()
         return {}, self.batches.state_dict()
+
+    def flush(self) -> None:
+        """Write what the cache has gathered."""
+        if "cache" in self.__dict__:  # only where it has been asked for
+            self.cache.store.flush()
 
     def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Stand there again."""

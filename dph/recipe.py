@@ -82,6 +82,10 @@ class Data:
             with a longer one are left out.
         memory: tokens of Transformer-XL memory that a stream carries; 0 for none.
         memory_kind: "kv", or "hidden" (recompute_kv of the released configuration).
+        cache: folder of what frozen models said of the data (``dph.pair_cache``); None: ``cache`` beside the run
+            directory, which runs side by side share.
+        cache_states: stage head keeps the frozen backbone's states of judged tokens there, and goes through the
+            backbone once a pair: 8 * hidden_size bytes a pair, 6 GB for the 491,520 pairs of the recipe ``head``.
     """
 
     sources: tuple[Source, ...] = ()
@@ -90,6 +94,8 @@ class Data:
     context: int = 2048
     memory: int = 2048
     memory_kind: Literal["kv", "hidden"] = "kv"
+    cache: str | None = None
+    cache_states: bool = True
 
 
 @typed
@@ -148,6 +154,8 @@ class Objective:
         heads: names of the reward heads that train.
         pooler: pooler of heads that the model does not have yet; None keeps the model's.
         dropout: the heads' dropout; None keeps the model's.
+        reference: cDPO's reference log-probabilities, computed on the fly in every step, or kept in ``data.cache`` (40
+            bytes a pair) and computed once a pair. Both give the same weights, bit for bit in the first epoch.
     """
 
     beta: float = 0.6
@@ -159,6 +167,7 @@ class Objective:
     heads: tuple[str, ...] = ("default",)
     pooler: Literal["identity", "bert", "t5", "swiglu_bert", "swiglu_t5"] | None = None
     dropout: float | None = None
+    reference: Literal["fly", "cache"] = "fly"
 
 
 @typed

@@ -143,7 +143,7 @@ class Trainer:
         self._launched: Launched | None = None
         self._begin()
         self.model.backbone.gradient_checkpointing = recipe.checkpointing == "block"
-        self.low = _low_precision(recipe.precision, self.model.device)
+        self.low = low_precision(recipe.precision, self.model.device)
         if self.low:
             self.optimiser.lower(torch.bfloat16)
             self.model.to(torch.bfloat16)
@@ -335,7 +335,8 @@ class Trainer:
         return self.run.save_model(self.model.eval(), self.stage.tokenizer)
 
 
-def _low_precision(precision: str, device: torch.device) -> bool:
+def low_precision(precision: str, device: torch.device) -> bool:
+    """Whether a stage computes in bf16."""
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 

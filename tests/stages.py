@@ -38,7 +38,7 @@ def records(stage, count=23):
 
 
 def settings(stage, directory, **changes):
-    """A recipe of 8 steps; ``changes`` are dotted keys with __ for the dots."""
+    """A recipe of 8 steps with a cache of its own; ``changes`` are dotted keys with __ for the dots."""
     values = {
         "stage": stage,
         "data": {"context": 24 if stage in ("pretrain", "vocab", "sft") else 200, "memory": 20, "memory_kind": "kv"},
@@ -52,6 +52,7 @@ def settings(stage, directory, **changes):
     }
     if stage in ("align", "head", "sft"):
         values["optimiser"] |= {"prior_decay": 0.5, "no_decay": []}
+    values["data"]["cache"] = f"{directory}/cache"
     for key, value in changes.items():
         *path, last = key.split("__")
         place = values

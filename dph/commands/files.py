@@ -1,4 +1,4 @@
-"""The commands that read and write files: train, tokenizer, convert, plot, doctor."""
+"""The commands that read and write files: train, cache, tokenizer, convert, plot, doctor."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dph.errors import UserError
+
+if TYPE_CHECKING:
+    from dph.recipe import Recipe
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -26,11 +30,26 @@ TERMINATED = 143  # 128 and the number of SIGTERM, as shells have it
 
 def train(args: argparse.Namespace) -> int:
     """``dph train``; the exit code is 143 where SIGTERM or Ctrl-C ended it, with its state saved."""
-    from dph import recipe, trainer
+    from dph import trainer
+
+    result = trainer.train(_recipe(args), resume=args.resume)
+    return TERMINATED if result.interrupted else 0
+
+
+def cache(args: argparse.Namespace) -> None:
+    """``dph cache``."""
+    from dph.ahead import fill
+
+    found = fill(_recipe(args))
+    print(f"{found.directory}: {found.stored:,} pairs, {found.computed:,} of the {found.pairs:,} seen are new")
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe that was asked for, with its overrides."""
+    from dph import recipe
 
     output = [] if args.output is None else [f"output.directory={json.dumps(args.output)}"]
-    result = trainer.train(recipe.load(args.recipe, [*args.overrides, *output]), resume=args.resume)
-    return TERMINATED if result.interrupted else 0
+    return recipe.load(args.recipe, [*args.overrides, *output])
 
 
 def tokenizer(args: argparse.Namespace) -> None:
