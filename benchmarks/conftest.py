@@ -134,16 +134,18 @@ def record(benchmark):
         rival: somebody else's work.
         kind: rivals of one kind share a goal.
         target: for ours: a rival, a kind of them, or "best rival" -> how many times its speed is the goal.
+        memory_target: likewise -> how many times our peak memory its is to be.
     """
 
     def note(operator, who, *, bytes_moved=None, flops=None, limit=None, bandwidth=None, peak=None, rival=False,
-             kind=None, target=None):  # fmt: skip
+             kind=None, target=None, memory_target=None):  # fmt: skip
         if bytes_moved is None and flops is None:
             raise ValueError("record: expected bytes_moved or flops or both, got neither")
         if flops is None:
             limit, bandwidth = None, limit if bandwidth is None else bandwidth
         info = {"bytes_moved": bytes_moved, "flops": flops, "limit": limit, "bandwidth": bandwidth, "peak": peak}
         info |= {"operator": operator, "who": who, "rival": rival, "kind": kind, "target": target}
+        info |= {"memory_target": memory_target}
         if benchmark.stats:  # None where timing is switched off
             info["quantiles"] = _quantiles(benchmark.stats.stats.sorted_data)
         benchmark.extra_info.update(info)

@@ -60,6 +60,7 @@ class Result:
     rival: bool = False
     kind: str | None = None
     target: dict[str, float] | None = None
+    memory_target: dict[str, float] | None = None
 
     @classmethod
     def of(cls, info: dict[str, Any], seconds: float, source: tuple[str, str] = ("", "")) -> Result:
@@ -126,6 +127,10 @@ def _compared(result: Result, mine: Sequence[Result], rivals: Sequence[Result]) 
         if met:
             ratio = met[0].seconds / result.seconds
             parts.append(f"{ratio:.2f}× {name}" + (f" (goal {goal}×)" if goal else ""))
+    for name, goal in (result.memory_target or {}).items():
+        peaks = [r.peak for r in rivals if name in (r.who, r.kind) and r.peak]
+        if peaks and result.peak:
+            parts.append(f"1/{peaks[0] / result.peak:.0f} of {name}'s memory (goal 1/{goal})")
     return ", ".join(parts)
 
 
@@ -179,14 +184,17 @@ def _draw(axes: Axes, panel: Sequence[Result]) -> None:
 # The command
 
 
-def read(path: Path) -> tuple[str, list[Result]]:
-    """The machine, and the results in a file of pytest-benchmark. Raises UserError where it is something else."""
+def read(path: Path, label: str) -> tuple[str, list[Result]]:
+    """The machine, and the results in a file of pytest-benchmark, by which ``label`` they go.
+
+    Raises UserError where it is something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         benches, machine = content["benchmarks"], content["machine_info"]
         device = machine.get("device", "an unknown device")
         results = [
-            Result.of(bench["extra_info"], bench["stats"]["median"], (path.stem, _module(bench["fullname"])))
+            Result.of(bench["extra_info"], bench["stats"]["median"], (label, _module(bench["fullname"])))
             for bench in benches
             if bench["extra_info"].get("operator")
         ]
@@ -204,17 +212,27 @@ def _module(name: str) -> str:
     return Path(name.split("::")[0]).stem.removeprefix("bench_")
 
 
+def _labels(files: Sequence[Path]) -> list[str]:
+    """Short names for files: as many last parts of their paths as tell them apart."""
+    parts = [path.resolve().with_suffix("").parts[1:] for path in files]
+    for depth in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(p[-depth:]) for p in parts]
+        if len(set(labels)) == len(set(parts)):
+            break
+    return labels
+
+
 def write(files: Sequence[Path], output: Path) -> str:
     """Writes report.md and the pictures to a folder; the table."""
-    found = {path: read(path) for path in files}
-    table = markdown([result for _, results in found.values() for result in results])
+    found = [read(path, label) for path, label in zip(files, _labels(files), strict=True)]
+    table = markdown([result for _, results in found for result in results])
     output.mkdir(parents=True, exist_ok=True)
     links, devices = [], []
-    for path, (device, results) in found.items():
-        devices.append(f"- `{path.name}`: {device}")
+    for device, results in found:
+        devices.append(f"- `{results[0].source[0]}`: {device}")
         for group in _groups(results, lambda r: r.source):
             file, module = group[0].source
-            name = f"{file}-{module}.png"
+            name = f"{file.replace('/', '-')}-{module}.png"
             picture(group, f"{module}, {device}").savefig(output / name, dpi=110)
             links.append(f"![{module}, {device}]({name})")
     text = "\n\n".join(["# Results", "\n".join(devices), table, *links]) + "\n"

@@ -83,6 +83,8 @@ class Model(PreTrainedModel, GenerationMixin):
         for key, names in self._head_groups():
             self.heads[key] = self._make_head(names)
         self.post_init()
+        ends = [token for token in (config.eos_token_id, config.im_end_token_id) if token is not None]
+        self.generation_config.eos_token_id = ends or None  # plain ``generate`` stops where an answer ends, too
 
     def _head_groups(self) -> list[tuple[str, list[str]]]:
         shared = [("shared", self.config.reward_heads)] if self.config.reward_heads else []

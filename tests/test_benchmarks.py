@@ -124,6 +124,27 @@ def test_a_run_becomes_a_table_and_pictures(measured, tmp_path, capsys):
     assert platform.node() not in json.dumps(machine)
 
 
+def test_files_of_one_name_are_told_apart(measured, tmp_path, capsys):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "run.json").write_bytes(measured[0].read_bytes())
+    files = [str(tmp_path / folder / "run.json") for folder in ("a", "b")]
+    assert report.main([*files, "--output", str(tmp_path / "out")]) == 0
+    assert {line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:] if line} == {
+        "a/run",
+        "b/run",
+    }
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+def test_goals_of_memory():
+    def result(who, peak, **more):
+        return report.Result("a", who, 1.0, (1.0, 1.0), flops=1.0, peak=peak, **more)
+
+    rows = [result("ours", 2e6, memory_target={"dense": 20}), result("dense", 1e8, rival=True)]
+    assert report.cells(rows)[1][0][-1] == "1.00× best rival, 1/50 of dense's memory (goal 1/20)"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

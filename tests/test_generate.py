@@ -274,3 +274,21 @@ def test_what_cannot_be_answered():
         dph.best_of_n(talker(reward_heads=()), TOK, ASKED)
     with pytest.raises(ValueError, match="expected a message to answer, got the assistant's own"):
         dph.best_of_n(talker(), TOK, [*ASKED, message("assistant", "hello")])
+
+
+def test_plain_generate_stops_at_the_end_of_an_answer(tmp_path):
+    """Of a fresh model and of one that was saved; without <|im_end|> in the configuration, at EOS alone."""
+    model = talker()
+    model.save_pretrained(tmp_path)
+    for one in (model, dph.Model.from_pretrained(tmp_path).eval()):
+        assert one.generation_config.eos_token_id == [TOK.eos_token_id, END]
+        with torch.no_grad():
+            one.backbone.embedding.weight[END] *= 50
+        ids = torch.tensor([chat.prompt(ASKED, TOK)])
+        torch.manual_seed(0)
+        said = one.generate(ids, max_new_tokens=30, do_sample=True, num_return_sequences=8)[:, ids.shape[1] :]
+        assert (said == END).any()
+        for row in said.tolist():
+            after = row[row.index(END) + 1 :] if END in row else []
+            assert set(after) <= {TOK.pad_token_id}
+    assert tiny_model(im_end_token_id=None, eos_token_id=2).generation_config.eos_token_id == [2]
