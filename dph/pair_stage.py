@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dph import flops
 from dph.batches import PairBatches
 from dph.chat import Encoded
 from dph.errors import UserError
@@ -100,7 +101,16 @@ class PairStage(Material):
         pairs = next(self.batches)
         parts = [self._part(pairs[i : i + self.micro], i) for i in range(0, len(pairs), self.micro)]
         tokens = sum(part.tokens for part in parts)
-        return Work(parts, len(pairs), tokens, f"records {first} to {self.position() - 1}")
+        return Work(parts, len(pairs), tokens, f"records {first} to {self.position() - 1}", self._flops(parts))
+
+    def _flops(self, parts: Sequence[PairPart]) -> float:
+        """By what is not cached; of cached states, pooler and heads alone."""
+        kept = self.cached == "states"
+        amounts = flops.Amounts(judged=2 * sum(len(part.pairs) for part in parts))
+        if not kept:
+            amounts = flops.of_pairs(part.packed for part in parts)
+        reference = self.needs_reference and self.cached is None
+        return flops.step_flops(self.model.config, self.recipe.stage, amounts, reference=reference)
 
     def _part(self, pairs: list[tuple[Encoded, Encoded]], first: int) -> PairPart:
         for pair in pairs if self.rewarded else []:

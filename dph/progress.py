@@ -34,6 +34,10 @@ class Progress:
         text = ", ".join(f"{key} {value:.4g}" for key, value in values.items() if _shown(key))
         if "tokens_per_second" in values:
             text += f", {values['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in values:
+            text += f", MFU {values['mfu']:.1%}"
+        if "memory_gb" in values:
+            text += f", {values['memory_gb']:.1f} GB"
         if self._bar is not None:
             self._bar.set_postfix_str(text)
         elif not self.quiet:
@@ -68,32 +72,38 @@ class Window:
         self.names = names
         self._sums = [0.0] * len(names)
         self._steps = self._tokens = self._all_tokens = self._skipped = 0
-        self._lr = self._seconds = 0.0
+        self._lr = self._seconds = self._flops = 0.0
 
-    def add(self, figures: Sequence[float], lr: float, tokens: int, seconds: float, *, skipped: bool) -> None:
+    def add(
+        self, figures: Sequence[float], lr: float, tokens: int, flops: float, seconds: float, *, skipped: bool
+    ) -> None:
         """One step's figures, as ``names`` has them, and the time that it took."""
         if not skipped:
             self._sums = [a + b for a, b in zip(self._sums, figures, strict=True)]
             self._steps += 1
         self._skipped, self._lr, self._seconds = self._skipped + skipped, lr, self._seconds + seconds
         self._tokens, self._all_tokens = self._tokens + tokens, self._all_tokens + tokens
+        self._flops += flops
 
     def close(self) -> dict[str, float]:
         """The means, the rate, the speed and all that was skipped so far; then a new window begins."""
         values = {name: x / self._steps for name, x in zip(self.names, self._sums, strict=True) if self._steps}
         values |= {"lr": self._lr, "tokens": self._all_tokens, "skipped": self._skipped}
-        values |= {"tokens_per_second": self._tokens / max(self._seconds, 1e-9), "seconds": self._seconds}
-        self._sums, self._steps, self._tokens, self._seconds = [0.0] * len(self.names), 0, 0, 0.0
+        seconds = max(self._seconds, 1e-9)
+        values |= {"tokens_per_second": self._tokens / seconds, "seconds": self._seconds}
+        values |= {"tflops_per_second": self._flops / seconds / 1e12}
+        self._sums, self._steps, self._tokens = [0.0] * len(self.names), 0, 0
+        self._seconds = self._flops = 0.0
         return values
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON."""
         sums = [None if math.isnan(x) else x for x in self._sums]  # a part that is off has NaN, which JSON has not
         counts = {"steps": self._steps, "tokens": self._tokens, "all_tokens": self._all_tokens}
-        return {"sums": sums, **counts, "skipped": self._skipped, "seconds": self._seconds}
+        return {"sums": sums, **counts, "skipped": self._skipped, "seconds": self._seconds, "flops": self._flops}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up what ``state`` gave."""
         self._sums = [math.nan if x is None else x for x in state["sums"]]
         self._steps, self._tokens, self._all_tokens = state["steps"], state["tokens"], state["all_tokens"]
-        self._skipped, self._seconds = state["skipped"], state["seconds"]
+        self._skipped, self._seconds, self._flops = state["skipped"], state["seconds"], state["flops"]

@@ -25,12 +25,14 @@ class Work:
         weight: what the loss is a mean over: targets, or pairs.
         tokens: how many go through the model.
         records: their places in the order of the data, for people.
+        flops: arithmetic that it needs (``dph.flops``).
     """
 
     parts: list[Any]
     weight: float
     tokens: int
     records: str
+    flops: float
 
 
 class Loss(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dph import flops
 from dph.batches import IGNORED, Streams
 from dph.memory import Memory
 from dph.order import InOrder, Order
@@ -40,10 +41,20 @@ class StreamStage(Material):
     def next(self) -> Work:
         """The next segment of every stream."""
         first = self.position()
+        remembered = self.remembered
         tokens, targets = next(self.batches)
         parts = list(zip(self.memories, tokens.split(self.micro), targets.split(self.micro), strict=True))
         taken = f"segments after records {first} to {self.position()}"
-        return Work(parts, max(1, int((targets != IGNORED).sum())), tokens.numel(), taken)
+        count = int((targets != IGNORED).sum())
+        amounts = flops.of_streams(*tokens.shape, remembered, count)
+        needed = flops.step_flops(self.model.config, self.recipe.stage, amounts)
+        return Work(parts, max(1, count), tokens.numel(), taken, needed)
+
+    @property
+    def remembered(self) -> int:
+        """Tokens that each stream's memory holds: all of them see as many."""
+        memory = self.memories[0]
+        return 0 if memory is None or not memory.seen else min(memory.length, memory.seen[0])
 
     def loss(self, part: tuple[Memory | None, Tensor, Tensor], step: int) -> Loss:
         """Minus the log-probabilities of the targets; how many were the most probable token; entropy in nats."""

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dph import devices, runs, start
+from dph import devices, flops, runs, start
 from dph.chat import Encoded
 from dph.data import Shuffled, encoder
 from dph.devices import Reading
@@ -279,12 +279,21 @@ class Trainer:
         *figures, skipped = launched.reading.numbers()
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
-        self.window.add(figures, launched.lr, launched.work.tokens, seconds, skipped=skipped > 0)
+        work = launched.work
+        self.window.add(figures, launched.lr, work.tokens, work.flops, seconds, skipped=skipped > 0)
         if skipped:
             self._tell(launched, figures[-1], int(skipped), progress)
         step, output = launched.step, self.recipe.output
         if step == self.settings.steps or step % output.log_every == 0:
-            self._log(step, progress, self.window.close() | launched.counts)
+            self._log(step, progress, self._machine(self.window.close()) | launched.counts)
+
+    def _machine(self, values: dict[str, float]) -> dict[str, float]:
+        """The figures with what they say of the GPU: the share of its peak rate (MFU), and the memory taken at most."""
+        if peak := flops.peak(self.model.device):
+            values["mfu"] = values["tflops_per_second"] * 1e12 / peak
+        if self.model.device.type == "cuda":
+            values["memory_gb"] = torch.cuda.max_memory_allocated(self.model.device) / 1e9
+        return values
 
     def _tell(self, launched: Launched, norm: float, in_a_row: int, progress: Progress) -> None:
         """Say why a step was skipped; raise Diverged where it was one too many."""
