@@ -58,6 +58,9 @@ def _quickstart(parser: Parser) -> None:
 def _train(parser: Parser) -> None:
     _cache(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what it would take (parameters, memory, tokens, hours), and no more"
+    )
 
 
 def _cache(parser: Parser) -> None:
@@ -186,7 +189,8 @@ COMMANDS = {
     ),
     "train": Command(
         "train one stage from a recipe",
-        "dph train align model.path=runs/sft optimiser.steps=200 --output runs/align\ndph train recipe.yaml --resume",
+        "dph train align model.path=runs/sft optimiser.steps=200 --output runs/align\n"
+        "dph train recipe.yaml --resume\ndph train sft model.path=runs/vocab --dry-run",
         _train,
         "dph.commands.files",
     ),

@@ -96,8 +96,10 @@ def train(
         run.close()
 
 
-def make_stage(recipe: Recipe, model: Model, tokenizer: Any, records: Any, held_out: Any) -> Stage:
-    """The stage of ``recipe`` over records in memory, or over the recipe's sources."""
+def make_stage(
+    recipe: Recipe, model: Model, tokenizer: Any, records: Any, held_out: Any, device: torch.device | None = None
+) -> Stage:
+    """The stage of ``recipe`` over records in memory, or over the recipe's sources; on its device or on another."""
     start.check_tokenizer(model, tokenizer)
     encode = encoder(tokenizer)
     order = start.open_mixture(recipe) if records is None else Shuffled(records, recipe.seed)
@@ -105,7 +107,7 @@ def make_stage(recipe: Recipe, model: Model, tokenizer: Any, records: Any, held_
         held_out = start.open_held_out(recipe)
     elif not isinstance(held_out, Mapping):
         held_out = {"held out": held_out}
-    device = devices.choose(recipe.device)
+    device = devices.choose(recipe.device) if device is None else device
     return (PairStage if recipe.kind == "preference" else StreamStage)(
         recipe=recipe,
         model=model.to(device=device, dtype=torch.float32),

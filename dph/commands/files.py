@@ -32,6 +32,11 @@ def train(args: argparse.Namespace) -> int:
     """``dph train``; the exit code is 143 where SIGTERM or Ctrl-C ended it, with its state saved."""
     from dph import trainer
 
+    if args.dry_run:
+        from dph.estimate import estimate
+
+        print(estimate(_recipe(args)).table())
+        return 0
     result = trainer.train(_recipe(args), resume=args.resume)
     return TERMINATED if result.interrupted else 0
 
