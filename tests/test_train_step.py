@@ -46,12 +46,15 @@ def test_a_contender_that_computes_something_else_is_caught():
         train_step.check(other._replace(make=make), Job(stage="align", shape=TINY))
 
 
-def test_an_optimiser_that_moves_weights_otherwise_is_caught():
+@pytest.mark.parametrize("changed", [{"betas": (0.9, 0.99)}, {"betas": (0.8, 0.95)}, {"prior_decay": 0.0}])
+def test_an_optimiser_that_moves_weights_otherwise_is_caught(changed):
     other = train_step.contenders("sft", TINY.pad)[1]
 
     def make(job):
         stepping = other.make(job)
-        stepping.optimiser.betas = (0.9, 0.99)
+        stepping.optimiser.betas = changed.get("betas", stepping.optimiser.betas)
+        for group in stepping.optimiser.groups:
+            group |= changed
         return stepping
 
     with pytest.raises(AssertionError, match="weights moved otherwise"):
