@@ -128,6 +128,7 @@ def record(benchmark):
         who: who ran it.
         bytes_moved: bytes that had to move in a call.
         flops: floating-point operations that were necessary in a call.
+        tokens: useful tokens of a call.
         limit: what the machine can do per second, of ``flops`` where given, else of ``bytes_moved``.
         bandwidth: bytes per second that it can move, where ``limit`` is one of ``flops``.
         peak: bytes that a call allocated at its peak.
@@ -137,13 +138,14 @@ def record(benchmark):
         memory_target: likewise -> how many times our peak memory its is to be.
     """
 
-    def note(operator, who, *, bytes_moved=None, flops=None, limit=None, bandwidth=None, peak=None, rival=False,
-             kind=None, target=None, memory_target=None):  # fmt: skip
+    def note(operator, who, *, bytes_moved=None, flops=None, limit=None, bandwidth=None, peak=None, tokens=None,
+             rival=False, kind=None, target=None, memory_target=None):  # fmt: skip
         if bytes_moved is None and flops is None:
             raise ValueError("record: expected bytes_moved or flops or both, got neither")
         if flops is None:
             limit, bandwidth = None, limit if bandwidth is None else bandwidth
         info = {"bytes_moved": bytes_moved, "flops": flops, "limit": limit, "bandwidth": bandwidth, "peak": peak}
+        info["tokens"] = tokens
         info |= {"operator": operator, "who": who, "rival": rival, "kind": kind, "target": target}
         info |= {"memory_target": memory_target}
         if benchmark.stats:  # None where timing is switched off

@@ -28,6 +28,7 @@ HEADERS = (
     "by",
     "ms",
     "20% - 80%",
+    "tokens/s",
     "rate",
     "of the limit",
     "MB",
@@ -57,6 +58,7 @@ class Result:
     limit: float | None = None
     bandwidth: float | None = None
     peak: float | None = None
+    tokens: float | None = None
     rival: bool = False
     kind: str | None = None
     target: dict[str, float] | None = None
@@ -98,6 +100,7 @@ def _row(result: Result, mine: Sequence[Result], rivals: Sequence[Result]) -> tu
         result.who,
         1e3 * result.seconds,
         " - ".join(f"{1e3 * q:.3f}" for q in result.quantiles),
+        None if result.tokens is None else f"{result.tokens / result.seconds:,.0f}",
         *_rate(result.flops, result.seconds, result.limit, unit, scale),
         None if result.bytes_moved is None else result.bytes_moved / 1e6,
         *_rate(result.bytes_moved, result.seconds, result.bandwidth, "GB/s", 1e9),
