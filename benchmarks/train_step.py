@@ -6,7 +6,7 @@ Ours goes through ``dph.trainer.Trainer``, step by step as its loop does; only t
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -94,6 +94,7 @@ class Job:
         values = {
             "batch.size": size, "batch.micro": micro, "data.context": context, "data.memory": shape.memory,
             "precision": "bf16" if self.lowered else "fp32", "device": self.device, "data.cache_states": "false",
+            "batch.tokens": "null",
         }  # fmt: skip
         return recipe.load(self.stage, [*(f"{key}={value}" for key, value in values.items()), *self.overrides])
 
@@ -205,8 +206,8 @@ class Unshared(PairStage):
         """The same stage otherwise."""
         return cls(**{field.name: getattr(stage, field.name) for field in dataclasses.fields(stage) if field.init})
 
-    def _part(self, pairs: Sequence[tuple[Encoded, Encoded]], first: int) -> PairPart:
-        return UnsharedPart(list(pairs), first)
+    def _part(self, pairs: list[tuple[Encoded, Encoded]], places: list[int]) -> PairPart:
+        return UnsharedPart(pairs, places)
 
 
 class Contender(NamedTuple):

@@ -13,6 +13,7 @@ from dph.chat import Encoded
 from dph.errors import UserError
 from dph.losses import IGNORED
 from dph.order import Order
+from dph.packing import packed_length
 from dph.records import Record
 
 
@@ -81,7 +82,8 @@ class PairBatches:
     """Lists of N (chosen, rejected), encoded; the last one is shorter where the records end.
 
     A pair is left out whole, and counted in ``refused`` by reason, where a side is longer than ``max_length`` tokens
-    (a cut answer has no reward), where both sides are the same, or where the record has no wrong answer.
+    (a cut answer has no reward), where it takes more than ``max_tokens`` with its prompt shared, where both sides are
+    the same, or where the record has no wrong answer.
     """
 
     def __init__(
@@ -90,10 +92,12 @@ class PairBatches:
         encode: Callable[[Record], tuple[Encoded, Encoded]],
         pairs: int,
         max_length: int | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         if pairs < 1:
             raise UserError(f"pairs: expected at least 1, got {pairs}")
-        self.records, self.encode, self.pairs, self.max_length = records, encode, pairs, max_length
+        self.records, self.encode, self.pairs = records, encode, pairs
+        self.max_length, self.max_tokens = max_length, max_tokens
         self.refused: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[list[tuple[Encoded, Encoded]]]:
@@ -130,6 +134,8 @@ class PairBatches:
             return "identical"
         if self.max_length is not None and max(map(len, pair)) > self.max_length:
             return f"longer than {self.max_length} tokens"
+        if self.max_tokens is not None and packed_length(pair) > self.max_tokens:
+            return f"more than {self.max_tokens} tokens together"
         return None
 
     def state_dict(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from dph.chat import Encoded
 from dph.errors import UserError
+from dph.runs import sync
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class Cache:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.rename(path)
-            _sync(self.directory)
+            sync(self.directory)
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -170,15 +171,6 @@ class Cache:
 
 def _check(key: bytes, value: Tensor) -> int:
     return zlib.crc32(value.numpy().tobytes(), zlib.crc32(key))
-
-
-def _sync(directory: Path) -> None:
-    """Force a directory's entries to the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def fingerprint(weights: Mapping[str, Tensor], config: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,31 @@ def _add_targets(columns: dict[str, list], a: Encoded, answer: int, shared: int,
             row = i + (start if i < shared else shift)
             for name, value in zip(columns, (row, a.targets[i], answer, trained, scored), strict=True):
                 columns[name].append(value)
+
+
+def packed_length(alternatives: Sequence[Encoded]) -> int:
+    """Tokens of a document, its shared beginning counted once."""
+    tokens = [a.tokens for a in alternatives]
+    return sum(map(len, tokens)) - (len(tokens) - 1) * common_prefix(tokens)
+
+
+def fill(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Indices of ``sizes`` in bins of at most ``room``: the longest first, each where it leaves the least room.
+
+    Bins and the indices in them ascend; the same sizes give the same bins. ValueError for a size above ``room``.
+    """
+    if sizes and max(sizes) > room:
+        raise ValueError(f"sizes: expected at most {room} each, got {max(sizes)}")
+    bins: list[list[int]] = []
+    left: list[tuple[int, int]] = []  # of each bin: room that is left, and which; ascending
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # equal ones in their order
+        at = bisect.bisect_left(left, (sizes[index], -1))
+        free, which = left.pop(at) if at < len(left) else (room, len(bins))
+        if which == len(bins):
+            bins.append([])
+        bins[which].append(index)
+        bisect.insort(left, (free - sizes[index], which))
+    return sorted(sorted(found) for found in bins)
 
 
 def batches(documents: Iterable[Sequence[Encoded]], max_tokens: int) -> Iterator[list[Sequence[Encoded]]]:

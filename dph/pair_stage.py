@@ -16,27 +16,25 @@ from dph.chat import Encoded
 from dph.errors import UserError
 from dph.model import PackedOutput
 from dph.order import InOrder, Order, draw
-from dph.packing import PackedBatch, pack
+from dph.packing import PackedBatch, fill, pack, packed_length
 from dph.pair_cache import PairCache, directory
 from dph.records import Record
 from dph.stages import Loss, Material, Work, excerpt, merge
 from dph_kernels import preference_loss
-from dph_kernels.layout import common_prefix
 from dph_kernels.preference_loss import metric_names
 
 
 @dataclass(frozen=True)
 class PairPart:
-    """Pairs of one part, the first of which is number ``first`` of the whole work."""
+    """Pairs of one part, and their places in the whole work."""
 
     pairs: list[tuple[Encoded, Encoded]]
-    first: int
+    places: list[int]
 
     @property
     def tokens(self) -> int:
         """How many go through the model, prompts shared."""
-        pairs = [[side.tokens for side in pair] for pair in self.pairs]
-        return sum(sum(map(len, pair)) - common_prefix(pair) for pair in pairs)
+        return sum(map(packed_length, self.pairs))
 
     @cached_property
     def packed(self) -> PackedBatch:
@@ -83,7 +81,7 @@ class PairStage(Material):
         return PairCache(directory(self.recipe), self.cached, weights, config, self.tokenizer, width)
 
     def _pairs(self, records: Order, size: int) -> PairBatches:
-        return PairBatches(records, self.encode, size, self.recipe.data.context)
+        return PairBatches(records, self.encode, size, self.recipe.data.context, self.recipe.batch.tokens)
 
     def trains(self, name: str) -> bool:
         """The asked-for heads with their poolers, and in stage align the backbone."""
@@ -99,7 +97,7 @@ class PairStage(Material):
         """The next pairs, packed."""
         first = self.position()
         pairs = next(self.batches)
-        parts = [self._part(pairs[i : i + self.micro], i) for i in range(0, len(pairs), self.micro)]
+        parts = [self._part([pairs[i] for i in places], places) for places in self._places(pairs)]
         tokens = sum(part.tokens for part in parts)
         return Work(parts, len(pairs), tokens, f"records {first} to {self.position() - 1}", self._flops(parts))
 
@@ -112,18 +110,25 @@ class PairStage(Material):
         reference = self.needs_reference and self.cached is None
         return flops.step_flops(self.model.config, self.recipe.stage, amounts, reference=reference)
 
-    def _part(self, pairs: list[tuple[Encoded, Encoded]], first: int) -> PairPart:
+    def _places(self, pairs: Sequence[tuple[Encoded, Encoded]]) -> list[list[int]]:
+        """Which pairs go through the model together: ``batch.micro`` of them, or what ``batch.tokens`` has room for."""
+        if self.recipe.batch.tokens is not None:
+            return fill([packed_length(pair) for pair in pairs], self.recipe.batch.tokens)
+        everyone = list(range(len(pairs)))
+        return [everyone[i : i + self.micro] for i in range(0, len(pairs), self.micro)]
+
+    def _part(self, pairs: list[tuple[Encoded, Encoded]], places: list[int]) -> PairPart:
         for pair in pairs if self.rewarded else []:
             if any(side.reward_position is None for side in pair):
                 raise UserError(f"pairs: expected finished answers, got one that was cut off: {self._show(pair)}")
-        return PairPart(pairs, first)
+        return PairPart(pairs, places)
 
     def loss(self, part: PairPart, step: int) -> Loss:
         """The joint objective; a pair's dropout depends on the seed, the step and its place, not on its part."""
-        first = 2 * part.first
+        answers = [2 * place + side for place in part.places for side in range(2)]
         dropout = {
             "dropout_seed": draw(2**31, self.recipe.seed, step, "dropout"),
-            "answer_ids": torch.arange(first, first + 2 * len(part.pairs), device=self.model.device),
+            "answer_ids": torch.tensor(answers, device=self.model.device),
         }
         if self.cached == "states":
             rewards = self.model.rewards_of(self.frozen(part), **dropout)
@@ -178,7 +183,7 @@ class PairStage(Material):
     def describe(self, part: PairPart, values: Tensor) -> str:
         """The first pair that went wrong."""
         at = int((~torch.isfinite(values)).nonzero()[0])
-        return f"pair {part.first + at} of the batch, {self._show(part.pairs[at])}"
+        return f"pair {part.places[at]} of the batch, {self._show(part.pairs[at])}"
 
     def _show(self, pair: tuple[Encoded, Encoded]) -> str:
         return f"which begins {excerpt(self.tokenizer, pair[0].tokens)}"
@@ -196,9 +201,10 @@ class PairStage(Material):
         right: Counter[str] = Counter()
         count = 0
         for pairs in self._pairs(InOrder(records), self.micro):
-            out = self.model.forward_packed(pack(pairs).to(self.model.device))
-            for key, (chosen, rejected) in self._judgements(out):
-                right[key] += int((chosen > rejected).sum())
+            for places in self._places(pairs):
+                out = self.model.forward_packed(pack([pairs[i] for i in places]).to(self.model.device))
+                for key, (chosen, rejected) in self._judgements(out):
+                    right[key] += int((chosen > rejected).sum())
             count += len(pairs)
         return right, count
 

@@ -134,10 +134,13 @@ class Batch:
     Attributes:
         size: sequences (streams) or pairs per update.
         micro: of these, how many at a time; None for all. Changes memory use, not the result.
+        tokens: in place of micro, and for pairs only: parts of at most so many tokens, prompts shared, the longest pair
+            first. A pair that takes more by itself is left out.
     """
 
     size: int = 128
     micro: int | None = None
+    tokens: int | None = None
 
 
 @typed
@@ -258,6 +261,9 @@ class Recipe:
             )
         if self.batch.micro and self.batch.size % self.batch.micro:
             raise UserError(f"batch.micro: expected a divisor of batch.size {self.batch.size}, got {self.batch.micro}")
+        if self.batch.tokens is not None and (self.batch.micro or self.kind != "preference"):
+            other = f"beside batch.micro {self.batch.micro}" if self.batch.micro else f"in stage {self.stage}"
+            raise UserError(f"batch.tokens: expected none {other}, got {self.batch.tokens}")
 
     @property
     def kind(self) -> str:
@@ -287,6 +293,7 @@ RANGES = (  # key (* stands for each item of a list), least value, bound
     ("optimiser.clip", 1e-12, INFINITE),
     ("batch.size", 1, INFINITE),
     ("batch.micro", 1, INFINITE),
+    ("batch.tokens", 1, INFINITE),
     ("objective.beta", 0, INFINITE),
     ("objective.dpo_epsilon", 0, 0.5),
     ("objective.dph_epsilon", 0, 0.5),

@@ -274,7 +274,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for entry in [*temporary.rglob("*"), temporary]:
-            _sync(entry)
+            sync(entry)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -282,7 +282,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
     temporary.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -298,12 +298,12 @@ def _clear(leaving: Path) -> None:
 def _write_file(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.partial")
     temporary.write_text(text)
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Force a file's, or a directory's, contents to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import random
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny import VOCAB, tiny_model, tokens
 
 import dph
 from dph.chat import Encoded
+from dph.packing import fill, packed_length
 
 
 def encoded(ids, seed, *, trained=0.5, scored=0.3, finished=True):
@@ -264,3 +266,35 @@ def test_cut_off_answers_do_not_shift_the_masks():
     whole, holed = (model.forward_packed(dph.pack([[i] for i in group]), dropout_seed=1).rewards["default"]
                     for group in (items, cut))  # fmt: skip
     torch.testing.assert_close(holed[[0, 2]], whole[[0, 2]])
+
+
+# Parts of a budget
+
+
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 120))
+def test_fill_puts_everyone_somewhere(sizes, room):
+    bins = fill(sizes, room)
+    assert sorted(i for found in bins for i in found) == list(range(len(sizes)))
+    assert all(sum(sizes[i] for i in found) <= room for found in bins)
+    assert all(found == sorted(found) for found in bins)
+    assert bins == sorted(bins) == fill(sizes, room)
+
+
+def test_fill_leaves_little_room():
+    """Mixed lengths, as of real pairs: all but a twentieth of every bin but the last is used, and of all together."""
+    rng = random.Random(0)
+    sizes = [min(2048, max(8, round(rng.lognormvariate(5, 1)))) for _ in range(2000)]
+    bins = fill(sizes, 4096)
+    assert sum(sizes) / (len(bins) * 4096) > 0.95
+    assert len(bins) == -(-sum(sizes) // 4096)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="sizes: expected at most 10 each, got 11"):
+        fill([3, 11], 10)
+    assert fill([], 10) == []
+
+
+def test_packed_length():
+    alternatives = [encoded([1, 2, 3, 4], 0), encoded([1, 2, 5], 1), encoded([1, 2, 3], 2)]
+    assert packed_length(alternatives) == len(dph.pack([alternatives]).tokens)

@@ -118,6 +118,7 @@ def test_overrides(tmp_path):
         ("objective.dpo_epsilon=0.5", "objective.dpo_epsilon: expected 0 <= dpo_epsilon < 0.5, got 0.5"),
         ("optimiser.lr=.nan", "optimiser.lr: expected 0 <= lr < inf, got nan"),
         ("optimiser.warmup=9999", "optimiser.warmup: expected at most steps 6144, got 9999"),
+        ("batch.tokens=512", "batch.tokens: expected none in stage sft, got 512"),
         ("batch.micro=7", "batch.micro: expected a divisor of batch.size 128, got 7"),
         ("optimiser.betas=[0.9, 1.0]", "optimiser.betas.1: expected 0 <= betas < 1, got 1.0"),
         ("optimiser.betas=[-0.1, 0.9]", "optimiser.betas.0: expected 0 <= betas < 1, got -0.1"),

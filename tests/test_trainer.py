@@ -16,9 +16,9 @@ from dph import cli, guard, runs
 from dph.chat import Encoded
 from dph.errors import UserError
 from dph.order import Shuffled
-from dph.packing import pack
+from dph.packing import pack, packed_length
 from dph.records import encoder
-from dph.trainer import Diverged, train
+from dph.trainer import Diverged, make_stage, train
 
 PAIRS = ("align", "head")
 
@@ -75,6 +75,7 @@ VARIANTS = [(stage, {}) for stage in STAGES] + [
     ("sft", {"data__memory_kind": "hidden", "batch__micro": 2}),
     ("sft", {"data__memory": 0, "precision": "bf16"}),
     ("align", {"precision": "bf16", "batch__micro": 1}),
+    ("align", {"batch__tokens": 110}),
     ("align", {"objective__dpo_weight": 0.0, "objective__objective": "contrastive"}),
     ("head", {"precision": "bf16", "optimiser__prior_decay": 0.0}),
 ]
@@ -193,6 +194,29 @@ def test_what_trains_and_what_stands_still(stage, tmp_path):
     )
     assert all(p.requires_grad for p in result.model.parameters())
     assert all(p.grad is None for p in result.model.parameters())
+
+
+@pytest.mark.parametrize("stage", PAIRS)
+def test_parts_by_tokens_change_nothing_but_rounding(stage, tmp_path):
+    """Pairs go through the model in another order and company; dropout goes by their places."""
+    lines = {}
+    for tokens in (None, 110):
+        recipe = settings(stage, tmp_path / f"{tokens}", batch__tokens=tokens, output__log_every=1, optimiser__steps=3)
+        parts = make_stage(recipe, tiny(), small_tokenizer(), records(stage), {}).next().parts
+        assert (len(parts) > 1) == (tokens is not None)
+        assert all(tokens is None or len(part.packed.tokens) <= tokens for part in parts)
+        go(recipe, model=tiny(reward_dropout=0.5))
+        lines[tokens] = figures(tmp_path / f"{tokens}")
+    for one, two in zip(*lines.values(), strict=True):
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
+
+
+def test_pairs_that_take_more_than_the_budget_are_refused(tmp_path):
+    pairs = records("align")
+    sizes = sorted(packed_length(encoder(small_tokenizer())(pair)) for pair in pairs)
+    assert sizes[0] < sizes[-1]
+    go(settings("align", tmp_path / "run", batch__tokens=sizes[-1] - 1, evaluation__every=0), pairs, held_out=pairs)
+    assert figures(tmp_path / "run")[0]["refused"] > 0
 
 
 def test_each_of_several_heads_is_logged(tmp_path):
