@@ -82,7 +82,14 @@ def note(record, who, pairs, heads, limits, values, title="", **notes):
 @each
 def bench_ours(pairs, heads, timed, record, limits):
     who = {"cpu": "C++", "triton": "Triton"}.get(OURS, OURS)
-    bench(preference_loss, who, pairs, heads, timed, record, limits, target={"eager": 5})
+    bench(preference_loss, who, pairs, heads, timed, record, limits, target={"eager": 5, "reference": 5})
+
+
+@each
+def bench_reference(pairs, heads, timed, record, limits):
+    """The same face over plain PyTorch: all of the checks, metrics and gradients, without a kernel."""
+    run = functools.partial(preference_loss, backend="reference")
+    bench(run, "reference", pairs, heads, timed, record, limits, rival=True)
 
 
 @each
