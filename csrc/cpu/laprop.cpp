@@ -53,11 +53,7 @@ int64_t run_length(int64_t chunks, int threads) {
   return std::clamp<int64_t>(chunks / (8 * std::max(threads, 1)), 1, 16);
 }
 
-}  // namespace
-
-// The twelve loops stand in one function, so that each is compiled for every instruction set.
-DPH_CLONES void laprop_cpu_chunk(const LapropTensor& t, const LapropCoefficients& k, float scale, int64_t begin,
-                                 int64_t size) {
+DPH_INLINE void chunk(const LapropTensor& t, const LapropCoefficients& k, float scale, int64_t begin, int64_t size) {
   const int prior = t.prior ? (t.kinds & LAPROP_BF16_PRIOR ? 2 : 1) : 0;
   switch ((t.kinds & LAPROP_BF16_GRAD ? 6 : 0) + 2 * prior + (t.copy ? 1 : 0)) {
     case 0: return update<float, Nothing, false>(t, k, scale, begin, size);
@@ -75,6 +71,37 @@ DPH_CLONES void laprop_cpu_chunk(const LapropTensor& t, const LapropCoefficients
   }
 }
 
+// The twelve loops for every instruction set. Not by target_clones, which would take half of AVX-512's width.
+#define DPH_CHUNK(name)                                                                                        \
+  void name(const LapropTensor& t, const LapropCoefficients& k, float scale, int64_t begin, int64_t size) {    \
+    chunk(t, k, scale, begin, size);                                                                           \
+  }
+DPH_CHUNK(baseline)
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DPH_X86 1
+__attribute__((target("avx2,fma"))) DPH_CHUNK(avx2)
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))) DPH_CHUNK(avx512)
+#endif
+#undef DPH_CHUNK
+
+using Chunk = void (*)(const LapropTensor&, const LapropCoefficients&, float, int64_t, int64_t);
+
+// With the widest vectors that the processor has.
+Chunk pick() {
+#ifdef DPH_X86
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+    return avx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2;
+#endif
+  return baseline;
+}
+
+const Chunk update_chunk = pick();
+
+}  // namespace
+
 void laprop_cpu(const LapropArguments& a, int threads) {
   const float scale = a.grad_scale ? *a.grad_scale : 1.0f;
   if (!laprop_finite(scale)) return;
@@ -85,7 +112,7 @@ void laprop_cpu(const LapropArguments& a, int threads) {
     const FlushSubnormals guard;
     const LapropTensor& t = a.tensors[laprop_row(a.tensors, a.count, chunk)];
     const int64_t begin = (chunk - t.first_chunk) * LAPROP_CHUNK;
-    laprop_cpu_chunk(t, k, scale, begin, std::min(LAPROP_CHUNK, t.size - begin));
+    update_chunk(t, k, scale, begin, std::min(LAPROP_CHUNK, t.size - begin));
   }
 }
 
