@@ -179,6 +179,13 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.update(kept)
 
 
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """No parameters, which are whole workloads, and no single times: the name and the quantiles say it."""
+    for bench in output_json["benchmarks"]:
+        bench.pop("params", None)
+        bench["stats"].pop("data", None)
+
+
 def pytest_terminal_summary(terminalreporter, config):
     session = getattr(config, "_benchmarksession", None)
     benches = [b for b in getattr(session, "benchmarks", []) if b.extra_info.get("operator") and b.stats.rounds]
