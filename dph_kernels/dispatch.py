@@ -66,7 +66,7 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
     },
     "laprop": {
         "cpu": {
-            "cpu": "over 15 times as fast as eager PyTorch, about as fast as its compiled form: benchmarks/bench_laprop.py",
+            "cpu": "over 15 times as fast as eager PyTorch, about as fast as compiled: benchmarks/bench_laprop.py",
             "reference": "plain PyTorch runs everywhere",
         },
         "cuda": {
