@@ -42,6 +42,13 @@ def command(folder, name, steps):
     ]  # fmt: skip
 
 
+def run(folder, name, steps):
+    """Train to the end; the seconds that it took."""
+    began = time.monotonic()
+    subprocess.run(command(folder, name, steps), check=True, stderr=subprocess.DEVNULL)
+    return time.monotonic() - began
+
+
 def killed(folder, steps, kills, seconds):
     """Kill as often as told, each time after up to ``seconds``, then let it end. How many kills met a process."""
     rng, met = random.Random(0), 0
@@ -50,7 +57,7 @@ def killed(folder, steps, kills, seconds):
             time.sleep(rng.uniform(0, seconds))
             met += process.poll() is None
             process.kill()
-    subprocess.run(command(folder, "killed", steps), check=True, stderr=subprocess.DEVNULL)
+    run(folder, "killed", steps)
     return met
 
 
@@ -61,10 +68,8 @@ def main():
     parser.add_argument("--steps", type=int, default=600)
     options = parser.parse_args()
     material(options.folder)
-    began = time.monotonic()
-    subprocess.run(command(options.folder, "whole", options.steps), check=True, stderr=subprocess.DEVNULL)
-    seconds = time.monotonic() - began
-    met = killed(options.folder, options.steps, options.kills, 0.7 * seconds)
+    seconds, start = (run(options.folder, "whole", options.steps) for _ in range(2))  # a finished run but starts
+    met = killed(options.folder, options.steps, options.kills, start + 2 * (seconds - start) / options.kills)
     whole, parts = (load_file(options.folder / name / "model" / "model.safetensors") for name in ("whole", "killed"))
     same = whole.keys() == parts.keys() and all(torch.equal(t, parts[name]) for name, t in whole.items())
     figures = [(options.folder / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed")]
