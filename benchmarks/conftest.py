@@ -145,9 +145,8 @@ def record(benchmark):
         if flops is None:
             limit, bandwidth = None, limit if bandwidth is None else bandwidth
         info = {"bytes_moved": bytes_moved, "flops": flops, "limit": limit, "bandwidth": bandwidth, "peak": peak}
-        info["tokens"] = tokens
-        info |= {"operator": operator, "who": who, "rival": rival, "kind": kind, "target": target}
-        info |= {"memory_target": memory_target}
+        info |= {"operator": operator, "who": who, "rival": rival, "kind": kind, "tokens": tokens}
+        info |= {"target": target, "memory_target": memory_target}
         if benchmark.stats:  # None where timing is switched off
             info["quantiles"] = _quantiles(benchmark.stats.stats.sorted_data)
         benchmark.extra_info.update(info)

@@ -163,7 +163,6 @@ class Ours:
         run = Unsaved(self._directory.name, stage.recipe.as_dict())
         self.trainer = trainer.Trainer(stage.recipe, stage, run, quiet=True)
         self.trainer.model.train()
-        self.trainer._clock = 0.0
         self.trainer.optimiser.register_step_pre_hook(self._show)
         self.progress, self.taken = Progress("", 1 << 30, 0, quiet=True), 0
 

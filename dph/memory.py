@@ -45,9 +45,8 @@ class Memory(Cache):
         self.columns = 0  # columns of input that have passed, padding included
         self._rings: list[tuple[Tensor, ...]] = []  # per layer: (keys, values) or (inputs,), each [B, M, ...]
         self._pending: dict[int, tuple[Tensor, ...]] = {}  # per layer: rows of the last call, not yet written
-        self._kept: dict[int, tuple[Tensor, ...]] = {}  # per layer: rows of the call under way, dropped if it fails
+        self._kept: dict[int, tuple[Tensor, ...]] | None = None  # the same of the call under way, dropped if it fails
         self._counts: list[int] = []  # tokens of each stream in the last call
-        self._under_way = False
         self.version += 1
 
     # What the model calls, in this order
@@ -55,7 +54,7 @@ class Memory(Cache):
     def begin(self, counts: list[int]) -> PackedLayout:
         """Write what the last call left, and describe a call with ``counts`` [B] new tokens per stream."""
         self.commit()
-        self._kept, self._under_way, self.version = {}, True, self.version + 1
+        self._kept, self.version = {}, self.version + 1
         if self.seen and len(counts) != len(self.seen):
             raise ValueError(f"past_key_values: expected a batch of {len(self.seen)} streams, got {len(counts)}")
         self.seen = self.seen or [0] * len(counts)
@@ -91,13 +90,12 @@ class Memory(Cache):
 
         Not a second time where gradient checkpointing computes the call again.
         """
-        if not self._under_way:
-            return
-        self._kept[layer] = tuple(r.detach() for r in rows)
+        if self._kept is not None:
+            self._kept[layer] = tuple(r.detach() for r in rows)
 
     def end(self, counts: list[int], columns: int) -> None:
         """Count the call's tokens; ``columns`` is the width of its input, padding included."""
-        self._pending, self._kept, self._counts, self._under_way = self._kept, {}, counts, False
+        self._pending, self._kept, self._counts = self._kept, None, counts
         self.seen = [s + c for s, c in zip(self.seen, counts, strict=True)]
         self.columns += columns
 

@@ -103,9 +103,9 @@ class PairStage(Material):
 
     def _flops(self, parts: Sequence[PairPart]) -> float:
         """By what is not cached; of cached states, pooler and heads alone."""
-        kept = self.cached == "states"
-        amounts = flops.Amounts(judged=2 * sum(len(part.pairs) for part in parts))
-        if not kept:
+        if self.cached == "states":
+            amounts = flops.Amounts(judged=2 * sum(len(part.pairs) for part in parts))
+        else:
             amounts = flops.of_pairs(part.packed for part in parts)
         reference = self.needs_reference and self.cached is None
         return flops.step_flops(self.model.config, self.recipe.stage, amounts, reference=reference)

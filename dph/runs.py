@@ -37,13 +37,8 @@ from dph.errors import UserError
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-TIMES = (
-    "seconds",
-    "tokens_per_second",
-    "tflops_per_second",
-    "mfu",
-    "memory_gb",
-)  # keys of metrics.jsonl that differ between equal runs
+# Keys of metrics.jsonl that differ between equal runs.
+TIMES = ("seconds", "tokens_per_second", "tflops_per_second", "mfu", "memory_gb")
 FREE = ("output", "evaluation")  # sections of the configuration that a resumed run may change
 OWN = ("config.json", "metrics.jsonl", "start", "checkpoints", "model", "tensorboard")  # names that a run writes to
 

@@ -143,6 +143,7 @@ class Trainer:
         self.window, self.evaluation = Window((*stage.metrics, "grad_norm")), {}
         self.guard = Guard(recipe.guard.stop_after, recipe.guard.spike, self.model.device)
         self._launched: Launched | None = None
+        self._clock = 0.0  # when figures were last taken up
         self._begin()
         self.model.backbone.gradient_checkpointing = recipe.checkpointing == "block"
         self.low = low_precision(recipe.precision, self.model.device)
