@@ -1,6 +1,6 @@
 """The joint preference objective of Direct Preference Heads: loss, gradients and logged metrics in one operator."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ OBJECTIVES = ("separable", "contrastive")
 REWARDS = ("rewards_chosen", "rewards_rejected")
 LOGPROBS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
 PLAIN = {Tensor, torch.nn.Parameter}
+Run = Callable[[Sequence[Tensor], Sequence[Tensor], Options, str], tuple[Tensor, Tensor, Tensor]]
 
 
 def _run(
@@ -58,10 +59,10 @@ def _operator(
 
 
 def _unobserved(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are plain tensors and nobody traces the call: it need not go through PyTorch's dispatcher then,
-    which costs as much as everything else in the forward pass.
+    """Whether these are plain tensors and nobody traces or transforms the call: it need not go through PyTorch's
+    dispatcher then, nor through the wrapper of `Function.apply`, which cost as much as the rest of the forward pass.
     """
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
         return False
     return set(map(type, tensors)) <= PLAIN and not any(map(Tensor.is_neg, tensors))
 
@@ -71,9 +72,8 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, rewards: int, options: Options, backend: str, *inputs: Tensor
+        ctx: torch.autograd.function.FunctionCtx, run: Run, rewards: int, options: Options, backend: str, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        run = _run if _unobserved(inputs) else _operator
         loss, metrics, slopes = run(inputs[:rewards], inputs[rewards:], options, backend)
         ctx.rewards, ctx.options = rewards, options
         ctx.save_for_backward(slopes, *inputs)
@@ -96,11 +96,14 @@ class _Loss(torch.autograd.Function):
             grads = [grad.view_as(x) for grad, x in zip(grads, judged, strict=True)]
         # PyTorch casts them to the dtypes of the inputs.
         if len(judged) == len(inputs):
-            return None, None, None, *grads
+            return None, None, None, None, *grads
         if not (needs[-2] or needs[-1]):
-            return None, None, None, *grads, None, None
+            return None, None, None, None, *grads, None, None
         # d = (policy_chosen - policy_rejected) - (reference_chosen - reference_rejected): one slope, four signs.
-        return None, None, None, *grads, grads[-1].clone(), grads[-2].clone()
+        return None, None, None, None, *grads, grads[-1].clone(), grads[-2].clone()
+
+
+_apply = super(torch.autograd.Function, _Loss).apply  # without that wrapper
 
 
 def _fits(rewards: tuple[Tensor, ...], logprobs: tuple[Tensor, ...]) -> bool:
@@ -154,6 +157,10 @@ def _check_group(names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> 
 
 
 def _check_options(options: Options) -> None:
+    beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, objective = options
+    epsilons = 0.0 <= dpo_epsilon < 0.5 and 0.0 <= dph_epsilon < 0.5
+    if epsilons and beta >= 0.0 and dpo_weight >= 0.0 and dph_weight >= 0.0 and objective in OBJECTIVES:
+        return
     checks.number("dpo_epsilon", options.dpo_epsilon, 0.0, 0.5, below=True)
     checks.number("dph_epsilon", options.dph_epsilon, 0.0, 0.5, below=True)
     checks.number("beta", options.beta, 0.0)
@@ -218,4 +225,7 @@ def preference_loss(
         _complain(rewards, logprobs)
     options = Options(beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, objective)
     _check_options(options)
-    return _Loss.apply(len(rewards), options, backend, *rewards, *logprobs)
+    inputs = (*rewards, *logprobs)
+    if _unobserved(inputs):
+        return _apply(_run, len(rewards), options, backend, *inputs)
+    return _Loss.apply(_operator, len(rewards), options, backend, *inputs)

@@ -20,11 +20,11 @@ def forward(rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Opti
     for x in inputs:  # `PreferenceInput` of csrc/preference_loss.h, four words each
         strides = x.stride()
         table += x.data_ptr(), strides[0], strides[-1], x.dtype is torch.bfloat16
-    pairs, *heads = inputs[0].shape
-    count, room = sizes(rewards, logprobs)
-    loss = torch.empty((), dtype=torch.float32, device="cpu")
-    metrics = torch.empty(count, dtype=torch.float32, device="cpu")
-    slopes = torch.empty(room, dtype=torch.float32, device="cpu")
+    first, (count, room) = inputs[0], sizes(rewards, logprobs)
+    pairs, *heads = first.shape
+    loss = first.new_empty((), dtype=torch.float32)
+    metrics = first.new_empty(count, dtype=torch.float32)
+    slopes = first.new_empty(room, dtype=torch.float32)
     *numbers, objective = options
     native.module().preference_loss_cpu(
         table,
