@@ -38,7 +38,7 @@ def command(folder, name, steps):
     return [
         sys.executable, "-m", "dph.cli", "train", "mini-sft", "--resume", f"--output={folder / name}",
         f"model={{config: {MODEL}, tokenizer: {folder / 'tokenizer'}}}", f"data.sources=[{folder / 'chats.jsonl'}]",
-        f"optimiser.steps={steps}", "output.save_every=7", "output.log_every=10", "device=cpu",
+        f"optimiser.steps={steps}", "output.save_every=7", "output.log_every=1", "device=cpu",
     ]  # fmt: skip
 
 
@@ -49,12 +49,26 @@ def run(folder, name, steps):
     return time.monotonic() - began
 
 
-def killed(folder, steps, kills, seconds):
-    """Kill as often as told, each time after up to ``seconds``, then let it end. How many kills met a process."""
-    rng, met = random.Random(0), 0
-    for _ in range(kills):
+def logged(folder, name):
+    """The last step that a run has logged; 0 before the first."""
+    path = folder / name / "metrics.jsonl"
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []
+    return max((json.loads(line)["step"] for line in whole), default=0)
+
+
+def killed(folder, steps, kills):
+    """Kill as often as told, each time somewhere in a stretch of the run of its own, then let it end.
+
+    A stretch is waited for by what the run has logged, so that every kill meets a process, however fast the machine is;
+    the moment in it is random, and before it the process may be starting, saving or cleaning up. How many did meet one.
+    """
+    rng, met, stretch = random.Random(0), 0, steps / (kills + 1)
+    for kill in range(kills):
+        target = int(stretch * (kill + rng.random()))
         with subprocess.Popen(command(folder, "killed", steps), stderr=subprocess.DEVNULL) as process:
-            time.sleep(rng.uniform(0, seconds))
+            while process.poll() is None and logged(folder, "killed") < target:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.05))
             met += process.poll() is None
             process.kill()
     run(folder, "killed", steps)
@@ -68,8 +82,8 @@ def main():
     parser.add_argument("--steps", type=int, default=600)
     options = parser.parse_args()
     material(options.folder)
-    seconds, start = (run(options.folder, "whole", options.steps) for _ in range(2))  # a finished run but starts
-    met = killed(options.folder, options.steps, options.kills, start + 2 * (seconds - start) / options.kills)
+    seconds = run(options.folder, "whole", options.steps)
+    met = killed(options.folder, options.steps, options.kills)
     whole, parts = (load_file(options.folder / name / "model" / "model.safetensors") for name in ("whole", "killed"))
     same = whole.keys() == parts.keys() and all(torch.equal(t, parts[name]) for name, t in whole.items())
     figures = [(options.folder / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed")]

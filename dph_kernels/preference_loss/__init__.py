@@ -72,7 +72,12 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, run: Run, rewards: int, options: Options, backend: str, *inputs: Tensor
+        ctx: torch.autograd.function.FunctionCtx,
+        run: Run,
+        rewards: int,
+        options: Options,
+        backend: str,
+        *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
         loss, metrics, slopes = run(inputs[:rewards], inputs[rewards:], options, backend)
         ctx.rewards, ctx.options = rewards, options
