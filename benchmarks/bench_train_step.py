@@ -5,8 +5,8 @@ masters, on the CPU in miniature in fp32. Lengths are real where ../shared/data 
 contenders start from the same weights and take the same records; each is first checked, in fp32 on a tiny model and
 without dropout, to have our loss, gradients and weights. Useful arithmetic is the same for all: dph/flops.py.
 
-TRL's DPOTrainer takes no part: it cannot train this architecture, and with another model's weights nothing could be
-checked. "paper_layout, padded to the longest" is how it lays out a batch.
+TRL's DPOTrainer, where it is installed, trains a Llama as large, since it cannot train this architecture: it is checked
+against DPO's equation instead (benchmarks/trl_rival.py), and its useful arithmetic is reckoned to be ours.
 """
 
 import functools
@@ -52,7 +52,7 @@ def checked(contender, stage):
     place = [c.who for c in contenders(stage, SHAPE.pad)].index(contender.who)
     train_step.check(contenders(stage, TINY.pad)[place], Job(stage=stage, shape=TINY, device=DEVICE))
     job = Job(stage=stage, shape=SHAPE, device=DEVICE, lowered=LOWERED, dropout=0.0)
-    loss, expected = float(contender.make(job).step()), first_loss(stage)
+    loss, expected = float(contender.make(job).step()), first_loss(stage) if contender.check is None else math.log(2)
     assert abs(loss - expected) <= CLOSE * abs(expected), f"loss: expected {expected}, got {loss}"
     return contender.make(Job(stage=stage, shape=SHAPE, device=DEVICE, lowered=LOWERED))
 
@@ -84,6 +84,8 @@ def clean():
 )
 def bench_train_step(stage, contender, timed, record, limits):
     ours = contender.kind == "ours"
+    if contender.missing:
+        pytest.skip(contender.missing)
     try:
         training = checked(contender, stage)
     except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import dph
-from benchmarks import lengths
+from benchmarks import lengths, trl_rival
 from benchmarks.paper_layout import PaperTrainer
 from dph import flops, recipe, runs, trainer
 from dph.chat import Encoded
@@ -210,11 +210,18 @@ class Unshared(PairStage):
 
 
 class Contender(NamedTuple):
-    """Who trains, and which goal that counts for."""
+    """Who trains, and which goal that counts for.
+
+    Attributes:
+        check: of what it computes, where that is something else than ours does.
+        missing: what it lacks here.
+    """
 
     who: str
     make: Callable[[Job], Stepping]
     kind: str | None = None
+    check: Callable[[Job], None] | None = None
+    missing: str | None = None
 
 
 def contenders(stage: str, pad: int) -> list[Contender]:
@@ -234,7 +241,16 @@ def contenders(stage: str, pad: int) -> list[Contender]:
         Contender(name, paper(pad=pad), "paper_layout"),
         Contender(f"{name}, torch.compile", paper(pad=pad, compiled=True)),
         Contender("paper_layout, padded to the longest", paper(pad=None)),
+        *([TRL] if stage == "align" else []),
     ]
+
+
+TRL = Contender(
+    "TRL DPOTrainer, a Llama as large, no reward",
+    trl_rival.TrlTrainer,
+    check=trl_rival.check,
+    missing=trl_rival.MISSING,
+)
 
 
 # The check
@@ -248,13 +264,15 @@ def distance(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
 
 
 def check(contender: Contender, job: Job, steps: int = 3) -> None:
-    """``contender`` computes what ours computes, in fp32 without dropout.
+    """``contender`` computes what ours computes, in fp32 without dropout, or what its own check asks for.
 
     First the loss, and the gradient of every tensor, of ``steps`` updates at rate 0, through which a stream's memory
     comes to be longer than its context; then the way that the weights go in ``steps`` updates.
     """
     ours = contenders(job.stage, job.shape.pad)[0]
     job = dataclasses.replace(job, lowered=False, dropout=0.0)
+    if contender.check is not None:
+        return contender.check(job)
     for rate in (0.0, 1e-3):  # a decay that shows within a few steps
         overrides = (f"optimiser.lr={rate}", "optimiser.final_lr=0", "optimiser.warmup=2", "optimiser.prior_decay=50")
         still = dataclasses.replace(job, overrides=(*job.overrides, *overrides))

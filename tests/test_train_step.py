@@ -18,7 +18,7 @@ CONTENDERS = [
     (stage, contender)
     for stage in STAGES
     for contender in train_step.contenders(stage, TINY.pad)[1:]
-    if "compile" not in contender.who
+    if "compile" not in contender.who and not contender.missing
 ]
 
 
@@ -37,7 +37,7 @@ def test_a_contender_has_our_loss_gradients_and_weights(stage, contender):
 
 
 def test_a_contender_that_computes_something_else_is_caught():
-    other = train_step.contenders("align", TINY.pad)[-1]
+    other = next(c for c in train_step.contenders("align", TINY.pad) if "longest" in c.who)
     made = other.make
 
     def make(job):
