@@ -16,12 +16,13 @@ import torch
 from tqdm import tqdm
 
 from dph import start
+from dph.devices import low_precision
 from dph.errors import UserError
 from dph.model import Model
 from dph.order import Order
 from dph.pair_stage import PairPart, PairStage
 from dph.recipe import Recipe
-from dph.trainer import low_precision, make_stage
+from dph.trainer import make_stage
 
 FLUSH_EVERY = 60  # seconds of work that a killed pass loses at most, beside the batch that it was at
 

@@ -1,4 +1,7 @@
-"""Which device to compute on, and what it says without making the host wait."""
+"""Which device to compute on, how much memory there is, and what a device says without making the host wait."""
+
+import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +21,29 @@ def choose(name: str, key: str = "device") -> str:
     if name not in known:
         raise UserError(f"{key}: expected auto or a device of this machine ({', '.join(known)}), got {name!r}")
     return name
+
+
+def low_precision(precision: str, device: torch.device) -> bool:
+    """Whether a stage computes in bf16."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def host_memory() -> int:
+    """Bytes that the host has available: as Linux says (elsewhere all there are), in the bounds of a container."""
+    known, bounds = Path("/proc/meminfo"), ("memory.max", "memory/memory.limit_in_bytes")  # cgroups, version 2 and 1
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    if known.exists():
+        lines = dict(line.split(":") for line in known.read_text().splitlines())
+        found.append(1024 * int(lines["MemAvailable"].split()[0]))
+    for path in (Path("/sys/fs/cgroup") / name for name in bounds):
+        if path.exists() and path.read_text().strip().isdigit():
+            found.append(int(path.read_text()))
+    return min(found)
 
 
 class Reading:

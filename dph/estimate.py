@@ -11,15 +11,13 @@ from typing import Any
 
 import torch
 
-from dph import devices, flops, start
-from dph.model import Model
+from dph import devices, flops, footprint, start
+from dph.footprint import size_text
 from dph.recipe import Recipe
-from dph.stages import Stage
 from dph.tables import table
-from dph.trainer import low_precision, make_stage
+from dph.trainer import make_stage
 
 ASSUMED = 0.4  # share of a device's matrix rate that training reaches
-LOGPROBS = {"cuda": 300e6, "cpu": 64e6}  # bytes that log-probabilities take at most beside their gradients
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class Estimate:
         device: by which it was reckoned.
         parameters: of the model; ``trained`` of them train.
         memory: bytes of each part of it, on the device, at the peak.
+        host: bytes of what is pinned on the host.
         tokens: that go through the model in the first update.
         flops: that the first update needs.
         steps: updates.
@@ -40,6 +39,7 @@ class Estimate:
     parameters: int
     trained: int
     memory: dict[str, float]
+    host: dict[str, float]
     tokens: int
     flops: float
     steps: int
@@ -55,8 +55,9 @@ class Estimate:
         rows: list[tuple[str, Any]] = [
             ("parameters", f"{self.parameters:,}"),
             ("of them trained", f"{self.trained:,}"),
-            *((f"memory: {part}", _size(size)) for part, size in self.memory.items()),
-            ("memory in all", _size(sum(self.memory.values()))),
+            *((f"memory: {part}", size_text(size)) for part, size in self.memory.items()),
+            ("memory in all", size_text(sum(self.memory.values()))),
+            *((f"memory of the host: {part}", size_text(size)) for part, size in self.host.items()),
             ("tokens in an update", f"{self.tokens:,}"),
             ("updates", f"{self.steps:,}"),
             ("arithmetic of an update", f"{self.flops / 1e12:,.3g} TFLOP"),
@@ -64,10 +65,6 @@ class Estimate:
             (f"time at {ASSUMED:.0%} of it", _time(self.seconds)),
         ]
         return table(["", "estimate"], rows)
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
 
 
 def _time(seconds: float) -> str:
@@ -83,13 +80,14 @@ def estimate(recipe: Recipe) -> Estimate:
     device = torch.device(devices.choose(recipe.device))
     stage = make_stage(recipe, model, tokenizer, None, None, device=torch.device("cpu"))
     work = stage.next()
-    trained = sum(p.numel() for name, p in model.named_parameters() if stage.trains(name))
     largest = max(_rows(part) for part in work.parts)
+    place = footprint.choose_place(stage, device)
     return Estimate(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         parameters=model.num_parameters(),
-        trained=trained,
-        memory=memory(recipe, model, stage, trained, largest, device),
+        trained=footprint.count_trained(stage),
+        memory=footprint.on_device(stage, largest, device, place),
+        host=footprint.on_host(stage, device, place),
         tokens=work.tokens,
         flops=work.flops,
         steps=recipe.optimiser.steps,
@@ -100,43 +98,6 @@ def estimate(recipe: Recipe) -> Estimate:
 def _rows(part: Any) -> int:
     """Rows of hidden state of one part of an update."""
     return part.tokens if hasattr(part, "tokens") else part[1].numel()
-
-
-def memory(
-    recipe: Recipe, model: Model, stage: Stage, trained: int, rows: int, device: torch.device
-) -> dict[str, float]:
-    """Bytes by part, at the peak of an update whose largest part has ``rows`` rows."""
-    config, low = model.config, low_precision(recipe.precision, device)
-    size, total = 2 if low else 4, model.num_parameters()
-    parts = {"weights": size * total, "gradients": 4 * trained, "momentum and second moment": 8 * trained}
-    if low:
-        parts["fp32 masters"] = 4 * trained
-    if recipe.optimiser.prior_decay:
-        parts["priors"] = 4 * trained
-    if stage.needs_reference:
-        parts["reference model"] = size * total
-    if recipe.kind != "preference" and recipe.data.memory:
-        rings = 2 if recipe.data.memory_kind == "kv" else 1
-        per_token = rings * config.num_hidden_layers * config.hidden_size * size
-        parts["Transformer-XL memory"] = per_token * recipe.batch.size * recipe.data.memory
-        parts["rows to remember"] = per_token * recipe.batch.size * recipe.data.context
-    parts["activations"] = activations(recipe, model, rows, size) if recipe.stage != "head" else 0
-    parts["log-probabilities"] = LOGPROBS[device.type] if recipe.stage != "head" else 0
-    return {name: float(count) for name, count in parts.items() if count}
-
-
-def activations(recipe: Recipe, model: Model, rows: int, size: int) -> float:
-    """Bytes that the backward pass keeps of ``rows`` rows.
-
-    A block keeps its input, both norms' outputs, q, k (rotated, too) and v, what attention gives with its log-sum-exp,
-    the sum after it; [x | gate], silu(gate) and their product.
-    """
-    config = model.config
-    block = size * (10 * config.hidden_size + 4 * config.intermediate_size) + 4 * config.num_attention_heads
-    kept = config.num_hidden_layers * block
-    if recipe.checkpointing == "block":
-        kept = config.num_hidden_layers * size * config.hidden_size + block
-    return rows * (kept + size * (2 * config.embedding_size + 3 * config.hidden_size))
 
 
 def _matrix_rate(device: torch.device) -> float:

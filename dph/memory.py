@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from dph.host_rings import HostRings
+from dph.rings import DeviceRings, Rows
 from dph_kernels import PackedLayout
 
 KINDS = ("kv", "hidden")
+PLACES = {"device": DeviceRings, "host": HostRings}
 
 
 class Memory(Cache):
@@ -16,7 +19,7 @@ class Memory(Cache):
 
     A ring buffer per layer, allocated once. Keys are kept rotated at absolute positions that roll on, and attention
     does not mind the order of what it sees, so nothing is ever moved, rotated again or concatenated. What a forward
-    pass adds is written at the start of the next one: until then its backward pass may still read the old rows.
+    pass adds is not to be seen before the next one: until then its backward pass may still read the old rows.
 
     Args:
         length: capacity M in tokens per stream.
@@ -24,18 +27,22 @@ class Memory(Cache):
             values anew, so that their weights get gradient from memory rows too. A model trained with the one
             is to be read with the same: ``Memory(kind=model.config.memory_kind)`` is what a released model says of
             itself (its ``recompute_kv``).
+        place: "device" keeps the rings where the model is; "host" keeps them, at twice the size, in pinned memory of
+            the host, and copies to the device what a layer needs while the layer before it computes. Both compute the
+            same, bit for bit.
 
     Use: ``model(ids, past_key_values=memory)`` reads and updates it; every row of a batch is one stream. Padding is
     never stored.
     """
 
-    def __init__(self, length: int = 2048, kind: str = "kv") -> None:
+    def __init__(self, length: int = 2048, kind: str = "kv", place: str = "device") -> None:
         super().__init__(layers=[])
         if length < 1:
             raise ValueError(f"length: expected at least 1 token, got {length}")
-        if kind not in KINDS:
-            raise ValueError(f"kind: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")
-        self.length, self.kind = length, kind
+        for name, value, known in (("kind", kind, KINDS), ("place", place, PLACES)):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
+        self.length, self.kind, self.place = length, kind, place
         self.version = 0  # another one when a call begins, and when what calls read has changed
         self.reset()
 
@@ -43,34 +50,33 @@ class Memory(Cache):
         """Forget everything; the next call decides the batch size anew."""
         self.seen: list[int] = []  # tokens that each stream has seen, padding left out
         self.columns = 0  # columns of input that have passed, padding included
-        self._rings: list[tuple[Tensor, ...]] = []  # per layer: (keys, values) or (inputs,), each [B, M, ...]
-        self._pending: dict[int, tuple[Tensor, ...]] = {}  # per layer: rows of the last call, not yet written
-        self._kept: dict[int, tuple[Tensor, ...]] | None = None  # the same of the call under way, dropped if it fails
-        self._counts: list[int] = []  # tokens of each stream in the last call
+        self._rings = PLACES[self.place](self.length, self._parts)
         self.version += 1
+
+    @property
+    def _parts(self) -> int:
+        """Tensors of a layer."""
+        return 2 if self.kind == "kv" else 1
 
     # What the model calls, in this order
 
     def begin(self, counts: list[int]) -> PackedLayout:
-        """Write what the last call left, and describe a call with ``counts`` [B] new tokens per stream."""
+        """Take up what the last call left, and describe a call with ``counts`` [B] new tokens per stream."""
         self.commit()
-        self._kept, self.version = {}, self.version + 1
+        self.version += 1
         if self.seen and len(counts) != len(self.seen):
             raise ValueError(f"past_key_values: expected a batch of {len(self.seen)} streams, got {len(counts)}")
         self.seen = self.seen or [0] * len(counts)
+        self._rings.begin(self.seen, counts)
         filled = [min(n, self.length) for n in self.seen]
         if self.kind == "kv":
             return PackedLayout.with_memory(counts, filled, self.length, self.seen)
         first = [s - f for s, f in zip(self.seen, filled, strict=True)]
         return PackedLayout.aligned(counts, [f + c for f, c in zip(filled, counts, strict=True)], first)
 
-    def read(self, layer: int, like: Tensor) -> tuple[Tensor, ...]:
+    def read(self, layer: int, like: Tensor) -> Rows:
         """Rows [B * M, ...] of a layer's keys and values; zeros of the shape of ``like`` [*, H, D] at first."""
-        if layer == len(self._rings):
-            size = (len(self.seen), self.length, *like.shape[1:])
-            with torch.inference_mode(False):  # what is read in inference mode may be written in training
-                self._rings.append(tuple(like.new_zeros(size) for _ in range(2 if self.kind == "kv" else 1)))
-        return tuple(ring.flatten(0, 1) for ring in self._rings[layer])
+        return self._rings.read(layer, like)
 
     def recall(self, layer: int, inputs: Tensor, counts: list[int], seen: list[int]) -> Tensor:
         """Attention inputs of memory and call, oldest first, stream after stream (kind "hidden").
@@ -86,50 +92,44 @@ class Memory(Cache):
         return torch.cat(parts) if parts else inputs
 
     def keep(self, layer: int, *rows: Tensor) -> None:
-        """Hold the call's rows [T, ...] of a layer until they are written; their gradient ends here.
+        """Hold the call's rows [T, ...] of a layer for the next one; their gradient ends here.
 
         Not a second time where gradient checkpointing computes the call again.
         """
-        if self._kept is not None:
-            self._kept[layer] = tuple(r.detach() for r in rows)
+        if self._rings.under_way:
+            self._rings.keep(layer, tuple(r.detach() for r in rows))
 
     def end(self, counts: list[int], columns: int) -> None:
         """Count the call's tokens; ``columns`` is the width of its input, padding included."""
-        self._pending, self._kept, self._counts = self._kept, None, counts
+        self._rings.end()
         self.seen = [s + c for s, c in zip(self.seen, counts, strict=True)]
         self.columns += columns
 
     def commit(self) -> None:
-        """Write the last call's rows into the rings."""
-        if not self._pending or not self.seen:
-            return
-        rows, slots, start = [], [], 0
-        for b, (count, seen) in enumerate(zip(self._counts, self.seen, strict=True)):
-            new = torch.arange(max(count - self.length, 0), count)
-            rows.append(start + new)
-            slots.append(b * self.length + (seen - count + new) % self.length)
-            start += count
-        device = self._rings[0][0].device
-        rows, slots = torch.cat(rows).to(device), torch.cat(slots).to(device)
-        for layer, tensors in self._pending.items():
-            for ring, tensor in zip(self._rings[layer], tensors, strict=True):
-                ring.flatten(0, 1)[slots] = tensor[rows].to(ring.dtype)  # another one under autocast
-        self._pending, self.version = {}, self.version + 1
+        """Put the last call's rows where the next one reads, which it would do: here, once its backward pass is over.
+
+        On the device this frees the memory in which they waited.
+        """
+        if self._rings.commit():
+            self.version += 1
 
     # Checkpoints
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything as tensors, for a checkpoint."""
+        """Everything as tensors, for a checkpoint: the same in every place. It may share memory with the rings."""
         self.commit()
         numbers = {"columns": self.columns, "length": self.length, "kind": KINDS.index(self.kind)}
         state = {"seen": torch.tensor(self.seen, dtype=torch.int64)}
         state |= {name: torch.tensor(number) for name, number in numbers.items()}
-        for layer, rings in enumerate(self._rings):
+        for layer, rings in enumerate(self._rings.state(self.seen)):
             state |= {f"{layer}.{part}": ring for part, ring in enumerate(rings)}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up what :meth:`state_dict` gave; raises ValueError where the memory has another length or kind."""
+        """Take up what :meth:`state_dict` gave, whatever the place.
+
+        Raises ValueError where the memory has another length or kind.
+        """
         if lacking := {"seen", "columns", "length", "kind"} - state.keys():
             raise ValueError(f"memory: expected a state with {', '.join(sorted(lacking))}, got {', '.join(state)}")
         length, kind, seen = int(state["length"]), KINDS[int(state["kind"])], state["seen"].tolist()
@@ -137,14 +137,15 @@ class Memory(Cache):
             raise ValueError(
                 f"memory: expected a length of {self.length} and the kind {self.kind!r}, got {length} and {kind!r}"
             )
-        rings: list[tuple[Tensor, ...]] = []
-        while f"{len(rings)}.0" in state:
-            rings.append(tuple(state[f"{len(rings)}.{part}"].clone() for part in range(2 if kind == "kv" else 1)))
-            if any(ring.shape[:2] != (len(seen), length) for ring in rings[-1]):
-                wrong = [list(ring.shape[:2]) for ring in rings[-1]]
+        layers: list[Rows] = []
+        while f"{len(layers)}.0" in state:
+            layers.append(tuple(state[f"{len(layers)}.{part}"] for part in range(self._parts)))
+            if any(ring.shape[:2] != (len(seen), length) for ring in layers[-1]):
+                wrong = [list(ring.shape[:2]) for ring in layers[-1]]
                 raise ValueError(f"memory: expected {[len(seen), length]} streams and tokens, got {wrong}")
         self.reset()
-        self.seen, self.columns, self._rings = seen, int(state["columns"]), rings
+        self.seen, self.columns = seen, int(state["columns"])
+        self._rings.load(layers, seen)
 
     # What transformers calls
 
@@ -193,7 +194,7 @@ class Memory(Cache):
         """Keep the streams ``indices`` [B'], in that order."""
         self.commit()
         self.seen = [self.seen[i] for i in indices.tolist()]
-        self._rings = [tuple(r.index_select(0, indices.to(r.device)) for r in rings) for rings in self._rings]
+        self._rings.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every stream ``repeats`` times."""

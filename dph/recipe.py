@@ -82,6 +82,8 @@ class Data:
             with a longer one are left out.
         memory: tokens of Transformer-XL memory that a stream carries; 0 for none.
         memory_kind: "kv", or "hidden" (recompute_kv of the released configuration).
+        memory_place: "device", "host" (pinned, copied while the device computes), or "auto": the device where all fits
+            (``dph.footprint``). Changes no result; a resumed run may have another.
         cache: folder of what frozen models said of the data (``dph.pair_cache``); None: ``cache`` beside the run
             directory, which runs side by side share.
         cache_states: stage head keeps the frozen backbone's states of judged tokens there, and goes through the
@@ -94,6 +96,7 @@ class Data:
     context: int = 2048
     memory: int = 2048
     memory_kind: Literal["kv", "hidden"] = "kv"
+    memory_place: Literal["auto", "device", "host"] = "auto"
     cache: str | None = None
     cache_states: bool = True
 

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 # Keys of metrics.jsonl that differ between equal runs.
 TIMES = ("seconds", "tokens_per_second", "tflops_per_second", "mfu", "memory_gb")
-FREE = ("output", "evaluation")  # sections of the configuration that a resumed run may change
+FREE = ("output", "evaluation", "data.memory_place")  # sections and keys that a resumed run may change
 OWN = ("config.json", "metrics.jsonl", "start", "checkpoints", "model", "tensorboard")  # names that a run writes to
 
 
@@ -130,7 +130,7 @@ class Run:
     def _check_same(self, config: dict) -> None:
         before, now = _flat(json.loads((self.directory / "config.json").read_text())), _flat(config)
         for key in sorted(before.keys() | now.keys()):
-            if key.split(".")[0] not in FREE and before.get(key) != now.get(key):
+            if not f"{key}.".startswith(tuple(f"{free}." for free in FREE)) and before.get(key) != now.get(key):
                 raise UserError(
                     f"{key}: expected {before.get(key)}, with which the run in {self.directory} began, "
                     f"got {now.get(key)}; a resumed run must not differ"

@@ -50,6 +50,7 @@ class Stage(Protocol):
     metrics: tuple[str, ...]  # what the sums of a loss are called
     needs_reference: bool
     reference: Model | None  # a frozen copy of the starting model, put here by the loop
+    notes: tuple[str, ...]  # what people are to know of how it was set up
 
     def trains(self, name: str) -> bool:
         """Whether the parameter ``name`` trains."""
@@ -87,7 +88,7 @@ class Material:
         encode: from a record to tokens (``dph.records.encoder``).
         records: training records in their order.
         held_out: records for evaluation, by name.
-        reference: see :class:`Stage`.
+        reference, notes: see :class:`Stage`.
     """
 
     recipe: Recipe
@@ -97,6 +98,7 @@ class Material:
     records: Order
     held_out: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     reference: Model | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def micro(self) -> int:

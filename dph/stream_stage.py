@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dph import flops
+from dph import devices, flops, footprint
 from dph.batches import IGNORED, Streams
 from dph.memory import Memory
 from dph.order import InOrder, Order
@@ -25,14 +25,23 @@ class StreamStage(Material):
     def __post_init__(self) -> None:
         """Set up streams and memories, one memory for each part."""
         self.batches = self._streams(self.records, self.recipe.batch.size)
+        self.place = self._choose_place() if footprint.remembers(self.recipe) else "device"
         self.memories = [self._memory() for _ in range(self.recipe.batch.size // self.micro)]
+
+    def _choose_place(self) -> str:
+        device = torch.device(devices.choose(self.recipe.device))
+        place = footprint.choose_place(self, device)
+        if place == "host" or device.type != "cpu":
+            self.notes = (footprint.explain(self, device, place),)
+        return place
 
     def _streams(self, records: Order, size: int) -> Streams:
         filler = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         return Streams(records, self.encode, size, self.recipe.data.context, filler)
 
     def _memory(self) -> Memory | None:
-        return Memory(self.recipe.data.memory, self.recipe.data.memory_kind) if self.recipe.data.memory else None
+        data = self.recipe.data
+        return Memory(data.memory, data.memory_kind, self.place) if data.memory else None
 
     def trains(self, name: str) -> bool:
         """The embedding alone in stage vocab, else all but the reward heads."""
@@ -59,12 +68,20 @@ class StreamStage(Material):
     def loss(self, part: tuple[Memory | None, Tensor, Tensor], step: int) -> Loss:
         """Minus the log-probabilities of the targets; how many were the most probable token; entropy in nats."""
         memory, tokens, targets = part
+        self._commit(self.memories, memory)
         device = self.model.device
         logprobs, entropy, right = self.model.stream_logprobs(
             tokens.to(device), targets.to(device), memory, statistics=True
         )
         total = -logprobs.sum()
         return Loss(total, torch.stack([total.detach(), right.sum(), entropy.sum()]), logprobs.detach())
+
+    @staticmethod
+    def _commit(memories: Sequence[Memory | None], but: Memory | None) -> None:
+        """Let no part's new rows wait on the device while another one computes; its backward pass is over."""
+        for memory in memories:
+            if memory is not None and memory is not but:
+                memory.commit()
 
     def describe(self, part: tuple[Memory | None, Tensor, Tensor], values: Tensor) -> str:
         """The first stream that went wrong."""
@@ -89,6 +106,7 @@ class StreamStage(Material):
         sums, count = torch.zeros(len(self.metrics), dtype=torch.float64, device=self.model.device), 0
         for tokens, targets in self._streams(InOrder(records), streams):
             for part in zip(memories, tokens.split(self.micro), targets.split(self.micro), strict=True):
+                self._commit(memories, part[0])
                 loss = self.loss(part, 0)
                 sums, count = sums + loss.sums, count + len(loss.values)
         return dict(zip(self.metrics, sums.tolist(), strict=True)), count
@@ -101,7 +119,8 @@ class StreamStage(Material):
     def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Take both up again."""
         self.batches.load_state_dict(state)
+        device = self.model.device if self.place == "device" else "cpu"
         for i, memory in enumerate(self.memories):
             own = {key.split("/")[1]: t for key, t in tensors.items() if key.startswith(f"{i}/")}
             if memory is not None:
-                memory.load_state_dict({key: t.to(self.model.device) for key, t in own.items()})
+                memory.load_state_dict({key: t.to(device) for key, t in own.items()})

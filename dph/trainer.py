@@ -23,7 +23,7 @@ from torch import Tensor
 from dph import devices, flops, runs, start
 from dph.chat import Encoded
 from dph.data import Shuffled, encoder
-from dph.devices import Reading
+from dph.devices import Reading, low_precision
 from dph.errors import UserError
 from dph.guard import Guard
 from dph.model import Model
@@ -210,6 +210,8 @@ class Trainer:
         progress = Progress(self.recipe.stage, self.settings.steps, self.run.step, self.quiet)
         self.model.train()
         try:
+            for note in self.stage.notes:
+                progress.note(note)
             with _told_to_stop() as told_to_stop, contextlib.closing(progress):
                 stopped = self._loop(told_to_stop, progress)
         finally:
@@ -345,11 +347,6 @@ class Trainer:
         if self.recipe.kind == "preference":
             self.model.untrained_heads -= set(self.recipe.objective.heads)
         return self.run.save_model(self.model.eval(), self.stage.tokenizer)
-
-
-def low_precision(precision: str, device: torch.device) -> bool:
-    """Whether a stage computes in bf16."""
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from stages import settings, tiny
 from texts import conversation, small_tokenizer
 
 import dph
-from dph import cli, estimate, recipe
+from dph import cli, estimate, footprint, recipe
 from dph.packing import pack
 from dph.records import Preference, encoder
 
@@ -88,7 +88,7 @@ def test_activations_are_those_that_autograd_keeps(checkpointing):
         model.stream_logprobs(torch.randint(512, (1, rows)), torch.randint(512, (1, rows))).sum()
     measured = sum(size for size, _ in kept.values())
     values = settings("sft", "unused", checkpointing=checkpointing)
-    reckoned = estimate.activations(values, model, rows, 4)
+    reckoned = footprint.activations(values, model.config, rows, 4)
     if checkpointing == "block":  # while one block is computed again, its own activations are there
         reckoned -= rows * (4 * (10 * 192 + 4 * 512) + 4 * 3)
     assert reckoned == pytest.approx(measured, rel=0.1)
