@@ -114,7 +114,11 @@ class HostRings(Rings):
         return _merged(found)
 
     def _cut(self, b: int, place: int, rows: int, base: int, first: int, turn: int) -> Iterator[Span]:
-        """Rows of stream ``b`` from its ``place`` on (which grows without end), beside ``base + first % turn`` on."""
+        """The spans of ``rows`` rows of stream ``b``.
+
+        In the ring they begin at ``place``, which counts the rows that the stream has left there and turns every 2 M;
+        elsewhere at ``base + first``, where ``first`` turns every ``turn``.
+        """
         done = 0
         while done < rows:
             half, slot = divmod(place + done, self.length)

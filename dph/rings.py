@@ -5,13 +5,15 @@ Every place gives a call the same rows in the same order, so that nothing that i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
 Rows = tuple[Tensor, ...]  # keys and values, or the attention's inputs
 
 
-class Rings:
+class Rings(ABC):
     """What a memory asks of a place. A call sees M rows of every stream, the token at position p in slot p % M.
 
     A call is ``begin``, ``read`` and ``keep`` of every layer, ``end``; ``commit`` turns what it kept into what the next
@@ -34,13 +36,13 @@ class Rings:
         """A call with ``counts`` [B] tokens of streams that have seen ``seen`` [B]."""
         self._seen, self._counts, self.under_way = seen, counts, True
 
+    @abstractmethod
     def read(self, layer: int, like: Tensor) -> Rows:
         """What the call sees of a layer, [B * M, ...], on the device of ``like`` [*, ...], whose shape rows have."""
-        raise NotImplementedError
 
+    @abstractmethod
     def keep(self, layer: int, rows: Rows) -> None:
         """Take the call's rows [T, ...] of a layer."""
-        raise NotImplementedError
 
     def end(self) -> None:
         """The call has kept all."""
@@ -51,17 +53,17 @@ class Rings:
         done, self._ended = self._ended, False
         return done
 
+    @abstractmethod
     def state(self, seen: list[int]) -> list[Rows]:
         """Every layer as [B, M, ...], once committed; it may share memory with the rings."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, layers: list[Rows], seen: list[int]) -> None:
         """Take up what ``state`` gave."""
-        raise NotImplementedError
 
+    @abstractmethod
     def select(self, indices: Tensor) -> None:
         """Only the streams ``indices`` [B'], in that order, once committed."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         """Layers."""

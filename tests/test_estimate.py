@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
-from stages import settings, tiny
+from stages import records, settings, tiny
 from texts import conversation, small_tokenizer
 
 import dph
-from dph import cli, estimate, footprint, recipe
+from dph import cli, devices, estimate, footprint, recipe
+from dph.errors import UserError
 from dph.packing import pack
 from dph.records import Preference, encoder
+from dph.trainer import make_stage
 
 
 @pytest.fixture
@@ -63,6 +65,61 @@ def test_memory_of_streams(start):
              for kind in ("kv", "hidden")}  # fmt: skip
     assert sizes["kv"]["Transformer-XL memory"] == 4 * 20 * 2 * 2 * 16 * 4  # streams, tokens, layers, k and v, C, bytes
     assert sizes["hidden"]["Transformer-XL memory"] == sizes["kv"]["Transformer-XL memory"] / 2
+
+
+def test_memory_of_streams_on_the_host(start):
+    """Rings of twice the size on the host; on the device one part's windows, of two layers at a time."""
+    found = {kind: estimate.estimate(make(start, "pretrain", "texts.jsonl", data__memory_kind=kind, batch__micro=2,
+                                          data__memory_place="host", checkpointing="block"))
+             for kind in ("kv", "hidden")}  # fmt: skip
+    ring = 2 * 4 * 20 * 16 * 4  # twice, streams, tokens, C, bytes
+    assert found["kv"].host == {"Transformer-XL memory": 2 * 2 * ring}  # layers, k and v
+    assert found["hidden"].host == {"Transformer-XL memory": 2 * ring}
+    assert "Transformer-XL memory" not in found["kv"].memory
+    assert found["kv"].memory["windows of the memory on the host"] == 2 * 2 * 2 * 20 * 16 * 4
+    assert "memory of the host: Transformer-XL memory  " in found["kv"].table()
+
+
+def stage_of(start, **changes):
+    """A stage of four streams that has held-out ones, too."""
+    values = make(start, "pretrain", "texts.jsonl", precision="auto", **changes)
+    return make_stage(values, tiny(), small_tokenizer(), records("pretrain"), records("pretrain", 3))
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("kind", ["kv", "hidden"])
+def test_memory_lies_on_a_gpu_where_all_of_the_run_fits(start, kind, checkpointing, monkeypatch):
+    stage, gpu = stage_of(start, data__memory_kind=kind, checkpointing=checkpointing), torch.device("cuda")
+    parts = footprint.on_device(stage, 4 * 24, gpu, "device")
+    rings = (2 if kind == "kv" else 1) * 2 * 20 * 16 * 2  # layers, tokens, C, bytes in bf16
+    assert parts["Transformer-XL memory"] == 4 * rings
+    assert parts["Transformer-XL memory of held-out streams"] == 3 * rings
+    needed = sum(parts.values())
+    for room, place in ((needed / 0.9 + 1, "device"), (needed / 0.9 - 1, "host")):
+        monkeypatch.setattr(devices, "memory", lambda device, room=room: room)
+        assert footprint.choose_place(stage, gpu) == place
+        assert f"the memory of 4 streams is on the {place}; all on the GPU" in footprint.explain(stage, gpu, place)
+
+
+def test_pinned_memory_comes_in_powers_of_two(start):
+    stage = stage_of(start, batch__micro=2)
+    on_host = footprint.on_host(stage, torch.device("cuda"), "host")
+    ring = 2 * 2 * 20 * 16 * 2  # twice, streams of a part, tokens, C, bytes in bf16
+    assert ring == 2560
+    assert on_host == {"Transformer-XL memory": 2 * 2 * 2 * 4096,  # parts, layers, k and v
+                       "Transformer-XL memory of held-out streams": 2 * 2 * 2 * 4096}  # fmt: skip
+
+
+def test_a_host_without_room_is_named(start, monkeypatch):
+    monkeypatch.setattr(devices, "host_memory", lambda: 10_000)
+    message = r"data.memory_place: expected 0.08 MB on the host for the memory of 4 streams, got 0.01 MB"
+    with pytest.raises(UserError, match=message):
+        stage_of(start, data__memory_place="host")
+    assert stage_of(start).place == "device"
+
+
+def test_the_host_says_how_much_memory_it_has():
+    assert 1e8 < devices.host_memory() < 1e14
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "block"])

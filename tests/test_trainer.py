@@ -73,6 +73,7 @@ def taken(recipe, steps):
 
 VARIANTS = [(stage, {}) for stage in STAGES] + [
     ("sft", {"data__memory_kind": "hidden", "batch__micro": 2}),
+    ("sft", {"data__memory_place": "host", "batch__micro": 2, "checkpointing": "block"}),
     ("sft", {"data__memory": 0, "precision": "bf16"}),
     ("align", {"precision": "bf16", "batch__micro": 1}),
     ("align", {"batch__tokens": 110}),
@@ -99,6 +100,37 @@ def test_resume_is_bit_for_bit(stage, changes, tmp_path):
     assert whole.evaluation == resumed.evaluation
     last = [runs.newest(tmp_path / d / "checkpoints").tensors("optimiser") for d in ("whole", "parts")]
     assert all(torch.equal(a, last[1][key]) for key, a in last[0].items())
+
+
+@pytest.mark.parametrize("kind", ["kv", "hidden"])
+@pytest.mark.parametrize("places", [("host", "host"), ("device", "host"), ("host", "device")], ids="-".join)
+def test_the_place_of_memory_changes_nothing(places, kind, tmp_path, capsys):
+    """Neither in one run nor where a run is resumed with another."""
+    changes = {"data__memory_kind": kind, "batch__micro": 2}
+    whole = go(settings("sft", tmp_path / "whole", data__memory_place="device", **changes), quiet=False)
+    assert "the memory of" not in capsys.readouterr().err
+    first, then = (settings("sft", tmp_path / "parts", data__memory_place=place, **changes) for place in places)
+    with pytest.raises(Killed):
+        go(first, Trap(records("sft"), taken(first, 5) + 1, die))
+    resumed = go(then, resume=True, quiet=False)
+    assert ("sft: the memory of 4 streams is on the host\n" in capsys.readouterr().err) == (places[1] == "host")
+    assert all(map(torch.equal, weights(whole.model).values(), weights(resumed.model).values()))
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
+    last = [runs.newest(tmp_path / d / "checkpoints").tensors("data") for d in ("whole", "parts")]
+    assert last[0].keys() == last[1].keys()
+    assert all(torch.equal(tensor, last[1][key]) for key, tensor in last[0].items())
+
+
+def test_rows_of_one_part_at_most_wait_on_the_device(tmp_path):
+    """A part's new rows are written when the next part begins, whose backward pass does not need the old ones."""
+    recipe = settings("sft", tmp_path / "run", batch__micro=1)
+    stage = make_stage(recipe, tiny(), small_tokenizer(), records("sft"), records("sft", 3))
+    for _ in range(2):
+        for number, part in enumerate(stage.next().parts):
+            stage.loss(part, 0).total.backward()
+            assert [bool(memory._rings._kept) for memory in stage.memories] == [i == number for i in range(4)]
+    stage.evaluate()
+    assert not any(memory._rings._kept for memory in stage.memories)
 
 
 @pytest.mark.parametrize("stage", STAGES)
