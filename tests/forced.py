@@ -3,6 +3,8 @@
 python tests/forced.py triton ../shared/conformance/check.py model losses
 """
 
+import contextlib
+import copy
 import os
 import runpy
 import sys
@@ -26,6 +28,21 @@ def force(backend):
 
     dispatch._module = noted
     return used
+
+
+@contextlib.contextmanager
+def forced(backend):
+    """``force`` for a block of this process; the caller has made sure that the backend runs here."""
+    from dph_kernels import dispatch
+
+    lines, find = copy.deepcopy(dispatch.AUTO), dispatch._module
+    dispatch.choose.cache_clear()
+    try:
+        yield force(backend)
+    finally:
+        dispatch.AUTO.update(lines)
+        dispatch._module = find
+        dispatch.choose.cache_clear()
 
 
 def main():
