@@ -16,6 +16,7 @@ from texts import conversation, small_tokenizer
 from torch import Tensor
 
 from dph import runs
+from dph.losses import IGNORED
 from dph.records import Conversation, Preference
 from dph.trainer import Trainer, make_stage
 from dph_kernels import dispatch
@@ -72,7 +73,7 @@ def leg(stage, model, dtype, folder, steps, **changes):
     recipe = settings(
         stage, folder, optimiser__steps=steps, optimiser__warmup=min(WARMUP, steps), optimiser__lr=RATE,
         optimiser__final_lr=RATE / 10, optimiser__eps=EPS, output__log_every=1, output__save_every=0,
-        **STAGES[stage], **changes,
+        **{**STAGES[stage], **changes},
     )  # fmt: skip
     made = make_stage(recipe, model, small_tokenizer(), records(stage), {})
     model.to(dtype)  # a recipe knows no fp64
@@ -91,10 +92,14 @@ def leg(stage, model, dtype, folder, steps, **changes):
     return Leg(figures, weights(model))
 
 
+def small_model(layers=2):
+    sizes = {"hidden_size": 32, "embedding_size": 16, "intermediate_size": 48, "num_hidden_layers": layers}
+    return tiny(reward_dropout=0.1, **sizes)
+
+
 def road(backend, dtype, folder, steps, layers=2, **changes):
     """All stages by one backend, on the CPU."""
-    sizes = {"hidden_size": 32, "embedding_size": 16, "intermediate_size": 48, "num_hidden_layers": layers}
-    model = tiny(reward_dropout=0.1, **sizes)
+    model = small_model(layers)
     with forced(backend) as used:
         legs = {stage: leg(stage, model, dtype, folder / stage, steps, **changes) for stage in STAGES}
     expected = {(operator, backend) for operator in dispatch.AUTO if backend in dispatch.implemented(operator)}
@@ -169,3 +174,36 @@ def test_interpreted_triton_takes_the_same_road(tmp_path):
     for stage in STAGES:
         check_figures(fused[stage], plain[stage], truth[stage])
         check_weights(fused[stage], plain[stage], truth[stage], WAY)
+
+
+WHOLE = {"batch__micro": None, "batch__tokens": None}
+CUTS = [
+    ("sft", {"data__context": 6, "data__memory_kind": "kv"}, [{"batch__micro": 1}, {"batch__micro": 2}]),
+    ("sft", {"data__context": 6, "data__memory_kind": "hidden"}, [{"batch__micro": 1}, {"batch__micro": 2}]),
+    ("align", {}, [{"batch__micro": 1}, {"batch__micro": 2}, {"batch__tokens": 110}]),
+    ("head", {"data__cache_states": False}, [{"batch__micro": 1}, {"batch__tokens": 110}]),
+]
+
+
+@pytest.mark.parametrize(("stage", "changes", "cuts"), CUTS, ids=lambda value: value if isinstance(value, str) else "")
+def test_an_update_in_parts_ends_where_the_whole_does(stage, changes, cuts, tmp_path):
+    """Eight updates of four streams or pairs, by the same rule: the whole is what earns an error against fp64."""
+
+    def made(name, dtype, cut):
+        return leg(stage, small_model(), dtype, tmp_path / name, 8, **{**WHOLE, **changes, **cut})
+
+    whole = made("whole", torch.float32, {})
+    with forced("reference"):
+        truth = made("truth", torch.float64, {})
+    for number, cut in enumerate(cuts):
+        parts = made(str(number), torch.float32, cut)
+        check_figures(parts, whole, truth)
+        check_weights(parts, whole, truth, WAY)
+
+
+def test_those_parts_differ_in_their_targets_and_some_have_none(tmp_path):
+    recipe = settings("sft", tmp_path, batch__micro=1, data__context=6)
+    made = make_stage(recipe, small_model(), small_tokenizer(), records("sft"), {})
+    counts = [[int((targets != IGNORED).sum()) for _, _, targets in made.next().parts] for _ in range(8)]
+    assert any(0 in update and sum(update) for update in counts)
+    assert sum(len(set(update)) > 1 for update in counts) >= 4

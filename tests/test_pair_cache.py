@@ -122,6 +122,22 @@ def test_resume_is_bit_for_bit(stage, after, tmp_path, monkeypatch):
     same(whole, go(recipe, resume=True))
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_without_company_every_epoch_is_the_same_bit_for_bit(stage, tmp_path):
+    """A number depends on the pairs that are packed beside its own: where none is, not even on the epoch.
+
+    Killed and resumed in the second epoch, whose numbers are all from the cache, and never without it.
+    """
+    plain = go(stage_settings(stage, tmp_path / "plain", on=False, batch__micro=1, optimiser__steps=9))
+    recipe = stage_settings(stage, tmp_path / "kept", batch__micro=1, optimiser__steps=9)
+    data = Trap(records(stage))
+    data.left = 30
+    with pytest.raises(Killed):
+        go(recipe, data)
+    assert runs.newest(tmp_path / "kept" / "checkpoints").step == 6
+    same(plain, go(recipe, resume=True))
+
+
 def test_the_cache_lies_beside_the_run_unless_the_recipe_says_where(tmp_path):
     assert pair_cache.directory(settings("head", tmp_path / "run", data__cache=None)) == tmp_path / "cache"
     assert pair_cache.directory(settings("head", tmp_path / "run", data__cache="there")).name == "there"
