@@ -192,6 +192,9 @@ class PairStage(Material):
         """Pairs that were left out: too long, identical, or without a wrong answer."""
         return {"refused": sum(self.batches.refused.values())}
 
+    def forget(self) -> None:
+        """Nothing: a pair knows of no other."""
+
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Share of held-out pairs told right, by each reward and by mean log-probability; a tie or NaN is wrong."""

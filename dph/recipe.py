@@ -181,7 +181,8 @@ class Guard:
     """What happens to an update that would do harm: it is skipped and counted, and the weights stay as they are.
 
     Attributes:
-        stop_after: so many skipped in a row end the run, the weights as they were before the first.
+        stop_after: so many skipped in a row end the run, the weights as they were before the first. Where streams have
+            memory, a step that was not finite takes the next one with it, after which the memory begins anew.
         spike: beside updates whose loss or gradient is not finite, skip those whose loss lies so many standard
             deviations above its running mean; None skips none of them.
     """

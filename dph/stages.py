@@ -67,6 +67,9 @@ class Stage(Protocol):
     def counts(self) -> dict[str, int]:
         """What has been counted since the stage began, for the log."""
 
+    def forget(self) -> None:
+        """Drop what is remembered of the data so far, where a step has left there what is not finite."""
+
     def evaluate(self) -> dict[str, float]:
         """Figures on held-out records; none where there are none."""
 

@@ -94,6 +94,12 @@ class StreamStage(Material):
         """Nothing."""
         return {}
 
+    def forget(self) -> None:
+        """Every stream goes on without what it has read."""
+        for memory in self.memories:
+            if memory is not None:
+                memory.reset()
+
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """What ``metrics`` names, as means over the targets of each held-out source, and of all."""

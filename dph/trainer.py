@@ -143,6 +143,7 @@ class Trainer:
         self.window, self.evaluation = Window((*stage.metrics, "grad_norm")), {}
         self.guard = Guard(recipe.guard.stop_after, recipe.guard.spike, self.model.device)
         self._launched: Launched | None = None
+        self._forget = 0  # the step before which the stage forgets what it remembers of the data
         self._clock = 0.0  # when figures were last taken up
         self._begin()
         self.model.backbone.gradient_checkpointing = recipe.checkpointing == "block"
@@ -186,6 +187,7 @@ class Trainer:
         self.stage.load_state(checkpoint.tensors("data"), state["data"])
         self.window.load(state["window"])
         self.guard.load(state["guard"])
+        self._forget = state["forget"]
         self.evaluation = state["evaluation"]
         runs.set_generators(checkpoint.tensors("generators"), state["generators"])
 
@@ -200,6 +202,7 @@ class Trainer:
             "data": data_state,
             "window": self.window.state(),
             "guard": self.guard.state(),
+            "forget": self._forget,
             "evaluation": self.evaluation,
             "generators": generators_state,
         }
@@ -262,6 +265,8 @@ class Trainer:
         )
         for group in self.optimiser.param_groups:
             group["lr"] = lr
+        if step == self._forget:
+            self.stage.forget()
         work = self.stage.next()
         losses = []
         for part in work.parts:
@@ -288,6 +293,7 @@ class Trainer:
         self.window.add(figures, launched.lr, work.tokens, work.flops, seconds, skipped=skipped > 0)
         if skipped:
             self._tell(launched, figures[-1], int(skipped), progress)
+            self._recover(launched.step, math.isfinite(figures[0]) and math.isfinite(figures[-1]))
         step, output = launched.step, self.recipe.output
         if step == self.settings.steps or step % output.log_every == 0:
             self._log(step, progress, self._machine(self.window.close()) | launched.counts)
@@ -309,6 +315,14 @@ class Trainer:
         raise Diverged(
             f"step {launched.step}: stopped before the update, the weights are those of step {good}; {reason}"
         )
+
+    def _recover(self, step: int, finite: bool) -> None:
+        """A step that was not finite may live on in the memory of streams, which is to be emptied.
+
+        By then the next step may be under way, and is lost as well; a resumed run does as if it were.
+        """
+        if not finite and self._forget <= step:
+            self._forget = step + 2
 
     def _explain(self, launched: Launched, norm: float) -> str:
         for part, loss in zip(launched.work.parts, launched.losses, strict=True):

@@ -449,6 +449,38 @@ def test_nan_is_skipped_counted_and_told(stage, method, tmp_path, monkeypatch, c
     assert not all(torch.equal(t, saved[2][name]) for name, t in saved[0].items())
 
 
+def spoilt(step):
+    """A model whose states are not finite at one step, from the first layer on, so that its memory has it, too."""
+    model, calls = tiny(), [0]
+
+    def spoil(_, inputs, states):
+        calls[0] += 1
+        return torch.full_like(states, math.nan) if calls[0] == step else states
+
+    model.backbone.input_norm.register_forward_hook(spoil)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["kv", "hidden"])
+def test_memory_forgets_what_is_not_finite(kind, tmp_path):
+    """Step 5 and, which reads its memory, step 6 are skipped; resumed after either, the run goes on the same."""
+    changes = {"data__memory_kind": kind, "evaluation__every": 0, "output__save_every": 0, "output__log_every": 1}
+    whole = go(settings("sft", tmp_path / "whole", **changes), model=spoilt(5), held_out={})
+    lines = figures(tmp_path / "whole")
+    assert [line["skipped"] for line in lines] == [0] * 4 + [1, 2, 2, 2]
+    assert ["loss" in line for line in lines] == [True] * 4 + [False] * 2 + [True] * 2
+    for last in (5, 6):
+        recipe = settings("sft", tmp_path / str(last), **changes)
+        strike = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        assert (
+            go(recipe, Trap(records("sft"), taken(recipe, last - 1) + 1, strike), spoilt(5), held_out={}).step == last
+        )
+        resumed = go(recipe, resume=True, held_out={})
+        assert figures(tmp_path / str(last)) == lines
+        for (name, a), b in zip(weights(whole.model).items(), weights(resumed.model).values(), strict=True):
+            assert torch.equal(a, b), name
+
+
 def test_a_spike_is_skipped_and_many_end_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(guard, "WARM", 3)
     original, left = dph.Model.stream_logprobs, [0]
