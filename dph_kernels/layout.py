@@ -43,7 +43,14 @@ class Rotary:
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the longest common prefix of token sequences (at least one); of one sequence, its own length."""
     first, last = min(sequences), max(sequences)
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    same, differ = 0, min(len(first), len(last)) + 1
+    while differ - same > 1:  # slices are compared in C: several times as fast as a loop over the tokens
+        middle = (same + differ) // 2
+        if first[same:middle] == last[same:middle]:
+            same = middle
+        else:
+            differ = middle
+    return same
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,6 +96,14 @@ def test_longest_common_prefix_becomes_the_prompt(alternatives, prompt, branches
 
 
 @SMALL
+@given(st.lists(st.lists(st.integers(0, 1), max_size=9), min_size=1, max_size=4), st.lists(st.integers(0, 9)))
+def test_a_prefix_is_as_long_as_token_by_token(rests, prompt):
+    alternatives = [prompt + rest for rest in rests]
+    equal = [len(set(tokens)) == 1 for tokens in zip(*alternatives, strict=False)]
+    assert common_prefix(alternatives) == [*equal, False].index(False)
+
+
+@SMALL
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 9)), max_size=4))
 def test_streams_see_their_filled_memory_and_themselves(streams):
     capacity = 3
