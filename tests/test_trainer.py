@@ -461,10 +461,10 @@ def spoilt(step):
     return model
 
 
-@pytest.mark.parametrize("kind", ["kv", "hidden"])
-def test_memory_forgets_what_is_not_finite(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "place"), [("kv", "device"), ("hidden", "device"), ("kv", "host")])
+def test_memory_forgets_what_is_not_finite(kind, place, tmp_path):
     """Step 5 and, which reads its memory, step 6 are skipped; resumed after either, the run goes on the same."""
-    changes = {"data__memory_kind": kind, "evaluation__every": 0, "output__save_every": 0, "output__log_every": 1}
+    changes = {"data__memory_kind": kind, "data__memory_place": place, "output__log_every": 1, "output__save_every": 0}
     whole = go(settings("sft", tmp_path / "whole", **changes), model=spoilt(5), held_out={})
     lines = figures(tmp_path / "whole")
     assert [line["skipped"] for line in lines] == [0] * 4 + [1, 2, 2, 2]
