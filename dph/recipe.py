@@ -86,6 +86,8 @@ class Data:
             (``dph.footprint``). Changes no result; a resumed run may have another.
         cache: folder of what frozen models said of the data (``dph.pair_cache``); None: ``cache`` beside the run
             directory, which runs side by side share.
+        workers: processes that read and encode the training records ahead; 0: the training process does it when it
+            needs them. Changes no result.
         cache_states: stage head keeps the frozen backbone's states of judged tokens there, and goes through the
             backbone once a pair: 8 * hidden_size bytes a pair, 6 GB for the 491,520 pairs of the recipe ``head``.
     """
@@ -97,6 +99,7 @@ class Data:
     memory: int = 2048
     memory_kind: Literal["kv", "hidden"] = "kv"
     memory_place: Literal["auto", "device", "host"] = "auto"
+    workers: int = 0
     cache: str | None = None
     cache_states: bool = True
 
@@ -285,6 +288,7 @@ RANGES = (  # key (* stands for each item of a list), least value, bound
     ("data.consecutive", 1, INFINITE),
     ("data.context", 1, INFINITE),
     ("data.memory", 0, INFINITE),
+    ("data.workers", 0, INFINITE),
     ("optimiser.lr", 0, INFINITE),
     ("optimiser.final_lr", 0, INFINITE),
     ("optimiser.warmup", 0, INFINITE),

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 # Keys of metrics.jsonl that differ between equal runs.
 TIMES = ("seconds", "tokens_per_second", "tflops_per_second", "mfu", "memory_gb")
-FREE = ("output", "evaluation", "data.memory_place")  # sections and keys that a resumed run may change
+FREE = ("output", "evaluation", "data.memory_place", "data.workers")  # sections and keys that a resumed run may change
 OWN = ("config.json", "metrics.jsonl", "start", "checkpoints", "model", "tensorboard")  # names that a run writes to
 
 

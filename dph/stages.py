@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dph.model import Model
 from dph.order import Order
+from dph.readers import Readers
 from dph.recipe import Recipe
 from dph.records import Record
 
@@ -76,6 +77,9 @@ class Stage(Protocol):
     def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Stand there again."""
 
+    def close(self) -> None:
+        """End what the stage keeps running."""
+
 
 @dataclass(kw_only=True)
 class Material:
@@ -108,6 +112,11 @@ class Material:
     def position(self) -> int:
         """How many records have been taken."""
         return self.records.state_dict()["position"]
+
+    def close(self) -> None:
+        """End the processes that read ahead, if there are any."""
+        if isinstance(self.records, Readers):
+            self.records.close()
 
 
 def merge(found: Mapping[str, tuple[Mapping[str, float], int]]) -> dict[str, float]:

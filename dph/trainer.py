@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from dph import devices, flops, runs, start
-from dph.chat import Encoded
 from dph.data import Shuffled, encoder
 from dph.devices import Reading, low_precision
 from dph.errors import UserError
@@ -30,6 +29,7 @@ from dph.model import Model
 from dph.optim import LaProp, gradient_norm, param_groups, warmup_cosine
 from dph.pair_stage import PairStage
 from dph.progress import Progress, Window
+from dph.readers import Readers
 from dph.recipe import Recipe
 from dph.stages import Loss, Stage, Work
 from dph.stream_stage import StreamStage
@@ -90,8 +90,8 @@ def train(
     try:
         if model is None:
             model, tokenizer = start.open_start(recipe)
-        stage = make_stage(recipe, model, tokenizer, records, held_out)
-        return Trainer(recipe, stage, run, quiet).train()
+        with contextlib.closing(make_stage(recipe, model, tokenizer, records, held_out)) as stage:
+            return Trainer(recipe, stage, run, quiet).train()
     finally:
         run.close()
 
@@ -101,8 +101,9 @@ def make_stage(
 ) -> Stage:
     """The stage of ``recipe`` over records in memory, or over the recipe's sources; on its device or on another."""
     start.check_tokenizer(model, tokenizer)
-    encode = encoder(tokenizer)
     order = start.open_mixture(recipe) if records is None else Shuffled(records, recipe.seed)
+    if recipe.data.workers:
+        order = Readers(order, tokenizer, recipe.data.workers)
     if held_out is None:
         held_out = start.open_held_out(recipe)
     elif not isinstance(held_out, Mapping):
@@ -112,7 +113,7 @@ def make_stage(
         recipe=recipe,
         model=model.to(device=device, dtype=torch.float32),
         tokenizer=tokenizer,
-        encode=lambda record: record if isinstance(record, Encoded | tuple) else encode(record),
+        encode=encoder(tokenizer),
         records=order,
         held_out={name: found for name, found in held_out.items() if len(found)},
     )
