@@ -124,7 +124,9 @@ def _plot(parser: Parser) -> None:
 
 
 def _convert(parser: Parser) -> None:
-    parser.add_argument("input", metavar="IN", help="model directory or hub name")
+    parser.add_argument(
+        "input", metavar="IN", help="model directory, hub name, or a run's checkpoint (RUN/checkpoints/step-NNNNNNNN)"
+    )
     parser.add_argument("output", metavar="OUT", help="directory to write; must be new or empty")
     parser.add_argument("--to", required=True, choices=("own", "official"), help="layout of OUT")
 
@@ -232,8 +234,8 @@ COMMANDS = {
         "dph.commands.files",
     ),
     "convert": Command(
-        "turn a released lsw_transformer model into the own format, or back",
-        "dph convert released-model own-model --to own",
+        "turn a released lsw_transformer model, or a run's checkpoint into the own format, or back",
+        "dph convert released-model own-model --to own\ndph convert runs/align/checkpoints/step-00004096 best --to own",
         _convert,
         "dph.commands.files",
     ),

@@ -216,12 +216,15 @@ class Output:
         directory: its place; the finished model lies in its ``model`` folder.
         save_every: steps between checkpoints; 0 for only on SIGTERM or Ctrl-C.
         keep: how many checkpoints stay.
+        best: name of a held-out figure (``loss``, ``reward_accuracy``, ``reward_accuracy/glue/rte`` ...): the step that
+            was best by it is saved when it is evaluated, and its checkpoint stays, too (``dph.best``).
         log_every: steps between lines of ``metrics.jsonl``, which hold means over these steps.
     """
 
     directory: str = "runs/stage"
     save_every: int = 500
     keep: int = 2
+    best: str | None = None
     log_every: int = 10
 
 
@@ -267,6 +270,8 @@ class Recipe:
             )
         if self.batch.micro and self.batch.size % self.batch.micro:
             raise UserError(f"batch.micro: expected a divisor of batch.size {self.batch.size}, got {self.batch.micro}")
+        if self.output.best is not None and not self.evaluation.every:
+            raise UserError(f"evaluation.every: expected at least 1 beside output.best {self.output.best}, got 0")
         if self.batch.tokens is not None and (self.batch.micro or self.kind != "preference"):
             other = f"beside batch.micro {self.batch.micro}" if self.batch.micro else f"in stage {self.stage}"
             raise UserError(f"batch.tokens: expected none {other}, got {self.batch.tokens}")

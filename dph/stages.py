@@ -68,6 +68,9 @@ class Stage(Protocol):
     def counts(self) -> dict[str, int]:
         """What has been counted since the stage began, for the log."""
 
+    def figures(self) -> list[str]:
+        """Names of what ``evaluate`` gives."""
+
     def evaluate(self) -> dict[str, float]:
         """Figures on held-out records; none where there are none."""
 
@@ -112,6 +115,10 @@ class Material:
     def position(self) -> int:
         """How many records have been taken."""
         return self.records.state_dict()["position"]
+
+    def figures(self) -> list[str]:
+        """Names of what ``evaluate`` gives: of each figure that is ``judged``, as ``merge`` has them."""
+        return list(merge({name: (dict.fromkeys(self.judged, 0.0), 1) for name in self.held_out}))
 
     def close(self) -> None:
         """End the processes that read ahead, if there are any."""

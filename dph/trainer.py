@@ -8,6 +8,7 @@ Nothing here is specific to a stage (``dph.stages``) or to a data set.
 
 import contextlib
 import copy
+import logging
 import math
 import signal
 import threading
@@ -20,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dph import devices, flops, runs, start
+from dph import best, devices, flops, runs, start
+from dph.best import Best
 from dph.data import Shuffled, encoder
 from dph.devices import Reading, low_precision
 from dph.errors import UserError
@@ -33,6 +35,8 @@ from dph.readers import Readers
 from dph.recipe import Recipe
 from dph.stages import Loss, Stage, Work
 from dph.stream_stage import StreamStage
+
+log = logging.getLogger(__name__)
 
 
 class Diverged(RuntimeError):
@@ -142,6 +146,8 @@ class Trainer:
         self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimiser = self._optimiser()
         self.window, self.evaluation = Window((*stage.metrics, "grad_norm")), {}
+        best.check(recipe.output.best, stage.figures())
+        self.best = Best(recipe.output.best)
         self.guard = Guard(recipe.guard.stop_after, recipe.guard.spike, self.model.device)
         self._launched: Launched | None = None
         self._clock = 0.0  # when figures were last taken up
@@ -188,7 +194,15 @@ class Trainer:
         self.window.load(state["window"])
         self.guard.load(state["guard"])
         self.evaluation = state["evaluation"]
+        self._load_best(state.get("best"))
         runs.set_generators(checkpoint.tensors("generators"), state["generators"])
+
+    def _load_best(self, found: dict[str, Any] | None) -> None:
+        """Take up the best step, or do without where its checkpoint is not there any more."""
+        if found is not None and not runs.checkpoint_path(self.run.directory, found["step"]).is_dir():
+            log.warning("the best checkpoint, of step %d, is gone: the next to be evaluated is the best", found["step"])
+            found = None
+        self.best.load(found)
 
     def _save(self, step: int) -> None:
         optimiser, optimiser_state = self.optimiser.to_tensors(self.names)
@@ -202,6 +216,7 @@ class Trainer:
             "window": self.window.state(),
             "guard": self.guard.state(),
             "evaluation": self.evaluation,
+            "best": self.best.found,
             "generators": generators_state,
         }
         self.run.save(step, parts, state)
@@ -219,6 +234,9 @@ class Trainer:
             self._give_back()
         if stopped is None:
             progress.note(f"the model is in {self._finish()}")
+            if self.best.found is not None:
+                path = runs.checkpoint_path(self.run.directory, self.best.found["step"])
+                progress.note(f"{self.best} is {path}, which dph convert makes a model")
         else:
             progress.note(f"stopped after step {stopped}, which is saved; a resumed run goes on from there")
         done = self.settings.steps if stopped is None else stopped
@@ -240,6 +258,7 @@ class Trainer:
                 self._settle(progress)
             if evaluate:
                 self._evaluate(step, progress)
+                save |= self.best.see(step, self.evaluation)
             if save:
                 self._save(step)
             if evaluate or save:
