@@ -219,6 +219,8 @@ class Output:
         best: name of a held-out figure (``loss``, ``reward_accuracy``, ``reward_accuracy/glue/rte`` ...): the step that
             was best by it is saved when it is evaluated, and its checkpoint stays, too (``dph.best``).
         log_every: steps between lines of ``metrics.jsonl``, which hold means over these steps.
+        tracker: where these lines go, too, beside TensorBoard: Weights & Biases or trackio (``dph.trackers``).
+        project: of the run there.
     """
 
     directory: str = "runs/stage"
@@ -226,6 +228,8 @@ class Output:
     keep: int = 2
     best: str | None = None
     log_every: int = 10
+    tracker: Literal["wandb", "trackio"] | None = None
+    project: str = "dph"
 
 
 @typed

@@ -4,6 +4,7 @@
     lock                          locked while a process trains here
     metrics.jsonl                 one object per logged step
     tensorboard/                  the same, for TensorBoard
+    tracker.json                  the run's id at Weights & Biases or trackio, where it is tracked there
     start/                        weights that training does not change and a resume needs (frozen, reference)
     checkpoints/step-00000200/    weights, optimiser, data, memories, generators; written whole or not at all
     checkpoints/best.json         which of them is the best, by which figure and value, where a best one is kept
@@ -33,7 +34,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dph import trackers
 from dph.errors import UserError
+from dph.trackers import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,8 @@ MANIFEST, BEST = "manifest.json", "best.json"
 # Keys of metrics.jsonl that differ between equal runs.
 TIMES = ("seconds", "tokens_per_second", "tflops_per_second", "mfu", "memory_gb")
 FREE = ("output", "evaluation", "data.memory_place", "data.workers")  # sections and keys that a resumed run may change
-OWN = ("config.json", "metrics.jsonl", "start", "checkpoints", "model", "tensorboard")  # names that a run writes to
+# Names that a run writes to.
+OWN = ("config.json", "metrics.jsonl", "start", "checkpoints", "model", "tensorboard", "tracker.json")
 
 
 class Run:
@@ -94,6 +98,7 @@ class Run:
             self._mark_best(self.checkpoint.state() if self.checkpoint else {})
         _write_file(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
         self._metrics, self._board = self._open_metrics(), None
+        self._tracker = self._open_tracker(config)
 
     @property
     def step(self) -> int:
@@ -142,15 +147,25 @@ class Run:
         """Drop the lines after the checkpoint's step, and a line that was cut off, then append."""
         path = self.directory / "metrics.jsonl"
         kept = []
+        self._seen: trackers.Line | None = None
         for line in path.read_text().splitlines() if path.exists() else []:
             with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] <= self.step:
+                values = json.loads(line)
+                self._seen = trackers.line(values["step"], values)
+                if values["step"] <= self.step:
                     kept.append(line + "\n")
         _write_file(path, "".join(kept))
         return path.open("a")
 
+    def _open_tracker(self, config: dict) -> Tracker | None:
+        """The tracker that the configuration asks for, from the line on that it has not seen."""
+        output = config.get("output", {})
+        if output.get("tracker") is None:
+            return None
+        return Tracker(output["tracker"], output["project"], self.directory, config, self._seen)
+
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, and the same for TensorBoard; NaN (a part that is off) is left out."""
+        """One line of metrics.jsonl, TensorBoard and the tracker; NaN (a part that is off) is left out."""
         values = {key: value for key, value in values.items() if math.isfinite(value)}
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
@@ -160,6 +175,8 @@ class Run:
             self._board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.step + 1)
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
+        if self._tracker is not None:
+            self._tracker.log(step, values)
 
     def save(self, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
         """Write checkpoint ``step``: a safetensors file each part, and ``state`` as JSON; then drop the oldest ones.
@@ -206,8 +223,8 @@ class Run:
         """Flush and close the files, and let the next process in."""
         self._metrics.close()
         self._lock.close()
-        if self._board is not None:
-            self._board.close()
+        for other in filter(None, (self._board, self._tracker)):
+            other.close()
 
 
 def _flat(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
