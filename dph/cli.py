@@ -64,7 +64,11 @@ def _train(parser: Parser) -> None:
 
 
 def _cache(parser: Parser) -> None:
-    parser.add_argument("recipe", help="a YAML file, or a shipped recipe's name")
+    parser.add_argument(
+        "recipe",
+        help="a YAML file, or a shipped recipe's name: pretrain, vocab, sft, align or head (the paper's stages), with "
+        "a100- or h200- before it for one GPU of that kind, or mini- for two CPU cores",
+    )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.sub=value", help="values that replace the recipe's"
     )

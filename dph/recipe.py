@@ -1,6 +1,6 @@
 """Recipes: what one training stage does, as a typed and frozen configuration read from YAML.
 
-    base: sft                # a shipped recipe, or a file beside this one; one level only
+    base: sft                # a shipped recipe, or a file beside this one, which may have a base, too
     data:
       sources: [corpus.jsonl, {source: "task:glue/sst2", weight: 2}]
     optimiser:
@@ -337,17 +337,22 @@ def _values(section: Any, pattern: str, where: str = "") -> Iterator[tuple[str, 
 
 def load(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read the recipe ``name`` (a file, or a shipped one's name) and apply ``key.sub=value`` overrides."""
-    path = _find(str(name), Path())
-    values = settings.read(path)
-    base = values.pop("base", None)
-    if base is not None:
-        parent = settings.read(_find(str(base), path.parent))
-        if "base" in parent:
-            raise UserError(f"{path}: expected a base without a base of its own, got {base!r}")
-        values = settings.merge(parent, values)
+    values = _read(_find(str(name), Path()))
     for override in overrides:
         settings.override(values, override)
     return from_dict(values)
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a file over those of its base; ``above`` are the files that it is a base of."""
+    if path.resolve() in above:
+        names = " -> ".join(file.name for file in (*above, path))
+        raise UserError(f"{path}: expected bases that come to an end, got {names}")
+    values = settings.read(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return settings.merge(_read(_find(str(base), path.parent), (*above, path.resolve())), values)
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
