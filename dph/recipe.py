@@ -86,10 +86,10 @@ class Data:
             (``dph.footprint``). Changes no result; a resumed run may have another.
         cache: folder of what frozen models said of the data (``dph.pair_cache``); None: ``cache`` beside the run
             directory, which runs side by side share.
-        workers: processes that read and encode the training records ahead; 0: the training process does it when it
-            needs them. Changes no result.
         cache_states: stage head keeps the frozen backbone's states of judged tokens there, and goes through the
             backbone once a pair: 8 * hidden_size bytes a pair, 6 GB for the 491,520 pairs of the recipe ``head``.
+        workers: processes that read and encode the training records ahead; 0: the training process does it when it
+            needs them. Changes no result.
     """
 
     sources: tuple[Source, ...] = ()
@@ -99,9 +99,9 @@ class Data:
     memory: int = 2048
     memory_kind: Literal["kv", "hidden"] = "kv"
     memory_place: Literal["auto", "device", "host"] = "auto"
-    workers: int = 0
     cache: str | None = None
     cache_states: bool = True
+    workers: int = 0
 
 
 @typed
