@@ -284,6 +284,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "raise KeyError('broken')", "pass"])
 def test_workers_end_with_the_main_process(end, tmp_path):
     """However it ends, and without a word of their own."""
@@ -296,6 +297,7 @@ def test_workers_end_with_the_main_process(end, tmp_path):
     assert done.stderr.count("Traceback") == ("raise" in end), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_saves_and_stops(number, tmp_path):
     """As a terminal and a batch system send it; not a word from the workers, and none is left."""
