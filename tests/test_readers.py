@@ -185,6 +185,18 @@ def test_a_run_goes_on_with_another_number(stage, tmp_path, monkeypatch):
     )
 
 
+def test_a_cache_is_filled_ahead(tmp_path):
+    """One pass, no more, and nothing is left running."""
+    from dph import ahead
+
+    before = children()
+    values = settings("align", tmp_path / "run", objective__reference="cache", data__workers=2)
+    options = {"model": tiny(), "tokenizer": small_tokenizer(), "records": records("align"), "quiet": True}
+    found = ahead.fill(values, **options)
+    assert (found.pairs, found.stored) == (24, 23)  # the sixth batch of four is the first that the pass ends in
+    assert children() == before
+
+
 class Bad(list):
     """Records of which some raise."""
 
