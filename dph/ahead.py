@@ -70,6 +70,7 @@ def fill(
     try:
         pairs = _go_through(stage, quiet)
     finally:
+        stage.close()
         stage.flush()
     store = stage.cache.store
     return Filled(store.directory, pairs, stage.cache.computed, len(store))
@@ -113,5 +114,5 @@ def _parts(stage: PairStage) -> Iterator[PairPart]:
 
 def _all_taken(order: Order) -> bool:
     """Whether every source of a mixture, or the only one, has been gone through."""
-    sources = getattr(order, "sources", [order])
-    return all(source.state_dict()["position"] >= source.size for source in sources)
+    state = order.state_dict()
+    return all(source["position"] >= source["size"] for source in state.get("sources", [state]))

@@ -64,7 +64,11 @@ def _train(parser: Parser) -> None:
 
 
 def _cache(parser: Parser) -> None:
-    parser.add_argument("recipe", help="a YAML file, or a shipped recipe's name")
+    parser.add_argument(
+        "recipe",
+        help="a YAML file, or a shipped recipe's name: pretrain, vocab, sft, align or head (the paper's stages), with "
+        "a100- or h200- before it for one GPU of that kind, or mini- for two CPU cores",
+    )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.sub=value", help="values that replace the recipe's"
     )
@@ -124,7 +128,9 @@ def _plot(parser: Parser) -> None:
 
 
 def _convert(parser: Parser) -> None:
-    parser.add_argument("input", metavar="IN", help="model directory or hub name")
+    parser.add_argument(
+        "input", metavar="IN", help="model directory, hub name, or a run's checkpoint (RUN/checkpoints/step-NNNNNNNN)"
+    )
     parser.add_argument("output", metavar="OUT", help="directory to write; must be new or empty")
     parser.add_argument("--to", required=True, choices=("own", "official"), help="layout of OUT")
 
@@ -232,8 +238,8 @@ COMMANDS = {
         "dph.commands.files",
     ),
     "convert": Command(
-        "turn a released lsw_transformer model into the own format, or back",
-        "dph convert released-model own-model --to own",
+        "turn a released lsw_transformer model, or a run's checkpoint into the own format, or back",
+        "dph convert released-model own-model --to own\ndph convert runs/align/checkpoints/step-00004096 best --to own",
         _convert,
         "dph.commands.files",
     ),

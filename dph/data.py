@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from dph import chat, tasks
 from dph.batches import PairBatches, Streams
@@ -40,7 +42,10 @@ __all__ = [
 
 
 class Records(Sequence):
-    """A sized, indexable sequence of records: what ``read`` makes of index i."""
+    """A sized, indexable sequence of records: what ``read`` makes of index i.
+
+    Worker processes (``dph.readers``) take it over, so ``read`` is no closure here but a ``partial`` of a function.
+    """
 
     def __init__(self, size: int, read: Callable[[int], Record | None]) -> None:
         self._size, self._read = size, read
@@ -109,34 +114,41 @@ def _from_files(path: Path, kind: str, text_field: str) -> Records:
 
 def _from_lines(path: Path, kind: str, text_field: str) -> Records:
     lines = JsonLines(path)
-    records = Records(len(lines), lambda i: record(lines[i], kind, lines.where(i), text_field))
+    records = Records(len(lines), partial(_line, lines, kind, text_field))
     for _ in records:  # a malformed line is an error now rather than hours into training
         pass
     return records
 
 
+def _line(lines: JsonLines, kind: str, text_field: str, index: int) -> Record:
+    return record(lines[index], kind, lines.where(index), text_field)
+
+
 def _from_text(path: Path, kind: str) -> Records:
     if kind != "text":
         raise UserError(f"{path}: expected a {kind}: {FORMS[kind]}; got plain text")
-    document = Text(read_text(path))
-    return Records(1, lambda i: document)
+    return Records(1, [Text(read_text(path))].__getitem__)
 
 
 def _joined(parts: Sequence[Records]) -> Records:
     """Sequences end to end."""
     ends = list(accumulate(map(len, parts)))
+    return Records(ends[-1], partial(_part, parts, ends))
 
-    def read(index: int) -> Record | None:
-        part = bisect_right(ends, index)
-        return parts[part][index - (ends[part - 1] if part else 0)]
 
-    return Records(ends[-1], read)
+def _part(parts: Sequence[Records], ends: Sequence[int], index: int) -> Record | None:
+    part = bisect_right(ends, index)
+    return parts[part][index - (ends[part - 1] if part else 0)]
 
 
 def _from_hub(name: str, kind: str, split: str, text_field: str) -> Records:
     path, _, config = name.partition(":")
     rows = read_hub(path, config or None, split)
-    return Records(len(rows), lambda i: record(rows[i], kind, f"hub:{name}, {split} record {i}", text_field))
+    return Records(len(rows), partial(_row, rows, kind, f"hub:{name}, {split}", text_field))
+
+
+def _row(rows: Sequence[Any], kind: str, where: str, text_field: str, index: int) -> Record:
+    return record(rows[index], kind, f"{where} record {index}", text_field)
 
 
 def _from_task(task: tasks.Task, kind: str, split: str, directory: str | Path | None, seed: int) -> Records:
@@ -145,19 +157,20 @@ def _from_task(task: tasks.Task, kind: str, split: str, directory: str | Path | 
             f"task {task.name}: has no wrong answers, so it gives text and conversations but no preferences"
         )
     docs = task.documents(split, directory)
+    return Records(len(docs), partial(_doc, docs, task.name, kind, split, seed))
 
-    def read(index: int) -> Record | None:
-        where, doc = f"task {task.name}, {split} record {index}", docs[index]
-        right = task.targets(doc)
-        if not right:
-            raise UserError(f"{where}: expected a label, got none; the answers of this split are hidden")
-        chat.check(right[0], where)
-        if kind != "preference":
-            return lower(right[0], kind, where)
-        wrong = task.distractors(doc)
-        return Preference(right[0], wrong[draw(len(wrong), seed, task.name, index)]) if wrong else None
 
-    return Records(len(docs), read)
+def _doc(docs: Sequence[Any], name: str, kind: str, split: str, seed: int, index: int) -> Record | None:
+    """A task's record; the task goes by its name, since its functions can go to no other process."""
+    task, where, doc = tasks.load(name), f"task {name}, {split} record {index}", docs[index]
+    right = task.targets(doc)
+    if not right:
+        raise UserError(f"{where}: expected a label, got none; the answers of this split are hidden")
+    chat.check(right[0], where)
+    if kind != "preference":
+        return lower(right[0], kind, where)
+    wrong = task.distractors(doc)
+    return Preference(right[0], wrong[draw(len(wrong), seed, name, index)]) if wrong else None
 
 
 def mixture(

@@ -6,7 +6,7 @@ print(estimate(recipe.load("sft", ["model.path=runs/vocab"])).table())
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,7 @@ def estimate(recipe: Recipe) -> Estimate:
 
     Raises UserError for whatever the recipe or the data have wrong, as training would.
     """
+    recipe = replace(recipe, data=replace(recipe.data, workers=0))  # for one update they would not pay
     model, tokenizer = start.open_start(recipe)
     device = torch.device(devices.choose(recipe.device))
     stage = make_stage(recipe, model, tokenizer, None, None, device=torch.device("cpu"))

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 from dph.errors import UserError
 from dph.records import Record
 
+Place = tuple[int, int]  # of a record: which source, which index in it
+
 
 def draw(n: int, *key: str | int) -> int:
     """A number below ``n``, uniform over keys, and always the same for the same key."""
@@ -39,6 +41,20 @@ class Order(Protocol):
         """Stand there again."""
 
 
+class Drawn(Order, Protocol):
+    """An order that can say which record comes next without reading it, and so be run ahead of what is taken."""
+
+    @property
+    def lists(self) -> list[Sequence[Record]]:
+        """The records of each source."""
+
+    def advance(self) -> Place:
+        """Step over the next record, and say where it is. Raises StopIteration after the last."""
+
+    def state_dict(self, ahead: Sequence[Place] = ()) -> dict[str, Any]:
+        """Where it stands, or stood before it stepped over the places ``ahead``."""
+
+
 class InOrder:
     """One pass over ``source`` as it lies, for evaluation."""
 
@@ -58,18 +74,27 @@ class InOrder:
 
     def __next__(self) -> Record:
         """The next record, until there is none."""
+        return self.source[self.advance()[1]]
+
+    @property
+    def lists(self) -> list[Sequence[Record]]:
+        """The one source."""
+        return [self.source]
+
+    def advance(self) -> Place:
+        """Step over the next record, and say where it is. Raises StopIteration after the last."""
         if self.position >= self.size:
             raise StopIteration
         self.position += 1
-        return self.at(self.position - 1)
+        return 0, self.index(self.position - 1)
 
-    def at(self, position: int) -> Record:
-        """The record at a position of the pass."""
-        return self.source[position]
+    def index(self, position: int) -> int:
+        """Where in the source the record at a position of the pass is."""
+        return position
 
-    def state_dict(self) -> dict[str, int]:
-        """The position, and the size that it holds for."""
-        return {"position": self.position, "size": self.size}
+    def state_dict(self, ahead: Sequence[Place] = ()) -> dict[str, int]:
+        """The position before ``ahead``, and the size that it holds for."""
+        return {"position": self.position - len(ahead), "size": self.size}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Stand at a position. Raises UserError where the source is not the one that it was taken from."""
@@ -88,18 +113,18 @@ class Shuffled(InOrder):
         self.seed = seed
         self._epoch, self._order = -1, array("q")
 
-    def __next__(self) -> Record:
-        """The next record; there always is one."""
+    def advance(self) -> Place:
+        """Step over the next record, and say where it is; there always is one."""
         self.position += 1
-        return self.at(self.position - 1)
+        return 0, self.index(self.position - 1)
 
-    def at(self, position: int) -> Record:
-        """The record at a position of the endless sequence."""
+    def index(self, position: int) -> int:
+        """Where in the source the record at a position of the endless sequence is."""
         epoch, index = divmod(position, self.size)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, array("q", range(self.size))
             random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
-        return self.source[self._order[index]]
+        return self._order[index]
 
 
 class Interleaved:
@@ -132,14 +157,28 @@ class Interleaved:
 
     def __next__(self) -> Record:
         """The next record; there always is one."""
+        which, index = self.advance()
+        return self.sources[which].source[index]
+
+    @property
+    def lists(self) -> list[Sequence[Record]]:
+        """The records of each source."""
+        return [source.source for source in self.sources]
+
+    def advance(self) -> Place:
+        """Step over the next record, and say where it is; there always is one."""
         point = draw(2**52, self.seed, self.position // self.run) / 2**52 * self._shares[-1]
         which = bisect_right(self._shares, point)
         self.position += 1
-        return next(self.sources[which])
+        return which, self.sources[which].advance()[1]
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position, and every source's state."""
-        return {"position": self.position, "sources": [source.state_dict() for source in self.sources]}
+    def state_dict(self, ahead: Sequence[Place] = ()) -> dict[str, Any]:
+        """The position, and every source's state, before ``ahead``."""
+        of: list[list[Place]] = [[] for _ in self.sources]
+        for place in ahead:
+            of[place[0]].append(place)
+        states = [source.state_dict(places) for source, places in zip(self.sources, of, strict=True)]
+        return {"position": self.position - len(ahead), "sources": states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Stand at a position. Raises UserError where the sources are not those that it was taken from."""

@@ -211,11 +211,17 @@ class PairStage(Material):
             count += len(pairs)
         return right, count
 
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """The figures of one held-out source: of each reward, and of the mean log-probability."""
+        heads = self.recipe.objective.heads if self.rewarded else ()
+        names = (f"_{head}" if len(heads) > 1 else "" for head in heads)
+        return (*(f"reward_accuracy{name}" for name in names), "logprob_accuracy")
+
     def _judgements(self, out: PackedOutput) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-        heads = self.recipe.objective.heads
-        for name in heads if self.rewarded else ():
-            yield "reward_accuracy" + (f"_{name}" if len(heads) > 1 else ""), _sides(out.rewards[name])
-        yield "logprob_accuracy", _sides(out.mean_logprobs)
+        heads = self.recipe.objective.heads if self.rewarded else ()
+        found = [*(out.rewards[head] for head in heads), out.mean_logprobs]
+        return zip(self.judged, map(_sides, found), strict=True)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The place in the data. What the cache has gathered goes to the disk: a checkpoint follows."""

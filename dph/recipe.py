@@ -1,6 +1,6 @@
 """Recipes: what one training stage does, as a typed and frozen configuration read from YAML.
 
-    base: sft                # a shipped recipe, or a file beside this one; one level only
+    base: sft                # a shipped recipe, or a file beside this one, which may have a base, too
     data:
       sources: [corpus.jsonl, {source: "task:glue/sst2", weight: 2}]
     optimiser:
@@ -88,6 +88,8 @@ class Data:
             directory, which runs side by side share.
         cache_states: stage head keeps the frozen backbone's states of judged tokens there, and goes through the
             backbone once a pair: 8 * hidden_size bytes a pair, 6 GB for the 491,520 pairs of the recipe ``head``.
+        workers: processes that read and encode the training records ahead; 0: the training process does it when it
+            needs them. Changes no result.
     """
 
     sources: tuple[Source, ...] = ()
@@ -99,6 +101,7 @@ class Data:
     memory_place: Literal["auto", "device", "host"] = "auto"
     cache: str | None = None
     cache_states: bool = True
+    workers: int = 0
 
 
 @typed
@@ -214,13 +217,20 @@ class Output:
         directory: its place; the finished model lies in its ``model`` folder.
         save_every: steps between checkpoints; 0 for only on SIGTERM or Ctrl-C.
         keep: how many checkpoints stay.
+        best: name of a held-out figure (``loss``, ``reward_accuracy``, ``reward_accuracy/glue/rte`` ...): the step that
+            was best by it is saved when it is evaluated, and its checkpoint stays, too (``dph.best``).
         log_every: steps between lines of ``metrics.jsonl``, which hold means over these steps.
+        tracker: where these lines go, too, beside TensorBoard: Weights & Biases or trackio (``dph.trackers``).
+        project: of the run there.
     """
 
     directory: str = "runs/stage"
     save_every: int = 500
     keep: int = 2
+    best: str | None = None
     log_every: int = 10
+    tracker: Literal["wandb", "trackio"] | None = None
+    project: str = "dph"
 
 
 @typed
@@ -265,6 +275,8 @@ class Recipe:
             )
         if self.batch.micro and self.batch.size % self.batch.micro:
             raise UserError(f"batch.micro: expected a divisor of batch.size {self.batch.size}, got {self.batch.micro}")
+        if self.output.best is not None and not self.evaluation.every:
+            raise UserError(f"evaluation.every: expected at least 1 beside output.best {self.output.best}, got 0")
         if self.batch.tokens is not None and (self.batch.micro or self.kind != "preference"):
             other = f"beside batch.micro {self.batch.micro}" if self.batch.micro else f"in stage {self.stage}"
             raise UserError(f"batch.tokens: expected none {other}, got {self.batch.tokens}")
@@ -286,6 +298,7 @@ RANGES = (  # key (* stands for each item of a list), least value, bound
     ("data.consecutive", 1, INFINITE),
     ("data.context", 1, INFINITE),
     ("data.memory", 0, INFINITE),
+    ("data.workers", 0, INFINITE),
     ("optimiser.lr", 0, INFINITE),
     ("optimiser.final_lr", 0, INFINITE),
     ("optimiser.warmup", 0, INFINITE),
@@ -325,17 +338,22 @@ def _values(section: Any, pattern: str, where: str = "") -> Iterator[tuple[str, 
 
 def load(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read the recipe ``name`` (a file, or a shipped one's name) and apply ``key.sub=value`` overrides."""
-    path = _find(str(name), Path())
-    values = settings.read(path)
-    base = values.pop("base", None)
-    if base is not None:
-        parent = settings.read(_find(str(base), path.parent))
-        if "base" in parent:
-            raise UserError(f"{path}: expected a base without a base of its own, got {base!r}")
-        values = settings.merge(parent, values)
+    values = _read(_find(str(name), Path()))
     for override in overrides:
         settings.override(values, override)
     return from_dict(values)
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a file over those of its base; ``above`` are the files that it is a base of."""
+    if path.resolve() in above:
+        names = " -> ".join(file.name for file in (*above, path))
+        raise UserError(f"{path}: expected bases that come to an end, got {names}")
+    values = settings.read(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return settings.merge(_read(_find(str(base), path.parent), (*above, path.resolve())), values)
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:

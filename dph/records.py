@@ -100,10 +100,15 @@ def _side(fields: Mapping[str, Any], name: str, where: str) -> list[Message]:
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Record], Encoded | tuple[Encoded, Encoded]]:
-    """The function that encodes records: a Preference gives (chosen, rejected), masked to their final answers."""
+    """The function that encodes records: a Preference gives (chosen, rejected), masked to their final answers.
+
+    What is encoded already is returned as it is.
+    """
     plain, eos = chat.plain(tokenizer), chat.eos_token(tokenizer)
 
-    def encode(record: Record) -> Encoded | tuple[Encoded, Encoded]:
+    def encode(record: Record | Encoded | tuple[Encoded, Encoded]) -> Encoded | tuple[Encoded, Encoded]:
+        if isinstance(record, Encoded | tuple):
+            return record
         if isinstance(record, Text):
             tokens = plain(record.text)
             every = [True] * (len(tokens) + 1)

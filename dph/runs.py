@@ -4,8 +4,10 @@
     lock                          locked while a process trains here
     metrics.jsonl                 one object per logged step
     tensorboard/                  the same, for TensorBoard
+    tracker.json                  the run's id at Weights & Biases or trackio, where it is tracked there
     start/                        weights that training does not change and a resume needs (frozen, reference)
     checkpoints/step-00000200/    weights, optimiser, data, memories, generators; written whole or not at all
+    checkpoints/best.json         which of them is the best, by which figure and value, where a best one is kept
     model/                        the finished model and its tokenizer
 
 Tensors are safetensors, the rest is JSON; nothing is pickled.
@@ -32,15 +34,18 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dph import trackers
 from dph.errors import UserError
+from dph.trackers import Tracker
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+MANIFEST, BEST = "manifest.json", "best.json"
 # Keys of metrics.jsonl that differ between equal runs.
 TIMES = ("seconds", "tokens_per_second", "tflops_per_second", "mfu", "memory_gb")
-FREE = ("output", "evaluation", "data.memory_place")  # sections and keys that a resumed run may change
-OWN = ("config.json", "metrics.jsonl", "start", "checkpoints", "model", "tensorboard")  # names that a run writes to
+FREE = ("output", "evaluation", "data.memory_place", "data.workers")  # sections and keys that a resumed run may change
+# Names that a run writes to.
+OWN = ("config.json", "metrics.jsonl", "start", "checkpoints", "model", "tensorboard", "tracker.json")
 
 
 class Run:
@@ -90,8 +95,10 @@ class Run:
             for leaving in self._leavings():
                 _clear(leaving)
             self.checkpoint = newest(self.directory / "checkpoints")
+            self._mark_best(self.checkpoint.state() if self.checkpoint else {})
         _write_file(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
         self._metrics, self._board = self._open_metrics(), None
+        self._tracker = self._open_tracker(config)
 
     @property
     def step(self) -> int:
@@ -130,7 +137,7 @@ class Run:
     def _check_same(self, config: dict) -> None:
         before, now = _flat(json.loads((self.directory / "config.json").read_text())), _flat(config)
         for key in sorted(before.keys() | now.keys()):
-            if not f"{key}.".startswith(tuple(f"{free}." for free in FREE)) and before.get(key) != now.get(key):
+            if not {key, key.split(".")[0]} & {*FREE} and before.get(key) != now.get(key):
                 raise UserError(
                     f"{key}: expected {before.get(key)}, with which the run in {self.directory} began, "
                     f"got {now.get(key)}; a resumed run must not differ"
@@ -140,15 +147,25 @@ class Run:
         """Drop the lines after the checkpoint's step, and a line that was cut off, then append."""
         path = self.directory / "metrics.jsonl"
         kept = []
+        self._seen: trackers.Line | None = None
         for line in path.read_text().splitlines() if path.exists() else []:
             with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] <= self.step:
+                values = json.loads(line)
+                self._seen = trackers.line(values["step"], values)
+                if values["step"] <= self.step:
                     kept.append(line + "\n")
         _write_file(path, "".join(kept))
         return path.open("a")
 
+    def _open_tracker(self, config: dict) -> Tracker | None:
+        """The tracker that the configuration asks for, from the line on that it has not seen."""
+        output = config.get("output", {})
+        if output.get("tracker") is None:
+            return None
+        return Tracker(output["tracker"], output["project"], self.directory, config, self._seen)
+
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, and the same for TensorBoard; NaN (a part that is off) is left out."""
+        """One line of metrics.jsonl, TensorBoard and the tracker; NaN (a part that is off) is left out."""
         values = {key: value for key, value in values.items() if math.isfinite(value)}
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
@@ -158,15 +175,31 @@ class Run:
             self._board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.step + 1)
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
+        if self._tracker is not None:
+            self._tracker.log(step, values)
 
     def save(self, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
-        """Write checkpoint ``step``: a safetensors file each part, and ``state`` as JSON; then drop the oldest ones."""
+        """Write checkpoint ``step``: a safetensors file each part, and ``state`` as JSON; then drop the oldest ones.
+
+        That of ``state["best"]["step"]`` stays, if there is one.
+        """
         os.fsync(self._metrics.fileno())
         folder = self.directory / "checkpoints"
-        path = folder / f"step-{step:08d}"
+        path = checkpoint_path(self.directory, step)
         _write_checkpoint(path, step, parts, state)
+        best = self._mark_best(state)
         for old in _steps(folder)[: -self.keep]:
-            shutil.rmtree(old)
+            if old != best:
+                shutil.rmtree(old)
+        return path
+
+    def _mark_best(self, state: Mapping[str, Any]) -> Path | None:
+        """Write which checkpoint is the best by ``state``, or that none is; where it lies."""
+        mark, best = self.directory / "checkpoints" / BEST, state.get("best")
+        if best is None:
+            return mark.unlink(missing_ok=True)
+        path = checkpoint_path(self.directory, best["step"])
+        _write_file(mark, json.dumps({"checkpoint": path.name, **best}) + "\n")
         return path
 
     def save_start(self, tensors: Mapping[str, Tensor]) -> None:
@@ -175,9 +208,7 @@ class Run:
 
     def load_start(self) -> dict[str, Tensor]:
         """What ``save_start`` wrote. UserError where it is damaged."""
-        if reason := damage(self.directory / "start"):
-            raise UserError(f"{self.directory / 'start'}: {reason}; the run cannot go on without it")
-        return load_file(self.directory / "start" / "start.safetensors")
+        return start_weights(self.directory)
 
     def save_model(self, model: Any, tokenizer: Any) -> Path:
         """Write the finished model, in the format of ``save_pretrained``, and its tokenizer if there is one."""
@@ -192,8 +223,8 @@ class Run:
         """Flush and close the files, and let the next process in."""
         self._metrics.close()
         self._lock.close()
-        if self._board is not None:
-            self._board.close()
+        for other in filter(None, (self._board, self._tracker)):
+            other.close()
 
 
 def _flat(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -218,6 +249,19 @@ class Checkpoint:
     def state(self) -> dict[str, Any]:
         """What was saved as JSON."""
         return json.loads((self.path / "state.json").read_text())
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Where a run in ``directory`` keeps the checkpoint of a step."""
+    return directory / "checkpoints" / f"step-{step:08d}"
+
+
+def start_weights(directory: Path) -> dict[str, Tensor]:
+    """The weights that the training of a run does not change. UserError where they are damaged."""
+    path = directory / "start"
+    if reason := damage(path):
+        raise UserError(f"{path}: {reason}; the run cannot go on without it")
+    return load_file(path / "start.safetensors")
 
 
 def newest(folder: Path) -> Checkpoint | None:

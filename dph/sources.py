@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dph.errors import UserError
 
@@ -37,6 +38,10 @@ def _other(path: Path) -> str:
     return "a folder there" if path.is_dir() else "something that is not a regular file (a pipe or device)"
 
 
+def _mapped(file: BinaryIO) -> mmap.mmap | bytes:
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
+
+
 class JsonLines(Sequence):
     """The objects of a JSONL file, parsed when asked for: only the lines' places are kept in memory."""
 
@@ -46,13 +51,23 @@ class JsonLines(Sequence):
             raise UserError(f"{path}: expected a JSONL file, got {_other(self.path)}")
         self._starts, self._lines = array("q"), array("q")
         with self.path.open("rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.path.stat().st_size else b""
+            self._bytes = _mapped(file)
             start = 0
             for number, line in enumerate(file, 1):
                 if not line.isspace():
                     self._starts.append(start)
                     self._lines.append(number)
                 start += len(line)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: all but the mapped file, which it maps anew."""
+        return {key: value for key, value in self.__dict__.items() if key != "_bytes"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Map the file."""
+        self.__dict__.update(state)
+        with self.path.open("rb") as file:
+            self._bytes = _mapped(file)
 
     def __len__(self) -> int:
         """How many lines are not blank."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dph.model import Model
 from dph.order import Order
+from dph.readers import Readers
 from dph.recipe import Recipe
 from dph.records import Record
 
@@ -70,6 +71,9 @@ class Stage(Protocol):
     def forget(self) -> None:
         """Drop what is remembered of the data so far, where a step has left there what is not finite."""
 
+    def figures(self) -> list[str]:
+        """Names of what ``evaluate`` gives."""
+
     def evaluate(self) -> dict[str, float]:
         """Figures on held-out records; none where there are none."""
 
@@ -78,6 +82,9 @@ class Stage(Protocol):
 
     def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Stand there again."""
+
+    def close(self) -> None:
+        """End what the stage keeps running."""
 
 
 @dataclass(kw_only=True)
@@ -111,6 +118,15 @@ class Material:
     def position(self) -> int:
         """How many records have been taken."""
         return self.records.state_dict()["position"]
+
+    def figures(self) -> list[str]:
+        """Names of what ``evaluate`` gives: of each figure that is ``judged``, as ``merge`` has them."""
+        return list(merge({name: (dict.fromkeys(self.judged, 0.0), 1) for name in self.held_out}))
+
+    def close(self) -> None:
+        """End the processes that read ahead, if there are any."""
+        if isinstance(self.records, Readers):
+            self.records.close()
 
 
 def merge(found: Mapping[str, tuple[Mapping[str, float], int]]) -> dict[str, float]:

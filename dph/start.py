@@ -2,18 +2,20 @@
 
 import difflib
 import inspect
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from dph import chat, checkpoint, data
+from dph import chat, checkpoint, data, runs
 from dph.config import ModelConfig
 from dph.errors import UserError
 from dph.model import Model
 from dph.order import Order
 from dph.pretrained import load_model, load_tokenizer
-from dph.recipe import Data, Evaluation, Objective, Recipe
+from dph.recipe import Data, Evaluation, Objective, Recipe, from_dict
 from dph.records import Record
 from dph.tokenizer import add_chat_tokens
 
@@ -40,6 +42,27 @@ def open_start(recipe: Recipe) -> tuple[Model, Any]:
         if start.embeddings is not None:
             checkpoint.init_embeddings(model, start.embeddings)
     check_tokenizer(model, tokenizer)
+    return model, tokenizer
+
+
+def open_checkpoint(path: str | Path) -> tuple[Model, Any]:
+    """The model in fp32 that a run's checkpoint (``RUN/checkpoints/step-NNNNNNNN``) holds, and its tokenizer.
+
+    What the run started from is opened again for its sizes and tokenizer. Raises UserError where that is not there any
+    more, was in memory, or the checkpoint is damaged.
+    """
+    path = Path(path)
+    if reason := runs.damage(path):
+        raise UserError(f"{path}: {reason}")
+    directory = path.resolve().parents[1]
+    made_by = from_dict(json.loads((directory / "config.json").read_text()))
+    model, tokenizer = open_start(made_by)
+    tensors = runs.start_weights(directory) | runs.Checkpoint(0, path).tensors("weights")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
+    if made_by.kind == "preference":
+        model.untrained_heads -= set(made_by.objective.heads)
     return model, tokenizer
 
 

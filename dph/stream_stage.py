@@ -43,6 +43,11 @@ class StreamStage(Material):
         data = self.recipe.data
         return Memory(data.memory, data.memory_kind, self.place) if data.memory else None
 
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """The figures of one held-out source."""
+        return self.metrics
+
     def trains(self, name: str) -> bool:
         """The embedding alone in stage vocab, else all but the reward heads."""
         return "embedding" in name if self.recipe.stage == "vocab" else not name.startswith("heads.")

@@ -8,6 +8,7 @@ Nothing here is specific to a stage (``dph.stages``) or to a data set.
 
 import contextlib
 import copy
+import logging
 import math
 import signal
 import threading
@@ -20,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dph import devices, flops, runs, start
-from dph.chat import Encoded
+from dph import best, devices, flops, runs, start
+from dph.best import Best
 from dph.data import Shuffled, encoder
 from dph.devices import Reading, low_precision
 from dph.errors import UserError
@@ -30,9 +31,12 @@ from dph.model import Model
 from dph.optim import LaProp, gradient_norm, param_groups, warmup_cosine
 from dph.pair_stage import PairStage
 from dph.progress import Progress, Window
+from dph.readers import Readers
 from dph.recipe import Recipe
 from dph.stages import Loss, Stage, Work
 from dph.stream_stage import StreamStage
+
+log = logging.getLogger(__name__)
 
 
 class Diverged(RuntimeError):
@@ -90,8 +94,8 @@ def train(
     try:
         if model is None:
             model, tokenizer = start.open_start(recipe)
-        stage = make_stage(recipe, model, tokenizer, records, held_out)
-        return Trainer(recipe, stage, run, quiet).train()
+        with contextlib.closing(make_stage(recipe, model, tokenizer, records, held_out)) as stage:
+            return Trainer(recipe, stage, run, quiet).train()
     finally:
         run.close()
 
@@ -101,8 +105,9 @@ def make_stage(
 ) -> Stage:
     """The stage of ``recipe`` over records in memory, or over the recipe's sources; on its device or on another."""
     start.check_tokenizer(model, tokenizer)
-    encode = encoder(tokenizer)
     order = start.open_mixture(recipe) if records is None else Shuffled(records, recipe.seed)
+    if recipe.data.workers:
+        order = Readers(order, tokenizer, recipe.data.workers)
     if held_out is None:
         held_out = start.open_held_out(recipe)
     elif not isinstance(held_out, Mapping):
@@ -112,7 +117,7 @@ def make_stage(
         recipe=recipe,
         model=model.to(device=device, dtype=torch.float32),
         tokenizer=tokenizer,
-        encode=lambda record: record if isinstance(record, Encoded | tuple) else encode(record),
+        encode=encoder(tokenizer),
         records=order,
         held_out={name: found for name, found in held_out.items() if len(found)},
     )
@@ -141,6 +146,8 @@ class Trainer:
         self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimiser = self._optimiser()
         self.window, self.evaluation = Window((*stage.metrics, "grad_norm")), {}
+        best.check(recipe.output.best, stage.figures())
+        self.best = Best(recipe.output.best)
         self.guard = Guard(recipe.guard.stop_after, recipe.guard.spike, self.model.device)
         self._launched: Launched | None = None
         self._forget = 0  # the step before which the stage forgets what it remembers of the data
@@ -189,7 +196,15 @@ class Trainer:
         self.guard.load(state["guard"])
         self._forget = state["forget"]
         self.evaluation = state["evaluation"]
+        self._load_best(state.get("best"))
         runs.set_generators(checkpoint.tensors("generators"), state["generators"])
+
+    def _load_best(self, found: dict[str, Any] | None) -> None:
+        """Take up the best step, or do without where its checkpoint is not there any more."""
+        if found is not None and not runs.checkpoint_path(self.run.directory, found["step"]).is_dir():
+            log.warning("the best checkpoint, of step %d, is gone: the next to be evaluated is the best", found["step"])
+            found = None
+        self.best.load(found)
 
     def _save(self, step: int) -> None:
         optimiser, optimiser_state = self.optimiser.to_tensors(self.names)
@@ -204,6 +219,7 @@ class Trainer:
             "guard": self.guard.state(),
             "forget": self._forget,
             "evaluation": self.evaluation,
+            "best": self.best.found,
             "generators": generators_state,
         }
         self.run.save(step, parts, state)
@@ -221,6 +237,9 @@ class Trainer:
             self._give_back()
         if stopped is None:
             progress.note(f"the model is in {self._finish()}")
+            if self.best.found is not None:
+                path = runs.checkpoint_path(self.run.directory, self.best.found["step"])
+                progress.note(f"{self.best} is {path}, which dph convert makes a model")
         else:
             progress.note(f"stopped after step {stopped}, which is saved; a resumed run goes on from there")
         done = self.settings.steps if stopped is None else stopped
@@ -242,6 +261,7 @@ class Trainer:
                 self._settle(progress)
             if evaluate:
                 self._evaluate(step, progress)
+                save |= self.best.see(step, self.evaluation)
             if save:
                 self._save(step)
             if evaluate or save:

@@ -549,7 +549,7 @@ def test_wrong_recipes(refused, tmp_path):
     line = refused("train", tmp_path / "r.yaml")
     assert "optimizer: unknown key" in line
     assert "optimiser" in line
-    assert "expected a file or one of align" in refused("train", tmp_path / "none.yaml")
+    assert "expected a file or one of a100-align" in refused("train", tmp_path / "none.yaml")
 
 
 def test_a_path_below_a_folder_that_is_here_is_no_hub_name(tmp_path, monkeypatch, refused):

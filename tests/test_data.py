@@ -215,7 +215,7 @@ def test_every_epoch_is_a_permutation_of_its_own(n, seed):
     order = Shuffled(texts(n), seed)
     epochs = [[next(order).text for _ in range(n)] for _ in range(3)]
     assert all(sorted(epoch) == sorted(r.text for r in texts(n)) for epoch in epochs)
-    assert [order.at(i).text for i in range(3 * n)] == [text for epoch in epochs for text in epoch]
+    assert [order.source[order.index(i)].text for i in range(3 * n)] == [text for epoch in epochs for text in epoch]
     if n > 12:
         assert len({tuple(epoch) for epoch in epochs}) == 3
         other = Shuffled(texts(n), seed + 1)

@@ -74,12 +74,21 @@ def test_as_dict_survives_json(tmp_path):
     assert recipe.from_dict(json.loads(json.dumps(r.as_dict()))) == r
 
 
-def test_base_merges_and_stops_at_one_level(tmp_path):
+def test_bases_merge(tmp_path):
     write(tmp_path / "parent.yaml", MINIMAL)
     r = recipe.load(write(tmp_path / "child.yaml", "base: parent.yaml\noptimiser: {lr: 1.0}\n"))
     assert (r.optimiser.lr, r.optimiser.betas, r.model.path) == (1.0, (0.8, 0.9), "somewhere")
-    with pytest.raises(UserError, match="base without a base"):
-        recipe.load(write(tmp_path / "grandchild.yaml", "base: child.yaml\n"))
+    r = recipe.load(write(tmp_path / "grandchild.yaml", "base: child.yaml\noptimiser: {eps: 2.0}\n"))
+    assert (r.optimiser.lr, r.optimiser.eps, r.optimiser.betas) == (1.0, 2.0, (0.8, 0.9))
+
+
+@pytest.mark.parametrize(("names", "said"), [("a", "a -> a"), ("ab", "a -> b -> a"), ("xab", "x -> a -> b -> a")])
+def test_bases_that_go_round(names, said, tmp_path):
+    for name, base in zip(names, names[1:] + names[-2:-1] if len(names) > 1 else names, strict=True):
+        write(tmp_path / f"{name}.yaml", f"base: {base}.yaml\n")
+    with pytest.raises(UserError, match="expected bases that come to an end, got") as caught:
+        recipe.load(tmp_path / f"{names[0]}.yaml")
+    assert str(caught.value).endswith(" -> ".join(f"{name}.yaml" for name in said.split(" -> ")))
 
 
 def test_overrides(tmp_path):
@@ -153,7 +162,7 @@ def test_poolers_and_devices():
 
 
 def test_file_errors(tmp_path):
-    with pytest.raises(UserError, match="expected a file or one of align, head"):
+    with pytest.raises(UserError, match="expected a file or one of a100-align, a100-head"):
         recipe.load("nothing")
     with pytest.raises(UserError, match="expected keys and values, got list"):
         recipe.load(write(tmp_path / "list.yaml", "- 1\n"))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from dph.errors import UserError
 
 if TYPE_CHECKING:
+    from dph.model import Model
     from dph.recipe import Recipe
 
 TOKENIZER_FILES = (
@@ -68,11 +69,33 @@ def tokenizer(args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     """``dph convert``: weights and configuration in the other layout, tokenizer files as they are."""
-    from dph.pretrained import load_model, load_tokenizer, model_path
+    from dph.pretrained import load_tokenizer, model_path
+    from dph.runs import MANIFEST
+    from dph.start import open_checkpoint
 
-    source, target = model_path(args.input), Path(args.output)
+    saved = (Path(args.input) / MANIFEST).is_file()
+    source, target = args.input if saved else model_path(args.input), Path(args.output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: expected a new or empty directory, got one that exists with files in it")
+    model, tokenizer = open_checkpoint(source) if saved else (_trained(source), None)
+    if args.to == "own":
+        model.save_pretrained(target)
+    else:
+        model.save_official(target)
+    if tokenizer is None and Path(source).is_dir():
+        copied = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+        for name in copied:
+            shutil.copyfile(Path(source) / name, target / name)
+    else:
+        kept = load_tokenizer(source) if tokenizer is None else tokenizer
+        copied = [Path(name).name for name in kept.save_pretrained(target)]
+    print(f"{target}: {model.num_parameters():,} parameters, tokenizer files: {', '.join(copied) or 'none'}")
+
+
+def _trained(source: str) -> Model:
+    """The model without the heads that it holds no weights of; it says which these are."""
+    from dph.pretrained import load_model
+
     model = load_model(source)
     if model.untrained_heads:  # what was never trained is not to look as if it had been
         names = ", ".join(sorted(model.untrained_heads))
@@ -82,17 +105,7 @@ def convert(args: argparse.Namespace) -> None:
         }
         print(f"reward heads without weights are left out: {names}", file=sys.stderr)
         model = load_model(source, **heads)
-    if args.to == "own":
-        model.save_pretrained(target)
-    else:
-        model.save_official(target)
-    if Path(source).is_dir():
-        copied = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
-        for name in copied:
-            shutil.copyfile(Path(source) / name, target / name)
-    else:
-        copied = [Path(name).name for name in load_tokenizer(source).save_pretrained(target)]
-    print(f"{target}: {model.num_parameters():,} parameters, tokenizer files: {', '.join(copied) or 'none'}")
+    return model
 
 
 def plot(args: argparse.Namespace) -> None:
