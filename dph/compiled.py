@@ -63,10 +63,10 @@ class Shared:
     """A method of blocks, compiled for any number of rows.
 
     Rows are a dynamic size, not padded to ``batch.tokens``: pairs come as a few parts an update, of which the last may
-    be nearly empty, and the products, where the time goes, gain nothing from a size that is known.
+    be nearly empty; the products, where the time goes, are the library's and take any size.
 
-    What inductor makes of a graph (tiles, how sums over rows are split) depends on the rows that it comes to see first,
-    and the last bits of results with it. So each graph is made with a fixed number of them, wherever a run begins or
+    What inductor makes of a graph (tiles, how sums over rows are split) may depend on the rows that it sees first, and
+    the last bits of results with it. So each graph is made with a fixed number of them, wherever a run begins or
     resumes.
     """
 

@@ -234,7 +234,7 @@ class Recipe:
         compile: compile what the blocks do around attention (``dph.compiled``): the same but for rounding, in less time
             and memory. Takes a C++ compiler (on a GPU: a C compiler and triton) and up to a minute at the start, so it
             pays in long runs. On one CPU core, in miniature, steps were 1.04 to 1.07 times as fast; a GPU is yet to be
-            measured, and has more to gain.
+            measured.
         precision: fp32, bf16 (with fp32 masters), or auto: bf16 on a GPU, fp32 on a CPU.
         device: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
     """
