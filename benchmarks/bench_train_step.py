@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import lengths, train_step
 from benchmarks.train_step import MINIATURE, PAIRS, PAPER, TINY, Job, contenders
+from dph.errors import UserError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = PAPER if DEVICE == "cuda" else MINIATURE
@@ -88,7 +89,9 @@ def bench_train_step(stage, contender, timed, record, limits):
         pytest.skip(contender.missing)
     try:
         training = checked(contender, stage)
-    except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+    except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, UserError) as error:
+        if isinstance(error, UserError) and not str(error).startswith("compile:"):
+            raise
         pytest.skip(f"torch.compile does not work here: {str(error).strip().splitlines()[0]}")
     for _ in range(math.ceil(SHAPE.memory / SHAPE.context) + 1):  # memories full, kernels chosen
         training.step()

@@ -98,6 +98,10 @@ class Job:
         }  # fmt: skip
         return recipe.load(self.stage, [*(f"{key}={value}" for key, value in values.items()), *self.overrides])
 
+    def with_overrides(self, *more: str) -> "Job":
+        """The same otherwise."""
+        return dataclasses.replace(self, overrides=(*self.overrides, *more))
+
     def config(self) -> dph.ModelConfig:
         """The model's."""
         return dph.ModelConfig(**self.shape.model, **MARKS, reward_dropout=self.dropout)
@@ -227,7 +231,10 @@ class Contender(NamedTuple):
 def contenders(stage: str, pad: int) -> list[Contender]:
     """Ours first, then all who can train ``stage``."""
     paper = lambda **how: lambda job: PaperTrainer(job.make_stage(), job.lowered, **how)  # noqa: E731
-    found = [Contender("ours", lambda job: Ours(job.make_stage()), "ours")]
+    found = [
+        Contender("ours", lambda job: Ours(job.make_stage()), "ours"),
+        Contender("ours, torch.compile", lambda job: Ours(job.with_overrides("compile=true").make_stage()), "ours"),
+    ]
     if stage not in PAIRS:
         return [*found, Contender("paper_layout", paper(), "paper_layout"),
                 Contender("paper_layout, torch.compile", paper(compiled=True))]  # fmt: skip
@@ -275,7 +282,7 @@ def check(contender: Contender, job: Job, steps: int = 3) -> None:
         return contender.check(job)
     for rate in (0.0, 1e-3):  # a decay that shows within a few steps
         overrides = (f"optimiser.lr={rate}", "optimiser.final_lr=0", "optimiser.warmup=2", "optimiser.prior_decay=50")
-        still = dataclasses.replace(job, overrides=(*job.overrides, *overrides))
+        still = job.with_overrides(*overrides)
         _compare(contender.make(still), ours.make(still), steps, moves=rate > 0)
 
 

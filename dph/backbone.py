@@ -19,7 +19,7 @@ from dph_kernels import PackedLayout, rope_attention
 
 
 class Attention(nn.Module):
-    """Rotary multi-head attention over a packed layout, with or without memory."""
+    """Rotary multi-head attention over a packed layout, with or without memory; the block applies its products."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -27,27 +27,26 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, layout: PackedLayout, memory: LayerMemory | None = None) -> Tensor:
-        """[T, C] -> [T, C]."""
+    def forward(self, projected: Tensor, layout: PackedLayout, memory: LayerMemory | None = None) -> Tensor:
+        """Queries, keys and values [T, 3C], and a memory of keys and values -> [T, C]."""
+        q, k, v = self._split(projected)
         if memory is None:
-            q, k, v = self._split(self.qkv(x))
-            attended = rope_attention(q, k, v, layout, rope=self.rope)
-        elif memory.kind == "kv":
-            q, k, v = self._split(self.qkv(x))
-            attended, keys = rope_attention(q, k, v, layout, rope=self.rope, memory=memory.read(k), return_keys=True)
-            memory.keep(keys, v)
-        else:
-            attended = self._attend_anew(x, layout, memory)
-        return self.out(attended.flatten(1))
+            return rope_attention(q, k, v, layout, rope=self.rope).flatten(1)
+        attended, keys = rope_attention(q, k, v, layout, rope=self.rope, memory=memory.read(k), return_keys=True)
+        memory.keep(keys, v)
+        return attended.flatten(1)
 
-    def _attend_anew(self, x: Tensor, layout: PackedLayout, memory: LayerMemory) -> Tensor:
-        """Keys and values projected from the remembered inputs, so that W_k and W_v learn from memory rows too."""
+    def attend_anew(self, x: Tensor, layout: PackedLayout, memory: LayerMemory) -> Tensor:
+        """Inputs [T, C] and a memory of inputs -> [T, C].
+
+        Keys and values are projected from the remembered inputs, so that W_k and W_v learn from memory rows too.
+        """
         width = x.shape[1]
         weight, bias = self.qkv.weight, self.qkv.bias
         (q,) = self._split(F.linear(x, weight[:width], bias[:width]))
         k, v = self._split(F.linear(memory.recall(x), weight[width:], bias[width:]))
         memory.keep(x)
-        return rope_attention(q, k, v, layout, rope=self.rope)
+        return rope_attention(q, k, v, layout, rope=self.rope).flatten(1)
 
     def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
         """[T, n * C] -> n views [T, H, D]."""
@@ -70,7 +69,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and pre-norm feed-forward, a residual around each."""
+    """Pre-norm attention and pre-norm feed-forward, a residual around each.
+
+    ``before`` and ``after`` are all but attention itself, functions of rows alone: ``dph.compiled`` compiles them.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -81,7 +83,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, layout: PackedLayout, memory: LayerMemory | None = None) -> Tensor:
         """[T, C] -> [T, C]."""
-        x = x + self.attention(self.attention_norm(x), layout, memory)
+        if memory is not None and memory.kind == "hidden":
+            return self.after(x, self.attention.attend_anew(self.attention_norm(x), layout, memory))
+        return self.after(x, self.attention(self.before(x), layout, memory))
+
+    def before(self, x: Tensor) -> Tensor:
+        """[T, C] -> queries, keys and values [T, 3C]."""
+        return self.attention.qkv(self.attention_norm(x))
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Rows [T, C] and what attention gave for them [T, C] -> [T, C]."""
+        x = x + self.attention.out(attended)
         return x + self.ffn(self.ffn_norm(x))
 
 

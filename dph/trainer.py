@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dph import best, devices, flops, runs, start
+from dph import best, compiled, devices, flops, runs, start
 from dph.best import Best
 from dph.data import Shuffled, encoder
 from dph.devices import Reading, low_precision
@@ -140,6 +140,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, stage: Stage, run: runs.Run, quiet: bool = False) -> None:
         self.recipe, self.stage, self.run, self.quiet = recipe, stage, run, quiet
         self.model, self.settings = stage.model, recipe.optimiser
+        if recipe.compile:
+            compiled.require(self.model.device)
         self.before = {name: p.requires_grad for name, p in self.model.named_parameters()}
         for name, p in self.model.named_parameters():
             p.requires_grad_(stage.trains(name))
@@ -160,6 +162,9 @@ class Trainer:
             self.model.to(torch.bfloat16)
         if self.stage.reference is not None:
             self.stage.reference.to(self.model.dtype)
+        if recipe.compile:
+            for model in filter(None, (self.model, self.stage.reference)):
+                compiled.switch_on(model.backbone)
 
     def _optimiser(self) -> LaProp:
         s = self.settings
@@ -368,6 +373,7 @@ class Trainer:
     def _give_back(self) -> None:
         """Turn the model back into fp32, what did not train as it was found, however training ended."""
         self.model.backbone.gradient_checkpointing = False
+        compiled.switch_off(self.model.backbone)
         for name, p in self.model.named_parameters():
             p.requires_grad_(self.before[name])
         if self.low:

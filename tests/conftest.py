@@ -88,3 +88,18 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("../shared (golden numbers and sample data) is not beside the repository")
     return SHARED
+
+
+@pytest.fixture
+def inductor():
+    """PyTorch's compiler with nothing compiled yet; skips, with the reason, where it does not work."""
+    from dph import compiled
+    from dph.errors import UserError
+
+    torch.compiler.reset()
+    try:
+        compiled.require(torch.device("cpu"))
+    except UserError as error:
+        pytest.skip(str(error))
+    yield
+    torch.compiler.reset()

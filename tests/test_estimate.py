@@ -8,7 +8,7 @@ from stages import records, settings, tiny
 from texts import conversation, small_tokenizer
 
 import dph
-from dph import cli, devices, estimate, footprint, recipe
+from dph import cli, compiled, devices, estimate, footprint, recipe
 from dph.errors import UserError
 from dph.packing import pack
 from dph.records import Preference, encoder
@@ -122,8 +122,8 @@ def test_the_host_says_how_much_memory_it_has():
     assert 1e8 < devices.host_memory() < 1e14
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "block"])
-def test_activations_are_those_that_autograd_keeps(checkpointing):
+@pytest.mark.parametrize(("checkpointing", "compile"), [("none", False), ("block", False), ("none", True)])
+def test_activations_are_those_that_autograd_keeps(checkpointing, compile, request):
     """Within a tenth, of a model with the paper's proportions."""
     torch.manual_seed(0)
     config = dph.ModelConfig(
@@ -132,6 +132,9 @@ def test_activations_are_those_that_autograd_keeps(checkpointing):
     )  # fmt: skip
     model, rows = dph.Model(config), 200
     model.backbone.gradient_checkpointing = checkpointing == "block"
+    if compile:
+        request.getfixturevalue("inductor")
+        compiled.switch_on(model.backbone)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -144,7 +147,7 @@ def test_activations_are_those_that_autograd_keeps(checkpointing):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.stream_logprobs(torch.randint(512, (1, rows)), torch.randint(512, (1, rows))).sum()
     measured = sum(size for size, _ in kept.values())
-    values = settings("sft", "unused", checkpointing=checkpointing)
+    values = settings("sft", "unused", checkpointing=checkpointing, compile=compile)
     reckoned = footprint.activations(values, model.config, rows, 4)
     if checkpointing == "block":  # while one block is computed again, its own activations are there
         reckoned -= rows * (4 * (10 * 192 + 4 * 512) + 4 * 3)

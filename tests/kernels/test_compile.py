@@ -8,18 +8,6 @@ from dph_kernels import PackedLayout, Rotary, laprop, linear_logprob, preference
 HEADS, WIDTH, TOKENS = 2, 16, 12
 
 
-@pytest.fixture
-def inductor():
-    """A function that compiles with inductor into one graph; skips where its C++ compiler does not work."""
-    torch._dynamo.reset()
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
-    except Exception as error:  # whatever keeps the compiler from working here
-        pytest.skip(f"torch.compile does not work here: {str(error).splitlines()[0]}")
-    yield lambda run: torch.compile(run, fullgraph=True, backend="inductor")
-    torch._dynamo.reset()
-
-
 def make():
     """Input, weights by name, and what LaProp takes for them."""
     sizes = {"qkv": (3 * WIDTH, WIDTH), "vocabulary": (29, WIDTH), "reward": (1, WIDTH), "pooler": (WIDTH, WIDTH)}
@@ -29,7 +17,8 @@ def make():
 
 
 @pytest.mark.slow
-def test_a_function_of_all_five_operators(inductor):
+@pytest.mark.usefixtures("inductor")
+def test_a_function_of_all_five_operators():
     """Attention, log-probabilities, rewards and the joint loss of two answers to a prompt, and a step in place."""
     layout, rope = PackedLayout.shared_prefix([4], [[4, 4]]), Rotary()
     answers, ends, targets = torch.arange(4, 12), torch.tensor([7, 11]), torch.arange(8)
@@ -46,7 +35,7 @@ def test_a_function_of_all_five_operators(inductor):
 
     x, weights, lists = make()
     results = []
-    for function in (run, inductor(run)):
+    for function in (run, torch.compile(run, fullgraph=True, backend="inductor")):
         own = {name: [t.clone() for t in tensors] for name, tensors in lists.items()}
         loss, metrics = function(x, weights, own)
         results.append([loss, metrics, torch.autograd.grad(loss, list(weights.values())), own])
