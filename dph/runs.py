@@ -5,7 +5,8 @@
     metrics.jsonl                 one object per logged step
     tensorboard/                  the same, for TensorBoard
     start/                        weights that training does not change and a resume needs (frozen, reference)
-    checkpoints/step-00000200/    weights, optimiser, data, memories, generators; written whole or not at all
+    checkpoints/step-00000200/    weights, optimiser, data, memories, generators; written whole or not at all, the same
+                                  by one process and by several, but that each of these writes its streams' memories
     model/                        the finished model and its tokenizer
 
 Tensors are safetensors, the rest is JSON; nothing is pickled.
@@ -21,7 +22,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 # Keys of metrics.jsonl that differ between equal runs.
 TIMES = ("seconds", "tokens_per_second", "tflops_per_second", "mfu", "memory_gb")
-FREE = ("output", "evaluation", "data.memory_place")  # sections and keys that a resumed run may change
+# Sections and keys that a resumed run may change.
+FREE = ("output", "evaluation", "data.memory_place", "batch.micro", "parallel")
 OWN = ("config.json", "metrics.jsonl", "start", "checkpoints", "model", "tensorboard")  # names that a run writes to
 
 
@@ -119,7 +121,7 @@ class Run:
 
     def _leavings(self) -> list[Path]:
         """Directories that a killed process left half written or half replaced, by the names that runs give them."""
-        places = [(self.directory, r"\.(model|start)"), (self.directory / "checkpoints", r"\.step-\d{8,}")]
+        places = [(self.directory, r"\.(model|start|shares)"), (self.directory / "checkpoints", r"\.step-\d{8,}")]
         return [
             path
             for folder, name in places
@@ -159,12 +161,21 @@ class Run:
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
 
-    def save(self, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
-        """Write checkpoint ``step``: a safetensors file each part, and ``state`` as JSON; then drop the oldest ones."""
+    def save(
+        self,
+        step: int,
+        parts: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        shares: Sequence[Path] = (),
+    ) -> Path:
+        """Write checkpoint ``step``: a safetensors file each part, and ``state`` as JSON; then drop the oldest ones.
+
+        ``shares`` are files that other processes wrote; they move into the checkpoint.
+        """
         os.fsync(self._metrics.fileno())
         folder = self.directory / "checkpoints"
         path = folder / f"step-{step:08d}"
-        _write_checkpoint(path, step, parts, state)
+        _write_checkpoint(path, step, parts, state, shares)
         for old in _steps(folder)[: -self.keep]:
             shutil.rmtree(old)
         return path
@@ -212,8 +223,9 @@ class Checkpoint:
     path: Path
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """The tensors of one part, on the CPU."""
-        return load_file(self.path / f"{part}.safetensors")
+        """The tensors of one part, on the CPU: one file, or as many as processes wrote it."""
+        shares = sorted(self.path.glob(f"{part}-*.safetensors"))
+        return {k: t for path in [self.path / f"{part}.safetensors", *shares] for k, t in load_file(path).items()}
 
     def state(self) -> dict[str, Any]:
         """What was saved as JSON."""
@@ -250,10 +262,19 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def _write_checkpoint(path: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file of what lies on any device."""
+    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path)
+
+
+def _write_checkpoint(
+    path: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping, shares: Sequence[Path] = ()
+) -> None:
     with atomic_directory(path) as folder:
         for name, tensors in parts.items():
-            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / f"{name}.safetensors")
+            write_tensors(folder / f"{name}.safetensors", tensors)
+        for share in shares:
+            share.rename(folder / share.name)
         (folder / "state.json").write_text(json.dumps(state))
         files = {f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(folder.iterdir())}
         (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2))
