@@ -49,7 +49,7 @@ class PairStage(Material):
     """Alignment and head training: preference pairs, their prompts shared."""
 
     def __post_init__(self) -> None:
-        """Set up the batches. UserError for a missing head, no loss, no held-out pair that fits, and an uneven share."""
+        """Set up the batches. UserError for a missing head, no loss, no held-out pair that fits, an uneven share."""
         self.check_share()
         objective = self.recipe.objective
         self.rewarded = objective.dph_weight > 0
