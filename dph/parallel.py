@@ -1,11 +1,12 @@
 """Several processes that train one model, each on its share of every update.
 
-    torchrun --nproc-per-node 2 -m dph.cli train sft ...
+    torchrun --nproc-per-node 8 -m dph.cli train sft model.path=runs/vocab
 
 Every process walks the same records in the same order and computes its own streams or pairs of each update; gradients
 are summed over the processes, and the weights, the optimiser's state and the gradients lie in shards (FSDP2), or whole
 in every process (``parallel: replicate``). What a step decides, it decides on sums over all processes, so that all
-decide the same. One process alone has nothing of this: no group, no wrapper, no collective.
+decide the same: a SIGTERM to one of them stops all, after the same step (torchrun passes it on, and kills what has not
+ended 30 seconds later). One process alone has nothing of this: no group, no wrapper, no collective.
 """
 
 from __future__ import annotations
@@ -51,10 +52,8 @@ class World:
 
     @property
     def device(self) -> torch.device | None:
-        """This process's device; None, which leaves it to the recipe, where the process is alone."""
-        if self.mesh is None or self.mesh.device_type == "cpu":
-            return None if self.mesh is None else torch.device("cpu")
-        return torch.device("cuda", torch.cuda.current_device())
+        """The current one of the kind that they compute on; None, which leaves it to the recipe, for one alone."""
+        return None if self.mesh is None else torch.device(self.mesh.device_type)
 
     # On the device: nothing here makes the host wait for it
 
@@ -181,8 +180,8 @@ def _first(store: dist.Store) -> bool:
     """Whether no other process has failed before."""
     try:
         return store.add("failed", 1) == 1
-    except RuntimeError:  # it lay with a process that has gone
-        return False
+    except RuntimeError:  # it lay with a process that has gone, which under torchrun it does not: rather say it twice
+        return True
 
 
 def whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -399,9 +399,11 @@ class Trainer:
     def _collect(self) -> None:
         """Put what several processes have trained into the whole model; all have to come here."""
         if self.world.size > 1:
-            trained = {name: parallel.whole(p).cpu() for p, name in self.names.items()}
+            found = dict(self.whole.named_parameters())
+            with torch.no_grad():
+                for p, name in self.names.items():
+                    found[name].copy_(parallel.whole(p))
             self.model = self.stage.model = self.whole
-            self._set_weights(trained)
 
     def _give_back(self) -> None:
         """Turn the model back into fp32, what did not train as it was found, however training ended."""

@@ -1,9 +1,9 @@
 """One of two processes that train together (gloo, CPU): run by test_parallel.py, in an environment like torchrun's.
 
-    python parallel_runs.py FOLDER
+    python parallel_runs.py FOLDER DEVICE
 
-Runs every case, and leaves in FOLDER/found what this process saw of each. Exits with NO_GLOO and the reason where the
-processes cannot find each other.
+Runs every case (on GPUs, only what they compute), and leaves in FOLDER/found what this process saw of each. Exits with
+NO_GLOO and the reason where the processes cannot find each other.
 """
 
 import errno
@@ -27,6 +27,7 @@ from dph.trainer import train
 
 NO_GLOO = 77  # the exit code of a process that finds no other
 RANK = int(os.environ.get("RANK", 0))
+DEVICE = sys.argv[2] if __name__ == "__main__" else "cpu"
 SMOOTH = {"optimiser__eps": 1e-3, "optimiser__clip": 0.2}  # of gradients that are but rounding, LaProp makes none large
 QUICK = {"output__log_every": 1, "output__save_every": 0, "evaluation__every": 0}
 
@@ -47,7 +48,7 @@ RESUMED = {"sft": {}, "align": {"parallel": "replicate"}}
 
 
 def recipe_of(stage, directory, **changes):
-    return settings(stage, directory, **SMOOTH | QUICK | changes)
+    return settings(stage, directory, **SMOOTH | QUICK | {"device": DEVICE} | changes)
 
 
 def go(recipe, data=None, model=None, **options):
@@ -162,12 +163,12 @@ def failures(folder):
 def main(folder):
     torch.set_num_threads(1)
     try:
-        with parallel.start("shard", "cpu"):
+        with parallel.start("shard", DEVICE):
             pass
     except (RuntimeError, ValueError) as error:
         print(str(error).splitlines()[0])
         sys.exit(NO_GLOO)
-    for part in (cases, resumes, spoilt, failures):
+    for part in (cases, resumes, spoilt, failures) if DEVICE == "cpu" else (cases,):
         began = time.monotonic()
         part(folder)
         print(part.__name__, round(time.monotonic() - began, 1), "s", flush=True)

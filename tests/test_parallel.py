@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -36,14 +35,16 @@ def environment(**more):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the two processes left."""
-    folder = tmp_path_factory.mktemp("parallel")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "WORLD_SIZE": f"{SIZE}"}
+    return run_both(tmp_path_factory.mktemp("parallel"), "cpu")
+
+
+def run_both(folder, device):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's part
+    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{store.port}", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    names |= {"WORLD_SIZE": f"{SIZE}"}
     started = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "parallel_runs.py"), str(folder)],
+            [sys.executable, str(HERE / "parallel_runs.py"), str(folder), device],
             env=environment(**names, RANK=f"{rank}", LOCAL_RANK=f"{rank}"),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
@@ -83,10 +84,10 @@ def figures(directory):
     return [{k: v for k, v in line.items() if k not in runs.TIMES} for line in lines]
 
 
-def one_process(name, directory):
+def one_process(name, directory, **more):
     """The same case by one process."""
     stage, changes, model = CASES[name]
-    return go(recipe_of(stage, directory, **changes), model=tiny(**model))
+    return go(recipe_of(stage, directory, **changes, **more), model=tiny(**model))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("bf16")])
@@ -177,6 +178,20 @@ def test_an_error_ends_both_and_one_says_why(name, kind, text, folder):
         assert found[int(name[-1])]["kind"] == kind, "who had no room says so"
         assert runs.newest(folder / name / "checkpoints").step < 4
         assert not (folder / name / "model").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_two_gpus(tmp_path):
+    """NCCL, and memories, states and masks on the device: as one GPU alone."""
+    if torch.cuda.device_count() < SIZE:
+        pytest.skip(f"needs {SIZE} GPUs, and PyTorch sees {torch.cuda.device_count()}")
+    folder = run_both(tmp_path, "cuda")
+    for name in CASES:
+        one = weights(one_process(name, tmp_path / "one" / name, device="cuda").model)
+        moved = max(float((one[key].cpu() - p).abs().max()) for key, p in weights(tiny()).items())
+        found = {key: t.cuda() for key, t in trained(folder, name).items()}
+        assert_near(found, one, 0.1 * moved if name.endswith("bf16") else 10 * RATE)
 
 
 @pytest.mark.slow
