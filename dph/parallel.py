@@ -43,11 +43,13 @@ class World:
     Attributes:
         rank: which one this is, from 0.
         size: how many there are.
+        here: how many of them run on this machine.
         mesh: of their devices; None where this one is alone.
     """
 
     rank: int = 0
     size: int = 1
+    here: int = 1
     mesh: DeviceMesh | None = None
 
     @property
@@ -158,7 +160,8 @@ def start(parallel: str, device: str) -> Iterator[World]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     shape, names = ((size, 1), ("replicate", "shard")) if parallel == "replicate" else ((size,), ("shard",))
     try:
-        yield World(rank, size, init_device_mesh(kind, shape, mesh_dim_names=names))
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        yield World(rank, size, here, init_device_mesh(kind, shape, mesh_dim_names=names))
     except Exception as error:
         if isinstance(error, Elsewhere) or not _first(store):
             raise Elsewhere("another process failed, and says why") from error

@@ -49,6 +49,8 @@ class Stage(Protocol):
     """What the loop asks of a stage."""
 
     model: Model
+    world: World  # the processes that share every update
+    share: int  # sequences or pairs of an update that are this process's
     metrics: tuple[str, ...]  # what the sums of a loss are called
     needs_reference: bool
     reference: Model | None  # a frozen copy of the starting model, put here by the loop

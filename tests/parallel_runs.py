@@ -34,7 +34,7 @@ QUICK = {"output__log_every": 1, "output__save_every": 0, "evaluation__every": 0
 # name: stage, changes of the recipe, of the model
 CASES = {
     "sft": ("sft", {"batch__micro": 1}, {}),
-    "sft-replicate": ("sft", {"batch__micro": 1, "parallel": "replicate"}, {}),
+    "sft-replicate": ("sft", {"batch__micro": 1, "parallel": "replicate", "data__memory_place": "host"}, {}),
     "sft-hidden": ("sft", {"data__memory_kind": "hidden", "checkpointing": "block"}, {}),
     "vocab": ("vocab", {}, {}),
     "align-tokens": ("align", {"batch__tokens": 110}, {"reward_dropout": 0.5}),

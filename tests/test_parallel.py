@@ -11,11 +11,13 @@ import torch
 from killed import command, material
 from parallel_runs import CASES, NO_GLOO, RESUMED, go, recipe_of
 from safetensors.torch import load_file
-from stages import tiny, weights
+from stages import records, tiny, weights
+from texts import small_tokenizer
 
 import dph
-from dph import cli, parallel, runs, trainer
+from dph import cli, footprint, parallel, runs, trainer
 from dph.errors import Elsewhere, UserError
+from dph.parallel import World
 
 HERE = Path(__file__).parent
 SIZE = 2
@@ -41,7 +43,7 @@ def folder(tmp_path_factory):
 def run_both(folder, device):
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's part
     names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{store.port}", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    names |= {"WORLD_SIZE": f"{SIZE}"}
+    names |= {"WORLD_SIZE": f"{SIZE}", "LOCAL_WORLD_SIZE": f"{SIZE}"}
     started = [
         subprocess.Popen(
             [sys.executable, str(HERE / "parallel_runs.py"), str(folder), device],
@@ -178,6 +180,23 @@ def test_an_error_ends_both_and_one_says_why(name, kind, text, folder):
         assert found[int(name[-1])]["kind"] == kind, "who had no room says so"
         assert runs.newest(folder / name / "checkpoints").step < 4
         assert not (folder / name / "model").exists()
+
+
+@pytest.mark.parametrize(("parallel", "shards"), [("shard", 4), ("replicate", 1)])
+def test_what_each_of_four_processes_takes(parallel, shards, tmp_path):
+    """A quarter of the streams, and of what hangs on weights where they are in shards; the host holds all four's."""
+    recipe = recipe_of("sft", tmp_path, parallel=parallel, data__memory_place="host")
+    material = tiny(), small_tokenizer(), records("sft"), {}
+    one, four = (trainer.make_stage(recipe, *material, world=w) for w in (World(), World(rank=3, size=4, here=4)))
+    cpu = torch.device("cpu")
+    taken = [footprint.on_device(stage, 24, cpu, "device") for stage in (one, four)]
+    for name in ("weights", "gradients", "momentum and second moment", "priors"):
+        assert taken[0][name] == shards * taken[1][name]
+    assert taken[0]["Transformer-XL memory"] == 4 * taken[1]["Transformer-XL memory"]
+    assert 0 < taken[1].get("gathered weights", 0) < taken[0]["weights"] * 2
+    assert 4 * sum(footprint.on_host(four, cpu, "host").values()) == sum(footprint.on_host(one, cpu, "host").values())
+    (_, *every), (_, *own) = (stage.next().parts[0] for stage in (one, four))
+    assert all(torch.equal(mine, rows[3:]) for rows, mine in zip(every, own, strict=True))
 
 
 @pytest.mark.gpu
