@@ -109,9 +109,9 @@ class PairStage(Material):
         bins = self._places(pairs)
         shares = [deal(bins, sizes, rank, self.world.size) for rank in range(self.world.size)]
         parts = [[self._part([pairs[i] for i in places], places) for places in share] for share in shares]
-        needed = self._flops([part for share in parts for part in share])
-        taken = f"records {first} to {self.position() - 1}"
-        return Work(parts[self.world.rank], len(pairs), sum(sizes), taken, needed)
+        every = [part for share in parts for part in share]
+        tokens, taken = sum(part.tokens for part in every), f"records {first} to {self.position() - 1}"
+        return Work(parts[self.world.rank], len(pairs), tokens, taken, self._flops(every))
 
     def _flops(self, parts: Sequence[PairPart]) -> float:
         """By what is not cached; of cached states, pooler and heads alone."""

@@ -389,9 +389,12 @@ class Trainer:
         progress.show(step, values)
 
     def _evaluate(self, step: int, progress: Progress) -> None:
-        """Each process evaluates all of it: they gather shards together, and held-out records are few."""
+        """Each process evaluates all of it: they gather shards together, and held-out records are few.
+
+        The figures are the first one's, so that what is decided by them is decided alike on unlike machines.
+        """
         self.model.eval()
-        self.evaluation = self.stage.evaluate()
+        self.evaluation = self.world.gather(self.stage.evaluate())[0]
         self.model.train()
         if self.evaluation:
             self._log(step, progress, {f"eval/{key}": value for key, value in self.evaluation.items()})
