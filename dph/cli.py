@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from dph.errors import UserError
+from dph.errors import Elsewhere, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -196,7 +196,8 @@ COMMANDS = {
     "train": Command(
         "train one stage from a recipe",
         "dph train align model.path=runs/sft optimiser.steps=200 --output runs/align\n"
-        "dph train recipe.yaml --resume\ndph train sft model.path=runs/vocab --dry-run",
+        "dph train recipe.yaml --resume\ndph train sft model.path=runs/vocab --dry-run\n"
+        "torchrun --nproc-per-node 8 -m dph.cli train sft model.path=runs/vocab",
         _train,
         "dph.commands.files",
     ),
@@ -305,6 +306,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dph: interrupted", file=sys.stderr)
         return 130
+    except Elsewhere:
+        return 1
     except Exception as error:
         if "--debug" in argv:
             traceback.print_exc()

@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """Bad input: says what was expected, what came, and where."""
+
+
+class Elsewhere(RuntimeError):
+    """Another process of the run has failed, and says why: this one ends without a word."""

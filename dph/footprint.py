@@ -27,11 +27,23 @@ def on_device(stage: Stage, rows: int, device: torch.device, place: str) -> dict
         parts["priors"] = 4 * trained
     if stage.needs_reference:
         parts["reference model"] = size * total
+    if stage.world.size > 1:
+        parts = _in_shards(stage, parts, size)
     if remembers(recipe):
         parts |= _of_streams(stage, rows, place, size * config.hidden_size)
     parts["activations"] = activations(recipe, config, rows, size) if recipe.stage != "head" else 0
     parts["log-probabilities"] = LOGPROBS[device.type] if recipe.stage != "head" else 0
     return {name: float(count) for name, count in parts.items() if count}
+
+
+def _in_shards(stage: Stage, parts: dict[str, float], size: int) -> dict[str, float]:
+    """Of several processes, what one keeps of the weights and what hangs on them, and what it gathers at a time."""
+    shards = stage.world.size if stage.recipe.parallel == "shard" else 1
+    blocks = stage.model.backbone.blocks
+    block = sum(p.numel() for p in blocks[0].parameters())
+    others = stage.model.num_parameters() - len(blocks) * block
+    parts = {name: count / shards for name, count in parts.items()}
+    return parts | {"gathered weights": size * (others + 2 * block)}  # a block, and the next one
 
 
 def _of_streams(stage: Stage, rows: int, place: str, width: int) -> dict[str, float]:
@@ -43,7 +55,7 @@ def _of_streams(stage: Stage, rows: int, place: str, width: int) -> dict[str, fl
     parts: dict[str, float] = {}
     if place == "device":
         rings = kept * layers * width * data.memory
-        parts["Transformer-XL memory"] = rings * stage.recipe.batch.size
+        parts["Transformer-XL memory"] = rings * stage.share
         parts["Transformer-XL memory of held-out streams"] = rings * held_out_streams(stage)
         if block:  # else the backward pass keeps the same rows; values are a third of what their storage holds
             parts["rows to remember"] = (1 if hidden else 4) * layers * width * rows
@@ -65,7 +77,7 @@ def on_host(stage: Stage, device: torch.device, place: str) -> dict[str, float]:
         ring = 1 << (ring - 1).bit_length()  # PyTorch's allocator of pinned memory takes powers of two
     of_part = _kept(recipe) * config.num_hidden_layers * ring
     parts = {
-        "Transformer-XL memory": of_part * (recipe.batch.size // stage.micro),
+        "Transformer-XL memory": of_part * (stage.share // stage.micro),
         "Transformer-XL memory of held-out streams": of_part * -(-held_out_streams(stage) // stage.micro),
     }
     return {name: float(count) for name, count in parts.items() if count}
@@ -99,7 +111,7 @@ def choose_place(stage: Stage, device: torch.device) -> str:
     place = stage.recipe.data.memory_place
     if place == "auto":
         place = "device" if device.type == "cpu" or _needed(stage, device) <= _room(device) else "host"
-    needed, there = sum(on_host(stage, device, place).values()), devices.host_memory()
+    needed, there = sum(on_host(stage, device, place).values()) * stage.world.here, devices.host_memory()
     if needed > there:
         raise UserError(
             f"data.memory_place: expected {size_text(needed)} on the host for the memory of {stage.recipe.batch.size} "

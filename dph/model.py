@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +35,10 @@ from dph_kernels import PackedLayout, linear_logprob
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class PackedOutput:
+class PackedOutput(NamedTuple):
     """What :meth:`Model.forward_packed` gives for A answers, with gradients.
+
+    A tuple, since FSDP2 looks for gradients in no other class of ours.
 
     Attributes:
         logprobs: [A] fp32 sum over ``loss_mask``.

@@ -33,19 +33,27 @@ class PairCache:
         config: of the model.
         tokenizer: that made the tokens.
         width: numbers a pair.
+        agree: of several processes whose model lies in shards, whether one needs what all have to compute together.
 
     Attributes:
         computed: pairs whose numbers were not there.
     """
 
     def __init__(
-        self, directory: Path, kind: str, weights: Mapping[str, Tensor], config: Any, tokenizer: Any, width: int
+        self,
+        directory: Path,
+        kind: str,
+        weights: Mapping[str, Tensor],
+        config: Any,
+        tokenizer: Any,
+        width: int,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         self._model = fingerprint(weights, config)
         vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
         folder = f"{kind}-{self._model[:16]}-{hashlib.sha256(vocabulary).hexdigest()[:8]}"
         self.store = Cache(directory / folder, width)
-        self.computed = 0
+        self.computed, self.agree = 0, agree
         log.info("%s: %d pairs are there", self.store.directory, len(self.store))
 
     def rows(self, pairs: Sequence[tuple[Encoded, Encoded]], compute: Callable[[], Tensor]) -> Tensor:
@@ -59,8 +67,9 @@ class PairCache:
         keys = [pair_key(self._model, pair) for pair in pairs]
         found = [self.store.get(key) for key in keys]
         missing = sum(row is None for row in found)
+        fresh = compute() if self.agree(missing > 0) else None
         if missing:
-            computed = compute().detach().to("cpu", torch.float32).reshape(len(pairs), -1)
+            computed = fresh.detach().to("cpu", torch.float32).reshape(len(pairs), -1)
             self.store.put(keys, computed)
             found = [self.store.get(key) for key in keys]
             found = [new if old is None else old for old, new in zip(found, computed, strict=True)]  # not finite

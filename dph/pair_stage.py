@@ -18,7 +18,9 @@ from dph.model import PackedOutput
 from dph.order import InOrder, Order, draw
 from dph.packing import PackedBatch, fill, pack, packed_length
 from dph.pair_cache import PairCache, directory
+from dph.parallel import computes_in, whole
 from dph.records import Record
+from dph.shares import deal
 from dph.stages import Loss, Material, Work, excerpt, merge
 from dph_kernels import preference_loss
 from dph_kernels.preference_loss import metric_names
@@ -47,7 +49,8 @@ class PairStage(Material):
     """Alignment and head training: preference pairs, their prompts shared."""
 
     def __post_init__(self) -> None:
-        """Set up the batches. UserError for a missing head, no loss, and no held-out pair that fits."""
+        """Set up the batches. UserError for a missing head, no loss, no held-out pair that fits, an uneven share."""
+        self.check_share()
         objective = self.recipe.objective
         self.rewarded = objective.dph_weight > 0
         self.needs_reference = self.recipe.stage == "align" and objective.dpo_weight > 0
@@ -73,12 +76,17 @@ class PairStage(Material):
     @cached_property
     def cache(self) -> PairCache:
         """Made when first asked for: by then the weights, which it is named after, have the precision of the run."""
-        config, width = self.model.config, 2
-        weights = {} if self.reference is None else dict(self.reference.named_parameters())
+        config, width, model = self.model.config, 2, self.reference
         if self.cached == "states":
-            weights, width = dict(self.model.backbone.named_parameters()), 2 * config.hidden_size
-        weights = {name: weight for name, weight in weights.items() if not name.startswith("heads.")}
-        return PairCache(directory(self.recipe), self.cached, weights, config, self.tokenizer, width)
+            model, width = self.model.backbone, 2 * config.hidden_size
+        named = () if model is None else model.named_parameters()
+        weights = {name: self._as_used(weight) for name, weight in named if not name.startswith("heads.")}
+        where, agree = directory(self.recipe), self.world.any
+        return PairCache(where, self.cached, weights, config, self.tokenizer, width, agree)
+
+    def _as_used(self, weight: Tensor) -> Tensor:
+        """Whole and as the model computes with it, of a weight that may lie in shards."""
+        return weight if self.world.size == 1 else whole(weight, computes_in(self.model)).cpu()
 
     def _pairs(self, records: Order, size: int) -> PairBatches:
         return PairBatches(records, self.encode, size, self.recipe.data.context, self.recipe.batch.tokens)
@@ -97,9 +105,13 @@ class PairStage(Material):
         """The next pairs, packed."""
         first = self.position()
         pairs = next(self.batches)
-        parts = [self._part([pairs[i] for i in places], places) for places in self._places(pairs)]
-        tokens = sum(part.tokens for part in parts)
-        return Work(parts, len(pairs), tokens, f"records {first} to {self.position() - 1}", self._flops(parts))
+        sizes = [packed_length(pair) for pair in pairs]
+        bins = self._places(pairs)
+        shares = [deal(bins, sizes, rank, self.world.size) for rank in range(self.world.size)]
+        parts = [[self._part([pairs[i] for i in places], places) for places in share] for share in shares]
+        every = [part for share in parts for part in share]
+        tokens, taken = sum(part.tokens for part in every), f"records {first} to {self.position() - 1}"
+        return Work(parts[self.world.rank], len(pairs), tokens, taken, self._flops(every))
 
     def _flops(self, parts: Sequence[PairPart]) -> float:
         """By what is not cached; of cached states, pooler and heads alone."""

@@ -248,6 +248,8 @@ class Recipe:
             measured.
         precision: fp32, bf16 (with fp32 masters), or auto: bf16 on a GPU, fp32 on a CPU.
         device: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
+        parallel: of the processes that torchrun starts (``dph.parallel``), each keeps a shard of the weights and the
+            optimiser's state (shard), or all of them (replicate), which takes more memory and less exchange.
     """
 
     stage: Literal["pretrain", "vocab", "sft", "align", "head"]
@@ -264,6 +266,7 @@ class Recipe:
     compile: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
+    parallel: Literal["shard", "replicate"] = "shard"
 
     def __post_init__(self) -> None:
         """Raise UserError where a value lies outside its range."""

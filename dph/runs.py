@@ -6,7 +6,8 @@
     tensorboard/                  the same, for TensorBoard
     tracker.json                  the run's id at Weights & Biases or trackio, where it is tracked there
     start/                        weights that training does not change and a resume needs (frozen, reference)
-    checkpoints/step-00000200/    weights, optimiser, data, memories, generators; written whole or not at all
+    checkpoints/step-00000200/    weights, optimiser, data, memories, generators; written whole or not at all, the same
+                                  by one process and by several, but that each of these writes its streams' memories
     checkpoints/best.json         which of them is the best, by which figure and value, where a best one is kept
     model/                        the finished model and its tokenizer
 
@@ -23,7 +24,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ log = logging.getLogger(__name__)
 MANIFEST, BEST = "manifest.json", "best.json"
 # Keys of metrics.jsonl that differ between equal runs.
 TIMES = ("seconds", "tokens_per_second", "tflops_per_second", "mfu", "memory_gb")
-FREE = ("output", "evaluation", "data.memory_place", "data.workers")  # sections and keys that a resumed run may change
+# Sections and keys that a resumed run may change.
+FREE = ("output", "evaluation", "data.memory_place", "data.workers", "batch.micro", "parallel")
 # Names that a run writes to.
 OWN = ("config.json", "metrics.jsonl", "start", "checkpoints", "model", "tensorboard", "tracker.json")
 
@@ -126,7 +128,7 @@ class Run:
 
     def _leavings(self) -> list[Path]:
         """Directories that a killed process left half written or half replaced, by the names that runs give them."""
-        places = [(self.directory, r"\.(model|start)"), (self.directory / "checkpoints", r"\.step-\d{8,}")]
+        places = [(self.directory, r"\.(model|start|shares)"), (self.directory / "checkpoints", r"\.step-\d{8,}")]
         return [
             path
             for folder, name in places
@@ -178,15 +180,22 @@ class Run:
         if self._tracker is not None:
             self._tracker.log(step, values)
 
-    def save(self, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        parts: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        shares: Sequence[Path] = (),
+    ) -> Path:
         """Write checkpoint ``step``: a safetensors file each part, and ``state`` as JSON; then drop the oldest ones.
 
-        That of ``state["best"]["step"]`` stays, if there is one.
+        That of ``state["best"]["step"]`` stays, if there is one. ``shares`` are files that other processes wrote; they
+        move into the checkpoint.
         """
         os.fsync(self._metrics.fileno())
         folder = self.directory / "checkpoints"
         path = checkpoint_path(self.directory, step)
-        _write_checkpoint(path, step, parts, state)
+        _write_checkpoint(path, step, parts, state, shares)
         best = self._mark_best(state)
         for old in _steps(folder)[: -self.keep]:
             if old != best:
@@ -243,8 +252,9 @@ class Checkpoint:
     path: Path
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """The tensors of one part, on the CPU."""
-        return load_file(self.path / f"{part}.safetensors")
+        """The tensors of one part, on the CPU: one file, or as many as processes wrote it."""
+        shares = sorted(self.path.glob(f"{part}-*.safetensors"))
+        return {k: t for path in [self.path / f"{part}.safetensors", *shares] for k, t in load_file(path).items()}
 
     def state(self) -> dict[str, Any]:
         """What was saved as JSON."""
@@ -294,10 +304,19 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def _write_checkpoint(path: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file of what lies on any device."""
+    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path)
+
+
+def _write_checkpoint(
+    path: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping, shares: Sequence[Path] = ()
+) -> None:
     with atomic_directory(path) as folder:
         for name, tensors in parts.items():
-            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / f"{name}.safetensors")
+            write_tensors(folder / f"{name}.safetensors", tensors)
+        for share in shares:
+            share.rename(folder / share.name)
         (folder / "state.json").write_text(json.dumps(state))
         files = {f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(folder.iterdir())}
         (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2))

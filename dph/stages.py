@@ -10,8 +10,10 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from dph.errors import UserError
 from dph.model import Model
 from dph.order import Order
+from dph.parallel import SINGLE, World
 from dph.readers import Readers
 from dph.recipe import Recipe
 from dph.records import Record
@@ -19,10 +21,10 @@ from dph.records import Record
 
 @dataclass(frozen=True)
 class Work:
-    """What one update takes.
+    """What one update takes, in all processes together.
 
     Attributes:
-        parts: micro-batches, in the stage's own form.
+        parts: micro-batches, in the stage's own form, of this process: as many as every other's.
         weight: what the loss is a mean over: targets, or pairs.
         tokens: how many go through the model.
         records: their places in the order of the data, for people.
@@ -48,6 +50,8 @@ class Stage(Protocol):
     """What the loop asks of a stage."""
 
     model: Model
+    world: World  # the processes that share every update
+    share: int  # sequences or pairs of an update that are this process's
     metrics: tuple[str, ...]  # what the sums of a loss are called
     needs_reference: bool
     reference: Model | None  # a frozen copy of the starting model, put here by the loop
@@ -99,6 +103,7 @@ class Material:
         records: training records in their order.
         held_out: records for evaluation, by name.
         reference, notes: see :class:`Stage`.
+        world: the processes that share every update.
     """
 
     recipe: Recipe
@@ -109,11 +114,28 @@ class Material:
     held_out: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     reference: Model | None = None
     notes: tuple[str, ...] = ()
+    world: World = SINGLE
+
+    def check_share(self) -> None:
+        """Raise UserError where an update does not come out even among the processes."""
+        size, processes = self.recipe.batch.size, self.world.size
+        if size % processes:
+            raise UserError(f"batch.size: expected a multiple of the {processes} processes, got {size}")
+        if self.share % self.micro:
+            raise UserError(
+                f"batch.micro: expected a divisor of {self.share}, the share of each of {processes} processes, "
+                f"got {self.micro}"
+            )
+
+    @property
+    def share(self) -> int:
+        """Sequences or pairs of an update that are this process's."""
+        return self.recipe.batch.size // self.world.size
 
     @property
     def micro(self) -> int:
         """Sequences or pairs of one part."""
-        return self.recipe.batch.micro or self.recipe.batch.size
+        return min(self.recipe.batch.micro or self.share, self.share)
 
     def position(self) -> int:
         """How many records have been taken."""

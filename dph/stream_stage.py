@@ -1,6 +1,6 @@
 """Pre-training, vocabulary and SFT: Transformer-XL streams."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from dph.batches import IGNORED, Streams
 from dph.memory import Memory
 from dph.order import InOrder, Order
 from dph.records import Record
+from dph.shares import memory_state
 from dph.stages import Loss, Material, Work, excerpt, merge
 
 
@@ -23,10 +24,12 @@ class StreamStage(Material):
     needs_reference = False
 
     def __post_init__(self) -> None:
-        """Set up streams and memories, one memory for each part."""
+        """Set up all streams, and memories of this process's, one for each part. UserError for an uneven share."""
+        self.check_share()
         self.batches = self._streams(self.records, self.recipe.batch.size)
         self.place = self._choose_place() if footprint.remembers(self.recipe) else "device"
-        self.memories = [self._memory() for _ in range(self.recipe.batch.size // self.micro)]
+        self.first = self.world.rank * self.share  # of this process's streams
+        self.memories = [self._memory() for _ in range(self.share // self.micro)]
 
     def _choose_place(self) -> str:
         device = torch.device(devices.choose(self.recipe.device))
@@ -57,7 +60,8 @@ class StreamStage(Material):
         first = self.position()
         remembered = self.remembered
         tokens, targets = next(self.batches)
-        parts = list(zip(self.memories, tokens.split(self.micro), targets.split(self.micro), strict=True))
+        own = (rows[self.first : self.first + self.share].split(self.micro) for rows in (tokens, targets))
+        parts = list(zip(self.memories, *own, strict=True))
         taken = f"segments after records {first} to {self.position()}"
         count = int((targets != IGNORED).sum())
         amounts = flops.of_streams(*tokens.shape, remembered, count)
@@ -123,15 +127,21 @@ class StreamStage(Material):
         return dict(zip(self.metrics, sums.tolist(), strict=True)), count
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Memories, and what the streams have left over."""
-        kept = [memory.state_dict() for memory in self.memories if memory is not None]
-        return {f"{i}/{key}": t for i, state in enumerate(kept) for key, t in state.items()}, self.batches.state_dict()
+        """This process's memories, each by its first stream, and what all streams have left over."""
+        kept = {first: memory.state_dict() for first, memory in self._by_stream()}
+        tensors = {f"{first}/{key}": t for first, state in kept.items() for key, t in state.items()}
+        return tensors, self.batches.state_dict()
+
+    def _by_stream(self) -> Iterator[tuple[int, Memory]]:
+        """The number of a memory's first stream, and the memory."""
+        for i, memory in enumerate(self.memories):
+            if memory is not None:
+                yield self.first + i * self.micro, memory
 
     def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Take both up again."""
+        """Take both up again: of the memories of all streams, however they were cut, this process's."""
         self.batches.load_state_dict(state)
         device = self.model.device if self.place == "device" else "cpu"
-        for i, memory in enumerate(self.memories):
-            own = {key.split("/")[1]: t for key, t in tensors.items() if key.startswith(f"{i}/")}
-            if memory is not None:
-                memory.load_state_dict({key: t.to(device) for key, t in own.items()})
+        for first, memory in self._by_stream():
+            own = memory_state(tensors, first, self.micro)
+            memory.load_state_dict({key: t.to(device) for key, t in own.items()})

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dph import best, compiled, devices, flops, runs, start
+from dph import best, compiled, devices, flops, parallel, runs, start
 from dph.best import Best
 from dph.data import Shuffled, encoder
 from dph.devices import Reading, low_precision
@@ -30,9 +30,11 @@ from dph.guard import Guard
 from dph.model import Model
 from dph.optim import LaProp, gradient_norm, param_groups, warmup_cosine
 from dph.pair_stage import PairStage
+from dph.parallel import SINGLE, World
 from dph.progress import Progress, Window
 from dph.readers import Readers
 from dph.recipe import Recipe
+from dph.shared_run import SharedRun
 from dph.stages import Loss, Stage, Work
 from dph.stream_stage import StreamStage
 
@@ -48,7 +50,7 @@ class Result:
     """What a stage of training gives.
 
     Attributes:
-        model: the trained model, in fp32.
+        model: the trained model, in fp32; of several processes' shards made whole, on the CPU.
         tokenizer: its tokenizer.
         run: the run directory; ``model`` in it opens with ``Model.from_pretrained``.
         step: updates done.
@@ -74,7 +76,7 @@ def train(
     resume: bool = False,
     quiet: bool = False,
 ) -> Result:
-    """Train one stage.
+    """Train one stage; in processes that torchrun started, together (``dph.parallel``).
 
     Args:
         recipe: of the stage (``dph.recipe``).
@@ -86,24 +88,46 @@ def train(
         resume: go on from the newest complete checkpoint in the recipe's directory, if there is one.
         quiet: no progress on the terminal.
 
-    Raises UserError for whatever the recipe or the data have wrong, and :class:`Diverged`.
+    Raises UserError for whatever the recipe or the data have wrong, and :class:`Diverged`; of several processes, one
+    raises it, and the others Elsewhere. Then a model in memory may be left as it was given.
     """
     if model is not None and tokenizer is None:
         raise UserError("tokenizer: expected the one that goes with the model, got None")
-    run = runs.Run(recipe.output.directory, recipe.as_dict(), resume=resume, keep=recipe.output.keep)
-    try:
-        if model is None:
-            model, tokenizer = start.open_start(recipe)
-        with contextlib.closing(make_stage(recipe, model, tokenizer, records, held_out)) as stage:
-            return Trainer(recipe, stage, run, quiet).train()
-    finally:
-        run.close()
+    with parallel.start(recipe.parallel, recipe.device) as world:
+        run = open_run(recipe, world, resume)
+        try:
+            with world.together():
+                if model is None:
+                    model, tokenizer = start.open_start(recipe)
+                stage = make_stage(recipe, model, tokenizer, records, held_out, world=world)
+            with contextlib.closing(stage):
+                return Trainer(recipe, stage, run, quiet or world.rank > 0).train()
+        finally:
+            run.close()
+
+
+def open_run(recipe: Recipe, world: World, resume: bool) -> runs.Run | SharedRun:
+    """The recipe's run directory, as a process of ``world`` sees it."""
+
+    def opened() -> runs.Run:
+        return runs.Run(recipe.output.directory, recipe.as_dict(), resume=resume, keep=recipe.output.keep)
+
+    return opened() if world.size == 1 else SharedRun(world, opened)
 
 
 def make_stage(
-    recipe: Recipe, model: Model, tokenizer: Any, records: Any, held_out: Any, device: torch.device | None = None
+    recipe: Recipe,
+    model: Model,
+    tokenizer: Any,
+    records: Any,
+    held_out: Any,
+    device: torch.device | None = None,
+    world: World = SINGLE,
 ) -> Stage:
-    """The stage of ``recipe`` over records in memory, or over the recipe's sources; on its device or on another."""
+    """The stage of ``recipe`` over records in memory, or over the recipe's sources; on its device or on another.
+
+    A model that several processes are to share stays on the CPU.
+    """
     start.check_tokenizer(model, tokenizer)
     order = start.open_mixture(recipe) if records is None else Shuffled(records, recipe.seed)
     if recipe.data.workers:
@@ -112,7 +136,8 @@ def make_stage(
         held_out = start.open_held_out(recipe)
     elif not isinstance(held_out, Mapping):
         held_out = {"held out": held_out}
-    device = devices.choose(recipe.device) if device is None else device
+    if device is None:
+        device = devices.choose(recipe.device if world.size == 1 else "cpu")
     return (PairStage if recipe.kind == "preference" else StreamStage)(
         recipe=recipe,
         model=model.to(device=device, dtype=torch.float32),
@@ -120,6 +145,7 @@ def make_stage(
         encode=encoder(tokenizer),
         records=order,
         held_out={name: found for name, found in held_out.items() if len(found)},
+        world=world,
     )
 
 
@@ -130,6 +156,7 @@ class Launched(NamedTuple):
     lr: float
     work: Work
     losses: list[Loss]
+    loss: Tensor
     counts: dict[str, int]
     reading: Reading
 
@@ -139,12 +166,16 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, stage: Stage, run: runs.Run, quiet: bool = False) -> None:
         self.recipe, self.stage, self.run, self.quiet = recipe, stage, run, quiet
-        self.model, self.settings = stage.model, recipe.optimiser
+        self.world, self.settings = stage.world, recipe.optimiser
+        self.model = self.whole = stage.model  # of which several processes keep but shards
         if recipe.compile:
-            compiled.require(self.model.device)
+            compiled.require(self.world.device or self.model.device)
         self.before = {name: p.requires_grad for name, p in self.model.named_parameters()}
         for name, p in self.model.named_parameters():
             p.requires_grad_(stage.trains(name))
+        self._begin()
+        low = low_precision(recipe.precision, self.world.device or self.model.device)
+        self._share(torch.bfloat16 if low else None)
         self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimiser = self._optimiser()
         self.window, self.evaluation = Window((*stage.metrics, "grad_norm")), {}
@@ -154,14 +185,15 @@ class Trainer:
         self._launched: Launched | None = None
         self._forget = 0  # the step before which the stage forgets what it remembers of the data
         self._clock = 0.0  # when figures were last taken up
-        self._begin()
+        self._told_to_stop: Callable[[], bool] = bool
+        self._stopping = False  # whether a process has been told to, as all have read
+        if self.run.checkpoint is not None:
+            self._load(self.run.checkpoint)
         self.model.backbone.gradient_checkpointing = recipe.checkpointing == "block"
-        self.low = low_precision(recipe.precision, self.model.device)
+        self.low = low and self.world.size == 1
         if self.low:
             self.optimiser.lower(torch.bfloat16)
             self.model.to(torch.bfloat16)
-        if self.stage.reference is not None:
-            self.stage.reference.to(self.model.dtype)
         if recipe.compile:
             for model in filter(None, (self.model, self.stage.reference)):
                 compiled.switch_on(model.backbone)
@@ -172,7 +204,7 @@ class Trainer:
         return LaProp(groups, lr=s.lr, betas=s.betas, eps=s.eps)
 
     def _begin(self) -> None:
-        """Keep the weights that a resume cannot find elsewhere, or take up a checkpoint; make the reference."""
+        """Keep the weights that a resume cannot find elsewhere, or take them up; make the reference."""
         if self.run.checkpoint is None:
             kept = dict(self.model.named_parameters())
             if not self.stage.needs_reference:
@@ -183,19 +215,29 @@ class Trainer:
         if self.stage.needs_reference:
             self.stage.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
             self.stage.reference.heads.clear()
-        if self.run.checkpoint is not None:
-            self._load(self.run.checkpoint)
+
+    def _share(self, lowered: torch.dtype | None) -> None:
+        """The reference in the run's precision; to each of several processes a shard of it and of the model's copy."""
+        if self.stage.reference is not None and lowered is not None:
+            self.stage.reference.to(lowered)
+        if self.world.size > 1:
+            self.model = self.stage.model = self.world.shard(copy.deepcopy(self.whole), lowered)
+            if self.stage.reference is not None:
+                self.stage.reference = self.world.shard(self.stage.reference, lowered)
 
     def _set_weights(self, tensors: Mapping[str, Tensor]) -> None:
         params = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, tensor in tensors.items():
-                params[name].copy_(tensor)
+                params[name].copy_(parallel.placed(tensor, params[name]))
 
     def _load(self, checkpoint: runs.Checkpoint) -> None:
         state = checkpoint.state()
         self._set_weights(checkpoint.tensors("weights"))
-        self.optimiser.from_tensors(self.names, checkpoint.tensors("optimiser"), state["optimiser"])
+        params = {name: p for p, name in self.names.items()}
+        optimiser = checkpoint.tensors("optimiser")
+        placed = {key: parallel.placed(t, params[key.rpartition("/")[0]]) for key, t in optimiser.items()}
+        self.optimiser.from_tensors(self.names, placed, state["optimiser"])
         self.stage.load_state(checkpoint.tensors("data"), state["data"])
         self.window.load(state["window"])
         self.guard.load(state["guard"])
@@ -237,7 +279,9 @@ class Trainer:
             for note in self.stage.notes:
                 progress.note(note)
             with _told_to_stop() as told_to_stop, contextlib.closing(progress):
-                stopped = self._loop(told_to_stop, progress)
+                self._told_to_stop = told_to_stop
+                stopped = self._loop(progress)
+                self._collect()
         finally:
             self._give_back()
         if stopped is None:
@@ -250,7 +294,7 @@ class Trainer:
         done = self.settings.steps if stopped is None else stopped
         return Result(self.model, self.stage.tokenizer, self.run.directory, done, stopped is not None, self.evaluation)
 
-    def _loop(self, told_to_stop: Callable[[], bool], progress: Progress) -> int | None:
+    def _loop(self, progress: Progress) -> int | None:
         """All steps that are left: None at their end, or the step after which a signal stopped it."""
         output, total = self.recipe.output, self.settings.steps
         self._clock = time.monotonic()
@@ -259,7 +303,7 @@ class Trainer:
             self._settle(progress)  # the step before, while the device is busy with this one
             self._launched = launched
             progress.advance()
-            last, stop = step == total, told_to_stop()
+            last, stop = step == total, self._has_to_stop()
             evaluate = last or self._due(self.recipe.evaluation.every, step)
             save = last or stop or self._due(output.save_every, step)
             if evaluate or save:
@@ -274,6 +318,10 @@ class Trainer:
             if stop and not last:
                 return step
         return None
+
+    def _has_to_stop(self) -> bool:
+        """Of several processes each hears of it by the figures, a step late, so that all stop after the same step."""
+        return self._told_to_stop() if self.world.size == 1 else self._stopping
 
     @staticmethod
     def _due(every: int, step: int) -> bool:
@@ -295,23 +343,34 @@ class Trainer:
         work = self.stage.next()
         losses = []
         for part in work.parts:
+            self.world.last_part(self.model, part is work.parts[-1])
             loss = self.stage.loss(part, step)
             (loss.total / work.weight).backward()
             losses.append(loss._replace(total=loss.total.detach()))
         norm = gradient_norm(self.names, self.settings.clip)
-        scale, skipped = self.guard.admit(sum(loss.total for loss in losses) / work.weight, norm)
+        loss, sums, told = self._summed(losses)
+        loss, sums = loss / work.weight, sums / work.weight
+        scale, skipped = self.guard.admit(loss, norm)
         self.optimiser.step(grad_scale=scale)
         self.optimiser.zero_grad()
-        sums = torch.stack([loss.sums for loss in losses]).double().sum(0) / work.weight
-        figures = torch.cat([sums, torch.stack([norm.norm, skipped])])
-        return Launched(step, lr, work, losses, self.stage.counts(), Reading(figures))
+        figures = torch.cat([sums, torch.stack([norm.norm, skipped, told])])
+        return Launched(step, lr, work, losses, loss, self.stage.counts(), Reading(figures))
+
+    def _summed(self, losses: Sequence[Loss]) -> tuple[Tensor, Tensor, Tensor]:
+        """Over all parts, and in one exchange over all processes: the loss, what was counted, who was told to stop."""
+        total = sum(loss.total for loss in losses)
+        sums = torch.stack([loss.sums for loss in losses]).double().sum(0)
+        told = sums.new_full((1,), float(self._told_to_stop()))
+        summed = self.world.sum(torch.cat([total.double().reshape(1), sums, told]))
+        return summed[0].to(total.dtype), summed[1:-1], summed[-1]
 
     def _settle(self, progress: Progress) -> None:
         """Take up the figures of the step that was launched last, if that has not been done."""
         if self._launched is None:
             return
         launched, self._launched = self._launched, None
-        *figures, skipped = launched.reading.numbers()
+        *figures, skipped, told = launched.reading.numbers()
+        self._stopping |= told > 0
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
         work = launched.work
@@ -326,7 +385,7 @@ class Trainer:
     def _machine(self, values: dict[str, float]) -> dict[str, float]:
         """The figures with what they say of the GPU: the share of its peak rate (MFU), and the memory taken at most."""
         if peak := flops.peak(self.model.device):
-            values["mfu"] = values["tflops_per_second"] * 1e12 / peak
+            values["mfu"] = values["tflops_per_second"] * 1e12 / (peak * self.world.size)
         if self.model.device.type == "cuda":
             values["memory_gb"] = torch.cuda.max_memory_allocated(self.model.device) / 1e9
         return values
@@ -350,13 +409,19 @@ class Trainer:
             self._forget = step + 2
 
     def _explain(self, launched: Launched, norm: float) -> str:
-        for part, loss in zip(launched.work.parts, launched.losses, strict=True):
-            if not bool(torch.isfinite(loss.values).all()):
-                return f"the loss is {float(loss.total)} for {self.stage.describe(part, loss.values)}"
-        total = sum(float(loss.total) for loss in launched.losses) / launched.work.weight
+        found = self.world.gather(next(self._not_finite(launched), None))
+        if reason := next(filter(None, found), None):
+            return reason
+        total = float(launched.loss)
         if math.isfinite(total) and math.isfinite(norm):
             return f"a loss of {total:.4g} is a spike, over {self.recipe.guard.spike:g} deviations above the mean"
         return f"the gradient's norm is {norm} at a loss of {total:.4g}"
+
+    def _not_finite(self, launched: Launched) -> Iterator[str]:
+        """What went wrong in this process's parts."""
+        for part, loss in zip(launched.work.parts, launched.losses, strict=True):
+            if not bool(torch.isfinite(loss.values).all()):
+                yield f"the loss is {float(loss.total)} for {self.stage.describe(part, loss.values)}"
 
     def _log(self, step: int, progress: Progress, values: dict[str, float]) -> None:
         values = {key: value for key, value in values.items() if math.isfinite(value)}  # a part that is off has NaN
@@ -364,17 +429,30 @@ class Trainer:
         progress.show(step, values)
 
     def _evaluate(self, step: int, progress: Progress) -> None:
+        """Each process evaluates all of it: they gather shards together, and held-out records are few.
+
+        The figures are the first one's, so that what is decided by them is decided alike on unlike machines.
+        """
         self.model.eval()
-        self.evaluation = self.stage.evaluate()
+        self.evaluation = self.world.gather(self.stage.evaluate())[0]
         self.model.train()
         if self.evaluation:
             self._log(step, progress, {f"eval/{key}": value for key, value in self.evaluation.items()})
 
+    def _collect(self) -> None:
+        """Put what several processes have trained into the whole model; all have to come here."""
+        if self.world.size > 1:
+            found = dict(self.whole.named_parameters())
+            with torch.no_grad():
+                for p, name in self.names.items():
+                    found[name].copy_(parallel.whole(p))
+            self.model = self.stage.model = self.whole
+
     def _give_back(self) -> None:
         """Turn the model back into fp32, what did not train as it was found, however training ended."""
-        self.model.backbone.gradient_checkpointing = False
-        compiled.switch_off(self.model.backbone)
-        for name, p in self.model.named_parameters():
+        self.whole.backbone.gradient_checkpointing = False
+        compiled.switch_off(self.whole.backbone)
+        for name, p in self.whole.named_parameters():
             p.requires_grad_(self.before[name])
         if self.low:
             self.optimiser.restore()
