@@ -31,6 +31,7 @@ from dph.losses import IGNORED
 from dph.memory import Memory
 from dph.packing import PackedBatch, batches, pack
 from dph_kernels import PackedLayout, linear_logprob
+from dph_kernels.transfer import to_device
 
 log = logging.getLogger(__name__)
 
@@ -298,7 +299,8 @@ class Model(PreTrainedModel, GenerationMixin):
 
         Args:
             tokens: [B, S] int64.
-            targets: [B, S] int64, shifted already; -100 is ignored.
+            targets: [B, S] int64, shifted already; -100 is ignored. On the CPU, so that the host need not wait for the
+                model's device, or there.
             memory: read and updated, detached.
             statistics: also say how sure the model was, and whether it was right.
 
@@ -308,8 +310,8 @@ class Model(PreTrainedModel, GenerationMixin):
         """
         hidden, _ = self._dense_hidden(tokens, None, memory)
         targets = targets.flatten()
-        wanted = targets != IGNORED
-        states, targets = self.output_proj(hidden[wanted]), targets[wanted]
+        rows = (targets != IGNORED).nonzero().flatten()
+        states, targets = self.output_proj(hidden[to_device(rows, self.device)]), to_device(targets[rows], self.device)
         found = linear_logprob(states, self.backbone.embedding.weight, targets, statistics=statistics)
         return (*found[:2], found[2] == targets) if statistics else found
 
@@ -349,11 +351,10 @@ class Model(PreTrainedModel, GenerationMixin):
     def _packed_rewards(
         self, hidden: Tensor, batch: PackedBatch, seed: int | None, ids: Tensor | None
     ) -> dict[str, Tensor]:
-        finished = batch.reward_rows >= 0
-        ids = torch.arange(len(finished), device=hidden.device) if ids is None else ids
-        rewards = self._reward(hidden[batch.reward_rows[finished]], seed, ids[finished])
-        nan = hidden.new_full((len(finished),), float("nan"), dtype=torch.float32)
-        return {name: nan.to(r.dtype).masked_scatter(finished, r) for name, r in rewards.items()}
+        cut_off = batch.reward_rows < 0  # judged all the same: how many they are only the device knows
+        ids = torch.arange(len(cut_off), device=hidden.device) if ids is None else ids
+        rewards = self._reward(hidden[batch.reward_rows.clamp(min=0)], seed, ids)
+        return {name: r.masked_fill(cut_off, float("nan")) for name, r in rewards.items()}
 
     def _reward(self, states: Tensor, seed: int | None = None, row_ids: Tensor | None = None) -> dict[str, Tensor]:
         """Rewards {head: [R]} of hidden states [R, C]."""

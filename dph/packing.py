@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dph_kernels import PackedLayout
 from dph_kernels.layout import common_prefix
+from dph_kernels.transfer import to_device
 
 if TYPE_CHECKING:
     from dph.chat import Encoded
@@ -46,7 +47,9 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on ``device``."""
-        return PackedBatch(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        layout = own.pop("layout").to(device)
+        return PackedBatch(layout=layout, **{name: to_device(tensor, device) for name, tensor in own.items()})
 
 
 def pack(documents: Sequence[Sequence[Encoded]]) -> PackedBatch:

@@ -24,6 +24,7 @@ from dph.shares import deal
 from dph.stages import Loss, Material, Work, excerpt, merge
 from dph_kernels import preference_loss
 from dph_kernels.preference_loss import metric_names
+from dph_kernels.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class PairStage(Material):
         answers = [2 * place + side for place in part.places for side in range(2)]
         dropout = {
             "dropout_seed": draw(2**31, self.recipe.seed, step, "dropout"),
-            "answer_ids": torch.tensor(answers, device=self.model.device),
+            "answer_ids": to_device(torch.tensor(answers), self.model.device),
         }
         if self.cached == "states":
             rewards = self.model.rewards_of(self.frozen(part), **dropout)
@@ -161,8 +162,8 @@ class PairStage(Material):
             return self._frozen(part, packed)
         rows = self.cache.rows(part.pairs, lambda: self._frozen(part, packed))
         if self.cached == "reference":
-            return rows.flatten().to(self.model.device)
-        return rows.view(2 * len(rows), -1).to(self.model.device, self.model.dtype)
+            return to_device(rows.flatten(), self.model.device)
+        return to_device(rows.view(2 * len(rows), -1), self.model.device).to(self.model.dtype)
 
     def _frozen(self, part: PairPart, packed: PackedBatch | None) -> Tensor:
         packed = part.packed.to(self.model.device) if packed is None else packed

@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from dph_kernels.transfer import to_device
+
 Rows = tuple[Tensor, ...]  # keys and values, or the attention's inputs
 
 
@@ -111,7 +113,7 @@ class DeviceRings(Rings):
             slots.append(b * self.length + (seen + new) % self.length)
             start += count
         device = self._layers[0][0].device
-        rows, slots = torch.cat(rows).to(device), torch.cat(slots).to(device)
+        rows, slots = to_device(torch.cat(rows), device), to_device(torch.cat(slots), device)
         for layer, tensors in kept.items():
             for ring, tensor in zip(self._layers[layer], tensors, strict=True):
                 ring.flatten(0, 1)[slots] = tensor[rows].to(ring.dtype)  # another one under autocast

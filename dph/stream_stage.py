@@ -14,6 +14,7 @@ from dph.order import InOrder, Order
 from dph.records import Record
 from dph.shares import memory_state
 from dph.stages import Loss, Material, Work, excerpt, merge
+from dph_kernels.transfer import to_device
 
 
 @dataclass(kw_only=True)
@@ -78,10 +79,8 @@ class StreamStage(Material):
         """Minus the log-probabilities of the targets; how many were the most probable token; entropy in nats."""
         memory, tokens, targets = part
         self._commit(self.memories, memory)
-        device = self.model.device
-        logprobs, entropy, right = self.model.stream_logprobs(
-            tokens.to(device), targets.to(device), memory, statistics=True
-        )
+        tokens = to_device(tokens, self.model.device)
+        logprobs, entropy, right = self.model.stream_logprobs(tokens, targets, memory, statistics=True)
         total = -logprobs.sum()
         return Loss(total, torch.stack([total.detach(), right.sum(), entropy.sum()]), logprobs.detach())
 

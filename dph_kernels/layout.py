@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dph_kernels.transfer import to_device
+
 COLUMNS = ("query_start", "query_end", "key_start", "key_end", "prefix_start", "prefix_end", "position")
 
 
@@ -252,11 +254,15 @@ class PackedLayout:
 
     def to(self, device: torch.device | str) -> PackedLayout:
         """The same layout with its positions on ``device``; the segment table stays on the CPU."""
-        query_positions = self.query_positions.to(device)
+        query_positions = to_device(self.query_positions, device)
         if query_positions is self.query_positions:
             return self
         moved = copy.copy(self)  # not dataclasses.replace: the table was validated once
-        new = {"query_positions": query_positions, "key_positions": self.key_positions.to(device), "_tables": {}}
+        new = {
+            "query_positions": query_positions,
+            "key_positions": to_device(self.key_positions, device),
+            "_tables": {},
+        }
         for name, value in new.items():
             object.__setattr__(moved, name, value)
         return moved

@@ -18,7 +18,7 @@ from dph.errors import UserError
 from dph.order import Shuffled
 from dph.packing import pack, packed_length
 from dph.records import encoder
-from dph.trainer import Diverged, make_stage, train
+from dph.trainer import Diverged, Trainer, make_stage, train
 
 PAIRS = ("align", "head")
 
@@ -595,3 +595,19 @@ def test_progress_is_lines_where_there_is_no_terminal(tmp_path, capsys):
     assert lines[-1] == f"align: the model is in {tmp_path / 'run' / 'model'}"
     go(settings("align", tmp_path / "quiet"))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_never_waits_for_the_device(stage, tmp_path):
+    recipe = settings(stage, tmp_path, device="cuda", precision="bf16", data__cache_states=False)
+    made = make_stage(recipe, tiny(), small_tokenizer(), records(stage), {})
+    loop = Trainer(recipe, made, runs.Run(tmp_path, recipe.as_dict()), quiet=True)
+    loop.model.train()
+    loop._launch(1)  # compiles, and makes what is made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launched = loop._launch(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(math.isfinite(figure) for figure in launched.reading.numbers())

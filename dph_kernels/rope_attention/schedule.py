@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dph_kernels.transfer import to_device
+
 Array = np.ndarray
 
 
@@ -163,7 +165,7 @@ def _by_component(
     rank[np.argsort(-weight, kind="stable")] = np.arange(len(weight))
     order = np.lexsort((tiles[:, 0], rank[component]))
     starts = np.append(0, np.bincount(rank[component]).cumsum()) if len(order) else np.zeros(1)
-    return Schedule(_tensor(tiles[order], device), work.runs.to(device)), _tensor(starts, device)
+    return Schedule(_tensor(tiles[order], device), to_device(work.runs, device)), _tensor(starts, device)
 
 
 # Cutting rows into tiles
@@ -364,4 +366,4 @@ def _items(owner: Array, per_tile: Array, limit: int) -> tuple[Array, Array]:
 
 
 def _tensor(array: Array, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)
+    return to_device(torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)), device)
