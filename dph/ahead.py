@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dph import start
+from dph import compiled, start
 from dph.devices import low_precision
 from dph.errors import UserError
 from dph.model import Model
@@ -63,13 +63,18 @@ def fill(
     if model is None:
         model, tokenizer = start.open_start(recipe)
     stage = make_stage(recipe, model, tokenizer, records, held_out={})
+    if recipe.compile:
+        compiled.require(model.device)
     if low_precision(recipe.precision, model.device):
         model.to(torch.bfloat16)
     model.eval()
     stage.reference = model if stage.needs_reference else None  # before its first step a model is its own reference
     try:
+        if recipe.compile:
+            compiled.switch_on(model.backbone)
         pairs = _go_through(stage, quiet)
     finally:
+        compiled.switch_off(model.backbone)
         stage.close()
         stage.flush()
     store = stage.cache.store

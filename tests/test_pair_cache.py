@@ -176,6 +176,25 @@ def test_a_pass_ahead_computes_what_training_needs(stage, precision, tmp_path, c
     assert calls == ([True] * 10 if stage == "align" else [])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_pass_ahead_is_compiled_where_training_is(stage, tmp_path, inductor):
+    """In bf16, where compiled blocks round otherwise: bit for bit the rows that training would store."""
+    options = {"compile": True, "precision": "bf16", "optimiser__steps": 5}
+    found = []
+    for name, work in (("trained", go), ("filled", fill)):
+        work(stage_settings(stage, tmp_path / name, data__cache=str(tmp_path / f"{name}-cache"), **options))
+        found.append(stored(tmp_path / f"{name}-cache"))
+    assert len(found[1]) == 20
+    assert all(torch.equal(row, found[0][key]) for key, row in found[1].items())
+
+
+def stored(directory):
+    """Rows of a cache by their keys."""
+    loaded = [load_file(shard) for shard in shards(directory)]
+    return {bytes(k.tolist()): v for each in loaded for k, v in zip(each["keys"], each["values"], strict=True)}
+
+
 def test_a_pass_ends_with_the_data_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     recipe = stage_settings("head", tmp_path / "run", optimiser__steps=100)
     data = Trap(records("head"))
