@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dph import devices, flops, footprint, start
+from dph import devices, flops, footprint, parallel, start
 from dph.footprint import size_text
 from dph.recipe import Recipe
 from dph.tables import table
@@ -26,16 +26,18 @@ class Estimate:
 
     Attributes:
         device: by which it was reckoned.
+        processes: that torchrun started.
         parameters: of the model; ``trained`` of them train.
-        memory: bytes of each part of it, on the device, at the peak.
-        host: bytes of what is pinned on the host.
+        memory: bytes of each part of it, on the device of one process, at the peak.
+        host: bytes of what one process pins on the host.
         tokens: that go through the model in the first update.
         flops: that the first update needs.
         steps: updates.
-        rate: operations per second that the device's matrix products reach.
+        rate: operations per second that the matrix products of one process's device reach.
     """
 
     device: str
+    processes: int
     parameters: int
     trained: int
     memory: dict[str, float]
@@ -48,13 +50,14 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """Of all updates, at ``ASSUMED`` of ``rate``."""
-        return self.steps * self.flops / (ASSUMED * self.rate)
+        return self.steps * self.flops / (ASSUMED * self.rate * self.processes)
 
     def table(self) -> str:
         """For people."""
         rows: list[tuple[str, Any]] = [
             ("parameters", f"{self.parameters:,}"),
             ("of them trained", f"{self.trained:,}"),
+            *([("processes, of which each takes", f"{self.processes}")] if self.processes > 1 else []),
             *((f"memory: {part}", size_text(size)) for part, size in self.memory.items()),
             ("memory in all", size_text(sum(self.memory.values()))),
             *((f"memory of the host: {part}", size_text(size)) for part, size in self.host.items()),
@@ -74,17 +77,20 @@ def _time(seconds: float) -> str:
 def estimate(recipe: Recipe) -> Estimate:
     """Open what the recipe starts from and take its first update's work, without training or writing anything.
 
+    Of processes that torchrun started, each finds the same alone.
+
     Raises UserError for whatever the recipe or the data have wrong, as training would.
     """
     recipe = replace(recipe, data=replace(recipe.data, workers=0))  # for one update they would not pay
     model, tokenizer = start.open_start(recipe)
     device = torch.device(devices.choose(recipe.device))
-    stage = make_stage(recipe, model, tokenizer, None, None, device=torch.device("cpu"))
+    stage = make_stage(recipe, model, tokenizer, None, None, device=torch.device("cpu"), world=parallel.told())
     work = stage.next()
     largest = max(_rows(part) for part in work.parts)
     place = footprint.choose_place(stage, device)
     return Estimate(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        processes=stage.world.size,
         parameters=model.num_parameters(),
         trained=footprint.count_trained(stage),
         memory=footprint.on_device(stage, largest, device, place),

@@ -18,16 +18,18 @@ SHARE = 0.9  # of a GPU's memory that a run is to fill at most: the rest is the 
 def on_device(stage: Stage, rows: int, device: torch.device, place: str) -> dict[str, float]:
     """Bytes by part, at the peak of an update whose largest part has ``rows`` rows; memory of streams in ``place``."""
     recipe, config, total = stage.recipe, stage.model.config, stage.model.num_parameters()
-    trained, low = count_trained(stage), low_precision(recipe.precision, device)
+    trained, low, several = count_trained(stage), low_precision(recipe.precision, device), stage.world.size > 1
     size = 2 if low else 4
-    parts = {"weights": size * total, "gradients": 4 * trained, "momentum and second moment": 8 * trained}
-    if low:
+    # Shards are fp32, masters themselves: it is what is gathered of them that is bf16.
+    parts = {"weights": (4 if several else size) * total}
+    parts |= {"gradients": 4 * trained, "momentum and second moment": 8 * trained}
+    if low and not several:
         parts["fp32 masters"] = 4 * trained
     if recipe.optimiser.prior_decay:
         parts["priors"] = 4 * trained
     if stage.needs_reference:
         parts["reference model"] = size * total
-    if stage.world.size > 1:
+    if several:
         parts = _in_shards(stage, parts, size)
     if remembers(recipe):
         parts |= _of_streams(stage, rows, place, size * config.hidden_size)

@@ -134,6 +134,12 @@ SINGLE = World()
 """One process alone."""
 
 
+def told() -> World:
+    """The processes of which torchrun told this one, without meeting them: for figures."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    return SINGLE if size == 1 else World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_WORLD_SIZE"]))
+
+
 @contextlib.contextmanager
 def start(parallel: str, device: str) -> Iterator[World]:
     """The processes that torchrun started, or this one alone.
@@ -147,7 +153,7 @@ def start(parallel: str, device: str) -> Iterator[World]:
 
     Raises UserError for another device.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if told().size == 1:
         yield SINGLE
         return
     from torch.distributed.device_mesh import init_device_mesh

@@ -52,6 +52,26 @@ def test_numbers_of_a_stage(start):
     )  # twice the rows, half a size
 
 
+def test_what_each_of_two_processes_takes(start, monkeypatch, capsys):
+    """Half of what lies in shards, fp32 also where they are gathered in bf16; the first process says so."""
+    one = estimate.estimate(make(start, "align", "pairs.jsonl", precision="bf16"))
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    two = estimate.estimate(make(start, "align", "pairs.jsonl", precision="bf16"))
+    assert (one.processes, two.processes) == (1, 2)
+    assert (two.tokens, two.flops, two.host) == (one.tokens, one.flops, {})
+    assert two.memory["weights"] == one.memory["weights"] == 2 * tiny().num_parameters()
+    assert two.memory["reference model"] == one.memory["reference model"] / 2
+    assert "fp32 masters" not in two.memory
+    assert two.seconds == pytest.approx(8 * two.flops / (estimate.ASSUMED * two.rate * 2))
+    asked = ["train", "mini-align", "--dry-run", f"model.path={start / 'model'}"]
+    asked += [f"data.sources=[{start / 'pairs.jsonl'}]", "evaluation.sources=[]", "evaluation.every=0", "device=cpu"]
+    for rank, lines in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(asked) == 0
+        assert capsys.readouterr().out.count("processes, of which each takes  ") == lines
+
+
 def test_frozen_parts_take_no_state(start):
     found = estimate.estimate(make(start, "head", "pairs.jsonl"))
     heads = sum(p.numel() for name, p in tiny().named_parameters() if name.startswith("heads."))

@@ -31,12 +31,13 @@ TERMINATED = 143  # 128 and the number of SIGTERM, as shells have it
 
 def train(args: argparse.Namespace) -> int:
     """``dph train``; the exit code is 143 where SIGTERM or Ctrl-C ended it, with its state saved."""
-    from dph import trainer
+    from dph import parallel, trainer
 
     if args.dry_run:
         from dph.estimate import estimate
 
-        print(estimate(_recipe(args)).table())
+        if parallel.told().rank == 0:
+            print(estimate(_recipe(args)).table())
         return 0
     result = trainer.train(_recipe(args), resume=args.resume)
     return TERMINATED if result.interrupted else 0
