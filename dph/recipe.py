@@ -88,8 +88,8 @@ class Data:
             directory, which runs side by side share.
         cache_states: stage head keeps the frozen backbone's states of judged tokens there, and goes through the
             backbone once a pair: 8 * hidden_size bytes a pair, 6 GB for the 491,520 pairs of the recipe ``head``.
-        workers: processes that read and encode the training records ahead; 0: the training process does it when it
-            needs them. Changes no result.
+        workers: processes that read and encode the training records ahead, as many for each of several processes that
+            train; 0: the training process does it when it needs them. Changes no result.
     """
 
     sources: tuple[Source, ...] = ()

@@ -1,6 +1,6 @@
 """What a stage of training needs: which weights train, what one update takes, and the loss of a part of it.
 
-The loop in ``dph.trainer`` knows nothing else. A loss is a sum over what it is a mean of (targets or pairs), so that an
+The loop (``dph.loop``) knows nothing else. A loss is a sum over what it is a mean of (targets or pairs), so that an
 update that is cut into parts equals one that is not.
 """
 

@@ -89,7 +89,7 @@ def _wandb(wandb: Any, project: str, directory: Path, config: Mapping[str, Any],
         dir=str(directory),
         config=dict(config),
         resume="allow" if resumed else "never",
-        allow_val_change=True,  # a resumed run may differ in its output and evaluation
+        allow_val_change=True,  # a resumed run may differ (runs.FREE)
     )
 
 
