@@ -8,7 +8,7 @@
 A shard is a safetensors file that is written whole and never changed: ``keys`` [n, 32] uint8, ``values`` [n, width]
 fp32, and ``checks`` [n] int64, a CRC-32 of each row with its key. Values are read row by row as they are asked for, so
 a cache may be larger than memory; the keys, about 200 bytes each, are held. Shards have names that no two processes
-give, so several may write to one directory; each sees what lay there when it opened it, and its own.
+give, so several may write to one directory; each sees what lay there when it opened it or last looked, and its own.
 """
 
 import contextlib
@@ -65,7 +65,12 @@ class Cache:
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"cache: expected a directory, got {self.directory}, which is a file") from None
         self._sweep()
-        for path in sorted(self.directory.glob("*.safetensors")):
+        self._indexed: set[Path] = set()
+        self.look()
+
+    def look(self) -> None:
+        """See what other processes have written since."""
+        for path in sorted({*self.directory.glob("*.safetensors")} - self._indexed):
             self._index(path)
 
     def __len__(self) -> int:
@@ -103,6 +108,7 @@ class Cache:
         if not self._waiting:
             return
         path = self._write()
+        self._indexed.add(path)
         self._places |= {key: (path, row) for row, key in enumerate(self._waiting)}
         self._waiting = {}
 
@@ -129,6 +135,7 @@ class Cache:
 
     def _index(self, path: Path) -> None:
         """Note where the keys of a shard lie; a warning where it is damaged."""
+        self._indexed.add(path)
         try:
             with safe_open(path, "pt") as shard:
                 shape = shard.get_slice("values").get_shape()

@@ -237,14 +237,25 @@ class PairStage(Material):
         return zip(self.judged, map(_sides, found), strict=True)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The place in the data. What the cache has gathered goes to the disk: a checkpoint follows."""
-        self.flush()
+        """The place in the data. What the cache has gathered goes to the disk: a checkpoint follows.
+
+        Of several processes each then sees what all have gathered: in the next epoch a pair may be another's.
+        """
+        with self.world.together():
+            self.flush()
+        if self.world.size > 1 and self._caches:
+            self.cache.store.look()
         return {}, self.batches.state_dict()
 
     def flush(self) -> None:
         """Write what the cache has gathered."""
-        if "cache" in self.__dict__:  # only where it has been asked for
+        if self._caches:
             self.cache.store.flush()
+
+    @property
+    def _caches(self) -> bool:
+        """Whether the cache has been asked for."""
+        return "cache" in self.__dict__
 
     def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Stand there again."""

@@ -120,8 +120,11 @@ def test_two_writers_share_a_directory(tmp_path):
         two.put(keys(i + 1, i + 2), rows(i + 1, i + 2))
     assert len(shards(tmp_path)) == 8
     both = Cache(tmp_path, WIDTH)
-    assert len(both) == 9
-    assert all(torch.equal(both.get(k), r) for k, r in zip(keys(*range(9)), rows(*range(9)), strict=True))
+    two.look()
+    for store in (both, two):
+        assert len(store) == 9
+        assert all(torch.equal(store.get(k), r) for k, r in zip(keys(*range(9)), rows(*range(9)), strict=True))
+    assert len(one) < 9
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])
