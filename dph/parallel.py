@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # what of torch.distributed a PyTorch built without it lacks 
 FORWARD = ("forward_packed", "stream_logprobs", "reward_states", "rewards_of")
 """What the stages call in a model: each gathers the weights that it needs and lets them go."""
 
+TOLD = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by torchrun, beside WORLD_SIZE
+
 _starts = itertools.count()  # a store remembers: groups that follow one another in a process must not meet in it
 
 
@@ -135,9 +137,16 @@ SINGLE = World()
 
 
 def told() -> World:
-    """The processes of which torchrun told this one, without meeting them: for figures."""
+    """The processes of which torchrun told this one, without meeting them: for figures.
+
+    Raises UserError where another launcher told it but a part.
+    """
     size = int(os.environ.get("WORLD_SIZE", 1))
-    return SINGLE if size == 1 else World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_WORLD_SIZE"]))
+    if size == 1:
+        return SINGLE
+    if lacking := [name for name in TOLD if name not in os.environ]:
+        raise UserError(f"WORLD_SIZE: expected {', '.join(lacking)} beside it, as torchrun sets them, got {size} alone")
+    return World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
 @contextlib.contextmanager
@@ -151,7 +160,7 @@ def start(parallel: str, device: str) -> Iterator[World]:
         parallel: "shard" or "replicate" (``recipe.parallel``).
         device: "auto", "cpu" or "cuda": each process takes the GPU of its ``LOCAL_RANK``.
 
-    Raises UserError for another device.
+    Raises UserError for another device, and where another launcher started them.
     """
     if told().size == 1:
         yield SINGLE
@@ -166,8 +175,7 @@ def start(parallel: str, device: str) -> Iterator[World]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     shape, names = ((size, 1), ("replicate", "shard")) if parallel == "replicate" else ((size,), ("shard",))
     try:
-        here = int(os.environ["LOCAL_WORLD_SIZE"])
-        yield World(rank, size, here, init_device_mesh(kind, shape, mesh_dim_names=names))
+        yield World(rank, size, told().here, init_device_mesh(kind, shape, mesh_dim_names=names))
     except Exception as error:
         if isinstance(error, Elsewhere) or not _first(store):
             raise Elsewhere("another process failed, and says why") from error

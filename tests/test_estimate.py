@@ -8,7 +8,7 @@ from stages import records, settings, tiny
 from texts import conversation, small_tokenizer
 
 import dph
-from dph import cli, compiled, devices, estimate, footprint, recipe
+from dph import cli, compiled, devices, estimate, footprint, parallel, recipe
 from dph.errors import UserError
 from dph.packing import pack
 from dph.records import Preference, encoder
@@ -55,7 +55,7 @@ def test_numbers_of_a_stage(start):
 def test_what_each_of_two_processes_takes(start, monkeypatch, capsys):
     """Half of what lies in shards, fp32 also where they are gathered in bf16; the first process says so."""
     one = estimate.estimate(make(start, "align", "pairs.jsonl", precision="bf16"))
-    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1"}.items():
+    for name, value in {**dict.fromkeys(parallel.TOLD, "2"), "WORLD_SIZE": "2", "RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     two = estimate.estimate(make(start, "align", "pairs.jsonl", precision="bf16"))
     assert (one.processes, two.processes) == (1, 2)
