@@ -53,6 +53,8 @@ class SharedRun:
         with self.world.together():
             if self._own is not None:
                 self._own.save(step, gathered, state, shares)
+                if shares:
+                    folder.rmdir()
 
     def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors on the CPU, in process 0 alone; one at a time, so that no device has to hold them all."""

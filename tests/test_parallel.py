@@ -105,6 +105,7 @@ def test_two_processes_train_as_one(name, folder, tmp_path):
     saved = dph.Model.from_pretrained(folder / name / "model")
     assert all(torch.equal(p, trained(folder, name)[key]) for key, p in saved.named_parameters())
     assert len(list((folder / name / "tensorboard").iterdir())) == 1
+    assert not list((folder / name).glob(".*")), "nothing half written stays"
     assert files(folder / name) - {"data-00001.safetensors"} == files(tmp_path / "one")
 
 
@@ -199,6 +200,30 @@ def test_what_each_of_four_processes_takes(parallel, shards, tmp_path):
     assert all(torch.equal(mine, rows[3:]) for rows, mine in zip(every, own, strict=True))
 
 
+class Alike(World):
+    """Whose processes all say the same."""
+
+    def gather(self, value):
+        return [value] * self.size
+
+
+def test_from_a_checkpoint_on_a_process_sees_what_all_have_cached(tmp_path):
+    recipe = recipe_of("align", tmp_path, objective__reference="cache")
+    stages = []
+    for rank in range(SIZE):
+        world = Alike(rank=rank, size=SIZE)
+        stages.append(trainer.make_stage(recipe, tiny(), small_tokenizer(), records("align"), {}, world=world))
+        stages[rank].reference = stages[rank].model
+    parts = [stage.next().parts[0] for stage in stages]
+    rows = [stage.frozen(part) for stage, part in zip(stages, parts, strict=True)]
+    for stage in (*stages, *stages):  # together, in truth
+        stage.state()
+    for stage in stages:
+        stage.cache.agree = bool
+        assert all(torch.equal(stage.frozen(part), row) for part, row in zip(parts, rows, strict=True))
+        assert stage.cache.computed == len(parts[0].pairs)
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_two_gpus(tmp_path):
@@ -238,7 +263,8 @@ def test_a_process_whose_neighbour_failed_says_nothing(monkeypatch, capsys):
 
 
 def test_devices_of_several_processes(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", **dict.fromkeys(parallel.TOLD, "0")}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with (
@@ -250,4 +276,8 @@ def test_devices_of_several_processes(monkeypatch):
         pass
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match=r"LOCAL_RANK: expected .* got 'cuda:2'"), parallel.start("shard", "auto"):
+        pass
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    message = "WORLD_SIZE: expected LOCAL_WORLD_SIZE beside it, as torchrun sets them, got 2 alone"
+    with pytest.raises(UserError, match=message), parallel.start("shard", "cpu"):
         pass
