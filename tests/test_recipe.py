@@ -49,6 +49,15 @@ def test_paper_stages():
     assert (pretrain.optimiser.weight_decay, pretrain.batch.size, pretrain.data.memory_kind) == (0.1, 480, "hidden")
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "vocab", "sft", "align", "head"])
+def test_the_paper_s_stages_come_out_even_among_processes(stage):
+    """A share of every update for each of 1 to 32 processes, in parts that fill it."""
+    batch = recipe.load(stage).batch
+    for processes in (1, 2, 4, 8, 16, 32):
+        share, rest = divmod(batch.size, processes)
+        assert (rest, share % min(batch.micro or share, share)) == (0, 0), processes
+
+
 def test_shipped_sources_exist():
     from dph import tasks
 
