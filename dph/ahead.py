@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dph import compiled, start
+from dph import compiled, parallel, start
 from dph.devices import low_precision
 from dph.errors import UserError
 from dph.model import Model
@@ -57,7 +57,8 @@ def fill(
     The arguments are :func:`dph.trainer.train`'s. ``model`` in memory is put where, and turned into the precision that,
     the recipe says.
 
-    Raises UserError for whatever the recipe or the data have wrong, and for a stage that keeps nothing in a cache.
+    Raises UserError for whatever the recipe or the data have wrong, for a stage that keeps nothing in a cache, and for
+    one of several processes.
     """
     check(recipe)
     if model is None:
@@ -82,7 +83,9 @@ def fill(
 
 
 def check(recipe: Recipe) -> None:
-    """Raise UserError unless training by ``recipe`` reads a cache."""
+    """Raise UserError unless training by ``recipe`` reads a cache, and one process is to fill it."""
+    if (processes := parallel.told().size) > 1:
+        raise UserError(f"WORLD_SIZE: expected one process to fill a cache, got {processes}")
     if recipe.kind != "preference":
         raise UserError(f"stage: expected align or head, which keep a cache, got {recipe.stage}")
     if recipe.stage == "head" and not recipe.data.cache_states:

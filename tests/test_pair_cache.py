@@ -9,7 +9,7 @@ from stages import records, settings, tiny, weights
 from test_cache import shards, spoil
 from texts import small_tokenizer, write_lines
 
-from dph import ahead, cache, cli, pair_cache, runs
+from dph import ahead, cache, cli, pair_cache, parallel, runs
 from dph.backbone import Backbone
 from dph.errors import UserError
 from dph.trainer import train
@@ -222,6 +222,13 @@ def test_a_pass_says_why_there_is_nothing_to_fill(stage, changes, message, tmp_p
     with pytest.raises(UserError, match=message):
         fill(settings(stage, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_pass_is_one_process_s(tmp_path, monkeypatch):
+    for name in ("WORLD_SIZE", *parallel.TOLD):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(UserError, match="WORLD_SIZE: expected one process to fill a cache, got 2"):
+        fill(stage_settings("head", tmp_path / "run"))
 
 
 def test_the_command_fills_what_training_reads(tmp_path, calls, capsys):
