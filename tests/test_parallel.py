@@ -253,6 +253,28 @@ def test_torchrun(tmp_path):
     dph.Model.from_pretrained(tmp_path / "run" / "model")
 
 
+@pytest.mark.slow
+def test_all_that_meets_several_processes(tmp_path, inductor):
+    """Compiled and checkpointed blocks, loader workers, memory on the host, a best checkpoint: as by one process."""
+    material(tmp_path)
+    held_out = (tmp_path / "chats.jsonl").read_text().splitlines(keepends=True)[:9]
+    (tmp_path / "held-out.jsonl").write_text("".join(held_out))
+    more = [
+        "compile=true", "checkpointing=block", "data.workers=2", "data.memory=64", "data.memory_place=host",
+        "batch.micro=6", f"evaluation.sources=[{tmp_path / 'held-out.jsonl'}]", "evaluation.every=2",
+        "output.best=loss", "optimiser.warmup=1",
+    ]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={SIZE}"]
+    for name, start in (("one", [sys.executable]), ("two", torchrun)):
+        asked = [*start, *command(tmp_path, name, 6)[1:], *more]
+        done = subprocess.run(asked, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    assert_near(two, one, 20 * RATE)
+    best = [json.loads((tmp_path / name / "checkpoints" / "best.json").read_text()) for name in ("one", "two")]
+    assert best[1] == best[0] | {"value": pytest.approx(best[0]["value"], rel=1e-5)}
+
+
 def test_a_process_whose_neighbour_failed_says_nothing(monkeypatch, capsys):
     def fail(*_, **__):
         raise Elsewhere("another process failed, and says why")
