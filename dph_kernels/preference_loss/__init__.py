@@ -162,10 +162,6 @@ def _check_group(names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> 
 
 
 def _check_options(options: Options) -> None:
-    beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, objective = options
-    epsilons = 0.0 <= dpo_epsilon < 0.5 and 0.0 <= dph_epsilon < 0.5
-    if epsilons and beta >= 0.0 and dpo_weight >= 0.0 and dph_weight >= 0.0 and objective in OBJECTIVES:
-        return
     checks.number("dpo_epsilon", options.dpo_epsilon, 0.0, 0.5, below=True)
     checks.number("dph_epsilon", options.dph_epsilon, 0.0, 0.5, below=True)
     checks.number("beta", options.beta, 0.0)
