@@ -107,7 +107,7 @@ class PairStage(Material):
         first = self.position()
         pairs = next(self.batches)
         sizes = [packed_length(pair) for pair in pairs]
-        bins = self._places(pairs)
+        bins = self._places(sizes)
         shares = [deal(bins, sizes, rank, self.world.size) for rank in range(self.world.size)]
         parts = [[self._part([pairs[i] for i in places], places) for places in share] for share in shares]
         every = [part for share in parts for part in share]
@@ -123,12 +123,14 @@ class PairStage(Material):
         reference = self.needs_reference and self.cached is None
         return flops.step_flops(self.model.config, self.recipe.stage, amounts, reference=reference)
 
-    def _places(self, pairs: Sequence[tuple[Encoded, Encoded]]) -> list[list[int]]:
-        """Which pairs go through the model together: ``batch.micro`` of them, or what ``batch.tokens`` has room for."""
+    def _places(self, sizes: Sequence[int]) -> list[list[int]]:
+        """Which pairs, of so many tokens each, go through the model together: ``batch.micro`` of them, or what
+        ``batch.tokens`` has room for.
+        """
         if self.recipe.batch.tokens is not None:
-            return fill([packed_length(pair) for pair in pairs], self.recipe.batch.tokens)
-        everyone = list(range(len(pairs)))
-        return [everyone[i : i + self.micro] for i in range(0, len(pairs), self.micro)]
+            return fill(sizes, self.recipe.batch.tokens)
+        everyone = list(range(len(sizes)))
+        return [everyone[i : i + self.micro] for i in range(0, len(sizes), self.micro)]
 
     def _part(self, pairs: list[tuple[Encoded, Encoded]], places: list[int]) -> PairPart:
         for pair in pairs if self.rewarded else []:
@@ -217,7 +219,7 @@ class PairStage(Material):
         right: Counter[str] = Counter()
         count = 0
         for pairs in self._pairs(InOrder(records), self.micro):
-            for places in self._places(pairs):
+            for places in self._places([packed_length(pair) for pair in pairs]):
                 out = self.model.forward_packed(pack([pairs[i] for i in places]).to(self.model.device))
                 for key, (chosen, rejected) in self._judgements(out):
                     right[key] += int((chosen > rejected).sum())
