@@ -151,7 +151,7 @@ class Trainer:
         self.guard.load(state["guard"])
         self._forget = state["forget"]
         self.evaluation = state["evaluation"]
-        self._load_best(state.get("best"))
+        self._load_best(state["best"])
         runs.set_generators(checkpoint.tensors("generators"), state["generators"])
 
     def _load_best(self, found: dict[str, Any] | None) -> None:
