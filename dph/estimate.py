@@ -87,14 +87,13 @@ def estimate(recipe: Recipe) -> Estimate:
     stage = make_stage(recipe, model, tokenizer, None, None, device=torch.device("cpu"), world=parallel.told())
     work = stage.next()
     largest = max(_rows(part) for part in work.parts)
-    place = footprint.choose_place(stage, device)
     return Estimate(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         processes=stage.world.size,
         parameters=model.num_parameters(),
         trained=footprint.count_trained(stage),
-        memory=footprint.on_device(stage, largest, device, place),
-        host=footprint.on_host(stage, device, place),
+        memory=footprint.on_device(stage, largest, device, stage.place),
+        host=footprint.on_host(stage, device, stage.place),
         tokens=work.tokens,
         flops=work.flops,
         steps=recipe.optimiser.steps,

@@ -56,6 +56,7 @@ class Stage(Protocol):
     needs_reference: bool
     reference: Model | None  # a frozen copy of the starting model, put here by the loop
     notes: tuple[str, ...]  # what people are to know of how it was set up
+    place: str  # "device" or "host": where the memory of streams lies
 
     def trains(self, name: str) -> bool:
         """Whether the parameter ``name`` trains."""
@@ -102,7 +103,7 @@ class Material:
         encode: from a record to tokens (``dph.records.encoder``).
         records: training records in their order.
         held_out: records for evaluation, by name.
-        reference, notes: see :class:`Stage`.
+        reference, notes, place: see :class:`Stage`.
         world: the processes that share every update.
     """
 
@@ -114,6 +115,7 @@ class Material:
     held_out: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     reference: Model | None = None
     notes: tuple[str, ...] = ()
+    place: str = "device"
     world: World = SINGLE
 
     def check_share(self) -> None:

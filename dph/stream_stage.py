@@ -28,7 +28,8 @@ class StreamStage(Material):
         """Set up all streams, and memories of this process's, one for each part. UserError for an uneven share."""
         self.check_share()
         self.batches = self._streams(self.records, self.recipe.batch.size)
-        self.place = self._choose_place() if footprint.remembers(self.recipe) else "device"
+        if footprint.remembers(self.recipe):
+            self.place = self._choose_place()
         self.first = self.world.rank * self.share  # of this process's streams
         self.memories = [self._memory() for _ in range(self.share // self.micro)]
 
