@@ -10,7 +10,6 @@ import errno
 import json
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -18,14 +17,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from stages import records, settings, tiny, weights
-from texts import small_tokenizer
+from stages import Trap, go, records, settings, strike, tiny, weights
+from two import meeting
 
 import dph
 from dph import parallel, runs, shared_run
-from dph.trainer import train
 
-NO_GLOO = 77  # the exit code of a process that finds no other
 RANK = int(os.environ.get("RANK", 0))
 DEVICE = sys.argv[2] if __name__ == "__main__" else "cpu"
 SMOOTH = {"optimiser__eps": 1e-3, "optimiser__clip": 0.2}  # of gradients that are but rounding, LaProp makes none large
@@ -49,26 +46,6 @@ RESUMED = {"sft": {}, "align": {"parallel": "replicate"}}
 
 def recipe_of(stage, directory, **changes):
     return settings(stage, directory, **SMOOTH | QUICK | {"device": DEVICE} | changes)
-
-
-def go(recipe, data=None, model=None, **options):
-    stage = recipe.stage
-    options = {"held_out": records(stage, 5), "quiet": True, **options}
-    return train(recipe, model=model or tiny(), tokenizer=small_tokenizer(), records=data or records(stage), **options)
-
-
-class Struck(list):
-    """Records, of which taking the given one, counted from when this was made, sends this process a SIGTERM."""
-
-    def __init__(self, items, after):
-        super().__init__(items)
-        self.left = after
-
-    def __getitem__(self, index):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().__getitem__(index)
 
 
 def note(folder, name, model=None, **values):
@@ -104,10 +81,10 @@ def resumes(folder):
         recipe = recipe_of(stage, folder / f"resumed-{stage}", **changes)
         data = records(stage)
         strikes = 9 if RANK == 1 else 10**9
-        stopped = go(recipe, Struck(data, strikes))
+        stopped = go(recipe, Trap(data, strikes, strike))
         note(folder, f"struck-{stage}", step=stopped.step, interrupted=stopped.interrupted)
         one = recipe_of(stage, folder / f"resumed-{stage}", **changes, batch__micro=1)
-        alone(folder, stage, lambda r=one, d=data: go(r, Struck(d, 5), resume=True))
+        alone(folder, stage, lambda r=one, d=data: go(r, Trap(d, 5, strike), resume=True))
         result = go(recipe, resume=True)
         note(folder, f"resumed-{stage}", result.model, step=result.step)
 
@@ -154,20 +131,15 @@ def failures(folder):
     caught(folder, "uneven", lambda: go(recipe_of("align", folder / "uneven", batch__size=3)))
     for rank, module in ((0, runs), (1, shared_run)):
         recipe = recipe_of("sft", folder / f"full-{rank}", optimiser__steps=4)
-        go(recipe, Struck(records("sft"), 5))
+        go(recipe, Trap(records("sft"), 5, strike))
         module.write_tensors, write = full if rank == RANK else module.write_tensors, module.write_tensors
-        caught(folder, f"full-{rank}", lambda r=recipe: go(r, Struck(records("sft"), 2), resume=True))
+        caught(folder, f"full-{rank}", lambda r=recipe: go(r, Trap(records("sft"), 2, strike), resume=True))
         module.write_tensors = write
 
 
 def main(folder):
-    torch.set_num_threads(1)
-    try:
-        with parallel.start("shard", DEVICE):
-            pass
-    except (RuntimeError, ValueError) as error:
-        print(str(error).splitlines()[0])
-        sys.exit(NO_GLOO)
+    with meeting(), parallel.start("shard", DEVICE):
+        pass
     for part in (cases, resumes, spoilt, failures) if DEVICE == "cpu" else (cases,):
         began = time.monotonic()
         part(folder)

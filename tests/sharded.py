@@ -1,6 +1,6 @@
 """One of two processes that train shards of one model (FSDP2, gloo, CPU): run by test_sharded.py.
 
-    python sharded.py RANK FOLDER
+    python sharded.py FOLDER
 
 Exits with NO_GLOO and the reason where the processes cannot find each other.
 """
@@ -15,12 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from test_sharded import NO_GLOO, RANKS
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from two import SIZE, meeting
 
 from dph.optim import LaProp, gradient_norm
 
@@ -35,7 +35,7 @@ def build():
 
 
 def shard(model):
-    mesh = init_device_mesh("cpu", (RANKS,))
+    mesh = init_device_mesh("cpu", (SIZE,))
     for module in (model[0], model[2], model):
         fully_shard(module, mesh=mesh)
     return model
@@ -81,7 +81,7 @@ def train(rank):
     assert empty == [rank == 1, rank == 1], "the test means to have an empty shard"
     for step in range(len(RATES)):
         backward(sharded, step, [rank])
-        backward(plain, step, range(RANKS))
+        backward(plain, step, range(SIZE))
         if step == 2:
             before = whole(sharded)
             if rank == 0:
@@ -139,14 +139,10 @@ def refuse(model, optimiser):
         gradient_norm([model[0].weight])
 
 
-def main(rank, folder):
-    torch.set_num_threads(1)
-    try:
-        store = f"file://{folder / 'store'}"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=30))
-    except (RuntimeError, ValueError) as error:
-        print(str(error).splitlines()[0])
-        sys.exit(NO_GLOO)
+def main(folder):
+    with meeting():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    rank = dist.get_rank()
     model, optimiser = train(rank)
     replicate(model)
     resume(rank, model, optimiser, folder)
@@ -156,7 +152,7 @@ def main(rank, folder):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]))
     # All is shown. At Python's end a thread of PyTorch's that still wants the interpreter would abort the process.
     sys.stdout.flush()
     os._exit(0)

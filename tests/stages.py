@@ -1,11 +1,17 @@
 """Tiny stages for tests: records in memory, a model of a few thousand parameters, and a recipe."""
 
+import json
+import os
+import signal
+
 import torch
 from texts import conversation, small_tokenizer
 
 import dph
-from dph import recipe
-from dph.records import Conversation, Preference, Text
+from dph import recipe, runs
+from dph.order import Shuffled
+from dph.records import Conversation, Preference, Text, encoder
+from dph.trainer import train
 
 STAGES = ("pretrain", "vocab", "sft", "align", "head")
 
@@ -64,3 +70,57 @@ def settings(stage, directory, **changes):
 
 def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def go(recipe, data=None, model=None, **options):
+    """Train on records in memory, with held-out ones."""
+    stage = recipe.stage
+    options = {"held_out": records(stage, 5), "quiet": True, **options}
+    return train(recipe, model=model or tiny(), tokenizer=small_tokenizer(), records=data or records(stage), **options)
+
+
+def figures(directory):
+    """metrics.jsonl without what differs between equal runs."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in runs.TIMES} for line in lines]
+
+
+class Trap(list):
+    """Records that call ``action`` when the given number of them has been taken."""
+
+    def __init__(self, items, after, action):
+        super().__init__(items)
+        self.left, self.action = after, action
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left == 0:
+            self.action()
+        return super().__getitem__(index)
+
+
+class Killed(Exception):
+    """What ``die`` raises."""
+
+
+def die():
+    raise Killed
+
+
+def strike(number=signal.SIGTERM):
+    """Send this process a signal."""
+    os.kill(os.getpid(), number)
+
+
+def taken(recipe, steps):
+    """How many records the first ``steps`` updates take."""
+    order = Shuffled(records(recipe.stage), recipe.seed)
+    encode, stage = encoder(small_tokenizer()), recipe.stage
+    batches = (
+        dph.data.PairBatches(order, encode, recipe.batch.size)
+        if stage in ("align", "head")
+        else dph.data.Streams(order, encode, recipe.batch.size, recipe.data.context, 1)
+    )
+    for _ in range(steps):
+        next(batches)
+    return order.position

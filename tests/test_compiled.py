@@ -6,8 +6,7 @@ import dataclasses
 import pytest
 import torch
 from numerics import assert_close_to_fp64
-from stages import records, settings, tiny, weights
-from test_trainer import Killed, Trap, die, figures, go, taken
+from stages import Killed, Trap, die, figures, go, records, settings, taken, tiny, weights
 from texts import small_tokenizer
 from tiny import tiny_model, tokens
 from torch._dynamo.utils import counters

@@ -1,66 +1,34 @@
 """Two processes train as one does: gloo on the CPU (parallel_runs.py), and torchrun with the command line."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from killed import command, material
-from parallel_runs import CASES, NO_GLOO, RESUMED, go, recipe_of
+from parallel_runs import CASES, RESUMED, recipe_of
 from safetensors.torch import load_file
-from stages import records, tiny, weights
+from stages import figures, go, records, tiny, weights
 from texts import small_tokenizer
+from two import SIZE, environment, needs_gloo, run_both
 
 import dph
 from dph import cli, footprint, parallel, runs, trainer
 from dph.errors import Elsewhere, UserError
 from dph.parallel import World
 
-HERE = Path(__file__).parent
-SIZE = 2
 RATE = 1e-6  # of the largest weight: how far two processes may be from one
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-    reason="this PyTorch was built without gloo",
-)
-
-
-def environment(**more):
-    path = os.pathsep.join(filter(None, [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
+pytestmark = needs_gloo
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the two processes left."""
-    return run_both(tmp_path_factory.mktemp("parallel"), "cpu")
-
-
-def run_both(folder, device):
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's part
-    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{store.port}", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    names |= {"WORLD_SIZE": f"{SIZE}", "LOCAL_WORLD_SIZE": f"{SIZE}"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "parallel_runs.py"), str(folder), device],
-            env=environment(**names, RANK=f"{rank}", LOCAL_RANK=f"{rank}"),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(SIZE)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=300)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    if NO_GLOO in [process.returncode for process in started]:
-        pytest.skip(f"gloo does not work here: {' / '.join(text.strip() for text in said)}")
-    assert [process.returncode for process in started] == [0] * SIZE, "\n".join(said)
-    return folder
+    found = tmp_path_factory.mktemp("parallel")
+    run_both("parallel_runs.py", found, "cpu", timeout=300)
+    return found
 
 
 def noted(folder, name):
@@ -79,11 +47,6 @@ def assert_near(found, expected, rate=RATE):
     limit = rate * max(float(p.abs().max()) for p in expected.values())
     for name, p in expected.items():
         assert float((found[name] - p).abs().max()) <= limit, name
-
-
-def figures(directory):
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in runs.TIMES} for line in lines]
 
 
 def one_process(name, directory, **more):
@@ -230,11 +193,11 @@ def test_two_gpus(tmp_path):
     """NCCL, and memories, states and masks on the device: as one GPU alone."""
     if torch.cuda.device_count() < SIZE:
         pytest.skip(f"needs {SIZE} GPUs, and PyTorch sees {torch.cuda.device_count()}")
-    folder = run_both(tmp_path, "cuda")
+    run_both("parallel_runs.py", tmp_path, "cuda", timeout=300)
     for name in CASES:
         one = weights(one_process(name, tmp_path / "one" / name, device="cuda").model)
         moved = max(float((one[key].cpu() - p).abs().max()) for key, p in weights(tiny()).items())
-        found = {key: t.cuda() for key, t in trained(folder, name).items()}
+        found = {key: t.cuda() for key, t in trained(tmp_path, name).items()}
         assert_near(found, one, 0.1 * moved if name.endswith("bf16") else 10 * RATE)
 
 

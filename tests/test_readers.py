@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stages import STAGES, records, settings, tiny, weights
+from stages import STAGES, figures, records, settings, tiny, weights
 from texts import small_tokenizer, write_lines
 
 from dph import data, readers, recipe, runs
@@ -143,18 +143,13 @@ def run(folder, stage, workers, steps=8, resume=False, **changes):
     return train(recipe.from_dict(values), model=tiny(), tokenizer=small_tokenizer(), resume=resume, quiet=True)
 
 
-def lines(folder):
-    found = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in runs.TIMES} for line in found]
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_workers_change_no_weight(stage, tmp_path):
     before = children()
     results = {workers: run(tmp_path / f"{workers}", stage, workers) for workers in (0, 1, 3)}
     assert children() == before
     for workers in (1, 3):
-        assert lines(tmp_path / f"{workers}") == lines(tmp_path / "0")
+        assert figures(tmp_path / f"{workers}" / "run") == figures(tmp_path / "0" / "run")
         pairs = zip(weights(results[0].model).items(), weights(results[workers].model).values(), strict=True)
         assert all(torch.equal(a, b) for (_, a), b in pairs)
 
@@ -179,7 +174,7 @@ def test_a_run_goes_on_with_another_number(stage, tmp_path, monkeypatch):
         assert children() == before
     stop = None
     resumed = run(tmp_path / "parts", stage, 1, 9, resume=True)
-    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    assert figures(tmp_path / "parts" / "run") == figures(tmp_path / "whole" / "run")
     assert all(
         torch.equal(a, b) for a, b in zip(weights(whole.model).values(), weights(resumed.model).values(), strict=True)
     )
