@@ -1,12 +1,15 @@
-// The only file that knows Python. Pointers arrive as integers; the callers in dph_kernels have checked the tensors.
+// The only file that knows Python. Pointers arrive as integers, or as tensors where asking these for all that a kernel
+// needs would take longer than the kernel does; the callers in dph_kernels have checked them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "attention.h"
+#include "dlpack.h"
 #include "laprop.h"
 #include "linear_logprob.h"
 #include "preference_loss.h"
@@ -183,23 +186,122 @@ void bind_linear_logprob(py::module_& module) {
   module.def("linear_logprob_gradient_cpu", &linear_logprob_gradient_cpu, "tile"_a, "threads"_a, released);
 }
 
-// The table holds the fields of PreferenceInput, those of the rewards first. Positional, as names would take longer to
-// pass than the arithmetic takes.
-void preference_loss(const std::vector<int64_t>& table, size_t rewards, int64_t pairs, int64_t heads, float beta,
-                     float dpo_epsilon, float dph_epsilon, float dpo_weight, float dph_weight, bool contrastive,
-                     intptr_t loss, intptr_t metrics, intptr_t slopes, int threads) {
-  std::vector<dph::PreferenceInput> inputs;
-  for (size_t i = 0; i + 4 <= table.size(); i += 4)
-    inputs.push_back({reinterpret_cast<const void*>(table[i]), table[i + 1], table[i + 2], table[i + 3] != 0});
-  dph::preference_loss_cpu(
-      {rewards > 0 ? inputs.data() : nullptr, rewards < inputs.size() ? inputs.data() + rewards : nullptr, pairs, heads,
-       beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, contrastive, reinterpret_cast<float*>(loss),
-       reinterpret_cast<float*>(metrics), reinterpret_cast<float*>(slopes)},
-      threads);
+// PyTorch's functions for what its tensors hold.
+const DLPackExchangeAPI& exchange() {
+  static const DLPackExchangeAPI* found = nullptr;
+  if (!found) {
+    const py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
+    const void* api = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+    if (!api) throw py::error_already_set();
+    found = static_cast<const DLPackExchangeAPI*>(api);
+    while (found && found->version.major != 1) found = found->prev_api;
+    if (!found || !found->dltensor_from_py_object_no_sync)
+      throw std::runtime_error("PyTorch's tensors: expected version 1 of DLPack's C interface, got another");
+  }
+  return *found;
+}
+
+// What a tensor holds; false for a subclass but a parameter, and for one without memory (of vmap, say).
+bool peek(py::handle tensor, DLTensor& found) {
+  static PyObject *plain = nullptr, *parameter = nullptr;
+  if (!plain) {
+    const py::module_ torch = py::module_::import("torch");
+    plain = torch.attr("Tensor").ptr();
+    parameter = torch.attr("nn").attr("Parameter").ptr();
+  }
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
+  if (type != plain && type != parameter) return false;
+  if (exchange().dltensor_from_py_object_no_sync(tensor.ptr(), &found) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  found.data = static_cast<char*>(found.data) + found.byte_offset;
+  return true;
+}
+
+// The same of a tensor that is known to be one with memory.
+DLTensor look(py::handle tensor) {
+  DLTensor found;
+  if (exchange().dltensor_from_py_object_no_sync(tensor.ptr(), &found) != 0) throw py::error_already_set();
+  found.data = static_cast<char*>(found.data) + found.byte_offset;
+  return found;
+}
+
+float* floats(py::handle tensor) { return static_cast<float*>(look(tensor).data); }
+
+// Whether these are floating-point tensors on one device, not empty, the rewards all [N] or [N, K], the others [N].
+bool preference_loss_fits(const py::tuple& rewards, const py::tuple& logprobs) {
+  DLTensor first{};
+  bool any = false;
+  for (const py::tuple* const part : {&rewards, &logprobs}) {
+    const int32_t axes = part == &rewards ? 2 : 1;
+    for (const py::handle tensor : *part) {
+      DLTensor x;
+      if (!peek(tensor, x)) return false;
+      if (!any) {
+        if (x.ndim < 1 || x.ndim > axes) return false;
+        first = x;
+        any = true;
+      }
+      const bool like_first = x.ndim == (part == &rewards ? first.ndim : 1) && x.shape[0] == first.shape[0] &&
+                              (x.ndim < 2 || x.shape[1] == first.shape[1]);
+      const bool there = x.device.device_type == first.device.device_type && x.device.device_id == first.device.device_id;
+      if (!like_first || !there) return false;
+      if (x.dtype.code != kDLFloat && x.dtype.code != kDLBfloat) return false;
+    }
+  }
+  return any && first.shape[0] > 0 && (first.ndim < 2 || first.shape[1] > 0);
+}
+
+// ``options`` in the order of reference.Options. Positional, as names would take longer to pass than the arithmetic.
+void preference_loss(const py::tuple& inputs, size_t rewards, const py::tuple& options, py::handle loss,
+                     py::handle metrics, py::handle slopes, int threads) {
+  dph::PreferenceInput found[6];
+  dph::PreferenceArguments a{};
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const DLTensor x = look(inputs[i]);
+    if (i == 0) {
+      a.pairs = x.shape[0];
+      a.heads = x.ndim == 2 ? x.shape[1] : 1;
+    }
+    found[i] = {x.data, x.strides[0], x.strides[x.ndim - 1], x.dtype.code == kDLBfloat};
+  }
+  a.rewards = rewards > 0 ? found : nullptr;
+  a.logprobs = rewards < inputs.size() ? found + rewards : nullptr;
+  a.beta = options[0].cast<float>();
+  a.dpo_epsilon = options[1].cast<float>();
+  a.dph_epsilon = options[2].cast<float>();
+  a.dpo_weight = options[3].cast<float>();
+  a.dph_weight = options[4].cast<float>();
+  a.contrastive = options[5].cast<std::string_view>() == "contrastive";
+  a.loss = floats(loss);
+  a.metrics = floats(metrics);
+  a.slopes = floats(slopes);
+  const py::gil_scoped_release released;
+  dph::preference_loss_cpu(a, threads);
+}
+
+// False where ``grad`` is none that can be read.
+bool preference_loss_gradients(py::handle slopes, py::handle grad, const py::list& results, int threads) {
+  DLTensor scale;
+  if (!peek(grad, scale)) return false;
+  dph::PreferenceGradient found[4];
+  for (size_t i = 0; i < results.size(); ++i) {
+    const DLTensor x = look(results[i]);
+    found[i] = {static_cast<float*>(x.data), 1};
+    for (int32_t axis = 0; axis < x.ndim; ++axis) found[i].size *= x.shape[axis];
+  }
+  const float* const all = floats(slopes);
+  const int64_t count = results.size();
+  const py::gil_scoped_release released;
+  dph::preference_loss_gradients_cpu(all, *static_cast<const float*>(scale.data), found, count, threads);
+  return true;
 }
 
 void bind_preference_loss(py::module_& module) {
-  module.def("preference_loss_cpu", &preference_loss, py::call_guard<py::gil_scoped_release>());
+  module.def("preference_loss_fits", &preference_loss_fits);
+  module.def("preference_loss_cpu", &preference_loss);
+  module.def("preference_loss_gradients_cpu", &preference_loss_gradients);
 }
 
 void bind_swiglu_reward(py::module_& module) {

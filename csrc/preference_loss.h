@@ -34,6 +34,16 @@ struct PreferenceArguments {
   float* slopes;  // of both rewards [N, K], then of both log-probabilities of the policy [N], of the parts that are on
 };
 
+// One of the gradients, end to end.
+struct PreferenceGradient {
+  float* data;
+  int64_t size;
+};
+
 void preference_loss_cpu(const PreferenceArguments& arguments, int threads);
+
+// The slopes times the gradient of the loss, in the order of the slopes.
+void preference_loss_gradients_cpu(const float* slopes, float grad, const PreferenceGradient* gradients, int64_t count,
+                                   int threads);
 
 }  // namespace dph

@@ -194,4 +194,20 @@ void preference_loss_cpu(const PreferenceArguments& a, int threads) {
   metrics[11] = isfinite(*a.loss) ? 1.0f : 0.0f;
 }
 
+void preference_loss_gradients_cpu(const float* slopes, float grad, const PreferenceGradient* gradients, int64_t count,
+                                   int threads) {
+  for (const PreferenceGradient* own = gradients; own < gradients + count; slopes += own->size, ++own) {
+    const int64_t groups = (own->size + GROUP - 1) / GROUP;
+    const auto scale = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) own->data[i] = grad * slopes[i];
+    };
+    if (groups == 1) {
+      scale(0, own->size);
+      continue;
+    }
+#pragma omp parallel for schedule(static) num_threads(threads) if (groups >= LEAST)
+    for (int64_t i = 0; i < groups; ++i) scale(i * GROUP, std::min((i + 1) * GROUP, own->size));
+  }
+}
+
 }  // namespace dph

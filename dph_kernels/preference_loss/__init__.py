@@ -1,12 +1,15 @@
 """The joint preference objective of Direct Preference Heads: loss, gradients and logged metrics in one operator."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dph_kernels import checks, dispatch
+from dph_kernels import native as extension
 from dph_kernels.preference_loss import reference
 from dph_kernels.preference_loss.reference import HEAD_METRICS, PREFERENCE_METRICS, Options, metric_names
 
@@ -15,18 +18,13 @@ __all__ = ["HEAD_METRICS", "PREFERENCE_METRICS", "metric_names", "preference_los
 OBJECTIVES = ("separable", "contrastive")
 REWARDS = ("rewards_chosen", "rewards_rejected")
 LOGPROBS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
-PLAIN = {Tensor, torch.nn.Parameter}
-Run = Callable[[Sequence[Tensor], Sequence[Tensor], Options, str], tuple[Tensor, Tensor, Tensor]]
 
 
-def _run(
-    rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``reference.forward`` gives."""
-    inputs = (*rewards, *logprobs)
+def _implementation(inputs: Sequence[Tensor], backend: str) -> ModuleType:
+    """The module whose ``forward`` and ``backward`` run, past ``dispatch.call``: autocast changes nothing in them."""
     dtypes = [x.dtype for x in inputs]
-    like = inputs[dtypes.index(torch.float64)] if torch.float64 in dtypes else inputs[0]  # kernels refuse fp64
-    return dispatch.call("forward", "preference_loss", like, backend, rewards, logprobs, options)
+    dtype = torch.float64 if torch.float64 in dtypes else dtypes[0]  # kernels refuse fp64
+    return dispatch.implementation("preference_loss", inputs[0].device, backend, dtype)
 
 
 # Defined without `torch.library.custom_op`, whose wrapper takes longer than the arithmetic. The operator has no
@@ -41,7 +39,8 @@ torch.library.define(
 
 @torch.library.impl("dph::preference_loss", ("cpu", "cuda"))
 def _(rewards: list[Tensor], logprobs: list[Tensor], *options: float | str) -> tuple[Tensor, Tensor, Tensor]:
-    return _run(rewards, logprobs, Options(*options[:-1]), options[-1])
+    implementation = _implementation((*rewards, *logprobs), options[-1])
+    return implementation.forward(rewards, logprobs, Options(*options[:-1]))
 
 
 @torch.library.register_fake("dph::preference_loss")
@@ -51,20 +50,26 @@ def _(rewards: list[Tensor], logprobs: list[Tensor], *_: float | str) -> tuple[T
     return tuple(inputs[0].new_empty(size, dtype=dtype) for size in ((), *reference.sizes(rewards, logprobs)))
 
 
-def _operator(
-    rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``_run`` through PyTorch's dispatcher."""
-    return torch.ops.dph.preference_loss.default(rewards, logprobs, *options, backend)
+class _Operator(NamedTuple):
+    """An implementation that goes through PyTorch's dispatcher."""
+
+    backend: str
+
+    def forward(
+        self, rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.dph.preference_loss.default(rewards, logprobs, *options, self.backend)
+
+    @staticmethod
+    def backward(slopes: Tensor, grad: Tensor, judged: Sequence[Tensor]) -> list[Tensor]:
+        return reference.backward(slopes, grad, judged)
 
 
-def _unobserved(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are plain tensors and nobody traces or transforms the call: it need not go through PyTorch's
-    dispatcher then, nor through the wrapper of `Function.apply`, which cost as much as the rest of the forward pass.
-    """
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
-        return False
-    return set(map(type, tensors)) <= PLAIN and not any(map(Tensor.is_neg, tensors))
+def _observed(tensors: Sequence[Tensor]) -> bool:
+    """Whether somebody records or transforms the call, or PyTorch has put off a change of sign."""
+    if is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
+        return True
+    return any(map(Tensor.is_neg, tensors))
 
 
 class _Loss(torch.autograd.Function):
@@ -73,14 +78,13 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
-        run: Run,
+        implementation: ModuleType | _Operator,
         rewards: int,
         options: Options,
-        backend: str,
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        loss, metrics, slopes = run(inputs[:rewards], inputs[rewards:], options, backend)
-        ctx.rewards, ctx.options = rewards, options
+        loss, metrics, slopes = implementation.forward(inputs[:rewards], inputs[rewards:], options)
+        ctx.implementation, ctx.rewards, ctx.options = implementation, rewards, options
         ctx.save_for_backward(slopes, *inputs)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
@@ -94,41 +98,33 @@ class _Loss(torch.autograd.Function):
         slopes, *inputs = ctx.saved_tensors
         judged = inputs[: ctx.rewards + 2]  # the reference's log-probabilities come last
         if torch.is_grad_enabled():  # for Hessians and gradient penalties: rare, so plain PyTorch on every backend
-            grads = reference.backward(grad, inputs[: ctx.rewards], inputs[ctx.rewards :], ctx.options)
+            grads = reference.gradients(grad, inputs[: ctx.rewards], inputs[ctx.rewards :], ctx.options)
         else:
-            grads = (slopes * grad).split_with_sizes([x.numel() for x in judged])
-        if judged[0].dim() == 2:
-            grads = [grad.view_as(x) for grad, x in zip(grads, judged, strict=True)]
+            grads = ctx.implementation.backward(slopes, grad, judged)
         # PyTorch casts them to the dtypes of the inputs.
         if len(judged) == len(inputs):
-            return None, None, None, None, *grads
+            return None, None, None, *grads
         if not (needs[-2] or needs[-1]):
-            return None, None, None, None, *grads, None, None
+            return None, None, None, *grads, None, None
         # d = (policy_chosen - policy_rejected) - (reference_chosen - reference_rejected): one slope, four signs.
-        return None, None, None, None, *grads, grads[-1].clone(), grads[-2].clone()
+        return None, None, None, *grads, grads[-1].clone(), grads[-2].clone()
 
 
 _apply = super(torch.autograd.Function, _Loss).apply  # without that wrapper
 
 
-def _fits(rewards: tuple[Tensor, ...], logprobs: tuple[Tensor, ...]) -> bool:
-    """Whether the tensors are as `_complain` wants them. At usual sizes its own way of asking would take longer than
+def _plain(rewards: tuple[Tensor, ...], logprobs: tuple[Tensor, ...]) -> bool:
+    """Whether C++ finds tensors as `_check` wants them, and of no subclass.
+
+    Of usual sizes, asking each here, PyTorch's dispatcher and the wrapper of `Function.apply` would take longer than
     the loss and its gradients.
     """
-    first = (*rewards, *logprobs, None)[0]
-    if not isinstance(first, Tensor):
+    if torch.compiler.is_compiling() or extension.missing("cpu"):
         return False
-    shape, device = first.shape, first.device
-    if len(shape) not in ((1, 2) if rewards else (1,)) or 0 in shape:
-        return False
-    for tensors, expected in ((rewards, shape), (logprobs, shape[:1])):
-        for x in tensors:
-            if not isinstance(x, Tensor) or x.shape != expected or x.device != device or x.dtype not in checks.FLOATS:
-                return False
-    return True
+    return extension.module().preference_loss_fits(rewards, logprobs)
 
 
-def _complain(rewards: tuple[Tensor | None, ...], logprobs: tuple[Tensor | None, ...]) -> None:
+def _check(rewards: tuple[Tensor | None, ...], logprobs: tuple[Tensor | None, ...]) -> None:
     """ValueError for no part of the objective, no pairs, other numbers of pairs in one part than in the other."""
     _check_group(REWARDS, rewards)
     _check_group(LOGPROBS, logprobs)
@@ -145,7 +141,6 @@ def _complain(rewards: tuple[Tensor | None, ...], logprobs: tuple[Tensor | None,
     name, first = ("rewards_chosen", rewards[0]) if rewards else ("policy_chosen", logprobs[0])
     if first.numel() == 0:
         raise ValueError(f"{name}: expected at least one pair, as the loss is a mean over pairs, got none")
-    raise AssertionError("tensors that fit were refused")
 
 
 def _check_group(names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> None:
@@ -222,11 +217,12 @@ def preference_loss(
         rewards = rewards_chosen, rewards_rejected
     if not policy_chosen is policy_rejected is reference_chosen is reference_rejected is None:
         logprobs = policy_chosen, policy_rejected, reference_chosen, reference_rejected
-    if not _fits(rewards, logprobs):
-        _complain(rewards, logprobs)
+    plain = _plain(rewards, logprobs)
+    if not plain:
+        _check(rewards, logprobs)
     options = Options(beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, objective)
     _check_options(options)
     inputs = (*rewards, *logprobs)
-    if _unobserved(inputs):
-        return _apply(_run, len(rewards), options, backend, *inputs)
-    return _Loss.apply(_operator, len(rewards), options, backend, *inputs)
+    if plain and not _observed(inputs):
+        return _apply(_implementation(inputs, backend), len(rewards), options, *inputs)
+    return _Loss.apply(_Operator(backend), len(rewards), options, *inputs)

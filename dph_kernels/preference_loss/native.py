@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dph_kernels import native
+from dph_kernels.preference_loss import reference
 from dph_kernels.preference_loss.reference import Options, sizes
 
 KNOWN = {torch.float32, torch.bfloat16}
@@ -16,26 +17,18 @@ def forward(rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Opti
     inputs = (*rewards, *logprobs)
     if not {x.dtype for x in inputs} <= KNOWN:
         inputs = tuple(x if x.dtype in KNOWN else x.float() for x in inputs)
-    table: list[int] = []
-    for x in inputs:  # `PreferenceInput` of csrc/preference_loss.h, four words each
-        strides = x.stride()
-        table += x.data_ptr(), strides[0], strides[-1], x.dtype is torch.bfloat16
-    first, (count, room) = inputs[0], sizes(rewards, logprobs)
-    pairs, *heads = first.shape
-    loss = first.new_empty((), dtype=torch.float32)
-    metrics = first.new_empty(count, dtype=torch.float32)
-    slopes = first.new_empty(room, dtype=torch.float32)
-    *numbers, objective = options
-    native.module().preference_loss_cpu(
-        table,
-        len(rewards),
-        pairs,
-        *(heads or (1,)),
-        *numbers,
-        objective == "contrastive",
-        loss.data_ptr(),
-        metrics.data_ptr(),
-        slopes.data_ptr(),
-        native.threads(),
-    )
+    count, room = sizes(rewards, logprobs)
+    loss = torch.empty((), dtype=torch.float32, device="cpu")
+    metrics = torch.empty(count, dtype=torch.float32, device="cpu")
+    slopes = torch.empty(room, dtype=torch.float32, device="cpu")
+    native.module().preference_loss_cpu(inputs, len(rewards), options, loss, metrics, slopes, native.threads())
     return loss, metrics, slopes
+
+
+def backward(slopes: Tensor, grad: Tensor, judged: Sequence[Tensor]) -> list[Tensor]:
+    """What ``reference.backward`` gives."""
+    kind = {"dtype": torch.float32, "memory_format": torch.contiguous_format}
+    grads = [torch.empty_like(x, **kind) for x in judged]
+    if not grad.is_neg() and native.module().preference_loss_gradients_cpu(slopes, grad, grads, native.threads()):
+        return grads
+    return reference.backward(slopes, grad, judged)  # a batch of gradients (vmap), or one that lies in no memory

@@ -139,11 +139,17 @@ def forward(rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Opti
         dpo_loss, implied = logistic(*pair, options.dpo_epsilon, "contrastive"), summary(*pair)
         loss = loss + options.dpo_weight * dpo_loss
     metrics = [loss, dph_loss, dpo_loss, *explicit, *implied, loss.isfinite().to(dtype), *heads]
-    grads = backward(torch.ones_like(loss), rewards, logprobs, options)
+    grads = gradients(torch.ones_like(loss), rewards, logprobs, options)
     return loss, torch.stack(metrics), torch.cat([grad.flatten() for grad in grads])
 
 
-def backward(grad: Tensor, rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options) -> list[Tensor]:
+def backward(slopes: Tensor, grad: Tensor, judged: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients in ``judged``, the inputs that ``slopes`` is of, where the loss has the gradient ``grad``."""
+    grads = (slopes * grad).split_with_sizes([x.numel() for x in judged])
+    return [x.view_as(like) for x, like in zip(grads, judged, strict=True)]
+
+
+def gradients(grad: Tensor, rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options) -> list[Tensor]:
     """Gradients in both rewards and both log-probabilities of the policy, in the dtype of ``grad``.
 
     Those of the reference's log-probabilities are the policy's with the other sign. Differentiable itself.

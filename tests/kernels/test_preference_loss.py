@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dph_kernels import native
 from dph_kernels.preference_loss import HEAD_METRICS, PREFERENCE_METRICS, metric_names, preference_loss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -535,11 +536,25 @@ def test_who_watches_sees_the_operator():
     assert (loss.shape, metrics.shape) == ((), (12,))
 
 
+@pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 def test_plain_calls_do_not_pay_for_the_dispatcher(monkeypatch):
     operator = sys.modules["dph_kernels.preference_loss"]
-    monkeypatch.setattr(operator, "_run", lambda *_: pytest.fail("reached"))
+    monkeypatch.setattr(operator, "_Operator", lambda *_: pytest.fail("reached"))
+    preference_loss(torch.nn.Parameter(torch.zeros(5)), torch.zeros(5))
     with pytest.raises(pytest.fail.Exception, match="reached"):
-        preference_loss(torch.nn.Parameter(torch.zeros(5)), torch.zeros(5))
+        preference_loss(TwoTensor(torch.zeros(5), torch.zeros(5)), torch.zeros(5))
+
+
+def test_without_the_extension_nothing_changes(monkeypatch):
+    inputs = make(7, 3)
+    expected = preference_loss(**inputs, backend="reference")
+    grads = torch.autograd.grad(expected[0], inputs.values())
+    monkeypatch.setattr(native, "missing", lambda _: "not built")
+    got = preference_loss(**inputs, backend="reference")
+    assert torch.equal(got[0], expected[0])
+    assert all(map(torch.equal, torch.autograd.grad(got[0], inputs.values()), grads))
+    with pytest.raises(ValueError, match=r"rewards_rejected: expected shape \[7, 3\], got \[7\]"):
+        preference_loss(**{**inputs, "rewards_rejected": torch.zeros(7)}, backend="reference")
 
 
 def test_metric_names():
@@ -605,6 +620,24 @@ def test_views_with_the_other_sign(device, backend):
     want = preference_loss(*(x.resolve_neg() for x in numbers), backend=backend)
     for got, expected in zip(preference_loss(*numbers, backend=backend), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_gradients_of_the_loss_in_any_form(device, backend):
+    """Batches of them have no memory of their own (vmap, new and old), and a negated one has that of another."""
+    inputs = make(5, 2, device=device)
+    loss, values = preference_loss(**inputs, backend=backend)[0], tuple(inputs.values())
+    grads = lambda factor: torch.autograd.grad(loss, values, factor, retain_graph=True)  # noqa: E731
+    one, factors = grads(None), torch.tensor([1.0, -2.0, 0.0], device=device)
+    old = torch.autograd.grad(loss, values, factors, is_grads_batched=True, retain_graph=True)
+    for found in (old, torch.func.vmap(grads)(factors)):
+        assert all(torch.equal(many, torch.stack([f * x for f in factors])) for many, x in zip(found, one, strict=True))
+    minus = torch.tensor(1 - 1j, device=device).conj().imag.neg()
+    negated = torch.complex(minus, minus).conj().imag
+    assert negated.is_neg()
+    assert all(torch.equal(x, negated.item() * y) for x, y in zip(grads(negated), one, strict=True))
+    expanded = torch.full((1,), 3.0, device=device).expand(4)[2]
+    assert all(torch.equal(x, 3 * y) for x, y in zip(grads(expanded), one, strict=True))
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
