@@ -77,7 +77,8 @@ class Trainer:
         self.world, self.settings = stage.world, recipe.optimiser
         self.model = self.whole = stage.model  # of which several processes keep but shards
         if recipe.compile:
-            compiled.require(self.world.device or self.model.device)
+            with self.world.together():
+                compiled.require(self.world.device or self.model.device)
         self.before = {name: p.requires_grad for name, p in self.model.named_parameters()}
         for name, p in self.model.named_parameters():
             p.requires_grad_(stage.trains(name))

@@ -241,11 +241,11 @@ class Recipe:
         stage: pretrain, vocab (embedding only), sft, align (all and head) or head (head only).
         seed: of fresh weights, order of data and dropout.
         checkpointing: none, or block: blocks are computed again in the backward pass, which saves most of the memory of
-            activations for a third more arithmetic and changes no result.
+            activations for a third more arithmetic and changes no result; a resumed run may have another.
         compile: compile what the blocks do around attention (``dph.compiled``): the same but for rounding, in less time
             and memory. Takes a C++ compiler (on a GPU: a C compiler and triton) and up to a minute at the start, so it
             pays in long runs. On one CPU core, in miniature, steps were 1.04 to 1.07 times as fast; a GPU is yet to be
-            measured.
+            measured. A resumed run may have another.
         precision: fp32, bf16 (with fp32 masters), or auto: bf16 on a GPU, fp32 on a CPU.
         device: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
         parallel: of the processes that torchrun starts (``dph.parallel``), each keeps a shard of the weights and the
