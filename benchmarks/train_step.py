@@ -123,7 +123,7 @@ class Job:
         """What goes through the model in one update, in the mean of several; memories full."""
         shape = self.shape
         if self.stage in PAIRS:
-            return flops.of_pairs([pack(self.records())])
+            return flops.of_pairs(self.records())
         batches, segments = self.make_stage().batches, 16
         targets = sum(int((next(batches)[1] != IGNORED).sum()) for _ in range(segments))
         return flops.of_streams(shape.streams, shape.context, shape.memory, targets // segments)

@@ -10,7 +10,8 @@ what is no product: norms, activations, softmax, the optimiser.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,8 @@ import torch
 from dph_kernels import PackedLayout
 
 if TYPE_CHECKING:
+    from dph.chat import Encoded
     from dph.config import ModelConfig
-    from dph.packing import PackedBatch
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,12 @@ def of_layout(layout: PackedLayout, targets: int = 0, judged: int = 0) -> Amount
     return Amounts(int(n.sum()), int((causal + full).sum()), int(detached), targets, judged)
 
 
-def of_pairs(batches: Iterable[PackedBatch]) -> Amounts:
-    """The amounts of packed pairs, their prompts shared."""
-    counts = ((b.layout, len(b.rows), int((b.reward_rows >= 0).sum())) for b in batches)
-    return sum((of_layout(*count) for count in counts), Amounts())
+def of_pairs(pairs: Sequence[Sequence[Encoded]]) -> Amounts:
+    """The amounts of pairs, their prompts shared; how they are packed changes nothing."""
+    sides = [side for pair in pairs for side in pair]
+    targets = sum(sum(map(operator.or_, side.loss_mask, side.score_mask)) for side in sides)
+    judged = sum(side.reward_position is not None for side in sides)
+    return of_layout(PackedLayout.from_sequences([[side.tokens for side in pair] for pair in pairs]), targets, judged)
 
 
 def of_streams(streams: int, context: int, memory: int, targets: int) -> Amounts:

@@ -147,8 +147,11 @@ def test_a_jobs_amounts_are_those_of_its_updates(stage):
     job = Job(stage=stage, shape=TINY)
     amounts, taken = job.amounts(), job.make_stage()
     if stage in PAIRS:
-        packed = [part.packed for part in taken.next().parts]
-        assert flops.of_pairs(packed) == amounts == flops.of_pairs([pack(job.records())])
+        parts = taken.next().parts
+        assert flops.of_pairs([pair for part in parts for pair in part.pairs]) == amounts
+        packed = pack(job.records())
+        counted = flops.of_layout(packed.layout, len(packed.rows), int((packed.reward_rows >= 0).sum()))
+        assert amounts == counted == sum((flops.of_pairs([pair]) for pair in job.records()), flops.Amounts())
     else:
         assert amounts.tokens == taken.next().tokens == TINY.streams * TINY.context
     assert job.needs(amounts) > 0
