@@ -110,18 +110,13 @@ class PairStage(Material):
         bins = self._places(sizes)
         shares = [deal(bins, sizes, rank, self.world.size) for rank in range(self.world.size)]
         parts = [[self._part([pairs[i] for i in places], places) for places in share] for share in shares]
-        tokens, taken = (
-            sum(part.tokens for share in parts for part in share),
-            f"records {first} to {self.position() - 1}",
-        )
+        tokens = sum(part.tokens for share in parts for part in share)
+        taken = f"records {first} to {self.position() - 1}"
         return Work(parts[self.world.rank], len(pairs), tokens, taken, self._flops(pairs))
 
     def _flops(self, pairs: Sequence[tuple[Encoded, Encoded]]) -> float:
         """By what is not cached; of cached states, pooler and heads alone."""
-        if self.cached == "states":
-            amounts = flops.Amounts(judged=2 * len(pairs))
-        else:
-            amounts = flops.of_pairs(pairs)
+        amounts = flops.Amounts(judged=2 * len(pairs)) if self.cached == "states" else flops.of_pairs(pairs)
         reference = self.needs_reference and self.cached is None
         return flops.step_flops(self.model.config, self.recipe.stage, amounts, reference=reference)
 

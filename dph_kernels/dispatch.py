@@ -173,7 +173,6 @@ def choose(operator: str, device: str, backend: str = "auto", dtype: torch.dtype
     raise RuntimeError(f"{operator}: no backend can run on {device}: {'; '.join(passed_over)}")
 
 
-@functools.cache
 def implementation(
     operator: str, device: torch.device | str, backend: str = "auto", dtype: torch.dtype | None = None
 ) -> ModuleType:
