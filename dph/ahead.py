@@ -34,7 +34,7 @@ class Filled:
     Attributes:
         directory: the cache's folder.
         pairs: seen.
-        computed: of these, were not there.
+        computed: of these, different ones that were not there.
         stored: all that are there now.
     """
 
@@ -91,7 +91,9 @@ def check(recipe: Recipe) -> None:
     if recipe.stage == "head" and not recipe.data.cache_states:
         raise UserError("data.cache_states: expected true for a cache to fill, got false")
     if recipe.stage == "align" and recipe.objective.reference != "cache":
-        raise UserError(f"objective.reference: expected cache, got {recipe.objective.reference}")
+        raise UserError(
+            f"objective.reference: expected cache, got {recipe.objective.reference}; give objective.reference=cache"
+        )
     if recipe.stage == "align" and recipe.objective.dpo_weight == 0:
         raise UserError("objective.dpo_weight: expected one above 0, which takes a reference to cache, got 0")
 
@@ -99,7 +101,8 @@ def check(recipe: Recipe) -> None:
 def _go_through(stage: PairStage, quiet: bool) -> int:
     """Pairs seen; progress on stderr."""
     count, flushed = 0, time.monotonic()
-    total = min(stage.recipe.optimiser.steps * stage.recipe.batch.size, stage.records.size)
+    size = stage.recipe.batch.size
+    total = min(stage.recipe.optimiser.steps, -(-stage.records.size // size)) * size  # as training takes them
     with tqdm(desc="cache", total=total, unit="pair", dynamic_ncols=True, disable=quiet) as bar:
         for part in _parts(stage):
             stage.frozen(part)

@@ -121,7 +121,8 @@ class PairBatches:
             self.refused[reason] += 1
             in_a_row += 1
             if in_a_row > 2 * self.records.size:
-                raise UserError(f"pairs: expected some to train on, got none: {dict(self.refused)} refused")
+                reasons = ", ".join(f"{reason} ({count})" for reason, count in self.refused.items())
+                raise UserError(f"pairs: expected some to train on, got none in two passes over the records: {reasons}")
         if not found:
             raise StopIteration
         return found

@@ -8,24 +8,24 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def told_to_stop() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGTERM or Ctrl-C has come; a second Ctrl-C stops at once.
+def told_to_stop() -> Iterator[Callable[[], int]]:
+    """A function that gives the number of the signal where SIGTERM or Ctrl-C has come, else 0.
 
-    Outside the main thread, where no handler can be set, it always says no.
+    A second Ctrl-C stops at once. Outside the main thread, where no handler can be set, none ever comes.
     """
-    came = threading.Event()
+    came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield came.is_set
+        yield int
         return
 
     def handle(number: int, _: Any) -> None:
-        if number == signal.SIGINT and came.is_set():
+        if number == signal.SIGINT and came:
             raise KeyboardInterrupt
-        came.set()
+        came.append(number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield came.is_set
+        yield lambda: came[0] if came else 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -46,6 +46,7 @@ class Result:
         run: the run directory; ``model`` in it opens with ``Model.from_pretrained``.
         step: updates done.
         interrupted: SIGTERM or Ctrl-C came: a checkpoint was saved, no model; ``resume=True`` goes on.
+        signal: number of the signal that came to this process; 0 for none.
         evaluation: the last figures on held-out records.
     """
 
@@ -54,6 +55,7 @@ class Result:
     run: Path
     step: int
     interrupted: bool
+    signal: int
     evaluation: dict[str, float]
 
 
@@ -94,7 +96,7 @@ class Trainer:
         self._launched: Launched | None = None
         self._forget = 0  # the step before which the stage forgets what it remembers of the data
         self._clock = 0.0  # when figures were last taken up
-        self._told_to_stop: Callable[[], bool] = bool
+        self._told_to_stop: Callable[[], int] = int
         self._stopping = False  # whether a process has been told to, as all have read
         if self.run.checkpoint is not None:
             self._load(self.run.checkpoint)
@@ -187,6 +189,8 @@ class Trainer:
         try:
             for note in self.stage.notes:
                 progress.note(note)
+            if self.run.step == self.settings.steps:
+                progress.note(f"all {self.run.step} steps are done")
             with told_to_stop() as self._told_to_stop, contextlib.closing(progress):
                 stopped = self._loop(progress)
                 self._collect()
@@ -200,7 +204,15 @@ class Trainer:
         else:
             progress.note(f"stopped after step {stopped}, which is saved; a resumed run goes on from there")
         done = self.settings.steps if stopped is None else stopped
-        return Result(self.model, self.stage.tokenizer, self.run.directory, done, stopped is not None, self.evaluation)
+        return Result(
+            model=self.model,
+            tokenizer=self.stage.tokenizer,
+            run=self.run.directory,
+            step=done,
+            interrupted=stopped is not None,
+            signal=self._told_to_stop(),
+            evaluation=self.evaluation,
+        )
 
     def _loop(self, progress: Progress) -> int | None:
         """All steps that are left: None at their end, or the step after which a signal stopped it."""
@@ -229,7 +241,7 @@ class Trainer:
 
     def _has_to_stop(self) -> bool:
         """Of several processes each hears of it by the figures, a step late, so that all stop after the same step."""
-        return self._told_to_stop() if self.world.size == 1 else self._stopping
+        return self._told_to_stop() > 0 if self.world.size == 1 else self._stopping
 
     @staticmethod
     def _due(every: int, step: int) -> bool:
@@ -268,7 +280,7 @@ class Trainer:
         """Over all parts, and in one exchange over all processes: the loss, what was counted, who was told to stop."""
         total = sum(loss.total for loss in losses)
         sums = torch.stack([loss.sums for loss in losses]).double().sum(0)
-        told = sums.new_full((1,), float(self._told_to_stop()))
+        told = sums.new_full((1,), float(self._told_to_stop() > 0))
         summed = self.world.sum(torch.cat([total.double().reshape(1), sums, told]))
         return summed[0].to(total.dtype), summed[1:-1], summed[-1]
 

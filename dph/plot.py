@@ -127,7 +127,11 @@ def _draw_curves(axes: Axes, runs: dict[str, dict[str, Curve]], names: Sequence[
 def read_metrics(directory: str | Path) -> dict[str, Curve]:
     """Every metric of a run: the steps that logged it, and its values."""
     metrics: dict[str, Curve] = {}
-    lines = JsonLines(Path(directory) / "metrics.jsonl")
+    path = Path(directory) / "metrics.jsonl"
+    if not path.is_file():
+        got = "a folder without metrics.jsonl" if path.parent.is_dir() else "nothing"
+        raise UserError(f"{directory}: expected a run, got {got} there")
+    lines = JsonLines(path)
     for i, line in enumerate(lines):
         if "step" not in line:
             raise UserError(f"{lines.where(i)}: expected a step among the metrics, got {', '.join(line) or 'nothing'}")

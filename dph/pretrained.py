@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from dph.checkpoint import RELEASED
 from dph.config import ModelConfig
 from dph.errors import UserError
@@ -51,6 +53,8 @@ def load_model(name: str, **options: Any) -> Model:
             got = kind or "a config.json without a model_type (a run that is not finished holds no model)"
             raise UserError(f"{name}: expected a model of type {' or '.join(KINDS)}, got {got}")
         return Model.from_pretrained(path, **options)
+    except SafetensorError as error:
+        raise UserError(f"{path}: expected whole safetensors files, got a damaged one: {error}") from error
     except OSError as error:
         raise UserError(f"{name}: {error}") from error
 

@@ -64,8 +64,9 @@ def record(fields: Mapping[str, Any], kind: str, where: str = "record", text_fie
             raise UserError(f"{where}: label: expected true beside a completion to learn, got {fields['label']!r}")
         messages = _messages(fields, "prompt", "user", where) + _messages(fields, "completion", "assistant", where)
         return lower(messages, kind, where)
+    named = [key if key in present else f"{key} (null)" for key in fields]
     expected = FORMS[kind] if kind != "text" else FORMS[kind].replace("text", text_field, 1)
-    raise UserError(f"{where}: expected a {kind}: {expected}; got the fields {', '.join(fields) or '(none)'}")
+    raise UserError(f"{where}: expected a {kind}: {expected}; got the fields {', '.join(named) or '(none)'}")
 
 
 def lower(messages: list[Message], kind: str, where: str) -> Record:

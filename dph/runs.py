@@ -8,11 +8,14 @@
     start/                        weights that training does not change and a resume needs (frozen, reference)
     checkpoints/step-00000200/    weights, optimiser, data, memories, generators; written whole or not at all, the same
                                   by one process and by several, but that each of these writes its streams' memories
+    checkpoints/step-*.damaged    one that a resume found damaged, behind the one from which it went on
     checkpoints/best.json         which of them is the best, by which figure and value, where a best one is kept
     model/                        the finished model and its tokenizer
 
 Tensors are safetensors, the rest is JSON; nothing is pickled.
 """
+
+from __future__ import annotations
 
 import contextlib
 import fcntl
@@ -98,11 +101,30 @@ class Run:
             self._check_same(config)
             for leaving in self._leavings():
                 _clear(leaving)
-            self.checkpoint = newest(self.directory / "checkpoints")
+            self.checkpoint = self._take_up()
             self._mark_best(self.checkpoint.state() if self.checkpoint else {})
         _write_file(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
         self._metrics, self._board = self._open_metrics(), None
         self._tracker = self._open_tracker(config)
+
+    def _take_up(self) -> Checkpoint | None:
+        """The newest complete checkpoint. Newer ones, which are damaged, are set aside: their steps will come again.
+
+        UserError where there are but damaged ones.
+        """
+        folder = self.directory / "checkpoints"
+        saved, found = _steps(folder), newest(folder)
+        if saved and found is None:
+            raise UserError(
+                f"{folder}: expected a complete checkpoint, got {', '.join(path.name for path in saved)}, all damaged; "
+                "delete them for the run to begin again, or give another directory (--output)"
+            )
+        for path in saved[saved.index(found.path) + 1 :] if found else []:
+            aside = path.with_name(path.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            log.warning("%s is kept as %s", path, aside.name)
+        return found
 
     @property
     def step(self) -> int:
@@ -140,7 +162,7 @@ class Run:
 
     def _check_same(self, config: dict) -> None:
         before, now = _flat(json.loads((self.directory / "config.json").read_text())), _flat(config)
-        for key in sorted(before.keys() | now.keys()):
+        for key in sorted(before.keys() | now.keys(), key=lambda key: (key != "stage", key)):  # the stage says most
             if not {key, key.split(".")[0]} & {*FREE} and before.get(key) != now.get(key):
                 raise UserError(
                     f"{key}: expected {before.get(key)}, with which the run in {self.directory} began, "

@@ -128,7 +128,8 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return float(value)
     if kind in (int, str, bool) and type(value) is kind:
         return value
-    raise UserError(f"{key}: expected {_name(kind)}, got {value!r}")
+    wanted = f"a list, such as [{value}]" if origin is tuple and isinstance(value, str) else _name(kind)
+    raise UserError(f"{key}: expected {wanted}, got {value!r}")
 
 
 def _name(kind: Any) -> str:
@@ -148,7 +149,7 @@ def _hint(key: str, cls: type) -> str:
     known = list(_keys(cls, ""))
     key = re.sub(r"\.\d+\b", "", key)  # places in lists have no part in names
     same_name = [other for other in known if other.split(".")[-1] == key.split(".")[-1]]
-    nearest = same_name or difflib.get_close_matches(key, known, 1, 0.5)
+    nearest = same_name or difflib.get_close_matches(key, known, 1, 0.6)
     return f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(k for k in known if '.' not in k)}"
 
 

@@ -80,7 +80,9 @@ class JsonLines(Sequence):
         try:
             record = json.loads(self._bytes[start : end if end >= 0 else len(self._bytes)])
         except json.JSONDecodeError as error:
-            raise UserError(f"{self.where(index)}: not JSON: {error.msg} at column {error.colno}") from None
+            raise UserError(
+                f"{self.where(index)}: not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+            ) from None
         except UnicodeDecodeError as error:
             raise UserError(f"{self.where(index)}: not UTF-8 at byte {error.start}") from None
         if not isinstance(record, dict):

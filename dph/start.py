@@ -14,7 +14,7 @@ from dph.config import ModelConfig
 from dph.errors import UserError
 from dph.model import Model
 from dph.order import Order
-from dph.pretrained import load_model, load_tokenizer
+from dph.pretrained import load_model, load_tokenizer, model_path
 from dph.recipe import Data, Evaluation, Objective, Recipe, from_dict
 from dph.records import Record
 from dph.tokenizer import add_chat_tokens
@@ -30,6 +30,8 @@ def open_start(recipe: Recipe) -> tuple[Model, Any]:
         raise UserError("model: expected either path or config, got " + ("neither" if start.path is None else "both"))
     if start.tokenizer is None and start.path is None:
         raise UserError("model.tokenizer: expected a directory or hub name beside model.config, got nothing")
+    if start.path is not None:
+        model_path(start.path)  # where there is no model, that is said, and not that its tokenizer is missing
     tokenizer = load_tokenizer(start.tokenizer or start.path)
     add_chat_tokens(tokenizer)
     torch.manual_seed(recipe.seed)

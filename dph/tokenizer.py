@@ -39,11 +39,15 @@ def train(files: Sequence[str | Path], vocab_size: int, out: str | Path | None =
     if not files:
         raise UserError("files: expected at least one .txt or .jsonl file, got none")
     texts = (text for path in files for text in _texts(Path(path)))
-    return from_iterator(texts, vocab_size, out)
+    return _train(texts, vocab_size, out, ", ".join(map(str, files)))
 
 
 def from_iterator(texts: Iterable[str], vocab_size: int, out: str | Path | None = None) -> PreTrainedTokenizerFast:
     """Train on texts in memory; otherwise as ``train``."""
+    return _train(texts, vocab_size, out, "texts")
+
+
+def _train(texts: Iterable[str], vocab_size: int, out: str | Path | None, where: str) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -62,7 +66,7 @@ def from_iterator(texts: Iterable[str], vocab_size: int, out: str | Path | None 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(_some(texts), trainer)
+    backend.train_from_iterator(_some(texts, where), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=EOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
     )
@@ -82,7 +86,7 @@ def add_chat_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     return tuple(tokenizer.convert_tokens_to_ids([START, END]))
 
 
-def _some(texts: Iterable[str]) -> Iterator[str]:
+def _some(texts: Iterable[str], where: str) -> Iterator[str]:
     """The texts that are not empty. Raises UserError where there are none."""
     found = False
     for text in texts:
@@ -90,7 +94,7 @@ def _some(texts: Iterable[str]) -> Iterator[str]:
             found = True
             yield text
     if not found:
-        raise UserError("texts: expected some to train on, got none")
+        raise UserError(f"{where}: expected text to train on, got none")
 
 
 def _texts(path: Path) -> Iterator[str]:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -530,17 +531,19 @@ def test_doctor(dph_command):
 
 
 def test_train_hands_over_recipe_overrides_and_output(dph_command, monkeypatch, tmp_path):
-    calls, result = [], SimpleNamespace(interrupted=False)
+    calls, result = [], SimpleNamespace(interrupted=False, signal=0)
     monkeypatch.setattr("dph.trainer.train", lambda recipe, resume: calls.append((recipe, resume)) or result)
     argv = ["train", "sft", "optimiser.steps=7", "--output", tmp_path / "a b: c", "optimiser.warmup=0", "--resume"]
     code, _, err = dph_command(*argv, "seed=5")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"{tmp_path / 'a b: c'}: no run to resume is there, so one begins\n")
     ((recipe, resume),) = calls
     assert resume
     assert (recipe.stage, recipe.seed, recipe.optimiser.steps, recipe.optimiser.warmup) == ("sft", 5, 7, 0)
     assert recipe.output.directory == str(tmp_path / "a b: c")
     result.interrupted = True
-    assert dph_command(*argv)[0] == 143
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (0, 143)):  # 0: another process was told
+        result.signal = number
+        assert dph_command(*argv)[0] == code
 
 
 def test_wrong_recipes(refused, tmp_path):

@@ -126,6 +126,7 @@ def test_a_system_prompt_stays_before_a_side_that_begins_with_the_user():
         ("text", {"sentence": "a"}, "expected a text: text, or .*got the fields sentence$"),
         ("text", {"text": 3}, "text: expected text, got int"),
         ("text", {}, r"got the fields \(none\)"),
+        ("text", {"text": None}, r"got the fields text \(null\)$"),
     ],
 )
 def test_missing_and_malformed_fields_are_named_with_their_line(tmp_path, kind, fields, error):
@@ -392,7 +393,7 @@ def test_pairs_are_refused_whole_and_counted():
 
 
 def test_no_usable_pair_is_an_error_rather_than_an_endless_search():
-    with pytest.raises(UserError, match=r"expected some to train on, got none: \{'longer than 3 tokens': \d+"):
+    with pytest.raises(UserError, match=r"got none in two passes over the records: longer than 3 tokens \(\d+\)"):
         next(PairBatches(Shuffled(pairs(5)[1:], 0), encode, pairs=1, max_length=3))
     with pytest.raises(UserError, match="pairs: expected at least 1, got 0"):
         PairBatches(Shuffled(pairs(5), 0), encode, pairs=0)

@@ -155,8 +155,8 @@ def test_no_cache_is_made_where_it_is_off(tmp_path):
 # A pass ahead
 
 
-def fill(recipe, **options):
-    data = records(recipe.stage)
+def fill(recipe, data=None, **options):
+    data = data or records(recipe.stage)
     return ahead.fill(recipe, model=tiny(), tokenizer=small_tokenizer(), records=data, **options)
 
 
@@ -224,6 +224,13 @@ def test_a_pass_says_why_there_is_nothing_to_fill(stage, changes, message, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_a_pair_that_comes_twice_is_one(tmp_path):
+    """In one part, and at the data's end, where the last update begins anew."""
+    recipe = stage_settings("align", tmp_path / "run", batch__micro=None)
+    filled = fill(recipe, data=records("align", 3) * 2)
+    assert (filled.pairs, filled.computed, filled.stored) == (8, 3, 3)
+
+
 def test_a_pass_is_one_process_s(tmp_path, monkeypatch):
     for name in ("WORLD_SIZE", *parallel.TOLD):
         monkeypatch.setenv(name, "2")
@@ -243,7 +250,7 @@ def test_the_command_fills_what_training_reads(tmp_path, calls, capsys):
         assert cli.main(["cache", *asked]) == 0
         out, err = capsys.readouterr()
         assert out.startswith(f"{tmp_path / 'cache' / 'reference-'}")
-        assert out.endswith(f": 8 pairs, {new} of the 8 seen are new\n")
+        assert out.endswith(f": 8 pairs, {new} of them new\n")
         assert "8/8" in err
     calls.clear()
     assert cli.main(["train", *asked]) == 0

@@ -100,8 +100,10 @@ def test_panels():
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"metrics.jsonl: expected a JSONL file, got nothing"):
+    with pytest.raises(UserError, match=r"expected a run, got a folder without metrics.jsonl there"):
         curves([tmp_path])
+    with pytest.raises(UserError, match=r"nowhere: expected a run, got nothing there"):
+        curves([tmp_path / "nowhere"])
     with pytest.raises(UserError, match=r"metrics.jsonl:2: expected a step"):
         curves([write(tmp_path / "a", [{"step": 1, "loss": 2.0}, {"loss": 1.0}])])
     with pytest.raises(UserError, match="expected losses, accuracies or learning rates"):

@@ -127,7 +127,7 @@ def test_overrides(tmp_path):
         ("optimiser.steps=true", "optimiser.steps: expected a whole number, got True"),
         ("optimiser.lr=fast", "optimiser.lr: expected a number, got 'fast'"),
         ("optimiser.betas=[0.9]", "optimiser.betas: expected a list of 2 numbers, got [0.9]"),
-        ("optimiser.no_decay=norm", "optimiser.no_decay: expected a list of text, got 'norm'"),
+        ("optimiser.no_decay=norm", "optimiser.no_decay: expected a list, such as [norm], got 'norm'"),
         ("stage=dance", "stage: expected one of pretrain, vocab, sft, align, head, got 'dance'"),
         ("data=5", "data: expected a section with keys, got 5"),
         ("data.sources=[{weight: 1}]", "data.sources.0.source: expected text, got nothing"),

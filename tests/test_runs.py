@@ -78,6 +78,35 @@ def test_incomplete_checkpoint_is_passed_over(tmp_path, harm, caplog):
     assert "step-00000020 is not complete" in caplog.text
 
 
+def test_damaged_checkpoints_are_set_aside_and_count_for_nothing(tmp_path, caplog):
+    """Their steps come again, and what is saved then stays."""
+    run = runs.Run(tmp_path / "run", CONFIG)
+    saved = [run.save(step, {"weights": tensors()}, {}) for step in (10, 20)]
+    run.close()
+    (saved[1] / "weights.safetensors").write_bytes(b"")
+    for begun in (10, 12):
+        run = runs.Run(tmp_path / "run", CONFIG, resume=True)
+        assert run.step == begun
+        for step in (begun + 1, begun + 2):
+            run.save(step, {"weights": tensors()}, {})
+        run.close()
+        there = sorted(path.name for path in saved[0].parent.iterdir())
+        assert there == [f"step-{begun + 1:08}", f"step-{begun + 2:08}", "step-00000020.damaged"]
+    assert "step-00000020 is kept as step-00000020.damaged" in caplog.text
+
+
+def test_a_run_with_nothing_but_damaged_checkpoints_is_not_begun_again(tmp_path):
+    run = runs.Run(tmp_path / "run", CONFIG)
+    saved = [run.save(step, {"weights": tensors()}, {}) for step in (10, 20)]
+    run.close()
+    for path in saved:
+        (path / "manifest.json").unlink()
+    message = "checkpoints: expected a complete checkpoint, got step-00000010, step-00000020, all damaged; delete them"
+    with pytest.raises(UserError, match=message):
+        runs.Run(tmp_path / "run", CONFIG, resume=True)
+    assert all(path.is_dir() for path in saved)
+
+
 def test_a_failed_write_leaves_the_old_one(tmp_path):
     run = runs.Run(tmp_path / "run", CONFIG)
     run.save(10, {"weights": tensors()}, {"try": 1})

@@ -101,7 +101,7 @@ def test_held_out_sources_have_names_of_their_own(files):
         ({"path": "x/y", "config": {}}, r"model: expected either path or config, got both"),
         ({"config": {}}, r"model\.tokenizer: expected a directory or hub name"),
         ({"config": {}, "tokenizer": "no/such/place"}, r"no/such/place: expected the directory of a tokenizer"),
-        ({"path": "no/such/place"}, r"no/such/place: expected the directory of a tokenizer"),
+        ({"path": "no/such/place"}, r"no/such/place: expected the directory of a model"),
         ({"config": {"hiden_size": 8}, "tokenizer": "tokenizer"}, r"config\.hiden_size: unknown key; .* hidden_size\?"),
         ({"config": {**CONFIG, "vocab_size": 9}, "tokenizer": "tokenizer"}, "tokenizer: expected at most 9 tokens"),
         (
@@ -114,6 +114,15 @@ def test_wrong_starts(files, monkeypatch, model, message):
     monkeypatch.chdir(files)
     with pytest.raises(UserError, match=message):
         start.open_start(make(files, "sft", ["chats.jsonl"], **model))
+
+
+def test_a_damaged_model_is_named(files):
+    tiny().save_pretrained(files / "model")
+    small_tokenizer().save_pretrained(files / "model")
+    weights = files / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"model: expected whole safetensors files, got a damaged one: .*header"):
+        start.open_start(make(files, "sft", ["chats.jsonl"], path=str(files / "model")))
 
 
 def heads(**changes):

@@ -81,7 +81,7 @@ def test_bad_input_is_a_user_error(tmp_path):
         tokenizer.train([broken], 300)
     empty = tmp_path / "d.txt"
     empty.write_text("")
-    with pytest.raises(UserError, match="expected some to train on"):
+    with pytest.raises(UserError, match="expected text to train on"):
         tokenizer.train([empty], 300)
     (tmp_path / "e.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"e\.txt: not UTF-8"):

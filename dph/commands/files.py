@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,11 +27,8 @@ TOKENIZER_FILES = (
 )
 
 
-TERMINATED = 143  # 128 and the number of SIGTERM, as shells have it
-
-
 def train(args: argparse.Namespace) -> int:
-    """``dph train``; the exit code is 143 where SIGTERM or Ctrl-C ended it, with its state saved."""
+    """``dph train``; the exit code is 143 where SIGTERM ended it and 130 where Ctrl-C did, with its state saved."""
     from dph import parallel, trainer
 
     if args.dry_run:
@@ -39,8 +37,11 @@ def train(args: argparse.Namespace) -> int:
         if parallel.told().rank == 0:
             print(estimate(_recipe(args)).table())
         return 0
-    result = trainer.train(_recipe(args), resume=args.resume)
-    return TERMINATED if result.interrupted else 0
+    recipe = _recipe(args)
+    if args.resume and not (Path(recipe.output.directory) / "config.json").exists() and parallel.told().rank == 0:
+        print(f"{recipe.output.directory}: no run to resume is there, so one begins", file=sys.stderr)
+    result = trainer.train(recipe, resume=args.resume)
+    return 128 + (result.signal or signal.SIGTERM) if result.interrupted else 0  # as shells have it
 
 
 def cache(args: argparse.Namespace) -> None:
@@ -48,7 +49,7 @@ def cache(args: argparse.Namespace) -> None:
     from dph.ahead import fill
 
     found = fill(_recipe(args))
-    print(f"{found.directory}: {found.stored:,} pairs, {found.computed:,} of the {found.pairs:,} seen are new")
+    print(f"{found.directory}: {found.stored:,} pairs, {found.computed:,} of them new")
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
