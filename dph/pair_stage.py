@@ -14,7 +14,6 @@ from dph import flops
 from dph.batches import PairBatches
 from dph.chat import Encoded
 from dph.errors import UserError
-from dph.model import PackedOutput
 from dph.order import InOrder, Order, draw
 from dph.packing import PackedBatch, fill, pack, packed_length
 from dph.pair_cache import PairCache, directory
@@ -38,6 +37,11 @@ class PairPart:
     def tokens(self) -> int:
         """How many go through the model, prompts shared."""
         return sum(map(packed_length, self.pairs))
+
+    @property
+    def finished(self) -> bool:
+        """Whether every answer has a reward: none was cut off."""
+        return all(side.reward_position is not None for pair in self.pairs for side in pair)
 
     @cached_property
     def packed(self) -> PackedBatch:
@@ -63,6 +67,7 @@ class PairStage(Material):
         self.found = metric_names(objective.heads if self.rewarded else ())
         self.metrics = tuple(name for name in self.found if name != "finite")
         self.batches = self._pairs(self.records, self.recipe.batch.size)
+        self.told: dict[str, int] = {}  # held-out pairs of each source that a frozen backbone's log-probabilities tell
         for name, records in self.held_out.items():  # an error now rather than at the first evaluation
             held_out = self._pairs(InOrder(records), 1)
             if next(held_out, None) is None:
@@ -210,18 +215,37 @@ class PairStage(Material):
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Share of held-out pairs told right, by each reward and by mean log-probability; a tie or NaN is wrong."""
-        return merge({name: self._evaluate(records) for name, records in self.held_out.items()})
+        return merge({name: self._evaluate(name, records) for name, records in self.held_out.items()})
 
-    def _evaluate(self, records: Sequence[Record]) -> tuple[dict[str, int], int]:
+    def _evaluate(self, name: str, records: Sequence[Record]) -> tuple[dict[str, int], int]:
+        """How many pairs are told right, by each figure, and how many there are.
+
+        Where states are cached, what the frozen backbone says is found once: by log-probability in the first
+        evaluation, and the states in the second, which rewards are read from then on.
+        """
+        told = self.told.get(name)
         right: Counter[str] = Counter()
-        count = 0
+        count, finished = 0, True
+        for part in self._held_out_parts(records):
+            if told is not None:
+                found = self._rewards(self.model.rewards_of(self.frozen(part)))
+            else:
+                out = self.model.forward_packed(part.packed.to(self.model.device))
+                found = [*self._rewards(out.rewards), out.mean_logprobs]
+            for key, (chosen, rejected) in zip(self.judged, map(_sides, found), strict=False):
+                right[key] += int((chosen > rejected).sum())
+            count += len(part.pairs)
+            finished &= part.finished
+        if told is not None:
+            right["logprob_accuracy"] = told
+        elif self.cached == "states" and finished:
+            self.told[name] = right["logprob_accuracy"]
+        return {key: right[key] for key in self.judged}, count
+
+    def _held_out_parts(self, records: Sequence[Record]) -> Iterator[PairPart]:
         for pairs in self._pairs(InOrder(records), self.micro):
             for places in self._places([packed_length(pair) for pair in pairs]):
-                out = self.model.forward_packed(pack([pairs[i] for i in places]).to(self.model.device))
-                for key, (chosen, rejected) in self._judgements(out):
-                    right[key] += int((chosen > rejected).sum())
-            count += len(pairs)
-        return right, count
+                yield PairPart([pairs[i] for i in places], places)
 
     @property
     def judged(self) -> tuple[str, ...]:
@@ -230,10 +254,9 @@ class PairStage(Material):
         names = (f"_{head}" if len(heads) > 1 else "" for head in heads)
         return (*(f"reward_accuracy{name}" for name in names), "logprob_accuracy")
 
-    def _judgements(self, out: PackedOutput) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-        heads = self.recipe.objective.heads if self.rewarded else ()
-        found = [*(out.rewards[head] for head in heads), out.mean_logprobs]
-        return zip(self.judged, map(_sides, found), strict=True)
+    def _rewards(self, rewards: dict[str, Tensor]) -> list[Tensor]:
+        """Of the heads that are trained."""
+        return [rewards[head] for head in self.recipe.objective.heads] if self.rewarded else []
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The place in the data. What the cache has gathered goes to the disk: a checkpoint follows.

@@ -1,17 +1,19 @@
 """What frozen models say, kept on disk: training with it as without it, resumed too, and passes ahead."""
 
+import dataclasses
 from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from stages import records, settings, tiny, weights
+from stages import figures, records, settings, tiny, weights
 from test_cache import shards, spoil
 from texts import small_tokenizer, write_lines
 
 from dph import ahead, cache, cli, pair_cache, parallel, runs
 from dph.backbone import Backbone
 from dph.errors import UserError
+from dph.records import encoder
 from dph.trainer import train
 
 
@@ -79,6 +81,31 @@ def test_a_warm_cache_never_asks_the_frozen_model(stage, tmp_path, calls):
     same(cold, warm)
     go(stage_settings(stage, tmp_path / "other", optimiser__steps=6, batch__micro=4, seed=6))
     assert len(calls) == (18 if stage == "align" else 0)  # pairs are found in other batches too
+
+
+def test_held_out_states_are_computed_once(tmp_path, calls):
+    """The first evaluation of a frozen backbone takes its log-probabilities, the second its states, no other either."""
+    changes = {"batch__micro": 2, "evaluation__every": 1, "optimiser__steps": 6, "output__log_every": 1}
+    others = records("head", 31)[23:]
+    held_out = {"one": others[:5], "two": others[5:]}
+    lines = []
+    for name, on in (("plain", False), ("kept", True)):
+        calls.clear()
+        go(stage_settings("head", tmp_path / name, on, **changes), held_out=held_out)
+        lines.append([line for line in figures(tmp_path / name) if any(key.startswith("eval/") for key in line)])
+    assert len(lines[0]) == 6
+    assert lines[0] == lines[1]
+    assert len(calls) == 12 + 2 * 5, "parts of six steps, and twice those of both sources"
+
+
+def test_cut_off_held_out_answers_have_no_reward(tmp_path):
+    encode = encoder(small_tokenizer())
+    pairs = [encode(record) for record in records("head", 4)]
+    pairs[1] = pairs[1][0], dataclasses.replace(pairs[1][1], reward_position=None)
+    changes = {"batch__micro": 2, "evaluation__every": 1, "optimiser__steps": 4}
+    for name, on in (("plain", False), ("kept", True)):
+        go(stage_settings("head", tmp_path / name, on, **changes), held_out=pairs)
+    assert figures(tmp_path / "plain") == figures(tmp_path / "kept")
 
 
 def test_a_damaged_row_is_computed_again(tmp_path, caplog):
