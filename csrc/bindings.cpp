@@ -1,5 +1,5 @@
-// The only file that knows Python. Pointers arrive as integers, or as tensors where asking these for all that a kernel
-// needs would take longer than the kernel does; the callers in dph_kernels have checked them.
+// The only file that knows Python. Pointers arrive as integers, of tensors that the callers in dph_kernels have checked;
+// or as tensors, where asking these in Python for all that a kernel needs would take longer than the kernel does.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -188,23 +188,24 @@ void bind_linear_logprob(py::module_& module) {
 
 // PyTorch's functions for what its tensors hold.
 const DLPackExchangeAPI& exchange() {
-  static const DLPackExchangeAPI* found = nullptr;
-  if (!found) {
+  static const DLPackExchangeAPI* known = nullptr;
+  if (!known) {
     const py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
-    const void* api = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
-    if (!api) throw py::error_already_set();
-    found = static_cast<const DLPackExchangeAPI*>(api);
-    while (found && found->version.major != 1) found = found->prev_api;
-    if (!found || !found->dltensor_from_py_object_no_sync)
+    const void* found = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+    if (!found) throw py::error_already_set();
+    const auto* api = static_cast<const DLPackExchangeAPI*>(found);
+    while (api && api->version.major != 1) api = api->prev_api;
+    if (!api || !api->dltensor_from_py_object_no_sync)
       throw std::runtime_error("PyTorch's tensors: expected version 1 of DLPack's C interface, got another");
+    known = api;
   }
-  return *found;
+  return *known;
 }
 
-// What a tensor holds; false for a subclass but a parameter, and for one without memory (of vmap, say).
+// What a tensor holds; false for a subclass but a parameter, and for one without memory (of vmap, say, or of zeros).
 bool peek(py::handle tensor, DLTensor& found) {
-  static PyObject *plain = nullptr, *parameter = nullptr;
-  if (!plain) {
+  static PyObject *plain = nullptr, *parameter = nullptr;  // classes, which live as long as Python does
+  if (!parameter) {
     const py::module_ torch = py::module_::import("torch");
     plain = torch.attr("Tensor").ptr();
     parameter = torch.attr("nn").attr("Parameter").ptr();
@@ -215,16 +216,22 @@ bool peek(py::handle tensor, DLTensor& found) {
     PyErr_Clear();
     return false;
   }
+  if (!found.data) return false;
   found.data = static_cast<char*>(found.data) + found.byte_offset;
   return true;
 }
 
-// The same of a tensor that is known to be one with memory.
+// The same where it has to be one with memory.
 DLTensor look(py::handle tensor) {
   DLTensor found;
-  if (exchange().dltensor_from_py_object_no_sync(tensor.ptr(), &found) != 0) throw py::error_already_set();
-  found.data = static_cast<char*>(found.data) + found.byte_offset;
+  if (!peek(tensor, found)) throw std::invalid_argument("expected a plain tensor with memory, got another");
   return found;
+}
+
+// Whether these are fp32 values end to end, as many as told.
+bool dense(const DLTensor& x, int64_t count) {
+  return x.dtype.code == kDLFloat && x.dtype.bits == 32 && x.ndim == 1 && x.shape[0] == count &&
+         (count < 2 || x.strides[0] == 1);
 }
 
 float* floats(py::handle tensor) { return static_cast<float*>(look(tensor).data); }
@@ -256,6 +263,9 @@ bool preference_loss_fits(const py::tuple& rewards, const py::tuple& logprobs) {
 // ``options`` in the order of reference.Options. Positional, as names would take longer to pass than the arithmetic.
 void preference_loss(const py::tuple& inputs, size_t rewards, const py::tuple& options, py::handle loss,
                      py::handle metrics, py::handle slopes, int threads) {
+  const size_t logprobs = inputs.size() - rewards;
+  if ((rewards != 0 && rewards != 2) || (logprobs != 0 && logprobs != 4) || inputs.empty())
+    throw std::invalid_argument("expected 2 rewards, 4 log-probabilities, or both");
   dph::PreferenceInput found[6];
   dph::PreferenceArguments a{};
   for (size_t i = 0; i < inputs.size(); ++i) {
@@ -267,7 +277,7 @@ void preference_loss(const py::tuple& inputs, size_t rewards, const py::tuple& o
     found[i] = {x.data, x.strides[0], x.strides[x.ndim - 1], x.dtype.code == kDLBfloat};
   }
   a.rewards = rewards > 0 ? found : nullptr;
-  a.logprobs = rewards < inputs.size() ? found + rewards : nullptr;
+  a.logprobs = logprobs > 0 ? found + rewards : nullptr;
   a.beta = options[0].cast<float>();
   a.dpo_epsilon = options[1].cast<float>();
   a.dph_epsilon = options[2].cast<float>();
@@ -281,20 +291,24 @@ void preference_loss(const py::tuple& inputs, size_t rewards, const py::tuple& o
   dph::preference_loss_cpu(a, threads);
 }
 
-// False where ``grad`` is none that can be read.
+// False where ``slopes`` or ``grad`` are not as the forward pass makes them, and autograd the other: hooks may see to that.
 bool preference_loss_gradients(py::handle slopes, py::handle grad, const py::list& results, int threads) {
-  DLTensor scale;
-  if (!peek(grad, scale)) return false;
+  if (results.size() > 4) throw std::invalid_argument("expected at most 4 gradients");
   dph::PreferenceGradient found[4];
-  for (size_t i = 0; i < results.size(); ++i) {
+  const int64_t count = results.size();
+  int64_t values = 0;
+  for (int64_t i = 0; i < count; ++i) {
     const DLTensor x = look(results[i]);
     found[i] = {static_cast<float*>(x.data), 1};
     for (int32_t axis = 0; axis < x.ndim; ++axis) found[i].size *= x.shape[axis];
+    values += found[i].size;
   }
-  const float* const all = floats(slopes);
-  const int64_t count = results.size();
+  DLTensor all, scale;
+  if (!peek(slopes, all) || !dense(all, values) || !peek(grad, scale)) return false;
+  if (scale.ndim != 0 || scale.dtype.code != kDLFloat || scale.dtype.bits != 32) return false;
   const py::gil_scoped_release released;
-  dph::preference_loss_gradients_cpu(all, *static_cast<const float*>(scale.data), found, count, threads);
+  dph::preference_loss_gradients_cpu(static_cast<const float*>(all.data), *static_cast<const float*>(scale.data), found,
+                                     count, threads);
   return true;
 }
 

@@ -1,5 +1,5 @@
 // The part of DLPack's C interface, version 1 (https://dmlc.github.io/dlpack), by which PyTorch tells what a tensor
-// holds without a call of Python. Names and layouts are the standard's.
+// holds without a call of Python. Names and layouts are the standard's, but that a header's fields stand where it does.
 #pragma once
 
 #include <cstdint>

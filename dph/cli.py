@@ -1,7 +1,7 @@
 """The ``dph`` command: arguments and errors. What the commands do is in ``dph.commands``, imported when one runs.
 
-Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted. An error is one line on stderr; ``--debug`` adds the
-traceback.
+Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted by Ctrl-C, 143 ended by SIGTERM (training has then saved
+its state). An error is one line on stderr; ``--debug`` adds the traceback.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 from dph import best, compiled, flops, parallel, runs
 from dph.best import Best
 from dph.devices import Reading, low_precision
+from dph.errors import UserError
 from dph.guard import Guard
 from dph.interrupts import told_to_stop
 from dph.model import Model
@@ -30,6 +32,16 @@ from dph.shared_run import SharedRun
 from dph.stages import Loss, Stage, Work
 
 log = logging.getLogger(__name__)
+STATE = (
+    "optimiser",
+    "data",
+    "generators",
+    "window",
+    "guard",
+    "forget",
+    "evaluation",
+    "best",
+)  # of a checkpoint, as JSON
 
 
 class Diverged(RuntimeError):
@@ -57,6 +69,11 @@ class Result:
     interrupted: bool
     signal: int
     evaluation: dict[str, float]
+
+    @property
+    def exit_code(self) -> int:
+        """Of a command: 0, or as shells have it 128 and the signal (SIGTERM where another process was told)."""
+        return 128 + (self.signal or signal.SIGTERM) if self.interrupted else 0
 
 
 class Launched(NamedTuple):
@@ -144,6 +161,10 @@ class Trainer:
 
     def _load(self, checkpoint: runs.Checkpoint) -> None:
         state = checkpoint.state()
+        if lacking := [key for key in STATE if key not in state]:
+            raise UserError(
+                f"{checkpoint.path}: expected a checkpoint of this version of dph, got one without {', '.join(lacking)}"
+            )
         self._set_weights(checkpoint.tensors("weights"))
         params = {name: p for p, name in self.names.items()}
         optimiser = checkpoint.tensors("optimiser")
@@ -154,15 +175,19 @@ class Trainer:
         self.guard.load(state["guard"])
         self._forget = state["forget"]
         self.evaluation = state["evaluation"]
-        self._load_best(state["best"])
+        self.best.load(self._kept(state["best"], checkpoint))
         runs.set_generators(checkpoint.tensors("generators"), state["generators"])
 
-    def _load_best(self, found: dict[str, Any] | None) -> None:
-        """Take up the best step, or do without where its checkpoint is not there any more."""
-        if found is not None and not runs.checkpoint_path(self.run.directory, found["step"]).is_dir():
-            log.warning("the best checkpoint, of step %d, is gone: the next to be evaluated is the best", found["step"])
-            found = None
-        self.best.load(found)
+    def _kept(self, best: dict[str, Any] | None, newest: runs.Checkpoint) -> dict[str, Any] | None:
+        """The best step, or None where its checkpoint is not there whole any more."""
+        if best is None or best["step"] == newest.step:
+            return best
+        path = runs.checkpoint_path(self.run.directory, best["step"])
+        reason = self.world.gather(runs.damage(path) if self.world.rank == 0 else None)[0]
+        if reason is None:
+            return best
+        log.warning("%s, the best, is not complete (%s): the next to be evaluated is the best", path, reason)
+        return None
 
     def _save(self, step: int) -> None:
         optimiser, optimiser_state = self.optimiser.to_tensors(self.names)
@@ -170,16 +195,8 @@ class Trainer:
         generators, generators_state = runs.generators()
         weights = self.optimiser.weights(self.names)
         parts = {"weights": weights, "optimiser": optimiser, "data": data, "generators": generators}
-        state = {
-            "optimiser": optimiser_state,
-            "data": data_state,
-            "window": self.window.state(),
-            "guard": self.guard.state(),
-            "forget": self._forget,
-            "evaluation": self.evaluation,
-            "best": self.best.found,
-            "generators": generators_state,
-        }
+        own = self.window.state(), self.guard.state(), self._forget, self.evaluation, self.best.found
+        state = dict(zip(STATE, (optimiser_state, data_state, generators_state, *own), strict=True))
         self.run.save(step, parts, state)
 
     def train(self) -> Result:

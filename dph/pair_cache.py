@@ -36,7 +36,7 @@ class PairCache:
         agree: of several processes whose model lies in shards, whether one needs what all have to compute together.
 
     Attributes:
-        computed: different pairs whose numbers were not there.
+        computed: different pairs whose numbers were not there, and are now.
     """
 
     def __init__(
@@ -66,14 +66,15 @@ class PairCache:
         """
         keys = [pair_key(self._model, pair) for pair in pairs]
         found = [self.store.get(key) for key in keys]
-        missing = {key for key, row in zip(keys, found, strict=True) if row is None}
-        fresh = compute() if self.agree(bool(missing)) else None
+        missing = any(row is None for row in found)
+        fresh = compute() if self.agree(missing) else None
         if missing:
             computed = fresh.detach().to("cpu", torch.float32).reshape(len(pairs), -1)
+            before = len(self.store)
             self.store.put(keys, computed)
+            self.computed += len(self.store) - before
             found = [self.store.get(key) for key in keys]
             found = [new if old is None else old for old, new in zip(found, computed, strict=True)]  # not finite
-            self.computed += len(missing)
         return torch.stack(found)
 
 

@@ -11,6 +11,7 @@ import argparse
 import copy
 import itertools
 import random
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -103,7 +104,8 @@ class Road:
             model = start.with_heads(model, stage.objective)
         done = train(stage, model=model, tokenizer=self.tokenizer, records=records, resume=self.resume)
         if done.interrupted:
-            raise UserError(f"stopped in stage {name}; dph quickstart --resume goes on")
+            print(f"stopped in stage {name}; dph quickstart --resume goes on", file=sys.stderr)
+            sys.exit(done.exit_code)
         return done.model
 
     def preferences(self, model: Model, prompts: int) -> list[tuple[Encoded, Encoded]]:

@@ -311,14 +311,15 @@ def newest(folder: Path) -> Checkpoint | None:
 def damage(path: Path) -> str | None:
     """Why the checkpoint at ``path`` is not complete, or None: every file has the size and hash of the manifest."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        listed = json.loads((path / MANIFEST).read_text())["files"]
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"no readable {MANIFEST}"
-    for name, entry in files.items():
+    for name, (size, digest) in files.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != entry["size"] or _sha256(file) != entry["sha256"]:
+        if file.stat().st_size != size or _sha256(file) != digest:
             return f"{name} is damaged"
     return None
 

@@ -128,7 +128,8 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return float(value)
     if kind in (int, str, bool) and type(value) is kind:
         return value
-    wanted = f"a list, such as [{value}]" if origin is tuple and isinstance(value, str) else _name(kind)
+    names = origin is tuple and args[0] is not float  # of which one may be given in a list's place
+    wanted = f"a list, such as [{value}]" if names and isinstance(value, str) else _name(kind)
     raise UserError(f"{key}: expected {wanted}, got {value!r}")
 
 

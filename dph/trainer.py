@@ -60,6 +60,8 @@ def train(
                 if model is None:
                     model, tokenizer = start.open_start(recipe)
                 stage = make_stage(recipe, model, tokenizer, records, held_out, world=world)
+            if resume and run.checkpoint is None:
+                stage.notes += (f"{run.directory} holds no checkpoint to resume, so the run begins",)
             with contextlib.closing(stage):
                 return Trainer(recipe, stage, run, quiet or world.rank > 0).train()
         finally:

@@ -38,6 +38,8 @@ def missing(backend: str) -> str | None:
     """What the native ``backend`` ("cpu" or "cuda") lacks here and the command that brings it; None where it runs."""
     if _native is None:
         return _not_built()
+    if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        return f"the C++ module needs PyTorch 2.11 or later, got {torch.__version__}"
     if _stale():
         return f"the C++ module was built from other sources than csrc/ holds now: run {REBUILD}"
     return None if backend == "cpu" else _missing_cuda()

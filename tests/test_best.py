@@ -190,8 +190,9 @@ def test_a_full_disk_leaves_the_old_ones(part, tmp_path, scripted, monkeypatch):
     assert kept(tmp_path / "run") == ([4, 8], BEST)
 
 
-def test_a_best_one_that_is_gone_is_forgotten(tmp_path, scripted, monkeypatch, caplog):
-    """Killed after step 6, whose best is 4; somebody has deleted that: of those to come, 8 is the best."""
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_best_one_that_is_gone_is_forgotten(whole, tmp_path, scripted, monkeypatch, caplog):
+    """Killed after step 6, whose best is 4; that is deleted, or damaged: of those to come, 8 is the best."""
     save = runs.Run.save
 
     def killed(self, step, *rest):
@@ -204,9 +205,14 @@ def test_a_best_one_that_is_gone_is_forgotten(tmp_path, scripted, monkeypatch, c
         with pytest.raises(InterruptedError):
             go(tmp_path / "run")
     assert kept(tmp_path / "run") == ([4, 6], BEST)
-    runs.checkpoint_path(tmp_path / "run", 4).rename(tmp_path / "gone")
+    best = runs.checkpoint_path(tmp_path / "run", 4)
+    if whole:
+        best.rename(tmp_path / "gone")
+    else:
+        (best / "weights.safetensors").write_bytes(b"")
     go(tmp_path / "run", resume=True)
-    assert "the best checkpoint, of step 4, is gone" in caplog.text
+    reason = "no readable manifest.json" if whole else "weights.safetensors is damaged"
+    assert f"step-00000004, the best, is not complete ({reason}): the next to be" in caplog.text
     assert kept(tmp_path / "run") == ([8], {**BEST, "checkpoint": "step-00000008", "step": 8})
 
 

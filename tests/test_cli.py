@@ -1,5 +1,6 @@
 """The command line, called in this process on a tiny model: what it prints, its exit codes, its one-line errors."""
 
+import dataclasses
 import io
 import json
 import math
@@ -9,7 +10,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import dph
 from dph import cli, generate, pretrained, tokenizer
+from dph.loop import Result
 
 CORPUS = ["positive or negative? a gripping film is watchable, the film is not"] * 2
 SIZES = {"embedding_size": 16, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -531,18 +532,17 @@ def test_doctor(dph_command):
 
 
 def test_train_hands_over_recipe_overrides_and_output(dph_command, monkeypatch, tmp_path):
-    calls, result = [], SimpleNamespace(interrupted=False, signal=0)
-    monkeypatch.setattr("dph.trainer.train", lambda recipe, resume: calls.append((recipe, resume)) or result)
+    calls, result = [], [Result(None, None, tmp_path, 7, False, 0, {})]
+    monkeypatch.setattr("dph.trainer.train", lambda recipe, resume: calls.append((recipe, resume)) or result[0])
     argv = ["train", "sft", "optimiser.steps=7", "--output", tmp_path / "a b: c", "optimiser.warmup=0", "--resume"]
     code, _, err = dph_command(*argv, "seed=5")
-    assert (code, err) == (0, f"{tmp_path / 'a b: c'}: no run to resume is there, so one begins\n")
+    assert (code, err) == (0, "")
     ((recipe, resume),) = calls
     assert resume
     assert (recipe.stage, recipe.seed, recipe.optimiser.steps, recipe.optimiser.warmup) == ("sft", 5, 7, 0)
     assert recipe.output.directory == str(tmp_path / "a b: c")
-    result.interrupted = True
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (0, 143)):  # 0: another process was told
-        result.signal = number
+        result[0] = dataclasses.replace(result[0], interrupted=True, signal=number)
         assert dph_command(*argv)[0] == code
 
 

@@ -212,7 +212,8 @@ def test_torchrun(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("sft")]
-    assert [line.split(":")[0] for line in lines] == ["sft 3/6", "sft 6/6", "sft"]
+    assert [line.split(":")[0] for line in lines] == ["sft", "sft 3/6", "sft 6/6", "sft"]
+    assert lines[0].endswith("run holds no checkpoint to resume, so the run begins")
     dph.Model.from_pretrained(tmp_path / "run" / "model")
 
 

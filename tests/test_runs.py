@@ -95,6 +95,16 @@ def test_damaged_checkpoints_are_set_aside_and_count_for_nothing(tmp_path, caplo
     assert "step-00000020 is kept as step-00000020.damaged" in caplog.text
 
 
+FORMS = ["null", "[]", "{}", '{"files": {"state.json": 3}}', '{"files": {"a": {"size": 1}}}', "{"]
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_a_manifest_of_another_form_is_damage(text, tmp_path):
+    path = runs.Run(tmp_path / "run", CONFIG).save(10, {"weights": tensors()}, {})
+    (path / "manifest.json").write_text(text)
+    assert runs.damage(path) == "no readable manifest.json"
+
+
 def test_a_run_with_nothing_but_damaged_checkpoints_is_not_begun_again(tmp_path):
     run = runs.Run(tmp_path / "run", CONFIG)
     saved = [run.save(step, {"weights": tensors()}, {}) for step in (10, 20)]

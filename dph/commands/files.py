@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,11 +36,7 @@ def train(args: argparse.Namespace) -> int:
         if parallel.told().rank == 0:
             print(estimate(_recipe(args)).table())
         return 0
-    recipe = _recipe(args)
-    if args.resume and not (Path(recipe.output.directory) / "config.json").exists() and parallel.told().rank == 0:
-        print(f"{recipe.output.directory}: no run to resume is there, so one begins", file=sys.stderr)
-    result = trainer.train(recipe, resume=args.resume)
-    return 128 + (result.signal or signal.SIGTERM) if result.interrupted else 0  # as shells have it
+    return trainer.train(_recipe(args), resume=args.resume).exit_code
 
 
 def cache(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dph_kernels import checks, dispatch
@@ -39,6 +40,7 @@ torch.library.define(
 
 @torch.library.impl("dph::preference_loss", ("cpu", "cuda"))
 def _(rewards: list[Tensor], logprobs: list[Tensor], *options: float | str) -> tuple[Tensor, Tensor, Tensor]:
+    _check(rewards, logprobs)
     implementation = _implementation((*rewards, *logprobs), options[-1])
     return implementation.forward(rewards, logprobs, Options(*options[:-1]))
 
@@ -66,8 +68,8 @@ class _Operator(NamedTuple):
 
 
 def _observed(tensors: Sequence[Tensor]) -> bool:
-    """Whether somebody records or transforms the call, or PyTorch has put off a change of sign."""
-    if is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
+    """Whether somebody records, transforms or differentiates the call, or PyTorch has put off a change of sign."""
+    if is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     return any(map(Tensor.is_neg, tensors))
 
@@ -100,7 +102,8 @@ class _Loss(torch.autograd.Function):
         if torch.is_grad_enabled():  # for Hessians and gradient penalties: rare, so plain PyTorch on every backend
             grads = reference.gradients(grad, inputs[: ctx.rewards], inputs[ctx.rewards :], ctx.options)
         else:
-            grads = ctx.implementation.backward(slopes, grad, judged)
+            implementation = reference if _observed((grad,)) else ctx.implementation
+            grads = implementation.backward(slopes, grad, judged)
         # PyTorch casts them to the dtypes of the inputs.
         if len(judged) == len(inputs):
             return None, None, None, *grads
@@ -124,7 +127,7 @@ def _plain(rewards: tuple[Tensor, ...], logprobs: tuple[Tensor, ...]) -> bool:
     return extension.module().preference_loss_fits(rewards, logprobs)
 
 
-def _check(rewards: tuple[Tensor | None, ...], logprobs: tuple[Tensor | None, ...]) -> None:
+def _check(rewards: Sequence[Tensor | None], logprobs: Sequence[Tensor | None]) -> None:
     """ValueError for no part of the objective, no pairs, other numbers of pairs in one part than in the other."""
     _check_group(REWARDS, rewards)
     _check_group(LOGPROBS, logprobs)
@@ -143,10 +146,12 @@ def _check(rewards: tuple[Tensor | None, ...], logprobs: tuple[Tensor | None, ..
         raise ValueError(f"{name}: expected at least one pair, as the loss is a mean over pairs, got none")
 
 
-def _check_group(names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> None:
-    """All of one shape, dtype and device; none at all is right too."""
+def _check_group(names: tuple[str, ...], tensors: Sequence[Tensor | None]) -> None:
+    """All of one shape and device; none at all is right too."""
     if not tensors:
         return
+    if len(tensors) != len(names):
+        raise ValueError(f"{', '.join(names)}: expected {len(names)} tensors, got {len(tensors)}")
     if missing := [name for name, x in zip(names, tensors, strict=True) if x is None]:
         raise ValueError(f"{', '.join(missing)}: expected a tensor, as {', '.join(names)} come together, got None")
     checks.tensor(names[0], tensors[0])

@@ -29,6 +29,6 @@ def backward(slopes: Tensor, grad: Tensor, judged: Sequence[Tensor]) -> list[Ten
     """What ``reference.backward`` gives."""
     kind = {"dtype": torch.float32, "memory_format": torch.contiguous_format}
     grads = [torch.empty_like(x, **kind) for x in judged]
-    if not grad.is_neg() and native.module().preference_loss_gradients_cpu(slopes, grad, grads, native.threads()):
+    if native.module().preference_loss_gradients_cpu(slopes, grad, grads, native.threads()):
         return grads
-    return reference.backward(slopes, grad, judged)  # a batch of gradients (vmap), or one that lies in no memory
+    return reference.backward(slopes, grad, judged)  # a batch of gradients (vmap), or what hooks have changed

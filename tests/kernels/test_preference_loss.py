@@ -8,12 +8,13 @@ import pytest
 import torch
 from numerics import assert_close_to_fp64, implementations, skip_where_unsupported
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import logsigmoid
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dph_kernels import native
+from dph_kernels import dispatch, native
 from dph_kernels.preference_loss import HEAD_METRICS, PREFERENCE_METRICS, metric_names, preference_loss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -550,7 +551,9 @@ def test_without_the_extension_nothing_changes(monkeypatch):
     expected = preference_loss(**inputs, backend="reference")
     grads = torch.autograd.grad(expected[0], inputs.values())
     monkeypatch.setattr(native, "missing", lambda _: "not built")
-    got = preference_loss(**inputs, backend="reference")
+    monkeypatch.setattr(dispatch, "missing", dispatch.missing.__wrapped__)
+    monkeypatch.setattr(dispatch, "choose", dispatch.choose.__wrapped__)
+    got = preference_loss(**inputs)
     assert torch.equal(got[0], expected[0])
     assert all(map(torch.equal, torch.autograd.grad(got[0], inputs.values()), grads))
     with pytest.raises(ValueError, match=r"rewards_rejected: expected shape \[7, 3\], got \[7\]"):
@@ -638,6 +641,57 @@ def test_gradients_of_the_loss_in_any_form(device, backend):
     assert all(torch.equal(x, negated.item() * y) for x, y in zip(grads(negated), one, strict=True))
     expanded = torch.full((1,), 3.0, device=device).expand(4)[2]
     assert all(torch.equal(x, 3 * y) for x, y in zip(grads(expanded), one, strict=True))
+
+
+def test_whoever_watches_the_backward_pass_sees_it():
+    values = tuple(torch.randn(5, requires_grad=True) for _ in range(2))
+    loss = preference_loss(*values)[0]
+    grads = lambda factor: torch.autograd.grad(loss, values, factor, retain_graph=True)  # noqa: E731
+    one = grads(torch.ones(()))
+    graph = make_fx(grads)(torch.ones(()))
+    assert all(torch.equal(x, 3 * y) for x, y in zip(graph(torch.tensor(3.0)), one, strict=True))
+    found = torch.func.functionalize(grads)(torch.tensor(3.0))
+    assert all(torch.equal(x, 3 * y) for x, y in zip(found, one, strict=True))
+    with Recorder() as recorder:
+        grads(torch.ones(()))
+    assert torch.ops.aten.mul.Tensor in recorder.seen
+    with forward_ad.dual_level():
+        duals = grads(forward_ad.make_dual(torch.tensor(2.0), torch.tensor(5.0)))
+        assert all(torch.equal(forward_ad.unpack_dual(x).tangent, 5 * y) for x, y in zip(duals, one, strict=True))
+    zeros = grads(torch._efficientzerotensor(()))
+    assert all(torch.equal(x, torch.zeros(5)) for x in zeros)
+
+
+def test_what_hooks_keep_is_what_counts():
+    """A hook may keep less of the slopes than they are."""
+    values = tuple(torch.randn(5, requires_grad=True) for _ in range(2))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.bfloat16(), lambda x: x):
+        loss = preference_loss(*values)[0]
+    rounded = torch.autograd.grad(loss, values)
+    exact = torch.autograd.grad(preference_loss(*values)[0], values)
+    for got, want in zip(rounded, exact, strict=True):
+        torch.testing.assert_close(got, want.bfloat16().float(), rtol=0, atol=0)
+
+
+def test_the_operator_itself_checks():
+    five = torch.zeros(5)
+    for rewards, logprobs, message in (
+        ([five] * 2, [five] * 40, "policy_chosen, .*: expected 4 tensors, got 40"),
+        ([five], [], "rewards_chosen, rewards_rejected: expected 2 tensors, got 1"),
+        ([five, torch.zeros(6)], [], r"rewards_rejected: expected shape \[5\], got \[6\]"),
+        ([torch.zeros(())] * 2, [], r"rewards_chosen: expected shape \[N\] or"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            OPERATOR(rewards, logprobs, 0.1, 0.1, 0.1, 1.0, 1.0, "separable", "auto")
+
+
+def test_tensors_without_memory():
+    zeros = torch._efficientzerotensor(5)
+    assert preference_loss(zeros, torch.zeros(5))[0] == preference_loss(torch.zeros(5), torch.zeros(5))[0]
+    freed = torch.zeros(5)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises((RuntimeError, ValueError)):
+        preference_loss(freed, torch.zeros(5), backend="cpu")
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
