@@ -32,16 +32,8 @@ from dph.shared_run import SharedRun
 from dph.stages import Loss, Stage, Work
 
 log = logging.getLogger(__name__)
-STATE = (
-    "optimiser",
-    "data",
-    "generators",
-    "window",
-    "guard",
-    "forget",
-    "evaluation",
-    "best",
-)  # of a checkpoint, as JSON
+# What a checkpoint holds as JSON.
+STATE = ("optimiser", "data", "generators", "window", "guard", "forget", "evaluation", "best")
 
 
 class Diverged(RuntimeError):
