@@ -69,7 +69,9 @@ class _Operator(NamedTuple):
 
 def _observed(tensors: Sequence[Tensor]) -> bool:
     """Whether somebody records, transforms or differentiates the call, or PyTorch has put off a change of sign."""
-    if is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level >= 0:
         return True
     return any(map(Tensor.is_neg, tensors))
 
