@@ -236,8 +236,14 @@ bool dense(const DLTensor& x, int64_t count) {
 
 float* floats(py::handle tensor) { return static_cast<float*>(look(tensor).data); }
 
+// Whether each part of the objective is there whole or not at all, and one of them is.
+bool complete(size_t rewards, size_t logprobs) {
+  return (rewards == 0 || rewards == 2) && (logprobs == 0 || logprobs == 4) && rewards + logprobs > 0;
+}
+
 // Whether these are floating-point tensors on one device, not empty, the rewards all [N] or [N, K], the others [N].
 bool preference_loss_fits(const py::tuple& rewards, const py::tuple& logprobs) {
+  if (!complete(rewards.size(), logprobs.size())) return false;
   DLTensor first{};
   bool any = false;
   for (const py::tuple* const part : {&rewards, &logprobs}) {
@@ -257,14 +263,14 @@ bool preference_loss_fits(const py::tuple& rewards, const py::tuple& logprobs) {
       if (x.dtype.code != kDLFloat && x.dtype.code != kDLBfloat) return false;
     }
   }
-  return any && first.shape[0] > 0 && (first.ndim < 2 || first.shape[1] > 0);
+  return first.shape[0] > 0 && (first.ndim < 2 || first.shape[1] > 0);
 }
 
 // ``options`` in the order of reference.Options. Positional, as names would take longer to pass than the arithmetic.
 void preference_loss(const py::tuple& inputs, size_t rewards, const py::tuple& options, py::handle loss,
                      py::handle metrics, py::handle slopes, int threads) {
   const size_t logprobs = inputs.size() - rewards;
-  if ((rewards != 0 && rewards != 2) || (logprobs != 0 && logprobs != 4) || inputs.empty())
+  if (!complete(rewards, logprobs))
     throw std::invalid_argument("expected 2 rewards, 4 log-probabilities, or both");
   dph::PreferenceInput found[6];
   dph::PreferenceArguments a{};

@@ -45,7 +45,7 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
     },
     "preference_loss": {
         "cpu": {
-            "cpu": "3 to 5 times as fast as eager PyTorch, 2 to 3 as its compiled form: "
+            "cpu": "2.5 to 5 times as fast as eager PyTorch, 1.3 to 3 as its compiled form: "
             "benchmarks/bench_preference_loss.py",
             "reference": "plain PyTorch runs everywhere, and in fp64",
         },

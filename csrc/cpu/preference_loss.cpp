@@ -201,11 +201,11 @@ void preference_loss_gradients_cpu(const float* slopes, float grad, const Prefer
     const auto scale = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) own->data[i] = grad * slopes[i];
     };
-    if (groups == 1) {
+    if (groups < LEAST) {
       scale(0, own->size);
       continue;
     }
-#pragma omp parallel for schedule(static) num_threads(threads) if (groups >= LEAST)
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < groups; ++i) scale(i * GROUP, std::min((i + 1) * GROUP, own->size));
   }
 }

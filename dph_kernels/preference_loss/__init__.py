@@ -40,7 +40,7 @@ torch.library.define(
 
 @torch.library.impl("dph::preference_loss", ("cpu", "cuda"))
 def _(rewards: list[Tensor], logprobs: list[Tensor], *options: float | str) -> tuple[Tensor, Tensor, Tensor]:
-    _check(rewards, logprobs)
+    _accept(tuple(rewards), tuple(logprobs))
     implementation = _implementation((*rewards, *logprobs), options[-1])
     return implementation.forward(rewards, logprobs, Options(*options[:-1]))
 
@@ -62,9 +62,7 @@ class _Operator(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.dph.preference_loss.default(rewards, logprobs, *options, self.backend)
 
-    @staticmethod
-    def backward(slopes: Tensor, grad: Tensor, judged: Sequence[Tensor]) -> list[Tensor]:
-        return reference.backward(slopes, grad, judged)
+    backward = staticmethod(reference.backward)
 
 
 def _observed(tensors: Sequence[Tensor]) -> bool:
@@ -118,15 +116,17 @@ class _Loss(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Loss).apply  # without that wrapper
 
 
-def _plain(rewards: tuple[Tensor, ...], logprobs: tuple[Tensor, ...]) -> bool:
-    """Whether C++ finds tensors as `_check` wants them, and of no subclass.
+def _accept(rewards: tuple[Tensor | None, ...], logprobs: tuple[Tensor | None, ...]) -> bool:
+    """Whether C++ finds tensors as they have to be, and of no subclass; else what `_check` raises, if they are wrong.
 
     Of usual sizes, asking each here, PyTorch's dispatcher and the wrapper of `Function.apply` would take longer than
     the loss and its gradients.
     """
-    if torch.compiler.is_compiling() or extension.missing("cpu"):
-        return False
-    return extension.module().preference_loss_fits(rewards, logprobs)
+    seen = not torch.compiler.is_compiling() and extension.missing("cpu") is None
+    if seen and extension.module().preference_loss_fits(rewards, logprobs):
+        return True
+    _check(rewards, logprobs)
+    return False
 
 
 def _check(rewards: Sequence[Tensor | None], logprobs: Sequence[Tensor | None]) -> None:
@@ -224,9 +224,7 @@ def preference_loss(
         rewards = rewards_chosen, rewards_rejected
     if not policy_chosen is policy_rejected is reference_chosen is reference_rejected is None:
         logprobs = policy_chosen, policy_rejected, reference_chosen, reference_rejected
-    plain = _plain(rewards, logprobs)
-    if not plain:
-        _check(rewards, logprobs)
+    plain = _accept(rewards, logprobs)
     options = Options(beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, objective)
     _check_options(options)
     inputs = (*rewards, *logprobs)
