@@ -21,7 +21,6 @@ from torch import Tensor
 from dph import best, compiled, flops, parallel, runs
 from dph.best import Best
 from dph.devices import Reading, low_precision
-from dph.errors import UserError
 from dph.guard import Guard
 from dph.interrupts import told_to_stop
 from dph.model import Model
@@ -32,8 +31,6 @@ from dph.shared_run import SharedRun
 from dph.stages import Loss, Stage, Work
 
 log = logging.getLogger(__name__)
-# What a checkpoint holds as JSON.
-STATE = ("optimiser", "data", "generators", "window", "guard", "forget", "evaluation", "best")
 
 
 class Diverged(RuntimeError):
@@ -153,10 +150,6 @@ class Trainer:
 
     def _load(self, checkpoint: runs.Checkpoint) -> None:
         state = checkpoint.state()
-        if lacking := [key for key in STATE if key not in state]:
-            raise UserError(
-                f"{checkpoint.path}: expected a checkpoint of this version of dph, got one without {', '.join(lacking)}"
-            )
         self._set_weights(checkpoint.tensors("weights"))
         params = {name: p for p, name in self.names.items()}
         optimiser = checkpoint.tensors("optimiser")
@@ -187,8 +180,16 @@ class Trainer:
         generators, generators_state = runs.generators()
         weights = self.optimiser.weights(self.names)
         parts = {"weights": weights, "optimiser": optimiser, "data": data, "generators": generators}
-        own = self.window.state(), self.guard.state(), self._forget, self.evaluation, self.best.found
-        state = dict(zip(STATE, (optimiser_state, data_state, generators_state, *own), strict=True))
+        state = {
+            "optimiser": optimiser_state,
+            "data": data_state,
+            "window": self.window.state(),
+            "guard": self.guard.state(),
+            "forget": self._forget,
+            "evaluation": self.evaluation,
+            "best": self.best.found,
+            "generators": generators_state,
+        }
         self.run.save(step, parts, state)
 
     def train(self) -> Result:

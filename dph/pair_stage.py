@@ -224,6 +224,7 @@ class PairStage(Material):
         evaluation, and the states in the second, which rewards are read from then on.
         """
         told = self.told.get(name)
+        figures = self.judged if told is None else self.judged[:-1]  # all but that of log-probabilities
         right: Counter[str] = Counter()
         count, finished = 0, True
         for part in self._held_out_parts(records):
@@ -232,7 +233,7 @@ class PairStage(Material):
             else:
                 out = self.model.forward_packed(part.packed.to(self.model.device))
                 found = [*self._rewards(out.rewards), out.mean_logprobs]
-            for key, (chosen, rejected) in zip(self.judged, map(_sides, found), strict=False):
+            for key, (chosen, rejected) in zip(figures, map(_sides, found), strict=True):
                 right[key] += int((chosen > rejected).sum())
             count += len(part.pairs)
             finished &= part.finished

@@ -268,6 +268,17 @@ def _flat(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     return flat
 
 
+class _State(dict):
+    """The JSON of a checkpoint, which knows where it lies."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.path}: expected a checkpoint of this version of dph, got one without {key}")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint on disk."""
@@ -281,8 +292,8 @@ class Checkpoint:
         return {k: t for path in [self.path / f"{part}.safetensors", *shares] for k, t in load_file(path).items()}
 
     def state(self) -> dict[str, Any]:
-        """What was saved as JSON."""
-        return json.loads((self.path / "state.json").read_text())
+        """What was saved as JSON. UserError where a key is asked for that another version of dph did not write."""
+        return _State(self.path, json.loads((self.path / "state.json").read_text()))
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:

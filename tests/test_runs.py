@@ -105,6 +105,14 @@ def test_a_manifest_of_another_form_is_damage(text, tmp_path):
     assert runs.damage(path) == "no readable manifest.json"
 
 
+def test_a_state_of_another_version_is_named(tmp_path):
+    path = runs.Run(tmp_path / "run", CONFIG).save(10, {}, {"window": {}})
+    state = runs.Checkpoint(10, path).state()
+    assert (state, state["window"], state.get("best")) == ({"window": {}}, {}, None)
+    with pytest.raises(UserError, match=r"step-00000010: expected a checkpoint of this version of dph, got .* best"):
+        state["best"]
+
+
 def test_a_run_with_nothing_but_damaged_checkpoints_is_not_begun_again(tmp_path):
     run = runs.Run(tmp_path / "run", CONFIG)
     saved = [run.save(step, {"weights": tensors()}, {}) for step in (10, 20)]
