@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from safetensors.torch import load_file
-from stages import figures, records, settings, tiny, weights
+from stages import Killed, Trap, die, figures, records, settings, tiny, weights
 from test_cache import shards, spoil
 from texts import small_tokenizer, write_lines
 
@@ -117,22 +117,6 @@ def test_a_damaged_row_is_computed_again(tmp_path, caplog):
     assert "is damaged (row 0" in caplog.text
 
 
-class Killed(Exception):
-    pass
-
-
-class Trap(list):
-    """Records of which the given one of those taken kills the run."""
-
-    left = 0
-
-    def __getitem__(self, index):
-        self.left -= 1
-        if self.left == 0:
-            raise Killed
-        return super().__getitem__(index)
-
-
 @pytest.mark.parametrize("after", [18, 30])
 @pytest.mark.parametrize("stage", STAGES)
 def test_resume_is_bit_for_bit(stage, after, tmp_path, monkeypatch):
@@ -140,8 +124,7 @@ def test_resume_is_bit_for_bit(stage, after, tmp_path, monkeypatch):
     whole = go(stage_settings(stage, tmp_path / "whole", data__cache=str(tmp_path / "one"), optimiser__steps=9))
     monkeypatch.setattr(cache, "SHARD_ROWS", 3)
     recipe = stage_settings(stage, tmp_path / "parts", data__cache=str(tmp_path / "two"), optimiser__steps=9)
-    data = Trap(records(stage))
-    data.left = after
+    data = Trap(records(stage), after, die)
     with pytest.raises(Killed):
         go(recipe, data)
     assert runs.newest(tmp_path / "parts" / "checkpoints").step == after // 4 // 3 * 3
@@ -157,8 +140,7 @@ def test_without_company_every_epoch_is_the_same_bit_for_bit(stage, tmp_path):
     """
     plain = go(stage_settings(stage, tmp_path / "plain", on=False, batch__micro=1, optimiser__steps=9))
     recipe = stage_settings(stage, tmp_path / "kept", batch__micro=1, optimiser__steps=9)
-    data = Trap(records(stage))
-    data.left = 30
+    data = Trap(records(stage), 30, die)
     with pytest.raises(Killed):
         go(recipe, data)
     assert runs.newest(tmp_path / "kept" / "checkpoints").step == 6
@@ -224,8 +206,7 @@ def stored(directory):
 
 def test_a_pass_ends_with_the_data_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     recipe = stage_settings("head", tmp_path / "run", optimiser__steps=100)
-    data = Trap(records("head"))
-    data.left = 11
+    data = Trap(records("head"), 11, die)
     with pytest.raises(Killed):
         ahead.fill(recipe, model=tiny(), tokenizer=small_tokenizer(), records=data, quiet=True)
     filled = fill(recipe, quiet=True)
