@@ -4,9 +4,8 @@ Ours goes through ``dph.trainer.Trainer``, step by step as its loop does; only t
 """
 
 import dataclasses
-import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +19,7 @@ from dph import flops, recipe, runs, trainer
 from dph.chat import Encoded
 from dph.losses import IGNORED
 from dph.packing import PackedBatch, pack
-from dph.pair_stage import PairPart, PairStage
+from dph.pair_stage import PairPart, PairStage, gathered
 from dph.progress import Progress
 from dph.stages import Stage
 
@@ -161,9 +160,9 @@ class Unsaved(runs.Run):
 class Ours:
     """Our trainer, driven as its loop drives it: the figures of a step are read while the next one runs."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, directory: tempfile.TemporaryDirectory | None = None) -> None:
         self.watch = None
-        self._directory = tempfile.TemporaryDirectory()
+        self._directory = tempfile.TemporaryDirectory() if directory is None else directory
         run = Unsaved(self._directory.name, stage.recipe.as_dict())
         self.trainer = trainer.Trainer(stage.recipe, stage, run, quiet=True)
         self.trainer.model.train()
@@ -187,6 +186,13 @@ class Ours:
         return self.trainer.optimiser.weights(self.trainer.names)
 
 
+def with_states(job: Job, *more: str) -> Ours:
+    """Ours in stage head on cached states, as from the second epoch on."""
+    directory = tempfile.TemporaryDirectory()
+    cached = job.with_overrides("data.cache_states=true", f"data.cache={directory.name}/cache", *more)
+    return Ours(cached.make_stage(), directory)
+
+
 class UnsharedPart(PairPart):
     """Pairs with a prompt for each answer."""
 
@@ -195,10 +201,9 @@ class UnsharedPart(PairPart):
         """How many go through the model."""
         return len(self.packed.tokens)
 
-    @functools.cached_property
-    def packed(self) -> PackedBatch:
+    def pack(self, pairs: list[tuple[Encoded, Encoded]]) -> PackedBatch:
         """Each answer a document."""
-        return pack([[side] for pair in self.pairs for side in pair])
+        return pack([[side] for pair in pairs for side in pair])
 
 
 class Unshared(PairStage):
@@ -209,8 +214,9 @@ class Unshared(PairStage):
         """The same stage otherwise."""
         return cls(**{field.name: getattr(stage, field.name) for field in dataclasses.fields(stage) if field.init})
 
-    def _part(self, pairs: list[tuple[Encoded, Encoded]], places: list[int]) -> PairPart:
-        return UnsharedPart(pairs, places)
+    def _part(self, pairs: Sequence[tuple[Encoded, Encoded]], bins: Sequence[list[int]]) -> PairPart:
+        part = gathered(pairs, bins)
+        return UnsharedPart(part.pairs, part.places, part.bins)
 
 
 class Contender(NamedTuple):
@@ -219,6 +225,7 @@ class Contender(NamedTuple):
     Attributes:
         check: of what it computes, where that is something else than ours does.
         missing: what it lacks here.
+        cached: its backbone does not run.
     """
 
     who: str
@@ -226,6 +233,7 @@ class Contender(NamedTuple):
     kind: str | None = None
     check: Callable[[Job], None] | None = None
     missing: str | None = None
+    cached: bool = False
 
 
 def contenders(stage: str, pad: int) -> list[Contender]:
@@ -244,6 +252,7 @@ def contenders(stage: str, pad: int) -> list[Contender]:
     name = f"paper_layout, padded to {pad}"
     return [
         *found,
+        *(CACHED if stage == "head" else []),
         unshared,
         Contender(name, paper(pad=pad), "paper_layout"),
         Contender(f"{name}, torch.compile", paper(pad=pad, compiled=True)),
@@ -251,6 +260,17 @@ def contenders(stage: str, pad: int) -> list[Contender]:
         *([TRL] if stage == "align" else []),
     ]
 
+
+CACHED = [
+    Contender("ours, states cached", with_states, "ours", cached=True),
+    Contender(
+        "ours, states cached, CUDA graph",
+        lambda job: with_states(job, "cuda_graph=true"),
+        "ours",
+        missing=None if torch.cuda.is_available() else "a CUDA graph needs a CUDA device, and PyTorch sees none",
+        cached=True,
+    ),
+]
 
 TRL = Contender(
     "TRL DPOTrainer, a Llama as large, no reward",
@@ -274,7 +294,8 @@ def check(contender: Contender, job: Job, steps: int = 3) -> None:
     """``contender`` computes what ours computes, in fp32 without dropout, or what its own check asks for.
 
     First the loss, and the gradient of every tensor, of ``steps`` updates at rate 0, through which a stream's memory
-    comes to be longer than its context; then the way that the weights go in ``steps`` updates.
+    comes to be longer than its context; then the way that the weights go in twice as many, of which a CUDA graph takes
+    the last ones.
     """
     ours = contenders(job.stage, job.shape.pad)[0]
     job = dataclasses.replace(job, lowered=False, dropout=0.0)
@@ -283,7 +304,8 @@ def check(contender: Contender, job: Job, steps: int = 3) -> None:
     for rate in (0.0, 1e-3):  # a decay that shows within a few steps
         overrides = (f"optimiser.lr={rate}", "optimiser.final_lr=0", "optimiser.warmup=2", "optimiser.prior_decay=50")
         still = job.with_overrides(*overrides)
-        _compare(contender.make(still), ours.make(still), steps, moves=rate > 0)
+        moves = rate > 0
+        _compare(contender.make(still), ours.make(still), 2 * steps if moves else steps, moves)
 
 
 def _compare(one: Stepping, other: Stepping, steps: int, moves: bool) -> None:

@@ -12,6 +12,7 @@ are.
 No CUDA graphs. A replay overwrites what the last one gave, while the memory holds rows of a call until the next, and
 every block would be a recording of its own for each number of rows. Nor can the whole step be recorded: how many
 targets it has, where memory is written and which positions are rotated by are numbers of the host, new in each step.
+Where the backbone stands still, the step of the heads can (``dph.captured``).
 """
 
 import contextlib

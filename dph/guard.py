@@ -32,7 +32,8 @@ class Guard:
         off = loss - mean
         after = [admitted + 1, mean + rate * off, (1 - rate) * (variance + rate * off.square()), torch.zeros_like(mean)]
         before = [admitted, mean, variance, skipped + 1]
-        self._state = torch.where(good, torch.stack(after), torch.stack(before))
+        # In place: a step that is replayed (dph.captured) finds it where it was.
+        self._state.copy_(torch.where(good, torch.stack(after), torch.stack(before)))
         return torch.where(good, norm.scale, torch.nan), self._state[3]
 
     def state(self) -> list[float]:
@@ -41,4 +42,4 @@ class Guard:
 
     def load(self, state: list[float]) -> None:
         """Take up what ``state`` gave."""
-        self._state = torch.tensor(state, dtype=torch.float64, device=self._state.device)
+        self._state.copy_(torch.tensor(state, dtype=torch.float64))

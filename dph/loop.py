@@ -10,7 +10,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dph import best, compiled, flops, parallel, runs
+from dph import best, captured, compiled, flops, parallel, runs
 from dph.best import Best
 from dph.devices import Reading, low_precision
 from dph.guard import Guard
@@ -65,6 +65,14 @@ class Result:
         return 128 + (self.signal or signal.SIGTERM) if self.interrupted else 0
 
 
+class Update(NamedTuple):
+    """What an update gives, on the device: the losses of its parts, without gradient, that of all, and figures."""
+
+    losses: list[Loss]
+    loss: Tensor
+    figures: Tensor
+
+
 class Launched(NamedTuple):
     """A step that the device has been given, and the figures that it will give."""
 
@@ -87,6 +95,8 @@ class Trainer:
         if recipe.compile:
             with self.world.together():
                 compiled.require(self.world.device or self.model.device)
+        if recipe.cuda_graph:
+            captured.require(self.world.device or self.model.device, self.world.size)
         self.before = {name: p.requires_grad for name, p in self.model.named_parameters()}
         for name, p in self.model.named_parameters():
             p.requires_grad_(stage.trains(name))
@@ -114,6 +124,7 @@ class Trainer:
         if recipe.compile:
             for model in filter(None, (self.model, self.stage.reference)):
                 compiled.switch_on(model.backbone)
+        self.replayed = self._capture() if recipe.cuda_graph else None
 
     def _optimiser(self) -> LaProp:
         s = self.settings
@@ -266,25 +277,47 @@ class Trainer:
             total=self.settings.steps,
             final=self.settings.final_lr,
         )
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
+        self._set_rate(lr)
         if step == self._forget:
             self.stage.forget()
         work = self.stage.next()
+        given = (self.stage.given(part, step) for part in work.parts)
+        if self.replayed is None:
+            done = self._update(given, len(work.parts), work.weight)
+        else:
+            losses, *numbers = self.replayed(next(given))  # which the next step overwrites
+            done = Update([Loss(*map(torch.clone, loss)) for loss in losses], *map(torch.clone, numbers))
+        return Launched(step, lr, work, done.losses, done.loss, self.stage.counts(), Reading(done.figures))
+
+    def _set_rate(self, lr: float) -> None:
+        for group in self.optimiser.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def _capture(self) -> captured.Captured:
+        """The update as a CUDA graph; the learning rate, which it reads, on the device."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        recording = captured.Recording(self.model.device)
+        return captured.Captured(lambda given: self._update([given], 1, self.recipe.batch.size), recording)
+
+    def _update(self, given: Iterable[Any], parts: int, weight: float) -> Update:
+        """Loss and gradient of all parts, whose loss is a mean over ``weight``, and the update of the weights."""
         losses = []
-        for part in work.parts:
-            self.world.last_part(self.model, part is work.parts[-1])
-            loss = self.stage.loss(part, step)
-            (loss.total / work.weight).backward()
+        for number, part in enumerate(given, 1):
+            self.world.last_part(self.model, number == parts)
+            loss = self.stage.loss(part)
+            (loss.total / weight).backward()
             losses.append(loss._replace(total=loss.total.detach()))
         norm = gradient_norm(self.names, self.settings.clip)
         loss, sums, told = self._summed(losses)
-        loss, sums = loss / work.weight, sums / work.weight
+        loss, sums = loss / weight, sums / weight
         scale, skipped = self.guard.admit(loss, norm)
         self.optimiser.step(grad_scale=scale)
         self.optimiser.zero_grad()
-        figures = torch.cat([sums, torch.stack([norm.norm, skipped, told])])
-        return Launched(step, lr, work, losses, loss, self.stage.counts(), Reading(figures))
+        return Update(losses, loss, torch.cat([sums, torch.stack([norm.norm, skipped, told])]))
 
     def _summed(self, losses: Sequence[Loss]) -> tuple[Tensor, Tensor, Tensor]:
         """Over all parts, and in one exchange over all processes: the loss, what was counted, who was told to stop."""
@@ -380,6 +413,7 @@ class Trainer:
 
     def _give_back(self) -> None:
         """Turn the model back into fp32, what did not train as it was found, however training ended."""
+        self.replayed = None
         self.whole.backbone.gradient_checkpointing = False
         compiled.switch_off(self.whole.backbone)
         for name, p in self.whole.named_parameters():

@@ -1,11 +1,12 @@
 """Alignment and head training: preference pairs, packed."""
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +29,16 @@ from dph_kernels.transfer import to_device
 
 @dataclass(frozen=True)
 class PairPart:
-    """Pairs of one part, and their places in the whole work."""
+    """Pairs of one part.
+
+    Attributes:
+        places: of the pairs in the whole work.
+        bins: how many of them go through the backbone together, bin after bin.
+    """
 
     pairs: list[tuple[Encoded, Encoded]]
     places: list[int]
+    bins: list[int]
 
     @property
     def tokens(self) -> int:
@@ -46,7 +53,37 @@ class PairPart:
     @cached_property
     def packed(self) -> PackedBatch:
         """Chosen and rejected in turn as the answers; made when asked for, which cached states need not."""
-        return pack(self.pairs)
+        return self.pack(self.pairs)
+
+    def packed_bins(self) -> Iterator[PackedBatch]:
+        """The same, bin after bin."""
+        pairs = iter(self.pairs)
+        for count in self.bins:
+            yield self.pack(list(itertools.islice(pairs, count)))
+
+    def pack(self, pairs: list[tuple[Encoded, Encoded]]) -> PackedBatch:
+        """Prompts shared."""
+        return pack(pairs)
+
+
+def gathered(pairs: Sequence[tuple[Encoded, Encoded]], bins: Sequence[list[int]]) -> PairPart:
+    """The part of ``pairs`` whose places are in ``bins``."""
+    places = list(itertools.chain.from_iterable(bins))
+    return PairPart([pairs[place] for place in places], places, [len(each) for each in bins])
+
+
+class Given(NamedTuple):
+    """What the loss of N pairs is computed from, on the model's device.
+
+    Attributes:
+        answers: [2N] int64 keys of their dropout, chosen and rejected in turn.
+        frozen: what the frozen model says of them (``PairStage.frozen``), if it is asked.
+        packed: what goes through the model that trains; None in stage head, where only its heads do.
+    """
+
+    answers: Tensor
+    frozen: Tensor | None
+    packed: PackedBatch | None
 
 
 @dataclass(kw_only=True)
@@ -67,6 +104,7 @@ class PairStage(Material):
         self.found = metric_names(objective.heads if self.rewarded else ())
         self.metrics = tuple(name for name in self.found if name != "finite")
         self.batches = self._pairs(self.records, self.recipe.batch.size)
+        self.dropout_seed = draw(2**31, self.recipe.seed, "dropout")
         self.told: dict[str, int] = {}  # held-out pairs of each source that a frozen backbone's log-probabilities tell
         for name, records in self.held_out.items():  # an error now rather than at the first evaluation
             held_out = self._pairs(InOrder(records), 1)
@@ -114,7 +152,11 @@ class PairStage(Material):
         sizes = [packed_length(pair) for pair in pairs]
         bins = self._places(sizes)
         shares = [deal(bins, sizes, rank, self.world.size) for rank in range(self.world.size)]
-        parts = [[self._part([pairs[i] for i in places], places) for places in share] for share in shares]
+        # In stage head what the backbone says in bins is judged at once: it is small, and always as much.
+        head = self.recipe.stage == "head"
+        parts = [
+            [self._part(pairs, of) for of in ([share] if head else [[bin_] for bin_ in share])] for share in shares
+        ]
         tokens = sum(part.tokens for share in parts for part in share)
         taken = f"records {first} to {self.position() - 1}"
         return Work(parts[self.world.rank], len(pairs), tokens, taken, self._flops(pairs))
@@ -134,33 +176,37 @@ class PairStage(Material):
         everyone = list(range(len(sizes)))
         return [everyone[i : i + self.micro] for i in range(0, len(sizes), self.micro)]
 
-    def _part(self, pairs: list[tuple[Encoded, Encoded]], places: list[int]) -> PairPart:
-        for pair in pairs if self.rewarded else []:
+    def _part(self, pairs: Sequence[tuple[Encoded, Encoded]], bins: Sequence[list[int]]) -> PairPart:
+        """Of an update's ``pairs`` those whose places are in ``bins``."""
+        part = gathered(pairs, bins)
+        for pair in part.pairs if self.rewarded else []:
             if any(side.reward_position is None for side in pair):
                 raise UserError(f"pairs: expected finished answers, got one that was cut off: {self._show(pair)}")
-        return PairPart(pairs, places)
+        return part
 
-    def loss(self, part: PairPart, step: int) -> Loss:
-        """The joint objective; a pair's dropout depends on the seed, the step and its place, not on its part."""
-        answers = [2 * place + side for place in part.places for side in range(2)]
-        dropout = {
-            "dropout_seed": draw(2**31, self.recipe.seed, step, "dropout"),
-            "answer_ids": to_device(torch.tensor(answers), self.model.device),
-        }
-        if self.cached == "states":
-            rewards = self.model.rewards_of(self.frozen(part), **dropout)
-            return self._objective(rewards, None, None, len(part.pairs))
-        packed = part.packed if self.needs_reference else _judged_only(part.packed)
-        packed = packed.to(self.model.device)
-        out = self.model.forward_packed(packed, **dropout)
-        reference = None if self.reference is None else self.frozen(part, packed)
-        return self._objective(out.rewards, out.logprobs, reference, len(part.pairs))
+    def given(self, part: PairPart, step: int) -> Given:
+        """Dropout depends on the seed, and by the answers' keys on the step and a pair's place, not on its part."""
+        first = 2 * self.recipe.batch.size * step
+        answers = torch.tensor([first + 2 * place + side for place in part.places for side in range(2)])
+        answers = to_device(answers, self.model.device)
+        if self.recipe.stage == "head":
+            return Given(answers, self.frozen(part), None)
+        packed = (part.packed if self.needs_reference else _judged_only(part.packed)).to(self.model.device)
+        return Given(answers, self.frozen(part, packed) if self.needs_reference else None, packed)
+
+    def loss(self, given: Given) -> Loss:
+        """The joint objective."""
+        dropout = {"dropout_seed": self.dropout_seed, "answer_ids": given.answers}
+        if given.packed is None:
+            return self._objective(self.model.rewards_of(given.frozen, **dropout), None, None)
+        out = self.model.forward_packed(given.packed, **dropout)
+        return self._objective(out.rewards, out.logprobs, given.frozen)
 
     @torch.no_grad()
     def frozen(self, part: PairPart, packed: PackedBatch | None = None) -> Tensor:
         """What the frozen model says of a part: reference log-probabilities [2N] or, in stage head, states [2N, C].
 
-        ``packed`` is the part's on the model's device, where it is there already.
+        ``packed`` is an align part's on the model's device, where it is there already.
         """
         if self.cached is None:
             return self._frozen(part, packed)
@@ -170,20 +216,18 @@ class PairStage(Material):
         return to_device(rows.view(2 * len(rows), -1), self.model.device).to(self.model.dtype)
 
     def _frozen(self, part: PairPart, packed: PackedBatch | None) -> Tensor:
-        packed = part.packed.to(self.model.device) if packed is None else packed
         if self.recipe.stage == "head":
-            return self.model.reward_states(packed)
-        return self.reference.forward_packed(packed).logprobs
+            return torch.cat([self.model.reward_states(each.to(self.model.device)) for each in part.packed_bins()])
+        return self.reference.forward_packed(part.packed.to(self.model.device) if packed is None else packed).logprobs
 
-    def _objective(
-        self, rewards: dict[str, Tensor], logprobs: Tensor | None, reference: Tensor | None, count: int
-    ) -> Loss:
+    def _objective(self, rewards: dict[str, Tensor], logprobs: Tensor | None, reference: Tensor | None) -> Loss:
         objective = self.recipe.objective
         inputs: list[Tensor | None] = [None] * 6
         if self.rewarded:
             inputs[:2] = _sides(torch.stack([rewards[name] for name in objective.heads], 1))
         if reference is not None:
             inputs[2:] = *_sides(logprobs), *_sides(reference)
+        count = next(len(side) for side in inputs if side is not None)
         loss, metrics = preference_loss(
             *inputs,
             beta=objective.beta,
@@ -246,7 +290,7 @@ class PairStage(Material):
     def _held_out_parts(self, records: Sequence[Record]) -> Iterator[PairPart]:
         for pairs in self._pairs(InOrder(records), self.micro):
             for places in self._places([packed_length(pair) for pair in pairs]):
-                yield PairPart([pairs[i] for i in places], places)
+                yield gathered(pairs, [places])
 
     @property
     def judged(self) -> tuple[str, ...]:

@@ -142,6 +142,8 @@ class Batch:
         micro: of these, how many at a time; None for all. Changes memory use, not the result.
         tokens: in place of micro, and for pairs only: parts of at most so many tokens, prompts shared, the longest pair
             first. A pair that takes more by itself is left out.
+
+    In stage head both are of the backbone's pass; the heads judge all pairs at once.
     """
 
     size: int = 128
@@ -246,6 +248,8 @@ class Recipe:
             and memory. Takes a C++ compiler (on a GPU: a C compiler and triton) and up to a minute at the start, so it
             pays in long runs. On one CPU core, in miniature, steps were 1.04 to 1.07 times as fast; a GPU is yet to be
             measured. A resumed run may have another.
+        cuda_graph: stage head, in one process on a GPU, records its step once and replays it (``dph.captured``). Yet to
+            be run on a GPU. A resumed run may have another.
         precision: fp32, bf16 (with fp32 masters), or auto: bf16 on a GPU, fp32 on a CPU.
         device: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
         parallel: of the processes that torchrun starts (``dph.parallel``), each keeps a shard of the weights and the
@@ -264,6 +268,7 @@ class Recipe:
     seed: int = 0
     checkpointing: Literal["none", "block"] = "none"
     compile: bool = False
+    cuda_graph: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     parallel: Literal["shard", "replicate"] = "shard"
@@ -283,6 +288,8 @@ class Recipe:
             )
         if self.batch.micro and self.batch.size % self.batch.micro:
             raise UserError(f"batch.micro: expected a divisor of batch.size {self.batch.size}, got {self.batch.micro}")
+        if self.cuda_graph and self.stage != "head":
+            raise UserError(f"cuda_graph: expected false in stage {self.stage}, whose steps differ in shape, got true")
         if self.output.best is not None and not self.evaluation.every:
             raise UserError(f"evaluation.every: expected at least 1 beside output.best {self.output.best}, got 0")
         if self.batch.tokens is not None and (self.batch.micro or self.kind != "preference"):

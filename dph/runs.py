@@ -50,6 +50,7 @@ TIMES = ("seconds", "tokens_per_second", "tflops_per_second", "mfu", "memory_gb"
 # Sections and keys that a resumed run may change.
 FREE = (
     "output", "evaluation", "data.memory_place", "data.workers", "batch.micro", "parallel", "checkpointing", "compile",
+    "cuda_graph",
 )  # fmt: skip
 # Names that a run writes to.
 OWN = ("config.json", "metrics.jsonl", "start", "checkpoints", "model", "tensorboard", "tracker.json")

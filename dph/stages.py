@@ -64,8 +64,11 @@ class Stage(Protocol):
     def next(self) -> Work:
         """The next update's work."""
 
-    def loss(self, part: Any, step: int) -> Loss:
-        """The loss of one part of the work of ``step``."""
+    def given(self, part: Any, step: int) -> Any:
+        """What the loss of one part of the work of ``step`` is computed from, on the device."""
+
+    def loss(self, given: Any) -> Loss:
+        """The loss of a part."""
 
     def describe(self, part: Any, values: Tensor) -> str:
         """The first item of a part that has a value which is not finite."""

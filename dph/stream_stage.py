@@ -76,11 +76,15 @@ class StreamStage(Material):
         memory = self.memories[0]
         return 0 if memory is None or not memory.seen else min(memory.length, memory.seen[0])
 
-    def loss(self, part: tuple[Memory | None, Tensor, Tensor], step: int) -> Loss:
-        """Minus the log-probabilities of the targets; how many were the most probable token; entropy in nats."""
+    def given(self, part: tuple[Memory | None, Tensor, Tensor], step: int) -> tuple[Memory | None, Tensor, Tensor]:
+        """The part with its tokens on the device; of the targets the model takes up those that count."""
         memory, tokens, targets = part
         self._commit(self.memories, memory)
-        tokens = to_device(tokens, self.model.device)
+        return memory, to_device(tokens, self.model.device), targets
+
+    def loss(self, given: tuple[Memory | None, Tensor, Tensor]) -> Loss:
+        """Minus the log-probabilities of the targets; how many were the most probable token; entropy in nats."""
+        memory, tokens, targets = given
         logprobs, entropy, right = self.model.stream_logprobs(tokens, targets, memory, statistics=True)
         total = -logprobs.sum()
         return Loss(total, torch.stack([total.detach(), right.sum(), entropy.sum()]), logprobs.detach())
@@ -122,7 +126,7 @@ class StreamStage(Material):
         for tokens, targets in self._streams(InOrder(records), streams):
             for part in zip(memories, tokens.split(self.micro), targets.split(self.micro), strict=True):
                 self._commit(memories, part[0])
-                loss = self.loss(part, 0)
+                loss = self.loss(self.given(part, 0))
                 sums, count = sums + loss.sums, count + len(loss.values)
         return dict(zip(self.metrics, sums.tolist(), strict=True)), count
 

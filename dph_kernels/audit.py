@@ -50,7 +50,8 @@ KINDS = {"hmma": ["HMMA"], "hgmma": ["HGMMA"], "ldgsts": ["LDGSTS"], "bulk": ["U
 class Row:
     """One kernel on one architecture: what it needs (bytes per thread spilled, bytes per block shared), what it has.
 
-    ``spilled`` counts the bytes that spill instructions store or load, whichever is more. None: not known.
+    ``spilled`` counts the bytes that spill instructions store or load, whichever is more. None: not known; instructions
+    of Triton's kernels are counted where a launch asks for some.
     """
 
     kernel: str
@@ -140,7 +141,9 @@ def _audit_triton(job: TritonJob) -> list[Row]:
     if len(measured) != 1:
         raise RuntimeError(f"{job.name}: expected ptxas to report one kernel, got {list(measured)} in:\n{log}")
     [(symbol, figures)] = measured.items()
-    row = replace(row, **{**figures, "shared": shared}, **instructions(cubin, _cuobjdump_of_triton())[symbol])
+    row = replace(row, **{**figures, "shared": shared})
+    if launch.matrix or launch.copies:  # to disassemble takes longer than to compile
+        row = replace(row, **instructions(cubin, _cuobjdump_of_triton())[symbol])
     problems = judge(row, launch.spill_budget, launch.matrix, launch.copies) + losses(log)
     return [replace(row, problems=problems)]
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from quick import quicken
 
 # Without a GPU Triton's kernels are interpreted; Triton reads this as they are defined, so it has to be set first.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    quicken()
 
 # Everything here is tiny: one thread is the fastest, and no busy neighbour can stall it.
 torch.set_num_threads(1)

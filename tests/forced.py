@@ -9,11 +9,14 @@ import os
 import runpy
 import sys
 
+from quick import quicken
+
 
 def force(backend):
     """Put ``backend`` first; the set that gathers (operator, backend) as operators are called."""
     if backend == "triton":
         os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels are defined
+        quicken()
     from dph_kernels import dispatch
 
     for operator, devices in dispatch.AUTO.items():

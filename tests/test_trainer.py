@@ -76,7 +76,7 @@ def test_rows_of_one_part_at_most_wait_on_the_device(tmp_path):
     stage = make_stage(recipe, tiny(), small_tokenizer(), records("sft"), records("sft", 3))
     for _ in range(2):
         for number, part in enumerate(stage.next().parts):
-            stage.loss(part, 0).total.backward()
+            stage.loss(stage.given(part, 0)).total.backward()
             assert [bool(memory._rings._kept) for memory in stage.memories] == [i == number for i in range(4)]
     stage.evaluate()
     assert not any(memory._rings._kept for memory in stage.memories)
@@ -188,8 +188,9 @@ def test_parts_by_tokens_change_nothing_but_rounding(stage, tmp_path):
     for tokens in (None, 110):
         recipe = settings(stage, tmp_path / f"{tokens}", batch__tokens=tokens, output__log_every=1, optimiser__steps=3)
         parts = make_stage(recipe, tiny(), small_tokenizer(), records(stage), {}).next().parts
-        assert (len(parts) > 1) == (tokens is not None)
-        assert all(tokens is None or len(part.packed.tokens) <= tokens for part in parts)
+        bins = [packed for part in parts for packed in part.packed_bins()]
+        assert (len(bins) > 1) == (tokens is not None)
+        assert all(tokens is None or len(packed.tokens) <= tokens for packed in bins)
         go(recipe, model=tiny(reward_dropout=0.5))
         lines[tokens] = figures(tmp_path / f"{tokens}")
     for one, two in zip(*lines.values(), strict=True):

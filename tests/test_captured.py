@@ -1,0 +1,123 @@
+"""The step of stage head as a CUDA graph: the same weights and figures, whatever else happens in a run."""
+
+import math
+
+import pytest
+import torch
+from stages import Killed, Trap, die, figures, go, records, settings, taken, tiny, weights
+from tape import Tape
+
+from dph import captured, loop, recipe
+from dph.captured import WARM, Captured, Recording
+from dph.errors import UserError
+from dph.heads import RewardHead
+from dph.pair_stage import PairStage
+
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    """Recordings of runs on the CPU, which are tapes."""
+    made = []
+
+    def make(device):
+        if device.type == "cuda":
+            return Recording(device)
+        made.append(Tape())
+        return made[-1]
+
+    monkeypatch.setattr(captured, "Recording", make)
+    monkeypatch.setattr(captured, "require", lambda device, processes: None)
+    return made
+
+
+def head(directory, graph=True, **changes):
+    return settings("head", directory, cuda_graph=graph, data__cache=str(directory.parent / "cache"), **changes)
+
+
+def run(*arguments, **options):
+    return go(*arguments, model=tiny(reward_dropout=0.3), **options)
+
+
+def same(one, two):
+    for (name, a), b in zip(weights(one.model).items(), weights(two.model).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("changes", [{}, {"data__cache_states": False, "batch__micro": 2}, {"batch__tokens": 90}])
+def test_the_same_as_without(changes, precision, device, tmp_path, tapes):
+    changes = {**changes, "precision": precision, "device": device, "optimiser__steps": 12, "output__log_every": 1}
+    plain, replayed = (run(head(tmp_path / str(graph), graph, **changes)) for graph in (False, True))
+    same(plain, replayed)
+    assert figures(tmp_path / "False") == figures(tmp_path / "True")
+    for tape in tapes:
+        assert (tape.asides, tape.replays) == (WARM, 12 - WARM)
+    assert len(tapes) == (device == "cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_a_resumed_run_is_recorded_anew_or_not(device, tmp_path, tapes):
+    whole = run(head(tmp_path / "whole", False, device=device, optimiser__steps=11))
+    asked = head(tmp_path / "parts", device=device, optimiser__steps=11)
+    with pytest.raises(Killed):
+        run(asked, Trap(records("head"), taken(asked, 6), die))
+    asked = head(tmp_path / "parts", device=device, optimiser__steps=11, output__save_every=1)
+    with pytest.raises(Killed):
+        run(asked, Trap(records("head"), 22, die), resume=True)  # in step 9
+    same(whole, run(head(tmp_path / "parts", False, device=device, optimiser__steps=11), resume=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("step", [WARM, WARM + 1, WARM + 3])
+def test_a_step_that_is_not_finite_is_skipped_and_told(step, device, tmp_path, tapes, monkeypatch, capsys):
+    """Its states are not: the guard and the explanation read what that step has computed, not the next one."""
+    original = PairStage.given
+
+    def spoilt(self, part, at):
+        given = original(self, part, at)
+        if at == step:
+            given.frozen[5] = math.nan
+        return given
+
+    monkeypatch.setattr(PairStage, "given", spoilt)
+    changes = {"device": device, "optimiser__steps": 9, "output__log_every": 1}
+    plain, replayed = (run(head(tmp_path / str(g), g, **changes), quiet=False) for g in (False, True))
+    same(plain, replayed)
+    assert figures(tmp_path / "False") == figures(tmp_path / "True")
+    said = [line for line in capsys.readouterr().err.splitlines() if "was skipped" in line]
+    assert len(said) == 2
+    assert all(f"step {step} was skipped" in line and "for pair 2 of the batch" in line for line in said)
+
+
+def test_other_shapes_than_were_recorded_are_refused():
+    Given = loop.Update  # any named tuple
+    double = Captured(lambda given: given.loss * 2, Tape())
+    for value in range(6):
+        assert double(Given(None, torch.full((3,), float(value)), None)).tolist() == [2.0 * value] * 3
+    with pytest.raises(ValueError, match=r"^loss: expected \(\[3\], torch.float32\) as it was recorded, got \(\[4\]"):
+        double(Given(None, torch.zeros(4), None))
+
+
+def test_a_tape_refuses_what_waits_and_keeps_the_host_s_numbers():
+    """What the tests above rest on: dropout by a seed that changes on the host would be another."""
+    head, states = RewardHead(["a"], "bert", 8, 8, dropout=0.5).train(), torch.randn(4, 8)
+    seeds = iter(range(100))
+    drop = Captured(lambda given: head(given.loss, next(seeds))["a"].detach().clone(), Tape())
+    found = [drop(loop.Update(None, states, None)).clone() for _ in range(WARM + 3)]
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[-1], found[-2])
+    waits = Captured(lambda given: given.loss * float(given.loss.sum()), Tape())
+    for _ in range(WARM):
+        waits(loop.Update(None, states, None))
+    with pytest.raises(AssertionError, match="waits for the device"):
+        waits(loop.Update(None, states, None))
+
+
+def test_what_cannot_be_recorded_is_said(tmp_path):
+    with pytest.raises(UserError, match="cuda_graph: expected false in stage align, whose steps differ in shape, got"):
+        recipe.load("align", ["cuda_graph=true"])
+    with pytest.raises(UserError, match="cuda_graph: expected one process on a GPU, got 1 on cpu"):
+        run(head(tmp_path / "run"))
