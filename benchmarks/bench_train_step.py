@@ -3,7 +3,8 @@
 On a GPU at the paper's shape (551M, 128 streams of 2048 tokens with a full memory of 2048; 64 pairs) in bf16 with fp32
 masters, on the CPU in miniature in fp32. Lengths are real where ../shared/data is there (benchmarks/lengths.py). All
 contenders start from the same weights and take the same records; each is first checked, in fp32 on a tiny model and
-without dropout, to have our loss, gradients and weights. Useful arithmetic is the same for all: dph/flops.py.
+without dropout, to have our loss, gradients and weights. Useful arithmetic (dph/flops.py) is the same for all that are
+compared.
 
 TRL's DPOTrainer, where it is installed, trains a Llama as large, since it cannot train this architecture: it is checked
 against DPO's equation instead (benchmarks/trl_rival.py), and its useful arithmetic is reckoned to be ours.
@@ -19,6 +20,7 @@ import torch
 from benchmarks import lengths, train_step
 from benchmarks.train_step import MINIATURE, PAIRS, PAPER, TINY, Job, contenders
 from dph import flops
+from dph.captured import WARM
 from dph.errors import UserError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,16 +96,16 @@ def bench_train_step(stage, contender, timed, record, limits):
         if isinstance(error, UserError) and not str(error).startswith("compile:"):
             raise
         pytest.skip(f"torch.compile does not work here: {str(error).strip().splitlines()[0]}")
-    for _ in range(math.ceil(SHAPE.memory / SHAPE.context) + 1):  # memories full, kernels chosen
+    for _ in range(max(math.ceil(SHAPE.memory / SHAPE.context), WARM) + 1):  # memories full, kernels chosen, recorded
         training.step()
     used = peak(training.step)
     timed(training.step, SECONDS)
     done = flops.Amounts(judged=2 * SHAPE.pairs) if contender.cached else amounts(stage)
     record(
-        title(stage),
+        title(stage) + (", states cached" if contender.cached else ""),
         contender.who,
         flops=Job(stage=stage, shape=SHAPE).needs(done),
-        tokens=amounts(stage).tokens,
+        tokens=done.tokens or None,
         limit=limits.matmul(DEVICE, torch.bfloat16 if LOWERED else torch.float32),
         peak=used,
         rival=not ours,

@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import bench_train_step as bench
 from benchmarks.train_step import Job, Stepping, contenders
+from dph.captured import WARM
 from dph.tables import table
 
 STEPS = 3
@@ -53,7 +54,7 @@ def measure(training: Stepping, vocabulary: int) -> tuple[float, Counter[str], C
     """Seconds of a step, and ``split`` of ``STEPS`` of them, after warming up."""
     cuda = bench.DEVICE == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
-    for _ in range(STEPS):
+    for _ in range(max(STEPS, WARM + 1)):
         training.step()
     wait()
     began = time.perf_counter()

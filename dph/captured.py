@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 
 from dph.errors import UserError
+from dph_kernels import dispatch
 
 WARM = 3  # calls before the recording: libraries set themselves up, and kernels are compiled
 
 
 def require(device: torch.device, processes: int) -> None:
-    """UserError where a step cannot be recorded."""
+    """UserError where a step cannot be recorded: of several processes, or where LaProp would ask the device."""
     if device.type != "cuda" or processes > 1:
         raise UserError(f"cuda_graph: expected one process on a GPU, got {processes} on {device.type}")
+    if reason := dispatch.missing("laprop", "cuda", device.type):
+        raise UserError(f"cuda_graph: expected the CUDA kernels of laprop, got none: {reason}")
 
 
 class Recording:
@@ -41,7 +44,10 @@ class Recording:
         current.wait_stream(self._stream)
 
     def record(self) -> contextlib.AbstractContextManager[None]:
-        """Record what the block launches; nothing of it runs."""
+        """Record what the block launches; nothing of it runs.
+
+        What other threads ask the GPU for meanwhile (a tracker's, say) has nothing to do with it.
+        """
         return torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local")
 
     def replay(self) -> None:
@@ -53,7 +59,7 @@ class Captured:
     """A function that is called as it is, ``WARM`` times, and then recorded and replayed.
 
     Args:
-        run: takes a named tuple of tensors, or None, and gives anything.
+        run: takes a named tuple, whose fields are tensors or None, and gives anything.
         recording: that it goes into.
     """
 
@@ -64,7 +70,7 @@ class Captured:
         self._outputs: Any = None
 
     def __call__(self, given: Any) -> Any:
-        """What ``run`` gives; its tensors are overwritten by the next call.
+        """What ``run`` gives; once it is recorded, its tensors are overwritten by the next call.
 
         ValueError where ``given`` is not like what was recorded.
         """

@@ -34,7 +34,7 @@ class Guard:
         before = [admitted, mean, variance, skipped + 1]
         # In place: a step that is replayed (dph.captured) finds it where it was.
         self._state.copy_(torch.where(good, torch.stack(after), torch.stack(before)))
-        return torch.where(good, norm.scale, torch.nan), self._state[3]
+        return torch.where(good, norm.scale, torch.nan), self._state[3].clone()
 
     def state(self) -> list[float]:
         """For a checkpoint, as JSON."""

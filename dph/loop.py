@@ -1,7 +1,7 @@
 """The loop of a training stage: data -> loss -> gradient -> clip -> LaProp, and checkpoints from which it goes on.
 
-Nothing here is specific to a stage (``dph.stages``) or to a data set. The device is never waited for within a step: the
-figures of a step are read while the next one runs.
+Nothing here is specific to a stage (``dph.stages``) or to a data set. The device is never waited for within a step, but
+for the one that is recorded (``dph.captured``): the figures of a step are read while the next one runs.
 """
 
 import contextlib
@@ -66,7 +66,14 @@ class Result:
 
 
 class Update(NamedTuple):
-    """What an update gives, on the device: the losses of its parts, without gradient, that of all, and figures."""
+    """What an update gives, on the device.
+
+    Attributes:
+        losses: of its parts, without gradient.
+        loss: of all, a mean.
+        figures: fp64: the means of what the stage's ``metrics`` name, the gradient's norm, how many updates in a row
+            were skipped, how many processes were told to stop.
+    """
 
     losses: list[Loss]
     loss: Tensor
@@ -281,11 +288,12 @@ class Trainer:
         if step == self._forget:
             self.stage.forget()
         work = self.stage.next()
-        given = (self.stage.given(part, step) for part in work.parts)
         if self.replayed is None:
+            given = (self.stage.given(part, step) for part in work.parts)  # each when the one before is done with
             done = self._update(given, len(work.parts), work.weight)
         else:
-            losses, *numbers = self.replayed(next(given))  # which the next step overwrites
+            [part] = work.parts
+            losses, *numbers = self.replayed(self.stage.given(part, step))  # which the next step overwrites
             done = Update([Loss(*map(torch.clone, loss)) for loss in losses], *map(torch.clone, numbers))
         return Launched(step, lr, work, done.losses, done.loss, self.stage.counts(), Reading(done.figures))
 
@@ -297,7 +305,10 @@ class Trainer:
                 group["lr"] = lr
 
     def _capture(self) -> captured.Captured:
-        """The update as a CUDA graph; the learning rate, which it reads, on the device."""
+        """The update as a CUDA graph; the learning rate, which it reads, on the device.
+
+        Whether this process was told to stop is recorded, too, as it was then; one alone does not ask its figures.
+        """
         for group in self.optimiser.param_groups:
             group["lr"] = torch.zeros((), dtype=torch.float64, device=self.model.device)
         recording = captured.Recording(self.model.device)

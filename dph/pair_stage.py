@@ -5,8 +5,8 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -33,12 +33,18 @@ class PairPart:
 
     Attributes:
         places: of the pairs in the whole work.
-        bins: how many of them go through the backbone together, bin after bin.
+        sizes: of its bins: how many pairs go through the backbone together.
     """
 
     pairs: list[tuple[Encoded, Encoded]]
     places: list[int]
-    bins: list[int]
+    sizes: list[int]
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Encoded, Encoded]], bins: Sequence[list[int]]) -> Self:
+        """Of an update's ``pairs`` those whose places are in ``bins``."""
+        places = list(itertools.chain.from_iterable(bins))
+        return cls([pairs[place] for place in places], places, [len(each) for each in bins])
 
     @property
     def tokens(self) -> int:
@@ -53,23 +59,17 @@ class PairPart:
     @cached_property
     def packed(self) -> PackedBatch:
         """Chosen and rejected in turn as the answers; made when asked for, which cached states need not."""
-        return self.pack(self.pairs)
+        return pack(self.pairs)
 
-    def packed_bins(self) -> Iterator[PackedBatch]:
-        """The same, bin after bin."""
-        pairs = iter(self.pairs)
-        for count in self.bins:
-            yield self.pack(list(itertools.islice(pairs, count)))
-
-    def pack(self, pairs: list[tuple[Encoded, Encoded]]) -> PackedBatch:
-        """Prompts shared."""
-        return pack(pairs)
-
-
-def gathered(pairs: Sequence[tuple[Encoded, Encoded]], bins: Sequence[list[int]]) -> PairPart:
-    """The part of ``pairs`` whose places are in ``bins``."""
-    places = list(itertools.chain.from_iterable(bins))
-    return PairPart([pairs[place] for place in places], places, [len(each) for each in bins])
+    def bins(self) -> Iterator[Self]:
+        """Each bin as a part: itself where it is the only one."""
+        if len(self.sizes) == 1:
+            yield self
+            return
+        ends = itertools.accumulate(self.sizes)
+        for size, end in zip(self.sizes, ends, strict=True):
+            own = slice(end - size, end)
+            yield type(self)(self.pairs[own], self.places[own], [size])
 
 
 class Given(NamedTuple):
@@ -77,7 +77,8 @@ class Given(NamedTuple):
 
     Attributes:
         answers: [2N] int64 keys of their dropout, chosen and rejected in turn.
-        frozen: what the frozen model says of them (``PairStage.frozen``), if it is asked.
+        frozen: what the frozen model says of them, if it is asked: reference log-probabilities [2N] fp32 or, in stage
+            head, states [2N, C].
         packed: what goes through the model that trains; None in stage head, where only its heads do.
     """
 
@@ -89,6 +90,8 @@ class Given(NamedTuple):
 @dataclass(kw_only=True)
 class PairStage(Material):
     """Alignment and head training: preference pairs, their prompts shared."""
+
+    part: ClassVar[type[PairPart]] = PairPart
 
     def __post_init__(self) -> None:
         """Set up the batches. UserError for a missing head, no loss, no held-out pair that fits, an uneven share."""
@@ -152,11 +155,7 @@ class PairStage(Material):
         sizes = [packed_length(pair) for pair in pairs]
         bins = self._places(sizes)
         shares = [deal(bins, sizes, rank, self.world.size) for rank in range(self.world.size)]
-        # In stage head what the backbone says in bins is judged at once: it is small, and always as much.
-        head = self.recipe.stage == "head"
-        parts = [
-            [self._part(pairs, of) for of in ([share] if head else [[bin_] for bin_ in share])] for share in shares
-        ]
+        parts = [self._parts(pairs, share) for share in shares]
         tokens = sum(part.tokens for share in parts for part in share)
         taken = f"records {first} to {self.position() - 1}"
         return Work(parts[self.world.rank], len(pairs), tokens, taken, self._flops(pairs))
@@ -176,16 +175,20 @@ class PairStage(Material):
         everyone = list(range(len(sizes)))
         return [everyone[i : i + self.micro] for i in range(0, len(sizes), self.micro)]
 
+    def _parts(self, pairs: Sequence[tuple[Encoded, Encoded]], share: Sequence[list[int]]) -> list[PairPart]:
+        """A part of each bin; in stage head one of all: what the backbone says of them is small, and always as much."""
+        bins = [share] if self.recipe.stage == "head" else [[places] for places in share]
+        return [self._part(pairs, of) for of in bins]
+
     def _part(self, pairs: Sequence[tuple[Encoded, Encoded]], bins: Sequence[list[int]]) -> PairPart:
-        """Of an update's ``pairs`` those whose places are in ``bins``."""
-        part = gathered(pairs, bins)
+        part = self.part.of(pairs, bins)
         for pair in part.pairs if self.rewarded else []:
             if any(side.reward_position is None for side in pair):
                 raise UserError(f"pairs: expected finished answers, got one that was cut off: {self._show(pair)}")
         return part
 
     def given(self, part: PairPart, step: int) -> Given:
-        """Dropout depends on the seed, and by the answers' keys on the step and a pair's place, not on its part."""
+        """A part's tensors; an answer's key is of the step and of its place in the update, whatever its part."""
         first = 2 * self.recipe.batch.size * step
         answers = torch.tensor([first + 2 * place + side for place in part.places for side in range(2)])
         answers = to_device(answers, self.model.device)
@@ -206,19 +209,21 @@ class PairStage(Material):
     def frozen(self, part: PairPart, packed: PackedBatch | None = None) -> Tensor:
         """What the frozen model says of a part: reference log-probabilities [2N] or, in stage head, states [2N, C].
 
-        ``packed`` is an align part's on the model's device, where it is there already.
+        ``packed`` is that of the only bin on the model's device, where it is there already.
         """
+        bins = list(part.bins())
         if self.cached is None:
-            return self._frozen(part, packed)
-        rows = self.cache.rows(part.pairs, lambda: self._frozen(part, packed))
+            return torch.cat([self._frozen(each, packed) for each in bins])
+        rows = torch.cat([self.cache.rows(each.pairs, partial(self._frozen, each, packed)) for each in bins])
         if self.cached == "reference":
             return to_device(rows.flatten(), self.model.device)
         return to_device(rows.view(2 * len(rows), -1), self.model.device).to(self.model.dtype)
 
     def _frozen(self, part: PairPart, packed: PackedBatch | None) -> Tensor:
+        packed = part.packed.to(self.model.device) if packed is None else packed
         if self.recipe.stage == "head":
-            return torch.cat([self.model.reward_states(each.to(self.model.device)) for each in part.packed_bins()])
-        return self.reference.forward_packed(part.packed.to(self.model.device) if packed is None else packed).logprobs
+            return self.model.reward_states(packed)
+        return self.reference.forward_packed(packed).logprobs
 
     def _objective(self, rewards: dict[str, Tensor], logprobs: Tensor | None, reference: Tensor | None) -> Loss:
         objective = self.recipe.objective
@@ -290,7 +295,7 @@ class PairStage(Material):
     def _held_out_parts(self, records: Sequence[Record]) -> Iterator[PairPart]:
         for pairs in self._pairs(InOrder(records), self.micro):
             for places in self._places([packed_length(pair) for pair in pairs]):
-                yield gathered(pairs, [places])
+                yield PairPart.of(pairs, [places])
 
     @property
     def judged(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ class Work:
     """What one update takes, in all processes together.
 
     Attributes:
-        parts: micro-batches, in the stage's own form, of this process: as many as every other's.
+        parts: micro-batches, in the stage's own form, of this process: as many as every other's; one in stage head.
         weight: what the loss is a mean over: targets, or pairs.
         tokens: how many go through the model.
         records: their places in the order of the data, for people.
@@ -65,7 +65,10 @@ class Stage(Protocol):
         """The next update's work."""
 
     def given(self, part: Any, step: int) -> Any:
-        """What the loss of one part of the work of ``step`` is computed from, on the device."""
+        """What the loss of one part of the work of ``step`` is computed from, on the device.
+
+        Asked for when the backward pass of the part before is over.
+        """
 
     def loss(self, given: Any) -> Loss:
         """The loss of a part."""
@@ -139,7 +142,7 @@ class Material:
 
     @property
     def micro(self) -> int:
-        """Sequences or pairs of one part."""
+        """Sequences or pairs that go through the backbone at a time."""
         return min(self.recipe.batch.micro or self.share, self.share)
 
     def position(self) -> int:

@@ -2,7 +2,8 @@
 
 No GPU is needed. Triton kernels are found through ``launches(capability)`` of each ``dph_kernels/<operator>/triton.py``
 and compiled with Triton; CUDA kernels are those of csrc/**/*.cu, compiled with nvcc. Registers, spilled bytes and
-static shared memory are what ptxas says (``ptxas -v``), instructions are counted in the disassembled machine code.
+static shared memory are what ptxas says (``ptxas -v``), instructions are counted in the disassembled machine code of
+CUDA kernels, and of Triton's where a launch asks for some.
 
     python -m dph_kernels.audit --arch 80 --only rope_attention
 """
@@ -50,8 +51,7 @@ KINDS = {"hmma": ["HMMA"], "hgmma": ["HGMMA"], "ldgsts": ["LDGSTS"], "bulk": ["U
 class Row:
     """One kernel on one architecture: what it needs (bytes per thread spilled, bytes per block shared), what it has.
 
-    ``spilled`` counts the bytes that spill instructions store or load, whichever is more. None: not known; instructions
-    of Triton's kernels are counted where a launch asks for some.
+    ``spilled`` counts the bytes that spill instructions store or load, whichever is more. None: not known.
     """
 
     kernel: str

@@ -36,8 +36,12 @@ CASES = {
     "vocab": ("vocab", {}, {}),
     "align-tokens": ("align", {"batch__tokens": 110}, {"reward_dropout": 0.5}),
     "align-cache": ("align", {"batch__micro": 1, "parallel": "replicate", "objective__reference": "cache"}, {}),
-    "head": ("head", {}, {"reward_dropout": 0.5}),
-    "head-backbone": ("head", {"data__cache_states": False, "parallel": "replicate"}, {"reward_dropout": 0.5}),
+    "head": ("head", {"batch__micro": 1}, {"reward_dropout": 0.5}),
+    "head-backbone": (
+        "head",
+        {"batch__tokens": 110, "data__cache_states": False, "parallel": "replicate"},
+        {"reward_dropout": 0.5},
+    ),
     "align-bf16": ("align", {"precision": "bf16", "objective__reference": "cache"}, {}),
     "head-bf16": ("head", {"precision": "bf16"}, {}),
 }

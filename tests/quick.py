@@ -4,40 +4,53 @@ At every call of a function within a kernel it puts its own operators into trito
 there since the launch: a third of all its time.
 """
 
+import contextlib
 import functools
 import inspect
+import threading
+
+_launch = threading.local()  # .patched: modules that the launch under way has patched; None where there is none
 
 
 @functools.cache
 def quicken():
-    """Let a launch patch each language module once; without effect where the interpreter works otherwise."""
+    """Let a launch patch each language module once; calls outside of launches stay as they are."""
     try:
         from triton.runtime import interpreter
-
-        patch, languages = interpreter._patch_lang, (interpreter.tl, interpreter.tl.core)
-    except (ImportError, AttributeError):
+    except ImportError:
         return
-    found, patched = {}, set()  # by function the modules that it sees; those that the launch under way has patched
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    languages = interpreter.tl, interpreter.tl.core
 
-    class Launch:
-        """What a launch restores in the end."""
-
-        def __init__(self, scope):
-            self.scope = scope
-
-        def restore(self):
-            patched.clear()
-            self.scope.restore()
+    @functools.cache
+    def seen_by(function):
+        modules = filter(inspect.ismodule, function.__globals__.values())
+        return frozenset(module.__name__ for module in modules if module in languages)
 
     def once(function):
-        if function not in found:
-            modules = filter(inspect.ismodule, function.__globals__.values())
-            found[function] = {module.__name__ for module in modules if module in languages}
-        if patched and found[function] <= patched:
+        patched = getattr(_launch, "patched", None)
+        if patched is None:
+            return patch(function)
+        if patched and seen_by(function) <= patched:
             return None  # to a call within a kernel, which restores nothing
-        outermost = not patched
-        patched.update(found[function])
-        scope = patch(function)
-        return Launch(scope) if outermost else scope
+        patched |= seen_by(function)
+        return patch(function)
 
-    interpreter._patch_lang = once
+    def launched(*args, **kwargs):
+        _launch.patched = None if getattr(_launch, "stock", False) else set()
+        try:
+            return launch(*args, **kwargs)
+        finally:
+            _launch.patched = None
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = once, launched
+
+
+@contextlib.contextmanager
+def stock():
+    """A block whose launches patch all over again."""
+    _launch.stock = True
+    try:
+        yield
+    finally:
+        _launch.stock = False

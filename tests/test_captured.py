@@ -1,19 +1,27 @@
 """The step of stage head as a CUDA graph: the same weights and figures, whatever else happens in a run."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 from stages import Killed, Trap, die, figures, go, records, settings, taken, tiny, weights
 from tape import Tape
 
-from dph import captured, loop, recipe
+from dph import captured, recipe, start
 from dph.captured import WARM, Captured, Recording
 from dph.errors import UserError
 from dph.heads import RewardHead
 from dph.pair_stage import PairStage
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+class Given(NamedTuple):
+    """What a function under test is given."""
+
+    x: torch.Tensor
+    y: torch.Tensor | None = None
 
 
 @pytest.fixture
@@ -36,8 +44,8 @@ def head(directory, graph=True, **changes):
     return settings("head", directory, cuda_graph=graph, data__cache=str(directory.parent / "cache"), **changes)
 
 
-def run(*arguments, **options):
-    return go(*arguments, model=tiny(reward_dropout=0.3), **options)
+def run(recipe, *arguments, **options):
+    return go(recipe, *arguments, model=start.with_heads(tiny(reward_dropout=0.3), recipe.objective), **options)
 
 
 def same(one, two):
@@ -47,7 +55,16 @@ def same(one, two):
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("changes", [{}, {"data__cache_states": False, "batch__micro": 2}, {"batch__tokens": 90}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data__cache_states": False, "batch__micro": 2},
+        {"batch__tokens": 90, "guard__spike": 3.0},
+        {"objective__pooler": "swiglu_t5", "objective__heads": ["default", "other"], "objective__dropout": 0.3},
+        {"objective__pooler": "bert", "objective__objective": "contrastive"},
+    ],
+)
 def test_the_same_as_without(changes, precision, device, tmp_path, tapes):
     changes = {**changes, "precision": precision, "device": device, "optimiser__steps": 12, "output__log_every": 1}
     plain, replayed = (run(head(tmp_path / str(graph), graph, **changes)) for graph in (False, True))
@@ -92,28 +109,45 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(step, device, tmp_path, t
     assert all(f"step {step} was skipped" in line and "for pair 2 of the batch" in line for line in said)
 
 
-def test_other_shapes_than_were_recorded_are_refused():
-    Given = loop.Update  # any named tuple
-    double = Captured(lambda given: given.loss * 2, Tape())
+def test_what_is_not_like_what_was_recorded_is_refused():
+    double = Captured(lambda given: given.x * 2, Tape())
     for value in range(6):
-        assert double(Given(None, torch.full((3,), float(value)), None)).tolist() == [2.0 * value] * 3
-    with pytest.raises(ValueError, match=r"^loss: expected \(\[3\], torch.float32\) as it was recorded, got \(\[4\]"):
-        double(Given(None, torch.zeros(4), None))
+        assert double(Given(torch.full((3,), float(value)))).tolist() == [2.0 * value] * 3
+    with pytest.raises(ValueError, match=r"^x: expected \(\[3\], torch.float32\) as it was recorded, got \(\[4\]"):
+        double(Given(torch.zeros(4)))
+    with pytest.raises(ValueError, match=r"^x: expected .*, got \(\[3\], torch.float64\)"):
+        double(Given(torch.zeros(3, dtype=torch.float64)))
+    with pytest.raises(ValueError, match=r"^y: expected None as it was recorded, got"):
+        double(Given(torch.zeros(3), torch.zeros(3)))
 
 
-def test_a_tape_refuses_what_waits_and_keeps_the_host_s_numbers():
-    """What the tests above rest on: dropout by a seed that changes on the host would be another."""
-    head, states = RewardHead(["a"], "bert", 8, 8, dropout=0.5).train(), torch.randn(4, 8)
-    seeds = iter(range(100))
-    drop = Captured(lambda given: head(given.loss, next(seeds))["a"].detach().clone(), Tape())
-    found = [drop(loop.Update(None, states, None)).clone() for _ in range(WARM + 3)]
+def test_a_tape_keeps_the_host_s_numbers():
+    """What the tests above rest on: a seed that changes on the host would be the same in every replay."""
+    head, given, seeds = RewardHead(["a"], "bert", 8, 8, dropout=0.5).train(), Given(torch.randn(4, 8)), iter(range(99))
+    drop = Captured(lambda given: head(given.x, next(seeds))["a"].detach().clone(), Tape())
+    found = [drop(given).clone() for _ in range(WARM + 3)]
     assert not torch.equal(found[0], found[1])
     assert torch.equal(found[-1], found[-2])
-    waits = Captured(lambda given: given.loss * float(given.loss.sum()), Tape())
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x * float(x.sum()),
+        lambda x: x * x.tolist()[0],
+        lambda x: x.cpu(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x * torch.tensor([1.0, 2.0, 3.0]),
+        lambda x: x if torch.equal(x, x) else -x,
+    ],
+)
+def test_a_tape_refuses_what_waits(wait):
+    waits = Captured(lambda given: wait(given.x), Tape())
     for _ in range(WARM):
-        waits(loop.Update(None, states, None))
+        waits(Given(torch.ones(3)))
     with pytest.raises(AssertionError, match="waits for the device"):
-        waits(loop.Update(None, states, None))
+        waits(Given(torch.ones(3)))
 
 
 def test_what_cannot_be_recorded_is_said(tmp_path):
@@ -121,3 +155,8 @@ def test_what_cannot_be_recorded_is_said(tmp_path):
         recipe.load("align", ["cuda_graph=true"])
     with pytest.raises(UserError, match="cuda_graph: expected one process on a GPU, got 1 on cpu"):
         run(head(tmp_path / "run"))
+    with pytest.raises(UserError, match="cuda_graph: expected one process on a GPU, got 2 on cuda"):
+        captured.require(torch.device("cuda"), 2)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="cuda_graph: expected the CUDA kernels of laprop, got none: "):
+            captured.require(torch.device("cuda"), 1)

@@ -15,6 +15,7 @@ from dph.errors import UserError
 from dph.order import Shuffled
 from dph.packing import pack, packed_length
 from dph.records import encoder
+from dph.stream_stage import StreamStage
 from dph.trainer import Trainer, make_stage, train
 
 PAIRS = ("align", "head")
@@ -70,16 +71,21 @@ def test_the_place_of_memory_changes_nothing(places, kind, tmp_path, capsys):
     assert all(torch.equal(tensor, last[1][key]) for key, tensor in last[0].items())
 
 
-def test_rows_of_one_part_at_most_wait_on_the_device(tmp_path):
+def test_rows_of_one_part_at_most_wait_on_the_device(tmp_path, monkeypatch):
     """A part's new rows are written when the next part begins, whose backward pass does not need the old ones."""
-    recipe = settings("sft", tmp_path / "run", batch__micro=1)
-    stage = make_stage(recipe, tiny(), small_tokenizer(), records("sft"), records("sft", 3))
-    for _ in range(2):
-        for number, part in enumerate(stage.next().parts):
-            stage.loss(stage.given(part, 0)).total.backward()
-            assert [bool(memory._rings._kept) for memory in stage.memories] == [i == number for i in range(4)]
-    stage.evaluate()
-    assert not any(memory._rings._kept for memory in stage.memories)
+    original, seen = StreamStage.loss, []
+
+    def watched(self, given):
+        loss = original(self, given)
+        seen.append([bool(memory._rings._kept) for memory in self.memories])
+        return loss
+
+    monkeypatch.setattr(StreamStage, "loss", watched)
+    go(settings("sft", tmp_path / "run", batch__micro=1, optimiser__steps=2, evaluation__every=0))
+    assert seen[:8] == [[i == number for i in range(4)] for number in range(4)] * 2
+    evaluated = seen[8:]
+    assert evaluated
+    assert not any(map(any, evaluated))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -188,13 +194,29 @@ def test_parts_by_tokens_change_nothing_but_rounding(stage, tmp_path):
     for tokens in (None, 110):
         recipe = settings(stage, tmp_path / f"{tokens}", batch__tokens=tokens, output__log_every=1, optimiser__steps=3)
         parts = make_stage(recipe, tiny(), small_tokenizer(), records(stage), {}).next().parts
-        bins = [packed for part in parts for packed in part.packed_bins()]
+        bins = [each for part in parts for each in part.bins()]
         assert (len(bins) > 1) == (tokens is not None)
-        assert all(tokens is None or len(packed.tokens) <= tokens for packed in bins)
+        assert all(tokens is None or len(each.packed.tokens) <= tokens for each in bins)
         go(recipe, model=tiny(reward_dropout=0.5))
         lines[tokens] = figures(tmp_path / f"{tokens}")
     for one, two in zip(*lines.values(), strict=True):
         assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", PAIRS)
+def test_no_two_answers_share_a_dropout_mask(stage, tmp_path):
+    """In no step; and a pair's keys are the same however an update is cut."""
+    found = []
+    for cut in ({}, {"batch__micro": 1}, {"batch__tokens": 110}):
+        made = make_stage(settings(stage, tmp_path, **cut), tiny(), small_tokenizer(), records(stage), {})
+        made.reference, keys = made.model, {}
+        for step in (1, 2, 3):
+            for part in made.next().parts:
+                for place, pair in zip(part.places, made.given(part, step).answers.view(-1, 2).tolist(), strict=True):
+                    keys[step, place] = pair
+        found.append(keys)
+    assert found[0] == found[1] == found[2]
+    assert len({key for pair in found[0].values() for key in pair}) == 3 * 4 * 2
 
 
 def test_pairs_that_take_more_than_the_budget_are_refused(tmp_path):
