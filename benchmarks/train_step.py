@@ -197,11 +197,6 @@ def with_states(job: Job, *more: str) -> Ours:
 class UnsharedPart(PairPart):
     """Pairs with a prompt for each answer."""
 
-    @property
-    def tokens(self) -> int:
-        """How many go through the model."""
-        return sum(len(side) for pair in self.pairs for side in pair)
-
     @functools.cached_property
     def packed(self) -> PackedBatch:
         """Each answer a document."""
@@ -212,6 +207,7 @@ class Unshared(PairStage):
     """Our stage with every answer behind a prompt of its own: packed, nothing padded, nothing shared."""
 
     part = UnsharedPart
+    length = staticmethod(lambda pair: sum(map(len, pair)))
 
     @classmethod
     def of(cls, stage: PairStage) -> "Unshared":

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple, Self
@@ -47,11 +47,6 @@ class PairPart:
         return cls([pairs[place] for place in places], places, [len(each) for each in bins])
 
     @property
-    def tokens(self) -> int:
-        """How many go through the model, prompts shared."""
-        return sum(map(packed_length, self.pairs))
-
-    @property
     def finished(self) -> bool:
         """Whether every answer has a reward: none was cut off."""
         return all(side.reward_position is not None for pair in self.pairs for side in pair)
@@ -92,6 +87,7 @@ class PairStage(Material):
     """Alignment and head training: preference pairs, their prompts shared."""
 
     part: ClassVar[type[PairPart]] = PairPart
+    length: ClassVar[Callable[[tuple[Encoded, Encoded]], int]] = staticmethod(packed_length)  # of a pair, in tokens
 
     def __post_init__(self) -> None:
         """Set up the batches. UserError for a missing head, no loss, no held-out pair that fits, an uneven share."""
@@ -152,13 +148,15 @@ class PairStage(Material):
         """The next pairs, packed."""
         first = self.position()
         pairs = next(self.batches)
-        sizes = [packed_length(pair) for pair in pairs]
-        bins = self._places(sizes)
-        shares = [deal(bins, sizes, rank, self.world.size) for rank in range(self.world.size)]
-        parts = [self._parts(pairs, share) for share in shares]
-        tokens = sum(part.tokens for share in parts for part in share)
+        for pair in pairs if self.rewarded else []:
+            if any(side.reward_position is None for side in pair):
+                raise UserError(f"pairs: expected finished answers, got one that was cut off: {self._show(pair)}")
+        sizes = [self.length(pair) for pair in pairs]
+        share = deal(self._places(sizes), sizes, self.world.rank, self.world.size)
+        # In stage head one part of all bins: what the backbone says of them is small, and always as much.
+        bins = [share] if self.recipe.stage == "head" else [[places] for places in share]
         taken = f"records {first} to {self.position() - 1}"
-        return Work(parts[self.world.rank], len(pairs), tokens, taken, self._flops(pairs))
+        return Work([self.part.of(pairs, of) for of in bins], len(pairs), sum(sizes), taken, self._flops(pairs))
 
     def _flops(self, pairs: Sequence[tuple[Encoded, Encoded]]) -> float:
         """By what is not cached; of cached states, pooler and heads alone."""
@@ -174,18 +172,6 @@ class PairStage(Material):
             return fill(sizes, self.recipe.batch.tokens)
         everyone = list(range(len(sizes)))
         return [everyone[i : i + self.micro] for i in range(0, len(sizes), self.micro)]
-
-    def _parts(self, pairs: Sequence[tuple[Encoded, Encoded]], share: Sequence[list[int]]) -> list[PairPart]:
-        """A part of each bin; in stage head one of all: what the backbone says of them is small, and always as much."""
-        bins = [share] if self.recipe.stage == "head" else [[places] for places in share]
-        return [self._part(pairs, of) for of in bins]
-
-    def _part(self, pairs: Sequence[tuple[Encoded, Encoded]], bins: Sequence[list[int]]) -> PairPart:
-        part = self.part.of(pairs, bins)
-        for pair in part.pairs if self.rewarded else []:
-            if any(side.reward_position is None for side in pair):
-                raise UserError(f"pairs: expected finished answers, got one that was cut off: {self._show(pair)}")
-        return part
 
     def given(self, part: PairPart, step: int) -> Given:
         """A part's tensors; an answer's key is of the step and of its place in the update, whatever its part."""

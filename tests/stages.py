@@ -72,6 +72,12 @@ def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def same(one, two, **tolerance):
+    """Two results of training have the same weights, bit for bit or within a tolerance."""
+    for (name, a), b in zip(weights(one.model).items(), weights(two.model).values(), strict=True):
+        assert torch.allclose(a, b, **tolerance) if tolerance else torch.equal(a, b), name
+
+
 def go(recipe, data=None, model=None, **options):
     """Train on records in memory, with held-out ones."""
     stage = recipe.stage

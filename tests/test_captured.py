@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from stages import Killed, Trap, die, figures, go, records, settings, taken, tiny, weights
+from stages import Killed, Trap, die, figures, go, records, same, settings, taken, tiny
 from tape import Tape
 
 from dph import captured, recipe, start
@@ -46,11 +46,6 @@ def head(directory, graph=True, **changes):
 
 def run(recipe, *arguments, **options):
     return go(recipe, *arguments, model=start.with_heads(tiny(reward_dropout=0.3), recipe.objective), **options)
-
-
-def same(one, two):
-    for (name, a), b in zip(weights(one.model).items(), weights(two.model).values(), strict=True):
-        assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

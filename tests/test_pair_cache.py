@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from safetensors.torch import load_file
-from stages import Killed, Trap, die, figures, records, settings, tiny, weights
+from stages import Killed, Trap, die, figures, records, same, settings, tiny
 from test_cache import shards, spoil
 from texts import small_tokenizer, write_lines
 
@@ -45,11 +45,6 @@ def go(recipe, data=None, **options):
     data = data or records(recipe.stage)
     model = tiny(reward_dropout=0.3)
     return train(recipe, model=model, tokenizer=small_tokenizer(), records=data, quiet=True, **options)
-
-
-def same(one, two, **tolerance):
-    for (name, a), b in zip(weights(one.model).items(), weights(two.model).values(), strict=True):
-        assert torch.allclose(a, b, **tolerance) if tolerance else torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
