@@ -86,7 +86,7 @@ def estimate(recipe: Recipe) -> Estimate:
     device = torch.device(devices.choose(recipe.device))
     stage = make_stage(recipe, model, tokenizer, None, None, device=torch.device("cpu"), world=parallel.told())
     work = stage.next()
-    largest = max(_rows(part) for part in work.parts)
+    largest = max(stage.rows(part) for part in work.parts)
     return Estimate(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         processes=stage.world.size,
@@ -99,11 +99,6 @@ def estimate(recipe: Recipe) -> Estimate:
         steps=recipe.optimiser.steps,
         rate=flops.peak(device) or _matrix_rate(device),
     )
-
-
-def _rows(part: Any) -> int:
-    """Rows of hidden state of one part of an update."""
-    return part.tokens if hasattr(part, "tokens") else part[1].numel()
 
 
 def _matrix_rate(device: torch.device) -> float:

@@ -191,6 +191,10 @@ class PairStage(Material):
         out = self.model.forward_packed(given.packed, **dropout)
         return self._objective(out.rewards, out.logprobs, given.frozen)
 
+    def rows(self, part: PairPart) -> int:
+        """The tokens of its largest bin."""
+        return max(sum(map(self.length, each.pairs)) for each in part.bins())
+
     @torch.no_grad()
     def frozen(self, part: PairPart, packed: PackedBatch | None = None) -> Tensor:
         """What the frozen model says of a part: reference log-probabilities [2N] or, in stage head, states [2N, C].

@@ -73,6 +73,9 @@ class Stage(Protocol):
     def loss(self, given: Any) -> Loss:
         """The loss of a part."""
 
+    def rows(self, part: Any) -> int:
+        """Rows of hidden state that the backbone computes at a time of a part."""
+
     def describe(self, part: Any, values: Tensor) -> str:
         """The first item of a part that has a value which is not finite."""
 

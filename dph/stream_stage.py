@@ -89,6 +89,10 @@ class StreamStage(Material):
         total = -logprobs.sum()
         return Loss(total, torch.stack([total.detach(), right.sum(), entropy.sum()]), logprobs.detach())
 
+    def rows(self, part: tuple[Memory | None, Tensor, Tensor]) -> int:
+        """The tokens of its segments."""
+        return part[1].numel()
+
     @staticmethod
     def _commit(memories: Sequence[Memory | None], but: Memory | None) -> None:
         """Let no part's new rows wait on the device while another one computes; its backward pass is over."""

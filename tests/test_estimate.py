@@ -72,6 +72,20 @@ def test_what_each_of_two_processes_takes(start, monkeypatch, capsys):
         assert capsys.readouterr().out.count("processes, of which each takes  ") == lines
 
 
+@pytest.mark.parametrize(("stage", "source"), [("align", "pairs.jsonl"), ("head", "pairs.jsonl"),
+                                               ("pretrain", "texts.jsonl")])  # fmt: skip
+def test_rows_of_a_part(start, stage, source):
+    """Of the hidden states that the backbone gives at a time: those of one bin, where stage head has all in a part."""
+    made = make_stage(make(start, stage, source, batch__micro=2), tiny(), small_tokenizer(), records(stage), [])
+    made.reference, seen = tiny(), []
+    made.model.backbone.register_forward_hook(lambda module, inputs, out: seen.append(out[..., 0].numel()))
+    parts = made.next().parts
+    for part in parts:
+        made.loss(made.given(part, 0))
+    assert len(parts) == (1 if stage == "head" else 2)
+    assert max(map(made.rows, parts)) == max(seen)
+
+
 def test_frozen_parts_take_no_state(start):
     found = estimate.estimate(make(start, "head", "pairs.jsonl"))
     heads = sum(p.numel() for name, p in tiny().named_parameters() if name.startswith("heads."))
