@@ -1,7 +1,9 @@
-"""Fixtures of the whole suite: fixed seeds, poisoned memory, shared numbers; GPU tests say why they are skipped."""
+"""Fixtures of the whole suite: seeds, poisoned memory, shared numbers, commands; GPU tests say why they are skipped."""
 
+import io
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy
@@ -113,3 +115,38 @@ def inductor():
         pytest.skip(str(error))
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Directories: a model with a head, one without, and one whose checkpoint lacks its head."""
+    from command_line import save_models
+
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def dph_command(capsys, monkeypatch):
+    """Run one command line; (exit code, stdout, stderr)."""
+    from dph import cli
+
+    def run(*argv, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = cli.main([str(word) for word in argv])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(dph_command):
+    """Run one command line that must end with exit code 2 and a single line; that line."""
+
+    def run(*argv):
+        code, out, err = dph_command(*argv)
+        assert (code, out) == (2, "")
+        (line,) = err.splitlines()
+        assert line.startswith("dph: error: ")
+        return line
+
+    return run

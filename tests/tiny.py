@@ -31,6 +31,13 @@ def tokens(*shape, seed=0):
     return torch.randint(4, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def padded(*rows):
+    """Rows of ids as [B, S] with their mask; a row is (padding on the left, ids, padding on the right)."""
+    ids = torch.tensor([[PAD] * left + list(row) + [PAD] * right for left, row, right in rows])
+    mask = torch.tensor([[0] * left + [1] * len(row) + [0] * right for left, row, right in rows])
+    return ids, mask
+
+
 def norm(x, weights, name):
     x = x - x.mean(-1, keepdim=True)
     return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights[name + ".weight"] + weights[name + ".bias"]

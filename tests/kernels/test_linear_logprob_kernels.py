@@ -1,0 +1,309 @@
+"""linear_logprob: its tiles and chunks, what the C++ and the Triton kernels each need tested, and its memory."""
+
+import dataclasses
+import importlib
+import importlib.util
+import mmap
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from logprobs import DTYPES, as_fp64, compare, eager, make
+from numerics import assert_close_to_fp64, implementations, skip_where_unsupported
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dph_kernels.linear_logprob import linear_logprob
+
+ROOT = Path(__file__).resolve().parents[2]
+reference = importlib.import_module("dph_kernels.linear_logprob.reference")
+
+BACKENDS = implementations("linear_logprob")
+
+
+# Tiles
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of at most 16 rows and 32 tokens, so that small problems have several in each direction."""
+    monkeypatch.setattr(reference, "CHUNK", 32)
+    native = importlib.import_module("dph_kernels.linear_logprob.native")
+    monkeypatch.setattr(native.Engine, "most_rows", 16)
+    monkeypatch.setattr(native.Engine, "most_columns", 32)
+    if importlib.util.find_spec("triton"):
+        triton = importlib.import_module("dph_kernels.linear_logprob.triton")
+        monkeypatch.setattr(triton.Engine, "side", 16)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("size", [(65, 16, 33), (15, 3, 111), (31, 65, 31), (49, 8, 97)])
+def test_tiles_change_nothing(size, device, backend, dtype, small_tiles):
+    skip_where_unsupported("linear_logprob", device, backend, dtype)
+    compare(*make(*size, dtype, device), backend)
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.usefixtures("small_tiles", "poisoned_empty")
+def test_statistics_over_tiles(device, backend):
+    """Rising logits: the largest moves from tile to tile, and with it entropy and arg-max."""
+    hidden, weight, targets = make(65, 8, 111, device=device)
+    weight = weight.detach() * torch.linspace(0.1, 20, 111, device=device)[:, None]
+    got = linear_logprob(hidden, weight, targets, statistics=True, backend=backend)
+    same, truth = eager(hidden, weight, targets), eager(*as_fp64(hidden, weight), targets)
+    for ours, theirs, true in zip(got[:2], same, truth, strict=False):
+        assert_close_to_fp64(ours, theirs, true)
+    assert torch.equal(got[2], truth[2])
+    assert (got[2] // 32).unique().numel() > 2
+
+
+@pytest.mark.parametrize(("device", "backend"), [p for p in BACKENDS if p.values[1] in ("cpu", "triton")])
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_sums_in_half_precision_that_would_be_too_large_are_taken_by_rows(needs, device, backend, small_tiles):
+    """Rounded once, as with sums of all rows: no gradient differs by more than the order of fp32 additions allows."""
+    hidden, weight, targets = (x.detach() for x in make(65, 16, 111, torch.float16, device))
+    module = importlib.import_module(f"dph_kernels.linear_logprob.{'native' if backend == 'cpu' else 'triton'}")
+    logprobs, normaliser, *_ = module.forward(hidden, weight, targets, False)
+    grad, results = torch.randn_like(logprobs), []
+    for most in (2**20, 20 * 16):
+        small_tiles.setattr(module.Engine, "most_sums", most)
+        results.append(module.backward(grad, hidden, weight, targets, normaliser, *needs))
+    for whole, by_rows, needed in zip(*results, needs, strict=True):
+        assert (whole.numel() > 0) == needed
+        torch.testing.assert_close(by_rows, whole, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.usefixtures("small_tiles")
+def test_tokens_that_are_impossible(device, backend):
+    """Logits of minus infinity, whole tiles of them first and last, have no part in anything."""
+    hidden = torch.ones(3, 1, device=device)
+    weight = torch.full((97, 1), -torch.inf, device=device)
+    weight[40:44, 0] = torch.arange(4.0)
+    targets = torch.tensor([40, 43, 1], device=device)
+    logprobs, entropy, best = linear_logprob(hidden, weight, targets, statistics=True, backend=backend)
+    possible = torch.arange(4.0).log_softmax(-1)
+    torch.testing.assert_close(logprobs.cpu(), torch.stack([possible[0], possible[3], torch.tensor(-torch.inf)]))
+    assert best.tolist() == [43] * 3
+    if backend != "reference":  # there 0 times minus infinity is NaN
+        torch.testing.assert_close(entropy.cpu(), -(possible.exp() * possible).sum().expand(3))
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_repeats_bit_for_bit(device, backend, small_tiles):
+    hidden, weight, targets = make(40, 16, 65, device=device)
+    results = []
+    for _ in range(2):
+        got = linear_logprob(hidden, weight, targets, statistics=True, backend=backend)
+        results.append([*got, *torch.autograd.grad(got[0].square().sum(), (hidden, weight))])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("limit", [1, 64, 1000])
+def test_chunks_change_nothing(limit, monkeypatch):
+    monkeypatch.setattr(reference, "CHUNK", limit)
+    compare(*make(65, 16, 33), "reference")
+
+
+def test_logits_never_exist_at_once(monkeypatch):
+    """No tensor of the forward or backward pass is larger than a chunk of logits, of 257 * 111 in all."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            sizes = [x.numel() for x in (result if isinstance(result, tuple) else (result,)) if torch.is_tensor(x)]
+            largest = max(largest, *sizes, 0)
+            return result
+
+    monkeypatch.setattr(reference, "CHUNK", 1024)
+    hidden, weight, targets = (x.detach() for x in make(257, 4, 111))
+    with Watch():
+        logprobs, normaliser, *_ = reference.forward(hidden, weight, targets, True)
+        reference.backward(torch.ones_like(logprobs), hidden, weight, targets, normaliser, True, True)
+    assert 1024 * 0.8 < largest <= max(1024, hidden.numel())
+
+
+# The kernels themselves
+
+NATIVE = [p for p in BACKENDS if p.values[1] == "cpu"]
+INTERPRETED = [p for p in BACKENDS if p.values == ("cpu", "triton")]
+
+
+@pytest.mark.parametrize(("device", "backend"), NATIVE)
+def test_without_onednn(device, backend, small_tiles):
+    small_tiles.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    compare(*make(65, 16, 111), backend)
+
+
+@pytest.mark.parametrize(("device", "backend"), NATIVE)
+def test_exponentials_are_those_of_fp64(device, backend):
+    """Two tokens, so that a state's gradient is minus the probability of the other one, down to where it is 0.
+
+    The distance itself, less the log of the sum, is rounded to half a unit in the last place of 8: 5e-7.
+    """
+    distances = torch.cat([torch.linspace(-100, 0, 4001), torch.tensor([-200.0, -1e30])])
+    hidden, weight = distances[:, None].requires_grad_(), torch.tensor([[0.0], [1.0]])
+    got = linear_logprob(hidden, weight, torch.zeros(len(hidden), dtype=torch.int64), backend=backend)
+    (grad,) = torch.autograd.grad(got.sum(), hidden)
+    torch.testing.assert_close(-grad[:, 0].double(), distances.double().sigmoid(), rtol=8e-7, atol=2e-38)
+
+
+def far_rows(rows, stride):
+    """fp32 logits [rows, 64], rows ``stride`` elements apart, in memory that exists only where it is touched."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reserves memory without using it, as Linux lets one do")
+    size = 4 * ((rows - 1) * stride + 4096)
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+    whole = torch.frombuffer(area, dtype=torch.float32)
+    logits = whole.as_strided((rows, 64), (stride, 1))
+    logits.copy_(torch.randn(rows, 64))
+    return logits
+
+
+def far_tile():
+    """Logits whose last row begins beyond 2**31 elements, and what the passes over them have to give."""
+    logits = far_rows(3, 2**30 + 16)
+    targets, upstream = torch.tensor([5, 0, 63]), torch.randn(3)
+    wide = logits.clone().requires_grad_()
+    logprobs = wide.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    (grad,) = torch.autograd.grad(logprobs, wide, upstream)
+    return logits, targets, upstream, logprobs.detach(), grad
+
+
+@pytest.mark.parametrize(("device", "backend"), NATIVE)
+def test_rows_beyond_32_bits_in_cpp(device, backend):
+    native = importlib.import_module("dph_kernels.linear_logprob.native")
+    logits, targets, upstream, expected, grad = far_tile()
+    engine, logprobs, normaliser = native.Engine(1), torch.empty(3), torch.empty(2, 3)
+    engine.reduce(logits, 0, True, targets, normaliser, logprobs, torch.empty(0), targets[:0])
+    torch.testing.assert_close(logprobs, expected)
+    torch.testing.assert_close(engine.gradient(logits, 0, upstream, targets, normaliser).clone(), grad)
+
+
+@pytest.mark.parametrize(("device", "backend"), INTERPRETED)
+def test_rows_beyond_32_bits_in_triton(device, backend, monkeypatch):
+    """The interpreter is told to report where the arithmetic of offsets overflows."""
+    kernels = importlib.import_module("dph_kernels.linear_logprob.triton_kernels")
+    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
+    logits, targets, upstream, expected, grad = far_tile()
+    logprobs, normaliser, none = torch.empty(3), torch.empty(2, 3), torch.empty(0)
+    start = logits[0]  # the interpreter copies whole storages back: give it a small one
+    start = torch.frombuffer(memoryview(start.numpy()), dtype=torch.float32)
+    rows = {"targets": targets, "largest": normaliser[0], "log_sum": normaliser[1]}
+    sizes = {"units": logits.stride(0) // 16, "columns": 64, "first": 0, "UNIT": 16, "BLOCK": 64}
+    flags = {"START": True, "LAST": True, "STATISTICS": False}
+    kernels.reduce_rows[(3,)](start, **rows, logprobs=logprobs, entropy=none, best=targets[:0], **flags, **sizes)
+    torch.testing.assert_close(logprobs, expected)
+    kernels.gradient_rows[(1, 3)](start, start, **rows, upstream=upstream, **sizes)
+    torch.testing.assert_close(logits.clone(), grad)
+
+
+@pytest.mark.parametrize("device", [*(p.values[0] for p in INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_triton_gives_nan_for_a_target_outside_of_the_vocabulary(device, small_tiles):
+    """The host does not look at targets on a GPU: nothing may be read or written in other places then."""
+    hidden, weight, targets = (x.detach() for x in make(5, 8, 65, device=device))
+    targets[1], targets[3] = -100, 65
+    triton = importlib.import_module("dph_kernels.linear_logprob.triton")
+    logprobs, normaliser, *_ = triton.forward(hidden, weight, targets, False)
+    assert logprobs.isnan().tolist() == [False, True, False, True, False]
+    grads = triton.backward(torch.ones_like(logprobs), hidden, weight, targets, normaliser, True, True)
+    expected = reference.backward(
+        torch.ones_like(logprobs)[::2], hidden[::2], weight, targets[::2], normaliser[:, ::2], True, False
+    )[0]
+    torch.testing.assert_close(grads[0][::2], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("device", "backend"), [p for p in BACKENDS if p.values[1] in ("cpu", "triton")])
+def test_more_logits_than_32_bits_count(device, backend):
+    """2**31 and some logits of one-element states; what every row has to give is known."""
+    if (device, backend) == ("cpu", "triton"):
+        pytest.skip("takes minutes in Triton's interpreter")
+    rows, vocabulary = 2**16 + 3, 2**15 + 5
+    hidden = torch.zeros(rows, 1, device=device)
+    hidden[-1] = 1
+    hidden.requires_grad_()
+    weight = torch.zeros(vocabulary, 1, device=device)
+    weight[-1] = 5
+    weight.requires_grad_()
+    targets = torch.full((rows,), vocabulary - 1, device=device)
+    logprobs, entropy, best = linear_logprob(hidden, weight, targets, statistics=True, backend=backend)
+    expected = torch.full((rows,), -float(torch.tensor(float(vocabulary)).log()), device=device)
+    last = (5 * torch.eye(vocabulary, dtype=torch.float64)[-1]).log_softmax(-1)
+    expected[-1] = last[-1]
+    torch.testing.assert_close(logprobs, expected)
+    torch.testing.assert_close(entropy[-1].cpu(), -(last.exp() * last).sum().float())
+    assert best[-1] == vocabulary - 1
+    assert (best[:-1] == 0).all()
+    grads = torch.autograd.grad(logprobs.sum(), (hidden, weight))
+    torch.testing.assert_close(grads[0][-1].cpu(), torch.tensor([5 - 5 * last[-1].exp()]).float())
+    torch.testing.assert_close(grads[0][0].cpu(), torch.tensor([5 - 5 / vocabulary]))
+    torch.testing.assert_close(grads[1][-1].cpu(), torch.tensor([1 - last[-1].exp()]).float())
+
+
+# Memory
+
+MEASURE = """
+import sys
+import torch
+from dph_kernels import linear_logprob
+
+rows, width, vocabulary, dtype, backend = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
+dtype = getattr(torch, dtype)
+torch.set_num_threads(2)
+
+def make(rows, vocabulary):
+    hidden, weight = (torch.randn(n, width).to(dtype).requires_grad_() for n in (rows, vocabulary))
+    return hidden, weight, torch.randint(vocabulary, (rows,)), torch.randn(rows)
+
+def step(hidden, weight, targets, grad):
+    linear_logprob(hidden, weight, targets, statistics=True, backend=backend)[0].backward(grad)
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+step(*make(100, 300))  # code and threads are there from now on
+given = make(rows, vocabulary)
+with open("/proc/self/clear_refs", "w") as reset:
+    reset.write("5")  # the peak is what is used now
+before = peak()
+step(*given)
+print(peak() - before, sum(x.grad.numel() * x.grad.element_size() for x in given[:2]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of memory from Linux's /proc")
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        ("float32", (8192, 64, 16384)),
+        ("bfloat16", (16384, 64, 8192)),
+        ("float32", (256, 768, 50272)),
+        ("bfloat16", (6000, 768, 1024)),  # more rows than may have fp32 sums of their gradient
+    ],
+)
+@pytest.mark.parametrize(("device", "backend"), NATIVE)
+def test_extra_memory_on_the_cpu_is_below_64_megabytes(device, backend, dtype, size):
+    """Beside both gradients; all logits would take up to 537 MB."""
+    command = [sys.executable, "-c", MEASURE, *map(str, size), dtype, backend]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    extra, gradients = map(int, done.stdout.split())
+    assert gradients < extra < gradients + 64e6
+
+
+@pytest.mark.gpu
+def test_extra_memory_on_the_gpu_is_below_300_megabytes():
+    hidden, weight, targets = make(16384, 768, 50272, torch.bfloat16, "cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    linear_logprob(hidden, weight, targets, statistics=True, backend="triton")[0].sum().backward()
+    gradients = 2 * (hidden.numel() + weight.numel())
+    assert torch.cuda.max_memory_allocated() - before < gradients + 300e6
