@@ -44,19 +44,12 @@ DPH_FN Vec exp2(Vec x) {
 enum class Into { Set, Add, Rescale };
 
 // C [m, n] = A B, += A B, or = C diag(alpha) + A B. A's element (i, k) is at A[i * rs + k * cs], B is [depth, n] and C
-// [m, n] with rows ldb and ldc apart; m is a multiple of MR, n of W.
+// [m, n] with rows ldb and ldc apart; m is a multiple of MR, n of W. The product is summed apart from C: over many
+// blocks errors grow with the number of blocks, not of keys.
 template <int NV, Into INTO>
 DPH_FN void micro(int64_t depth, const float* A, int64_t rs, int64_t cs, const float* B, int64_t ldb, float* C,
                   int64_t ldc, const float* alpha) {
-  Vec acc[MR][NV];
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 2
-    for (int n = 0; n < NV; ++n) {
-      acc[r][n] = INTO == Into::Set ? Vec{} : load(C + r * ldc + n * W);
-      if (INTO == Into::Rescale) acc[r][n] *= load(alpha + n * W);
-    }
-  }
+  Vec acc[MR][NV] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec b[NV];
 #pragma GCC unroll 2
@@ -71,7 +64,12 @@ DPH_FN void micro(int64_t depth, const float* A, int64_t rs, int64_t cs, const f
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 2
-    for (int n = 0; n < NV; ++n) store(C + r * ldc + n * W, acc[r][n]);
+    for (int n = 0; n < NV; ++n) {
+      float* const place = C + r * ldc + n * W;
+      if (INTO == Into::Add) acc[r][n] += load(place);
+      if (INTO == Into::Rescale) acc[r][n] += load(place) * load(alpha + n * W);
+      store(place, acc[r][n]);
+    }
   }
 }
 
@@ -231,13 +229,12 @@ DPH_FN const float* view_block(int64_t& stride, float* buffer, const AttentionAr
   return static_cast<const float*>(rows.data) + row * rows.row + head * rows.head;
 }
 
-// out = decay * out + scores values, for NV vectors of the head dimension; even and odd keys apart, to hide latency.
+// out = decay * out + scores values, for NV vectors of the head dimension; even and odd keys apart, to hide latency,
+// and both apart from what there was, as in ``micro``.
 template <int NV>
 DPH_FN void add_values(float* out, float decay, const float* scores, const float* values, int64_t stride,
                        int64_t count) {
-  Vec even[NV], odd[NV];
-#pragma GCC unroll 4
-  for (int n = 0; n < NV; ++n) even[n] = load(out + n * W) * decay, odd[n] = Vec{};
+  Vec even[NV] = {}, odd[NV] = {};
   int64_t j = 0;
   for (; j + 2 <= count; j += 2) {
 #pragma GCC unroll 4
@@ -249,7 +246,7 @@ DPH_FN void add_values(float* out, float decay, const float* scores, const float
 #pragma GCC unroll 4
   for (int n = 0; n < NV; ++n) {
     if (j < count) even[n] += scores[j] * load(values + j * stride + n * W);
-    store(out + n * W, even[n] + odd[n]);
+    store(out + n * W, load(out + n * W) * decay + (even[n] + odd[n]));
   }
 }
 

@@ -122,7 +122,8 @@ def test_narrower_vectors(name, head_dim, lanes):
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 def test_a_prompt_of_more_than_two_to_the_fifteen_keys(device, backend):
     layout = PackedLayout.decode([33_000], [[3, 1]], 4)
-    compare(layout, inputs(layout, 1, 16, torch.float32, device), device, backend)
+    # Values of both signs: the mean of so many is a hundredth of what is rounded.
+    compare(layout, inputs(layout, 1, 16, torch.float32, device), device, backend, floor=1e-5)
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
