@@ -266,8 +266,9 @@ bool preference_loss_fits(const py::tuple& rewards, const py::tuple& logprobs) {
   return first.shape[0] > 0 && (first.ndim < 2 || first.shape[1] > 0);
 }
 
-// ``options`` in the order of reference.Options. Positional, as names would take longer to pass than the arithmetic.
-void preference_loss(const py::tuple& inputs, size_t rewards, const py::tuple& options, py::handle loss,
+// False where an input is neither fp32 nor bf16. ``options`` in the order of reference.Options. Positional, as names
+// would take longer to pass than the arithmetic.
+bool preference_loss(const py::tuple& inputs, size_t rewards, const py::tuple& options, py::handle loss,
                      py::handle metrics, py::handle slopes, int threads) {
   const size_t logprobs = inputs.size() - rewards;
   if (!complete(rewards, logprobs))
@@ -280,7 +281,9 @@ void preference_loss(const py::tuple& inputs, size_t rewards, const py::tuple& o
       a.pairs = x.shape[0];
       a.heads = x.ndim == 2 ? x.shape[1] : 1;
     }
-    found[i] = {x.data, x.strides[0], x.strides[x.ndim - 1], x.dtype.code == kDLBfloat};
+    const bool bf16 = x.dtype.code == kDLBfloat;
+    if (!bf16 && !(x.dtype.code == kDLFloat && x.dtype.bits == 32)) return false;
+    found[i] = {x.data, x.strides[0], x.strides[x.ndim - 1], bf16};
   }
   a.rewards = rewards > 0 ? found : nullptr;
   a.logprobs = logprobs > 0 ? found + rewards : nullptr;
@@ -295,6 +298,7 @@ void preference_loss(const py::tuple& inputs, size_t rewards, const py::tuple& o
   a.slopes = floats(slopes);
   const py::gil_scoped_release released;
   dph::preference_loss_cpu(a, threads);
+  return true;
 }
 
 // False where ``slopes`` or ``grad`` are not as the forward pass makes them, and autograd the other: hooks may see to that.

@@ -13,6 +13,9 @@ namespace {
 constexpr int64_t BLOCK = 256;   // pairs that are worked on at once, in the first-level cache
 constexpr int64_t GROUP = 4096;  // pairs between two additions in double
 constexpr int64_t LEAST = 8;     // groups that are worth waking another core for
+// Pairs, of one head, from which on wide vectors are worth it: a processor that has been without them may take tens of
+// microseconds to power them up, longer than the loss of few pairs.
+constexpr int64_t WIDE = 2048;
 
 // One part of the objective: pairs of rewards, explicit or implicit.
 struct Part {
@@ -22,6 +25,7 @@ struct Part {
   float beta;
   float epsilon;
   bool contrastive;
+  bool wide;        // by the widest vectors that the processor has
   float scale;      // of the slopes
   float* chosen;    // slopes [N, K]
   float* rejected;
@@ -102,12 +106,22 @@ void scatter(const float* slopes, int64_t begin, int64_t size, int64_t head, int
   for (int64_t i = 0; i < size; ++i) target[(begin + i) * heads + head] = slopes[i];
 }
 
+DPH_INLINE void block(const Part& part, const float* chosen, const float* rejected, int64_t size, float* chosen_slope,
+                      float* rejected_slope, Sums& sums) {
+  sums.add(part.contrastive ? pairs<true>(part, chosen, rejected, size, chosen_slope, rejected_slope)
+                            : pairs<false>(part, chosen, rejected, size, chosen_slope, rejected_slope));
+}
+
+void narrow_block(const Part& part, const float* chosen, const float* rejected, int64_t size, float* chosen_slope,
+                  float* rejected_slope, Sums& sums) {
+  block(part, chosen, rejected, size, chosen_slope, rejected_slope, sums);
+}
+
 }  // namespace
 
 DPH_CLONES void preference_loss_cpu_block(const Part& part, const float* chosen, const float* rejected, int64_t size,
                                           float* chosen_slope, float* rejected_slope, Sums& sums) {
-  sums.add(part.contrastive ? pairs<true>(part, chosen, rejected, size, chosen_slope, rejected_slope)
-                            : pairs<false>(part, chosen, rejected, size, chosen_slope, rejected_slope));
+  block(part, chosen, rejected, size, chosen_slope, rejected_slope, sums);
 }
 
 namespace {
@@ -132,7 +146,7 @@ Sums group(const Part& part, int64_t begin, int64_t end, int64_t head) {
     const bool dense = part.heads == 1;
     float* const chosen = dense ? part.chosen + begin : slopes[0];
     float* const rejected = dense ? part.rejected + begin : slopes[1];
-    preference_loss_cpu_block(part, values[0], values[1], size, chosen, rejected, sums);
+    (part.wide ? preference_loss_cpu_block : narrow_block)(part, values[0], values[1], size, chosen, rejected, sums);
     if (!dense) {
       scatter(slopes[0], begin, size, head, part.heads, part.chosen);
       scatter(slopes[1], begin, size, head, part.heads, part.rejected);
@@ -170,10 +184,11 @@ void preference_loss_cpu(const PreferenceArguments& a, int threads) {
   float* metrics = a.metrics;
   std::fill(metrics, metrics + PREFERENCE_METRICS, NAN);
   float* slopes = a.slopes;
+  const bool wide = a.pairs >= WIDE;
   double loss = 0;
   if (a.rewards) {
     const int64_t count = a.pairs * a.heads;
-    const Part part{a.rewards, a.heads, false, 0.0f, a.dph_epsilon, a.contrastive,
+    const Part part{a.rewards, a.heads, false, 0.0f, a.dph_epsilon, a.contrastive, wide,
                     static_cast<float>(a.dph_weight / judgements), slopes, slopes + count};
     slopes += 2 * count;
     Sums all;
@@ -186,7 +201,7 @@ void preference_loss_cpu(const PreferenceArguments& a, int threads) {
     loss += a.dph_weight * describe(all, judgements, metrics + 1, metrics + 3);
   }
   if (a.logprobs) {
-    const Part part{a.logprobs, 1, true, a.beta, a.dpo_epsilon, true,
+    const Part part{a.logprobs, 1, true, a.beta, a.dpo_epsilon, true, wide,
                     static_cast<float>(static_cast<double>(a.dpo_weight) * a.beta / pairs), slopes, slopes + a.pairs};
     loss += a.dpo_weight * describe(total(part, a.pairs, 0, threads), pairs, metrics + 2, metrics + 7);
   }
