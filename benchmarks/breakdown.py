@@ -90,6 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = ", ".join(c.who for c in known)
         print(f"benchmarks.breakdown: --who: expected one of {names}; got {options.who}", file=sys.stderr)
         return 2
+    if contender.missing:
+        print(f"benchmarks.breakdown: {contender.who}: {contender.missing}", file=sys.stderr)
+        return 2
     job = Job(stage=options.stage, shape=bench.SHAPE, device=bench.DEVICE, lowered=bench.LOWERED)
     seconds, parts, rest = measure(contender.make(job), job.config().vocab_size)
     parts["between"] = max(seconds * 1e6 * STEPS - parts.total(), 0)

@@ -23,6 +23,7 @@ from dph.packing import PackedBatch, pack
 from dph.pair_stage import PairPart, PairStage
 from dph.progress import Progress
 from dph.stages import Stage
+from dph_kernels import dispatch
 
 PAIRS = ("align", "head")
 MARKS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "im_end_token_id": 3}  # of lengths.small_tokenizer
@@ -258,12 +259,12 @@ def contenders(stage: str, pad: int) -> list[Contender]:
 
 
 CACHED = [
-    Contender("ours", with_states, "ours", cached=True),
+    Contender("ours, cached states", with_states, "ours", cached=True),
     Contender(
-        "ours, CUDA graph",
+        "ours, cached states, CUDA graph",
         lambda job: with_states(job, "cuda_graph=true"),
         "ours",
-        missing=None if torch.cuda.is_available() else "a CUDA graph needs a CUDA device, and PyTorch sees none",
+        missing=dispatch.missing("laprop", "cuda", "cuda"),
         cached=True,
     ),
 ]

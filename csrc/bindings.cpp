@@ -308,7 +308,8 @@ bool preference_loss_gradients(py::handle slopes, py::handle grad, const py::lis
   const int64_t count = results.size();
   int64_t values = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const DLTensor x = look(results[i]);
+    DLTensor x;
+    if (!peek(results[i], x)) return false;
     found[i] = {static_cast<float*>(x.data), 1};
     for (int32_t axis = 0; axis < x.ndim; ++axis) found[i].size *= x.shape[axis];
     values += found[i].size;

@@ -77,7 +77,7 @@ def _time(seconds: float) -> str:
 def estimate(recipe: Recipe) -> Estimate:
     """Open what the recipe starts from and take its first update's work, without training or writing anything.
 
-    Of processes that torchrun started, each finds the same alone.
+    Of processes that torchrun started, each finds its own alone; the first, which prints, has the largest parts.
 
     Raises UserError for whatever the recipe or the data have wrong, as training would.
     """

@@ -16,7 +16,7 @@ SHARE = 0.9  # of a GPU's memory that a run is to fill at most: the rest is the 
 
 
 def on_device(stage: Stage, rows: int, device: torch.device, place: str) -> dict[str, float]:
-    """Bytes by part, at the peak of an update whose largest part has ``rows`` rows; memory of streams in ``place``."""
+    """Bytes by part, at the peak of an update that computes ``rows`` rows at a time; memory of streams in ``place``."""
     recipe, config, total = stage.recipe, stage.model.config, stage.model.num_parameters()
     trained, low, several = count_trained(stage), low_precision(recipe.precision, device), stage.world.size > 1
     size = 2 if low else 4

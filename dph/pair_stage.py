@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from dph_kernels import preference_loss
 from dph_kernels.preference_loss import metric_names
 from dph_kernels.transfer import to_device
 
+Part = TypeVar("Part", bound="PairPart")  # typing.Self, which Python 3.10 lacks
+
 
 @dataclass(frozen=True)
 class PairPart:
@@ -41,7 +43,7 @@ class PairPart:
     sizes: list[int]
 
     @classmethod
-    def of(cls, pairs: Sequence[tuple[Encoded, Encoded]], bins: Sequence[list[int]]) -> Self:
+    def of(cls: type[Part], pairs: Sequence[tuple[Encoded, Encoded]], bins: Sequence[list[int]]) -> Part:
         """Of an update's ``pairs`` those whose places are in ``bins``."""
         places = list(itertools.chain.from_iterable(bins))
         return cls([pairs[place] for place in places], places, [len(each) for each in bins])
@@ -56,7 +58,7 @@ class PairPart:
         """Chosen and rejected in turn as the answers; made when asked for, which cached states need not."""
         return pack(self.pairs)
 
-    def bins(self) -> Iterator[Self]:
+    def bins(self: Part) -> Iterator[Part]:
         """Each bin as a part: itself where it is the only one."""
         if len(self.sizes) == 1:
             yield self
@@ -145,7 +147,7 @@ class PairStage(Material):
         return any(head in owned for head in heads)
 
     def next(self) -> Work:
-        """The next pairs, packed."""
+        """The next pairs, of which this process's are cut into bins."""
         first = self.position()
         pairs = next(self.batches)
         for pair in pairs if self.rewarded else []:
@@ -284,8 +286,8 @@ class PairStage(Material):
 
     def _held_out_parts(self, records: Sequence[Record]) -> Iterator[PairPart]:
         for pairs in self._pairs(InOrder(records), self.micro):
-            for places in self._places([packed_length(pair) for pair in pairs]):
-                yield PairPart.of(pairs, [places])
+            for places in self._places([self.length(pair) for pair in pairs]):
+                yield self.part.of(pairs, [places])
 
     @property
     def judged(self) -> tuple[str, ...]:

@@ -65,7 +65,7 @@ class Stage(Protocol):
         """The next update's work."""
 
     def given(self, part: Any, step: int) -> Any:
-        """What the loss of one part of the work of ``step`` is computed from, on the device.
+        """What the loss of one part of the work of ``step`` is computed from, on the device as far as it is to be.
 
         Asked for when the backward pass of the part before is over.
         """
@@ -74,7 +74,7 @@ class Stage(Protocol):
         """The loss of a part."""
 
     def rows(self, part: Any) -> int:
-        """Rows of hidden state that the backbone computes at a time of a part."""
+        """Rows of hidden state that the backbone computes of a part at a time, at most."""
 
     def describe(self, part: Any, values: Tensor) -> str:
         """The first item of a part that has a value which is not finite."""

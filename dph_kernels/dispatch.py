@@ -45,7 +45,7 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
     },
     "preference_loss": {
         "cpu": {
-            "cpu": "4 to 6 times as fast as eager PyTorch, 2 to 3 as its compiled form: "
+            "cpu": "4 to 6 times as fast as eager PyTorch, about twice as its compiled form: "
             "benchmarks/bench_preference_loss.py",
             "reference": "plain PyTorch runs everywhere, and in fp64",
         },
@@ -176,7 +176,7 @@ def choose(operator: str, device: str, backend: str = "auto", dtype: torch.dtype
 def implementation(
     operator: str, device: torch.device | str, backend: str = "auto", dtype: torch.dtype | None = None
 ) -> ModuleType:
-    """The module that implements ``operator``: ``dph_kernels.<operator>.<file>``."""
+    """The module that implements ``operator``: ``dph_kernels.<operator>.<file>``; a string names a type of devices."""
     choice = choose(operator, device if isinstance(device, str) else device.type, backend, dtype)
     return _module(operator, choice.backend)
 
@@ -193,7 +193,7 @@ def call(function: str, operator: str, like: Tensor, backend: str, *arguments: A
     arguments; autocast would change the products inside.
     """
     device = like.device.type
-    run = getattr(_module(operator, choose(operator, device, backend, like.dtype).backend), function)
+    run = getattr(implementation(operator, device, backend, like.dtype), function)
     if not torch.is_autocast_enabled(device):
         return run(*arguments, **options)
     with torch.autocast(device, enabled=False):

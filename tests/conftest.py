@@ -27,6 +27,8 @@ def pytest_xdist_make_scheduler(config, log):
     """Tests of one file stay together, so that what they share is made once; who is done takes from the others."""
     from xdist.scheduler import WorkStealingScheduling
 
+    if config.getoption("dist") != "load":  # another way was asked for
+        return None
     return WorkStealingScheduling(config, log)
 
 

@@ -1,7 +1,9 @@
-"""Imports point one way: csrc <- dph_kernels <- dph <- dph.cli (DESIGN.md 1), read from the source text."""
+"""What the sources import: one way (csrc <- dph_kernels <- dph <- dph.cli; DESIGN.md 1), and of Python 3.10 alone."""
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,17 @@ def test_the_rules_allow_what_they_should(tmp_path):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(line)
     assert list(violations(tmp_path)) == []
+
+
+@pytest.mark.parametrize(("line", "code"), [(None, 0), ("from typing import Self", 1)])
+def test_the_oldest_python_that_is_promised_has_all(line, code, tmp_path):
+    """Of the language and of its own library; what is too new is named."""
+    pytest.importorskip("vermin")
+    paths = [ROOT / name for name in ("dph", "dph_kernels", "benchmarks", "tests", "setup.py")]
+    if line:
+        paths = [tmp_path / "new.py"]
+        paths[0].write_text(line)
+    (oldest,) = re.findall(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    command = [Path(sys.executable).with_name("vermin"), f"-t={oldest}-", "--violations", "--no-tips", *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout

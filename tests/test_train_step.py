@@ -31,6 +31,13 @@ def synthetic(monkeypatch, tmp_path):
     lengths.found.cache_clear()
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_contender_has_a_name_of_its_own(stage):
+    """By which it is found at another shape, and in a table."""
+    names = [contender.who for contender in train_step.contenders(stage, TINY.pad)]
+    assert len(names) == len(set(names))
+
+
 @pytest.mark.parametrize(("stage", "contender"), CONTENDERS, ids=lambda x: x if isinstance(x, str) else x.who)
 def test_a_contender_has_our_loss_gradients_and_weights(stage, contender):
     train_step.check(contender, Job(stage=stage, shape=TINY))
@@ -161,5 +168,5 @@ def test_unshared_pairs_repeat_their_prompts():
     stage = Job(stage="align", shape=TINY).make_stage()
     shared, repeated = stage.next(), train_step.Unshared.of(Job(stage="align", shape=TINY).make_stage()).next()
     prompts = sum(common_prefix([side.tokens for side in pair]) for part in shared.parts for pair in part.pairs)
-    assert repeated.tokens == shared.tokens + prompts
+    assert repeated.tokens == shared.tokens + prompts == sum(len(part.packed.tokens) for part in repeated.parts)
     assert all(torch.equal(a.packed.answers, b.packed.answers) for a, b in zip(shared.parts, repeated.parts))  # noqa: B905

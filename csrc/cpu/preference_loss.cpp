@@ -13,9 +13,9 @@ namespace {
 constexpr int64_t BLOCK = 256;   // pairs that are worked on at once, in the first-level cache
 constexpr int64_t GROUP = 4096;  // pairs between two additions in double
 constexpr int64_t LEAST = 8;     // groups that are worth waking another core for
-// Pairs, of one head, from which on wide vectors are worth it: a processor that has been without them may take tens of
-// microseconds to power them up, longer than the loss of few pairs.
-constexpr int64_t WIDE = 2048;
+// Judgements, of all heads and the policy, from which on wide vectors are worth it: a processor that has been without
+// them may take tens of microseconds to power them up, longer than the loss of few pairs.
+constexpr int64_t WIDE = 4096;
 
 // One part of the objective: pairs of rewards, explicit or implicit.
 struct Part {
@@ -112,11 +112,6 @@ DPH_INLINE void block(const Part& part, const float* chosen, const float* reject
                             : pairs<false>(part, chosen, rejected, size, chosen_slope, rejected_slope));
 }
 
-void narrow_block(const Part& part, const float* chosen, const float* rejected, int64_t size, float* chosen_slope,
-                  float* rejected_slope, Sums& sums) {
-  block(part, chosen, rejected, size, chosen_slope, rejected_slope, sums);
-}
-
 }  // namespace
 
 DPH_CLONES void preference_loss_cpu_block(const Part& part, const float* chosen, const float* rejected, int64_t size,
@@ -146,7 +141,11 @@ Sums group(const Part& part, int64_t begin, int64_t end, int64_t head) {
     const bool dense = part.heads == 1;
     float* const chosen = dense ? part.chosen + begin : slopes[0];
     float* const rejected = dense ? part.rejected + begin : slopes[1];
-    (part.wide ? preference_loss_cpu_block : narrow_block)(part, values[0], values[1], size, chosen, rejected, sums);
+    if (part.wide) {
+      preference_loss_cpu_block(part, values[0], values[1], size, chosen, rejected, sums);
+    } else {
+      block(part, values[0], values[1], size, chosen, rejected, sums);
+    }
     if (!dense) {
       scatter(slopes[0], begin, size, head, part.heads, part.chosen);
       scatter(slopes[1], begin, size, head, part.heads, part.rejected);
@@ -184,7 +183,7 @@ void preference_loss_cpu(const PreferenceArguments& a, int threads) {
   float* metrics = a.metrics;
   std::fill(metrics, metrics + PREFERENCE_METRICS, NAN);
   float* slopes = a.slopes;
-  const bool wide = a.pairs >= WIDE;
+  const bool wide = a.pairs * ((a.rewards ? a.heads : 0) + (a.logprobs ? 1 : 0)) >= WIDE;
   double loss = 0;
   if (a.rewards) {
     const int64_t count = a.pairs * a.heads;

@@ -12,6 +12,7 @@ from dph_kernels.preference_loss import HEAD_METRICS, PREFERENCE_METRICS, metric
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BACKENDS = implementations("preference_loss")
+MANY = 2049  # pairs; C++ computes fewer in narrow vectors
 
 
 def as_fp64(inputs):
@@ -57,7 +58,7 @@ def compare(inputs, backend, upstream=1.0, **options):
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 @pytest.mark.parametrize("objective", ["separable", "contrastive"])
 @pytest.mark.parametrize("heads", [None, 1, 3])
-@pytest.mark.parametrize("pairs", [1, 2, 63, 64, 65, 111, 257])
+@pytest.mark.parametrize("pairs", [1, 2, 63, 64, 65, 111, 257, 2047, 2048])
 def test_values_and_gradients(pairs, heads, objective, device, backend, dtype):
     compare(make(pairs, heads, dtype, device), backend, objective=objective)
 
@@ -226,16 +227,17 @@ def test_any_strides(layout, device, backend):
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 @pytest.mark.parametrize("objective", ["separable", "contrastive"])
 @pytest.mark.parametrize("epsilon", [0.0, 0.1])
-def test_stable_at_ten_thousand(epsilon, objective, device, backend):
+@pytest.mark.parametrize("copies", [1, 1400])
+def test_stable_at_ten_thousand(copies, epsilon, objective, device, backend):
     """Exact values: log sigmoid(x) is 0 or x out there."""
-    far = torch.tensor([1e4, -1e4, 0.0], device=device)
+    far = torch.tensor([1e4, -1e4, 0.0], device=device).repeat(copies)
     chosen, rejected = far.clone().requires_grad_(), (-far).requires_grad_()
     options = {"dph_epsilon": epsilon, "objective": objective}
     loss, _ = preference_loss(chosen, rejected, **options, backend=backend)
     loss.backward()
     expected = 2e4 + 2 * 0.6931471805599453 if objective == "separable" else 2e4 + 0.6931471805599453
     assert loss.item() == pytest.approx(expected / 3, rel=1e-6)
-    slopes = torch.tensor([epsilon, epsilon - 1, epsilon - 0.5], device=device) / 3
+    slopes = torch.tensor([epsilon, epsilon - 1, epsilon - 0.5], device=device).repeat(copies) / len(far)
     torch.testing.assert_close(chosen.grad, slopes)
     torch.testing.assert_close(rejected.grad, -slopes)
 
@@ -243,10 +245,11 @@ def test_stable_at_ten_thousand(epsilon, objective, device, backend):
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 @pytest.mark.parametrize("size", [20.0, 80.0, 1e4])
-def test_large_values_and_ties(size, dtype, device, backend):
-    """Pair by pair, so that no large loss hides a small one."""
+@pytest.mark.parametrize("pairs", [1, MANY])
+def test_large_values_and_ties(pairs, size, dtype, device, backend):
+    """All pairs alike, so that no large loss hides a small one."""
     for first, second in itertools.product((size, 0.0, -size), repeat=2):
-        inputs = make(1, dtype=dtype, device=device)
+        inputs = make(pairs, dtype=dtype, device=device)
         for x, value in zip(inputs.values(), (first, second, first, second, 0.0, 0.0), strict=True):
             x.detach().fill_(value)
         for objective in ("separable", "contrastive"):
@@ -254,9 +257,10 @@ def test_large_values_and_ties(size, dtype, device, backend):
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
-def test_every_slope_is_accurate(device, backend):
+@pytest.mark.parametrize("pairs", [4001, 2 * 4001])
+def test_every_slope_is_accurate(pairs, device, backend):
     """To some units in the last place, also where exp underflows; below the normal numbers 0 will do."""
-    rewards = torch.linspace(-110, 110, 4001, device=device).requires_grad_()
+    rewards = torch.linspace(-110, 110, pairs, device=device).requires_grad_()
     loss, _ = preference_loss(rewards, torch.zeros_like(rewards), dph_epsilon=0.0, backend=backend)
     loss.backward()
     slopes = -torch.sigmoid(-rewards.detach().double())
@@ -276,8 +280,9 @@ def test_cdpo_is_stable_at_ten_thousand(device, backend):
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 @pytest.mark.parametrize("broken", NAMES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_nan_is_never_hidden(value, broken, device, backend):
-    inputs = {name: x.detach() for name, x in make(5, device=device).items()}
+@pytest.mark.parametrize("pairs", [5, MANY])
+def test_nan_is_never_hidden(pairs, value, broken, device, backend):
+    inputs = {name: x.detach() for name, x in make(pairs, device=device).items()}
     inputs[broken][2] = value
     loss, metrics = preference_loss(**inputs, backend=backend)
     got = named(metrics)
@@ -307,8 +312,9 @@ def test_a_head_that_is_not_finite_is_told_from_the_others(pair, value, objectiv
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
-def test_nan_reaches_the_gradients_of_its_pair_only(device, backend):
-    inputs = make(5, device=device)
+@pytest.mark.parametrize("pairs", [5, MANY])
+def test_nan_reaches_the_gradients_of_its_pair_only(pairs, device, backend):
+    inputs = make(pairs, device=device)
     inputs["rewards_chosen"].detach()[1] = torch.nan
     inputs["policy_rejected"].detach()[3] = torch.nan
     preference_loss(**inputs, backend=backend)[0].backward()

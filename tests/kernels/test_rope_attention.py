@@ -127,6 +127,18 @@ def test_a_prompt_of_more_than_two_to_the_fifteen_keys(device, backend):
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("queries", [2, 16])
+def test_errors_do_not_grow_with_the_keys(queries, device, backend):
+    """The mean of 16,000 values of one sign, as exact as that of few: sums are made by blocks."""
+    layout = PackedLayout.aligned([queries], [16_000])
+    q, k, v, *_ = inputs(layout, 1, 16, torch.float32, device)
+    given = q, k, v.abs()
+    got = rope_attention(*given, layout.to(device), rope=ROPE, backend=backend)
+    truth = dense(*(x.double() for x in given), layout.to(device))
+    assert (got - truth).abs().max() <= 5e-7 * truth.abs().max()
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
 def test_nothing_is_lost_between_many_threads(device, backend):
     """Tiles and heads on several threads give what one thread gives, bit for bit."""
     layout = PackedLayout.shared_prefix([70, 5], [[40, 80], [9, 9, 9]])
