@@ -147,6 +147,14 @@ def test_the_oldest_python_that_is_promised_has_all(line, code, tmp_path):
         paths = [tmp_path / "new.py"]
         paths[0].write_text(line)
     (oldest,) = re.findall(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
-    command = [Path(sys.executable).with_name("vermin"), f"-t={oldest}-", "--violations", "--no-tips", *map(str, paths)]
+    command = [
+        sys.executable,
+        "-c",
+        "import vermin; vermin.main()",
+        f"-t={oldest}-",
+        "--violations",
+        "--no-tips",
+        *map(str, paths),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == code, done.stdout
