@@ -1,6 +1,4 @@
-"""What tests of the command line share: models on disk, a conversation, and JSONL files."""
-
-import json
+"""What tests of the command line share: models on disk, and a conversation."""
 
 import torch
 
@@ -28,8 +26,3 @@ def save_models(folder):
     model.save_pretrained(folder / "fresh")
     tok.save_pretrained(folder / "fresh")
     return folder
-
-
-def jsonl(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import ANSWER, ASKED, CORPUS, USER, jsonl
+from command_line import ANSWER, ASKED, CORPUS, USER
 from safetensors.torch import load_file
+from texts import write_lines
 
 import dph
 from dph import cli, pretrained
@@ -101,7 +102,7 @@ def test_exit_codes(dph_command, monkeypatch, error, code, line):
 
 
 def test_a_closed_pipe_is_no_traceback(models, tmp_path):
-    rows = jsonl(tmp_path / "rows.jsonl", *[{"messages": [USER, ANSWER]}] * 2000)
+    rows = write_lines(tmp_path / "rows.jsonl", *[{"messages": [USER, ANSWER]}] * 2000)
     command = [sys.executable, "-m", "dph.cli", "score", str(models / "judge"), str(rows), "--json"]
     process = subprocess.Popen(
         command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -117,8 +118,8 @@ def test_a_closed_pipe_is_no_traceback(models, tmp_path):
 
 def test_a_missing_model_is_one_line_and_never_the_network(refused, models, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained.ModelConfig, "get_config_dict", lambda path: pytest.fail(f"{path} was asked for"))
-    rows = jsonl(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER]})
-    sst2 = jsonl(tmp_path / "validation.jsonl", {"sentence": "good", "label": 1})
+    rows = write_lines(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER]})
+    sst2 = write_lines(tmp_path / "validation.jsonl", {"sentence": "good", "label": 1})
     (tmp_path / "glue/sst2").mkdir(parents=True)
     sst2.rename(tmp_path / "glue/sst2/validation.jsonl")
     for argv in (
@@ -162,7 +163,7 @@ def test_other_models_and_missing_tokenizers_are_refused(refused, models, tmp_pa
 
 @pytest.mark.parametrize("name", ["mute", "fresh"])
 def test_rewards_of_a_model_without_a_head(refused, models, tmp_path, name):
-    rows = jsonl(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER]})
+    rows = write_lines(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER]})
     why = {"mute": "got one without", "fresh": "the checkpoint holds no weights for it"}[name]
     for argv in (["generate", models / name, "--prompt", "x"], ["chat", models / name]):
         line = refused(*argv)

@@ -6,7 +6,8 @@ import re
 
 import pytest
 import torch
-from command_line import ANSWER, ASKED, USER, jsonl
+from command_line import ANSWER, ASKED, USER
+from texts import write_lines
 
 import dph
 from dph import generate, pretrained
@@ -95,7 +96,7 @@ def test_one_answer_needs_no_head(dph_command, models):
 
 def test_generate_from_a_file(dph_command, refused, models, tmp_path):
     system = {"role": "system", "content": "be brief"}
-    file = jsonl(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": [USER]}, {"messages": [system, USER]})
+    file = write_lines(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": [USER]}, {"messages": [system, USER]})
     argv = ["generate", models / "judge", "-n", 2, "--max-new-tokens", 3, "--file"]
     code, out, _ = dph_command(*argv, file, "--json")
     assert code == 0
@@ -105,9 +106,9 @@ def test_generate_from_a_file(dph_command, refused, models, tmp_path):
         [system, USER],
     ]
     assert f"{tmp_path / 'x'}: expected a JSONL file, got nothing there" in refused(*argv, tmp_path / "x")
-    file = jsonl(tmp_path / "q.jsonl", {"prompt": "a"}, {"messages": [USER, ANSWER]})
+    file = write_lines(tmp_path / "q.jsonl", {"prompt": "a"}, {"messages": [USER, ANSWER]})
     assert f"{file}:2: expected a message to answer at the end" in refused(*argv, file)
-    file = jsonl(tmp_path / "r.jsonl", {"text": "a"})
+    file = write_lines(tmp_path / "r.jsonl", {"text": "a"})
     assert f"{file}:1: expected prompt or messages, got the fields text" in refused(*argv, file)
 
 
@@ -155,7 +156,7 @@ def test_chat_ends_with_its_input(dph_command, models):
 
 def test_score_conversations(dph_command, models, tmp_path):
     longer = [USER, ANSWER, {"role": "user", "content": "why"}, {"role": "assistant", "content": "positive"}]
-    rows = jsonl(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER]}, {"messages": longer})
+    rows = write_lines(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER]}, {"messages": longer})
     code, out, err = dph_command("score", models / "judge", rows, "--output", tmp_path / "out.jsonl")
     assert (code, err) == (0, "")
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -184,7 +185,7 @@ def test_score_preferences(dph_command, models, tmp_path):
         {"chosen": [USER, *said[1]], "rejected": [USER, *said[2]]},
         {"prompt": "a film?", "chosen": answers[3], "rejected": answers[3]},
     ]
-    file = jsonl(tmp_path / "pairs.jsonl", *rows)
+    file = write_lines(tmp_path / "pairs.jsonl", *rows)
     code, out, _ = dph_command("score", models / "judge", file, "--output", tmp_path / "out.jsonl")
     assert code == 0
     model, tok = dph.Model.from_pretrained(models / "judge"), pretrained.load_tokenizer(str(models / "judge"))
@@ -204,7 +205,7 @@ def test_score_preferences(dph_command, models, tmp_path):
 
 
 def test_an_empty_answer_has_no_mean_and_is_reported(dph_command, models, tmp_path):
-    rows = jsonl(tmp_path / "rows.jsonl", {"prompt": "a", "chosen": "", "rejected": "is"})
+    rows = write_lines(tmp_path / "rows.jsonl", {"prompt": "a", "chosen": "", "rejected": "is"})
     code, out, err = dph_command("score", models / "judge", rows)
     assert code == 1
     assert cells(out)[2] == ["log-probability (mean)", "0.000", "0.000 to 0.793", "-", "0", "1", "1"]
@@ -219,18 +220,17 @@ def test_malformed_files_name_the_line(refused, models, tmp_path):
     assert f"{file}:3: not JSON" in refused(*argv, file)
     file.write_text(f"{good}\n[]\n")
     assert f"{file}:2: expected a JSON object, got list" in refused(*argv, file)
-    jsonl(file, {"messages": [USER, ANSWER]}, {"messages": [USER]})
+    write_lines(file, {"messages": [USER, ANSWER]}, {"messages": [USER]})
     assert f"{file}:2: expected an assistant message, got a conversation without one" in refused(*argv, file)
-    jsonl(file, {"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b"})
+    write_lines(file, {"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b"})
     assert f"{file}:2: expected a preference" in refused(*argv, file)
     file.write_text("")
     assert "expected at least one record, got none" in refused(*argv, file)
 
 
 def test_evaluate(dph_command, refused, models, tmp_path):
-    (tmp_path / "glue/sst2").mkdir(parents=True)
     docs = [{"sentence": text, "label": i % 2} for i, text in enumerate(["good", "not good", "gripping", "is"])]
-    jsonl(tmp_path / "glue/sst2/validation.jsonl", *docs)
+    write_lines(tmp_path / "glue/sst2/validation.jsonl", *docs)
     argv = ["evaluate", models / "judge", "--task", "glue/sst2", "--directory", tmp_path]
     code, out, err = dph_command(*argv)
     assert (code, err) == (0, "")

@@ -12,7 +12,7 @@ from dph_kernels.preference_loss import HEAD_METRICS, PREFERENCE_METRICS, metric
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BACKENDS = implementations("preference_loss")
-MANY = 2049  # pairs; C++ computes fewer in narrow vectors
+MANY = 2049  # pairs that are enough, with both parts of the objective, for C++ to take wide vectors
 
 
 def as_fp64(inputs):
