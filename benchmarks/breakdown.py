@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import bench_train_step as bench
@@ -42,6 +43,8 @@ def split(events: Iterable[Any], vocabulary: int, cuda: bool) -> tuple[Counter[s
     """Microseconds of each part, and of each operation in "other", which tells what to look at next."""
     parts, rest = Counter(), Counter()
     for event in events:
+        if event.device_type != DeviceType.CPU:  # a kernel, whose time is its operation's, too
+            continue
         spent = event.self_device_time_total if cuda else event.self_cpu_time_total
         part = part_of(event.key, event.input_shapes, vocabulary)
         parts[part] += spent

@@ -37,6 +37,7 @@ class Shape:
         model: arguments of :class:`dph.ModelConfig`; what is missing has the paper's size.
         context: tokens of a stream's segment; memory: tokens that it looks back on.
         streams, pairs: of an update; micro_*: of these, how many at a time.
+        tokens: of pairs, prompts shared, that we take at a time, as shipped recipes do; None: ``micro_pairs``.
         pad: length that the paper's way pads pairs to; longer ones do not take part.
     """
 
@@ -48,6 +49,7 @@ class Shape:
     micro_streams: int
     pairs: int
     micro_pairs: int
+    tokens: int | None = None
     pad: int = 512
 
 
@@ -59,14 +61,17 @@ def _model(
     return {**sizes, "num_attention_heads": heads, **more}
 
 
-PAPER = Shape(name="551M", model={}, context=2048, memory=2048, streams=128, micro_streams=16, pairs=64, micro_pairs=16)
+PAPER = Shape(
+    name="551M", model={}, context=2048, memory=2048, streams=128, micro_streams=16, pairs=64, micro_pairs=16,
+    tokens=16384,
+)  # fmt: skip
 MINIATURE = Shape(
     name="5M", model=_model(8192, 128, 256, 704, 4, 4), context=256, memory=256, streams=8, micro_streams=8, pairs=16,
     micro_pairs=16,
 )  # fmt: skip
 TINY = Shape(  # for checks; weights large enough to matter
     name="tiny", model=_model(400, 24, 64, 48, 2, 2, initializer_range=0.1), context=40, memory=60, streams=4,
-    micro_streams=2, pairs=6, micro_pairs=3, pad=220,
+    micro_streams=2, pairs=6, micro_pairs=3, tokens=600, pad=220,
 )  # fmt: skip
 
 
@@ -103,6 +108,12 @@ class Job:
         """The same otherwise."""
         return dataclasses.replace(self, overrides=(*self.overrides, *more))
 
+    def packed(self) -> "Job":
+        """With as many pairs at a time as ``shape.tokens`` has room for."""
+        if self.stage not in PAIRS or self.shape.tokens is None:
+            return self
+        return self.with_overrides("batch.micro=null", f"batch.tokens={self.shape.tokens}")
+
     def config(self) -> dph.ModelConfig:
         """The model's."""
         return dph.ModelConfig(**self.shape.model, **MARKS, reward_dropout=self.dropout)
@@ -117,7 +128,8 @@ class Job:
     def make_stage(self) -> Stage:
         """A stage that nobody uses yet, on a fresh model; always the same."""
         torch.manual_seed(0)
-        model = dph.Model(self.config())
+        with torch.device(self.device):
+            model = dph.Model(self.config())
         return trainer.make_stage(self.recipe(), model, lengths.small_tokenizer(), self.records(), {})
 
     def amounts(self) -> flops.Amounts:
@@ -191,7 +203,7 @@ class Ours:
 def with_states(job: Job, *more: str) -> Ours:
     """Ours in stage head on cached states, as from the second epoch on."""
     directory = tempfile.TemporaryDirectory()
-    cached = job.with_overrides("data.cache_states=true", f"data.cache={directory.name}/cache", *more)
+    cached = job.packed().with_overrides("data.cache_states=true", f"data.cache={directory.name}/cache", *more)
     return Ours(cached.make_stage(), directory)
 
 
@@ -237,14 +249,16 @@ def contenders(stage: str, pad: int) -> list[Contender]:
     """Ours first, then all who can train ``stage``."""
     paper = lambda **how: lambda job: PaperTrainer(job.make_stage(), job.lowered, **how)  # noqa: E731
     found = [
-        Contender("ours", lambda job: Ours(job.make_stage()), "ours"),
-        Contender("ours, torch.compile", lambda job: Ours(job.with_overrides("compile=true").make_stage()), "ours"),
+        Contender("ours", lambda job: Ours(job.packed().make_stage()), "ours"),
+        Contender(
+            "ours, torch.compile", lambda job: Ours(job.packed().with_overrides("compile=true").make_stage()), "ours"
+        ),
     ]
     if stage not in PAIRS:
         return [*found, Contender("paper_layout", paper(), "paper_layout"),
                 Contender("paper_layout, torch.compile", paper(compiled=True))]  # fmt: skip
     unshared = Contender(
-        "padding-free, no sharing", lambda job: Ours(Unshared.of(job.make_stage())), "padding-free, no sharing"
+        "padding-free, no sharing", lambda job: Ours(Unshared.of(job.packed().make_stage())), "padding-free, no sharing"
     )
     name = f"paper_layout, padded to {pad}"
     return [

@@ -58,7 +58,8 @@ def implementations(operator: str) -> list:
     for device, backends in dispatch.AUTO[operator].items():
         for backend in backends:
             marks = [pytest.mark.gpu] if device == "cuda" else []
-            if device == "cpu" and (reason := dispatch.missing(operator, backend, device)):
+            here = device == "cpu" or torch.cuda.is_available()
+            if here and (reason := dispatch.missing(operator, backend, device)):
                 marks.append(pytest.mark.skip(reason=reason))
             found.append(pytest.param(device, backend, marks=marks, id=f"{device}-{backend}"))
     return found

@@ -62,7 +62,9 @@ def compare(inputs, backend, grad=None, **options):
     wide = as_fp64(inputs)
     truth = eager(**wide, **masks)
     assert got.dtype == torch.promote_types(hidden.dtype, torch.float32)
-    assert_close_to_fp64(got, same, truth, "rewards")
+    # On a GPU fp32 is multiplied in parts of 11 bits, and exp and quotients are some units in the last place off.
+    floor = 4e-6 if backend == "triton" and hidden.is_cuda and hidden.dtype == torch.float32 else None
+    assert_close_to_fp64(got, same, truth, "rewards", floor=floor)
     grad = torch.randn_like(got) if grad is None else grad
     gradients = zip(
         inputs,
@@ -73,4 +75,4 @@ def compare(inputs, backend, grad=None, **options):
     )
     for name, ours, theirs, true in gradients:
         assert ours.dtype == inputs[name].dtype
-        assert_close_to_fp64(ours, theirs, true, f"gradient of {name}")
+        assert_close_to_fp64(ours, theirs, true, f"gradient of {name}", floor=floor)

@@ -24,9 +24,18 @@ METRICS = tl.constexpr(12)  # those that are not of one head
 
 
 @triton.jit
+def _exp(x):
+    """exp of x <= 0 to some units in the last place; that of a GPU rounds x log2(e), which costs |x| of them."""
+    x = tl.where(x < -1000.0, -1000.0, x)  # exp of less is 0, and infinity would be subtracted from itself
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    rest = x - n * 0.693359375 + n * 2.12194440e-4  # n log(2) in two parts, of which the first product is exact
+    return tl.exp(rest) * tl.exp2(n)
+
+
+@triton.jit
 def _smoothed(x, epsilon):
     """s(x) = softplus(-x) + epsilon x and its derivative epsilon - sigmoid(-x), for any size of x."""
-    e = tl.exp(-tl.abs(x))
+    e = _exp(-tl.abs(x))
     inverse = 1.0 / (1.0 + e)
     slope = epsilon - tl.where(x < 0.0, inverse, e * inverse)
     # log(1 + e) = 2 artanh(u), u = e / (2 + e) <= 1/3: log itself would lose e where it is small.

@@ -76,7 +76,7 @@ CONFIGS: dict[int, dict[str, dict[int, Config]]] = {
     90: {
         "forward": {
             16: Config(64, 64, 32, 4, 3), 32: Config(128, 64, 32, 8, 3, 128),
-            64: Config(128, 64, 32, 8, 3, 128), 128: Config(128, 64, 32, 8, 3, 255),
+            64: Config(64, 64, 32, 4, 3), 128: Config(128, 64, 32, 8, 3, 255),
             RAGGED: Config(128, 64, 32, 8, 2),
         },
         "few": {

@@ -40,13 +40,13 @@ HALF, SINGLE = 2, 4  # bytes of an element
 CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
     "gate": {
         (HALF, 16): Config(16, 16, 128, 4, 4), (HALF, 32): Config(32, 16, 128, 4, 4),
-        (HALF, 64): Config(64, 32, 64, 4, 4), (HALF, 128): Config(128, 32, 64, 8, 4),
+        (HALF, 64): Config(64, 32, 64, 4, 5),
         (SINGLE, 16): Config(16, 16, 64, 4, 4), (SINGLE, 32): Config(32, 16, 64, 4, 3),
         (SINGLE, 64): Config(64, 32, 32, 4, 3),
     },
     "pool": {
         (HALF, 16): Config(16, 32, 128, 4, 4), (HALF, 32): Config(32, 32, 128, 4, 4),
-        (HALF, 64): Config(64, 64, 64, 4, 4), (HALF, 128): Config(128, 64, 64, 8, 4),
+        (HALF, 64): Config(64, 64, 64, 4, 5),
         (SINGLE, 16): Config(16, 32, 64, 4, 4), (SINGLE, 32): Config(32, 32, 64, 4, 3),
         (SINGLE, 64): Config(64, 32, 32, 4, 3),
     },
@@ -63,6 +63,7 @@ ELEMENTWISE = Config(32, 64, 0, 4, 1)
 BLOCK_BACKWARD = Config(32, 32, 0, 4, 1)
 INTERPRETED = Config(32, 16, 16, 1, 1)
 LEAST = 2  # steps of a share of a sum
+INT32 = 2**31
 PRECISION = "tf32x3"  # of fp32 products: three on tensor cores, whose error is that of fp32; half precision is exact
 
 
@@ -245,6 +246,8 @@ def _run_backward(
     hidden, w1, w2 = (None if x is None else _last_contiguous(x) for x in (hidden, w1, w2))
     reads = w2 is None or (need_w1 if w1 is not None else need_w2)  # whether a gradient sums over hidden
     state = _run_drop(machine, hidden, draw) if reads else hidden
+    if len(state) * state.stride(0) > INT32:  # beyond which cuBLAS reads elsewhere
+        state = state.contiguous()
     below, grads[REWARD], grads[B2] = _run_pool_backward(
         machine, grad, state if w2 is None else pooled, reward.contiguous(), draw, hidden.dtype,
         w2 is not None, need_reward, need_b2,
