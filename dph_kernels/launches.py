@@ -55,7 +55,7 @@ class Launch:
 
 
 def signature(kernel: Any, arguments: Mapping[str, Any], constants: Mapping[str, Any]) -> dict[str, str]:
-    """Triton's types of a call: those of tensors by dtype, an annotated one as it says, other numbers by kind."""
+    """Triton's types of a call: those of tensors and of descriptors, an annotated one as it says, numbers by kind."""
     types = {}
     for parameter in kernel.params:
         if parameter.is_constexpr:
@@ -66,6 +66,9 @@ def signature(kernel: Any, arguments: Mapping[str, Any], constants: Mapping[str,
         value = arguments[parameter.name]
         if isinstance(value, torch.Tensor):
             types[parameter.name] = f"*{TYPES[value.dtype]}"
+        elif hasattr(value, "block_shape"):  # Triton's TensorDescriptor
+            block = ", ".join(map(str, value.block_shape))
+            types[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
         else:
             types[parameter.name] = parameter.annotation_type or ("fp32" if isinstance(value, float) else "i32")
     return types

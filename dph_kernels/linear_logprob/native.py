@@ -27,23 +27,23 @@ class Engine:
         """``x`` in fp32, contiguous; nothing is copied where it is."""
         return x.float().contiguous()
 
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """``hidden @ weight.T``."""
-        return product(hidden, weight)
-
     def reduce(
-        self, logits: Tensor, first: int, last: bool, targets: Tensor,
+        self, hidden: Tensor, weight: Tensor, first: int, last: bool, targets: Tensor,
         normaliser: Tensor, logprobs: Tensor, entropy: Tensor, best: Tensor,
     ) -> None:  # fmt: skip
         """One pass over the logits, each row by one core."""
+        logits = product(hidden, weight)
         results = {"logprobs": logprobs.data_ptr()}
         if len(entropy):
             results |= {"entropy": entropy.data_ptr(), "best": best.data_ptr()}
         tile = _tile(logits, first, targets, normaliser, last=last, **results)
         native.module().linear_logprob_reduce_cpu(tile, native.threads())
 
-    def gradient(self, logits: Tensor, first: int, upstream: Tensor, targets: Tensor, normaliser: Tensor) -> Tensor:
-        """The same memory, overwritten."""
+    def gradient(
+        self, hidden: Tensor, weight: Tensor, first: int, upstream: Tensor, targets: Tensor, normaliser: Tensor
+    ) -> Tensor:
+        """The logits, overwritten."""
+        logits = product(hidden, weight)
         tile = _tile(logits, first, targets, normaliser, upstream=upstream.data_ptr())
         native.module().linear_logprob_gradient_cpu(tile, native.threads())
         return logits

@@ -1,4 +1,4 @@
-"""How the compiled backends go through R x V logits: tile by tile, matrix products by PyTorch, one pass for the rest.
+"""How the compiled backends go through R x V logits: tile by tile, as an engine multiplies and reduces them.
 
 Blocks of the vocabulary are the outer loop, so that a block of weights is read (and converted) once and its gradient is
 complete when the loop leaves it; nearly square tiles keep the sums of both gradients from going through memory often.
@@ -27,21 +27,22 @@ class Engine(Protocol):
     def operand(self, x: Tensor) -> Tensor:
         """``x`` as the products take it."""
 
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """``hidden @ weight.T`` in fp32, rows contiguous; valid until the next call."""
-
     def reduce(
-        self, logits: Tensor, first: int, last: bool, targets: Tensor,
+        self, hidden: Tensor, weight: Tensor, first: int, last: bool, targets: Tensor,
         normaliser: Tensor, logprobs: Tensor, entropy: Tensor, best: Tensor,
     ) -> None:  # fmt: skip
-        """Take a tile into its rows' results; ``last``: finish them. Without statistics the last two are empty.
+        """Take the tile ``hidden @ weight.T`` into its rows' results; ``last``: finish them.
+
+        Without statistics the last two are empty.
 
         Columns begin at token ``first`` and come in order. In between, ``normaliser[1]`` holds sum exp(x - m),
         ``logprobs`` the target's logit, and ``entropy`` sum exp(x - m) (x - m).
         """
 
-    def gradient(self, logits: Tensor, first: int, upstream: Tensor, targets: Tensor, normaliser: Tensor) -> Tensor:
-        """upstream * (onehot(target) - softmax) of a tile, as the products take it; may overwrite ``logits``."""
+    def gradient(
+        self, hidden: Tensor, weight: Tensor, first: int, upstream: Tensor, targets: Tensor, normaliser: Tensor
+    ) -> Tensor:
+        """upstream * (onehot(target) - softmax) of a tile, as the products take it; valid until the next call."""
 
     def sums(self, result: Tensor, transposed: bool) -> Tensor:
         """Where the fp32 sums of a gradient are taken, in its shape; ``transposed``: :meth:`add`'s ``a`` will be."""
@@ -73,10 +74,9 @@ def forward(
         w = engine.operand(weight[columns])
         for part in spans(rows, engine.rows, 16):
             h = engine.operand(hidden[part])
-            logits = engine.logits(h, w)
             results = targets[part], normaliser[:, part], logprobs[part], entropy[part], best[part]
-            engine.reduce(logits, columns.start, columns.stop == vocabulary, *results)
-            del h, logits  # before the next ones: their memory serves again
+            engine.reduce(h, w, columns.start, columns.stop == vocabulary, *results)
+            del h  # before the next one: its memory serves again
         del w
     return logprobs, normaliser, entropy, best
 
@@ -130,13 +130,12 @@ def _joint(
         weight_sums = None if grad_weight is None else engine.sums(grad_weight[columns], True)
         for part in spans(len(hidden), engine.rows, 16):
             h = engine.operand(hidden[part])
-            logits = engine.logits(h, w)
-            change = engine.gradient(logits, columns.start, grad[part], targets[part], normaliser[:, part])
+            change = engine.gradient(h, w, columns.start, grad[part], targets[part], normaliser[:, part])
             if hidden_sums is not None:
                 engine.add(hidden_sums[part], change, w, columns.start == 0)
             if weight_sums is not None:
                 engine.add(weight_sums, change.T, h, part.start == 0)
-            del h, logits, change  # before the next ones: their memory serves again
+            del h, change  # before the next ones: their memory serves again
         if weight_sums is not None and len(hidden):
             engine.finish(weight_sums, grad_weight[columns])
         del w, weight_sums

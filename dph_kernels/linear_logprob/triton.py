@@ -1,82 +1,164 @@
-"""Log-probabilities on the GPU: matrix products by cuBLAS, one fused Triton pass over each tile of logits.
+"""Log-probabilities on the GPU: what ``triton_kernels.py`` is launched with, and in which configuration.
 
-A fully fused product would have to recompute or spill its tiles at V = 50,000, and Triton's products reach less of the
-tensor cores than cuBLAS's; against that, writing and reading fp32 logits costs about a fifth of the products' time.
+In half precision the logits never reach memory: the forward pass reduces each tile of them as its product is there, and
+the backward pass turns it into gradients of logits, of which cuBLAS makes those of states and weights. Single precision
+multiplies by cuBLAS, with a fused pass over each tile.
 """
 
 import contextlib
 import functools
 import itertools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dph_kernels.launches import Launch, signature
 from dph_kernels.linear_logprob import tiles
 from dph_kernels.linear_logprob import triton_kernels as kernels
 
-BLOCK = 2048  # logits that a program holds at once
-WARPS = 4
-UNIT = 16  # elements: rows of logits begin at multiples of it, which vectors and fast products need
-SIZES = {"UNIT": UNIT, "BLOCK": BLOCK}
+# Configurations
+
+
+class Config(NamedTuple):
+    """How a kernel that multiplies is launched.
+
+    rows, columns: its tile of logits (BM x BN).
+    step: how many elements of a state are taken at once (BK).
+    warps, stages: of a program, and of its software pipeline.
+    group: blocks of rows that go through all columns together.
+    tma: whether Hopper's copies in bulk bring states and weights, where these are aligned.
+    """
+
+    rows: int
+    columns: int
+    step: int
+    warps: int
+    stages: int
+    group: int
+    tma: bool = False
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What the kernel is compiled with."""
+        return {"BM": self.rows, "BN": self.columns, "BK": self.step, "GROUP": self.group}
+
+    def programs(self, rows: int, columns: int) -> tuple[int]:
+        """The grid."""
+        return (triton.cdiv(rows, self.rows) * triton.cdiv(columns, self.columns),)
+
+
+# Of the forward and the backward pass, by architecture. Large tiles, since what they read passes through the cache.
+CONFIGS: dict[int, dict[str, Config]] = {
+    80: {"forward": Config(128, 128, 32, 4, 4, 8), "backward": Config(128, 128, 32, 4, 4, 8)},
+    90: {"forward": Config(128, 256, 64, 8, 4, 16, True), "backward": Config(128, 256, 64, 8, 4, 16, True)},
+}
+CONFIGS[120] = CONFIGS[80]  # its processors have as little shared memory, and multiply by the same instructions
+INTERPRETED = {"forward": Config(16, 32, 16, 1, 1, 2, True), "backward": Config(16, 32, 16, 1, 1, 2, True)}
+COMBINE = {"BLOCKS": 32, "BR": 32}  # partial results that a program takes at once: blocks of columns x rows
+BLOCK = 2048  # logits that a program of a pass holds at once
+WARPS = 4  # of all kernels that do not multiply
+UNIT = 16  # elements: rows of tiles in memory begin at multiples of it, which vectors and fast products need
+
+
+class _Machine:
+    """What kernels are launched on; capability 0 is Triton's interpreter."""
+
+    def __init__(self, device: torch.device, capability: int) -> None:
+        self.device, self.capability = device, capability
+
+    def config(self, kernel: str) -> Config:
+        """That of the nearest architecture which is not newer; for interpreted kernels, small tiles."""
+        if not self.capability:
+            return INTERPRETED[kernel]
+        known = [capability for capability in CONFIGS if capability <= self.capability]
+        if not known:
+            raise RuntimeError(
+                f"linear_logprob: expected a GPU of compute capability {min(CONFIGS)} or higher for half precision, "
+                f"got {self.capability}"
+            )
+        return CONFIGS[max(known)][kernel]
+
+    def run(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        arguments: dict[str, Any],
+        constants: dict[str, Any],
+        config: Config | None = None,
+    ) -> None:
+        """Launch it; without a configuration, as a kernel that does not multiply."""
+        warps, stages = (config.warps, config.stages) if config else (WARPS, 1)
+        with torch.cuda.device(self.device) if self.capability else contextlib.nullcontext():
+            kernel[grid](**arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+@functools.cache
+def _machine(device: torch.device) -> _Machine:
+    if device.type == "cpu":
+        return _Machine(device, 0)
+    major, minor = torch.cuda.get_device_capability(device)
+    return _Machine(device, major * 10 + minor)
+
+
+# Engines
 
 
 class Engine:
-    """Sizes for a bound of 300 MB on extra memory, products and passes (see :class:`tiles.Engine`)."""
+    """Sizes for a bound of 300 MB on extra memory, products and passes of fp32 (see :class:`tiles.Engine`)."""
 
     # 44 times 128: with C = 768 the 128 x 256 blocks of a gradient's product just fill the 132 processors of an H100 or
-    # H200. fp32 logits of a tile take 127 MB, their gradients in half precision 63.
+    # H200. fp32 logits of a tile take 127 MB, gradients of logits in half precision 63.
     side = 5632
     most_sums = 2**24  # 64 MiB
 
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        """Memory for one tile, which all tiles share; few rows make wide tiles."""
+    def __init__(self, machine: _Machine, hidden: Tensor, weight: Tensor) -> None:
+        """Choose tiles; few rows make wide ones."""
+        self.machine = machine
         self.rows = max(1, min(self.side, len(hidden)))
         wide = min(max(self.side, self.side**2 // self.rows), self.most_sums // max(1, weight.shape[1]))
         self.columns = max(UNIT, wide // UNIT * UNIT)
-        size = self.rows, -(-min(self.columns, len(weight)) // UNIT) * UNIT
-        self.buffer = torch.empty(size, dtype=torch.float32, device=hidden.device)
+        self.size = self.rows, -(-min(self.columns, len(weight)) // UNIT) * UNIT
         self.dtype = hidden.dtype
         self.unit: Tensor | None = None  # of the gradients of logits, where these are scaled
 
     @functools.cached_property
-    def changes(self) -> Tensor:
-        """Memory for the gradients of a tile; fp32 ones take the place of the logits."""
-        return self.buffer if self.dtype == torch.float32 else torch.empty_like(self.buffer, dtype=self.dtype)
+    def buffer(self) -> Tensor:
+        """Memory for one tile, which all tiles share: for logits, their gradients, or one in the place of the other."""
+        return torch.empty(self.size, dtype=self.dtype, device=self.machine.device)
 
     def operand(self, x: Tensor) -> Tensor:
         """As it is: cuBLAS takes all strides with a 1 among them, and PyTorch copies the others."""
         return x
 
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """``hidden @ weight.T`` in the memory that all tiles share."""
-        logits = self.buffer[: len(hidden), : len(weight)]
-        self.add(logits, hidden, weight.T, True)
-        return logits
-
     def reduce(
-        self, logits: Tensor, first: int, last: bool, targets: Tensor,
+        self, hidden: Tensor, weight: Tensor, first: int, last: bool, targets: Tensor,
         normaliser: Tensor, logprobs: Tensor, entropy: Tensor, best: Tensor,
     ) -> None:  # fmt: skip
         """One program for each row."""
+        logits = self._logits(hidden, weight)
         arguments = {
             "logits": logits, "targets": targets, "largest": normaliser[0], "log_sum": normaliser[1],
             "logprobs": logprobs, "entropy": entropy, "best": best, **self._sizes(logits, first),
         }  # fmt: skip
-        constants = {"START": first == 0, "LAST": last, "STATISTICS": len(entropy) > 0}
-        self.run(kernels.reduce_rows, (len(logits),), arguments, constants)
+        constants = {"START": first == 0, "LAST": last, "STATISTICS": len(entropy) > 0, "UNIT": UNIT, "BLOCK": BLOCK}
+        self.machine.run(kernels.reduce_rows, (len(logits),), arguments, constants)
 
-    def gradient(self, logits: Tensor, first: int, upstream: Tensor, targets: Tensor, normaliser: Tensor) -> Tensor:
-        """One program for each block of a row; blocks of one row are neighbours."""
-        rows, columns = logits.shape
-        changes = self.changes[:rows, :columns]
+    def gradient(
+        self, hidden: Tensor, weight: Tensor, first: int, upstream: Tensor, targets: Tensor, normaliser: Tensor
+    ) -> Tensor:
+        """One program for each block of a row; blocks of one row are neighbours. The logits are overwritten."""
+        logits = self._logits(hidden, weight)
         arguments = {
-            "logits": logits, "changes": changes, "targets": targets, "largest": normaliser[0],
-            "log_sum": normaliser[1], "upstream": upstream, **self._sizes(logits, first),
+            "logits": logits, "targets": targets, "largest": normaliser[0], "log_sum": normaliser[1],
+            "upstream": upstream, **self._sizes(logits, first),
         }  # fmt: skip
-        self.run(kernels.gradient_rows, (-(-columns // BLOCK), rows), arguments, {})
-        return changes
+        grid = triton.cdiv(logits.shape[1], BLOCK), len(logits)
+        self.machine.run(kernels.gradient_rows, grid, arguments, {"UNIT": UNIT, "BLOCK": BLOCK})
+        return logits
 
     def sums(self, result: Tensor, transposed: bool) -> Tensor:
         """The result itself, if it is fp32: products of all layouts are equally fast."""
@@ -107,19 +189,91 @@ class Engine:
         self.unit = torch.ldexp(torch.ones_like(largest), exponent - 15)
         return upstream / self.unit
 
-    def run(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any]) -> None:
-        """Launch it."""
-        device, constants = arguments["logits"].device, {**constants, **SIZES}
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            kernel[grid](**arguments, **constants, num_warps=WARPS, num_stages=1, enable_fp_fusion=True)
+    def _logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = self.buffer[: len(hidden), : len(weight)]
+        self.add(logits, hidden, weight.T, True)
+        return logits
 
-    def _sizes(self, logits: Tensor, first: int) -> dict[str, int]:
-        return {"units": logits.stride(0) // UNIT, "columns": logits.shape[1], "first": first}
+    def _sizes(self, tile: Tensor, first: int) -> dict[str, int]:
+        return {"units": tile.stride(0) // UNIT, "columns": tile.shape[1], "first": first}
+
+
+class Fused(Engine):
+    """Half precision: kernels that multiply and make of the logits in their registers what is asked for."""
+
+    def __init__(self, machine: _Machine, hidden: Tensor, weight: Tensor, partials: int = 0) -> None:
+        """``partials``: how many numbers the forward pass keeps for each row and block of columns.
+
+        With them a tile has all columns, and as many rows as partial results have room for.
+        """
+        super().__init__(machine, hidden, weight)
+        if partials:
+            config, self.columns = machine.config("forward"), len(weight)
+            room = self.most_sums // (partials * triton.cdiv(self.columns, config.columns))
+            self.rows = max(1, room // config.rows) * config.rows
+
+    def operand(self, x: Tensor) -> Tensor:
+        """Copied only where its last dimension is not contiguous: the kernels read vectors of it."""
+        return x if x.stride(1) == 1 else x.contiguous()
+
+    def reduce(
+        self, hidden: Tensor, weight: Tensor, first: int, last: bool, targets: Tensor,
+        normaliser: Tensor, logprobs: Tensor, entropy: Tensor, best: Tensor,
+    ) -> None:  # fmt: skip
+        """One program for each tile of logits, then one for some rows; all columns are here."""
+        config, statistics = self.machine.config("forward"), {"STATISTICS": len(entropy) > 0}
+        size = triton.cdiv(len(weight), config.columns), len(hidden)
+        partials = {name: torch.empty(size, dtype=torch.float32, device=hidden.device) for name in ("tops", "totals")}
+        for name, dtype in {"weighted": torch.float32, "indices": torch.int32}.items():
+            partials[name] = torch.empty(size if len(entropy) else 0, dtype=dtype, device=hidden.device)
+        results = {"targets": targets, "logprobs": logprobs}
+        self._multiply(kernels.reduce_tile, config, hidden, weight, partials | results, statistics)
+        results |= {"largest": normaliser[0], "log_sum": normaliser[1], "entropy": entropy, "best": best}
+        sizes, constants = {"rows": len(hidden), "columns": len(weight)}, {"BN": config.columns, **COMBINE}
+        grid = (triton.cdiv(len(hidden), COMBINE["BR"]),)
+        self.machine.run(kernels.combine, grid, partials | results | sizes, statistics | constants)
+
+    def gradient(
+        self, hidden: Tensor, weight: Tensor, first: int, upstream: Tensor, targets: Tensor, normaliser: Tensor
+    ) -> Tensor:
+        """One program for each tile of logits."""
+        changes = self.buffer[: len(hidden), : len(weight)]
+        arguments = {
+            "changes": changes, "targets": targets, "largest": normaliser[0], "log_sum": normaliser[1],
+            "upstream": upstream, **self._sizes(changes, first),
+        }  # fmt: skip
+        config = self.machine.config("backward")
+        self._multiply(kernels.gradient_tile, config, hidden, weight, arguments, {"CHANGES_UNIT": UNIT})
+        return changes
+
+    def _multiply(
+        self, kernel: Any, config: Config, hidden: Tensor, weight: Tensor, arguments: dict[str, Any],
+        constants: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Launch a kernel that multiplies; strides go to it in the largest unit up to 16 elements."""
+        unit = math.gcd(16, hidden.stride(0), weight.stride(0))
+        operands = {
+            "hidden": hidden, "hidden_units": hidden.stride(0) // unit, "rows": len(hidden),
+            "weight": weight, "weight_units": weight.stride(0) // unit, "columns": len(weight),
+        }  # fmt: skip
+        tma = config.tma and _describable(hidden) and _describable(weight)
+        if tma:
+            operands["hidden"] = TensorDescriptor.from_tensor(hidden, [config.rows, config.step])
+            operands["weight"] = TensorDescriptor.from_tensor(weight, [config.columns, config.step])
+        constants = {**constants, **config.constants, "C": hidden.shape[1], "UNIT": unit, "TMA": tma}
+        grid = config.programs(len(hidden), len(weight))
+        self.machine.run(kernel, grid, operands | arguments, constants, config)
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether a descriptor can tell where the rows of ``x`` lie: apart, and aligned to 16 bytes."""
+    aligned = x.data_ptr() % 16 == x.stride(0) * x.element_size() % 16 == 0
+    return aligned and x.stride(0) >= x.shape[1] > 0 and x.stride(1) == 1
 
 
 def forward(hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What ``reference.forward`` gives, but NaN for a target outside of [0, V)."""
-    return tiles.forward(Engine(hidden, weight), hidden, weight, targets, statistics)
+    return _forward(_machine(hidden.device), hidden, weight, targets, statistics)
 
 
 def backward(
@@ -132,53 +286,86 @@ def backward(
     weight_needed: bool,
 ) -> tuple[Tensor, Tensor]:
     """What ``reference.backward`` gives."""
-    engine = Engine(hidden, weight)
+    arguments = hidden, weight, targets, normaliser, hidden_needed, weight_needed
+    return _backward(_machine(hidden.device), grad, *arguments)
+
+
+def _forward(
+    machine: _Machine, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    engine = _engine(machine, hidden, weight, partials=4 if statistics else 2)
+    return tiles.forward(engine, hidden, weight, targets, statistics)
+
+
+def _backward(
+    machine: _Machine, grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, normaliser: Tensor,
+    hidden_needed: bool, weight_needed: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    engine = _engine(machine, hidden, weight)
     if hidden.dtype == torch.float16 and len(hidden):
         grad = engine.scale(grad)
     return tiles.backward(engine, grad, hidden, weight, targets, normaliser, hidden_needed, weight_needed)
 
 
+def _engine(machine: _Machine, hidden: Tensor, weight: Tensor, partials: int = 0) -> Engine:
+    if hidden.dtype == torch.float32:
+        return Engine(machine, hidden, weight)
+    return Fused(machine, hidden, weight, partials)
+
+
 # For the audit
 
 
-class _Recorder(Engine):
+class _Recorder(_Machine):
     """Keeps every launch instead of doing it."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        super().__init__(hidden, weight)
+    def __init__(self, capability: int) -> None:
+        super().__init__(torch.device("meta"), capability)
         self.found: list[Launch] = []
 
-    def add(self, total: Tensor, a: Tensor, b: Tensor, start: bool) -> None:
-        """Not a kernel of ours."""
-
-    def run(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any]) -> None:
+    def run(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        arguments: dict[str, Any],
+        constants: dict[str, Any],
+        config: Config | None = None,
+    ) -> None:
         """Describe it."""
-        dtype = arguments.get("changes", arguments["logits"]).dtype
-        words = str(dtype).removeprefix("torch."), *(name.lower() for name, on in constants.items() if on)
-        constants = {**constants, **SIZES}
+        first = next(iter(arguments.values()))
+        words = [str(getattr(first, "base", first).dtype).removeprefix("torch.")]
+        words += [f"{config.rows}x{config.columns}"] if config else []
+        words += [name.lower() for name in ("START", "LAST", "STATISTICS", "TMA") if constants.get(name)]
+        words += [f"UNIT={constants['UNIT']}"] if config and constants["UNIT"] != UNIT else []
+        matrices = ("hidden", "weight", "logits", "changes", "tops", "totals", "weighted", "indices")
         self.found.append(
             Launch(
                 name=" ".join([f"linear_logprob.{kernel.__name__}", *words]),
                 kernel=kernel,
                 signature=signature(kernel, arguments, constants),
                 constants=constants,
-                aligned=tuple(name for name in ("logits", "changes") if name in arguments),
-                num_warps=WARPS,
-                num_stages=1,
+                aligned=tuple(name for name in matrices if isinstance(arguments.get(name), Tensor)),
+                num_warps=config.warps if config else WARPS,
+                num_stages=config.stages if config else 1,
+                matrix=("HGMMA" if self.capability // 10 == 9 else "HMMA") if config else "",
+                copies=config is not None,
             )
         )
 
 
 def launches(capability: int) -> list[Launch]:
-    """Every kernel for bf16, fp16 and fp32 states; all architectures run the same ones."""
+    """Every kernel for bf16, fp16 and fp32 states."""
     found: dict[tuple, Launch] = {}
     targets = torch.empty(8, dtype=torch.int64, device="meta")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for vocabulary, statistics in itertools.product((1000, 100_000), (False, True)):
-            hidden, weight = (torch.empty(rows, 768, dtype=dtype, device="meta") for rows in (8, vocabulary))
-            engine = _Recorder(hidden, weight)
-            logprobs, normaliser, *_ = tiles.forward(engine, hidden, weight, targets, statistics)
-            tiles.backward(engine, logprobs, hidden, weight, targets, normaliser, True, True)
-            for launch in engine.found:
+        # Rows that are aligned to 16 bytes, and to 8.
+        for vocabulary, stride, statistics in itertools.product((1000, 100_000), (768, 772), (False, True)):
+            hidden, weight = (
+                torch.empty(rows, stride, dtype=dtype, device="meta")[:, :768] for rows in (8, vocabulary)
+            )
+            machine = _Recorder(capability)
+            logprobs, normaliser, *_ = _forward(machine, hidden, weight, targets, statistics)
+            _backward(machine, logprobs, hidden, weight, targets, normaliser, True, True)
+            for launch in machine.found:
                 found.setdefault(launch.key(), launch)
     return list(found.values())

@@ -46,12 +46,14 @@ def test_tiles_change_nothing(size, device, backend, dtype, small_tiles):
     compare(*make(*size, dtype, device), backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 @pytest.mark.usefixtures("small_tiles", "poisoned_empty")
-def test_statistics_over_tiles(device, backend):
+def test_statistics_over_tiles(device, backend, dtype):
     """Rising logits: the largest moves from tile to tile, and with it entropy and arg-max."""
-    hidden, weight, targets = make(65, 8, 111, device=device)
-    weight = weight.detach() * torch.linspace(0.1, 20, 111, device=device)[:, None]
+    skip_where_unsupported("linear_logprob", device, backend, dtype)
+    hidden, weight, targets = make(65, 8, 111, dtype, device)
+    weight = weight.detach() * torch.linspace(0.1, 20, 111, device=device).to(dtype)[:, None]
     got = linear_logprob(hidden, weight, targets, statistics=True, backend=backend)
     same, truth = eager(hidden, weight, targets), eager(*as_fp64(hidden, weight), targets)
     for ours, theirs, true in zip(got[:2], same, truth, strict=False):
@@ -76,12 +78,14 @@ def test_sums_in_half_precision_that_would_be_too_large_are_taken_by_rows(needs,
         torch.testing.assert_close(by_rows, whole, rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 @pytest.mark.usefixtures("small_tiles")
-def test_tokens_that_are_impossible(device, backend):
+def test_tokens_that_are_impossible(device, backend, dtype):
     """Logits of minus infinity, whole tiles of them first and last, have no part in anything."""
-    hidden = torch.ones(3, 1, device=device)
-    weight = torch.full((97, 1), -torch.inf, device=device)
+    skip_where_unsupported("linear_logprob", device, backend, dtype)
+    hidden = torch.ones(3, 1, device=device, dtype=dtype)
+    weight = torch.full((97, 1), -torch.inf, device=device, dtype=dtype)
     weight[40:44, 0] = torch.arange(4.0)
     targets = torch.tensor([40, 43, 1], device=device)
     logprobs, entropy, best = linear_logprob(hidden, weight, targets, statistics=True, backend=backend)
@@ -153,16 +157,16 @@ def test_exponentials_are_those_of_fp64(device, backend):
     torch.testing.assert_close(-grad[:, 0].double(), distances.double().sigmoid(), rtol=8e-7, atol=2e-38)
 
 
-def far_rows(rows, stride):
-    """fp32 logits [rows, 64], rows ``stride`` elements apart, in memory that exists only where it is touched."""
+def far_rows(rows, stride, dtype=torch.float32):
+    """Numbers [rows, 64], rows ``stride`` elements apart, in memory that exists only where it is touched."""
     if not sys.platform.startswith("linux"):
         pytest.skip("reserves memory without using it, as Linux lets one do")
-    size = 4 * ((rows - 1) * stride + 4096)
+    size = dtype.itemsize * ((rows - 1) * stride + 4096)
     area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
-    whole = torch.frombuffer(area, dtype=torch.float32)
-    logits = whole.as_strided((rows, 64), (stride, 1))
-    logits.copy_(torch.randn(rows, 64))
-    return logits
+    whole = torch.frombuffer(area, dtype=dtype)
+    numbers = whole.as_strided((rows, 64), (stride, 1))
+    numbers.copy_(torch.randn(rows, 64))
+    return numbers
 
 
 def far_tile():
@@ -176,38 +180,104 @@ def far_tile():
 
 
 @pytest.mark.parametrize(("device", "backend"), NATIVE)
-def test_rows_beyond_32_bits_in_cpp(device, backend):
+def test_rows_beyond_32_bits_in_cpp(device, backend, monkeypatch):
     native = importlib.import_module("dph_kernels.linear_logprob.native")
     logits, targets, upstream, expected, grad = far_tile()
     engine, logprobs, normaliser = native.Engine(1), torch.empty(3), torch.empty(2, 3)
-    engine.reduce(logits, 0, True, targets, normaliser, logprobs, torch.empty(0), targets[:0])
+    monkeypatch.setattr(native, "product", lambda hidden, weight: logits)
+    tile = torch.empty(3, 1), torch.empty(64, 1), 0
+    engine.reduce(*tile, True, targets, normaliser, logprobs, torch.empty(0), targets[:0])
     torch.testing.assert_close(logprobs, expected)
-    torch.testing.assert_close(engine.gradient(logits, 0, upstream, targets, normaliser).clone(), grad)
+    torch.testing.assert_close(engine.gradient(*tile, upstream, targets, normaliser).clone(), grad)
+
+
+@pytest.fixture
+def overflows_told(monkeypatch):
+    """The interpreter is told to report where the arithmetic of offsets overflows."""
+    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
+
+
+def start_of(numbers):
+    """The first row in a storage of its own, in the same place: the interpreter copies whole storages back."""
+    return torch.frombuffer(memoryview(numbers[0].numpy()), dtype=numbers.dtype)
 
 
 @pytest.mark.parametrize(("device", "backend"), INTERPRETED)
-def test_rows_beyond_32_bits_in_triton(device, backend, monkeypatch):
-    """The interpreter is told to report where the arithmetic of offsets overflows."""
+@pytest.mark.usefixtures("overflows_told")
+def test_rows_beyond_32_bits_in_triton(device, backend):
     kernels = importlib.import_module("dph_kernels.linear_logprob.triton_kernels")
-    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
-    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
     logits, targets, upstream, expected, grad = far_tile()
-    logprobs, normaliser, none = torch.empty(3), torch.empty(2, 3), torch.empty(0)
-    start = logits[0]  # the interpreter copies whole storages back: give it a small one
-    start = torch.frombuffer(memoryview(start.numpy()), dtype=torch.float32)
+    logprobs, normaliser, none, start = torch.empty(3), torch.empty(2, 3), torch.empty(0), start_of(logits)
     rows = {"targets": targets, "largest": normaliser[0], "log_sum": normaliser[1]}
     sizes = {"units": logits.stride(0) // 16, "columns": 64, "first": 0, "UNIT": 16, "BLOCK": 64}
     flags = {"START": True, "LAST": True, "STATISTICS": False}
     kernels.reduce_rows[(3,)](start, **rows, logprobs=logprobs, entropy=none, best=targets[:0], **flags, **sizes)
     torch.testing.assert_close(logprobs, expected)
-    kernels.gradient_rows[(1, 3)](start, start, **rows, upstream=upstream, **sizes)
+    kernels.gradient_rows[(1, 3)](start, **rows, upstream=upstream, **sizes)
     torch.testing.assert_close(logits.clone(), grad)
 
 
+@pytest.mark.parametrize(("device", "backend"), INTERPRETED)
+@pytest.mark.usefixtures("overflows_told")
+def test_rows_beyond_32_bits_of_half_precision_in_triton(device, backend):
+    """States, weights and gradients of logits; one kernel gives what the other reads."""
+    kernels = importlib.import_module("dph_kernels.linear_logprob.triton_kernels")
+    stride = 2**30 + 16
+    hidden, weight, changes = (far_rows(3, stride, torch.float16) for _ in range(3))
+    targets, upstream = torch.tensor([2, 0, 1]), torch.randn(3)
+    logits = (hidden.float() @ weight.float().T).requires_grad_()
+    expected = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    (grad,) = torch.autograd.grad(expected, logits, upstream)
+    logprobs, tops, totals, none = torch.empty(3), torch.empty(1, 3), torch.empty(1, 3), torch.empty(0)
+    operands = {"hidden": start_of(hidden), "weight": start_of(weight), "targets": targets, "rows": 3, "columns": 3}
+    units = {"hidden_units": stride // 16, "weight_units": stride // 16, "UNIT": 16}
+    tile = {"C": 64, "TMA": False, "BM": 16, "BN": 32, "BK": 32, "GROUP": 2}
+    partials = {"tops": tops, "totals": totals, "weighted": none, "indices": none, "STATISTICS": False}
+    kernels.reduce_tile[(1,)](**operands, **units, **tile, **partials, logprobs=logprobs)
+    torch.testing.assert_close(logprobs - tops[0] - totals[0].log(), expected.detach())
+    normaliser = {"largest": tops[0], "log_sum": totals[0].log(), "upstream": upstream}
+    place = {"changes": start_of(changes), "units": stride // 16, "CHANGES_UNIT": 16, "first": 0}
+    kernels.gradient_tile[(1,)](**operands, **units, **tile, **normaliser, **place)
+    torch.testing.assert_close(changes[:, :3].float(), grad, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("device", [*(p.values[0] for p in INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_triton_gives_nan_for_a_target_outside_of_the_vocabulary(device, small_tiles):
+@pytest.mark.parametrize("statistics", [False, True])
+def test_partial_results_of_half_precision_take_bounded_memory(statistics, device, small_tiles):
+    """Room for 16 rows of 4 (or 2) numbers for each block of columns: what rows give does not depend on it."""
+    hidden, weight, targets = (x.detach() for x in make(65, 40, 1111, torch.float16, device))
+    triton = importlib.import_module("dph_kernels.linear_logprob.triton")
+    whole = triton.forward(hidden, weight, targets, statistics)
+    tile = triton._machine(hidden.device).config("forward")
+    room = 4 * tile.rows * -(-1111 // tile.columns)
+    small_tiles.setattr(triton.Engine, "most_sums", room)
+    engine = triton.Fused(triton._machine(hidden.device), hidden, weight, 4)
+    assert (engine.rows, engine.columns) == (tile.rows, 1111)
+    assert all(map(torch.equal, triton.forward(hidden, weight, targets, statistics), whole))
+
+
+@pytest.mark.parametrize("device", [*(p.values[0] for p in INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("layout", ["padded", "odd rows", "transposed", "expanded"])
+def test_half_precision_of_any_strides(layout, device, small_tiles):
+    """Rows that are vectors apart, that are not, that must be copied, and that are one."""
+    hidden, weight, targets = (x.detach() for x in make(65, 48, 111, torch.float16, device))
+    if layout == "padded":
+        hidden, weight = hidden[:, :40], weight[:, :40]
+    elif layout == "odd rows":
+        hidden, weight = hidden[:, 1:46], weight[:, 3:48]
+    elif layout == "transposed":
+        hidden, weight = hidden.T.contiguous().T, weight.T.contiguous().T
+    else:
+        hidden, weight = hidden[:1].expand(65, -1), weight[:1].expand(111, -1)
+    compare(hidden.requires_grad_(), weight.requires_grad_(), targets, "triton")
+
+
+@pytest.mark.parametrize("device", [*(p.values[0] for p in INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_triton_gives_nan_for_a_target_outside_of_the_vocabulary(dtype, device, small_tiles):
     """The host does not look at targets on a GPU: nothing may be read or written in other places then."""
-    hidden, weight, targets = (x.detach() for x in make(5, 8, 65, device=device))
+    hidden, weight, targets = (x.detach() for x in make(5, 8, 65, dtype, device))
     targets[1], targets[3] = -100, 65
     triton = importlib.import_module("dph_kernels.linear_logprob.triton")
     logprobs, normaliser, *_ = triton.forward(hidden, weight, targets, False)
@@ -216,7 +286,9 @@ def test_triton_gives_nan_for_a_target_outside_of_the_vocabulary(device, small_t
     expected = reference.backward(
         torch.ones_like(logprobs)[::2], hidden[::2], weight, targets[::2], normaliser[:, ::2], True, False
     )[0]
-    torch.testing.assert_close(grads[0][::2], expected)
+    torch.testing.assert_close(
+        grads[0][::2], expected, **({} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 2e-3})
+    )
 
 
 @pytest.mark.slow
