@@ -319,6 +319,11 @@ def check(contender: Contender, job: Job, steps: int = 3) -> None:
         _compare(contender.make(still), ours.make(still), steps, moves=rate > 0)
 
 
+# The first steps go by signs of gradients, of which the smallest are noise; on a GPU, whose fp32 products are made of
+# parts of 11 bits, more of them. Without priors weights are 0.1 apart.
+MOVED = {"cpu": 1e-3, "cuda": 3e-2}
+
+
 def _compare(one: Stepping, other: Stepping, steps: int, moves: bool) -> None:
     seen: dict[Stepping, dict[str, Tensor]] = {}
     start = {name: w.clone() for name, w in other.weights().items()}
@@ -330,9 +335,10 @@ def _compare(one: Stepping, other: Stepping, steps: int, moves: bool) -> None:
             assert abs(loss - expected) <= 1e-5 * abs(expected), f"loss: expected {expected}, got {loss}"
             for name, gradient in seen[other].items():
                 _check_gradient(name, seen[one][name], gradient, seen[other])
-    if moves:  # the first steps go by signs of gradients, of which the smallest are noise
+    if moves:
         ways = [{name: w - start[name] for name, w in who.weights().items()} for who in (one, other)]
-        assert distance(*ways) <= 1e-3, f"weights moved otherwise, off by {distance(*ways):.1e}"
+        allowed = MOVED[next(iter(start.values())).device.type]
+        assert distance(*ways) <= allowed, f"weights moved otherwise, off by {distance(*ways):.1e}"
 
 
 def _check_gradient(name: str, got: Tensor, want: Tensor, every: dict[str, Tensor]) -> None:
