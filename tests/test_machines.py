@@ -1,4 +1,4 @@
-"""Recipes for machines: the paper's stages in everything but how an update is cut, within the machine's memory."""
+"""Recipes for machines: the paper's stages in everything but how an update is cut and computed, within the memory."""
 
 import dataclasses
 import re
@@ -12,7 +12,7 @@ from dph import footprint, recipe, start
 from dph.trainer import make_stage
 
 MACHINES = {"a100": 72e9, "h200": 125e9}  # bytes that a run is to take at most, of 80 and 141 GB
-CUTS = {"batch.micro", "batch.tokens", "checkpointing"}
+CUTS = {"batch.micro", "batch.tokens", "checkpointing", "compile"}  # and how it is computed
 
 
 def flat(values, where=""):
