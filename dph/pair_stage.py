@@ -99,8 +99,10 @@ class PairStage(Material):
         self.needs_reference = self.recipe.stage == "align" and objective.dpo_weight > 0
         if not (self.rewarded or self.needs_reference):
             raise UserError("objective: expected a weight above 0 for a part that the stage trains, got none")
-        if unknown := [name for name in objective.heads if name not in self.model.head_names] or not objective.heads:
-            raise UserError(f"objective.heads: expected some of {self.model.head_names}, got {unknown or 'none'}")
+        there = self.model.head_names
+        if not objective.heads or not set(objective.heads) <= set(there):
+            got = ", ".join(name for name in objective.heads if name not in there) or "none"
+            raise UserError(f"objective.heads: expected at least one name, of {', '.join(there)}, got {got}")
         self.cached = self._cached()
         self.found = metric_names(objective.heads if self.rewarded else ())
         self.metrics = tuple(name for name in self.found if name != "finite")

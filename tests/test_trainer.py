@@ -403,8 +403,8 @@ def test_refused_pairs_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective__heads": ["nobody"]}, "objective.heads: expected some of"),
-        ({"objective__heads": []}, "objective.heads: expected some of"),
+        ({"objective__heads": ["nobody"]}, "objective.heads: expected at least one name, of default, got nobody"),
+        ({"objective__heads": []}, "objective.heads: expected at least one name, of default, got none"),
         ({"objective__dph_weight": 0.0}, "objective: expected a weight above 0"),
     ],
 )
