@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -126,6 +127,7 @@ def test_a_missing_model_is_one_line_and_never_the_network(refused, models, tmp_
         ["generate", "nowhere", "--prompt", "x"],
         ["chat", "runs/sft/model"],
         ["chat", "./nowhere"],
+        ["chat", "runs/nowhere"],  # though no runs is here
         ["score", "/nowhere/model", rows],
         ["evaluate", "nowhere", "--task", "glue/sst2", "--directory", tmp_path],
         ["convert", "nowhere", tmp_path / "new", "--to", "own"],
@@ -136,12 +138,18 @@ def test_a_missing_model_is_one_line_and_never_the_network(refused, models, tmp_
     assert not (tmp_path / "new").exists()
 
 
-def test_a_hub_name_lets_the_error_of_transformers_through(refused, monkeypatch):
+def test_a_hub_name_is_announced_and_lets_the_error_of_transformers_through(refused, monkeypatch, caplog):
     def offline(path):
         raise OSError(f"no connection\nwhile asking for {path}")
 
     monkeypatch.setattr(pretrained.ModelConfig, "get_config_dict", offline)
-    assert refused("chat", "owner/model") == "dph: error: owner/model: no connection while asking for owner/model"
+    pretrained._announce.cache_clear()
+    assert refused("chat", "owner/model") == (
+        "dph: error: owner/model: expected a model in a directory (nothing is there) or on the hub, "
+        "got no connection while asking for owner/model"
+    )
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == ["owner/model: no such directory here"]
+    assert not logging.getLogger("huggingface_hub").isEnabledFor(logging.WARNING)
 
 
 def test_a_run_directory_stands_for_its_model(dph_command, refused, models, tmp_path):
