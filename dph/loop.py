@@ -219,7 +219,7 @@ class Trainer:
                 progress.note(note)
             if self.run.step == self.settings.steps:
                 progress.note(f"all {self.run.step} steps are done")
-            with told_to_stop() as self._told_to_stop, contextlib.closing(progress):
+            with told_to_stop(progress.note) as self._told_to_stop, contextlib.closing(progress):
                 stopped = self._loop(progress)
                 self._collect()
         finally:

@@ -9,7 +9,7 @@ from stages import STAGES, Killed, Trap, die, figures, go, records, settings, st
 from texts import small_tokenizer
 
 import dph
-from dph import runs
+from dph import interrupts, runs
 from dph.chat import Encoded
 from dph.errors import UserError
 from dph.order import Shuffled
@@ -95,11 +95,15 @@ def test_the_runs_above_cross_an_epoch(stage, tmp_path):
 
 @pytest.mark.parametrize("stage", ["sft", "align"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops(number, stage, tmp_path):
+def test_a_signal_saves_and_stops(number, stage, tmp_path, capsys):
     whole = go(settings(stage, tmp_path / "whole"))
     recipe = settings(stage, tmp_path / "parts", output__save_every=0)
     before = signal.getsignal(number)
-    stopped = go(recipe, Trap(records(stage), taken(recipe, 4) + 1, lambda: strike(number)))
+    stopped = go(recipe, Trap(records(stage), taken(recipe, 4) + 1, lambda: strike(number)), quiet=False)
+    said = capsys.readouterr().err.splitlines()
+    told = f"{stage}: {number.name}: the step is finished and saved; a second one stops at once"
+    assert said.index(told) < len(said) - 1
+    assert said[-1].startswith(f"{stage}: stopped after step 5")
     assert (stopped.interrupted, stopped.step) == (True, 5)
     assert signal.getsignal(number) is before
     assert not (tmp_path / "parts" / "model").exists()
@@ -110,6 +114,34 @@ def test_a_signal_saves_and_stops(number, stage, tmp_path):
         torch.equal(a, b) for a, b in zip(*map(lambda r: weights(r.model).values(), (whole, resumed)), strict=True)
     )
     assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once(again, monkeypatch):
+    monkeypatch.setattr(interrupts, "ECHO", 0.0)
+    said = []
+    with interrupts.told_to_stop(said.append) as told:
+        strike(signal.SIGTERM)
+        assert (told(), len(said)) == (signal.SIGTERM, 1)
+        with pytest.raises(KeyboardInterrupt):
+            strike(again)
+    assert len(said) == 1
+
+
+def test_an_echo_of_sigterm_is_no_second_signal():
+    with interrupts.told_to_stop(lambda text: None) as told:
+        strike(signal.SIGTERM)
+        strike(signal.SIGTERM)
+        assert told() == signal.SIGTERM
+
+
+def test_a_signal_within_a_line_of_output_is_heard_without_a_word():
+    def busy(text):
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    with interrupts.told_to_stop(busy) as told:
+        strike()
+        assert told() == signal.SIGTERM
 
 
 def test_a_finished_run_resumes_to_its_result(tmp_path):
