@@ -122,6 +122,20 @@ def choose_place(stage: Stage, device: torch.device) -> str:
     return place
 
 
+def check_update(stage: Stage) -> None:
+    """Raise UserError where the host has no room for the tokens of one update: each with its target, in int64.
+
+    Every process reads those of all streams. Without this a mistyped length fills the memory without a word.
+    """
+    size, context, there = stage.recipe.batch.size, stage.recipe.data.context, devices.host_memory()
+    needed = 2 * 8 * size * context * stage.world.here
+    if needed > there:
+        raise UserError(
+            f"batch.size, data.context: expected an update whose tokens fit into {size_text(there)} on the host, "
+            f"got {size:,} times {context:,} tokens, which take {size_text(needed)}"
+        )
+
+
 def explain(stage: Stage, device: torch.device, place: str) -> str:
     """Where the memory lies and, of a GPU, what it would have to hold."""
     text = f"the memory of {stage.recipe.batch.size} streams is on the {place}"

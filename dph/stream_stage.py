@@ -25,8 +25,12 @@ class StreamStage(Material):
     needs_reference = False
 
     def __post_init__(self) -> None:
-        """Set up all streams, and memories of this process's, one for each part. UserError for an uneven share."""
+        """Set up all streams, and memories of this process's, one for each part.
+
+        UserError for an uneven share, or where the host has no room.
+        """
         self.check_share()
+        footprint.check_update(self)
         self.batches = self._streams(self.records, self.recipe.batch.size)
         if footprint.remembers(self.recipe):
             self.place = self._choose_place()

@@ -152,6 +152,14 @@ def test_a_host_without_room_is_named(start, monkeypatch):
     assert stage_of(start).place == "device"
 
 
+def test_an_update_that_no_host_holds_names_both_sizes(start):
+    message = (
+        r"^batch\.size, data\.context: .* GB on the host, got 4 times 10,000,000,000 tokens, which take 640\.00 GB"
+    )
+    with pytest.raises(UserError, match=message):
+        stage_of(start, data__context=10**10)
+
+
 def test_the_host_says_how_much_memory_it_has():
     assert 1e8 < devices.host_memory() < 1e14
 
