@@ -7,7 +7,9 @@ its state). An error is one line on stderr; ``--debug`` adds the traceback.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import math
 import os
 import sys
 import traceback
@@ -145,11 +147,19 @@ def _doctor(parser: Parser) -> None:
     """No arguments."""
 
 
-def _count(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+def _number(kind: Callable[[str], float], fits: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+    """An argument's type: the text as ``kind`` reads it, where that ``fits``; else an error that says what would."""
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+    return read
+
+
+_count = _number(int, lambda n: n >= 1, "a whole number of at least 1")
 
 
 def _add_model(parser: Parser) -> None:
@@ -174,10 +184,13 @@ def _add_sampling(parser: Parser) -> None:
     parser.add_argument("--head", default="default", help="reward head that judges")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--max-new-tokens", type=_count, default=256, metavar="N", help="(default: 256)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest; 0 for all")
+    temperature = _number(float, lambda t: 0 <= t < math.inf, "a finite number of at least 0")
+    top_k = _number(int, lambda k: k >= 0, "a whole number of at least 0")
+    top_p = _number(float, lambda p: 0 < p <= 1, "a number above 0 and at most 1")
+    parser.add_argument("--temperature", type=temperature, default=1.0, help="0 takes the likeliest token (default: 1)")
+    parser.add_argument("--top-k", type=top_k, default=0, metavar="K", help="sample among the K likeliest; 0 for all")
     parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest P of the mass"
+        "--top-p", type=top_p, default=1.0, metavar="P", help="sample among the likeliest P of the mass"
     )
     parser.add_argument("--seed", type=int, help="of the sampling, for the same answers again")
 

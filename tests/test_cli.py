@@ -64,6 +64,13 @@ def test_help_imports_nothing_heavy():
         (["train", "sft", "--output", "x", "surplus"], "unknown arguments: surplus"),
         (["generate", "m"], "--prompt --file is required"),
         (["generate", "m", "--prompt", "x", "-n", "0"], "expected a whole number of at least 1, got '0'"),
+        (["generate", "m", "--prompt", "x", "-n", "2.5"], "expected a whole number of at least 1, got '2.5'"),
+        (["chat", "m", "--temperature", "-1"], "--temperature: expected a finite number of at least 0, got '-1'"),
+        (["chat", "m", "--temperature", "nan"], "--temperature: expected a finite number of at least 0, got 'nan'"),
+        (["chat", "m", "--temperature", "inf"], "--temperature: expected a finite number of at least 0, got 'inf'"),
+        (["generate", "m", "--prompt", "x", "--top-p", "3"], "--top-p: expected a number above 0 and at most 1, got"),
+        (["chat", "m", "--top-p", "0"], "--top-p: expected a number above 0 and at most 1, got '0'"),
+        (["chat", "m", "--top-k", "-1"], "--top-k: expected a whole number of at least 0, got '-1'"),
         (["plot", "landscape", "--epsilon", "0.7", "-o", "x.png"], "expected 0 < epsilon < 0.5"),
     ],
 )
