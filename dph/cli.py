@@ -288,11 +288,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     name = next((word for word in argv if not word.startswith("-")), None)
     parser = build(name)
     args, rest = parser.parse_known_args(argv)
-    # argparse takes positional arguments in one run only: overrides that stand behind an option are left over.
-    if rest and args.command in ("train", "cache") and all("=" in word and not word.startswith("-") for word in rest):
-        args.overrides, rest = args.overrides + rest, []
+    overridden = args.command in ("train", "cache")
+    if overridden:
+        # argparse takes positional arguments in one run only: overrides that stand behind an option are left over.
+        late = [word for word in rest if "=" in word and not word.startswith("-")]
+        args.overrides, rest = args.overrides + late, [word for word in rest if word not in late]
     if rest:
-        parser.error(f"unknown arguments: {' '.join(rest)}")
+        hint = "; a recipe's values are given as key.name=value" if overridden else ""
+        parser.error(f"unknown arguments: {' '.join(rest)}{hint}")
     if args.command is None:
         parser.error(f"expected a command: {', '.join(COMMANDS)}")
     return args

@@ -62,6 +62,10 @@ def test_help_imports_nothing_heavy():
             "--device: expected auto or a device of this machine (cpu",
         ),
         (["train", "sft", "--output", "x", "surplus"], "unknown arguments: surplus"),
+        (
+            ["train", "sft", "--steps", "3", "data.sources=[x]", "--resume", "seed=1"],
+            "unknown arguments: --steps 3; a recipe's values are given as key.name=value (see",
+        ),
         (["generate", "m"], "--prompt --file is required"),
         (["generate", "m", "--prompt", "x", "-n", "0"], "expected a whole number of at least 1, got '0'"),
         (["generate", "m", "--prompt", "x", "-n", "2.5"], "expected a whole number of at least 1, got '2.5'"),
