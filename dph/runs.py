@@ -163,12 +163,16 @@ class Run:
 
     def _check_same(self, config: dict) -> None:
         before, now = _flat(json.loads((self.directory / "config.json").read_text())), _flat(config)
-        for key in sorted(before.keys() | now.keys(), key=lambda key: (key != "stage", key)):  # the stage says most
-            if not {key, key.split(".")[0]} & {*FREE} and before.get(key) != now.get(key):
-                raise UserError(
-                    f"{key}: expected {before.get(key)}, with which the run in {self.directory} began, "
-                    f"got {now.get(key)}; a resumed run must not differ"
-                )
+        different = [
+            f"{key}: expected {before.get(key, 'nothing')}, got {now.get(key, 'nothing')}"
+            for key in sorted(before.keys() | now.keys(), key=lambda key: (key != "stage", key))
+            if not {key, key.split(".")[0]} & {*FREE} and before.get(key) != now.get(key)
+        ]
+        if different:
+            found = different[:1] if before["stage"] != now["stage"] else different  # the stage says all
+            raise UserError(
+                f"{'; '.join(found)}: a resumed run must not differ from how the one in {self.directory} began"
+            )
 
     def _open_metrics(self) -> Any:
         """Drop the lines after the checkpoint's step, and a line that was cut off, then append."""
@@ -261,11 +265,13 @@ class Run:
             other.close()
 
 
-def _flat(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Dotted keys and their values."""
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Dotted keys, as the recipe's errors name them, and their values; an item of a list has its number."""
+    if not isinstance(value, Mapping | list):
+        return {key: value}
     flat = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{where}{key}.") if isinstance(value, Mapping) else {where + key: value}
+    for name, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+        flat |= _flat(part, f"{key}.{name}" if key else name)
     return flat
 
 

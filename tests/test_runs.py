@@ -179,9 +179,27 @@ def test_a_directory_is_not_taken_twice(tmp_path):
     run.close()
     with pytest.raises(UserError, match="holds a run already"):
         runs.Run(tmp_path / "run", CONFIG)
-    with pytest.raises(UserError, match=r"optimiser\.lr: expected 0.0001, with which the run .* began, got 0.0002"):
+    with pytest.raises(UserError, match=r"^optimiser\.lr: expected 0.0001, got 0.0002: a resumed run must not differ"):
         runs.Run(tmp_path / "run", {**CONFIG, "optimiser": {"lr": 2e-4}}, resume=True)
     runs.Run(tmp_path / "run", {**CONFIG, "output": {"keep": 9}}, resume=True).close()
+
+
+def test_a_resumed_run_names_the_fields_that_differ_and_no_others(tmp_path):
+    config = {**CONFIG, "data": {"sources": [{"source": "a.jsonl", "limit": None}, {"source": "b.jsonl", "limit": 3}]}}
+    run = runs.Run(tmp_path / "run", config)
+    run.log(1, {"loss": 1.0})
+    run.close()
+    sources = [*config["data"]["sources"], {"source": "c.jsonl", "limit": None}]
+    sources[1] = {"source": "b.jsonl", "limit": 4}
+    changed = {**config, "data": {"sources": sources}}
+    message = (
+        r"^data\.sources\.1\.limit: expected 3, got 4; data\.sources\.2\.source: expected nothing, got c\.jsonl: a "
+        r"resumed run must not differ from how the one in .*run began$"
+    )
+    with pytest.raises(UserError, match=message):
+        runs.Run(tmp_path / "run", changed, resume=True)
+    with pytest.raises(UserError, match=r"^stage: expected sft, got align: a resumed"):
+        runs.Run(tmp_path / "run", {**changed, "stage": "align"}, resume=True)
 
 
 @pytest.mark.parametrize("names", [("model/weights",), ("config.json",), ("checkpoints/step-1/x", "start/x")])
