@@ -11,11 +11,12 @@ from texts import write_lines
 
 import dph
 from dph import generate, pretrained
+from dph.commands import answering
 
 
 def cells(text):
-    """The rows of a table."""
-    return [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()[2:]]
+    """The rows of a table, without a note below it."""
+    return [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()[2:] if line != answering.CUT_OFF]
 
 
 # Answers
@@ -69,6 +70,8 @@ def test_generate_ranks_by_reward_or_by_logprob(dph_command, models, samples):
     code, out, err = dph_command("generate", models / "judge", *ASKED)
     assert (code, err) == (0, "")
     assert [row[0] for row in cells(out)] == list("123456")
+    assert out.endswith("\nnot finished: cut off by --max-new-tokens, so without a reward and ranked last\n")
+    assert answering.CUT_OFF not in dph_command("generate", models / "judge", *ASKED, "-n", 1)[1]
     assert [row[1] for row in cells(out)] == [f"{c.reward:.3f}" if c.finished else "-" for c in want]
     assert [row[4] for row in cells(out)] == [c.text for c in want]
     by_logprob = sorted(want, key=lambda c: (not c.finished, -c.logprob))
@@ -139,7 +142,7 @@ def test_chat_keeps_the_best_and_its_history(dph_command, models, monkeypatch):
     assert lines[1] == "answer 1\\x07  [reward 2.000]"
     assert lines[4].split() == ["1", "2.000", "-3.000", "yes", "answer", "1\\x07"]
     assert lines[5].split() == ["2", "-", "-3.000", "no", "worse\\n\\x1b[2J"]
-    assert lines[6:] == ["expected /candidates or /quit, got /what", "answer 2\\x07  [reward 2.000]"]
+    assert lines[6:] == [answering.CUT_OFF, "expected /candidates or /quit, got /what", "answer 2\\x07  [reward 2.000]"]
     system = {"role": "system", "content": "be brief"}
     said = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "answer 1\x07"}]
     assert asked == [[system, said[0]], [system, *said, {"role": "user", "content": "second"}]]

@@ -19,6 +19,7 @@ from dph.sources import JsonLines
 from dph.tables import printable, table
 
 HINT = "--rank logprob, or -n 1, does without rewards"
+CUT_OFF = "not finished: cut off by --max-new-tokens, so without a reward and ranked last"
 
 
 class Answerer:
@@ -49,9 +50,10 @@ def can_judge(model: Model, head: str) -> bool:
 
 
 def show(candidates: Sequence[Candidate]) -> str:
-    """The candidates as a table; a reward that is not there is "-"."""
+    """The candidates as a table; a reward that is not there is "-", and a line below says why of those cut off."""
     headers = ["rank", "reward", "log-probability", "finished", "text"]
-    return table(headers, [[i, *_row(c)] for i, c in enumerate(candidates, 1)])
+    shown = table(headers, [[i, *_row(c)] for i, c in enumerate(candidates, 1)])
+    return shown if all(c.finished for c in candidates) else f"{shown}\n{CUT_OFF}"
 
 
 def _row(c: Candidate) -> list[Any]:
