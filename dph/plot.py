@@ -58,6 +58,15 @@ def landscape(epsilons: Sequence[float] = (0.1,)) -> Figure:
     return figure
 
 
+def check_output(path: str | Path) -> None:
+    """Raise UserError where no figure can be written to a file of that suffix."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in known:
+        raise UserError(f"--output: expected a file that ends in .{', .'.join(sorted(known))}, got {path}")
+
+
 def _draw_landscape(figure: Figure, axes: Axes, name: str, epsilon: float) -> None:
     best = math.log((1 - epsilon) / epsilon)
     limit = max(LIMIT, 1.25 * best)

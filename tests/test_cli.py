@@ -251,6 +251,12 @@ def test_plot(dph_command, refused, tmp_path):
         code, out, _ = dph_command("plot", *argv, "-o", tmp_path / "x.png")
         assert (code, out) == (0, f"{tmp_path / 'x.png'}\n")
         assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("x.xyz", "png"):
+        line = refused("plot", "run", tmp_path / "nowhere", "-o", name)
+        assert line.startswith("dph: error: --output: expected a file that ends in .")
+        assert ", .png, " in line
+        assert line.endswith(f", got {name}")
+    assert dph_command("plot", "run", tmp_path, "-o", tmp_path / "X.SVG")[0] == 0
     assert "No such file or directory" in refused("plot", "landscape", "-o", tmp_path / "no/x.png")
 
 

@@ -109,6 +109,7 @@ def plot(args: argparse.Namespace) -> None:
     """``dph plot``."""
     from dph import plot as plots
 
+    plots.check_output(args.output)  # before the work
     figure = plots.landscape(args.epsilon) if args.figure == "landscape" else plots.curves(args.directories)
     figure.savefig(args.output, dpi=130)
     print(args.output)
