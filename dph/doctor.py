@@ -56,9 +56,12 @@ def _processor() -> str:
     return f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def _operators() -> Iterator[tuple[str, str, str, str]]:
+def _operators() -> Iterator[tuple[str, str, str | None, str]]:
     for operator in dispatch.AUTO:
         for device in DEVICES:
+            if device == "cuda" and not torch.cuda.is_available():
+                yield operator, device, None, "needs a CUDA device: none is here"
+                continue
             choice = dispatch.choose(operator, device)
             yield operator, device, choice.backend, choice.reason
 
