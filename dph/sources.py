@@ -115,7 +115,7 @@ def read_hub(name: str, config: str | None, split: str) -> Sequence[Mapping[str,
     try:
         import datasets
     except ImportError:
-        raise UserError(f"hub data set {name}: needs the datasets package: pip install datasets") from None
+        raise UserError(f"hub data set {name}: needs the datasets package: pip install -e '.[data]'") from None
     try:
         return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # network, names, splits, formats: whatever it is, the data cannot be read

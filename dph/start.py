@@ -119,19 +119,27 @@ def check_tokenizer(model: Model, tokenizer: Any) -> None:
 
 
 def open_records(section: Data | Evaluation, recipe: Recipe, split: str) -> list[Sequence[Record]]:
-    """The sources of one section of the recipe, in its order; ``split`` where a source names none."""
-    return [
-        data.load(
-            source.source,
-            recipe.kind,
-            split=source.split or split,
-            directory=source.directory or section.directory,
-            limit=source.limit,
-            seed=recipe.seed,
-            text_field=source.text_field,
-        )
-        for source in section.sources
-    ]
+    """The sources of one section of the recipe, in its order; ``split`` where a source names none.
+
+    UserError, with the source's key, where one cannot be read.
+    """
+    name = "data" if isinstance(section, Data) else "evaluation"
+    found = []
+    for i, source in enumerate(section.sources):
+        try:
+            records = data.load(
+                source.source,
+                recipe.kind,
+                split=source.split or split,
+                directory=source.directory or section.directory,
+                limit=source.limit,
+                seed=recipe.seed,
+                text_field=source.text_field,
+            )
+        except UserError as error:
+            raise UserError(f"{name}.sources.{i}: {error}") from error
+        found.append(records)
+    return found
 
 
 def open_mixture(recipe: Recipe) -> Order:

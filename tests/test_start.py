@@ -1,6 +1,7 @@
 """What a recipe starts from: files, tokenizer, model and heads; and all stages in a row by recipe alone."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -92,6 +93,16 @@ def test_held_out_sources_have_names_of_their_own(files):
         "glue/sst2": 5,
         "glue/sst2, train": 9,
     }
+
+
+def test_a_source_that_cannot_be_read_is_named_by_its_key(files, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    r = make(files, "sft", [str(files / "chats.jsonl"), str(files / "none.jsonl")])
+    with pytest.raises(UserError, match=r"^data\.sources\.1: .*none\.jsonl: expected a JSONL file, got nothing there$"):
+        start.open_mixture(r)
+    r = recipe.from_dict({**r.as_dict(), "evaluation": {"sources": ["task:glue/sst2"]}})
+    with pytest.raises(UserError, match=r"^evaluation\.sources\.0: hub data set .*glue: needs the datasets package"):
+        start.open_held_out(r)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_documents_come_from_the_hub_by_name_config_and_split(monkeypatch):
     with pytest.raises(UserError, match=r"nyu-mll/glue \(mnli\), split validation_matched: no route"):
         tasks.load("glue/mnli").documents("validation")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
+    with pytest.raises(UserError, match=r"needs the datasets package: pip install -e '\.\[data\]'$"):
         tasks.load("glue/mnli").documents("validation")
 
 
