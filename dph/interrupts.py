@@ -3,34 +3,29 @@
 import contextlib
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
-
-ECHO = 1.0  # seconds; timeout(1) and batch systems send a process SIGTERM, and once more as one of its group
 
 
 @contextlib.contextmanager
 def told_to_stop(say: Callable[[str], None]) -> Iterator[Callable[[], int]]:
     """A function that gives the number of the signal where SIGTERM or Ctrl-C has come, else 0.
 
-    ``say`` is told of the first one when it comes; a second one stops at once. Outside the main thread, where no
-    handler can be set, none ever comes.
+    ``say`` is told of the first one when it comes. Ctrl-C after it stops at once; SIGTERM does not, as timeout(1) and
+    batch systems send it to a process and once more to its group. Outside the main thread, where no handler can be
+    set, none ever comes.
     """
     came: list[int] = []
-    since = 0.0
     if threading.current_thread() is not threading.main_thread():
         yield int
         return
 
     def handle(number: int, _: Any) -> None:
-        nonlocal since
         if not came:
             came.append(number)
-            since = time.monotonic()
             with contextlib.suppress(RuntimeError):  # stderr, met in the middle of a line, cannot be entered twice
-                say(f"{signal.Signals(number).name}: the step is finished and saved; a second one stops at once")
-        elif number == signal.SIGINT or time.monotonic() - since > ECHO:
+                say(f"{signal.Signals(number).name}: the step is finished and saved; Ctrl-C now stops at once")
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
