@@ -127,6 +127,9 @@ def bench_swiglu_reward(pooler, rows, heads, direction, contender, timed, peak_m
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             kept = [step(run, direction, given, dropout) for given in sets]
+        graph.replay()
+        for (got,), given in zip(kept, sets, strict=True):
+            torch.testing.assert_close(got, step(run, direction, given, dropout)[0])
         timed(graph.replay, SECONDS)
         passes = len(kept)
     else:

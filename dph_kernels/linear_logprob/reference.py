@@ -58,7 +58,7 @@ def backward(
     dtype = normaliser.dtype
     wide = weight.to(dtype)
     grad_hidden = (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if hidden_needed else grad.new_empty(0)
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if hidden_needed else hidden.new_empty(0)
     )
     grad_weight = torch.zeros(weight.shape if weight_needed else 0, dtype=dtype, device=weight.device)
     for part in chunks(len(hidden), len(weight)):

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dph_kernels.cublas import readable
 from dph_kernels.launches import Launch, signature
 from dph_kernels.linear_logprob import tiles
 from dph_kernels.linear_logprob import triton_kernels as kernels
@@ -51,13 +52,15 @@ class Config(NamedTuple):
         return (triton.cdiv(rows, self.rows) * triton.cdiv(columns, self.columns),)
 
 
-# Of the forward and the backward pass, by architecture. Large tiles, since what they read passes through the cache.
-CONFIGS: dict[int, dict[str, Config]] = {
-    80: {"forward": Config(128, 128, 32, 4, 4, 8), "backward": Config(128, 128, 32, 4, 4, 8)},
-    90: {"forward": Config(128, 256, 64, 8, 4, 16, True), "backward": Config(128, 256, 64, 8, 4, 16, True)},
+# Of both passes, by architecture. Large tiles, since what they read passes through the cache; that of 90 is the best of
+# eight on an H200, where copies in bulk save 8 and 4 % (forward, backward). 120 has the instructions of 80, and 99 KB
+# of shared memory.
+CONFIGS = {
+    80: Config(128, 128, 32, 4, 4, 8),
+    90: Config(128, 256, 64, 8, 4, 16, True),
+    120: Config(128, 128, 32, 4, 4, 8),
 }
-CONFIGS[120] = CONFIGS[80]  # its processors have as little shared memory, and multiply by the same instructions
-INTERPRETED = {"forward": Config(16, 32, 16, 1, 1, 2, True), "backward": Config(16, 32, 16, 1, 1, 2, True)}
+INTERPRETED = Config(16, 32, 16, 1, 1, 2, True)
 COMBINE = {"BLOCKS": 32, "BR": 32}  # partial results that a program takes at once: blocks of columns x rows
 BLOCK = 2048  # logits that a program of a pass holds at once
 WARPS = 4  # of all kernels that do not multiply
@@ -70,17 +73,18 @@ class _Machine:
     def __init__(self, device: torch.device, capability: int) -> None:
         self.device, self.capability = device, capability
 
-    def config(self, kernel: str) -> Config:
+    @property
+    def config(self) -> Config:
         """That of the nearest architecture which is not newer; for interpreted kernels, small tiles."""
         if not self.capability:
-            return INTERPRETED[kernel]
+            return INTERPRETED
         known = [capability for capability in CONFIGS if capability <= self.capability]
         if not known:
             raise RuntimeError(
                 f"linear_logprob: expected a GPU of compute capability {min(CONFIGS)} or higher for half precision, "
                 f"got {self.capability}"
             )
-        return CONFIGS[max(known)][kernel]
+        return CONFIGS[max(known)]
 
     def run(
         self,
@@ -124,7 +128,6 @@ class Engine:
         self.columns = max(UNIT, wide // UNIT * UNIT)
         self.size = self.rows, -(-min(self.columns, len(weight)) // UNIT) * UNIT
         self.dtype = hidden.dtype
-        self.unit: Tensor | None = None  # of the gradients of logits, where these are scaled
 
     @functools.cached_property
     def buffer(self) -> Tensor:
@@ -167,6 +170,7 @@ class Engine:
 
     def add(self, total: Tensor, a: Tensor, b: Tensor, start: bool) -> None:
         """``total`` (+)= ``a @ b``: half precision goes in, and nothing is rounded to it before the last sum."""
+        a, b = readable(a), readable(b)
         if a.is_cuda and a.dtype != torch.float32:
             if start:
                 torch.mm(a, b, out_dtype=torch.float32, out=total)
@@ -174,6 +178,69 @@ class Engine:
                 torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
         else:
             torch.addmm(total, a.float(), b.float(), beta=0 if start else 1, out=total)
+
+    def finish(self, sums: Tensor, result: Tensor) -> None:
+        """Nothing is left to do: the sums are the result."""
+
+    def _logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = self.buffer[: len(hidden), : len(weight)]
+        self.add(logits, hidden, weight.T, True)
+        return logits
+
+    def _sizes(self, tile: Tensor, first: int) -> dict[str, int]:
+        return {"units": tile.stride(0) // UNIT, "columns": tile.shape[1], "first": first}
+
+
+class Fused(Engine):
+    """Half precision: kernels that multiply and make of the logits in their registers what is asked for.
+
+    The bound on memory is beside a copy of weights whose columns are not contiguous.
+    """
+
+    def __init__(self, machine: _Machine, hidden: Tensor, weight: Tensor, partials: int = 0) -> None:
+        """``partials``: how many numbers the forward pass keeps for each row and block of columns.
+
+        With them a tile has all columns, and as many rows as partial results have room for.
+        """
+        super().__init__(machine, hidden, weight)
+        self.unit: Tensor | None = None  # of the gradients of logits, where these are scaled
+        if partials:
+            config, self.columns = machine.config, len(weight)
+            room = self.most_sums // (partials * triton.cdiv(self.columns, config.columns))
+            self.rows = max(1, room // config.rows) * config.rows
+
+    def operand(self, x: Tensor) -> Tensor:
+        """Copied only where its last dimension is not contiguous: the kernels read vectors of it."""
+        return x if x.stride(1) == 1 else x.contiguous()
+
+    def reduce(
+        self, hidden: Tensor, weight: Tensor, first: int, last: bool, targets: Tensor,
+        normaliser: Tensor, logprobs: Tensor, entropy: Tensor, best: Tensor,
+    ) -> None:  # fmt: skip
+        """One program for each tile of logits, then one for some rows; all columns are here."""
+        config, statistics = self.machine.config, {"STATISTICS": len(entropy) > 0}
+        size = triton.cdiv(len(weight), config.columns), len(hidden)
+        partials = {name: torch.empty(size, dtype=torch.float32, device=hidden.device) for name in ("tops", "totals")}
+        for name, dtype in {"weighted": torch.float32, "indices": torch.int32}.items():
+            partials[name] = torch.empty(size if len(entropy) else 0, dtype=dtype, device=hidden.device)
+        results = {"targets": targets, "logprobs": logprobs}
+        self._multiply(kernels.reduce_tile, hidden, weight, partials | results, statistics)
+        results |= {"largest": normaliser[0], "log_sum": normaliser[1], "entropy": entropy, "best": best}
+        sizes, constants = {"rows": len(hidden), "columns": len(weight)}, {"BN": config.columns, **COMBINE}
+        grid = (triton.cdiv(len(hidden), COMBINE["BR"]),)
+        self.machine.run(kernels.combine, grid, partials | results | sizes, statistics | constants)
+
+    def gradient(
+        self, hidden: Tensor, weight: Tensor, first: int, upstream: Tensor, targets: Tensor, normaliser: Tensor
+    ) -> Tensor:
+        """One program for each tile of logits."""
+        changes = self.buffer[: len(hidden), : len(weight)]
+        arguments = {
+            "changes": changes, "targets": targets, "largest": normaliser[0], "log_sum": normaliser[1],
+            "upstream": upstream, **self._sizes(changes, first),
+        }  # fmt: skip
+        self._multiply(kernels.gradient_tile, hidden, weight, arguments, {"CHANGES_UNIT": UNIT})
+        return changes
 
     def finish(self, sums: Tensor, result: Tensor) -> None:
         """In the gradient's own unit again."""
@@ -190,74 +257,17 @@ class Engine:
         self.unit = torch.ldexp(torch.ones_like(largest), exponent - 15)
         return upstream / self.unit
 
-    def _logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        logits = self.buffer[: len(hidden), : len(weight)]
-        self.add(logits, hidden, weight.T, True)
-        return logits
-
-    def _sizes(self, tile: Tensor, first: int) -> dict[str, int]:
-        return {"units": tile.stride(0) // UNIT, "columns": tile.shape[1], "first": first}
-
-
-class Fused(Engine):
-    """Half precision: kernels that multiply and make of the logits in their registers what is asked for."""
-
-    def __init__(self, machine: _Machine, hidden: Tensor, weight: Tensor, partials: int = 0) -> None:
-        """``partials``: how many numbers the forward pass keeps for each row and block of columns.
-
-        With them a tile has all columns, and as many rows as partial results have room for.
-        """
-        super().__init__(machine, hidden, weight)
-        if partials:
-            config, self.columns = machine.config("forward"), len(weight)
-            room = self.most_sums // (partials * triton.cdiv(self.columns, config.columns))
-            self.rows = max(1, room // config.rows) * config.rows
-
-    def operand(self, x: Tensor) -> Tensor:
-        """Copied only where its last dimension is not contiguous: the kernels read vectors of it."""
-        return x if x.stride(1) == 1 else x.contiguous()
-
-    def reduce(
-        self, hidden: Tensor, weight: Tensor, first: int, last: bool, targets: Tensor,
-        normaliser: Tensor, logprobs: Tensor, entropy: Tensor, best: Tensor,
-    ) -> None:  # fmt: skip
-        """One program for each tile of logits, then one for some rows; all columns are here."""
-        config, statistics = self.machine.config("forward"), {"STATISTICS": len(entropy) > 0}
-        size = triton.cdiv(len(weight), config.columns), len(hidden)
-        partials = {name: torch.empty(size, dtype=torch.float32, device=hidden.device) for name in ("tops", "totals")}
-        for name, dtype in {"weighted": torch.float32, "indices": torch.int32}.items():
-            partials[name] = torch.empty(size if len(entropy) else 0, dtype=dtype, device=hidden.device)
-        results = {"targets": targets, "logprobs": logprobs}
-        self._multiply(kernels.reduce_tile, config, hidden, weight, partials | results, statistics)
-        results |= {"largest": normaliser[0], "log_sum": normaliser[1], "entropy": entropy, "best": best}
-        sizes, constants = {"rows": len(hidden), "columns": len(weight)}, {"BN": config.columns, **COMBINE}
-        grid = (triton.cdiv(len(hidden), COMBINE["BR"]),)
-        self.machine.run(kernels.combine, grid, partials | results | sizes, statistics | constants)
-
-    def gradient(
-        self, hidden: Tensor, weight: Tensor, first: int, upstream: Tensor, targets: Tensor, normaliser: Tensor
-    ) -> Tensor:
-        """One program for each tile of logits."""
-        changes = self.buffer[: len(hidden), : len(weight)]
-        arguments = {
-            "changes": changes, "targets": targets, "largest": normaliser[0], "log_sum": normaliser[1],
-            "upstream": upstream, **self._sizes(changes, first),
-        }  # fmt: skip
-        config = self.machine.config("backward")
-        self._multiply(kernels.gradient_tile, config, hidden, weight, arguments, {"CHANGES_UNIT": UNIT})
-        return changes
-
     def _multiply(
-        self, kernel: Any, config: Config, hidden: Tensor, weight: Tensor, arguments: dict[str, Any],
-        constants: dict[str, Any],
-    ) -> None:  # fmt: skip
-        """Launch a kernel that multiplies; strides go to it in the largest unit up to 16 elements."""
-        unit = math.gcd(16, hidden.stride(0), weight.stride(0))
+        self, kernel: Any, hidden: Tensor, weight: Tensor, arguments: dict[str, Any], constants: dict[str, Any]
+    ) -> None:
+        """Launch a kernel that multiplies; strides go to it, unless by descriptors, in units of up to 16 elements."""
+        config = self.machine.config
+        tma = config.tma and _describable(hidden) and _describable(weight)
+        unit = 1 if tma else math.gcd(16, hidden.stride(0), weight.stride(0))
         operands = {
             "hidden": hidden, "hidden_units": hidden.stride(0) // unit, "rows": len(hidden),
             "weight": weight, "weight_units": weight.stride(0) // unit, "columns": len(weight),
         }  # fmt: skip
-        tma = config.tma and _describable(hidden) and _describable(weight)
         if tma:
             operands["hidden"] = TensorDescriptor.from_tensor(hidden, [config.rows, config.step])
             operands["weight"] = TensorDescriptor.from_tensor(weight, [config.columns, config.step])
@@ -337,7 +347,7 @@ class _Recorder(_Machine):
         words = [str(getattr(first, "base", first).dtype).removeprefix("torch.")]
         words += [f"{config.rows}x{config.columns}"] if config else []
         words += [name.lower() for name in ("START", "LAST", "STATISTICS", "TMA") if constants.get(name)]
-        words += [f"UNIT={constants['UNIT']}"] if config and constants["UNIT"] != UNIT else []
+        words += [f"UNIT={constants['UNIT']}"] if config and not constants["TMA"] else []
         matrices = ("hidden", "weight", "logits", "changes", "tops", "totals", "weighted", "indices")
         self.found.append(
             Launch(

@@ -83,7 +83,7 @@ def reduce_tile(
     row_block, block = _place(rows, columns, BM, BN, GROUP)
     row, first = row_block * BM + tl.arange(0, BM), block * BN
     column, inside = tl.arange(0, BN), row < rows
-    target = _within(targets, row, inside, first, columns, BN)
+    target = _within(targets, row, inside, first, BN)
     x = _product(
         hidden, weight, hidden_units, weight_units, row_block * BM, first, rows, columns, C, UNIT, TMA, BM, BN, BK
     )
@@ -108,10 +108,10 @@ def reduce_tile(
 
 
 @triton.jit
-def _within(targets, row, inside, first, columns, BN: tl.constexpr):
+def _within(targets, row, inside, first, BN: tl.constexpr):
     """Targets by their place among BN columns from ``first`` on; -1 where they are not among them."""
     target = tl.load(targets + row, mask=inside, other=-1)
-    here = (target >= first) & (target < tl.minimum(columns, first + BN))
+    here = (target >= first) & (target < first + BN)
     return tl.where(here, target - first, -1).to(tl.int32)
 
 
@@ -169,7 +169,7 @@ def gradient_tile(
     row_block, block = _place(rows, columns, BM, BN, GROUP)
     row, place = row_block * BM + tl.arange(0, BM), tl.arange(0, BN)
     column, inside, stride = block * BN + place, row < rows, units * CHANGES_UNIT
-    target = _within(targets, row, inside, first + block * BN, first + columns, BN)
+    target = _within(targets, row, inside, first + block * BN, BN)
     m, log_total = tl.load(largest + row, mask=inside, other=0.0), tl.load(log_sum + row, mask=inside, other=0.0)
     g = tl.load(upstream + row, mask=inside, other=0.0)
     x = _product(

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from dph_kernels import philox
+from dph_kernels.cublas import readable
 from dph_kernels.launches import Launch, signature
 from dph_kernels.swiglu_reward import triton_kernels as kernels
 from dph_kernels.swiglu_reward.reference import B1, B2, HIDDEN, REWARD, W1, W2, kept_shapes
@@ -35,9 +36,9 @@ class Config(NamedTuple):
 
 HALF, SINGLE = 2, 4  # bytes of an element
 
-# By kernel, bytes of an element and rows of a tile: all answers in one tile as long as they fit, and as many programs
-# as keep every processor's loads in flight. Columns of the gate count twice, for x and for g. Measured on an H200: 128
-# answers take 26 us in two tiles of 64, and 33 in one.
+# By kernel, bytes of an element and rows of a tile: few answers in one tile, and as many programs as keep every
+# processor's loads in flight. Columns of the gate count twice, for x and for g. On an H200 128 answers take 26 us in
+# two tiles of 64, and 33 in one; numbers between that and MANY were not measured.
 CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
     "gate": {
         (HALF, 16): Config(16, 16, 128, 4, 4), (HALF, 32): Config(32, 16, 128, 4, 4),
@@ -64,7 +65,6 @@ ELEMENTWISE = Config(32, 64, 0, 4, 1)
 BLOCK_BACKWARD = Config(32, 32, 0, 4, 1)
 INTERPRETED = Config(32, 16, 16, 1, 1)
 LEAST = 2  # steps of a share of a sum
-INT32 = 2**31
 PRECISION = "tf32x3"  # of fp32 products: three on tensor cores, whose error is that of fp32; half precision is exact
 
 
@@ -247,8 +247,6 @@ def _run_backward(
     hidden, w1, w2 = (None if x is None else _last_contiguous(x) for x in (hidden, w1, w2))
     reads = w2 is None or (need_w1 if w1 is not None else need_w2)  # whether a gradient sums over hidden
     state = _run_drop(machine, hidden, draw) if reads else hidden
-    if len(state) * state.stride(0) > INT32:  # beyond which cuBLAS reads elsewhere
-        state = state.contiguous()
     below, grads[REWARD], grads[B2] = _run_pool_backward(
         machine, grad, state if w2 is None else pooled, reward.contiguous(), draw, hidden.dtype,
         w2 is not None, need_reward, need_b2,
@@ -257,13 +255,13 @@ def _run_backward(
         above, need_input = below, need_hidden or need_w1 or need_b1
         below, gated, bias = _run_gate_backward(machine, above, w2, projected, need_input, need_w2)
         if need_w1:
-            grads[W1] = below.T @ state
+            grads[W1] = below.T @ readable(state)
         if need_b1:
             grads[B1] = bias.sum(0).to(hidden.dtype)
         if need_w2:
             grads[W2] = above.T @ gated
     elif need_w2:
-        grads[W2] = below.T @ state
+        grads[W2] = below.T @ readable(state)
     if need_hidden:
         factor = w2 if w1 is None else w1
         grads[HIDDEN] = _run_drop(machine, below if factor is None else below @ factor, draw)

@@ -23,9 +23,11 @@ def test_values_and_gradients(size, device, backend, dtype):
     compare(*make(*size, dtype, device), backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
-def test_statistics(device, backend):
-    hidden, weight, targets = make(65, 63, 111, device=device)
+def test_statistics(device, backend, dtype):
+    skip_where_unsupported("linear_logprob", device, backend, dtype)
+    hidden, weight, targets = make(65, 63, 111, dtype, device)
     got = linear_logprob(hidden, weight, targets, statistics=True, backend=backend)
     same, truth = eager(hidden, weight, targets), eager(*as_fp64(hidden, weight), targets)
     assert_close_to_fp64(got[0], same[0], truth[0], "log-probabilities")
@@ -36,19 +38,27 @@ def test_statistics(device, backend):
     assert not got[2].requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
-def test_argmax_of_a_tie_is_the_lowest_index(device, backend):
-    hidden, weight = torch.zeros(3, 4, device=device), torch.zeros(65, 4, device=device)
+def test_argmax_of_a_tie_is_the_lowest_index(device, backend, dtype):
+    """Of all tokens, and of three that lie in blocks far from each other."""
+    skip_where_unsupported("linear_logprob", device, backend, dtype)
+    hidden, weight = torch.zeros(3, 4, device=device, dtype=dtype), torch.zeros(65, 4, device=device, dtype=dtype)
     targets = torch.zeros(3, dtype=torch.int64, device=device)
     _, entropy, best = linear_logprob(hidden, weight, targets, statistics=True, backend=backend)
     assert best.tolist() == [0, 0, 0]
     torch.testing.assert_close(entropy, torch.full_like(entropy, 65).log())
+    weight = torch.zeros(2300, 4, device=device, dtype=dtype)
+    weight[[1100, 1101, 1500, 2200]] = 1
+    assert linear_logprob(hidden + 1, weight, targets, statistics=True, backend=backend)[2].tolist() == [1100] * 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded hidden", "expanded weight", "sliced rows"])
-def test_any_strides(layout, device, backend):
-    hidden, weight, targets = make(64, 63, 65, device=device)
+def test_any_strides(layout, device, backend, dtype):
+    skip_where_unsupported("linear_logprob", device, backend, dtype)
+    hidden, weight, targets = make(64, 63, 65, dtype, device)
     hidden, weight = hidden.detach(), weight.detach()
     if layout == "transposed":
         hidden, weight = hidden.T.contiguous().T, weight.T.contiguous().T
@@ -63,10 +73,12 @@ def test_any_strides(layout, device, backend):
     compare(hidden.requires_grad_(), weight.requires_grad_(), targets, backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 @pytest.mark.parametrize("kind", ["expanded", "strided", "reversed"])
-def test_any_upstream_gradient(kind, device, backend):
-    hidden, weight, targets = make(65, 16, 33, device=device)
+def test_any_upstream_gradient(kind, device, backend, dtype):
+    skip_where_unsupported("linear_logprob", device, backend, dtype)
+    hidden, weight, targets = make(65, 16, 33, dtype, device)
     grad = {
         "expanded": torch.tensor(0.7, device=device).expand(65),
         "strided": torch.randn(130, device=device)[::2],
@@ -75,9 +87,11 @@ def test_any_upstream_gradient(kind, device, backend):
     compare(hidden, weight, targets, backend, grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
-def test_no_rows(device, backend):
-    hidden, weight, targets = make(0, 8, 11, device=device)
+def test_no_rows(device, backend, dtype):
+    skip_where_unsupported("linear_logprob", device, backend, dtype)
+    hidden, weight, targets = make(0, 8, 11, dtype, device)
     logprobs, entropy, best = linear_logprob(hidden, weight, targets, statistics=True, backend=backend)
     assert logprobs.shape == entropy.shape == best.shape == (0,)
     logprobs.sum().backward()
@@ -104,10 +118,12 @@ def test_extreme_logits(dtype, scale, device, backend):
             torch.testing.assert_close(ours, true.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
-def test_a_certain_token_is_never_above_zero(device, backend):
-    hidden = torch.randn(257, 33, device=device)
-    weight = torch.cat([hidden[:64] * 3, torch.randn(64, 33, device=device)])
+def test_a_certain_token_is_never_above_zero(device, backend, dtype):
+    skip_where_unsupported("linear_logprob", device, backend, dtype)
+    hidden = torch.randn(257, 33, device=device).to(dtype)
+    weight = torch.cat([hidden[:64] * 3, torch.randn(64, 33, device=device).to(dtype)])
     targets = (hidden @ weight.T).argmax(-1)
     got = linear_logprob(hidden, weight, targets, backend=backend)
     assert (got > -1e-3).any()
@@ -134,10 +150,12 @@ def test_tiny_and_huge_upstream_gradients(size, dtype, device, backend):
         assert error <= 2 * torch.finfo(dtype).eps * true.abs().max() + step
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 @pytest.mark.parametrize("nan", strange_nans())
-def test_nan_is_not_hidden(nan, device, backend):
-    hidden, weight, targets = make(3, 4, 5, device=device)
+def test_nan_is_not_hidden(nan, device, backend, dtype):
+    skip_where_unsupported("linear_logprob", device, backend, dtype)
+    hidden, weight, targets = make(3, 4, 5, dtype, device)
     with torch.no_grad():
         spoilt = weight.clone()
         spoilt[2, 1] = nan
@@ -149,10 +167,12 @@ def test_nan_is_not_hidden(nan, device, backend):
     assert hidden.grad[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 @pytest.mark.usefixtures("poisoned_empty")
-def test_every_element_is_written(device, backend):
-    hidden, weight, targets = make(65, 63, 111, device=device)
+def test_every_element_is_written(device, backend, dtype):
+    skip_where_unsupported("linear_logprob", device, backend, dtype)
+    hidden, weight, targets = make(65, 63, 111, dtype, device)
     got = linear_logprob(hidden, weight, targets, statistics=True, backend=backend)
     got[0].sum().backward()
     for value in (got[0], got[1], hidden.grad, weight.grad):
@@ -185,10 +205,12 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda h, w: linear_logprob(h, w, targets), (hidden, weight))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 @pytest.mark.parametrize("statistics", [False, True])
-def test_opcheck(statistics, device, backend):
-    hidden, weight, targets = make(5, 8, 11, device=device)
+def test_opcheck(statistics, device, backend, dtype):
+    skip_where_unsupported("linear_logprob", device, backend, dtype)
+    hidden, weight, targets = make(5, 8, 11, dtype, device)
     torch.library.opcheck(torch.ops.dph.linear_logprob.default, (hidden, weight, targets, statistics, backend))
     logprobs, normaliser, *_ = torch.ops.dph.linear_logprob(hidden, weight, targets, False, backend)
     tensors = [x.detach() for x in (torch.ones_like(logprobs), hidden, weight, targets, normaliser)]

@@ -35,6 +35,7 @@ def small_tiles(monkeypatch):
     if importlib.util.find_spec("triton"):
         triton = importlib.import_module("dph_kernels.linear_logprob.triton")
         monkeypatch.setattr(triton.Engine, "side", 16)
+        monkeypatch.setitem(triton.COMBINE, "BLOCKS", 2)
     return monkeypatch
 
 
@@ -96,9 +97,11 @@ def test_tokens_that_are_impossible(device, backend, dtype):
         torch.testing.assert_close(entropy.cpu(), -(possible.exp() * possible).sum().expand(3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
-def test_repeats_bit_for_bit(device, backend, small_tiles):
-    hidden, weight, targets = make(40, 16, 65, device=device)
+def test_repeats_bit_for_bit(device, backend, dtype, small_tiles):
+    skip_where_unsupported("linear_logprob", device, backend, dtype)
+    hidden, weight, targets = make(40, 16, 65, dtype, device)
     results = []
     for _ in range(2):
         got = linear_logprob(hidden, weight, targets, statistics=True, backend=backend)
@@ -245,11 +248,11 @@ def test_rows_beyond_32_bits_of_half_precision_in_triton(device, backend):
 @pytest.mark.parametrize("device", [*(p.values[0] for p in INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("statistics", [False, True])
 def test_partial_results_of_half_precision_take_bounded_memory(statistics, device, small_tiles):
-    """Room for 16 rows of 4 (or 2) numbers for each block of columns: what rows give does not depend on it."""
-    hidden, weight, targets = (x.detach() for x in make(65, 40, 1111, torch.float16, device))
+    """Room for a tile's rows of 4 (or 2) numbers for each block of columns: what rows give does not depend on it."""
     triton = importlib.import_module("dph_kernels.linear_logprob.triton")
+    tile = triton._machine(torch.device(device)).config
+    hidden, weight, targets = (x.detach() for x in make(2 * tile.rows + 1, 40, 1111, torch.float16, device))
     whole = triton.forward(hidden, weight, targets, statistics)
-    tile = triton._machine(hidden.device).config("forward")
     room = 4 * tile.rows * -(-1111 // tile.columns)
     small_tiles.setattr(triton.Engine, "most_sums", room)
     engine = triton.Fused(triton._machine(hidden.device), hidden, weight, 4)
@@ -372,10 +375,11 @@ def test_extra_memory_on_the_cpu_is_below_64_megabytes(device, backend, dtype, s
 
 
 @pytest.mark.gpu
-def test_extra_memory_on_the_gpu_is_below_300_megabytes():
+def test_extra_memory_on_the_gpu_is_small():
+    """131 MB were measured, for 6.6 GB of logits."""
     hidden, weight, targets = make(16384, 768, 50272, torch.bfloat16, "cuda")
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     linear_logprob(hidden, weight, targets, statistics=True, backend="triton")[0].sum().backward()
     gradients = 2 * (hidden.numel() + weight.numel())
-    assert torch.cuda.max_memory_allocated() - before < gradients + 300e6
+    assert torch.cuda.max_memory_allocated() - before < gradients + 170e6

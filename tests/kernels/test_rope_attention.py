@@ -44,13 +44,13 @@ def test_scores_of_ten_thousand(dtype, device, backend):
     if dtype == torch.float32:
         rounding = 1e4 * torch.finfo(dtype).eps  # of the log-sum-exp from which the backward pass rebuilds p
         return compare(layout, given, device, backend, scale, floor=rounding)
-    # Which score is the largest is a matter of how q and k were rounded: a mean of values it is, whichever.
+    # Which score is the largest is a matter of how q and k were rounded: the mean of ones is 1, whoever has it.
     q, k, v, memory, grad = given
-    out, *grads = run(rope_attention, (q, k, v), layout.to(device), memory, grad, dtype, scale=scale, rope=ROPE,
-                      backend=backend)  # fmt: skip
-    values = torch.cat([*(memory or ())[1:], v])
-    assert out.abs().max() <= values.abs().max() * (1 + FLOOR[dtype])
-    assert all(x.isfinite().all() for x in (out, *grads))
+    assert memory is None
+    out, *grads = run(rope_attention, (q, k, torch.ones_like(v)), layout.to(device), memory, grad, dtype, scale=scale,
+                      rope=ROPE, backend=backend)  # fmt: skip
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=FLOOR[dtype], atol=0)
+    assert all(x.isfinite().all() for x in grads)
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
@@ -143,7 +143,8 @@ def test_errors_do_not_grow_with_the_keys(queries, device, backend):
     given = q, k, v.abs()
     got = rope_attention(*given, layout.to(device), rope=ROPE, backend=backend)
     truth = dense(*(x.double() for x in given), layout.to(device))
-    assert (got - truth).abs().max() <= 3e-6 * truth.abs().max()
+    allowed = 3e-6 if (device, backend) == ("cuda", "sdpa") else 2e-6  # PyTorch's own kernel is at 2.02e-6
+    assert (got - truth).abs().max() <= allowed * truth.abs().max()
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
