@@ -1,5 +1,8 @@
 """Fixtures of the whole suite: seeds, poisoned memory, shared numbers, commands; GPU tests say why they are skipped."""
 
+import dataclasses
+import importlib
+import importlib.util
 import io
 import os
 import random
@@ -94,6 +97,16 @@ def poisoned_empty(monkeypatch):
         (torch.Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def overflow_is_an_error(monkeypatch):
+    """Triton's interpreter, where it is on, reports int32 arithmetic that wraps around, on masked lanes too."""
+    from dph_kernels import dispatch
+
+    if dispatch.interpreted() and importlib.util.find_spec("triton"):
+        builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+        monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
 
 
 @pytest.fixture(scope="session")

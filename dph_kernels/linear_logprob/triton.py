@@ -87,13 +87,9 @@ class _Machine:
         return CONFIGS[max(known)]
 
     def run(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        arguments: dict[str, Any],
-        constants: dict[str, Any],
+        self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any],
         config: Config | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Launch it; without a configuration, as a kernel that does not multiply."""
         warps, stages = (config.warps, config.stages) if config else (WARPS, 1)
         with torch.cuda.device(self.device) if self.capability else contextlib.nullcontext():
@@ -335,13 +331,9 @@ class _Recorder(_Machine):
         self.found: list[Launch] = []
 
     def run(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        arguments: dict[str, Any],
-        constants: dict[str, Any],
+        self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any],
         config: Config | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Describe it."""
         first = next(iter(arguments.values()))
         words = [str(getattr(first, "base", first).dtype).removeprefix("torch.")]

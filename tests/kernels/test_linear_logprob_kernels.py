@@ -1,6 +1,5 @@
 """linear_logprob: its tiles and chunks, what the C++ and the Triton kernels each need tested, and its memory."""
 
-import dataclasses
 import importlib
 import importlib.util
 import mmap
@@ -194,20 +193,13 @@ def test_rows_beyond_32_bits_in_cpp(device, backend, monkeypatch):
     torch.testing.assert_close(engine.gradient(*tile, upstream, targets, normaliser).clone(), grad)
 
 
-@pytest.fixture
-def overflows_told(monkeypatch):
-    """The interpreter is told to report where the arithmetic of offsets overflows."""
-    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
-    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
-
-
 def start_of(numbers):
     """The first row in a storage of its own, in the same place: the interpreter copies whole storages back."""
     return torch.frombuffer(memoryview(numbers[0].numpy()), dtype=numbers.dtype)
 
 
 @pytest.mark.parametrize(("device", "backend"), INTERPRETED)
-@pytest.mark.usefixtures("overflows_told")
+@pytest.mark.usefixtures("overflow_is_an_error")
 def test_rows_beyond_32_bits_in_triton(device, backend):
     kernels = importlib.import_module("dph_kernels.linear_logprob.triton_kernels")
     logits, targets, upstream, expected, grad = far_tile()
@@ -222,7 +214,7 @@ def test_rows_beyond_32_bits_in_triton(device, backend):
 
 
 @pytest.mark.parametrize(("device", "backend"), INTERPRETED)
-@pytest.mark.usefixtures("overflows_told")
+@pytest.mark.usefixtures("overflow_is_an_error")
 def test_rows_beyond_32_bits_of_half_precision_in_triton(device, backend):
     """States, weights and gradients of logits; one kernel gives what the other reads."""
     kernels = importlib.import_module("dph_kernels.linear_logprob.triton_kernels")

@@ -1,7 +1,5 @@
 """Rotary attention in Triton beyond the common tests: split work, wide offsets; at full size on a GPU."""
 
-import dataclasses
-
 import pytest
 import torch
 from attention import ROPE, compare, inputs, run
@@ -41,17 +39,8 @@ def test_head_dimensions_that_are_no_power_of_two(head_dim):
     compare(layout, inputs(layout, 2, head_dim, torch.float32, DEVICE), DEVICE, "triton")
 
 
-@pytest.fixture
-def watched(monkeypatch):
-    """The interpreter reports index arithmetic that leaves 32 bits, on masked lanes too."""
-    import triton.runtime.interpreter as interpreter
-
-    options = dataclasses.replace(interpreter.interpreter_builder.options, debug=True)
-    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
-
-
 @interpreted
-@pytest.mark.usefixtures("watched")
+@pytest.mark.usefixtures("overflow_is_an_error")
 def test_the_detector_of_overflow_works():
     import triton
     import triton.language as tl
@@ -66,7 +55,7 @@ def test_the_detector_of_overflow_works():
 
 
 @interpreted
-@pytest.mark.usefixtures("watched")
+@pytest.mark.usefixtures("overflow_is_an_error")
 def test_rows_that_lie_far_apart():
     """Offsets beyond 2**31 elements: memory that is reserved, and touched only where the rows lie."""
     layout, near = PackedLayout.documents([3]), []

@@ -1,8 +1,5 @@
 """swiglu_reward: what all backends owe each other, and what the C++ and the Triton kernels each need tested."""
 
-import dataclasses
-import importlib
-
 import pytest
 import torch
 from numerics import implementations
@@ -148,15 +145,6 @@ def test_compiles_as_one_graph_for_any_number_of_rows(device, backend):
 
 
 # Large offsets
-
-
-@pytest.fixture
-def overflow_is_an_error(monkeypatch):
-    """Triton's interpreter reports int32 arithmetic that wraps around."""
-    if not dispatch.interpreted() or importlib.util.find_spec("triton") is None:
-        return
-    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
-    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
 
 
 @pytest.mark.usefixtures("overflow_is_an_error")
