@@ -184,6 +184,7 @@ void bind_linear_logprob(py::module_& module) {
   const py::call_guard<py::gil_scoped_release> released;
   module.def("linear_logprob_reduce_cpu", &linear_logprob_reduce_cpu, "tile"_a, "threads"_a, released);
   module.def("linear_logprob_gradient_cpu", &linear_logprob_gradient_cpu, "tile"_a, "threads"_a, released);
+  module.def("linear_logprob_both_cpu", &linear_logprob_both_cpu, "tile"_a, "threads"_a, released);
 }
 
 // PyTorch's functions for what its tensors hold.
@@ -382,6 +383,11 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "C++ and CUDA kernels of dph_kernels";
   module.attr("source") = DPH_SOURCE;  // digest of csrc when this was built
   module.attr("compiler") = __VERSION__;
+#if defined(__x86_64__) && defined(__GNUC__)
+  module.attr("intel") = __builtin_cpu_is("intel") != 0;  // the processor
+#else
+  module.attr("intel") = false;
+#endif
 #ifdef DPH_CUDA
   module.attr("cuda") = dph::cuda_runtime_version();
   module.def("cuda_probe", &dph::cuda_probe);

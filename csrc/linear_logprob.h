@@ -24,7 +24,7 @@ struct LogprobTile {
   float* entropy = nullptr;  // null, and best with it: not wanted
   int64_t* best = nullptr;
 
-  const float* upstream = nullptr;  // [rows], backward only
+  const float* upstream = nullptr;  // [rows], gradients only
 };
 
 // Takes a tile into largest, log_sum, logprobs, entropy and best.
@@ -32,5 +32,8 @@ void linear_logprob_reduce_cpu(const LogprobTile& tile, int threads);
 
 // Turns logits into their gradients, in place: upstream * (onehot(target) - exp(logit - largest - log_sum)).
 void linear_logprob_gradient_cpu(const LogprobTile& tile, int threads);
+
+// Both, for a tile that is the whole vocabulary: a row is read from memory once.
+void linear_logprob_both_cpu(const LogprobTile& tile, int threads);
 
 }  // namespace dph

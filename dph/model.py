@@ -328,7 +328,8 @@ class Model(PreTrainedModel, GenerationMixin):
         """
         hidden = self.backbone(batch.tokens, batch.layout)
         answers = len(batch.reward_rows)
-        logprobs = linear_logprob(self.output_proj(hidden[batch.rows]), self.backbone.embedding.weight, batch.targets)
+        states, weight = self.output_proj(hidden[batch.rows]), self.backbone.embedding.weight
+        logprobs = linear_logprob(states, weight, batch.targets, uniform=False)
         zeros = logprobs.new_zeros(answers)
         trained = batch.trained.to(logprobs.dtype)
         scored = batch.scored.to(logprobs.dtype)

@@ -8,12 +8,15 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 ASKED = "only where it is asked for by name: nothing measured speaks for it"
 
@@ -200,6 +203,18 @@ def call(function: str, operator: str, like: Tensor, backend: str, *arguments: A
         return run(*arguments, **options)
     with torch.autocast(device, enabled=False):
         return run(*arguments, **options)
+
+
+def observed(tensors: Sequence[Tensor]) -> bool:
+    """Whether somebody records, transforms or differentiates the call, or PyTorch has put off a change of sign.
+
+    Then it has to go through PyTorch's dispatcher, past which an operator may take a shorter way.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level >= 0:
+        return True
+    return any(map(Tensor.is_neg, tensors))
 
 
 def toolchain() -> dict[str, str]:

@@ -111,4 +111,12 @@ void linear_logprob_gradient_cpu(const LogprobTile& tile, int threads) {
   for (int64_t row = 0; row < tile.rows; ++row) linear_logprob_gradient_row(tile, row);
 }
 
+void linear_logprob_both_cpu(const LogprobTile& tile, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (tile.rows * tile.columns > 16384)
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    linear_logprob_reduce_row(tile, row);
+    linear_logprob_gradient_row(tile, row);
+  }
+}
+
 }  // namespace dph

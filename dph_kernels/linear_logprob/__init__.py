@@ -5,6 +5,8 @@ from torch import Tensor
 
 from dph_kernels import autocast, checks, dispatch
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
 
 @torch.library.custom_op("dph::linear_logprob", mutates_args=())
 def _forward(
@@ -72,6 +74,58 @@ def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tenso
 _forward.register_autograd(_gradients, setup_context=_setup)
 
 
+class _Joint(torch.autograd.Function):
+    """Gradients computed along, as those of the sum of all log-probabilities: right but for a factor where the upstream
+    gradients turn out equal. Else the weights' is computed anew, as it is for whoever asks for gradients once more.
+
+    Past the dispatcher, as an operator could not give away what it has saved.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        statistics: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _check_targets(targets, len(weight))
+        arguments = hidden, weight, targets, statistics
+        found = dispatch.call("forward_and_gradients", "linear_logprob", hidden, backend, *arguments)
+        logprobs, normaliser, entropy, best, *ctx.gradients = found
+        ctx.backend = backend
+        ctx.mark_non_differentiable(entropy, best)
+        ctx.save_for_backward(hidden, weight, targets, normaliser)
+        return logprobs, entropy, best
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors  # or what PyTorch says of those that are gone
+        if not ctx.gradients:
+            return *_backward(grad, *tensors, True, True, ctx.backend), None, None, None
+        hidden, weight = ctx.gradients
+        ctx.gradients = []
+        low, high = grad.aminmax()
+        if low == high:
+            weight.mul_(low)
+        else:
+            del weight  # its memory serves again
+            weight = _backward(grad, *tensors, False, True, ctx.backend)[1]
+        return hidden.mul_(grad[:, None]), weight, None, None, None
+
+
+def _joint_pays(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> bool:
+    """Whether the gradients are to be computed along: both are needed, nobody looks on, and the backend is for it."""
+    if not (torch.is_grad_enabled() and hidden.requires_grad and weight.requires_grad):
+        return False
+    if dispatch.observed((hidden, weight)) or any(type(x) not in PLAIN for x in (hidden, weight, targets)):
+        return False
+    implementation = dispatch.implementation("linear_logprob", hidden.device, backend, hidden.dtype)
+    return hasattr(implementation, "joint_pays") and implementation.joint_pays(hidden, weight)
+
+
 def _check_targets(targets: Tensor, vocabulary: int) -> None:
     """Refuse targets outside [0, V) where looking costs no device synchronisation."""
     if targets.device.type != "cpu" or not len(targets):
@@ -82,7 +136,13 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, statistics: bool = False, backend: str = "auto"
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    statistics: bool = False,
+    uniform: bool = True,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each row's target token: ``log_softmax(hidden @ weight.T)[r, targets[r]]``.
 
@@ -91,6 +151,9 @@ def linear_logprob(
         weight: [V, C] language-model head (the tied embedding), same dtype and device.
         targets: [R] int64, each in [0, V): rows without a target are left out by the caller.
         statistics: also return entropy and arg-max of each row's distribution.
+        uniform: whether to expect one upstream gradient for all rows, as of a sum or a mean. The gradients may then be
+            computed along, on an Intel CPU in fp32: three products of the size R x C x V instead of four. Whatever
+            comes is right, but another upstream gradient costs five.
         backend: "auto" or a backend's name.
 
     Returns:
@@ -116,5 +179,8 @@ def linear_logprob(
     checks.device("targets", targets, hidden.device)
     if weight.shape[0] == 0:
         raise ValueError(f"weight: expected at least one row (V >= 1), got shape {list(weight.shape)}")
-    logprobs, _, entropy, best = _forward(hidden, weight, targets, statistics, backend)
+    if uniform and _joint_pays(hidden, weight, targets, backend):
+        logprobs, entropy, best = _Joint.apply(hidden, weight, targets, statistics, backend)
+    else:
+        logprobs, _, entropy, best = _forward(hidden, weight, targets, statistics, backend)
     return (logprobs, entropy, best) if statistics else logprobs

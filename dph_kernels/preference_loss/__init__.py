@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dph_kernels import checks, dispatch
 from dph_kernels import native as extension
@@ -65,15 +63,6 @@ class _Operator(NamedTuple):
     backward = staticmethod(reference.backward)
 
 
-def _observed(tensors: Sequence[Tensor]) -> bool:
-    """Whether somebody records, transforms or differentiates the call, or PyTorch has put off a change of sign."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
-        return True
-    if forward_ad._current_level >= 0:
-        return True
-    return any(map(Tensor.is_neg, tensors))
-
-
 class _Loss(torch.autograd.Function):
     """The operator with its gradient: the slopes that it has kept, times the gradient of the loss."""
 
@@ -102,7 +91,7 @@ class _Loss(torch.autograd.Function):
         if torch.is_grad_enabled():  # for Hessians and gradient penalties: rare, so plain PyTorch on every backend
             grads = reference.gradients(grad, inputs[: ctx.rewards], inputs[ctx.rewards :], ctx.options)
         else:
-            implementation = reference if _observed((grad,)) else ctx.implementation
+            implementation = reference if dispatch.observed((grad,)) else ctx.implementation
             grads = implementation.backward(slopes, grad, judged)
         # PyTorch casts them to the dtypes of the inputs.
         if len(judged) == len(inputs):
@@ -228,6 +217,6 @@ def preference_loss(
     options = Options(beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, objective)
     _check_options(options)
     inputs = (*rewards, *logprobs)
-    if plain and not _observed(inputs):
+    if plain and not dispatch.observed(inputs):
         return _apply(_implementation(inputs, backend), len(rewards), options, *inputs)
     return _Loss.apply(_Operator(backend), len(rewards), options, *inputs)

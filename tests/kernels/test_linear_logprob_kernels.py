@@ -17,6 +17,7 @@ from dph_kernels.linear_logprob import linear_logprob
 
 ROOT = Path(__file__).resolve().parents[2]
 reference = importlib.import_module("dph_kernels.linear_logprob.reference")
+native = importlib.import_module("dph_kernels.linear_logprob.native")
 
 BACKENDS = implementations("linear_logprob")
 
@@ -28,7 +29,6 @@ BACKENDS = implementations("linear_logprob")
 def small_tiles(monkeypatch):
     """Tiles of at most 16 rows and 32 tokens, so that small problems have several in each direction."""
     monkeypatch.setattr(reference, "CHUNK", 32)
-    native = importlib.import_module("dph_kernels.linear_logprob.native")
     monkeypatch.setattr(native.Engine, "most_rows", 16)
     monkeypatch.setattr(native.Engine, "most_columns", 32)
     if importlib.util.find_spec("triton"):
@@ -141,9 +141,115 @@ INTERPRETED = [p for p in BACKENDS if p.values == ("cpu", "triton")]
 
 
 @pytest.mark.parametrize(("device", "backend"), NATIVE)
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("mkl", [False, True])
+def test_products_of_either_library(mkl, dtype, device, backend, small_tiles):
+    """Which of them is taken depends on the processor."""
+    small_tiles.setattr(native, "mkl_is_faster", lambda: mkl)
+    compare(*make(65, 16, 111, dtype), backend)
+
+
+@pytest.mark.parametrize(("device", "backend"), NATIVE)
 def test_without_onednn(device, backend, small_tiles):
     small_tiles.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert native.mkl_is_faster()
     compare(*make(65, 16, 111), backend)
+
+
+# Gradients that are computed along
+
+
+@pytest.fixture
+def joint(small_tiles):
+    """The calls of the backward pass, where gradients are computed along on every processor, 16 rows at a time."""
+    small_tiles.setattr(native, "mkl_is_faster", lambda: True)
+    small_tiles.setattr(native, "LEAST_ROWS", 16)
+    small_tiles.setattr(native, "MOST_LOGITS", 16 * 130)
+    asked, original = [], native.backward
+    small_tiles.setattr(native, "backward", lambda *args: asked.append(args[-2:]) or original(*args))
+    return asked
+
+
+@pytest.mark.parametrize(("device", "backend"), NATIVE)
+@pytest.mark.parametrize("size", [(1, 16, 33), (16, 1, 1), (65, 16, 111), (40, 33, 97)])
+@pytest.mark.parametrize("upstream", [1.0, -0.7, 0.0, 1e-6, torch.nan])
+def test_one_upstream_gradient_for_all_rows(upstream, size, device, backend, joint):
+    hidden, weight, targets = make(*size)
+    grad = torch.tensor(upstream).expand(len(hidden))
+    if upstream == upstream:
+        compare(hidden, weight, targets, backend, grad)
+        assert not joint
+    else:
+        linear_logprob(hidden, weight, targets, backend=backend).backward(grad)
+        assert hidden.grad.isnan().all()
+        assert weight.grad.isnan().all()
+
+
+@pytest.mark.parametrize(("device", "backend"), NATIVE)
+def test_another_upstream_gradient_for_each_row(device, backend, joint):
+    """The weights' gradient is computed anew; that of the states is known."""
+    compare(*make(65, 16, 111), backend)
+    assert joint == [(False, True)]
+
+
+@pytest.mark.parametrize(("device", "backend"), NATIVE)
+def test_gradients_that_are_asked_for_twice(device, backend, joint):
+    hidden, weight, targets = make(65, 16, 111)
+    loss = linear_logprob(hidden, weight, targets, backend=backend).sum()
+    first = torch.autograd.grad(loss, (hidden, weight), torch.tensor(2.0), retain_graph=True)
+    kept = [x.clone() for x in first]
+    second = torch.autograd.grad(loss, (hidden, weight))
+    assert joint == [(True, True)]
+    assert all(map(torch.equal, first, kept))
+    for twice, once in zip(first, second, strict=True):
+        torch.testing.assert_close(twice, 2 * once)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(("device", "backend"), NATIVE)
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "sliced rows", "negated"])
+def test_states_of_any_strides(layout, device, backend, joint):
+    hidden, weight, targets = make(65, 16, 111)
+    hidden = hidden.detach()
+    hidden = {
+        "expanded": hidden[:1].expand(65, -1),
+        "transposed": hidden.T.contiguous().T,
+        "sliced rows": hidden.repeat_interleave(2, 0)[::2],
+        "negated": torch._neg_view(hidden),
+    }[layout]
+    compare(hidden.requires_grad_(), weight, targets, backend, torch.ones(65))
+    assert len(joint) == (layout == "negated")  # which goes through PyTorch's dispatcher
+
+
+@pytest.mark.parametrize(("device", "backend"), NATIVE)
+@pytest.mark.parametrize("why", ["not uniform", "frozen states", "frozen weights", "no gradients", "strided weights"])
+def test_gradients_that_would_be_for_nothing_are_not_computed(why, device, backend, joint, monkeypatch):
+    monkeypatch.delattr(native, "forward_and_gradients")
+    hidden, weight, targets = make(65, 16, 111)
+    if why == "strided weights":
+        weight = weight.detach().T.contiguous().T.requires_grad_()
+    hidden.requires_grad_(why != "frozen states")
+    weight.requires_grad_(why != "frozen weights")
+    with torch.set_grad_enabled(why != "no gradients"):
+        got = linear_logprob(hidden, weight, targets, uniform=why != "not uniform", backend=backend)
+    assert got.requires_grad == (why != "no gradients")
+
+
+@pytest.mark.parametrize(("device", "backend"), NATIVE)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_results_are_the_same_with_gradients_along(device, backend, joint):
+    """Log-probabilities, entropy and arg-max; targets outside of the vocabulary are refused."""
+    hidden, weight, targets = make(65, 16, 111)
+    along = linear_logprob(hidden, weight, targets, statistics=True, backend=backend)
+    plain = linear_logprob(hidden, weight, targets, statistics=True, uniform=False, backend=backend)
+    torch.testing.assert_close(along, plain)
+    assert [x.requires_grad for x in along] == [True, False, False]
+    along[0].sum().backward()
+    assert hidden.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+    with pytest.raises(ValueError, match=r"targets: expected values in \[0, 111\), got 111"):
+        linear_logprob(hidden, weight, targets.clamp(min=111), backend=backend)
 
 
 @pytest.mark.parametrize(("device", "backend"), NATIVE)
@@ -183,10 +289,9 @@ def far_tile():
 
 @pytest.mark.parametrize(("device", "backend"), NATIVE)
 def test_rows_beyond_32_bits_in_cpp(device, backend, monkeypatch):
-    native = importlib.import_module("dph_kernels.linear_logprob.native")
     logits, targets, upstream, expected, grad = far_tile()
     engine, logprobs, normaliser = native.Engine(1), torch.empty(3), torch.empty(2, 3)
-    monkeypatch.setattr(native, "product", lambda hidden, weight: logits)
+    monkeypatch.setattr(engine, "_product", lambda hidden, weight: logits)
     tile = torch.empty(3, 1), torch.empty(64, 1), 0
     engine.reduce(*tile, True, targets, normaliser, logprobs, torch.empty(0), targets[:0])
     torch.testing.assert_close(logprobs, expected)
@@ -321,13 +426,13 @@ import sys
 import torch
 from dph_kernels import linear_logprob
 
-rows, width, vocabulary, dtype, backend = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
-dtype = getattr(torch, dtype)
+rows, width, vocabulary, dtype, backend = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:6]
+dtype, equal = getattr(torch, dtype), sys.argv[6] == "True"
 torch.set_num_threads(2)
 
 def make(rows, vocabulary):
     hidden, weight = (torch.randn(n, width).to(dtype).requires_grad_() for n in (rows, vocabulary))
-    return hidden, weight, torch.randint(vocabulary, (rows,)), torch.randn(rows)
+    return hidden, weight, torch.randint(vocabulary, (rows,)), torch.ones(rows) if equal else torch.randn(rows)
 
 def step(hidden, weight, targets, grad):
     linear_logprob(hidden, weight, targets, statistics=True, backend=backend)[0].backward(grad)
@@ -356,10 +461,11 @@ print(peak() - before, sum(x.grad.numel() * x.grad.element_size() for x in given
         ("bfloat16", (6000, 768, 1024)),  # more rows than may have fp32 sums of their gradient
     ],
 )
+@pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize(("device", "backend"), NATIVE)
-def test_extra_memory_on_the_cpu_is_below_64_megabytes(device, backend, dtype, size):
+def test_extra_memory_on_the_cpu_is_below_64_megabytes(device, backend, equal, dtype, size):
     """Beside both gradients; all logits would take up to 537 MB."""
-    command = [sys.executable, "-c", MEASURE, *map(str, size), dtype, backend]
+    command = [sys.executable, "-c", MEASURE, *map(str, size), dtype, backend, str(equal)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     extra, gradients = map(int, done.stdout.split())
