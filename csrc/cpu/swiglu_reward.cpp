@@ -21,6 +21,7 @@ constexpr int64_t SPAN = 128;   // and at most where it reads weights by columns
 constexpr int64_t PANEL = 32;   // columns that lie together
 constexpr int64_t CHUNK = 256;  // columns of a product that a thread works on at a time
 constexpr int64_t DEPTH = 256;  // and features: a panel of them fits the first-level cache
+constexpr int FEW = 4;          // answers up to which features are what lies along the lanes
 static_assert(BLOCK == PANEL && CHUNK % PANEL == 0 && DEPTH % PANEL == 0, "blocks are whole panels");
 
 int64_t blocks(int64_t size, int64_t block = BLOCK) { return (size + block - 1) / block; }

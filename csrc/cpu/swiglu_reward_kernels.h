@@ -13,8 +13,14 @@ constexpr int64_t MR = W == 16 ? 8 : 4;  // rows of a micro-tile; times two vect
 
 typedef float Vec __attribute__((vector_size(4 * DPH_LANES)));
 typedef float Loose __attribute__((vector_size(4 * DPH_LANES), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(4 * DPH_LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * DPH_LANES), aligned(2), may_alias));
 
 DPH_FN Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+DPH_FN Vec load(const uint16_t* bf16) {
+  const Words words = __builtin_convertvector(*reinterpret_cast<const Halves*>(bf16), Words) << 16;
+  return reinterpret_cast<Vec>(words);
+}
 DPH_FN void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
 
 DPH_FN float value(float x) { return x; }
@@ -36,141 +42,7 @@ DPH_FN void put(void* data, int64_t at, float value, bool bf16) {
   }
 }
 
-// Products
-
-// The left factor [.., depth] of a product.
-struct Left {
-  const void* data;
-  int64_t row, column;  // strides, of a matrix
-  bool bf16;
-  Panels panels;  // of whose features the factor is made instead, where data is null
-};
-
-// Packed tiles of MR rows are this far apart: not by a power of two, as they would share few of the cache's sets.
-constexpr int64_t tile_step(int64_t depth) { return MR * depth + 16; }
-
-// Row r of those that are not turned.
-DPH_FN float* packed_row(float* packed, int64_t r, int64_t depth) {
-  return packed + r / MR * tile_step(depth) + r % MR * depth;
-}
-
-// Rows [i, i + count) of the left factor at depths [k, k + depth) as float, padded with zeros to whole tiles. In a tile,
-// element (r, d) is at r * depth + d, or where ``turned`` at d * MR + r.
-template <class Element>
-DPH_FN void pack_matrix(float* to, const Left& a, int64_t i, int64_t count, int64_t k, int64_t depth, bool turned) {
-  const Element* from = static_cast<const Element*>(a.data) + i * a.row + k * a.column;
-  if (!turned) {
-    for (int64_t r = 0; r < count; ++r) {
-      float* row = packed_row(to, r, depth);
-      for (int64_t d = 0; d < depth; ++d) row[d] = value(from[r * a.row + d]);
-    }
-    return;
-  }
-  for (int64_t d = 0; d < depth; ++d, from += a.column) {
-    float* place = to + d * MR;
-    if (count % MR == 0 && a.row == 1) {  // a run of whole cache lines
-      for (int64_t r = 0; r < count; r += 16) __builtin_prefetch(from + 8 * a.column + r);
-      for (int64_t r = 0; r < count; r += MR, place += tile_step(depth)) {
-        for (int64_t t = 0; t < MR; ++t) place[t] = value(from[r + t]);
-      }
-    } else {
-      for (int64_t r = 0; r < count; r += MR, place += tile_step(depth)) {
-        for (int64_t t = 0; t < MR; ++t) place[t] = r + t < count ? value(from[(r + t) * a.row]) : 0.0f;
-      }
-    }
-  }
-}
-
-DPH_FN void pack(float* to, const Left& a, int64_t i, int64_t count, int64_t k, int64_t depth, bool turned) {
-  if (a.data && a.bf16) {
-    pack_matrix<uint16_t>(to, a, i, count, k, depth, turned);
-  } else if (a.data) {
-    pack_matrix<float>(to, a, i, count, k, depth, turned);
-  } else {
-    for (int64_t r = 0; r < count; ++r) {
-      float* row = packed_row(to, r, depth);
-      for (int64_t d = 0; d < depth; d += PANEL) {
-        memcpy(row + d, a.panels.row(i + r, k + d), std::min(PANEL, depth - d) * sizeof(float));
-      }
-    }
-  }
-  if (!turned && count % MR) {
-    memset(packed_row(to, count, depth), 0, (MR - count % MR) * depth * sizeof(float));
-  }
-}
-
-// C [MR, NV vectors] = A B, or += A B. A's element (r, k) is at A[r * rs + k * cs]; B's and C's rows are ldb and ldc
-// apart. A sum starts at zero and is added to C as one, which keeps the rounding of long ones small.
-template <int NV>
-DPH_FN void micro(int64_t depth, const float* A, int64_t rs, int64_t cs, const float* B, int64_t ldb, float* C,
-                  int64_t ldc, int64_t count, bool add) {
-  Vec acc[MR][NV];
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 2
-    for (int n = 0; n < NV; ++n) acc[r][n] = Vec{};
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec b[NV];
-#pragma GCC unroll 2
-    for (int n = 0; n < NV; ++n) b[n] = load(B + k * ldb + n * W);
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r) {
-      const Vec a = A[r * rs + k * cs] - Vec{};
-#pragma GCC unroll 2
-      for (int n = 0; n < NV; ++n) acc[r][n] += a * b[n];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r) {
-    if (r >= count) break;
-#pragma GCC unroll 2
-    for (int n = 0; n < NV; ++n) {
-      float* c = C + r * ldc + n * W;
-      store(c, add ? load(c) + acc[r][n] : acc[r][n]);
-    }
-  }
-}
-
-// One tile of rows times columns [begin, end) of the panels, whose features [k, k + depth) it meets.
-DPH_FN void multiply_tile(float* out, int64_t ld, const float* A, int64_t rs, bool turned, int64_t count,
-                          const Panels& b, int64_t k, int64_t depth, int64_t begin, int64_t end) {
-  for (int64_t j = begin; j < end; j += PANEL) {
-    const int64_t width = b.width(j);
-    const float* B = b.row(k, j);
-    for (int64_t n = 0; n < width;) {
-      float* C = out + j - begin + n;
-      const bool two = n + 2 * W <= width;
-      if (turned && two) {
-        micro<2>(depth, A, 1, MR, B + n, width, C, ld, count, k > 0);
-      } else if (turned) {
-        micro<1>(depth, A, 1, MR, B + n, width, C, ld, count, k > 0);
-      } else if (two) {
-        micro<2>(depth, A, rs, 1, B + n, width, C, ld, count, k > 0);
-      } else {
-        micro<1>(depth, A, rs, 1, B + n, width, C, ld, count, k > 0);
-      }
-      n += two ? 2 * W : W;
-    }
-  }
-}
-
-// out [count, end - begin] = rows [first, first + count) of the left factor times columns [begin, end) of the right.
-DPH_TARGET static void product(float* out, int64_t ld, const Left& a, int64_t first, int64_t count, const Panels& b,
-                               int64_t begin, int64_t end, float* packed) {
-  const bool turned = a.data && a.column != 1;
-  const int64_t direct = a.data && !turned && !a.bf16 ? count / MR * MR : 0;  // rows that are multiplied as they lie
-  for (int64_t i = 0; b.features == 0 && i < count; ++i) memset(out + i * ld, 0, (end - begin) * sizeof(float));
-  for (int64_t k = 0; k < b.features; k += DEPTH) {
-    const int64_t depth = std::min(DEPTH, b.features - k);
-    if (direct < count) pack(packed, a, first + direct, count - direct, k, depth, turned);
-    for (int64_t i = 0; i < count; i += MR) {
-      const bool lies = i < direct;
-      const float* A = lies ? static_cast<const float*>(a.data) + (first + i) * a.row + k : packed + (i - direct) / MR * tile_step(depth);
-      multiply_tile(out + i * ld, ld, A, lies ? a.row : depth, turned, std::min(MR, count - i), b, k, depth, begin, end);
-    }
-  }
-}
+#include "swiglu_reward_products.h"
 
 // Elementwise functions, written for one element: the loops over lanes around them become vectors.
 
@@ -259,8 +131,8 @@ DPH_TARGET inline void gate_block(const Job& job, int64_t block, Scratch& s) {
   float *xs = s.sums.get(), *gs = xs + BLOCK * CHUNK;
   for (int64_t begin = 0; begin < job.lanes; begin += CHUNK) {
     const int64_t end = std::min(begin + CHUNK, job.lanes);
-    product(xs, CHUNK, w1, first, count, job.hidden, begin, end, s.packed.get());
-    product(gs, CHUNK, w1, a.width + first, count, job.hidden, begin, end, s.packed.get());
+    project(job, xs, CHUNK, w1, first, count, job.hidden, begin, end, s.packed.get());
+    project(job, gs, CHUNK, w1, a.width + first, count, job.hidden, begin, end, s.packed.get());
     for (int64_t i = 0; i < count; ++i) {
       const int64_t f = first + i;
       const float x_bias = a.b1.data ? get(a.b1, f, 0, a.bf16) : 0.0f;
@@ -292,7 +164,8 @@ DPH_TARGET inline void reward_block(const Job& job, int64_t block, Scratch& s) {
   for (int64_t begin = 0; begin < job.lanes; begin += CHUNK) {
     const int64_t end = std::min(begin + CHUNK, job.lanes);
     float* sums = s.sums.get();
-    if (a.w2.data) product(sums, CHUNK, w2, first, count, a.width ? job.gated : job.hidden, begin, end, s.packed.get());
+    const Panels& states = a.width ? job.gated : job.hidden;
+    if (a.w2.data) project(job, sums, CHUNK, w2, first, count, states, begin, end, s.packed.get());
     for (int64_t i = 0; i < count; ++i) {
       const float bias = a.b2.data ? get(a.b2, first + i, 0, a.bf16) : 0.0f;
       for (int64_t j = begin; j < end; j += PANEL) {

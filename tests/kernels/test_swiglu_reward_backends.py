@@ -184,27 +184,45 @@ def test_an_overflow_would_be_noticed():
 # C++
 
 
-@cpp
-@pytest.mark.parametrize("lanes", [4, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [SIZES[2], SIZES[4], (40, 300, 70, 2)])
-def test_narrower_vectors(size, dtype, lanes):
-    if native.module().swiglu_reward_lanes(lanes) != lanes:
-        pytest.skip(f"this processor has no vectors of {lanes} floats")
+@pytest.fixture(params=[4, 8, 16])
+def lanes(request):
+    """Vectors of so many floats."""
     try:
-        compare(make(*size, dtype=dtype), "cpu", dropout=0.1, input_dropout=0.1)
+        if native.module().swiglu_reward_lanes(request.param) != request.param:
+            pytest.skip(f"this processor has no vectors of {request.param} floats")
+        yield request.param
     finally:
         native.module().swiglu_reward_lanes(16)
 
 
 @cpp
-def test_a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads():
-    inputs, ids = make(70, 65, 300, 2), torch.arange(70)
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["by rows", "by columns"])
+def test_a_row_has_the_same_bits_in_any_batch(layout, dtype):
+    """Few answers are multiplied by other kernels than many."""
+    inputs, ids = make(70, 300, 301, 2, dtype=dtype), torch.arange(70)
+    inputs = {name: x.detach() for name, x in inputs.items()}
+    if layout == "by columns":
+        inputs |= {name: inputs[name].T.contiguous().T for name in ("w1", "w2")}
     options = {"dropout": 0.2, "input_dropout": 0.1, "backend": "cpu"}
     whole = swiglu_reward(**inputs, **options, row_ids=ids)
-    for rows in ([69], [3, 40, 41], list(range(20))):
+    for rows in ([69], [3, 40], [3, 40, 41], [1, 2, 3, 4], [1, 2, 3, 4, 5], list(range(20))):
         part = swiglu_reward(**{**inputs, "hidden": inputs["hidden"][rows]}, **options, row_ids=ids[rows])
         assert torch.equal(part, whole[rows])
+
+
+@cpp
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [SIZES[2], SIZES[4], (3, 300, 70, 2), (40, 300, 70, 2)])
+def test_vectors_of_any_width(size, dtype):
+    compare(make(*size, dtype=dtype), "cpu", dropout=0.1, input_dropout=0.1)
+
+
+@cpp
+def test_results_have_the_same_bits_on_any_number_of_threads():
+    inputs = make(70, 65, 300, 2)
     first, threads = gradients(inputs, "cpu", dropout=0.2), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
