@@ -8,7 +8,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -80,6 +80,8 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
         },
     },
 }
+
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 # The dtypes that a backend computes in, where not in all of them.
 UP_TO_FP32 = (torch.float32, torch.bfloat16, torch.float16)
@@ -205,7 +207,7 @@ def call(function: str, operator: str, like: Tensor, backend: str, *arguments: A
         return run(*arguments, **options)
 
 
-def observed(tensors: Sequence[Tensor]) -> bool:
+def observed(tensors: Iterable[Tensor]) -> bool:
     """Whether somebody records, transforms or differentiates the call, or PyTorch has put off a change of sign.
 
     Then it has to go through PyTorch's dispatcher, past which an operator may take a shorter way.
@@ -215,6 +217,12 @@ def observed(tensors: Sequence[Tensor]) -> bool:
     if forward_ad._current_level >= 0:
         return True
     return any(map(Tensor.is_neg, tensors))
+
+
+def unobserved(tensors: Iterable[Tensor]) -> bool:
+    """Whether a call may go past the dispatcher: not :func:`observed`, and no subclass, which may see it otherwise."""
+    tensors = tuple(tensors)
+    return not observed(tensors) and PLAIN.issuperset(map(type, tensors))
 
 
 def toolchain() -> dict[str, str]:

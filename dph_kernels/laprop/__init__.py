@@ -3,6 +3,7 @@
 Paper: arXiv 2405.20053, on LaProp (arXiv 2002.04839); the momentum carries the learning rate.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -105,7 +106,8 @@ def laprop(
     checks.option("backend", backend, ("auto", *dispatch.MODULES))
     if not params:
         return
-    _check_tensors({"params": params, **{name: tensors for name, tensors in lists.items() if tensors is not None}})
+    given = {"params": params, **{name: tensors for name, tensors in lists.items() if tensors is not None}}
+    _check_tensors(given)
     if params[0].dtype == torch.float64 and backend == "auto":
         backend = "reference"
     if params[0].dtype == torch.float64 and backend != "reference":
@@ -130,26 +132,17 @@ def laprop(
     checks.number("momentum_scale", momentum_scale, 0.0, below=True)
     copies = list(copies or ())
     half = any(copy.dtype == torch.float16 for copy in copies)
-    _laprop(
-        list(params),
-        _known(grads),
-        list(exp_avg),
-        list(exp_avg_sq),
-        list(priors or ()),
-        [] if half else copies,
-        grad_scale,
-        clock,
-        rate,
-        float(lr),
-        float(beta1),
-        float(beta2),
-        float(eps),
-        float(weight_decay),
-        float(prior_decay),
-        float(bias_correction),
-        float(momentum_scale),
-        backend,
-    )
+    tensors = list(params), _known(grads), list(exp_avg), list(exp_avg_sq), list(priors or ()), [] if half else copies
+    numbers = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    numbers |= {"prior_decay": prior_decay, "bias_correction": bias_correction, "momentum_scale": momentum_scale}
+    numbers = {name: float(number) for name, number in numbers.items()}
+    if dispatch.unobserved(itertools.chain(*given.values())):
+        # `torch.library.custom_op` takes longer over arguments that are written to than a small model's update.
+        written = (*tensors[0], *tensors[2], *tensors[3], *tensors[5], *(() if clock is None else (clock,)))
+        torch.autograd.graph.increment_version(written)
+        dispatch.call("forward", "laprop", params[0], backend, *tensors, grad_scale, clock, rate, **numbers)
+    else:
+        _laprop(*tensors, grad_scale, clock, rate, *numbers.values(), backend)
     if half:
         _copy(copies, params, grad_scale)
 

@@ -5,8 +5,6 @@ from torch import Tensor
 
 from dph_kernels import autocast, checks, dispatch
 
-PLAIN = (Tensor, torch.nn.Parameter)
-
 
 @torch.library.custom_op("dph::linear_logprob", mutates_args=())
 def _forward(
@@ -120,7 +118,7 @@ def _joint_pays(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -
     """Whether the gradients are to be computed along: both are needed, nobody looks on, and the backend is for it."""
     if not (torch.is_grad_enabled() and hidden.requires_grad and weight.requires_grad):
         return False
-    if dispatch.observed((hidden, weight)) or any(type(x) not in PLAIN for x in (hidden, weight, targets)):
+    if not dispatch.unobserved((hidden, weight, targets)):
         return False
     implementation = dispatch.implementation("linear_logprob", hidden.device, backend, hidden.dtype)
     return hasattr(implementation, "joint_pays") and implementation.joint_pays(hidden, weight)
