@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NoReturn
 
 from dph.errors import Elsewhere, UserError
@@ -54,7 +55,7 @@ class Command:
 
 
 def _quickstart(parser: Parser) -> None:
-    importlib.import_module("dph.quickstart").add_arguments(parser)
+    _load("dph.quickstart").add_arguments(parser)
 
 
 def _train(parser: Parser) -> None:
@@ -301,9 +302,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def _load(module: str) -> ModuleType:
+    """A module of the package that needs PyTorch, behind what the package else imports before and beside it."""
+    for needed in ("dph.threads", "dph.auto"):
+        importlib.import_module(needed)
+    return importlib.import_module(module)
+
+
 def run(args: argparse.Namespace) -> int:
     """Do what was asked; the exit code."""
-    module = importlib.import_module(COMMANDS[args.command].module)
+    module = _load(COMMANDS[args.command].module)
     return getattr(module, "run" if args.command == "quickstart" else args.command)(args) or 0
 
 

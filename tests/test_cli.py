@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -37,16 +38,47 @@ def test_help_names_every_command(dph_command):
     assert dph_command("--version")[:2] == (0, f"dph {dph.__version__}\n")
 
 
-def test_help_imports_nothing_heavy():
-    # With a bare package in place of dph/__init__.py, which is a matter of its own.
+# Started as the script that pip makes, and as a module.
+STARTS = {
+    "script": f"import sys; sys.argv = [{sysconfig.get_path('scripts') + '/dph'!r}]\n",
+    "module": "import sys; sys.argv, sys.orig_argv = ['-m'], [*sys.orig_argv, '-m', 'dph.cli']\n",
+}
+
+
+def started(how, code):
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", STARTS[how] + code]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("how", STARTS)
+def test_help_imports_nothing_heavy(how):
     code = (
-        "import sys, types; sys.modules['dph'] = bare = types.ModuleType('dph')\n"
-        "bare.__path__, bare.__version__ = ['dph'], '0'\n"
         "import dph.cli; code = dph.cli.main(['train', '--help'])\n"
         "sys.exit(code or len({'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)))"
     )
-    root = Path(__file__).parents[1]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, stdout=subprocess.DEVNULL).returncode == 0
+    assert started(how, code).returncode == 0
+
+
+@pytest.mark.parametrize("how", STARTS)
+def test_ctrl_c_while_pytorch_is_imported(how):
+    code = (
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch': raise KeyboardInterrupt\n"
+        "import dph.cli; sys.meta_path.insert(0, Interrupted()); sys.exit(dph.cli.main(['doctor']))"
+    )
+    done = started(how, code)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "dph: interrupted\n")
+
+
+def test_the_package_is_whole_elsewhere():
+    """In a module of that name that is somebody else's script, too."""
+    code = (
+        "import sys; sys.argv = ['elsewhere/dph']; import dph; print(dph.Model.__name__, dph.auto.RewardModel.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "Model dph.auto\n", done.stderr
 
 
 @pytest.mark.parametrize(
