@@ -37,8 +37,8 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
     },
     "linear_logprob": {
         "cpu": {
-            "cpu": "0.8 (Xeon) to 1.7 times (EPYC) as fast as materialised logits, both passes, in 1/50 of the memory: "
-            "benchmarks/bench_linear_logprob.py",
+            "cpu": "1.1 (Xeon) to 1.7 times (EPYC) as fast as materialised logits, both passes of one loss, in 1/40 of "
+            "the memory: benchmarks/bench_linear_logprob.py",
             "reference": "plain PyTorch runs everywhere",
         },
         "cuda": {
@@ -59,7 +59,7 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
     },
     "swiglu_reward": {
         "cpu": {
-            "cpu": "1 to 2 times as fast as eager PyTorch from 16 rows on, 0.5 (Xeon) to 1.4 (EPYC) for one: "
+            "cpu": "1 to 2 times as fast as eager PyTorch from 4 rows on, 0.8 (Xeon) to 1.4 (EPYC) for one: "
             "benchmarks/bench_swiglu_reward.py",
             "reference": "plain PyTorch runs everywhere",
         },
@@ -70,7 +70,7 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
     },
     "laprop": {
         "cpu": {
-            "cpu": "over 12 times as fast as eager PyTorch, 0.8 to 1 times as its compiled form: "
+            "cpu": "over 12 times as fast as eager PyTorch, 0.9 to 1.1 times as its compiled form: "
             "benchmarks/bench_laprop.py",
             "reference": "plain PyTorch runs everywhere",
         },
