@@ -1,11 +1,13 @@
 """LaProp: every backend against fp64, the paper's own numbers, and what other optimisers got wrong."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 from numerics import assert_close_to_fp64, implementations
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from dph_kernels import dispatch, gradient_norm, laprop, native
 from dph_kernels.laprop import native as laprop_native
@@ -231,14 +233,24 @@ def test_compiles_into_one_graph(device, backend):
         assert all(map(torch.equal, lists[name], eager[name])), name
 
 
-def test_parameters_that_require_gradients():
+@pytest.mark.parametrize("watched", [False, True])
+def test_autograd_notices_what_is_written(watched):
+    """Where somebody looks on, too, and the call goes through PyTorch's dispatcher."""
     lists = make([(10,)])
     param = lists["params"][0].requires_grad_()
-    version, before = param._version, param.detach().clone()
-    run(lists, "auto")
-    assert param._version > version, "autograd must notice that the weights have changed"
+    written = [lists[name][0] for name in ("params", "exp_avg", "exp_avg_sq", "copies")]
+    versions, before = [x._version for x in written], param.detach().clone()
+    with FlopCounterMode(display=False) if watched else contextlib.nullcontext():
+        run(lists, "auto")
+    assert all(x._version > version for x, version in zip(written, versions, strict=True))
     assert not torch.equal(param, before)
     assert param.grad_fn is None
+
+
+def test_a_profile_shows_the_step():
+    with torch.profiler.profile() as found:
+        run(make([(10,)]), "auto")
+    assert "dph::laprop" in {event.key for event in found.key_averages()}
 
 
 def test_no_parameters():
