@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "cpu/pages.h"
 #include "dlpack.h"
 #include "laprop.h"
 #include "linear_logprob.h"
@@ -383,6 +384,9 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "C++ and CUDA kernels of dph_kernels";
   module.attr("source") = DPH_SOURCE;  // digest of csrc when this was built
   module.attr("compiler") = __VERSION__;
+  module.def("prefer_huge_pages", [](intptr_t data, int64_t bytes) {
+    dph::prefer_huge_pages(reinterpret_cast<void*>(data), bytes);
+  });
 #if defined(__x86_64__) && defined(__GNUC__)
   module.attr("intel") = __builtin_cpu_is("intel") != 0;  // the processor
 #else

@@ -1,5 +1,6 @@
 // Pooler and reward heads on the CPU: buffers, threads over blocks of features, and the kernels for the processor.
 #include "../swiglu_reward.h"
+#include "pages.h"
 #include "threads.h"
 
 #include <algorithm>
@@ -8,10 +9,6 @@
 #include <new>
 #include <type_traits>
 #include <vector>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace dph {
 namespace {
@@ -53,17 +50,6 @@ Buffer<T> buffer(int64_t size) {
   Buffer<T> memory(static_cast<T*>(aligned_alloc(64, (size * sizeof(T) + 64) / 64 * 64)));
   if (!memory) throw std::bad_alloc();
   return memory;
-}
-
-// A large result that is about to be written whole: its memory is mostly new, and the system hands it out eight times as
-// fast in huge pages (27 against 3.3 ms for 48 MB).
-void prefer_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t least = int64_t{4} << 20, page = 4096;
-  const intptr_t first = (reinterpret_cast<intptr_t>(data) + page - 1) / page * page;
-  const intptr_t last = (reinterpret_cast<intptr_t>(data) + bytes) / page * page;
-  if (bytes >= least) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // it may be refused
-#endif
 }
 
 // What a thread works in.

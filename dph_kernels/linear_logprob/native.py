@@ -122,6 +122,8 @@ def forward_and_gradients(
     entropy, best = hidden.new_empty(rows if statistics else 0), targets.new_empty(rows if statistics else 0)
     grad_hidden, grad_weight = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (hidden, weight))
     targets, logits = targets.contiguous(), hidden.new_empty(min(rows, _block(weight)), len(weight))
+    for large in (logits, grad_weight):
+        native.module().prefer_huge_pages(large.data_ptr(), 4 * large.numel())
     for part in tiles.spans(rows, len(logits), 16):
         h, x = hidden[part].contiguous(), logits[: part.stop - part.start]
         for columns in tiles.spans(len(weight), 2048, 16):  # of all at once MKL would hold a copy, in its own order
