@@ -14,6 +14,7 @@
 #include "laprop.h"
 #include "linear_logprob.h"
 #include "preference_loss.h"
+#include "swiglu.h"
 #include "swiglu_reward.h"
 #ifdef DPH_CUDA
 #include "cuda/runtime.h"
@@ -331,6 +332,28 @@ void bind_preference_loss(py::module_& module) {
   module.def("preference_loss_gradients_cpu", &preference_loss_gradients);
 }
 
+void bind_swiglu(py::module_& module) {
+  using namespace dph;
+  using namespace py::literals;
+  module.attr("SWIGLU_CHUNK") = SWIGLU_CHUNK;
+  py::class_<SwigluArguments>(module, "SwigluArguments")
+      .def(py::init(&from_fields<SwigluArguments>))
+      .def_readwrite("rows", &SwigluArguments::rows)
+      .def_readwrite("columns", &SwigluArguments::columns)
+      .def_readwrite("bf16", &SwigluArguments::bf16)
+      .def_property("projected", nullptr, address(&SwigluArguments::projected))
+      .def_readwrite("projected_row", &SwigluArguments::projected_row)
+      .def_property("bias", nullptr, address(&SwigluArguments::bias))
+      .def_property("out", nullptr, address(&SwigluArguments::out))
+      .def_property("grad", nullptr, address(&SwigluArguments::grad))
+      .def_readwrite("grad_row", &SwigluArguments::grad_row)
+      .def_property("d_projected", nullptr, address(&SwigluArguments::d_projected))
+      .def_property("sums", nullptr, address(&SwigluArguments::sums));
+  const py::call_guard<py::gil_scoped_release> released;
+  module.def("swiglu_forward_cpu", &swiglu_forward_cpu, "arguments"_a, "threads"_a, released);
+  module.def("swiglu_backward_cpu", &swiglu_backward_cpu, "arguments"_a, "threads"_a, released);
+}
+
 void bind_swiglu_reward(py::module_& module) {
   using namespace dph;
   using namespace py::literals;
@@ -403,5 +426,6 @@ PYBIND11_MODULE(_native, module) {
   bind_laprop(module);
   bind_linear_logprob(module);
   bind_preference_loss(module);
+  bind_swiglu(module);
   bind_swiglu_reward(module);
 }

@@ -5,6 +5,7 @@ from dph_kernels.layout import PackedLayout, Rotary
 from dph_kernels.linear_logprob import linear_logprob
 from dph_kernels.preference_loss import preference_loss
 from dph_kernels.rope_attention import rope_attention
+from dph_kernels.swiglu import swiglu
 from dph_kernels.swiglu_reward import swiglu_reward
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "linear_logprob",
     "preference_loss",
     "rope_attention",
+    "swiglu",
     "swiglu_reward",
 ]

@@ -1,0 +1,120 @@
+// SwiGLU on the CPU: each element is read and written once each way, rows are spread over the cores.
+#include "../swiglu.h"
+
+#include <math.h>
+
+#include <algorithm>
+
+namespace dph {
+namespace {
+
+DPH_INLINE float value(float x) { return x; }
+DPH_INLINE float value(uint16_t bf16) { return float_from_bf16(bf16); }
+DPH_INLINE void put(float& to, float x) { to = x; }
+DPH_INLINE void put(uint16_t& to, float x) { to = bf16_from_float(x); }
+
+// Exactly 0 from -87 down, so that minus infinity times it is NaN, as in PyTorch's silu.
+DPH_INLINE float sigmoid(float x) {
+  const float size = fabsf(x), e = size > 87.0f ? 0.0f : exp_of(-size);
+  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+template <class T>
+DPH_INLINE void forward(const SwigluArguments& a, int64_t row) {
+  const T* __restrict x = static_cast<const T*>(a.projected) + row * a.projected_row;
+  const T* __restrict gate = x + a.columns;
+  const float *__restrict x_bias = a.bias, *__restrict gate_bias = a.bias + a.columns;
+  T* __restrict out = static_cast<T*>(a.out) + row * a.columns;
+#pragma omp simd
+  for (int64_t i = 0; i < a.columns; ++i) {
+    const float g = value(gate[i]) + gate_bias[i];
+    put(out[i], (value(x[i]) + x_bias[i]) * (g * sigmoid(g)));
+  }
+}
+
+template <class T, bool STORE, bool SUMS>
+DPH_INLINE void backward(const SwigluArguments& a, int64_t chunk) {
+  const float *__restrict x_bias = a.bias, *__restrict gate_bias = a.bias + a.columns;
+  float* __restrict x_sums = SUMS ? a.sums + chunk * 2 * a.columns : nullptr;
+  float* __restrict gate_sums = SUMS ? x_sums + a.columns : nullptr;
+  if (SUMS) std::fill_n(x_sums, 2 * a.columns, 0.0f);
+  const int64_t end = std::min((chunk + 1) * SWIGLU_CHUNK, a.rows);
+  for (int64_t row = chunk * SWIGLU_CHUNK; row < end; ++row) {
+    const T* __restrict x = static_cast<const T*>(a.projected) + row * a.projected_row;
+    const T* __restrict gate = x + a.columns;
+    const T* __restrict grad = static_cast<const T*>(a.grad) + row * a.grad_row;
+    T* __restrict dx = STORE ? static_cast<T*>(a.d_projected) + row * 2 * a.columns : nullptr;
+    T* __restrict dgate = STORE ? dx + a.columns : nullptr;
+#pragma omp simd
+    for (int64_t i = 0; i < a.columns; ++i) {
+      const float d = value(grad[i]), g = value(gate[i]) + gate_bias[i], s = sigmoid(g);
+      const float to_x = d * (g * s), to_gate = d * (s * (1.0f + g * (1.0f - s))) * (value(x[i]) + x_bias[i]);
+      if (STORE) {
+        put(dx[i], to_x);
+        put(dgate[i], to_gate);
+      }
+      if (SUMS) {
+        x_sums[i] += to_x;
+        gate_sums[i] += to_gate;
+      }
+    }
+  }
+}
+
+template <class T>
+DPH_INLINE void backward(const SwigluArguments& a, int64_t chunk) {
+  if (!a.sums) return backward<T, true, false>(a, chunk);
+  if (!a.d_projected) return backward<T, false, true>(a, chunk);
+  backward<T, true, true>(a, chunk);
+}
+
+// Forward a row and backward a chunk of rows, for every instruction set. Not by target_clones: see laprop.cpp.
+struct Kernels {
+  void (*forward)(const SwigluArguments&, int64_t row);
+  void (*backward)(const SwigluArguments&, int64_t chunk);
+};
+#define DPH_KERNELS(name, target)                                                  \
+  target void forward_##name(const SwigluArguments& a, int64_t row) {              \
+    a.bf16 ? forward<uint16_t>(a, row) : forward<float>(a, row);                   \
+  }                                                                                \
+  target void backward_##name(const SwigluArguments& a, int64_t chunk) {           \
+    a.bf16 ? backward<uint16_t>(a, chunk) : backward<float>(a, chunk);             \
+  }                                                                                \
+  constexpr Kernels name = {forward_##name, backward_##name};
+DPH_KERNELS(baseline, )
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DPH_X86 1
+DPH_KERNELS(avx2, __attribute__((target("avx2,fma"))))
+DPH_KERNELS(avx512,
+            __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))))
+#endif
+#undef DPH_KERNELS
+
+// With the widest vectors that the processor has.
+Kernels pick() {
+#ifdef DPH_X86
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+    return avx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2;
+#endif
+  return baseline;
+}
+
+const Kernels kernels = pick();
+
+}  // namespace
+
+void swiglu_forward_cpu(const SwigluArguments& a, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (a.rows * a.columns > 16384)
+  for (int64_t row = 0; row < a.rows; ++row) kernels.forward(a, row);
+}
+
+void swiglu_backward_cpu(const SwigluArguments& a, int threads) {
+  const int64_t chunks = (a.rows + SWIGLU_CHUNK - 1) / SWIGLU_CHUNK;
+#pragma omp parallel for schedule(static) num_threads(threads) if (a.rows * a.columns > 16384)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) kernels.backward(a, chunk);
+}
+
+}  // namespace dph
