@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dph.config import ModelConfig
 from dph.memory import Memory
-from dph_kernels import PackedLayout, rope_attention
+from dph_kernels import PackedLayout, rope_attention, swiglu
 
 
 class Attention(nn.Module):
@@ -64,8 +64,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, C] -> [T, C]."""
-        x, gate = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(x * F.silu(gate))
+        return self.fc2(swiglu(F.linear(x, self.fc1.weight), self.fc1.bias))
 
 
 class Block(nn.Module):
