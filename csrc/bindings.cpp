@@ -14,6 +14,7 @@
 #include "laprop.h"
 #include "linear_logprob.h"
 #include "preference_loss.h"
+#include "residual_norm.h"
 #include "swiglu.h"
 #include "swiglu_reward.h"
 #ifdef DPH_CUDA
@@ -332,6 +333,64 @@ void bind_preference_loss(py::module_& module) {
   module.def("preference_loss_gradients_cpu", &preference_loss_gradients);
 }
 
+// What a tensor holds; no data where there is none, or no element in it.
+DLTensor describe(py::handle tensor) {
+  DLTensor found{};
+  if (tensor.is_none()) return found;
+  if (exchange().dltensor_from_py_object_no_sync(tensor.ptr(), &found) != 0) throw py::error_already_set();
+  if (found.data) found.data = static_cast<char*>(found.data) + found.byte_offset;
+  return found;
+}
+
+dph::NormRows norm_rows(py::handle tensor) {
+  const DLTensor x = describe(tensor);
+  return {x.data, x.data ? x.strides[0] : 0};
+}
+
+dph::ResidualNorm residual_norm(py::handle total, py::handle weight, py::handle moments) {
+  const DLTensor scale = describe(weight), both = describe(moments);
+  dph::ResidualNorm a;
+  a.rows = both.shape[1];
+  a.columns = scale.shape[0];
+  a.bf16 = scale.dtype.code == kDLBfloat;
+  a.total = norm_rows(total);
+  a.weight = scale.data;
+  a.mean = static_cast<float*>(both.data);
+  a.rstd = a.mean + a.rows;
+  return a;
+}
+
+// Tensors that the caller has checked and laid out, positional: names would take longer to pass than few rows take.
+void residual_norm_forward(py::handle x, py::handle update, py::handle weight, py::handle bias, float eps,
+                           py::handle total, py::handle normed, py::handle moments, int threads) {
+  dph::ResidualNorm a = residual_norm(update.is_none() ? x : total, weight, moments);
+  a.eps = eps;
+  a.x = norm_rows(x);
+  a.update = norm_rows(update);
+  a.bias = describe(bias).data;
+  a.normed = norm_rows(normed);
+  const py::gil_scoped_release released;
+  dph::residual_norm_forward_cpu(a, threads);
+}
+
+// Gradients that are not wanted are empty.
+void residual_norm_backward(py::handle d_total, py::handle d_normed, py::handle total, py::handle weight,
+                            py::handle moments, py::handle d_x, py::handle d_weight, py::handle d_bias, int threads) {
+  dph::ResidualNorm a = residual_norm(total, weight, moments);
+  a.d_total = norm_rows(d_total);
+  a.d_normed = norm_rows(d_normed);
+  a.d_x = norm_rows(d_x);
+  a.d_weight = describe(d_weight).data;
+  a.d_bias = describe(d_bias).data;
+  const py::gil_scoped_release released;
+  dph::residual_norm_backward_cpu(a, threads);
+}
+
+void bind_residual_norm(py::module_& module) {
+  module.def("residual_norm_forward_cpu", &residual_norm_forward);
+  module.def("residual_norm_backward_cpu", &residual_norm_backward);
+}
+
 void bind_swiglu(py::module_& module) {
   using namespace dph;
   using namespace py::literals;
@@ -426,6 +485,7 @@ PYBIND11_MODULE(_native, module) {
   bind_laprop(module);
   bind_linear_logprob(module);
   bind_preference_loss(module);
+  bind_residual_norm(module);
   bind_swiglu(module);
   bind_swiglu_reward(module);
 }

@@ -84,6 +84,7 @@ def test_all_of_the_house_is_read():
         "laprop",
         "linear_logprob",
         "preference_loss",
+        "residual_norm",
         "rope_attention",
         "swiglu",
         "swiglu_reward",

@@ -1,0 +1,158 @@
+"""The residual connection and the LayerNorm behind it, in one pass each way."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dph_kernels import autocast, checks, dispatch
+from dph_kernels.residual_norm import reference
+
+SMALL = 2**18  # elements up to which PyTorch's own two operators are faster where no gradients follow
+
+
+def _run_forward(
+    x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return dispatch.call("forward", "residual_norm", x, backend, x, update, weight, bias, eps)
+
+
+_forward = torch.library.custom_op("dph::residual_norm", _run_forward, mutates_args=())
+
+
+@_forward.register_fake
+def _(
+    x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.results(x, update)
+
+
+def _run_backward(
+    d_total: Tensor | None,
+    d_normed: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    moments: Tensor,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = d_total, d_normed, total, weight, moments, needs
+    return dispatch.call("backward", "residual_norm", total, backend, *arguments)
+
+
+_backward = torch.library.custom_op("dph::residual_norm_backward", _run_backward, mutates_args=())
+
+
+@_backward.register_fake
+def _(
+    d_total: Tensor | None,
+    d_normed: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    moments: Tensor,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.gradients(total, weight, needs)
+
+
+def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    x, update, weight, _, _, ctx.backend = inputs
+    total, _, moments = output
+    ctx.set_materialize_grads(False)  # an output that nobody uses costs nothing
+    summed = update is not None and any(ctx.needs_input_grad[:2])
+    ctx.mark_non_differentiable(moments, *(() if summed else (total,)))
+    ctx.save_for_backward(x if update is None else total, weight, moments)
+
+
+def _gradients(
+    ctx: torch.autograd.function.FunctionCtx,
+    d_total: Tensor | None,
+    d_normed: Tensor | None,
+    *_: None,
+    run: Callable = _backward,
+) -> tuple[Tensor | None, ...]:
+    to_x, to_update, *to_weights = ctx.needs_input_grad[:4]
+    needs, grads = [to_x or to_update, *to_weights], [d_total, None, None]
+    if d_normed is not None:
+        found = run(d_total, d_normed, *ctx.saved_tensors, needs, ctx.backend)
+        grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
+    d_x, d_weight, d_bias = grads
+    return d_x if to_x else None, d_x if to_update else None, d_weight, d_bias, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+class _Direct(torch.autograd.Function):
+    """The same past the dispatcher, whose Python takes longer than the arithmetic of a small step."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, *inputs: Tensor | float | str | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output = _run_forward(*inputs)
+        _setup(ctx, inputs, output)  # by PyTorch's own way, setup_context, a call takes 50 us longer
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, *grads, run=_run_backward)
+
+
+def residual_norm(
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """A residual connection and the LayerNorm of what it comes to::
+
+        total = x if update is None else x + update
+        normed = layer_norm(total, [C], weight, bias, eps)
+
+    Args:
+        x: [T, C] residual stream, fp16, bf16, fp32 or fp64, any strides. T may be 0.
+        update: [T, C] what is added to it, or None; as all that follows of x's dtype and device.
+        weight: [C] scale of the norm.
+        bias: [C] added to it, or None.
+        eps: added to the variance.
+        backend: "auto" or a backend's name. "auto" is plain PyTorch under ``torch.compile``, and for few rows without
+            gradients.
+
+    Returns:
+        (total, normed), both [T, C] in x's dtype; total is x itself where there is no update. The norm is that of the
+        rounded total, taken in fp32 (fp64 for fp64 inputs) and rounded once, as are all gradients; those of weight and
+        bias are sums over the rows in an order that the sizes alone decide.
+
+    Under ``torch.autocast`` everything is cast to its dtype; the arithmetic inside stays in fp32.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, or eps below 0.
+        RuntimeError: "triton" with rows of more than 16384 elements.
+    """
+    x, update, weight, bias = autocast.together(x, update, weight, bias)
+    checks.shape("x", x, "T", "C")
+    checks.dtype("x", x, checks.FLOATS)
+    columns = x.shape[1]
+    if columns == 0:
+        raise ValueError(f"x: expected at least one column (C >= 1), got shape {list(x.shape)}")
+    for name, value, sizes in (("update", update, x.shape), ("weight", weight, [columns]), ("bias", bias, [columns])):
+        if value is not None or name == "weight":
+            checks.shape(name, value, *sizes)
+            checks.dtype(name, value, x.dtype)
+            checks.device(name, value, x.device)
+    checks.number("eps", eps, 0.0)
+    if backend == "auto" and (torch.compiler.is_compiling() or (x.numel() <= SMALL and not torch.is_grad_enabled())):
+        # The compiler fuses this with what stands around it, which it cannot do with an operator of ours; and where an
+        # answer is written token by token, the way to a kernel takes seven times as long as all of it.
+        total = x if update is None else x + update
+        return total, torch.nn.functional.layer_norm(total, [columns], weight, bias, eps).to(x.dtype)
+    arguments = x, update, weight, bias, float(eps), backend
+    direct = dispatch.unobserved(value for value in arguments[:4] if value is not None)
+    total, normed, _ = (_Direct.apply if direct else _forward)(*arguments)
+    return x if update is None else total, normed

@@ -1,0 +1,30 @@
+"""Residual connection and LayerNorm by csrc/cpu/residual_norm.cpp: fp32, or bf16 with fp32 arithmetic."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dph_kernels import native
+from dph_kernels.residual_norm.reference import gradients, results, vectors
+
+
+def forward(
+    x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``reference.forward`` gives."""
+    found = results(x, update)
+    x, update = vectors(x), None if update is None else vectors(update)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    native.module().residual_norm_forward_cpu(x, update, weight, bias, eps, *found, native.threads())
+    return found
+
+
+def backward(
+    d_total: Tensor | None, d_normed: Tensor, total: Tensor, weight: Tensor, moments: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``reference.backward`` gives."""
+    found = gradients(total, weight, needs)
+    d_total = None if d_total is None else vectors(d_total)
+    inputs = d_total, vectors(d_normed), vectors(total), weight.contiguous(), moments
+    native.module().residual_norm_backward_cpu(*inputs, *found, native.threads())
+    return found
