@@ -35,20 +35,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
+def norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
+    """PyTorch's own."""
+    return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
+
+
 def run_block(
     block: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor], mask: Any, past: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A block of [B, S, C]; also the un-rotated keys and values that it saw. No mask: causal."""
     batch, length, width = x.shape
     attention, (cos, sin) = block.attention, tables
-    qkv = attention.qkv(block.attention_norm(x)).view(batch, length, 3, attention.heads, -1)
+    qkv = attention.qkv(norm(block.attention_norm, x)).view(batch, length, 3, attention.heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     if past is not None:
         k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
     rotated = rotate(q, cos[-length:], sin[-length:]), rotate(k, cos, sin)
     out = F.scaled_dot_product_attention(*rotated, v, attn_mask=mask, is_causal=mask is None)
     x = x + attention.out(out.transpose(1, 2).reshape(batch, length, width))
-    y, gate = block.ffn.fc1(block.ffn_norm(x)).chunk(2, dim=-1)
+    y, gate = block.ffn.fc1(norm(block.ffn_norm, x)).chunk(2, dim=-1)
     return x + block.ffn.fc2(y * F.silu(gate)), k, v
 
 
@@ -80,14 +85,14 @@ class PaperModel(nn.Module):
         """States [B, S, C] of tokens [B, S], and the last ``memory`` keys and values of every layer, detached."""
         backbone, length = self.model.backbone, tokens.shape[1]
         keys = length + (past[0][0].shape[2] if past else 0)
-        x = backbone.input_norm(backbone.input_proj(backbone.embedding(tokens)))
+        x = norm(backbone.input_norm, backbone.input_proj(backbone.embedding(tokens)))
         tables, mask = self.tables(keys, x.device, x.dtype), self.mask(length, keys, x.device)
         kept = []
         for i, block in enumerate(backbone.blocks):
             x, k, v = self.run_block(block, x, tables, mask, past[i] if past else None)
             if memory:
                 kept.append((k[:, :, -memory:].detach(), v[:, :, -memory:].detach()))
-        return backbone.output_norm(x), kept
+        return norm(backbone.output_norm, x), kept
 
     def logits(self, hidden: Tensor) -> Tensor:
         """All of them, [B, S, V]."""

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dph.config import ModelConfig
 from dph.memory import Memory
-from dph_kernels import PackedLayout, rope_attention, swiglu
+from dph_kernels import PackedLayout, residual_norm, rope_attention, swiglu
 
 
 class Attention(nn.Module):
@@ -54,6 +54,18 @@ class Attention(nn.Module):
         return rows.view(len(rows), rows.shape[1] // width, self.heads, width // self.heads).unbind(1)
 
 
+class LayerNorm(nn.LayerNorm):
+    """A LayerNorm, and the residual connection before it where there is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, C] -> [T, C]."""
+        return residual_norm(x, None, self.weight, self.bias, eps=self.eps)[1]
+
+    def behind(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """``x + update`` [T, C], and the norm of it."""
+        return residual_norm(x, update, self.weight, self.bias, eps=self.eps)
+
+
 class FeedForward(nn.Module):
     """SwiGLU: ``fc1`` gives [x | gate], x * silu(gate), ``fc2`` back."""
 
@@ -75,9 +87,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attention_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.attention = Attention(config)
-        self.ffn_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.ffn_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.ffn = FeedForward(config)
 
     def forward(self, x: Tensor, layout: PackedLayout, memory: LayerMemory | None = None) -> Tensor:
@@ -92,8 +104,8 @@ class Block(nn.Module):
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
         """Rows [T, C] and what attention gave for them [T, C] -> [T, C]."""
-        x = x + self.attention.out(attended)
-        return x + self.ffn(self.ffn_norm(x))
+        x, normed = self.ffn_norm.behind(x, self.attention.out(attended))
+        return x + self.ffn(normed)
 
 
 @dataclass(frozen=True)
@@ -154,9 +166,9 @@ class Backbone(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
         self.input_proj = nn.Linear(config.embedding_size, config.hidden_size, bias=False)
-        self.input_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.input_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.output_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.output_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(
         self, tokens: Tensor, layout: PackedLayout, memory: Memory | None = None, counts: Sequence[int] = ()

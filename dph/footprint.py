@@ -162,10 +162,9 @@ def activations(recipe: Recipe, config: ModelConfig, rows: int, size: int) -> fl
     """Bytes that the backward pass keeps of ``rows`` rows.
 
     A block keeps its input, both norms' outputs, q, k (rotated, too) and v, what attention gives with its log-sum-exp,
-    the sum after it; [x | gate], silu(gate) and their product. A compiled one computes silu(gate) again.
+    the sum after it; [x | gate] and what SwiGLU makes of them.
     """
-    wide = 3 if recipe.compile else 4
-    block = size * (10 * config.hidden_size + wide * config.intermediate_size) + 4 * config.num_attention_heads
+    block = size * (10 * config.hidden_size + 3 * config.intermediate_size) + 4 * config.num_attention_heads
     kept = config.num_hidden_layers * block
     if recipe.checkpointing == "block":
         kept = config.num_hidden_layers * size * config.hidden_size + block

@@ -104,6 +104,7 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
 }
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
+FEW = 2**17  # elements that PyTorch's own operations take no longer over than a kernel of ours with its Python
 
 # The dtypes that a backend computes in, where not in all of them.
 UP_TO_FP32 = (torch.float32, torch.bfloat16, torch.float16)
@@ -249,6 +250,16 @@ def unobserved(tensors: Iterable[Tensor]) -> bool:
     """Whether a call may go past the dispatcher: not :func:`observed`, and no subclass, which may see it otherwise."""
     tensors = tuple(tensors)
     return not observed(tensors) and PLAIN.issuperset(map(type, tensors))
+
+
+def left_to_pytorch(x: Tensor, backend: str) -> bool:
+    """Whether "auto" leaves a cheap operator on ``x`` to plain PyTorch.
+
+    Its compiler fuses such a thing with what stands around it, which it cannot do with an operator of ours. And where
+    there is little to compute, as when an answer is written token by token, the way to a kernel takes several times as
+    long as all of it; with gradients or without, so that both give the same bits.
+    """
+    return backend == "auto" and (torch.compiler.is_compiling() or x.numel() <= FEW)
 
 
 def toolchain() -> dict[str, str]:

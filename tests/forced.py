@@ -23,6 +23,7 @@ def force(backend):
         for device, line in devices.items():
             if backend in dispatch.implemented(operator):
                 devices[device] = {backend: "forced", "reference": line["reference"]}
+    dispatch.FEW = 0  # nothing is left to plain PyTorch
     used, find = set(), dispatch._module
 
     def noted(operator, backend):
@@ -38,13 +39,13 @@ def forced(backend):
     """``force`` for a block of this process; the caller has made sure that the backend runs here."""
     from dph_kernels import dispatch
 
-    lines, find = copy.deepcopy(dispatch.AUTO), dispatch._module
+    lines, find, few = copy.deepcopy(dispatch.AUTO), dispatch._module, dispatch.FEW
     dispatch.choose.cache_clear()
     try:
         yield force(backend)
     finally:
         dispatch.AUTO.update(lines)
-        dispatch._module = find
+        dispatch._module, dispatch.FEW = find, few
         dispatch.choose.cache_clear()
 
 

@@ -13,6 +13,7 @@ from dph.errors import UserError
 from dph.packing import pack
 from dph.records import Preference, encoder
 from dph.trainer import make_stage
+from dph_kernels import dispatch
 
 
 @pytest.fixture
@@ -165,8 +166,9 @@ def test_the_host_says_how_much_memory_it_has():
 
 
 @pytest.mark.parametrize(("checkpointing", "compile"), [("none", False), ("block", False), ("none", True)])
-def test_activations_are_those_that_autograd_keeps(checkpointing, compile, request):
+def test_activations_are_those_that_autograd_keeps(checkpointing, compile, request, monkeypatch):
     """Within a tenth, of a model with the paper's proportions."""
+    monkeypatch.setattr(dispatch, "FEW", 0)  # as of real sizes
     torch.manual_seed(0)
     config = dph.ModelConfig(
         vocab_size=512, embedding_size=96, hidden_size=192, intermediate_size=512, num_hidden_layers=6,
@@ -192,7 +194,7 @@ def test_activations_are_those_that_autograd_keeps(checkpointing, compile, reque
     values = settings("sft", "unused", checkpointing=checkpointing, compile=compile)
     reckoned = footprint.activations(values, model.config, rows, 4)
     if checkpointing == "block":  # while one block is computed again, its own activations are there
-        reckoned -= rows * (4 * (10 * 192 + 4 * 512) + 4 * 3)
+        reckoned -= rows * (4 * (10 * 192 + 3 * 512) + 4 * 3)
     assert reckoned == pytest.approx(measured, rel=0.1)
 
 

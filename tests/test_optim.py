@@ -335,9 +335,9 @@ def test_param_groups_of_the_model():
     model = dph.Model(dph.ModelConfig(vocab_size=16, embedding_size=4, hidden_size=8, intermediate_size=8,
                                       num_hidden_layers=1, num_attention_heads=2))  # fmt: skip
     decayed, plain = param_groups(model, prior_decay=0.5)
-    kinds = {id(p): type(m) for m in model.modules() for p in m.parameters(recurse=False)}
-    assert all(kinds[id(p)] is nn.Linear and p.ndim == 2 for p in decayed["params"])
-    assert all(kinds[id(p)] in (nn.LayerNorm, nn.Embedding) or p.ndim == 1 for p in plain["params"])
+    owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
+    assert all(isinstance(owners[id(p)], nn.Linear) and p.ndim == 2 for p in decayed["params"])
+    assert all(isinstance(owners[id(p)], nn.LayerNorm | nn.Embedding) or p.ndim == 1 for p in plain["params"])
 
 
 def test_gradient_norm_is_exact_and_takes_odd_shapes():

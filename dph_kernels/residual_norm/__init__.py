@@ -8,8 +8,6 @@ from torch import Tensor
 from dph_kernels import autocast, checks, dispatch
 from dph_kernels.residual_norm import reference
 
-SMALL = 2**18  # elements up to which PyTorch's own two operators are faster where no gradients follow
-
 
 def _run_forward(
     x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, backend: str
@@ -121,8 +119,7 @@ def residual_norm(
         weight: [C] scale of the norm.
         bias: [C] added to it, or None.
         eps: added to the variance.
-        backend: "auto" or a backend's name. "auto" is plain PyTorch under ``torch.compile``, and for few rows without
-            gradients.
+        backend: "auto" or a backend's name. "auto" is plain PyTorch for few elements, and under ``torch.compile``.
 
     Returns:
         (total, normed), both [T, C] in x's dtype; total is x itself where there is no update. The norm is that of the
@@ -147,9 +144,7 @@ def residual_norm(
             checks.dtype(name, value, x.dtype)
             checks.device(name, value, x.device)
     checks.number("eps", eps, 0.0)
-    if backend == "auto" and (torch.compiler.is_compiling() or (x.numel() <= SMALL and not torch.is_grad_enabled())):
-        # The compiler fuses this with what stands around it, which it cannot do with an operator of ours; and where an
-        # answer is written token by token, the way to a kernel takes seven times as long as all of it.
+    if dispatch.left_to_pytorch(x, backend):
         total = x if update is None else x + update
         return total, torch.nn.functional.layer_norm(total, [columns], weight, bias, eps).to(x.dtype)
     arguments = x, update, weight, bias, float(eps), backend

@@ -85,7 +85,7 @@ def swiglu(projected: Tensor, bias: Tensor | None = None, *, backend: str = "aut
         bias: [2F] of the product before, same dtype and device: there its gradient, the sums over the rows of
             projected's, would cost one more pass over memory. Here they are taken along, before rounding, in an order
             that depends on the sizes alone (and on the GPU).
-        backend: "auto" or a backend's name.
+        backend: "auto" or a backend's name. "auto" is plain PyTorch for few elements, and under ``torch.compile``.
 
     Returns:
         [T, F] of projected's dtype.
@@ -105,7 +105,7 @@ def swiglu(projected: Tensor, bias: Tensor | None = None, *, backend: str = "aut
         checks.shape("bias", bias, projected.shape[1])
         checks.dtype("bias", bias, projected.dtype)
         checks.device("bias", bias, projected.device)
-    if backend == "auto" and torch.compiler.is_compiling():
-        return reference.forward(projected, bias)  # PyTorch's compiler fuses it with what stands around it
+    if dispatch.left_to_pytorch(projected, backend):
+        return reference.forward(projected, bias)
     direct = dispatch.unobserved((projected,) if bias is None else (projected, bias)) and not projected.is_meta
     return (_Direct.apply if direct else _forward_operator)(projected, bias, backend)

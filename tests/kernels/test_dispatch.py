@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 
-from dph_kernels import dispatch, native
+from dph_kernels import dispatch, native, residual_norm, swiglu
 
 TABLE = {
     "cpu": {"cpu": "fast", "reference": "slow"},
@@ -114,3 +114,24 @@ def test_the_reference_runs_everywhere(operator):
         assert list(line)[-1] == "reference"
         assert all(line.values()), "every entry says why it stands where it does"
         assert dispatch.missing(operator, "reference", device) is None
+
+
+CHEAP = {
+    "residual_norm": lambda x: residual_norm(x, x, torch.ones(8))[1],
+    "swiglu": swiglu,
+}
+
+
+@pytest.mark.parametrize("operator", CHEAP)
+@pytest.mark.parametrize("few", [39, 40])
+def test_cheap_operators_leave_few_elements_to_pytorch(operator, few, monkeypatch):
+    """With and without gradients, whose results have to be the same bits: those of a policy and its reference."""
+    called, original = [], dispatch.call
+    monkeypatch.setattr(dispatch, "call", lambda *args: called.append(args[0]) or original(*args))
+    monkeypatch.setattr(dispatch, "FEW", few)
+    x = torch.randn(5, 8, requires_grad=True)
+    got = CHEAP[operator](x)
+    with torch.no_grad():
+        assert torch.equal(CHEAP[operator](x), got)
+    assert called == (["forward"] * 2 if few < x.numel() else [])
+    assert got.requires_grad

@@ -1,7 +1,6 @@
 """residual_norm: every backend against plain PyTorch in the same precision and in fp64."""
 
 import functools
-import importlib
 
 import pytest
 import torch
@@ -299,22 +298,6 @@ def test_compiles_as_one_graph(without, device, backend):
     assert ["dph.residual_norm" in graph for graph in graphs] == [backend != "auto"]
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(results(compiled, given, upstream), expected)
-
-
-@pytest.mark.parametrize("without", [(), ("update", "bias")], ids=" ".join)
-def test_few_tokens_without_gradients_are_left_to_pytorch(without, monkeypatch):
-    called, original = [], dispatch.call
-    monkeypatch.setattr(dispatch, "call", lambda *args: called.append(args[0]) or original(*args))
-    given = make(3, 33, torch.bfloat16, without=without)
-    expected = residual_norm(**given)
-    assert called == ["forward"]
-    with torch.no_grad():
-        got = residual_norm(**given)
-        assert called == ["forward"]
-        monkeypatch.setattr(importlib.import_module("dph_kernels.residual_norm"), "SMALL", 98)
-        residual_norm(**given)
-    assert called == ["forward"] * 2
-    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
