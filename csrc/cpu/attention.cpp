@@ -1,5 +1,6 @@
 // Rotary attention on the CPU: threads over tiles and heads, and the kernels for the processor that is found.
 #include "../attention.h"
+#include "instruction_sets.h"
 #include "threads.h"
 
 #include <math.h>
@@ -21,10 +22,9 @@ namespace baseline {
 }  // namespace baseline
 
 // Explicit targets instead of target_clones: vector types have to be as wide as the instruction set's registers.
-#if defined(__x86_64__) && defined(__GNUC__)
-#define DPH_X86 1
+#ifdef DPH_X86
 namespace avx2 {
-#define DPH_TARGET __attribute__((target("avx2,fma")))
+#define DPH_TARGET DPH_AVX2
 #define DPH_LANES 8
 #include "attention_kernels.h"
 #undef DPH_TARGET
@@ -32,7 +32,7 @@ namespace avx2 {
 }  // namespace avx2
 
 namespace avx512 {
-#define DPH_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define DPH_TARGET DPH_AVX512
 #define DPH_LANES 16
 #include "attention_kernels.h"
 #undef DPH_TARGET
@@ -47,21 +47,16 @@ struct Kernels {
   void (*rotate)(const RotateArguments&, int64_t, float*) = baseline::rotate_rows;
 };
 
-// The kernels with the widest vectors that the processor has, of at most ``lanes`` floats.
+// For vectors of so many floats.
 Kernels pick(int lanes) {
 #ifdef DPH_X86
-  if (lanes >= 16 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    return {16, avx512::forward_tile, avx512::backward_tile, avx512::rotate_rows};
-  }
-  if (lanes >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return {8, avx2::forward_tile, avx2::backward_tile, avx2::rotate_rows};
-  }
+  if (lanes == 16) return {16, avx512::forward_tile, avx512::backward_tile, avx512::rotate_rows};
+  if (lanes == 8) return {8, avx2::forward_tile, avx2::backward_tile, avx2::rotate_rows};
 #endif
   return {};
 }
 
-Kernels kernels = pick(16);
+Kernels kernels = pick(vector_floats());
 
 // Memory for each of the threads, taken before they start: a failure is then an exception that somebody can catch.
 class Scratch {
@@ -85,7 +80,7 @@ constexpr int64_t WORTH_THREADS = 16384;  // elements to rotate: below, starting
 }  // namespace
 
 int attention_lanes(int most) {
-  kernels = pick(most);
+  kernels = pick(vector_floats(most));
   return kernels.lanes;
 }
 

@@ -1,5 +1,6 @@
 // LaProp on the CPU: one pass over memory, all cores, in one call for any number of tensors.
 #include "../laprop.h"
+#include "instruction_sets.h"
 
 #include <algorithm>
 
@@ -71,30 +72,24 @@ DPH_INLINE void chunk(const LapropTensor& t, const LapropCoefficients& k, float 
   }
 }
 
-// The twelve loops for every instruction set. Not by target_clones: its AVX2 has no fused multiply-add, and its AVX-512
-// neither the instructions for 16-bit numbers nor the leave to use the whole width.
+// The twelve loops for every instruction set.
 #define DPH_CHUNK(name)                                                                                        \
   void name(const LapropTensor& t, const LapropCoefficients& k, float scale, int64_t begin, int64_t size) {    \
     chunk(t, k, scale, begin, size);                                                                           \
   }
 DPH_CHUNK(baseline)
-#if defined(__x86_64__) && defined(__GNUC__)
-#define DPH_X86 1
-__attribute__((target("avx2,fma"))) DPH_CHUNK(avx2)
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))) DPH_CHUNK(avx512)
+#ifdef DPH_X86
+DPH_AVX2 DPH_CHUNK(avx2)
+DPH_AVX512 DPH_CHUNK(avx512)
 #endif
 #undef DPH_CHUNK
 
 using Chunk = void (*)(const LapropTensor&, const LapropCoefficients&, float, int64_t, int64_t);
 
-// With the widest vectors that the processor has.
 Chunk pick() {
 #ifdef DPH_X86
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    return avx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2;
+  if (vector_floats() == 16) return avx512;
+  if (vector_floats() == 8) return avx2;
 #endif
   return baseline;
 }

@@ -1,6 +1,7 @@
 // Residual connection and LayerNorm on the CPU: rows are spread over the cores and stay in the first-level cache between
 // the passes over them. Partial sums belong to fixed chunks of rows, so results do not depend on threads.
 #include "../residual_norm.h"
+#include "instruction_sets.h"
 
 #include <math.h>
 
@@ -133,16 +134,14 @@ DPH_INLINE void backward(const ResidualNorm& a, int64_t chunk, float* partials) 
   }
 }
 
-// Both passes for every instruction set. Not by target_clones: its AVX2 has no fused multiply-add, and its AVX-512
-// neither the instructions for 16-bit numbers nor the leave to use the whole width.
+// Both passes for every instruction set.
 #define DPH_PASSES(target, name)                                                      \
   target void name##_forward(const ResidualNorm& a, int64_t row) { forward(a, row); } \
   target void name##_backward(const ResidualNorm& a, int64_t chunk, float* partials) { backward(a, chunk, partials); }
 DPH_PASSES(, baseline)
-#if defined(__x86_64__) && defined(__GNUC__)
-#define DPH_X86 1
-DPH_PASSES(__attribute__((target("avx2,fma"))), avx2)
-DPH_PASSES(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))), avx512)
+#ifdef DPH_X86
+DPH_PASSES(DPH_AVX2, avx2)
+DPH_PASSES(DPH_AVX512, avx512)
 #endif
 #undef DPH_PASSES
 
@@ -151,14 +150,10 @@ struct Passes {
   void (*backward)(const ResidualNorm&, int64_t, float*);
 };
 
-// With the widest vectors that the processor has.
 Passes pick() {
 #ifdef DPH_X86
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    return {avx512_forward, avx512_backward};
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {avx2_forward, avx2_backward};
+  if (vector_floats() == 16) return {avx512_forward, avx512_backward};
+  if (vector_floats() == 8) return {avx2_forward, avx2_backward};
 #endif
   return {baseline_forward, baseline_backward};
 }

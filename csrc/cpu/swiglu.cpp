@@ -1,5 +1,6 @@
 // SwiGLU on the CPU: each element is read and written once each way, rows are spread over the cores.
 #include "../swiglu.h"
+#include "instruction_sets.h"
 
 #include <math.h>
 
@@ -68,7 +69,7 @@ DPH_INLINE void backward(const SwigluArguments& a, int64_t chunk) {
   backward<T, true, true>(a, chunk);
 }
 
-// Forward a row and backward a chunk of rows, for every instruction set. Not by target_clones: see laprop.cpp.
+// Forward a row and backward a chunk of rows, for every instruction set.
 struct Kernels {
   void (*forward)(const SwigluArguments&, int64_t row);
   void (*backward)(const SwigluArguments&, int64_t chunk);
@@ -82,22 +83,16 @@ struct Kernels {
   }                                                                                \
   constexpr Kernels name = {forward_##name, backward_##name};
 DPH_KERNELS(baseline, )
-#if defined(__x86_64__) && defined(__GNUC__)
-#define DPH_X86 1
-DPH_KERNELS(avx2, __attribute__((target("avx2,fma"))))
-DPH_KERNELS(avx512,
-            __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))))
+#ifdef DPH_X86
+DPH_KERNELS(avx2, DPH_AVX2)
+DPH_KERNELS(avx512, DPH_AVX512)
 #endif
 #undef DPH_KERNELS
 
-// With the widest vectors that the processor has.
 Kernels pick() {
 #ifdef DPH_X86
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    return avx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2;
+  if (vector_floats() == 16) return avx512;
+  if (vector_floats() == 8) return avx2;
 #endif
   return baseline;
 }

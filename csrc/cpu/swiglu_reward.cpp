@@ -1,5 +1,6 @@
 // Pooler and reward heads on the CPU: buffers, threads over blocks of features, and the kernels for the processor.
 #include "../swiglu_reward.h"
+#include "instruction_sets.h"
 #include "pages.h"
 #include "threads.h"
 
@@ -108,10 +109,9 @@ namespace baseline {
 }  // namespace baseline
 
 // Explicit targets instead of target_clones: vector types have to be as wide as the instruction set's registers.
-#if defined(__x86_64__) && defined(__GNUC__)
-#define DPH_X86 1
+#ifdef DPH_X86
 namespace avx2 {
-#define DPH_TARGET __attribute__((target("avx2,fma")))
+#define DPH_TARGET DPH_AVX2
 #define DPH_LANES 8
 #include "swiglu_reward_kernels.h"
 #undef DPH_TARGET
@@ -119,7 +119,7 @@ namespace avx2 {
 }  // namespace avx2
 
 namespace avx512 {
-#define DPH_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define DPH_TARGET DPH_AVX512
 #define DPH_LANES 16
 #include "swiglu_reward_kernels.h"
 #undef DPH_TARGET
@@ -142,19 +142,16 @@ struct Kernels {
         set::weight_backward_block                                                                     \
   }
 
-// The kernels with the widest vectors that the processor has, of at most ``lanes`` floats.
+// For vectors of so many floats.
 Kernels pick(int lanes) {
 #ifdef DPH_X86
-  if (lanes >= 16 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    return DPH_KERNELS(16, avx512);
-  }
-  if (lanes >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return DPH_KERNELS(8, avx2);
+  if (lanes == 16) return DPH_KERNELS(16, avx512);
+  if (lanes == 8) return DPH_KERNELS(8, avx2);
 #endif
   return DPH_KERNELS(4, baseline);
 }
 
-Kernels kernels = pick(16);
+Kernels kernels = pick(vector_floats());
 
 // run(block, scratch) for all blocks, on all threads. Their memory is taken before they start: a failure is then an
 // exception that somebody can catch.
@@ -172,7 +169,7 @@ void each(int64_t count, int threads, const Job& job, Stage stage) {
 }  // namespace
 
 int swiglu_reward_lanes(int most) {
-  kernels = pick(most);
+  kernels = pick(vector_floats(most));
   return kernels.lanes;
 }
 
