@@ -1,4 +1,4 @@
-"""Fused operators of Direct Preference Heads: attention, log-probabilities, reward, preference loss, optimiser."""
+"""Fused operators of Direct Preference Heads: attention, norms, gates, log-probabilities, rewards, loss, optimiser."""
 
 from dph_kernels.laprop import GradientNorm, gradient_norm, laprop
 from dph_kernels.layout import PackedLayout, Rotary
