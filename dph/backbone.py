@@ -57,17 +57,17 @@ class Attention(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """A LayerNorm, and the residual connection before it where there is one."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, C] -> [T, C]."""
-        return residual_norm(x, None, self.weight, self.bias, eps=self.eps)[1]
-
-    def behind(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-        """``x + update`` [T, C], and the norm of it."""
-        return residual_norm(x, update, self.weight, self.bias, eps=self.eps)
+    def forward(self, x: Tensor, update: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of ``x`` [T, C]; with an update, ``x + update`` and the norm of that."""
+        both = residual_norm(x, update, self.weight, self.bias, eps=self.eps)
+        return both[1] if update is None else both
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: ``fc1`` gives [x | gate], x * silu(gate), ``fc2`` back."""
+    """SwiGLU: ``fc1`` gives [x | gate], x * silu(gate), ``fc2`` back.
+
+    The bias of ``fc1`` is added by the gate, unless somebody has put another module in its place, or looks on.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -76,7 +76,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, C] -> [T, C]."""
-        return self.fc2(swiglu(F.linear(x, self.fc1.weight), self.fc1.bias))
+        if type(self.fc1) is nn.Linear and not (self.fc1._forward_hooks or self.fc1._forward_pre_hooks):
+            return self.fc2(swiglu(F.linear(x, self.fc1.weight), self.fc1.bias))
+        return self.fc2(swiglu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -104,7 +106,7 @@ class Block(nn.Module):
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
         """Rows [T, C] and what attention gave for them [T, C] -> [T, C]."""
-        x, normed = self.ffn_norm.behind(x, self.attention.out(attended))
+        x, normed = self.ffn_norm(x, self.attention.out(attended))
         return x + self.ffn(normed)
 
 

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def active(x: Tensor) -> bool:
+    """Whether PyTorch's autocast is on for the device of ``x``."""
+    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+
+
 def together(*values: Any) -> tuple[Any, ...]:
     """Cast floating-point tensors to the dtype of the autocast context around, if there is one.
 

@@ -99,6 +99,16 @@ def poisoned_empty(monkeypatch):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 
 
+@pytest.fixture(scope="module")
+def every_kernel():
+    """Models as small as the tests' are computed by the kernels that large ones are, not left to plain PyTorch."""
+    from dph_kernels import dispatch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "FEW", 0)
+        yield
+
+
 @pytest.fixture
 def overflow_is_an_error(monkeypatch):
     """Triton's interpreter, where it is on, reports int32 arithmetic that wraps around, on masked lanes too."""

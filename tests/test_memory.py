@@ -10,6 +10,7 @@ from transformers import DynamicCache
 import dph
 
 KINDS = ("kv", "hidden")
+pytestmark = pytest.mark.usefixtures("every_kernel")
 
 
 def segments_of(model, pieces, memory):

@@ -8,6 +8,8 @@ from tiny import END, PAD, VOCAB, naive, naive_logits, padded, tiny_config, tiny
 
 import dph
 
+pytestmark = pytest.mark.usefixtures("every_kernel")
+
 # Definition
 
 
@@ -329,3 +331,24 @@ def test_a_conversation_without_an_answer_cannot_be_scored():
     model, tok = scorer()
     with pytest.raises(ValueError, match="expected an assistant message"):
         model.score(tok, [TALK[0], [message("user", "hello")]])
+
+
+@pytest.mark.parametrize("way", ["hook", "another module"])
+def test_a_product_that_somebody_watches_or_replaces_is_called(way):
+    """Of the feed-forward network, whose gate else adds its bias."""
+    model, seen = tiny_model(), []
+    ids = tokens(2, 9)
+    expected = model(ids).logits
+    ffn = model.backbone.blocks[0].ffn
+    if way == "another module":
+        ffn.fc1 = torch.nn.Sequential(ffn.fc1)
+    ffn.fc1.register_forward_hook(lambda module, given, result: seen.append(result))
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert len(seen) == 1
+
+
+def test_hooks_on_norms_are_called():
+    model, seen = tiny_model(), []
+    model.backbone.blocks[0].ffn_norm.register_forward_hook(lambda *_: seen.append(1))
+    model(tokens(2, 9))
+    assert seen == [1]

@@ -13,6 +13,9 @@ from tiny import VOCAB, tiny_model, tokens
 import dph
 from dph.chat import Encoded
 from dph.packing import fill, packed_length
+from dph_kernels import dispatch
+
+pytestmark = pytest.mark.usefixtures("every_kernel")
 
 
 def encoded(ids, seed, *, trained=0.5, scored=0.3, finished=True):
@@ -117,6 +120,19 @@ def packed(model, documents):
     results |= {"logprobs": out.logprobs, "mean_logprobs": out.mean_logprobs}
     results |= {f"reward {name}": own for name, own in out.rewards.items()}
     return results | gradients(model, results)
+
+
+@pytest.mark.parametrize("few", [0, 2**17])
+def test_a_policy_and_its_reference_begin_with_the_same_bits(few, monkeypatch):
+    """Log-probabilities with gradients and without them, by kernels and by plain PyTorch."""
+    monkeypatch.setattr(dispatch, "FEW", few)
+    model = tiny_model()
+    batch = dph.pack([[encoded(list(range(3, 3 + n)), seed=n) for n in (7, 12)] for _ in range(3)])
+    policy = model.forward_packed(batch)
+    with torch.no_grad():
+        reference = model.forward_packed(batch)
+    assert policy.logprobs.requires_grad
+    assert torch.equal(policy.logprobs, reference.logprobs)
 
 
 def largest_error(got, want):

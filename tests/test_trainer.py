@@ -19,6 +19,7 @@ from dph.stream_stage import StreamStage
 from dph.trainer import Trainer, make_stage, train
 
 PAIRS = ("align", "head")
+pytestmark = pytest.mark.usefixtures("every_kernel")
 
 
 VARIANTS = [(stage, {}) for stage in STAGES] + [

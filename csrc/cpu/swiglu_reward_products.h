@@ -129,7 +129,8 @@ DPH_TARGET static void product(float* out, int64_t ld, const Left& a, int64_t fi
     if (direct < count) pack(packed, a, first + direct, count - direct, k, depth, turned);
     for (int64_t i = 0; i < count; i += MR) {
       const bool lies = i < direct;
-      const float* A = lies ? static_cast<const float*>(a.data) + (first + i) * a.row + k : packed + (i - direct) / MR * tile_step(depth);
+      const float* A = lies ? static_cast<const float*>(a.data) + (first + i) * a.row + k
+                            : packed + (i - direct) / MR * tile_step(depth);
       multiply_tile(out + i * ld, ld, A, lies ? a.row : depth, turned, std::min(MR, count - i), b, k, depth, begin, end);
     }
   }

@@ -151,7 +151,9 @@ def linear_logprob(
         statistics: also return entropy and arg-max of each row's distribution.
         uniform: whether to expect one upstream gradient for all rows, as of a sum or a mean. The gradients may then be
             computed along, on an Intel CPU in fp32: three products of the size R x C x V instead of four. Whatever
-            comes is right, but another upstream gradient costs five.
+            comes is right, but another upstream gradient costs five, and gradients that nobody asks for cost two: False
+            for those, under ``torch.utils.checkpoint``, and where results are to have the bits of a call without
+            gradients. Until the backward pass both gradients take their memory.
         backend: "auto" or a backend's name.
 
     Returns:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dph_kernels import native
 from dph_kernels.linear_logprob import tiles
 
-MOST_LOGITS = 13_000_000  # of rows whose gradients are computed along: 52 MB
+MOST_LOGITS = 13_100_000  # and elements of states, of rows whose gradients are computed along: 52 MB
 LEAST_ROWS = 64  # for which it is worth to read all weights twice
 
 
@@ -139,8 +139,8 @@ def forward_and_gradients(
 
 
 def _block(weight: Tensor) -> int:
-    """Rows whose logits lie in memory at once."""
-    return MOST_LOGITS // len(weight) // 16 * 16
+    """Rows whose logits, and perhaps a copy of whose states, lie in memory at once."""
+    return MOST_LOGITS // sum(weight.shape) // 16 * 16
 
 
 def mkl_is_faster() -> bool:

@@ -8,6 +8,8 @@ from torch import Tensor
 from dph_kernels import autocast, checks, dispatch
 from dph_kernels.residual_norm import reference
 
+WIDEST = 16384  # elements of a row that a program of the GPU's kernels holds in registers
+
 
 def _run_forward(
     x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, backend: str
@@ -96,7 +98,13 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, *grads, run=_run_backward)
+        given = (grad for grad in grads if grad is not None)
+        return _gradients(ctx, *grads, run=_run_backward if dispatch.unobserved(given) else _backward)
+
+
+def _plain(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    total = x if update is None else x + update
+    return total, torch.nn.functional.layer_norm(total, total.shape[1:], weight, bias, eps)
 
 
 def residual_norm(
@@ -119,19 +127,23 @@ def residual_norm(
         weight: [C] scale of the norm.
         bias: [C] added to it, or None.
         eps: added to the variance.
-        backend: "auto" or a backend's name. "auto" is plain PyTorch for few elements, and under ``torch.compile``.
+        backend: "auto" or a backend's name. "auto" is plain PyTorch for few elements, for rows of more than 16384, and
+            under ``torch.compile`` and ``torch.autocast``.
 
     Returns:
-        (total, normed), both [T, C] in x's dtype; total is x itself where there is no update. The norm is that of the
-        rounded total, taken in fp32 (fp64 for fp64 inputs) and rounded once, as are all gradients; those of weight and
-        bias are sums over the rows in an order that the sizes alone decide.
+        (total, normed), both [T, C] in x's dtype; total is x itself where there is no update. By a backend's name the
+        norm is that of the rounded total, taken in fp32 (fp64 for fp64 inputs) and rounded once, as are all gradients;
+        those of weight and bias are sums over the rows in an order that the sizes alone decide.
 
-    Under ``torch.autocast`` everything is cast to its dtype; the arithmetic inside stays in fp32.
+    Under ``torch.autocast`` "auto" goes by PyTorch's rules, which on a GPU keep the stream and its norm in fp32; a
+    backend that is asked for by name casts everything to autocast's dtype, with fp32 inside.
 
     Raises:
         ValueError: a wrong shape, dtype or device, or eps below 0.
         RuntimeError: "triton" with rows of more than 16384 elements.
     """
+    if backend == "auto" and autocast.active(x):
+        return _plain(x, update, weight, bias, eps)
     x, update, weight, bias = autocast.together(x, update, weight, bias)
     checks.shape("x", x, "T", "C")
     checks.dtype("x", x, checks.FLOATS)
@@ -144,9 +156,8 @@ def residual_norm(
             checks.dtype(name, value, x.dtype)
             checks.device(name, value, x.device)
     checks.number("eps", eps, 0.0)
-    if dispatch.left_to_pytorch(x, backend):
-        total = x if update is None else x + update
-        return total, torch.nn.functional.layer_norm(total, [columns], weight, bias, eps).to(x.dtype)
+    if dispatch.left_to_pytorch(x, backend) or (backend == "auto" and columns > WIDEST):
+        return _plain(x, update, weight, bias, eps)
     arguments = x, update, weight, bias, float(eps), backend
     direct = dispatch.unobserved(value for value in arguments[:4] if value is not None)
     total, normed, _ = (_Direct.apply if direct else _forward)(*arguments)

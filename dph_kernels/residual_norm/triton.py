@@ -12,10 +12,10 @@ import triton
 from torch import Tensor
 
 from dph_kernels.launches import Launch, signature
+from dph_kernels.residual_norm import WIDEST
 from dph_kernels.residual_norm import triton_kernels as kernels
 from dph_kernels.residual_norm.reference import BIAS, WEIGHT, X, results, vectors
 
-MOST = 16384  # columns that a program holds in registers
 PROGRAMS = 4  # of the backward pass on each processor: enough to hide the loads, few enough to add up
 INTERPRETED = 2  # processors
 
@@ -93,8 +93,8 @@ def _gradients(
 
 def _columns(x: Tensor) -> dict[str, int]:
     columns = x.shape[1]
-    if columns > MOST:
-        raise RuntimeError(f"residual_norm: backend 'triton' takes rows of up to {MOST} elements, got {columns}")
+    if columns > WIDEST:
+        raise RuntimeError(f"residual_norm: backend 'triton' takes rows of up to {WIDEST} elements, got {columns}")
     return {"C": columns, "BLOCK": triton.next_power_of_2(columns)}
 
 

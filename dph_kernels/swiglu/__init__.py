@@ -107,5 +107,5 @@ def swiglu(projected: Tensor, bias: Tensor | None = None, *, backend: str = "aut
         checks.device("bias", bias, projected.device)
     if dispatch.left_to_pytorch(projected, backend):
         return reference.forward(projected, bias)
-    direct = dispatch.unobserved((projected,) if bias is None else (projected, bias)) and not projected.is_meta
+    direct = dispatch.unobserved((projected,) if bias is None else (projected, bias))
     return (_Direct.apply if direct else _forward_operator)(projected, bias, backend)

@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 
-from dph_kernels import dispatch, native, residual_norm, swiglu
+from dph_kernels import dispatch, linear_logprob, native, residual_norm, swiglu
 
 TABLE = {
     "cpu": {"cpu": "fast", "reference": "slow"},
@@ -117,9 +117,27 @@ def test_the_reference_runs_everywhere(operator):
 
 
 CHEAP = {
-    "residual_norm": lambda x: residual_norm(x, x, torch.ones(8))[1],
+    "residual_norm": lambda x: residual_norm(x, x, torch.ones(8, device=x.device))[1],
     "swiglu": swiglu,
 }
+
+
+ON_META = CHEAP | {"linear_logprob": lambda x: linear_logprob(x, x, torch.arange(5, device=x.device))}
+
+
+@pytest.mark.parametrize("operator", ON_META)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_tensors_without_numbers(operator, gradients, monkeypatch):
+    """Give results without numbers, however many elements there would be."""
+    monkeypatch.setattr(dispatch, "FEW", 0)
+    x = torch.empty(5, 8, device="meta", requires_grad=gradients)
+    with torch.set_grad_enabled(gradients):
+        got = ON_META[operator](x)
+    assert got.is_meta
+    assert got.requires_grad == gradients
+    if gradients:
+        got.sum().backward()
+        assert x.grad.shape == (5, 8)
 
 
 @pytest.mark.parametrize("operator", CHEAP)

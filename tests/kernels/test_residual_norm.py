@@ -245,7 +245,7 @@ def test_gradcheck(without):
     names = [name for name in given if name not in without]
 
     def function(*tensors):
-        return residual_norm(**given | dict(zip(names, tensors, strict=True)))
+        return residual_norm(**given | dict(zip(names, tensors, strict=True)), backend="reference")
 
     assert torch.autograd.gradcheck(function, [given[name] for name in names])
 
@@ -300,15 +300,39 @@ def test_compiles_as_one_graph(without, device, backend):
     torch.testing.assert_close(results(compiled, given, upstream), expected)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_autocast_by_pytorchs_rules(device, monkeypatch):
+    """On a GPU the stream and its norm stay in fp32, though what is added is not."""
+    monkeypatch.setattr(dispatch, "FEW", 0)
+    given = make(5, 64, device=device)
+    given["update"] = given["update"].detach().bfloat16()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        for got, expected in zip(residual_norm(**given), eager(**given), strict=True):
+            assert got.dtype == expected.dtype
+            assert torch.equal(got, expected)
+
+
+def test_rows_that_no_program_holds(monkeypatch):
+    monkeypatch.setattr(dispatch, "call", None)
+    given = make(8, 16385)
+    assert given["x"].numel() > dispatch.FEW
+    torch.testing.assert_close(residual_norm(**given), eager(**given))
+
+
+@over_backends
+def test_an_upstream_gradient_whose_sign_is_put_off(device, backend):
+    given = make(5, 33, device=device)
+    compare(given, backend, {name: torch._neg_view(torch.randn(5, 33, device=device)) for name in BOTH})
+
+
 @pytest.mark.parametrize("compiled", [False, True])
-def test_autocast_casts_all_it_is_given(compiled, backend):
+def test_autocast_casts_all_it_is_given(compiled):
     """To one dtype, with wide arithmetic inside: equal to the same call on inputs cast by hand."""
     given = make(5, 64)
 
     def function(**given):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return residual_norm(**given, backend=backend)
+            return residual_norm(**given, backend="reference")
 
     upstream = {name: torch.randn(5, 64).bfloat16() for name in BOTH}
     function = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
