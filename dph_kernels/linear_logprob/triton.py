@@ -20,6 +20,7 @@ from dph_kernels.cublas import readable
 from dph_kernels.launches import Launch, signature
 from dph_kernels.linear_logprob import tiles
 from dph_kernels.linear_logprob import triton_kernels as kernels
+from dph_kernels.strides import last_contiguous
 
 # Configurations
 
@@ -207,7 +208,7 @@ class Fused(Engine):
 
     def operand(self, x: Tensor) -> Tensor:
         """Copied only where its last dimension is not contiguous: the kernels read vectors of it."""
-        return x if x.stride(1) == 1 else x.contiguous()
+        return last_contiguous(x)
 
     def reduce(
         self, hidden: Tensor, weight: Tensor, first: int, last: bool, targets: Tensor,

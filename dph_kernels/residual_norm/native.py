@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dph_kernels import native
-from dph_kernels.residual_norm.reference import gradients, results, vectors
+from dph_kernels.residual_norm.reference import gradients, results
+from dph_kernels.strides import last_contiguous
 
 
 def forward(
@@ -13,7 +14,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What ``reference.forward`` gives."""
     found = results(x, update)
-    x, update = vectors(x), None if update is None else vectors(update)
+    x, update = last_contiguous(x), None if update is None else last_contiguous(update)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     native.module().residual_norm_forward_cpu(x, update, weight, bias, eps, *found, native.threads())
     return found
@@ -24,7 +25,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What ``reference.backward`` gives."""
     found = gradients(total, weight, needs)
-    d_total = None if d_total is None else vectors(d_total)
-    inputs = d_total, vectors(d_normed), vectors(total), weight.contiguous(), moments
+    d_total = None if d_total is None else last_contiguous(d_total)
+    inputs = d_total, last_contiguous(d_normed), last_contiguous(total), weight.contiguous(), moments
     native.module().residual_norm_backward_cpu(*inputs, *found, native.threads())
     return found

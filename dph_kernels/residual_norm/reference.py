@@ -8,11 +8,6 @@ from torch import Tensor
 X, WEIGHT, BIAS = range(3)
 
 
-def vectors(x: Tensor) -> Tensor:
-    """``x`` [T, C], copied unless the elements of a row lie end to end; rows may be anywhere."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def results(x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Room for what ``forward`` gives."""
     moments = x.new_empty(2, len(x), dtype=torch.promote_types(x.dtype, torch.float32))

@@ -14,7 +14,8 @@ from torch import Tensor
 from dph_kernels.launches import Launch, signature
 from dph_kernels.residual_norm import WIDEST
 from dph_kernels.residual_norm import triton_kernels as kernels
-from dph_kernels.residual_norm.reference import BIAS, WEIGHT, X, results, vectors
+from dph_kernels.residual_norm.reference import BIAS, WEIGHT, X, results
+from dph_kernels.strides import last_contiguous
 
 PROGRAMS = 4  # of the backward pass on each processor: enough to hide the loads, few enough to add up
 INTERPRETED = 2  # processors
@@ -63,7 +64,7 @@ def _normalise(
     x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
     total: Tensor, normed: Tensor, moments: Tensor,
 ) -> Call:  # fmt: skip
-    x, given = vectors(x), x if update is None else vectors(update)  # where there is none, any address
+    x, given = last_contiguous(x), x if update is None else last_contiguous(update)  # where there is none, any address
     arguments = {
         "x": x, "update": given, "weight": weight.contiguous(), "bias": (weight if bias is None else bias).contiguous(),
         "total": total, "normed": normed, "moments": moments,
@@ -77,8 +78,8 @@ def _gradients(
     d_total: Tensor | None, d_normed: Tensor, total: Tensor, weight: Tensor, moments: Tensor,
     d_x: Tensor, partials: Tensor, programs: int, needs: Sequence[bool],
 ) -> Call:  # fmt: skip
-    total, d_normed = vectors(total), vectors(d_normed)
-    skipped = d_normed if d_total is None else vectors(d_total)
+    total, d_normed = last_contiguous(total), last_contiguous(d_normed)
+    skipped = d_normed if d_total is None else last_contiguous(d_total)
     arguments = {
         "d_total": skipped, "d_normed": d_normed, "total": total, "weight": weight.contiguous(),
         "moments": moments, "d_x": d_x, "partials": partials,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dph_kernels import native
 from dph_kernels.rope_attention import schedule
+from dph_kernels.strides import last_contiguous
 
 
 def forward(
@@ -16,7 +17,7 @@ def forward(
     """What ``reference.forward`` gives."""
     kernels = native.module()
     rotated = rotate(k, k_cos, k_sin)
-    q, v, memory_k, memory_v = (_last_contiguous(x) for x in (q, v, memory_k, memory_v))
+    q, v, memory_k, memory_v = (last_contiguous(x) for x in (q, v, memory_k, memory_v))
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
     work = schedule.by_queries(segments, len(q), len(memory_k), **_sizes(kernels))
@@ -33,7 +34,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What ``reference.backward`` gives."""
     kernels = native.module()
-    grad, q, v, memory_k, memory_v = (_last_contiguous(x) for x in (grad, q, v, memory_k, memory_v))
+    grad, q, v, memory_k, memory_v = (last_contiguous(x) for x in (grad, q, v, memory_k, memory_v))
     dq = torch.empty(q.shape, dtype=q.dtype)
     dk, dv = (torch.zeros(v.shape, dtype=torch.float32) for _ in range(2))  # the kernel adds to them
     work, tasks = schedule.by_component(segments, len(q), len(memory_k), **_sizes(kernels))
@@ -55,7 +56,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float = 1.0, dtype: tor
 
     ``x`` is fp32 or bf16; the result is contiguous, in ``dtype`` or that of ``x``.
     """
-    x = _last_contiguous(x)
+    x = last_contiguous(x)
     rotated = torch.empty(x.shape, dtype=dtype or x.dtype)
     rows, heads, head_dim = x.shape
     kernels = native.module()
@@ -97,11 +98,6 @@ def _sizes(kernels: Any) -> dict[str, Any]:
 
 def _rows(x: Tensor) -> Any:
     return native.module().AttentionRows(x.data_ptr(), x.stride(0), x.stride(1))
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    """``x``, copied only where its last dimension is not contiguous: the kernels read whole vectors of it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _addresses(**tensors: Tensor) -> dict[str, int]:

@@ -16,6 +16,7 @@ from dph_kernels.layout import PackedLayout, Rotary
 from dph_kernels.rope_attention import schedule
 from dph_kernels.rope_attention import triton_kernels as kernels
 from dph_kernels.rope_attention.schedule import Schedule
+from dph_kernels.strides import last_contiguous
 
 # Configurations
 
@@ -192,7 +193,7 @@ def backward(
 
 
 def _run_rotate(machine: _Machine, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x = _last_contiguous(x)
+    x = last_contiguous(x)
     rows, heads, head_dim = x.shape
     rotated = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     arguments = {"x": x, "cos": cos, "sin": sin, "rotated": rotated, "rows": rows * heads, "H": heads}
@@ -209,7 +210,7 @@ def _run_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rotated = _run_rotate(machine, k, k_cos, k_sin)
     q_cos, q_sin, scale = _positive(q_cos, q_sin, scale)
-    q, v, memory_k, memory_v = (_last_contiguous(x) for x in (q, v, memory_k, memory_v))
+    q, v, memory_k, memory_v = (last_contiguous(x) for x in (q, v, memory_k, memory_v))
     (queries, heads, head_dim), memory, device = q.shape, len(memory_k), q.device
     config = machine.config("few" if _longest(segments) <= FEW else "forward", q)
     sizes = {"rows": config.queries, "block": config.keys}
@@ -248,7 +249,7 @@ def _run_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     q_cos, q_sin, scale = _positive(q_cos, q_sin, scale)
-    grad, q, v, memory_k, memory_v, out = (_last_contiguous(x) for x in (grad, q, v, memory_k, memory_v, out))
+    grad, q, v, memory_k, memory_v, out = (last_contiguous(x) for x in (grad, q, v, memory_k, memory_v, out))
     rotated, lse = rotated.contiguous(), lse.contiguous()  # as the forward pass gave them
     (queries, heads, head_dim), keys, memory, device = q.shape, len(v), len(memory_k), q.device
     common = {
@@ -281,11 +282,6 @@ def _run_backward(
     grid = (len(work.tiles), heads)
     machine.run(kernels.backward_keys, grid, config, common | arguments | strides, constants | options)
     return dq, dk, dv
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    """``x``, copied only where its last dimension is not contiguous: the kernels read vectors of it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(**tensors: Tensor) -> tuple[int, dict[str, int]]:

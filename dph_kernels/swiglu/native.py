@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from dph_kernels import native
+from dph_kernels.strides import last_contiguous
 
 
 def forward(projected: Tensor, bias: Tensor | None) -> Tensor:
     """What ``reference.forward`` gives."""
-    projected, bias = _rows(projected), _wide(bias, projected)
+    projected, bias = last_contiguous(projected), _wide(bias, projected)
     out = projected.new_empty(len(projected), projected.shape[1] // 2)
     arguments = _arguments(projected, bias, out=out.data_ptr())
     native.module().swiglu_forward_cpu(arguments, native.threads())
@@ -20,7 +21,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """What ``reference.backward`` gives; rows are added up in chunks, and these by PyTorch."""
     kernels = native.module()
-    grad, projected, bias = _rows(grad), _rows(projected), _wide(bias, projected)
+    grad, projected, bias = last_contiguous(grad), last_contiguous(projected), _wide(bias, projected)
     rows, width = projected.shape
     d_projected = projected.new_empty((rows, width) if projected_needed else 0)
     chunks = -(-rows // kernels.SWIGLU_CHUNK)
@@ -35,10 +36,6 @@ def backward(
     )
     kernels.swiglu_backward_cpu(arguments, native.threads())
     return d_projected, sums.sum(0).to(projected.dtype) if bias_needed else projected.new_empty(0)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _wide(bias: Tensor | None, projected: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from dph_kernels.launches import Launch, signature
+from dph_kernels.strides import last_contiguous
 from dph_kernels.swiglu import triton_kernels as kernels
 
 ROWS, COLUMNS, WARPS = 4, 512, 4  # of a tile of the forward pass
@@ -56,7 +57,7 @@ def backward(
 
 
 def _forward(projected: Tensor, bias: Tensor | None, out: Tensor) -> _Call:
-    projected, (rows, width), has_bias = _rows(projected), out.shape, bias is not None
+    projected, (rows, width), has_bias = last_contiguous(projected), out.shape, bias is not None
     arguments = {
         "projected": projected, "bias": bias.contiguous() if has_bias else projected, "out": out,
         "projected_row": projected.stride(0), "T": rows,
@@ -68,7 +69,12 @@ def _forward(projected: Tensor, bias: Tensor | None, out: Tensor) -> _Call:
 def _backward(
     grad: Tensor, projected: Tensor, bias: Tensor | None, d_projected: Tensor, sums: Tensor, share: int
 ) -> _Call:
-    grad, projected, (rows, width), has_bias = _rows(grad), _rows(projected), grad.shape, bias is not None
+    grad, projected, (rows, width), has_bias = (
+        last_contiguous(grad),
+        last_contiguous(projected),
+        grad.shape,
+        bias is not None,
+    )
     arguments = {
         "grad": grad, "projected": projected, "bias": bias.contiguous() if has_bias else projected,
         "d_projected": d_projected, "sums": sums, "grad_row": grad.stride(0), "projected_row": projected.stride(0),
@@ -79,10 +85,6 @@ def _backward(
         "SUMS": sums.numel() > 0,
     }  # fmt: skip
     return _Call(kernels.backward, (triton.cdiv(width, BLOCK), triton.cdiv(rows, share)), arguments, constants)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _share(rows: int, width: int, multiprocessors: int) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 from dph_kernels import philox
 from dph_kernels.cublas import readable
 from dph_kernels.launches import Launch, signature
+from dph_kernels.strides import last_contiguous
 from dph_kernels.swiglu_reward import triton_kernels as kernels
 from dph_kernels.swiglu_reward.reference import B1, B2, HIDDEN, REWARD, W1, W2, kept_shapes
 
@@ -165,7 +166,7 @@ def _run_forward(
     b2: Tensor | None, draw: _Draw, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows, columns = hidden.shape
-    state, reward = _run_drop(machine, _last_contiguous(hidden), draw), reward.contiguous()
+    state, reward = _run_drop(machine, last_contiguous(hidden), draw), reward.contiguous()
     like = {"dtype": torch.float32, "device": hidden.device}
     if w2 is None:
         return _run_score(machine, state, reward, draw), torch.empty(0, **like), torch.empty(0, **like)
@@ -180,7 +181,7 @@ def _run_forward(
         counters = torch.empty(counted, dtype=torch.int32, device=hidden.device)
         state, projected = _run_gate(machine, state, w1, b1, counters, save)
 
-    w2 = _last_contiguous(w2)
+    w2 = last_contiguous(w2)
     rewards = torch.empty((rows, len(reward)), **like)
     pooled = torch.empty((rows, columns) if save else 0, **like)
     arguments = {
@@ -205,7 +206,7 @@ def _run_gate(
 ) -> tuple[Tensor, Tensor]:
     """x silu(g) [R, F] and, where kept, [x | g] [R, 2F] in fp32; sets ``counters`` to 0."""
     rows, width = len(state), len(w1) // 2
-    config, w1 = machine.config("gate", rows, w1), _last_contiguous(w1)
+    config, w1 = machine.config("gate", rows, w1), last_contiguous(w1)
     gated = torch.empty((rows, width), dtype=state.dtype, device=state.device)
     projected = torch.empty((rows, 2 * width) if save else 0, dtype=torch.float32, device=state.device)
     arguments = {
@@ -244,7 +245,7 @@ def _run_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     need_hidden, need_reward, need_w1, need_b1, need_w2, need_b2 = needs
     grads = [hidden.new_empty(0) for _ in needs]
-    hidden, w1, w2 = (None if x is None else _last_contiguous(x) for x in (hidden, w1, w2))
+    hidden, w1, w2 = (None if x is None else last_contiguous(x) for x in (hidden, w1, w2))
     reads = w2 is None or (need_w1 if w1 is not None else need_w2)  # whether a gradient sums over hidden
     state = _run_drop(machine, hidden, draw) if reads else hidden
     below, grads[REWARD], grads[B2] = _run_pool_backward(
@@ -318,11 +319,6 @@ def _run_gate_backward(
         grid = tiles, triton.cdiv(width, config.columns)
         machine.run(kernels.gate_backward, grid, config, arguments, constants)
     return d_projected, gated, d_bias
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    """``x``, copied only where its last dimension is not contiguous: the kernels read vectors of it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _shares(programs: int, depth: int, config: Config, machine: _Machine) -> int:
