@@ -17,10 +17,10 @@ def together(*values: Any) -> tuple[Any, ...]:
     fp64 stays, as in PyTorch's own rules; so does what is no tensor. The casts are part of the graph: gradients come
     back in each tensor's own dtype.
     """
-    device = next((x.device.type for x in values if isinstance(x, Tensor)), "cpu")
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    first = next((x for x in values if isinstance(x, Tensor)), None)
+    if first is None or not active(first):
         return values
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(x.to(dtype) if _eligible(x) else x for x in values)
 
 

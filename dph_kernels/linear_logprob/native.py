@@ -37,10 +37,7 @@ class Engine:
     ) -> None:  # fmt: skip
         """One pass over the logits, each row by one core."""
         logits = self._product(hidden, weight)
-        results = {"logprobs": logprobs.data_ptr()}
-        if len(entropy):
-            results |= {"entropy": entropy.data_ptr(), "best": best.data_ptr()}
-        tile = _tile(logits, first, targets, normaliser, last=last, **results)
+        tile = _tile(logits, first, targets, normaliser, last=last, **_places(logprobs, entropy, best))
         native.module().linear_logprob_reduce_cpu(tile, native.threads())
 
     def gradient(
@@ -118,8 +115,7 @@ def forward_and_gradients(
     Some rows at a time, with all of their logits: three products.
     """
     rows, upstream = len(hidden), hidden.new_ones(len(hidden))
-    logprobs, normaliser = hidden.new_empty(rows), hidden.new_empty(2, rows)
-    entropy, best = hidden.new_empty(rows if statistics else 0), targets.new_empty(rows if statistics else 0)
+    logprobs, normaliser, entropy, best = tiles.room(hidden, targets, statistics)
     grad_hidden, grad_weight = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (hidden, weight))
     targets, logits = targets.contiguous(), hidden.new_empty(min(rows, _block(weight)), len(weight))
     for large in (logits, grad_weight):
@@ -128,10 +124,8 @@ def forward_and_gradients(
         h, x = hidden[part].contiguous(), logits[: part.stop - part.start]
         for columns in tiles.spans(len(weight), 2048, 16):  # of all at once MKL would hold a copy, in its own order
             torch.mm(h, weight[columns].T, out=x[:, columns])
-        results = {"logprobs": logprobs[part].data_ptr(), "upstream": upstream.data_ptr()}
-        if statistics:
-            results |= {"entropy": entropy[part].data_ptr(), "best": best[part].data_ptr()}
-        tile = _tile(x, 0, targets[part], normaliser[:, part], last=True, **results)
+        places = _places(logprobs[part], entropy[part], best[part])
+        tile = _tile(x, 0, targets[part], normaliser[:, part], last=True, upstream=upstream.data_ptr(), **places)
         native.module().linear_logprob_both_cpu(tile, native.threads())
         torch.mm(x, weight, out=grad_hidden[part])
         torch.mm(x.T, h, out=grad_weight) if part.start == 0 else grad_weight.addmm_(x.T, h)
@@ -159,6 +153,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if mkl_is_faster() or not a.shape[1]:
         return a @ b.T
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")  # as PyTorch's compiler calls it
+
+
+def _places(logprobs: Tensor, entropy: Tensor, best: Tensor) -> dict[str, int]:
+    """Where a reduction's results go; the last two are empty without statistics."""
+    places = {"logprobs": logprobs.data_ptr()}
+    return places | {"entropy": entropy.data_ptr(), "best": best.data_ptr()} if len(entropy) else places
 
 
 def _tile(logits: Tensor, first: int, targets: Tensor, normaliser: Tensor, **fields: int) -> object:

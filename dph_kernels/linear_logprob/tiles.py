@@ -61,14 +61,19 @@ def spans(size: int, most: int, multiple: int = 1) -> Iterator[slice]:
     return (slice(first, min(first + step, size)) for first in range(0, size, step))
 
 
+def room(hidden: Tensor, targets: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For what ``reference.forward`` gives."""
+    rows, extra = len(hidden), len(hidden) if statistics else 0
+    logprobs, normaliser, entropy = (hidden.new_empty(n, dtype=torch.float32) for n in ((rows,), (2, rows), (extra,)))
+    return logprobs, normaliser, entropy, targets.new_empty(extra)
+
+
 def forward(
     engine: Engine, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What ``reference.forward`` gives."""
     rows, vocabulary = len(hidden), len(weight)
-    logprobs, normaliser = (hidden.new_empty(size, dtype=torch.float32) for size in ((rows,), (2, rows)))
-    entropy = hidden.new_empty(rows if statistics else 0, dtype=torch.float32)
-    best = targets.new_empty(rows if statistics else 0)
+    logprobs, normaliser, entropy, best = room(hidden, targets, statistics)
     targets = targets.contiguous()
     for columns in spans(vocabulary, engine.columns, 16):
         w = engine.operand(weight[columns])

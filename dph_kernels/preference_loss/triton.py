@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import triton
 from torch import Tensor
 
 from dph_kernels.launches import Launch, signature
+from dph_kernels.native import device_guard
 from dph_kernels.preference_loss import reference
 from dph_kernels.preference_loss import triton_kernels as kernels
 from dph_kernels.preference_loss.reference import Options, sizes
@@ -33,7 +33,7 @@ def forward(rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Opti
     loss, metrics, slopes = (
         torch.empty(size, dtype=torch.float32, device=device) for size in ((), *sizes(rewards, logprobs))
     )
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with device_guard(device):
         for programs, arguments, constants in _launches(rewards, logprobs, options, loss, metrics, slopes):
             kernels.preference_loss[(programs,)](
                 **arguments, **constants, num_warps=WARPS, num_stages=1, enable_fp_fusion=True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import triton
 from torch import Tensor
 
 from dph_kernels.launches import Launch, signature
+from dph_kernels.native import device_guard
 from dph_kernels.residual_norm import WIDEST
 from dph_kernels.residual_norm import triton_kernels as kernels
 from dph_kernels.residual_norm.reference import BIAS, WEIGHT, X, results
@@ -109,7 +109,7 @@ def _run(call: Call) -> None:
     if not call.programs:
         return
     device = call.arguments["weight"].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with device_guard(device):
         call.kernel[(call.programs,)](**call.arguments, **call.constants, num_warps=call.warps, num_stages=1)
 
 

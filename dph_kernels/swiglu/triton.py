@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import triton
 from torch import Tensor
 
 from dph_kernels.launches import Launch, signature
+from dph_kernels.native import device_guard
 from dph_kernels.strides import last_contiguous
 from dph_kernels.swiglu import triton_kernels as kernels
 
@@ -31,7 +31,7 @@ class _Call(NamedTuple):
         """Launch it, unless there are no rows."""
         if 0 in self.grid:
             return
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        with device_guard(device):
             self.kernel[self.grid](
                 **self.arguments, **self.constants, num_warps=WARPS, num_stages=1, enable_fp_fusion=True
             )
