@@ -1,6 +1,8 @@
 """Run a script with one backend first in line for every operator that has it, and tell which were used in the end.
 
 python tests/forced.py triton ../shared/conformance/check.py model losses
+
+triton:100000 leaves cheap operators on up to so many elements to plain PyTorch, as "auto" does.
 """
 
 import contextlib
@@ -12,8 +14,11 @@ import sys
 from quick import quicken
 
 
-def force(backend):
-    """Put ``backend`` first; the set that gathers (operator, backend) as operators are called."""
+def force(backend, few=0):
+    """Put ``backend`` first, for more than ``few`` elements where an operator is cheap.
+
+    Returns the set that gathers (operator, backend) as operators are called.
+    """
     if backend == "triton":
         os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels are defined
         quicken()
@@ -23,7 +28,7 @@ def force(backend):
         for device, line in devices.items():
             if backend in dispatch.implemented(operator):
                 devices[device] = {backend: "forced", "reference": line["reference"]}
-    dispatch.FEW = 0  # nothing is left to plain PyTorch
+    dispatch.FEW = few
     used, find = set(), dispatch._module
 
     def noted(operator, backend):
@@ -50,8 +55,9 @@ def forced(backend):
 
 
 def main():
-    backend, script, *arguments = sys.argv[1:]
-    used = force(backend)
+    where, script, *arguments = sys.argv[1:]
+    backend, _, few = where.partition(":")
+    used = force(backend, int(few or 0))
     sys.argv = [script, *arguments]
     try:
         runpy.run_path(script, run_name="__main__")

@@ -132,9 +132,24 @@ def test_tests_of_the_pure_python_road_pass(python, tree):
     assert "the C++ module is not built" in output, "the native backend should have been skipped"
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_without_nvcc_it_is_for_the_cpu(python, tree):
-    output, said = install(python, tree, environment(PATH=path_without("nvcc")))
+@pytest.fixture
+def compiler(tmp_path):
+    """A C++ compiler that does not optimise, in a third of the time: these tests are about what is built."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return script(tmp_path / "compiler", 'exec g++ "$@" -O0')
+
+
+def script(path, *lines):
+    """A program of the shell."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_without_nvcc_it_is_for_the_cpu(python, tree, compiler):
+    output, said = install(python, tree, environment(CXX=compiler, PATH=path_without("nvcc")))
     assert "building without the CUDA kernels: nvcc was not found" in output
     assert len(list((tree / "dph_kernels").glob("_native*.so"))) == 1
     assert said["backend"] == "cpu"
@@ -142,13 +157,9 @@ def test_without_nvcc_it_is_for_the_cpu(python, tree):
     assert said["cuda"].startswith("the C++ module was built without CUDA: put nvcc on the PATH")
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_nvcc_that_fails_costs_the_cuda_kernels_only(python, tree, tmp_path):
-    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    nvcc.write_text("#!/bin/sh\necho unsupported host compiler >&2\nexit 1\n")
-    nvcc.chmod(0o755)
-    output, said = install(python, tree, environment(CUDA_HOME=str(tmp_path / "cuda")))
+def test_nvcc_that_fails_costs_the_cuda_kernels_only(python, tree, compiler, tmp_path):
+    script(tmp_path / "cuda" / "bin" / "nvcc", "echo unsupported host compiler >&2", "exit 1")
+    output, said = install(python, tree, environment(CXX=compiler, CUDA_HOME=str(tmp_path / "cuda")))
     assert "building without the CUDA kernels: " in output
     assert "unsupported host compiler" in output
     assert said["backend"] == "cpu"

@@ -77,6 +77,7 @@ class _Machine:
 
     def __init__(self, device: torch.device, capability: int, processors: int) -> None:
         self.device, self.capability, self.processors = device, capability, processors
+        self.early = capability >= 90  # whether a launch can begin before the one that it depends on has ended
 
     def config(self, kernel: str, rows: int, x: Tensor) -> Config:
         """The configuration of a product for ``rows`` answers."""
@@ -96,8 +97,9 @@ class _Machine:
             return
         with torch.cuda.device(self.device) if self.capability else contextlib.nullcontext():
             kernel[grid](
-                **arguments, **constants, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True
-            )
+                **arguments, **constants, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+                **({"launch_pdl": True} if kernel is kernels.pool and constants["EARLY"] else {}),
+            )  # fmt: skip
 
 
 @functools.cache
@@ -195,7 +197,7 @@ def _run_forward(
         "C": columns, "DEPTH": w2.shape[1], "K": len(reward), "BR": config.rows, "BC": config.columns,
         "BK": config.step, "BP": triton.next_power_of_2(blocks), "SHARES": shares, "BIAS": b2 is not None,
         "DROP": draw.shares[philox.POOLED] > 0, "SAVE": save, "PRECISION": PRECISION,
-        **draw.constants(philox.POOLED),
+        "EARLY": machine.early and w1 is not None, **draw.constants(philox.POOLED),
     }  # fmt: skip
     machine.run(kernels.pool, (tiles, blocks, shares), config, arguments, constants)
     return rewards, projected, pooled
@@ -216,7 +218,7 @@ def _run_gate(
     }  # fmt: skip
     constants = {
         "C": state.shape[1], "F": width, "BR": config.rows, "BF": config.columns, "BK": config.step,
-        "BIAS": b1 is not None, "SAVE": save, "PRECISION": PRECISION,
+        "BIAS": b1 is not None, "SAVE": save, "PRECISION": PRECISION, "EARLY": machine.early,
     }  # fmt: skip
     grid = triton.cdiv(rows, config.rows), triton.cdiv(width, config.columns)
     machine.run(kernels.gate, grid, config, arguments, constants)

@@ -2,7 +2,9 @@
 """The Triton kernels of the pooler and its reward heads (arXiv 2405.20053, section 3.1).
 
 Few answers are judged at a time, so the limit is the reading of the weights: every program streams columns of its own,
-for all answers at once. Sums are taken in one order, whoever finishes first; counters only tell who is last.
+for all answers at once. Sums are taken in one order, whoever finishes first; counters only tell who is last. From sm_90
+on the second launch of a forward pass brings its weights into the cache while the first still runs (programmatic
+dependent launch, CUDA programming guide).
 
 Letters: R answers, C model, F width, K heads of reward, BR x BC or BR x BF a tile of results, BK the step along sums.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Numbers for which no kernel is compiled anew where they are 1 or a multiple of 16.
 NUMBERS = ["R", "counted", "seed_low", "seed_high", "threshold", "kept", "grad_row", "grad_head"]
@@ -113,13 +116,15 @@ def _product(
 def gate(
     hidden, w1, b1, gated, projected, counters, hidden_row, w1_row, R, counted,
     C: tl.constexpr, F: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
-    BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """gated [R, F] = x silu(g), [x | g] = hidden @ w1.T + b1; kept as projected [R, 2F] where SAVE.
 
     The rows of w1 for x and for g alternate, so that one product gives both, side by side. Also sets ``counted``
-    counters of the next launch to 0.
+    counters of the next launch to 0. Where EARLY, that launch may begin as soon as all programs of this one have.
     """
+    if EARLY:
+        gdc_launch_dependents()
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         for start in range(0, counted, 1024):
             place = start + tl.arange(0, 1024)
@@ -163,18 +168,36 @@ def _heads(
             tl.store(rewards + row.to(tl.int64) * K + head, score, mask=row < R)
 
 
+@triton.jit
+def _prefetch(w, w_row, feature, begin, FEATURES: tl.constexpr, DEPTH: tl.constexpr, COUNT: tl.constexpr):
+    """Ask for w[feature, begin : begin + COUNT] to be brought to the second-level cache, in lines of 128 bytes."""
+    LINE: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = triton.next_power_of_2(COUNT // LINE + 1)  # one more, as they may begin within a line
+    k = begin + tl.minimum(tl.arange(0, LINES) * LINE, COUNT - 1)
+    rows = w + tl.minimum(feature, FEATURES - 1)[:, None].to(tl.int64) * w_row
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [rows + tl.minimum(k, DEPTH - 1)[None, :]],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def pool(
     state, w2, b2, reward, row_ids, parts, scores, counters, pooled, rewards, state_row, w2_row, R,
     seed_low: tl.uint32, seed_high: tl.uint32, threshold: tl.uint32, kept: tl.float32,
     C: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
     BP: tl.constexpr, SHARES: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr, NUMBERED: tl.constexpr,
-    SAVE: tl.constexpr, STREAM: tl.constexpr, PRECISION: tl.constexpr,
+    SAVE: tl.constexpr, STREAM: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Rewards [R, K] = drop(tanh(state @ w2.T + b2)) @ reward.T; the pooled state [R, C] is kept where SAVE.
 
     Program (row tile, block of columns, share) sums its share of the depth into parts [SHARES, R, C]; the last one of a
-    tile takes their sum and goes on from there.
+    tile takes their sum and goes on from there. Where EARLY, this launch begins while ``gate`` still runs: it asks for
+    its weights, and waits for all else.
     """
     tile, block, share, blocks = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     row, column = tile * BR + tl.arange(0, BR), block * BC + tl.arange(0, BC)
@@ -182,6 +205,9 @@ def pool(
     at = row[:, None].to(tl.int64) * C + column[None, :]
     STEPS: tl.constexpr = (DEPTH + BK * SHARES - 1) // (BK * SHARES)
     begin = share * (STEPS * BK)
+    if EARLY:
+        _prefetch(w2, w2_row, column, begin, C, DEPTH, STEPS * BK)
+        gdc_wait()
     sums = _product(state, state_row, w2, w2_row, 1, row, column, R, begin, C, DEPTH, STEPS, PRECISION, BR, BC, BK)
     done = True
     if SHARES > 1:
