@@ -41,6 +41,11 @@ __all__ = [
 ]
 
 
+# Characters of a text beyond which it is cut. Parallel streams take whole records, so a corpus in one would be read by
+# all of them at once, and be what a checkpoint has to hold of each.
+PIECE = 2**16
+
+
 class Records(Sequence):
     """A sized, indexable sequence of records: what ``read`` makes of index i.
 
@@ -75,11 +80,11 @@ def load(
 ) -> Records:
     """The records of one source.
 
-    ``spec`` is ``task:NAME``, ``hub:NAME[:CONFIG]``, a JSONL file, a .txt file (one document; text only) or a folder of
+    ``spec`` is ``task:NAME``, ``hub:NAME[:CONFIG]``, a JSONL file, a .txt file (a document; text only) or a folder of
     such files. ``split`` applies to tasks and the hub; ``directory`` holds tasks' local files
-    (``directory/<task>/<split>.jsonl``); ``limit`` keeps the first records. A task's conversation is the right
-    answer's, its preference sets that against a wrong one drawn by ``seed`` and index. Every line of a file is checked
-    now.
+    (``directory/<task>/<split>.jsonl``); ``limit`` keeps the first records. A text of a file that is longer than
+    ``PIECE`` characters is several records, cut behind a line or a word. A task's conversation is the right answer's,
+    its preference sets that against a wrong one drawn by ``seed`` and index. Every line of a file is checked now.
 
     Raises UserError where the source is missing, empty or malformed, or cannot give records of ``kind``.
     """
@@ -115,9 +120,26 @@ def _from_files(path: Path, kind: str, text_field: str) -> Records:
 def _from_lines(path: Path, kind: str, text_field: str) -> Records:
     lines = JsonLines(path)
     records = Records(len(lines), partial(_line, lines, kind, text_field))
-    for _ in records:  # a malformed line is an error now rather than hours into training
-        pass
-    return records
+    # All are read: a malformed line is an error now rather than hours into training.
+    counts = [len(_pieces(found.text)) if isinstance(found, Text) else 1 for found in records]
+    ends = list(accumulate(counts))
+    return records if sum(counts) == len(counts) else Records(ends[-1], partial(_piece, records, ends))
+
+
+def _piece(records: Records, ends: Sequence[int], index: int) -> Text:
+    line = bisect_right(ends, index)
+    return Text(_pieces(records[line].text)[index - (ends[line - 1] if line else 0)])
+
+
+def _pieces(text: str) -> list[str]:
+    """A text in parts of at most PIECE characters, each as long as can be, cut behind a line, else behind a space."""
+    found, start = [], 0
+    while len(text) - start > PIECE:
+        end = start + PIECE
+        cut = next((at for sign in "\n " if (at := text.rfind(sign, start, end)) > start), end - 1) + 1
+        found.append(text[start:cut])
+        start = cut
+    return [*found, text[start:]]
 
 
 def _line(lines: JsonLines, kind: str, text_field: str, index: int) -> Record:
@@ -127,7 +149,8 @@ def _line(lines: JsonLines, kind: str, text_field: str, index: int) -> Record:
 def _from_text(path: Path, kind: str) -> Records:
     if kind != "text":
         raise UserError(f"{path}: expected a {kind}: {FORMS[kind]}; got plain text")
-    return Records(1, [Text(read_text(path))].__getitem__)
+    pieces = [Text(piece) for piece in _pieces(read_text(path))]
+    return Records(len(pieces), pieces.__getitem__)
 
 
 def _joined(parts: Sequence[Records]) -> Records:

@@ -180,13 +180,16 @@ def _choices(
 ) -> Iterator[list[chat.Encoded]]:
     """Every record's choices, encoded; the references are appended to ``gold``."""
     for i, doc in enumerate(docs):
-        reference = task.gold(doc)
-        if reference is None:
+        try:
+            choices, right = task.labelled(doc)
+        except UserError as error:
+            raise UserError(f"record {i}: {error}") from error
+        if right is None:
             raise UserError(
                 f"task {task.name}, record {i}: expected a label, got none; this split's answers are hidden"
             )
-        gold.append(reference)
-        yield [chat.encode(choice, tokenizer, last_only=True) for choice in task.choices(doc)]
+        gold.append(task.gold(doc))
+        yield [chat.encode(choice, tokenizer, last_only=True) for choice in choices]
 
 
 def _row(method: str, scores: Sequence[Sequence[float]], gold: np.ndarray, metrics: Sequence[Callable]) -> Row:

@@ -126,8 +126,8 @@ def best_of_n(
     answers rank by log-probability, and so do all where ``head`` is None: their rewards are NaN. See :func:`sample` for
     the other arguments.
 
-    Raises ValueError for a model without the head, or with one that was never trained, and where a finished answer's
-    reward is not a number.
+    Raises ValueError for a model without the head, or with one that its checkpoint has no weights for, and where a
+    finished answer's reward is not a number.
     """
     if head is not None:
         model.check_heads(head)

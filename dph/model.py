@@ -142,7 +142,7 @@ class Model(PreTrainedModel, GenerationMixin):
             yield from (name for name in names if no_pooler or f"heads.{key}.reward.{name}.weight" in missing)
 
     def save_pretrained(self, directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """Save as transformers does, but for heads that were never trained: they are to load as untrained again."""
+        """Save as transformers does, but for ``untrained_heads``, which are to load as untrained again."""
         weights = self._without_untrained_heads(kwargs.pop("state_dict", None) or self.state_dict())
         return super().save_pretrained(directory, *args, state_dict=weights, **kwargs)
 

@@ -374,7 +374,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        readable = temporary.stat().st_mode & 0o666  # by whom new files may be read; safetensors' are private
         for entry in [*temporary.rglob("*"), temporary]:
+            if entry.is_file():
+                entry.chmod(readable)
             sync(entry)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -137,7 +137,8 @@ def open_records(section: Data | Evaluation, recipe: Recipe, split: str) -> list
                 text_field=source.text_field,
             )
         except UserError as error:
-            raise UserError(f"{name}.sources.{i}: {error}") from error
+            without = "; evaluation.sources=[] goes without" if name == "evaluation" else ""
+            raise UserError(f"{name}.sources.{i}: {error}{without}") from error
         found.append(records)
     return found
 

@@ -51,6 +51,8 @@ def _train(texts: Iterable[str], vocab_size: int, out: str | Path | None, where:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise UserError(f"{out}: expected a folder to save the tokenizer to, got a file")
     if vocab_size < SMALLEST:
         raise UserError(
             f"vocab_size: expected at least {SMALLEST} (256 bytes, {len(SPECIAL)} tokens), got {vocab_size}"

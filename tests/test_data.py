@@ -46,6 +46,24 @@ def test_a_malformed_line_is_named(tmp_path, content, error):
         data.load(tmp_path / "a.jsonl", "text", text_field="a")
 
 
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_a_long_text_is_several_records(tmp_path, monkeypatch, suffix):
+    """Cut behind lines, else words, else anywhere; nothing is lost."""
+    monkeypatch.setattr(data, "PIECE", 10)
+    texts = ["one two\nthree four five", "short", "0123456789012345678901", "0123456789", "a" * 9 + "\n", ""]
+    if suffix == "jsonl":
+        write_lines(tmp_path / "a.jsonl", *({"text": text} for text in texts))
+        expected = ["one two\n", "three ", "four five", "short", "0123456789", "0123456789", "01", *texts[3:]]
+    else:
+        (tmp_path / "a.txt").write_text("".join(texts[:3]))
+        expected = ["one two\n", "three ", "four ", "fiveshort0", "1234567890", "1234567890", "1"]
+    records = data.load(tmp_path / f"a.{suffix}", "text")
+    assert [found.text for found in records] == [
+        text for part in expected for text in ([part], part)[type(part) is list]
+    ]
+    assert [records[i] for i in range(len(records))] == list(records)
+
+
 def test_a_missing_or_empty_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.jsonl: expected a JSONL file, got nothing there"):
         data.read_jsonl(tmp_path / "none.jsonl")

@@ -203,3 +203,19 @@ def test_table():
     with pytest.raises(ValueError, match="expected 2 cells, got 1"):
         table(["a", "b"], [[1]])
     assert table(["a"], []) == "a\n-"
+
+
+@pytest.mark.parametrize(
+    ("label", "error"),
+    [
+        (7, "record 1: task glue/sst2: expected one of the labels 0 to 1, got 7"),
+        (0.5, "record 1: task glue/sst2: expected one of the labels 0 to 1, got 0.5"),
+        ("yes", "record 1: label: expected a number, got 'yes'"),
+        ([1], r"record 1: label: expected a number, got \[1\]"),
+        (math.nan, "record 1: label: expected a number, got nan"),
+    ],
+)
+def test_a_label_that_is_none_of_the_choices_is_an_error(model, tok, label, error):
+    docs = [DOCS[0], {**DOCS[1], "label": label}]
+    with pytest.raises(UserError, match=error):
+        evaluate(model, tok, tasks.load("glue/sst2"), docs, head=None)

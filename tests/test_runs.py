@@ -1,6 +1,7 @@
 """The run directory: written whole or not at all, read back exactly, continued without a seam."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -276,3 +277,14 @@ def test_generators_come_back():
     draw()
     runs.set_generators(*saved)
     assert draw() == first
+
+
+def test_what_is_written_can_be_read_by_whom_the_umask_lets(tmp_path):
+    """As every other file; safetensors' are the owner's alone."""
+    before = os.umask(0o027)
+    try:
+        with runs.atomic_directory(tmp_path / "made") as folder:
+            runs.write_tensors(folder / "a.safetensors", {"x": torch.ones(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "made" / "a.safetensors").stat().st_mode & 0o777 == 0o640

@@ -105,7 +105,7 @@ def test_errors_name_the_task():
         tasks.load("glue/sst")
     with pytest.raises(UserError, match=r"task glue/cola: expected the fields sentence, got a record with text"):
         tasks.load("glue/cola").choices({"text": "a"})
-    with pytest.raises(UserError, match=r"task glue/cola: expected a label below 2, got 2"):
+    with pytest.raises(UserError, match=r"task glue/cola: expected one of the labels 0 to 1, got 2"):
         tasks.load("glue/cola").targets({"sentence": "a", "label": 2})
     with pytest.raises(UserError, match=r"task glue/ax: expected split test, got 'train'"):
         tasks.load("glue/ax").documents("train")

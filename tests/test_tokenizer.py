@@ -94,3 +94,9 @@ def test_the_chat_tokens_take_opts_free_rows():
     assert tokenizer.add_chat_tokens(tok) == (50265, 50266)
     assert tokenizer.add_chat_tokens(tok) == (50265, 50266)
     assert len(tok) == 50267
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: expected a folder to save the tokenizer to, got a file"):
+        tokenizer.from_iterator(TEXTS, 300, tmp_path / "file")

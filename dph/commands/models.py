@@ -13,6 +13,7 @@ from dph import devices
 from dph.errors import UserError
 from dph.model import Model
 from dph.pretrained import load_model, load_tokenizer
+from dph.start import check_tokenizer
 
 
 def open_model(args: argparse.Namespace) -> tuple[Model, Any]:
@@ -20,7 +21,9 @@ def open_model(args: argparse.Namespace) -> tuple[Model, Any]:
     device = devices.choose(args.device, "--device")
     dtype = ("float32" if device == "cpu" else "bfloat16") if args.dtype == "auto" else args.dtype
     model = load_model(args.model, dtype=getattr(torch, dtype))
-    return model.to(device).eval(), load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
+    check_tokenizer(model, tokenizer)
+    return model.to(device).eval(), tokenizer
 
 
 def check_head(model: Model, head: str, instead: str) -> None:

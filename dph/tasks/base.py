@@ -30,13 +30,19 @@ HELD_OUT = {"validation": "validation", "test": "test"}
 
 
 def number(key: str) -> Callable[[Doc], Label]:
-    """Read a label that is a number, or text that spells one; absent, empty or negative ones are hidden (None)."""
+    """Read a label that is a number, or text that spells a whole one; absent, empty or negative ones are hidden (None).
+
+    Raises UserError where it is anything else.
+    """
 
     def read(doc: Doc) -> Label:
         value = doc.get(key)
         if value is None or value == "":
             return None
-        value = int(value) if isinstance(value, str) else value
+        if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
+            value = int(value)
+        if not isinstance(value, int | float) or value != value:
+            raise UserError(f"{key}: expected a number, got {value!r}")
         return None if value < 0 else value
 
     return read
@@ -87,7 +93,7 @@ class Task:
         self._check(doc)
         if self.options is None:
             return self._conversations(doc, self.right(doc))
-        choices, right = self._choices(doc)
+        choices, right = self.labelled(doc)
         return [] if right is None else [choices[right]]
 
     def distractors(self, doc: Doc) -> list[list[Message]]:
@@ -95,7 +101,7 @@ class Task:
         self._check(doc)
         if self.options is None:
             return self._conversations(doc, self.wrong(doc) if self.wrong else [])
-        choices, right = self._choices(doc)
+        choices, right = self.labelled(doc)
         return [] if right is None else choices[:right] + choices[right + 1 :]
 
     def choices(self, doc: Doc) -> list[list[Message]]:
@@ -117,13 +123,14 @@ class Task:
                 f"got a record with {', '.join(doc)} (no {', '.join(absent)})"
             )
 
-    def _choices(self, doc: Doc) -> tuple[list[list[Message]], int | None]:
-        """The choices, and which is right, where that is known."""
+    def labelled(self, doc: Doc) -> tuple[list[list[Message]], int | None]:
+        """The choices, and which is right, where that is known. Raises UserError where the label is none of them."""
         choices, gold = self.choices(doc), self.gold(doc)
-        right = None if gold is None else round(gold)
-        if right is not None and right >= len(choices):
-            raise UserError(f"task {self.name}: expected a label below {len(choices)}, got {gold}")
-        return choices, right
+        if gold is None:
+            return choices, None
+        if round(gold) >= len(choices) or not (self.metric == "pearson_spearman" or gold == round(gold)):
+            raise UserError(f"task {self.name}: expected one of the labels 0 to {len(choices) - 1}, got {gold}")
+        return choices, round(gold)
 
     def _conversations(self, doc: Doc, answers: Iterable[str]) -> list[list[Message]]:
         system = self.system(doc) if callable(self.system) else self.system
