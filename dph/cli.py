@@ -139,7 +139,9 @@ def _convert(parser: Parser) -> None:
 
 
 def _tokenizer(parser: Parser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help=".txt or .jsonl")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help=".txt, or .jsonl, of which all text but the roles of messages is read"
+    )
     parser.add_argument("--vocab-size", type=_count, default=4096, metavar="V", help="upper bound (default: 4096)")
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
 

@@ -32,6 +32,9 @@ class StreamStage(Material):
         self.check_share()
         footprint.check_update(self)
         self.batches = self._streams(self.records, self.recipe.batch.size)
+        if self.records.size < self.recipe.batch.size:
+            few = f"batch.size: {self.recipe.batch.size} streams share {self.records.size:,} records"
+            self.notes = (f"{few}, so that some read the same at a time",)
         if footprint.remembers(self.recipe):
             self.place = self._choose_place()
         self.first = self.world.rank * self.share  # of this process's streams
@@ -41,7 +44,7 @@ class StreamStage(Material):
         device = torch.device(devices.choose(self.recipe.device))
         place = footprint.choose_place(self, device)
         if place == "host" or device.type != "cpu":
-            self.notes = (footprint.explain(self, device, place),)
+            self.notes += (footprint.explain(self, device, place),)
         return place
 
     def _streams(self, records: Order, size: int) -> Streams:

@@ -323,6 +323,14 @@ def test_stream_figures(tmp_path):
         assert line[name] == pytest.approx(want.item(), rel=1e-5), name
 
 
+@pytest.mark.parametrize("count", [3, 4])
+def test_streams_that_read_the_same_are_told_of(count, tmp_path):
+    material = tiny(), small_tokenizer(), records("pretrain", count), {}
+    told = make_stage(settings("pretrain", tmp_path, batch__size=4), *material).notes
+    few = "batch.size: 4 streams share 3 records, so that some read the same at a time"
+    assert told == ((few,) if count == 3 else ())
+
+
 def test_memory_reaches_the_second_segment(tmp_path):
     losses = {}
     for memory in (0, 20):
