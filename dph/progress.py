@@ -12,7 +12,7 @@ SHOWN = ("loss", "token_accuracy", "reward_accuracy", "grad_norm", "lr")
 class Progress:
     """Steps done of ``total``, the time that is left, tokens per second and losses, on stderr.
 
-    A bar on a terminal; elsewhere a line at every logged step.
+    A line that stays at every logged step and every evaluation, and on a terminal a bar below them.
     """
 
     def __init__(self, name: str, total: int, first: int, quiet: bool = False) -> None:
@@ -20,9 +20,9 @@ class Progress:
         self._first, self._began = first, time.monotonic()
         self._bar: Any = None
         if sys.stderr.isatty() and not quiet:
-            from tqdm import tqdm
+            from dph.bar import Bar
 
-            self._bar = tqdm(desc=name, total=total, initial=first, unit="step", dynamic_ncols=True)
+            self._bar = Bar(name, total, first)
 
     def advance(self) -> None:
         """One step more."""
@@ -38,16 +38,21 @@ class Progress:
             text += f", MFU {values['mfu']:.1%}"
         if "memory_gb" in values:
             text += f", {values['memory_gb']:.1f} GB"
-        if self._bar is not None:
-            self._bar.set_postfix_str(text)
-        elif not self.quiet:
-            left = f", {self._left(step)} left" if step < self.total else ""
-            print(f"{self.name} {step}/{self.total}: {text}{left}", file=sys.stderr, flush=True)
+        left = f", {self._left(step)} left" if step < self.total else ""
+        self._print(f"{self.name} {step}/{self.total}: {text}{left}")
 
     def note(self, text: str) -> None:
         """One line of text."""
-        if not self.quiet:
-            print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+        self._print(f"{self.name}: {text}")
+
+    def _print(self, line: str) -> None:
+        """A line that stays, above the bar if there is one."""
+        if self.quiet:
+            return
+        if self._bar is None:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self._bar.write(line, file=sys.stderr)
 
     def _left(self, step: int) -> str:
         rate = (time.monotonic() - self._began) / max(1, step - self._first)
