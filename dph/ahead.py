@@ -6,6 +6,7 @@ The pass takes the batches that training takes, so that every number is, bit for
 is there already is skipped: a pass that was interrupted goes on when it is started again.
 """
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ def _go_through(stage: PairStage, quiet: bool) -> int:
             if time.monotonic() - flushed > FLUSH_EVERY:
                 stage.flush()
                 flushed = time.monotonic()
+    for line in () if quiet else stage.left_out().values():
+        print(f"cache: {line}", file=sys.stderr)
     return count
 
 

@@ -34,6 +34,7 @@ class Estimate:
         flops: that the first update needs.
         steps: updates.
         rate: operations per second that the matrix products of one process's device reach.
+        left_out: lines that say which of the first update's records were left out, and why.
     """
 
     device: str
@@ -46,6 +47,7 @@ class Estimate:
     flops: float
     steps: int
     rate: float
+    left_out: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -67,7 +69,7 @@ class Estimate:
             ("matrix rate", f"{self.rate / 1e12:,.3g} TFLOP/s ({self.device})"),
             (f"time at {ASSUMED:.0%} of it", _time(self.seconds)),
         ]
-        return table(["", "estimate"], rows)
+        return "\n".join([table(["", "estimate"], rows), *(f"first update: {line}" for line in self.left_out)])
 
 
 def _time(seconds: float) -> str:
@@ -98,6 +100,7 @@ def estimate(recipe: Recipe) -> Estimate:
         flops=work.flops,
         steps=recipe.optimiser.steps,
         rate=flops.peak(device) or _matrix_rate(device),
+        left_out=tuple(stage.left_out().values()),
     )
 
 

@@ -89,6 +89,7 @@ class Launched(NamedTuple):
     losses: list[Loss]
     loss: Tensor
     counts: dict[str, int]
+    left_out: dict[str, str]
     reading: Reading
 
 
@@ -119,6 +120,7 @@ class Trainer:
         self._launched: Launched | None = None
         self._forget = 0  # the step before which the stage forgets what it remembers of the data
         self._clock = 0.0  # when figures were last taken up
+        self._left_out: dict[str, str] = {}  # what has been said of records that were left out
         self._told_to_stop: Callable[[], int] = int
         self._stopping = False  # whether a process has been told to, as all have read
         if self.run.checkpoint is not None:
@@ -224,6 +226,7 @@ class Trainer:
                 self._collect()
         finally:
             self._give_back()
+        self._tell_left_out(self.stage.left_out(), progress, in_all=True)
         if stopped is None:
             progress.note(f"the model is in {self._finish()}")
             if self.best.found is not None:
@@ -295,7 +298,8 @@ class Trainer:
             [part] = work.parts
             losses, *numbers = self.replayed(self.stage.given(part, step))  # which the next step overwrites
             done = Update([Loss(*map(torch.clone, loss)) for loss in losses], *map(torch.clone, numbers))
-        return Launched(step, lr, work, done.losses, done.loss, self.stage.counts(), Reading(done.figures))
+        counts, left_out = self.stage.counts(), self.stage.left_out()
+        return Launched(step, lr, work, done.losses, done.loss, counts, left_out, Reading(done.figures))
 
     def _set_rate(self, lr: float) -> None:
         for group in self.optimiser.param_groups:
@@ -355,6 +359,7 @@ class Trainer:
         step, output = launched.step, self.recipe.output
         if step == self.settings.steps or step % output.log_every == 0:
             self._log(step, progress, self._machine(self.window.close()) | launched.counts)
+            self._tell_left_out(launched.left_out, progress)
 
     def _machine(self, values: dict[str, float]) -> dict[str, float]:
         """The figures with what they say of the GPU: the share of its peak rate (MFU), and the memory taken at most."""
@@ -412,6 +417,15 @@ class Trainer:
         self.model.train()
         if self.evaluation:
             self._log(step, progress, {f"eval/{key}": value for key, value in self.evaluation.items()})
+            self._tell_left_out(self.stage.left_out(), progress)
+
+    def _tell_left_out(self, found: Mapping[str, str], progress: Progress, in_all: bool = False) -> None:
+        """Say which records were left out: of each source once, and at the end ``in_all`` if it has become more."""
+        for name, line in found.items():
+            said = self._left_out.get(name)
+            if said is None or (in_all and said != line):
+                progress.note(f"in all, {line}" if in_all else line)
+                self._left_out[name] = line
 
     def _collect(self) -> None:
         """Put what several processes have trained into the whole model; all have to come here."""

@@ -26,6 +26,9 @@ from dph_kernels import preference_loss
 from dph_kernels.preference_loss import metric_names
 from dph_kernels.transfer import to_device
 
+# What a reason of ``PairBatches`` begins with, and the key of the recipe that changes whom it refuses.
+KEYS = {"longer than": "data.context", "more than": "batch.tokens"}
+
 Part = TypeVar("Part", bound="PairPart")  # typing.Self, which Python 3.10 lacks
 
 
@@ -109,10 +112,11 @@ class PairStage(Material):
         self.batches = self._pairs(self.records, self.recipe.batch.size)
         self.dropout_seed = draw(2**31, self.recipe.seed, "dropout")
         self.told: dict[str, int] = {}  # held-out pairs of each source that a frozen backbone's log-probabilities tell
+        self.judged_of: dict[str, PairBatches] = {}  # the batches of each source that the last evaluation took
         for name, records in self.held_out.items():  # an error now rather than at the first evaluation
             held_out = self._pairs(InOrder(records), 1)
             if next(held_out, None) is None:
-                raise UserError(f"{name}: expected held-out pairs, got none: {dict(held_out.refused)} refused")
+                raise UserError(f"{name}: expected held-out pairs, got none: {_left_out(held_out)}")
 
     def _cached(self) -> str | None:
         """What is kept on disk of what a frozen model says: "reference" log-probabilities, "states" or nothing."""
@@ -252,6 +256,11 @@ class PairStage(Material):
         """Pairs that were left out: too long, identical, or without a wrong answer."""
         return {"refused": sum(self.batches.refused.values())}
 
+    def left_out(self) -> dict[str, str]:
+        """Of the training records, and of held-out ones, how many gave no pair, and why."""
+        found = {"records": self.batches} | {f"records of {name}": of for name, of in self.judged_of.items()}
+        return {name: _left_out(of, name) for name, of in found.items() if of.refused}
+
     def forget(self) -> None:
         """Nothing: a pair knows of no other."""
 
@@ -270,7 +279,7 @@ class PairStage(Material):
         figures = self.judged if told is None else self.judged[:-1]  # all but that of log-probabilities
         right: Counter[str] = Counter()
         count, finished = 0, True
-        for part in self._held_out_parts(records):
+        for part in self._held_out_parts(name, records):
             if told is not None:
                 found = self._rewards(self.model.rewards_of(self.frozen(part)))
             else:
@@ -286,8 +295,9 @@ class PairStage(Material):
             self.told[name] = right["logprob_accuracy"]
         return {key: right[key] for key in self.judged}, count
 
-    def _held_out_parts(self, records: Sequence[Record]) -> Iterator[PairPart]:
-        for pairs in self._pairs(InOrder(records), self.micro):
+    def _held_out_parts(self, name: str, records: Sequence[Record]) -> Iterator[PairPart]:
+        self.judged_of[name] = self._pairs(InOrder(records), self.micro)
+        for pairs in self.judged_of[name]:
             for places in self._places([self.length(pair) for pair in pairs]):
                 yield self.part.of(pairs, [places])
 
@@ -331,6 +341,16 @@ class PairStage(Material):
 def _sides(values: Tensor) -> tuple[Tensor, Tensor]:
     """[2N, ...] -> chosen and rejected [N, ...]."""
     return values[0::2], values[1::2]
+
+
+def _left_out(batches: PairBatches, name: str = "records") -> str:
+    """How many of the records taken were left out, for each reason, with the key of the recipe where there is one."""
+    reasons = []
+    for reason, count in batches.refused.most_common():
+        key = next((f" ({key})" for start, key in KEYS.items() if reason.startswith(start)), "")
+        reasons.append(f"{count:,} {reason}{key}")
+    taken = batches.records.state_dict()["position"]
+    return f"{batches.refused.total():,} of {taken:,} {name} were left out: {', '.join(reasons)}"
 
 
 def _judged_only(packed: PackedBatch) -> PackedBatch:

@@ -82,6 +82,9 @@ class Stage(Protocol):
     def counts(self) -> dict[str, int]:
         """What has been counted since the stage began, for the log."""
 
+    def left_out(self) -> dict[str, str]:
+        """Of the records taken so far, by where they come from, how many were left out and why: lines for people."""
+
     def forget(self) -> None:
         """Drop what is remembered of the data so far, where a step has left there what is not finite."""
 

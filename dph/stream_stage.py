@@ -118,6 +118,10 @@ class StreamStage(Material):
         """Nothing."""
         return {}
 
+    def left_out(self) -> dict[str, str]:
+        """Nothing: streams take every record."""
+        return {}
+
     def forget(self) -> None:
         """Every stream goes on without what it has read."""
         for memory in self.memories:

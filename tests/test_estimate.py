@@ -207,3 +207,12 @@ def test_the_command_writes_nothing(start, capsys, monkeypatch):
     for word in ("parameters", "memory in all", "tokens in an update", "minutes"):
         assert word in said
     assert sorted(start.rglob("*")) == before
+
+
+def test_records_that_the_first_update_leaves_out_are_told(start):
+    pairs = [{"prompt": "hello", "chosen": "world", "rejected": "late" + " late" * 300 * (i % 2)} for i in range(8)]
+    (start / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    last = estimate.estimate(make(start, "align", "pairs.jsonl", batch__size=8)).table().splitlines()[-1]
+    assert last.startswith("first update: ")
+    assert "records were left out: " in last
+    assert last.endswith(" longer than 200 tokens (data.context)")
