@@ -11,6 +11,7 @@ import argparse
 import copy
 import itertools
 import random
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--prompts, --pairs-from, --scale: expected numbers above 0")
     if Path(args.output).exists() and not args.resume:
         raise UserError(f"{args.output}: is there already; --resume goes on with it, --output takes another place")
-    road = Road(Path(args.output), args.seed, args.scale, args.resume)
+    road = Road(Path(args.output), args.seed, args.scale, args.resume, again(args))
     sft = road.teach()
     pairs = road.preferences(sft, args.pairs_from)
     frozen, aligned = (road.stage(name, pairs, copy.deepcopy(sft)) for name in ("head", "align"))
@@ -70,11 +71,23 @@ def run(args: argparse.Namespace) -> None:
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes on {torch.get_num_threads()} threads")
 
 
-class Road:
-    """The stages, one after the other, below one directory."""
+def again(args: argparse.Namespace) -> str:
+    """The command that goes on with a run: the options that were not left as they are, quoted for a shell."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = [
+        f"--{name.replace('_', '-')} {shlex.quote(str(getattr(args, name)))}"
+        for name, default in vars(parser.parse_args([])).items()
+        if name != "resume" and getattr(args, name) != default
+    ]
+    return " ".join(["dph quickstart", *given, "--resume"])
 
-    def __init__(self, output: Path, seed: int, scale: float, resume: bool) -> None:
-        self.output, self.seed, self.scale, self.resume = output, seed, scale, resume
+
+class Road:
+    """The stages, one after the other, below one directory; the command ``again`` goes on where they were stopped."""
+
+    def __init__(self, output: Path, seed: int, scale: float, resume: bool, again: str) -> None:
+        self.output, self.seed, self.scale, self.resume, self.again = output, seed, scale, resume, again
         corpus = list(itertools.islice(_corpus(seed), RECORDS))
         self.texts: list[Record] = [Text(f"{puzzle.prompt}\n{answer}\n") for puzzle, answer in corpus]
         self.conversations: list[Record] = [
@@ -104,7 +117,7 @@ class Road:
             model = start.with_heads(model, stage.objective)
         done = train(stage, model=model, tokenizer=self.tokenizer, records=records, resume=self.resume)
         if done.interrupted:
-            print(f"stopped in stage {name}; dph quickstart --resume goes on", file=sys.stderr)
+            print(f"stopped in stage {name}; {self.again} goes on", file=sys.stderr)
             sys.exit(done.exit_code)
         return done.model
 

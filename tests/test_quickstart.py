@@ -1,11 +1,14 @@
 """The quickstart's road on a few steps; what it is worth in full is in the README."""
 
 import itertools
+import shlex
+import signal
 
 import pytest
 
 from dph import chat, outcomes, puzzles, quickstart
-from dph.cli import main
+from dph.cli import main, parse
+from dph.loop import Result
 from dph.model import Model
 
 SHORT = ["quickstart", "--scale", "0.01", "--prompts", "4", "--pairs-from", "8", "--output"]
@@ -48,6 +51,19 @@ def test_a_second_run_goes_on_or_says_how(tmp_path, capsys, monkeypatch):
     assert "--resume" in capsys.readouterr().err
     assert main([*SHORT, str(tmp_path / "run"), "--resume"]) == 0
     assert (tmp_path / "run" / "align" / "model" / "model.safetensors").read_bytes() == first
+
+
+def test_a_stopped_run_names_the_command_that_goes_on_with_it(tmp_path, capsys, monkeypatch):
+    output = str(tmp_path / "a run")
+    monkeypatch.setattr(quickstart, "train", lambda *_, **__: Result(None, None, tmp_path, 1, True, signal.SIGINT, {}))
+    for argv in ([*SHORT, output, "--seed", "-3"], [*SHORT, output, "--seed", "-3", "--resume"]):
+        assert main(argv) == 130
+        line = capsys.readouterr().err.splitlines()[-1]
+        hint = line.removeprefix("stopped in stage pretrain; ").removesuffix(" goes on")
+        command, *argv = shlex.split(hint)
+        assert (command, argv[-1], hint.count(f"'{output}'")) == ("dph", "--resume", 1)
+        args = parse(argv)
+        assert (args.output, args.seed, args.scale, args.prompts, args.pairs_from) == (output, -3, 0.01, 4, 8)
 
 
 @pytest.mark.parametrize("option", ["--prompts", "--pairs-from", "--scale"])
