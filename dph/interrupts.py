@@ -24,7 +24,7 @@ def told_to_stop(say: Callable[[str], None]) -> Iterator[Callable[[], int]]:
         if not came:
             came.append(number)
             with contextlib.suppress(RuntimeError):  # stderr, met in the middle of a line, cannot be entered twice
-                say(f"{signal.Signals(number).name}: the step is finished and saved; Ctrl-C now stops at once")
+                say(f"{signal.Signals(number).name}: the step is being finished and saved; Ctrl-C now stops at once")
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 

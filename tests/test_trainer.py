@@ -103,7 +103,7 @@ def test_a_signal_saves_and_stops(number, stage, tmp_path, capsys):
     before = signal.getsignal(number)
     stopped = go(recipe, Trap(records(stage), taken(recipe, 4) + 1, lambda: strike(number)), quiet=False)
     said = capsys.readouterr().err.splitlines()
-    told = f"{stage}: {number.name}: the step is finished and saved; Ctrl-C now stops at once"
+    told = f"{stage}: {number.name}: the step is being finished and saved; Ctrl-C now stops at once"
     assert said.index(told) < len(said) - 1
     assert said[-1].startswith(f"{stage}: stopped after step 5")
     assert (stopped.interrupted, stopped.step) == (True, 5)
