@@ -31,6 +31,7 @@ class Parser(argparse.ArgumentParser):
         kwargs["formatter_class"] = argparse.RawDescriptionHelpFormatter
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self.set_defaults(parser=self)  # of a subcommand's, which is parsed last, that one
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""
@@ -298,7 +299,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         args.overrides, rest = args.overrides + late, [word for word in rest if word not in late]
     if rest:
         hint = "; a recipe's values are given as key.name=value" if overridden else ""
-        parser.error(f"unknown arguments: {' '.join(rest)}{hint}")
+        args.parser.error(f"unknown arguments: {' '.join(rest)}{hint}")
     if args.command is None:
         parser.error(f"expected a command: {', '.join(COMMANDS)}")
     return args

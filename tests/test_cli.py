@@ -84,7 +84,9 @@ def test_the_package_is_whole_elsewhere():
     [
         ([], "expected a command: quickstart, train"),
         (["trian"], "invalid choice: 'trian'"),
-        (["doctor", "--fast"], "unknown arguments: --fast"),
+        (["doctor", "--fast"], "unknown arguments: --fast (see dph doctor --help)"),
+        (["train", "sft", "--resum"], "given as key.name=value (see dph train --help)"),
+        (["plot", "run", "x", "-o", "x.png", "--log"], "unknown arguments: --log (see dph plot run --help)"),
         (["train"], "required: recipe (see"),
         (["train", "--resume"], "required: recipe (see"),
         (
