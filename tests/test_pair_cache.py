@@ -1,6 +1,7 @@
 """What frozen models say, kept on disk: training with it as without it, resumed too, and passes ahead."""
 
 import dataclasses
+import re
 from dataclasses import asdict
 
 import pytest
@@ -162,6 +163,14 @@ def test_no_cache_is_made_where_it_is_off(tmp_path):
 def fill(recipe, data=None, **options):
     data = data or records(recipe.stage)
     return ahead.fill(recipe, model=tiny(), tokenizer=small_tokenizer(), records=data, **options)
+
+
+def test_a_pass_ahead_tells_what_it_left_out(tmp_path, capsys):
+    data = records("align", 4)
+    data.append(type(data[0])(data[0].chosen, data[0].chosen))
+    fill(stage_settings("align", tmp_path / "run"), data)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"cache: ([1-9]) of [0-9]+ records were left out: \1 identical", said)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
