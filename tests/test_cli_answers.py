@@ -1,8 +1,10 @@
 """The command line answers and judges: what generate, chat, score and evaluate print on a tiny model."""
 
+import io
 import json
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from command_line import ANSWER, ASKED, USER
 from texts import write_lines
 
 import dph
-from dph import generate, pretrained
+from dph import cli, generate, pretrained
 from dph.commands import answering
 
 
@@ -152,6 +154,70 @@ def test_chat_ends_with_its_input(dph_command, models):
     code, out, _ = dph_command("chat", models / "mute", "-n", 1, "--max-new-tokens", 3, stdin="hello\nagain")
     assert code == 0
     assert len(out.splitlines()) >= 2
+
+
+class Terminal(io.TextIOWrapper):
+    """Stdin of a terminal in which these bytes were typed."""
+
+    def __init__(self, typed):
+        super().__init__(io.BytesIO(typed), encoding="utf-8")
+
+    def isatty(self):
+        return True
+
+
+def echo(asked, *, stopped=()):
+    """In place of best_of_n: notes what it was asked, and answers with it unless Ctrl-C comes in its place."""
+
+    def answer(model, tok, messages, n, **options):
+        asked.append([m["content"] for m in messages])
+        if asked[-1][-1] in stopped:
+            raise KeyboardInterrupt
+        return [generate.Candidate(f"re {asked[-1][-1]}", math.nan, -3.0, -1.0, True, (1,))]
+
+    return answer
+
+
+def test_ctrl_c_in_chat_stops_the_answer_alone(models, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("dph.commands.answering.best_of_n", echo(asked, stopped=["second"]))
+    monkeypatch.setattr(sys, "stdin", Terminal(b"first\nsecond\n/candidates\nthird\n"))
+    assert cli.main(["chat", str(models / "judge"), "-n", "1"]) == 0
+    assert asked == [["first"], ["first", "re first", "second"], ["first", "re first", "third"]]
+    out, err = capsys.readouterr()
+    assert "you> \ninterrupted: no answer\nyou> rank" in out
+    assert out.count("re first") == 2  # as the answer, and among the candidates after the one that was stopped
+    assert out.endswith("you> re third\nyou> ")
+    assert err == ""
+
+
+def test_ctrl_c_ends_chat_where_the_turns_are_a_file_s(dph_command, models, monkeypatch):
+    asked = []
+    monkeypatch.setattr("dph.commands.answering.best_of_n", echo(asked, stopped=["first"]))
+    code, out, err = dph_command("chat", models / "judge", "-n", 1, stdin="first\nsecond\n")
+    assert (code, out, err) == (130, "", "dph: interrupted\n")
+    assert asked == [["first"]]
+
+
+def test_ctrl_c_at_the_prompt_ends_chat(dph_command, models, monkeypatch):
+    def interrupted(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert dph_command("chat", models / "judge", "-n", 1) == (130, "", "dph: interrupted\n")
+
+
+@pytest.mark.parametrize("stdin", [Terminal, lambda typed: io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8")])
+def test_a_line_that_is_not_utf_8_is_refused_alone(models, monkeypatch, capsys, stdin):
+    asked = []
+    monkeypatch.setattr("dph.commands.answering.best_of_n", echo(asked))
+    monkeypatch.setattr(sys, "stdin", stdin("caf\u00e9\n".encode() + b"caf\xe9\n/\xff\nend\n"))
+    assert cli.main(["chat", str(models / "judge"), "-n", "1"]) == 0
+    assert asked == [["caf\u00e9"], ["caf\u00e9", "re caf\u00e9", "end"]]
+    out, err = capsys.readouterr()
+    assert out.count("expected text in UTF-8, got caf\\udce9\n") == 1
+    assert out.count("expected text in UTF-8, got /\\udcff\n") == 1
+    assert err == ""
 
 
 # Judging

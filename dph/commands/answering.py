@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -99,21 +100,31 @@ def asked(prompt: str | Sequence[Mapping[str, Any]], where: str) -> list[Message
 
 
 def chat(args: argparse.Namespace) -> None:
-    """``dph chat``: every line of stdin is a turn."""
+    """``dph chat``: every line of stdin is a turn. Ctrl-C in a terminal stops an answer, and takes its turn back."""
     answer = Answerer(args)
     interactive = sys.stdin.isatty()
     if interactive:
-        print(f"best of {args.n}; /candidates shows all of the last turn, /quit ends")
+        print(f"best of {args.n}; /candidates shows all of the last turn, Ctrl-C stops an answer, /quit ends")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # else an error would take more than its line along
+        sys.stdin.reconfigure(errors="surrogateescape")
     messages, candidates = list(answer.start), []
     while (line := read_line("you> " if interactive else "")) is not None and line != "/quit":
         if line == "/candidates":
             print(show(candidates) if candidates else "no answers yet", flush=True)
+        elif not is_unicode(line):
+            print(f"expected text in UTF-8, got {printable(line)}", flush=True)
         elif line.startswith("/"):
-            print(f"expected /candidates or /quit, got {line}", flush=True)
+            print(f"expected /candidates or /quit, got {printable(line)}", flush=True)
         elif line:
-            messages.append(Message(role="user", content=line))
-            candidates = answer(messages)
-            messages.append(Message(role="assistant", content=candidates[0].text))
+            question = Message(role="user", content=line)
+            try:
+                candidates = answer([*messages, question])
+            except KeyboardInterrupt:
+                if not interactive:  # the turns are a file's or a program's: who stops one means them all
+                    raise
+                print("\ninterrupted: no answer", flush=True)
+                continue
+            messages += [question, Message(role="assistant", content=candidates[0].text)]
             print(spoken(candidates[0]), flush=True)
 
 
@@ -123,6 +134,11 @@ def read_line(prompt: str) -> str | None:
         return input(prompt).strip()
     except EOFError:
         return None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text came from valid UTF-8: bytes that did not are lone surrogates in it."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def spoken(c: Candidate) -> str:
