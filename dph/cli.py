@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import math
 import os
 import sys
 import traceback
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NoReturn
 
+from dph import sampling
 from dph.errors import Elsewhere, UserError
 
 
@@ -163,7 +163,7 @@ def _number(kind: Callable[[str], float], fits: Callable[[float], bool], expecte
     return read
 
 
-_count = _number(int, lambda n: n >= 1, "a whole number of at least 1")
+_count = _number(*sampling.COUNT)
 
 
 def _add_model(parser: Parser) -> None:
@@ -183,20 +183,20 @@ def _add_judging(parser: Parser) -> None:
 
 
 def _add_sampling(parser: Parser) -> None:
-    parser.add_argument("-n", "--n", type=_count, default=16, help="answers to choose from (default: 16)")
+    kinds = {name: _number(*rule) for name, rule in sampling.RULES.items()}
+    parser.add_argument("-n", "--n", type=kinds["n"], default=16, help="answers to choose from (default: 16)")
     parser.add_argument("--rank", choices=("reward", "logprob"), default="reward", help="what the best is best by")
     parser.add_argument("--head", default="default", help="reward head that judges")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
-    parser.add_argument("--max-new-tokens", type=_count, default=256, metavar="N", help="(default: 256)")
-    temperature = _number(float, lambda t: 0 <= t < math.inf, "a finite number of at least 0")
-    top_k = _number(int, lambda k: k >= 0, "a whole number of at least 0")
-    top_p = _number(float, lambda p: 0 < p <= 1, "a number above 0 and at most 1")
-    parser.add_argument("--temperature", type=temperature, default=1.0, help="0 takes the likeliest token (default: 1)")
-    parser.add_argument("--top-k", type=top_k, default=0, metavar="K", help="sample among the K likeliest; 0 for all")
-    parser.add_argument(
-        "--top-p", type=top_p, default=1.0, metavar="P", help="sample among the likeliest P of the mass"
-    )
-    parser.add_argument("--seed", type=int, help="of the sampling, for the same answers again")
+    for name, default, metavar, text in (
+        ("max_new_tokens", 256, "N", "(default: 256)"),
+        ("temperature", 1.0, None, "0 takes the likeliest token (default: 1)"),
+        ("top_k", 0, "K", "sample among the K likeliest; 0 for all"),
+        ("top_p", 1.0, "P", "sample among the likeliest P of the mass"),
+        ("seed", None, None, "of the sampling, for the same answers again"),
+    ):
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=kinds[name], default=default, metavar=metavar, help=text)
 
 
 def _add_json(parser: Parser) -> None:

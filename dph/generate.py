@@ -14,6 +14,7 @@ from dph import chat
 from dph.chat import Encoded
 from dph.memory import Memory
 from dph.model import Judged, Model
+from dph.sampling import COLD, checked
 
 
 @dataclass(frozen=True)
@@ -56,23 +57,25 @@ def sample(
         prompts: token ids that end where the assistant speaks (``dph.chat.prompt``).
         n: answers per prompt.
         max_new_tokens: an answer that reaches it without ``<|im_end|>`` counts as cut off.
-        temperature: of the softmax; 0 takes the likeliest token.
+        temperature: of the softmax; 0, and what is below ``dph.sampling.COLD``, takes the likeliest token.
         top_k: sample among the k likeliest tokens; 0 for all.
         top_p: sample among the likeliest tokens that hold this share of the probability.
         seed: of torch's generator for this call; its state outside is left as it was. None draws on it.
+
+    Raises ValueError, with the argument's name, where an option is no number or out of its range (``dph.sampling``).
     """
-    if n < 1:
-        raise ValueError(f"n: expected at least 1, got {n}")
+    n, max_new_tokens = checked("n", n), checked("max_new_tokens", max_new_tokens)
+    temperature, top_k, top_p = checked("temperature", temperature), checked("top_k", top_k), checked("top_p", top_p)
+    seed = None if seed is None else checked("seed", seed)
     if not prompts:
         return []
     width = max(len(p) for p in prompts)
     pad, end = tokenizer.pad_token_id, chat.markup(tokenizer).end
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    choice = {"do_sample": False}
-    if temperature:
-        choice = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    copies = n if temperature else 1
+    choice, copies = {"do_sample": False}, 1
+    if temperature >= COLD:
+        choice, copies = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}, n
     was_training = model.training
     model.eval()
     try:
@@ -126,8 +129,8 @@ def best_of_n(
     answers rank by log-probability, and so do all where ``head`` is None: their rewards are NaN. See :func:`sample` for
     the other arguments.
 
-    Raises ValueError for a model without the head, or with one that its checkpoint has no weights for, and where a
-    finished answer's reward is not a number.
+    Raises ValueError for a model without the head, or with one that its checkpoint has no weights for, for an option
+    out of its range, and where a finished answer's reward is not a number.
     """
     if head is not None:
         model.check_heads(head)

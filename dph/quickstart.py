@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import math
 import random
 import shlex
 import sys
@@ -47,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, compare and show."""
     began = time.monotonic()
-    if args.prompts < 1 or args.pairs_from < 1 or args.scale <= 0:
-        raise UserError("--prompts, --pairs-from, --scale: expected numbers above 0")
+    for option, value in (("prompts", args.prompts), ("pairs-from", args.pairs_from), ("scale", args.scale)):
+        if not 0 < value < math.inf:
+            raise UserError(f"--{option}: expected a finite number above 0, got {value}")
     if Path(args.output).exists() and not args.resume:
         raise UserError(f"{args.output}: is there already; --resume goes on with it, --output takes another place")
     road = Road(Path(args.output), args.seed, args.scale, args.resume, again(args))

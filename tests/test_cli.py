@@ -107,6 +107,9 @@ def test_the_package_is_whole_elsewhere():
         (["generate", "m", "--prompt", "x", "--top-p", "3"], "--top-p: expected a number above 0 and at most 1, got"),
         (["chat", "m", "--top-p", "0"], "--top-p: expected a number above 0 and at most 1, got '0'"),
         (["chat", "m", "--top-k", "-1"], "--top-k: expected a whole number of at least 0, got '-1'"),
+        (["chat", "m", "--max-new-tokens", "0"], "--max-new-tokens: expected a whole number of at least 1, got '0'"),
+        (["chat", "m", "--seed", "9" * 20], "--seed: expected a whole number of at least -2**63 and below 2**63, got"),
+        (["chat", "m", "--seed", "x"], "--seed: expected a whole number of at least -2**63 and below 2**63, got 'x'"),
         (["plot", "landscape", "--epsilon", "0.7", "-o", "x.png"], "expected 0 < epsilon < 0.5"),
     ],
 )

@@ -1,7 +1,9 @@
 """Best-of-N: what is sampled, how it is judged, and who wins."""
 
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from texts import message, small_tokenizer
@@ -218,13 +220,53 @@ def test_truncated_sampling(settings, allowed):
     assert {item.tokens[len(prompt)] for item in group} == set(likeliest)
 
 
-def test_sampling_leaves_the_mode_and_checks_n():
+def test_sampling_leaves_the_mode():
     model, prompt = talker().train(), chat.prompt(ASKED, TOK)
     sample(model, TOK, [prompt], 1, max_new_tokens=2)
     assert model.training
-    with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
-        sample(model, TOK, [prompt], 0)
     assert sample(model, TOK, [], 3) == []
+
+
+COUNT, INT64 = "a whole number of at least 1", "a whole number of at least -2**63 and below 2**63"
+WRONG = [
+    *(("n", x, COUNT) for x in (0, -1, 1.5, 2.0, "2", None, True, 2**63)),
+    *(("max_new_tokens", x, COUNT) for x in (0, 7.5)),
+    *(("temperature", x, "a finite number of at least 0") for x in (-1, -1e-300, math.nan, math.inf, 10**400, "1")),
+    *(("top_k", x, "a whole number of at least 0") for x in (-1, 0.5, None)),
+    *(("top_p", x, "a number above 0 and at most 1") for x in (0, -0.5, 1.01, math.nan, None)),
+    *(("seed", x, INT64) for x in (10**23, 2**63, -(2**63) - 1, 0.5, "1")),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), WRONG, ids=lambda x: str(x)[:25])
+def test_options_out_of_range_are_named(name, value, expected):
+    with pytest.raises(ValueError, match=re.escape(f"{name}: expected {expected}, got {value!r}")):
+        dph.best_of_n(talker(), TOK, ASKED, **{"n": 2, "max_new_tokens": 2, name: value})
+    with pytest.raises(ValueError, match=re.escape(f"{name}: expected {expected}, got {value!r}")):
+        sample(None, TOK, [], **{"n": 2, name: value})  # before anything is done
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"temperature": x} for x in (1, 1e-20, 1e300, np.float32(0.5))),
+        *({"seed": x} for x in (-(2**63), 2**63 - 1, np.int64(3))),
+        {"top_p": 1e-300},
+        {"top_p": 1, "top_k": 2**63 - 1},
+        {"n": np.int64(3), "max_new_tokens": np.int64(4), "top_k": np.int64(2), "top_p": np.float32(0.5)},
+    ],
+    ids=str,
+)
+def test_the_ends_of_the_ranges_and_numbers_of_numpy_work(options):
+    (group,) = sample(talker(), TOK, [chat.prompt(ASKED, TOK)], **{"n": 3, "max_new_tokens": 4, **options})
+    assert len(group) == 3
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-36, 1e-20])
+def test_a_tiny_temperature_is_its_limit(temperature):
+    model, prompt = talker(), chat.prompt(ASKED, TOK)
+    groups = [sample(model, TOK, [prompt], 3, max_new_tokens=8, temperature=t, seed=0) for t in (temperature, 0)]
+    assert groups[0] == groups[1]
 
 
 # Best of N

@@ -66,7 +66,10 @@ def test_a_stopped_run_names_the_command_that_goes_on_with_it(tmp_path, capsys, 
         assert (args.output, args.seed, args.scale, args.prompts, args.pairs_from) == (output, -3, 0.01, 4, 8)
 
 
-@pytest.mark.parametrize("option", ["--prompts", "--pairs-from", "--scale"])
-def test_numbers_that_make_no_sense(option, tmp_path, capsys):
-    assert main(["quickstart", option, "0", "--output", str(tmp_path / "run")]) == 2
-    assert "above 0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "value"), [("prompts", "0"), ("pairs-from", "0"), *(("scale", x) for x in ("0.0", "nan", "inf", "-inf"))]
+)
+def test_numbers_that_make_no_sense(option, value, tmp_path, capsys):
+    assert main(["quickstart", f"--{option}={value}", "--output", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == f"dph: error: --{option}: expected a finite number above 0, got {value}\n"
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,48 @@
+"""What the options of sampling may be; the API and the command line, which reads this without PyTorch, ask here."""
+
+from __future__ import annotations
+
+import numbers
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from dph.errors import UserError
+
+# The softmax of logits over a smaller temperature is one-hot in fp32, long before the division overflows (about 1e-36).
+COLD = 1e-20
+
+
+class Rule(NamedTuple):
+    """Values of one option.
+
+    Attributes:
+        kind: int or float, of text too.
+        fits: whether a number is allowed.
+        expected: what is, in words.
+    """
+
+    kind: Callable[[Any], float]
+    fits: Callable[[float], bool]
+    expected: str
+
+
+INT64 = 2**63  # below it, and from its negative on
+COUNT = Rule(int, lambda n: 1 <= n < INT64, "a whole number of at least 1")
+RULES = {
+    "n": COUNT,
+    "max_new_tokens": COUNT,
+    "temperature": Rule(float, lambda t: 0 <= t <= sys.float_info.max, "a finite number of at least 0"),
+    "top_k": Rule(int, lambda k: 0 <= k < INT64, "a whole number of at least 0"),
+    "top_p": Rule(float, lambda p: 0 < p <= 1, "a number above 0 and at most 1"),
+    "seed": Rule(int, lambda s: -INT64 <= s < INT64, "a whole number of at least -2**63 and below 2**63"),
+}
+
+
+def checked(name: str, value: Any) -> Any:
+    """The option's value as a plain int or float. Raises UserError where it is another type or out of its range."""
+    rule = RULES[name]
+    number = numbers.Integral if rule.kind is int else numbers.Real
+    if isinstance(value, bool) or not isinstance(value, number) or not rule.fits(value):
+        raise UserError(f"{name}: expected {rule.expected}, got {value!r}")
+    return rule.kind(value)
