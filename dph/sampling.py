@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import numbers
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ COUNT = Rule(int, lambda n: 1 <= n < INT64, "a whole number of at least 1")
 RULES = {
     "n": COUNT,
     "max_new_tokens": COUNT,
-    "temperature": Rule(float, lambda t: 0 <= t <= sys.float_info.max, "a finite number of at least 0"),
+    "temperature": Rule(float, lambda t: 0 <= t < math.inf, "a finite number of at least 0"),
     "top_k": Rule(int, lambda k: 0 <= k < INT64, "a whole number of at least 0"),
     "top_p": Rule(float, lambda p: 0 < p <= 1, "a number above 0 and at most 1"),
     "seed": Rule(int, lambda s: -INT64 <= s < INT64, "a whole number of at least -2**63 and below 2**63"),
@@ -43,6 +44,7 @@ def checked(name: str, value: Any) -> Any:
     """The option's value as a plain int or float. Raises UserError where it is another type or out of its range."""
     rule = RULES[name]
     number = numbers.Integral if rule.kind is int else numbers.Real
-    if isinstance(value, bool) or not isinstance(value, number) or not rule.fits(value):
-        raise UserError(f"{name}: expected {rule.expected}, got {value!r}")
-    return rule.kind(value)
+    with contextlib.suppress(OverflowError):  # an int may be larger than any float
+        if isinstance(value, number) and not isinstance(value, bool) and rule.fits(plain := rule.kind(value)):
+            return plain
+    raise UserError(f"{name}: expected {rule.expected}, got {value!r}")

@@ -231,7 +231,10 @@ COUNT, INT64 = "a whole number of at least 1", "a whole number of at least -2**6
 WRONG = [
     *(("n", x, COUNT) for x in (0, -1, 1.5, 2.0, "2", None, True, 2**63)),
     *(("max_new_tokens", x, COUNT) for x in (0, 7.5)),
-    *(("temperature", x, "a finite number of at least 0") for x in (-1, -1e-300, math.nan, math.inf, 10**400, "1")),
+    *(
+        ("temperature", x, "a finite number of at least 0")
+        for x in (-1, -1e-300, math.nan, np.float32("inf"), 10**400, "1")
+    ),
     *(("top_k", x, "a whole number of at least 0") for x in (-1, 0.5, None)),
     *(("top_p", x, "a number above 0 and at most 1") for x in (0, -0.5, 1.01, math.nan, None)),
     *(("seed", x, INT64) for x in (10**23, 2**63, -(2**63) - 1, 0.5, "1")),
