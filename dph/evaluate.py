@@ -214,12 +214,12 @@ class PairRow:
     """How often one score prefers the chosen answer.
 
     Attributes:
-        accuracy: share of pairs, a tie counting half; Wilson's interval.
+        accuracy: share of pairs, a tie counting half; Wilson's interval. None where there are no pairs.
         margin: mean difference of the two scores, NaNs left out; None where nothing is left.
     """
 
     method: str
-    accuracy: Interval
+    accuracy: Interval | None
     margin: float | None
     ties: int
     nans: int
@@ -233,7 +233,7 @@ def prefer(method: str, chosen: Sequence[float], rejected: Sequence[float]) -> P
     ties = int(np.sum(known == 0))
     return PairRow(
         method,
-        wilson(float(np.sum(known > 0)) + ties / 2, len(margins)),
+        wilson(float(np.sum(known > 0)) + ties / 2, len(margins)) if len(margins) else None,
         float(known.mean()) if len(known) else None,
         ties,
         len(margins) - len(known),

@@ -273,12 +273,42 @@ def test_score_preferences(dph_command, models, tmp_path):
     assert [json.loads(line)["method"] for line in out.splitlines()] == [row[0] for row in table[1:]]
 
 
-def test_an_empty_answer_has_no_mean_and_is_reported(dph_command, models, tmp_path):
-    rows = write_lines(tmp_path / "rows.jsonl", {"prompt": "a", "chosen": "", "rejected": "is"})
+def test_an_empty_answer_has_no_mean(dph_command, models, tmp_path):
+    empty = {"role": "assistant", "content": ""}
+    rows = write_lines(tmp_path / "rows.jsonl", {"messages": [USER, empty]}, {"messages": [USER, ANSWER]})
+    code, out, err = dph_command("score", models / "judge", rows, "--output", tmp_path / "out.jsonl")
+    assert (code, err) == (0, "")
+    assert [[cell == "-" for cell in row] for row in cells(out)] == [[False] * 3 + [True], [False] * 4]
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [[value is None for value in line.values()] for line in lines] == [[False, False, True], [False] * 3]
+
+
+def test_a_pair_with_an_empty_answer_is_not_compared_by_the_mean(dph_command, models, tmp_path):
+    pairs = [{"prompt": "a", "chosen": "", "rejected": "is"}, {"prompt": "a", "chosen": "is", "rejected": "is"}]
+    rows = write_lines(tmp_path / "rows.jsonl", *pairs)
     code, out, err = dph_command("score", models / "judge", rows)
+    assert (code, err) == (0, "")
+    assert [row[-2:] for row in cells(out)] == [["0", "2"]] * 2 + [["0", "1"]]  # NaN, n
+    assert cells(out)[2] == ["log-probability (mean)", "0.500", "0.055 to 0.945", "0", "1", "0", "1"]
+    code, out, err = dph_command("score", models / "judge", write_lines(tmp_path / "one.jsonl", pairs[0]))
+    assert (code, err) == (0, "")
+    assert cells(out)[2] == ["log-probability (mean)", "-", "-", "-", "0", "0", "0"]
+    code, out, _ = dph_command("score", models / "judge", tmp_path / "one.jsonl", "--json")
+    assert (code, json.loads(out.splitlines()[2])["accuracy"]) == (0, None)
+
+
+@pytest.mark.parametrize("content", ["", "is"])
+def test_scores_that_are_no_number_are_an_error(dph_command, models, tmp_path, content):
+    model = dph.Model.from_pretrained(models / "judge")
+    with torch.no_grad():
+        model.backbone.output_norm.weight.fill_(math.nan)
+    model.save_pretrained(tmp_path / "broken")
+    pretrained.load_tokenizer(str(models / "judge")).save_pretrained(tmp_path / "broken")
+    rows = write_lines(tmp_path / "rows.jsonl", {"messages": [USER, {"role": "assistant", "content": content}]})
+    code, _, err = dph_command("score", tmp_path / "broken", rows)
     assert code == 1
-    assert cells(out)[2] == ["log-probability (mean)", "0.000", "0.000 to 0.793", "-", "0", "1", "1"]
-    assert err == "dph: error: 1 scores are not a number (NaN); where there was a choice they count as wrong\n"
+    nans = 3 if content else 2
+    assert f"dph: error: {nans} scores are not a number (NaN); where there was a choice they count as wrong\n" in err
 
 
 def test_malformed_files_name_the_line(refused, models, tmp_path):

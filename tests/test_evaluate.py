@@ -135,6 +135,8 @@ def test_prefer_counts_ties_half_and_nans_wrong():
     assert (row.accuracy.value, row.ties, row.nans, row.n) == (1.5 / 4, 1, 1, 4)
     assert row.margin == 0.0
     assert prefer("reward", [math.nan], [0.0]).margin is None
+    none = prefer("reward", [], [])
+    assert (none.accuracy, none.margin, none.n) == (None, None, 0)
 
 
 def test_choices_equal_those_judged_alone(model, tok):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -74,8 +74,9 @@ def score(args: argparse.Namespace) -> None:
     model, tokenizer = open_model(args)
     head = _head(model, args)
     with open(args.output or os.devnull, "w", encoding="utf-8") as file:
-        groups = (_encode(record, tokenizer) for record in tqdm(records, "score", disable=None))
-        scored = [_scores(judged, head) for judged in model.judge(groups)]
+        empty: list[list[bool]] = []
+        groups = _encoded(tqdm(records, "score", disable=None), tokenizer, empty)
+        scored = [_scores(judged, none, head) for judged, none in zip(model.judge(groups), empty, strict=True)]
         for sides in scored:
             file.write(dumps(dict(zip(SIDES, sides, strict=True)) if len(sides) > 1 else sides[0]) + "\n")
     _complain((_show_pairs if kind == "preference" else _show_conversations)(scored, args.json))
@@ -83,7 +84,7 @@ def score(args: argparse.Namespace) -> None:
 
 SIDES = ("chosen", "rejected")
 NAMES = {"reward": "reward", "logprob": "log-probability (sum)", "mean_logprob": "log-probability (mean)"}
-Scores = dict[str, float]  # some of NAMES' keys; log-probabilities in nats
+Scores = dict[str, float | None]  # some of NAMES' keys; log-probabilities in nats; None: the mean of an empty answer
 
 
 def _kind(path: str) -> str:
@@ -91,15 +92,21 @@ def _kind(path: str) -> str:
     return "conversation" if None in map(first.get, SIDES) else "preference"
 
 
-def _encode(record: data.Conversation | data.Preference, tokenizer: Any) -> list[Encoded]:
-    """The record's alternatives, each masked to its final answer."""
-    sides = [record.messages] if isinstance(record, data.Conversation) else [record.chosen, record.rejected]
-    return [chat.encode(side, tokenizer, last_only=True) for side in sides]
+def _encoded(
+    records: Iterable[data.Conversation | data.Preference], tokenizer: Any, empty: list[list[bool]]
+) -> Iterator[list[Encoded]]:
+    """Each record's alternatives, masked to their final answers; ``empty`` is told which have no content token."""
+    for record in records:
+        sides = [record.messages] if isinstance(record, data.Conversation) else [record.chosen, record.rejected]
+        group = [chat.encode(side, tokenizer, last_only=True) for side in sides]
+        empty.append([not any(side.score_mask) for side in group])
+        yield group
 
 
-def _scores(judged: Judged, head: str | None) -> list[Scores]:
+def _scores(judged: Judged, empty: Sequence[bool], head: str | None) -> list[Scores]:
     columns = {} if head is None else {"reward": judged.rewards[head]}
-    columns |= {"logprob": judged.logprobs, "mean_logprob": judged.mean_logprobs}
+    means = [None if nothing else mean for mean, nothing in zip(judged.mean_logprobs, empty, strict=True)]
+    columns |= {"logprob": judged.logprobs, "mean_logprob": means}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
@@ -110,12 +117,18 @@ def _show_conversations(scored: Sequence[Sequence[Scores]], as_json: bool) -> in
         print("\n".join(map(dumps, lines)))
     else:
         print(table(["record", *(NAMES[key] for key in lines[0])], [[i, *x.values()] for i, x in enumerate(lines)]))
-    return sum(math.isnan(value) for line in lines for value in line.values())
+    return sum(math.isnan(value) for line in lines for value in line.values() if value is not None)
 
 
 def _show_pairs(scored: Sequence[Sequence[Scores]], as_json: bool) -> int:
-    """Print how often each score prefers the chosen answer; return how many comparisons have a NaN."""
-    rows = [prefer(NAMES[key], [c[key] for c, _ in scored], [r[key] for _, r in scored]) for key in scored[0][0]]
+    """Print how often each score prefers the chosen answer; return how many comparisons have a NaN.
+
+    A pair with an empty answer, which has no mean, is not compared by it.
+    """
+    rows = []
+    for key in scored[0][0]:
+        pairs = [(c[key], r[key]) for c, r in scored if None not in (c[key], r[key])]
+        rows.append(prefer(NAMES[key], [c for c, _ in pairs], [r for _, r in pairs]))
     if as_json:
         print("\n".join(dumps(asdict(row)) for row in rows))
     else:
@@ -127,4 +140,5 @@ def _show_pairs(scored: Sequence[Sequence[Scores]], as_json: bool) -> int:
 
 def _pair_row(row: PairRow) -> list[Any]:
     margin = None if row.margin is None else f"{row.margin:.3g}"  # rewards may be very small
-    return [row.method, row.accuracy.value, row.accuracy.range, margin, row.ties, row.nans, row.n]
+    share, interval = (None, None) if row.accuracy is None else (row.accuracy.value, row.accuracy.range)
+    return [row.method, share, interval, margin, row.ties, row.nans, row.n]
