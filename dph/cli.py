@@ -106,6 +106,10 @@ def _chat(parser: Parser) -> None:
 
 
 def _score(parser: Parser) -> None:
+    parser.description += """.
+
+The sum is the log-probability of the final answer, its <|im_end|> included, in nats. The mean is per content token
+and leaves out the <|im_end|>; an empty answer has none (-)."""
     _add_model(parser)
     parser.add_argument(
         "file", metavar="CONVERSATIONS.jsonl", help="one object a line: messages, or chosen and rejected (TRL's forms)"
