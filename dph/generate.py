@@ -126,8 +126,8 @@ def best_of_n(
     """Sample ``n`` answers to a conversation and rank them by reward, best first (paper, section 1).
 
     An answer that was cut off has no token to judge and ranks behind all that were finished; among themselves, cut-off
-    answers rank by log-probability, and so do all where ``head`` is None: their rewards are NaN. See :func:`sample` for
-    the other arguments.
+    answers rank by log-probability, and so do all where ``head`` is None: their rewards are NaN. See
+    :func:`dph.generate.sample` for the other arguments.
 
     Raises ValueError for a model without the head, or with one that its checkpoint has no weights for, for an option
     out of its range, and where a finished answer's reward is not a number.
