@@ -21,7 +21,7 @@ class Bar(tqdm):
         super().__init__(desc=name, total=total, initial=first, file=sys.stderr, ncols=WIDEST, nrows=20)
 
     def format_meter(self, n: float, total: float, elapsed: float, **details: Any) -> str:
-        """The line, of less columns than the terminal has now."""
+        """The line, of fewer columns than the terminal has now."""
         details |= {"n": n, "total": total, "elapsed": elapsed}
         details["prefix"] = details["prefix"].removesuffix(": ")
         columns = _columns()

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -83,8 +83,9 @@ def load(
     ``spec`` is ``task:NAME``, ``hub:NAME[:CONFIG]``, a JSONL file, a .txt file (a document; text only) or a folder of
     such files. ``split`` applies to tasks and the hub; ``directory`` holds tasks' local files
     (``directory/<task>/<split>.jsonl``); ``limit`` keeps the first records. A text of a file that is longer than
-    ``PIECE`` characters is several records, cut behind a line or a word. A task's conversation is the right answer's,
-    its preference sets that against a wrong one drawn by ``seed`` and index. Every line of a file is checked now.
+    ``PIECE`` characters is several records, cut behind a line or a word; the last alone teaches a document's end. A
+    task's conversation is the right answer's, its preference sets that against a wrong one drawn by ``seed`` and index.
+    Every line of a file is checked now.
 
     Raises UserError where the source is missing, empty or malformed, or cannot give records of ``kind``.
     """
@@ -121,25 +122,27 @@ def _from_lines(path: Path, kind: str, text_field: str) -> Records:
     lines = JsonLines(path)
     records = Records(len(lines), partial(_line, lines, kind, text_field))
     # All are read: a malformed line is an error now rather than hours into training.
-    counts = [len(_pieces(found.text)) if isinstance(found, Text) else 1 for found in records]
-    ends = list(accumulate(counts))
-    return records if sum(counts) == len(counts) else Records(ends[-1], partial(_piece, records, ends))
+    long = {i: _pieces(r.text) for i, r in enumerate(records) if isinstance(r, Text) and len(r.text) > PIECE}
+    if not long:
+        return records
+    ends = list(accumulate(len(long.get(i, "1")) for i in range(len(records))))
+    return Records(ends[-1], partial(_piece, records, long, ends))
 
 
-def _piece(records: Records, ends: Sequence[int], index: int) -> Text:
+def _piece(records: Records, long: Mapping[int, Sequence[Text]], ends: Sequence[int], index: int) -> Record | None:
     line = bisect_right(ends, index)
-    return Text(_pieces(records[line].text)[index - (ends[line - 1] if line else 0)])
+    return long[line][index - (ends[line - 1] if line else 0)] if line in long else records[line]
 
 
-def _pieces(text: str) -> list[str]:
+def _pieces(text: str) -> list[Text]:
     """A text in parts of at most PIECE characters, each as long as can be, cut behind a line, else behind a space."""
     found, start = [], 0
     while len(text) - start > PIECE:
         end = start + PIECE
         cut = next((at for sign in "\n " if (at := text.rfind(sign, start, end)) > start), end - 1) + 1
-        found.append(text[start:cut])
+        found.append(Text(text[start:cut], goes_on=True))
         start = cut
-    return [*found, text[start:]]
+    return [*found, Text(text[start:])]
 
 
 def _line(lines: JsonLines, kind: str, text_field: str, index: int) -> Record:
@@ -149,7 +152,7 @@ def _line(lines: JsonLines, kind: str, text_field: str, index: int) -> Record:
 def _from_text(path: Path, kind: str) -> Records:
     if kind != "text":
         raise UserError(f"{path}: expected a {kind}: {FORMS[kind]}; got plain text")
-    pieces = [Text(piece) for piece in _pieces(read_text(path))]
+    pieces = _pieces(read_text(path))
     return Records(len(pieces), pieces.__getitem__)
 
 
@@ -186,7 +189,10 @@ def _from_task(task: tasks.Task, kind: str, split: str, directory: str | Path | 
 def _doc(docs: Sequence[Any], name: str, kind: str, split: str, seed: int, index: int) -> Record | None:
     """A task's record; the task goes by its name, since its functions can go to no other process."""
     task, where, doc = tasks.load(name), f"task {name}, {split} record {index}", docs[index]
-    right = task.targets(doc)
+    try:
+        right = task.targets(doc)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     if not right:
         raise UserError(f"{where}: expected a label, got none; the answers of this split are hidden")
     chat.check(right[0], where)

@@ -298,8 +298,11 @@ class Trainer:
             [part] = work.parts
             losses, *numbers = self.replayed(self.stage.given(part, step))  # which the next step overwrites
             done = Update([Loss(*map(torch.clone, loss)) for loss in losses], *map(torch.clone, numbers))
-        counts, left_out = self.stage.counts(), self.stage.left_out()
-        return Launched(step, lr, work, done.losses, done.loss, counts, left_out, Reading(done.figures))
+        left_out = self.stage.left_out() if self._is_logged(step) else {}
+        return Launched(step, lr, work, done.losses, done.loss, self.stage.counts(), left_out, Reading(done.figures))
+
+    def _is_logged(self, step: int) -> bool:
+        return step == self.settings.steps or step % self.recipe.output.log_every == 0
 
     def _set_rate(self, lr: float) -> None:
         for group in self.optimiser.param_groups:
@@ -356,8 +359,8 @@ class Trainer:
         if skipped:
             self._tell(launched, figures[-1], int(skipped), progress)
             self._recover(launched.step, math.isfinite(figures[0]) and math.isfinite(figures[-1]))
-        step, output = launched.step, self.recipe.output
-        if step == self.settings.steps or step % output.log_every == 0:
+        step = launched.step
+        if self._is_logged(step):
             self._log(step, progress, self._machine(self.window.close()) | launched.counts)
             self._tell_left_out(launched.left_out, progress)
 

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Plain text: every token is a target."""
+    """Plain text: every token is a target, and the document's end, unless that ``goes_on`` in another record."""
 
     text: str
+    goes_on: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Record], Encoded | 
             return record
         if isinstance(record, Text):
             tokens = plain(record.text)
-            every = [True] * (len(tokens) + 1)
+            every = [True] * len(tokens) + [not record.goes_on]
             return Encoded([eos, *tokens], [*tokens, eos], every, every, None)
         if isinstance(record, Conversation):
             return chat.encode(record.messages, tokenizer)

@@ -365,6 +365,15 @@ def _write_checkpoint(
         (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2))
 
 
+def make_readable(folder: Path) -> None:
+    """Let those read the files in ``folder`` who may read it; safetensors makes its own private."""
+    readable = folder.stat().st_mode & 0o666
+    for file in filter(Path.is_file, folder.rglob("*")):
+        if readable & ~file.stat().st_mode:
+            with contextlib.suppress(PermissionError):  # some file systems know no such thing
+                file.chmod(readable)
+
+
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """A temporary directory that becomes ``path`` when the block ends well: on disk whole, or not at all."""
@@ -374,10 +383,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        readable = temporary.stat().st_mode & 0o666  # by whom new files may be read; safetensors' are private
+        make_readable(temporary)
         for entry in [*temporary.rglob("*"), temporary]:
-            if entry.is_file():
-                entry.chmod(readable)
             sync(entry)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

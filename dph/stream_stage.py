@@ -32,9 +32,10 @@ class StreamStage(Material):
         self.check_share()
         footprint.check_update(self)
         self.batches = self._streams(self.records, self.recipe.batch.size)
-        if self.records.size < self.recipe.batch.size:
-            few = f"batch.size: {self.recipe.batch.size} streams share {self.records.size:,} records"
-            self.notes = (f"{few}, so that some read the same at a time",)
+        size, run, count = self.recipe.batch.size, self.records.run, self.records.size
+        if count < size * run:
+            each = f"batch.size: {size} streams take {run} of {count:,} records at a time"
+            self.notes += (f"{each}, so that some read the same",)
         if footprint.remembers(self.recipe):
             self.place = self._choose_place()
         self.first = self.world.rank * self.share  # of this process's streams

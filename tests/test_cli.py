@@ -255,6 +255,8 @@ def test_convert_both_ways(dph_command, refused, shared, tmp_path):
     assert dph_command("convert", own, back, "--to", "official")[0] == 0
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (back / name).read_bytes() == (own / name).read_bytes() == (released / name).read_bytes()
+    modes = {(own / name).stat().st_mode for name in ("model.safetensors", "config.json")}
+    assert len(modes) == 1, "the weights are not to be read by whom the configuration is"
     before, after = (load_file(folder / "model.safetensors") for folder in (released, back))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)

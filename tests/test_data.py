@@ -62,6 +62,10 @@ def test_a_long_text_is_several_records(tmp_path, monkeypatch, suffix):
         text for part in expected for text in ([part], part)[type(part) is list]
     ]
     assert [records[i] for i in range(len(records))] == list(records)
+    ends = [data.encoder(small_tokenizer())(found).loss_mask[-1] for found in records]
+    assert ends.count(False) == {"jsonl": 4, "txt": 6}[suffix]
+    assert ends[-1]
+    assert all(data.encoder(small_tokenizer())(records[0]).loss_mask[:-1])
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path):

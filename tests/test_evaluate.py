@@ -212,9 +212,11 @@ def test_table():
     [
         (7, "record 1: task glue/sst2: expected one of the labels 0 to 1, got 7"),
         (0.5, "record 1: task glue/sst2: expected one of the labels 0 to 1, got 0.5"),
-        ("yes", "record 1: label: expected a number, got 'yes'"),
-        ([1], r"record 1: label: expected a number, got \[1\]"),
-        (math.nan, "record 1: label: expected a number, got nan"),
+        ("yes", "record 1: task glue/sst2: label: expected a number, got 'yes'"),
+        ([1], r"record 1: task glue/sst2: label: expected a number, got \[1\]"),
+        ("--1", "record 1: task glue/sst2: label: expected a number, got '--1'"),
+        (math.inf, "record 1: task glue/sst2: label: expected a number, got inf"),
+        (math.nan, "record 1: task glue/sst2: label: expected a number, got nan"),
     ],
 )
 def test_a_label_that_is_none_of_the_choices_is_an_error(model, tok, label, error):

@@ -107,6 +107,14 @@ def test_errors_name_the_task():
         tasks.load("glue/cola").choices({"text": "a"})
     with pytest.raises(UserError, match=r"task glue/cola: expected one of the labels 0 to 1, got 2"):
         tasks.load("glue/cola").targets({"sentence": "a", "label": 2})
+    for name, key, wrong, expected in (
+        ("winogrande/no_choice", "answer", "0", "expected one of the labels 0 to 1, got -1"),
+        ("winogrande/no_choice", "answer", "x", "invalid literal"),
+        ("arc/easy", "answerKey", "Z", "'Z' is not in list"),
+    ):
+        task = tasks.load(name)
+        with pytest.raises(UserError, match=f"task {name}: {expected}"):
+            task.targets(task.example | {key: wrong})
     with pytest.raises(UserError, match=r"task glue/ax: expected split test, got 'train'"):
         tasks.load("glue/ax").documents("train")
 

@@ -328,7 +328,7 @@ def test_stream_figures(tmp_path):
 def test_streams_that_read_the_same_are_told_of(count, tmp_path):
     material = tiny(), small_tokenizer(), records("pretrain", count), {}
     told = make_stage(settings("pretrain", tmp_path, batch__size=4), *material).notes
-    few = "batch.size: 4 streams share 3 records, so that some read the same at a time"
+    few = "batch.size: 4 streams take 1 of 3 records at a time, so that some read the same"
     assert told == ((few,) if count == 3 else ())
 
 

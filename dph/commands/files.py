@@ -67,7 +67,7 @@ def tokenizer(args: argparse.Namespace) -> None:
 def convert(args: argparse.Namespace) -> None:
     """``dph convert``: weights and configuration in the other layout, tokenizer files as they are."""
     from dph.pretrained import load_tokenizer, model_path
-    from dph.runs import MANIFEST, atomic_directory
+    from dph.runs import MANIFEST, make_readable
     from dph.start import open_checkpoint
 
     saved = (Path(args.input) / MANIFEST).is_file()
@@ -75,18 +75,18 @@ def convert(args: argparse.Namespace) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: expected a new or empty directory, got one that exists with files in it")
     model, tokenizer = open_checkpoint(source) if saved else (_trained(source), None)
-    with atomic_directory(target.resolve()) as folder:
-        if args.to == "own":
-            model.save_pretrained(folder)
-        else:
-            model.save_official(folder)
-        if tokenizer is None and Path(source).is_dir():
-            copied = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
-            for name in copied:
-                shutil.copyfile(Path(source) / name, folder / name)
-        else:
-            kept = load_tokenizer(source) if tokenizer is None else tokenizer
-            copied = [Path(name).name for name in kept.save_pretrained(folder)]
+    if args.to == "own":
+        model.save_pretrained(target)
+    else:
+        model.save_official(target)
+    if tokenizer is None and Path(source).is_dir():
+        copied = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+        for name in copied:
+            shutil.copyfile(Path(source) / name, target / name)
+    else:
+        kept = load_tokenizer(source) if tokenizer is None else tokenizer
+        copied = [Path(name).name for name in kept.save_pretrained(target)]
+    make_readable(target)
     print(f"{target}: {model.num_parameters():,} parameters, tokenizer files: {', '.join(copied) or 'none'}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,9 +41,9 @@ def number(key: str) -> Callable[[Doc], Label]:
         value = doc.get(key)
         if value is None or value == "":
             return None
-        if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
+        if isinstance(value, str) and value.strip().removeprefix("-").isdecimal():
             value = int(value)
-        if not isinstance(value, int | float) or value != value:
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise UserError(f"{key}: expected a number, got {value!r}")
         return None if value < 0 else value
 
@@ -114,7 +116,10 @@ class Task:
     def gold(self, doc: Doc) -> Label:
         """The reference: the right choice's index, a score, or None where it is hidden or the task is not a choice."""
         self._check(doc)
-        return self.label(doc) if self.label else None
+        try:
+            return self.label(doc) if self.label else None
+        except ValueError as error:
+            raise UserError(f"task {self.name}: {error}") from error
 
     def _check(self, doc: Doc) -> None:
         if absent := [name for name in self.fields if name not in doc]:
@@ -128,7 +133,7 @@ class Task:
         choices, gold = self.choices(doc), self.gold(doc)
         if gold is None:
             return choices, None
-        if round(gold) >= len(choices) or not (self.metric == "pearson_spearman" or gold == round(gold)):
+        if not 0 <= round(gold) < len(choices) or not (self.metric == "pearson_spearman" or gold == round(gold)):
             raise UserError(f"task {self.name}: expected one of the labels 0 to {len(choices) - 1}, got {gold}")
         return choices, round(gold)
 
