@@ -181,14 +181,14 @@ def _choices(
     """Every record's choices, encoded; the references are appended to ``gold``."""
     for i, doc in enumerate(docs):
         try:
-            choices, right = task.labelled(doc)
+            choices, reference = task.labelled(doc)
         except UserError as error:
             raise UserError(f"record {i}: {error}") from error
-        if right is None:
+        if reference is None:
             raise UserError(
                 f"task {task.name}, record {i}: expected a label, got none; this split's answers are hidden"
             )
-        gold.append(task.gold(doc))
+        gold.append(reference)
         yield [chat.encode(choice, tokenizer, last_only=True) for choice in choices]
 
 

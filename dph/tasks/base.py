@@ -95,16 +95,16 @@ class Task:
         self._check(doc)
         if self.options is None:
             return self._conversations(doc, self.right(doc))
-        choices, right = self.labelled(doc)
-        return [] if right is None else [choices[right]]
+        choices, gold = self.labelled(doc)
+        return [] if gold is None else [choices[round(gold)]]
 
     def distractors(self, doc: Doc) -> list[list[Message]]:
         """Conversations that end in a wrong answer; none where the label is hidden or the task has no wrong answers."""
         self._check(doc)
         if self.options is None:
             return self._conversations(doc, self.wrong(doc) if self.wrong else [])
-        choices, right = self.labelled(doc)
-        return [] if right is None else choices[:right] + choices[right + 1 :]
+        choices, gold = self.labelled(doc)
+        return [] if gold is None else [choice for i, choice in enumerate(choices) if i != round(gold)]
 
     def choices(self, doc: Doc) -> list[list[Message]]:
         """Conversations that end in each option, in the order of the labels; none where the task is not a choice."""
@@ -128,14 +128,14 @@ class Task:
                 f"got a record with {', '.join(doc)} (no {', '.join(absent)})"
             )
 
-    def labelled(self, doc: Doc) -> tuple[list[list[Message]], int | None]:
-        """The choices, and which is right, where that is known. Raises UserError where the label is none of them."""
+    def labelled(self, doc: Doc) -> tuple[list[list[Message]], Label]:
+        """The choices and the reference, where it is known. Raises UserError where the reference is none of them."""
         choices, gold = self.choices(doc), self.gold(doc)
         if gold is None:
             return choices, None
         if not 0 <= round(gold) < len(choices) or not (self.metric == "pearson_spearman" or gold == round(gold)):
             raise UserError(f"task {self.name}: expected one of the labels 0 to {len(choices) - 1}, got {gold}")
-        return choices, round(gold)
+        return choices, gold
 
     def _conversations(self, doc: Doc, answers: Iterable[str]) -> list[list[Message]]:
         system = self.system(doc) if callable(self.system) else self.system
