@@ -98,7 +98,7 @@ class _Machine:
         with torch.cuda.device(self.device) if self.capability else contextlib.nullcontext():
             kernel[grid](
                 **arguments, **constants, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
-                **({"launch_pdl": True} if kernel is kernels.pool and constants["EARLY"] else {}),
+                **({"launch_pdl": True} if constants.get("EARLY") else {}),
             )  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def _run_forward(
         "C": columns, "DEPTH": w2.shape[1], "K": len(reward), "BR": config.rows, "BC": config.columns,
         "BK": config.step, "BP": triton.next_power_of_2(blocks), "SHARES": shares, "BIAS": b2 is not None,
         "DROP": draw.shares[philox.POOLED] > 0, "SAVE": save, "PRECISION": PRECISION,
-        "EARLY": machine.early and w1 is not None, **draw.constants(philox.POOLED),
+        "EARLY": machine.early, **draw.constants(philox.POOLED),
     }  # fmt: skip
     machine.run(kernels.pool, (tiles, blocks, shares), config, arguments, constants)
     return rewards, projected, pooled

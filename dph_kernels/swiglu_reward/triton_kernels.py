@@ -3,8 +3,8 @@
 
 Few answers are judged at a time, so the limit is the reading of the weights: every program streams columns of its own,
 for all answers at once. Sums are taken in one order, whoever finishes first; counters only tell who is last. From sm_90
-on the second launch of a forward pass brings its weights into the cache while the first still runs (programmatic
-dependent launch, CUDA programming guide).
+on both launches of a forward pass bring their weights into the cache while what comes before them still runs
+(programmatic dependent launch, CUDA programming guide).
 
 Letters: R answers, C model, F width, K heads of reward, BR x BC or BR x BF a tile of results, BK the step along sums.
 """
@@ -112,6 +112,27 @@ def _product(
     return sums
 
 
+@triton.jit
+def _begin_early(w, w_row, feature, begin, FEATURES: tl.constexpr, DEPTH: tl.constexpr, COUNT: tl.constexpr):
+    """What a launch does that begins while the one before it still runs: let the next one do likewise, ask for its
+    weights w[feature, begin : begin + COUNT] to be brought to the second-level cache, in lines of 128 bytes, and wait
+    for all else. Before the wait nothing may be written, or read into registers."""
+    gdc_launch_dependents()
+    LINE: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = triton.next_power_of_2(COUNT // LINE + 1)  # one more, as they may begin within a line
+    k = begin + tl.minimum(tl.arange(0, LINES) * LINE, COUNT - 1)
+    rows = w + tl.minimum(feature, FEATURES - 1)[:, None].to(tl.int64) * w_row
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [rows + tl.minimum(k, DEPTH - 1)[None, :]],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    gdc_wait()
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def gate(
     hidden, w1, b1, gated, projected, counters, hidden_row, w1_row, R, counted,
@@ -121,18 +142,18 @@ def gate(
     """gated [R, F] = x silu(g), [x | g] = hidden @ w1.T + b1; kept as projected [R, 2F] where SAVE.
 
     The rows of w1 for x and for g alternate, so that one product gives both, side by side. Also sets ``counted``
-    counters of the next launch to 0. Where EARLY, that launch may begin as soon as all programs of this one have.
+    counters of the next launch to 0.
     """
-    if EARLY:
-        gdc_launch_dependents()
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        for start in range(0, counted, 1024):
-            place = start + tl.arange(0, 1024)
-            tl.store(counters + place, tl.zeros([1024], tl.int32), mask=place < counted)
     row, first = tl.program_id(0) * BR + tl.arange(0, BR), tl.program_id(1) * BF
     pair = tl.arange(0, 2 * BF)
     place = first + pair // 2
     feature = tl.where(place < F, place + pair % 2 * F, 2 * F)  # beyond F there is none
+    if EARLY:
+        _begin_early(w1, w1_row, feature, 0, 2 * F, C, C)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        for start in range(0, counted, 1024):
+            counter = start + tl.arange(0, 1024)
+            tl.store(counters + counter, tl.zeros([1024], tl.int32), mask=counter < counted)
     STEPS: tl.constexpr = (C + BK - 1) // BK
     sums = _product(hidden, hidden_row, w1, w1_row, 1, row, feature, R, 0, 2 * F, C, STEPS, PRECISION, BR, 2 * BF, BK)
     if BIAS:
@@ -168,23 +189,6 @@ def _heads(
             tl.store(rewards + row.to(tl.int64) * K + head, score, mask=row < R)
 
 
-@triton.jit
-def _prefetch(w, w_row, feature, begin, FEATURES: tl.constexpr, DEPTH: tl.constexpr, COUNT: tl.constexpr):
-    """Ask for w[feature, begin : begin + COUNT] to be brought to the second-level cache, in lines of 128 bytes."""
-    LINE: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = triton.next_power_of_2(COUNT // LINE + 1)  # one more, as they may begin within a line
-    k = begin + tl.minimum(tl.arange(0, LINES) * LINE, COUNT - 1)
-    rows = w + tl.minimum(feature, FEATURES - 1)[:, None].to(tl.int64) * w_row
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [rows + tl.minimum(k, DEPTH - 1)[None, :]],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 @triton.jit(do_not_specialize=NUMBERS)
 def pool(
     state, w2, b2, reward, row_ids, parts, scores, counters, pooled, rewards, state_row, w2_row, R,
@@ -196,8 +200,7 @@ def pool(
     """Rewards [R, K] = drop(tanh(state @ w2.T + b2)) @ reward.T; the pooled state [R, C] is kept where SAVE.
 
     Program (row tile, block of columns, share) sums its share of the depth into parts [SHARES, R, C]; the last one of a
-    tile takes their sum and goes on from there. Where EARLY, this launch begins while ``gate`` still runs: it asks for
-    its weights, and waits for all else.
+    tile takes their sum and goes on from there.
     """
     tile, block, share, blocks = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     row, column = tile * BR + tl.arange(0, BR), block * BC + tl.arange(0, BC)
@@ -206,8 +209,7 @@ def pool(
     STEPS: tl.constexpr = (DEPTH + BK * SHARES - 1) // (BK * SHARES)
     begin = share * (STEPS * BK)
     if EARLY:
-        _prefetch(w2, w2_row, column, begin, C, DEPTH, STEPS * BK)
-        gdc_wait()
+        _begin_early(w2, w2_row, column, begin, C, DEPTH, STEPS * BK)
     sums = _product(state, state_row, w2, w2_row, 1, row, column, R, begin, C, DEPTH, STEPS, PRECISION, BR, BC, BK)
     done = True
     if SHARES > 1:
