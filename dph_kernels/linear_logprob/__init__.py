@@ -105,13 +105,17 @@ class _Joint(torch.autograd.Function):
             return *_backward(grad, *tensors, True, True, ctx.backend), None, None, None
         hidden, weight = ctx.gradients
         ctx.gradients = []
-        low, high = grad.aminmax()
-        if low == high:
-            weight.mul_(low)
+        if _uniform(grad):
+            weight.mul_(grad[0])
         else:
             del weight  # its memory serves again
             weight = _backward(grad, *tensors, False, True, ctx.backend)[1]
         return hidden.mul_(grad[:, None]), weight, None, None, None
+
+
+def _uniform(grad: Tensor) -> bool:
+    """Whether all upstream gradients are one number: of a sum they are, visibly; looking would wait for a GPU."""
+    return grad.stride(0) == 0 or (grad.device.type == "cpu" and torch.equal(*grad.aminmax()))
 
 
 def _joint_pays(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> bool:
@@ -150,10 +154,11 @@ def linear_logprob(
         targets: [R] int64, each in [0, V): rows without a target are left out by the caller.
         statistics: also return entropy and arg-max of each row's distribution.
         uniform: whether to expect one upstream gradient for all rows, as of a sum or a mean. The gradients may then be
-            computed along, on an Intel CPU in fp32: three products of the size R x C x V instead of four. Whatever
-            comes is right, but another upstream gradient costs five, and gradients that nobody asks for cost two: False
-            for those, under ``torch.utils.checkpoint``, and where results are to have the bits of a call without
-            gradients. Until the backward pass both gradients take their memory.
+            computed along, on a GPU in bf16 and on an Intel CPU in fp32: three products of the size
+            R x C x V instead of four. Whatever comes is right, but another upstream gradient (on a GPU: one that is
+            not expanded from a single number) costs five, and gradients that nobody asks for cost two: False for
+            those, under ``torch.utils.checkpoint``, and where results are to have the bits of a call without gradients.
+            Until the backward pass both gradients take their memory.
         backend: "auto" or a backend's name.
 
     Returns:

@@ -1,8 +1,9 @@
 """Log-probabilities on the GPU: what ``triton_kernels.py`` is launched with, and in which configuration.
 
 In half precision the logits never reach memory: the forward pass reduces each tile of them as its product is there, and
-the backward pass turns it into gradients of logits, of which cuBLAS makes those of states and weights. Single precision
-multiplies by cuBLAS, with a fused pass over each tile.
+the backward pass turns it into gradients of logits, of which cuBLAS makes those of states and weights. Where these are
+computed along, the forward pass keeps what they are made of, for some rows at a time. Single precision multiplies by
+cuBLAS, with a fused pass over each tile.
 """
 
 import contextlib
@@ -65,6 +66,11 @@ INTERPRETED = Config(16, 32, 16, 1, 1, 2, True)
 COMBINE = {"BLOCKS": 32, "BR": 32}  # partial results that a program takes at once: blocks of columns x rows
 BLOCK = 2048  # logits that a program of a pass holds at once
 WARPS = 4  # of all kernels that do not multiply
+JOINT = (
+    torch.bfloat16,
+)  # in which gradients are computed along: those of a sum over all rows can be too much for fp16
+JOINT_BYTES = 295_000_000  # that this may take beside the gradients themselves
+LEAST_ROWS = 1024  # for which it is worth to read and write the sums of the weights' gradient
 UNIT = 16  # elements: rows of tiles in memory begin at multiples of it, which vectors and fast products need
 
 
@@ -206,6 +212,11 @@ class Fused(Engine):
             room = self.most_sums // (partials * triton.cdiv(self.columns, config.columns))
             self.rows = max(1, room // config.rows) * config.rows
 
+    def keep(self, hidden: Tensor, weight: Tensor) -> None:
+        """Have room for what :meth:`reduce_and_keep` keeps: all columns of so many rows as the bound allows."""
+        self.rows = min(self.rows, _joint_rows(self.machine, hidden, weight))
+        self.size = min(self.rows, len(hidden)), triton.cdiv(len(weight), UNIT) * UNIT
+
     def operand(self, x: Tensor) -> Tensor:
         """Copied only where its last dimension is not contiguous: the kernels read vectors of it."""
         return last_contiguous(x)
@@ -215,17 +226,45 @@ class Fused(Engine):
         normaliser: Tensor, logprobs: Tensor, entropy: Tensor, best: Tensor,
     ) -> None:  # fmt: skip
         """One program for each tile of logits, then one for some rows; all columns are here."""
+        self._reduce(hidden, weight, targets, normaliser, logprobs, entropy, best, None)
+
+    def reduce_and_keep(
+        self, hidden: Tensor, weight: Tensor, upstream: Tensor, targets: Tensor,
+        normaliser: Tensor, logprobs: Tensor, entropy: Tensor, best: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """The same, and what :meth:`gradient` gives of these rows with all columns: no product more, a pass more."""
+        shares = self.buffer[: len(hidden), : len(weight)]
+        tops = self._reduce(hidden, weight, targets, normaliser, logprobs, entropy, best, shares)
+        arguments = {
+            "shares": shares, "tops": tops, "targets": targets, "largest": normaliser[0], "log_sum": normaliser[1],
+            "upstream": upstream, "units": shares.stride(0) // UNIT, "rows": len(hidden), "columns": len(weight),
+        }  # fmt: skip
+        width = self.machine.config.columns
+        constants = {"UNIT": UNIT, "BN": width, "BLOCKS": max(1, BLOCK // width)}
+        grid = triton.cdiv(len(weight), width * constants["BLOCKS"]), len(hidden)
+        self.machine.run(kernels.gradient_shares, grid, arguments, constants)
+        return shares
+
+    def _reduce(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, normaliser: Tensor, logprobs: Tensor, entropy: Tensor,
+        best: Tensor, shares: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Largest logits by blocks of columns [blocks, rows], from which ``shares`` were taken."""
         config, statistics = self.machine.config, {"STATISTICS": len(entropy) > 0}
         size = triton.cdiv(len(weight), config.columns), len(hidden)
         partials = {name: torch.empty(size, dtype=torch.float32, device=hidden.device) for name in ("tops", "totals")}
         for name, dtype in {"weighted": torch.float32, "indices": torch.int32}.items():
             partials[name] = torch.empty(size if len(entropy) else 0, dtype=dtype, device=hidden.device)
-        results = {"targets": targets, "logprobs": logprobs}
-        self._multiply(kernels.reduce_tile, hidden, weight, partials | results, statistics)
+        results, kept = {"targets": targets, "logprobs": logprobs}, {"shares": partials["tops"], "units": 0}
+        if shares is not None:
+            kept = {"shares": shares, "units": shares.stride(0) // UNIT}
+        constants = statistics | {"SHARES_UNIT": 0 if shares is None else UNIT}
+        self._multiply(kernels.reduce_tile, hidden, weight, partials | results | kept, constants)
         results |= {"largest": normaliser[0], "log_sum": normaliser[1], "entropy": entropy, "best": best}
         sizes, constants = {"rows": len(hidden), "columns": len(weight)}, {"BN": config.columns, **COMBINE}
         grid = (triton.cdiv(len(hidden), COMBINE["BR"]),)
         self.machine.run(kernels.combine, grid, partials | results | sizes, statistics | constants)
+        return partials["tops"]
 
     def gradient(
         self, hidden: Tensor, weight: Tensor, first: int, upstream: Tensor, targets: Tensor, normaliser: Tensor
@@ -298,6 +337,51 @@ def backward(
     return _backward(_machine(hidden.device), grad, *arguments)
 
 
+def joint_pays(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`forward_and_gradients` is for these: states of a dtype in JOINT, and room for enough rows."""
+    if hidden.dtype not in JOINT or not hidden.numel():
+        return False
+    return _joint_rows(_machine(hidden.device), hidden, weight) >= min(LEAST_ROWS, len(hidden))
+
+
+def forward_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What ``reference.forward`` gives, and the gradients of the sum of all log-probabilities.
+
+    Some rows at a time, with all columns: three products.
+    """
+    return _forward_and_gradients(_machine(hidden.device), hidden, weight, targets, statistics)
+
+
+def _joint_rows(machine: _Machine, hidden: Tensor, weight: Tensor) -> int:
+    """Rows at a time for which there is room, beside the fp32 sums of the weights' gradient: whole tiles, or 0."""
+    (vocabulary, width), config = weight.shape, machine.config
+    row = weight.element_size() * vocabulary + 4 * width + 16 * triton.cdiv(vocabulary, config.columns)
+    return max(0, JOINT_BYTES - 4 * weight.numel()) // row // config.rows * config.rows
+
+
+def _forward_and_gradients(
+    machine: _Machine, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    engine = Fused(machine, hidden, weight, partials=4 if statistics else 2)
+    engine.keep(hidden, weight)
+    logprobs, normaliser, entropy, best = tiles.room(hidden, targets, statistics)
+    grad_hidden, grad_weight = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (hidden, weight))
+    upstream = torch.ones_like(logprobs)
+    targets, w, weight_sums = targets.contiguous(), engine.operand(weight), tiles.fp32_sums(grad_weight)
+    for part in tiles.spans(len(hidden), engine.rows, machine.config.rows):
+        h, hidden_sums = engine.operand(hidden[part]), tiles.fp32_sums(grad_hidden[part])
+        results = normaliser[:, part], logprobs[part], entropy[part], best[part]
+        change = engine.reduce_and_keep(h, w, upstream[part], targets[part], *results)
+        engine.add(hidden_sums, change, w, True)
+        engine.finish(hidden_sums, grad_hidden[part])
+        engine.add(weight_sums, change.T, h, part.start == 0)
+        del h, hidden_sums, change  # before the next ones: their memory serves again
+    engine.finish(weight_sums, grad_weight)
+    return logprobs, normaliser, entropy, best, grad_hidden, grad_weight
+
+
 def _forward(
     machine: _Machine, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -340,8 +424,9 @@ class _Recorder(_Machine):
         words = [str(getattr(first, "base", first).dtype).removeprefix("torch.")]
         words += [f"{config.rows}x{config.columns}"] if config else []
         words += [name.lower() for name in ("START", "LAST", "STATISTICS", "TMA") if constants.get(name)]
+        words += ["shares"] if constants.get("SHARES_UNIT") else []
         words += [f"UNIT={constants['UNIT']}"] if config and not constants["TMA"] else []
-        matrices = ("hidden", "weight", "logits", "changes", "tops", "totals", "weighted", "indices")
+        matrices = ("hidden", "weight", "logits", "changes", "shares", "tops", "totals", "weighted", "indices")
         self.found.append(
             Launch(
                 name=" ".join([f"linear_logprob.{kernel.__name__}", *words]),
@@ -368,6 +453,8 @@ def launches(capability: int) -> list[Launch]:
         machine = _Recorder(capability)
         logprobs, normaliser, *_ = _forward(machine, hidden, weight, targets, statistics)
         _backward(machine, logprobs, hidden, weight, targets, normaliser, True, True)
+        if dtype in JOINT and _joint_rows(machine, hidden, weight):
+            _forward_and_gradients(machine, hidden, weight, targets, statistics)
         for launch in machine.found:
             found.setdefault(launch.key(), launch)
     return list(found.values())

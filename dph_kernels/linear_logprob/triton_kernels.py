@@ -71,14 +71,15 @@ def _product(
 
 @triton.jit(do_not_specialize=ANY)
 def reduce_tile(
-    hidden, weight, targets, logprobs, tops, totals, weighted, indices,
-    hidden_units: tl.int64, weight_units: tl.int64, rows, columns,
-    STATISTICS: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, TMA: tl.constexpr,
+    hidden, weight, targets, logprobs, tops, totals, weighted, indices, shares,
+    hidden_units: tl.int64, weight_units: tl.int64, units, rows, columns,
+    STATISTICS: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, TMA: tl.constexpr, SHARES_UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """What each row of a tile has to say, for ``combine``: [blocks of columns, rows]; targets' logits in ``logprobs``.
 
     The largest logit m and sum exp(x - m); with STATISTICS, sum exp(x - m) (x - m) and the largest's first column.
+    With SHARES_UNIT all exp(x - m) are kept too, as ``shares``, for ``gradient_shares``.
     """
     row_block, block = _place(rows, columns, BM, BN, GROUP)
     row, first = row_block * BM + tl.arange(0, BM), block * BN
@@ -102,6 +103,10 @@ def reduce_tile(
     e = tl.exp2(shifted * LOG2_E)
     tl.store(tops + at, top, mask=inside)
     tl.store(totals + at, tl.sum(e, 1), mask=inside)
+    if SHARES_UNIT:
+        stride = units * SHARES_UNIT
+        place = shares + row[:, None].to(tl.int64) * stride + (first + column)[None, :]
+        tl.store(place, e.to(shares.dtype.element_ty), mask=inside[:, None] & (first + column < stride)[None, :])
     if STATISTICS:
         # Clamped: 0 times minus infinity would be NaN, and such logits have no part in the entropy.
         tl.store(weighted + at, tl.sum(e * tl.maximum(shifted, LOWEST), 1), mask=inside)
@@ -182,7 +187,25 @@ def gradient_tile(
     tl.store(at, (-g[:, None] * p).to(changes.dtype.element_ty), mask=inside[:, None] & (column < stride)[None, :])
 
 
-# Passes over logits in memory
+# Passes over logits in memory, or over what was made of them
+
+
+@triton.jit(do_not_specialize=ANY)
+def gradient_shares(
+    shares, tops, targets, largest, log_sum, upstream, units, rows, columns,
+    UNIT: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """upstream * (onehot(target) - softmax) in the place of what ``reduce_tile`` kept, BLOCKS blocks of a row."""
+    row, stride = tl.program_id(1), units * UNIT
+    block, place = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS), tl.arange(0, BN)
+    column = block[:, None] * BN + place[None, :]  # [BLOCKS, BN]
+    at = shares + row.to(tl.int64) * stride + column
+    target, g = tl.load(targets + row), tl.load(upstream + row)
+    top = tl.load(tops + block.to(tl.int64) * rows + row, mask=block * BN < columns, other=float("-inf"))
+    factor = tl.exp((top - tl.load(largest + row)) - tl.load(log_sum + row))
+    p = tl.load(at, mask=column < stride, other=0.0).to(tl.float32) * factor[:, None]
+    y = g * (tl.where(column == target, 1.0, 0.0) - p)
+    tl.store(at, y.to(shares.dtype.element_ty), mask=column < stride)
 
 
 @triton.jit(do_not_specialize=ANY)
