@@ -2,8 +2,8 @@
 
 Everyone gets the loss of supervised training, the mean of -log p over R rows, so that those may take part which compute
 one loss for all rows: they know the upstream gradient in the forward pass, and make three products where others make
-four (ours makes three on a GPU and on Intel's CPUs, where it expects one upstream gradient for all rows). Rates count what is
-necessary, three. Peak memory is beside the gradients themselves.
+four (as ours does on a GPU and on Intel's CPUs, where it expects one upstream gradient for all rows). Rates count what
+is necessary, three. Peak memory is beside the gradients themselves.
 """
 
 import ctypes

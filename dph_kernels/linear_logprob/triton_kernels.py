@@ -103,13 +103,13 @@ def reduce_tile(
     e = tl.exp2(shifted * LOG2_E)
     tl.store(tops + at, top, mask=inside)
     tl.store(totals + at, tl.sum(e, 1), mask=inside)
+    if STATISTICS:
+        # Clamped: 0 times minus infinity would be NaN, and such logits have no part in the entropy.
+        tl.store(weighted + at, tl.sum(e * tl.maximum(shifted, LOWEST), 1), mask=inside)
     if SHARES_UNIT:
         stride = units * SHARES_UNIT
         place = shares + row[:, None].to(tl.int64) * stride + (first + column)[None, :]
         tl.store(place, e.to(shares.dtype.element_ty), mask=inside[:, None] & (first + column < stride)[None, :])
-    if STATISTICS:
-        # Clamped: 0 times minus infinity would be NaN, and such logits have no part in the entropy.
-        tl.store(weighted + at, tl.sum(e * tl.maximum(shifted, LOWEST), 1), mask=inside)
 
 
 @triton.jit
