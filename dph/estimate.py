@@ -94,7 +94,7 @@ def estimate(recipe: Recipe) -> Estimate:
         processes=stage.world.size,
         parameters=model.num_parameters(),
         trained=footprint.count_trained(stage),
-        memory=footprint.on_device(stage, largest, device, stage.place),
+        memory=footprint.on_device(stage, largest, device, stage.place, alone=len(work.parts) == 1),
         host=footprint.on_host(stage, device, stage.place),
         tokens=work.tokens,
         flops=work.flops,

@@ -15,8 +15,11 @@ LOGPROBS = {"cuda": 300e6, "cpu": 64e6}  # bytes that log-probabilities take at 
 SHARE = 0.9  # of a GPU's memory that a run is to fill at most: the rest is the driver's, the allocator's and others'
 
 
-def on_device(stage: Stage, rows: int, device: torch.device, place: str) -> dict[str, float]:
-    """Bytes by part, at the peak of an update that computes ``rows`` rows at a time; memory of streams in ``place``."""
+def on_device(stage: Stage, rows: int, device: torch.device, place: str, *, alone: bool = False) -> dict[str, float]:
+    """Bytes by part, at the peak of an update that computes ``rows`` rows at a time; memory of streams in ``place``.
+
+    ``alone``: these are all rows of the update, so that its gradients come as its activations go.
+    """
     recipe, config, total = stage.recipe, stage.model.config, stage.model.num_parameters()
     trained, low, several = count_trained(stage), low_precision(recipe.precision, device), stage.world.size > 1
     size = 2 if low else 4
@@ -33,7 +36,10 @@ def on_device(stage: Stage, rows: int, device: torch.device, place: str) -> dict
         parts = _in_shards(stage, parts, size)
     if remembers(recipe):
         parts |= _of_streams(stage, rows, place, size * config.hidden_size)
-    parts["activations"] = activations(recipe, config, rows, size) if recipe.stage != "head" else 0
+    kept = activations(recipe, config, rows, size) if recipe.stage != "head" else 0
+    if alone and kept:
+        parts["gradients beyond activations"] = max(0, parts.pop("gradients") - kept)
+    parts["activations"] = kept
     parts["log-probabilities"] = LOGPROBS[device.type] if recipe.stage != "head" else 0
     return {name: float(count) for name, count in parts.items() if count}
 

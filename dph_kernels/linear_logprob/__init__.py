@@ -114,8 +114,15 @@ class _Joint(torch.autograd.Function):
 
 
 def _uniform(grad: Tensor) -> bool:
-    """Whether all upstream gradients are one number: of a sum they are, visibly; looking would wait for a GPU."""
-    return grad.stride(0) == 0 or (grad.device.type == "cpu" and torch.equal(*grad.aminmax()))
+    """Whether all upstream gradients are one number: of a sum they are, visibly; else the numbers are looked at.
+
+    For that a GPU is waited for, but not where a CUDA graph is recorded, in which nothing can be seen.
+    """
+    if grad.stride(0) == 0:
+        return True
+    if grad.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return torch.equal(*grad.aminmax())
 
 
 def _joint_pays(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> bool:
@@ -155,10 +162,11 @@ def linear_logprob(
         statistics: also return entropy and arg-max of each row's distribution.
         uniform: whether to expect one upstream gradient for all rows, as of a sum or a mean. The gradients may then be
             computed along, on a GPU in bf16 and on an Intel CPU in fp32: three products of the size
-            R x C x V instead of four. Whatever comes is right, but another upstream gradient (on a GPU: one that is
-            not expanded from a single number) costs five, and gradients that nobody asks for cost two: False for
-            those, under ``torch.utils.checkpoint``, and where results are to have the bits of a call without gradients.
-            Until the backward pass both gradients take their memory.
+            R x C x V instead of four. Whatever comes is right, but another upstream gradient costs five, and gradients
+            that nobody asks for cost two: False for those, under ``torch.utils.checkpoint``, and where results are to
+            have the bits of a call without gradients. Until the backward pass both gradients take their memory. A GPU
+            is waited for unless the upstream gradient is expanded from one number, as that of ``sum`` is (that of
+            ``mean`` is not).
         backend: "auto" or a backend's name.
 
     Returns:

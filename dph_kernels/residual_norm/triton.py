@@ -53,9 +53,10 @@ def backward(
     d_x = total.new_empty(total.shape if needs[X] else 0)
     partials = moments.new_empty(2, programs if needs[WEIGHT] or needs[BIAS] else 0, len(weight))
     _run(_gradients(d_total, d_normed, total, weight, moments, d_x, partials, programs, needs))
+    sums = partials.sum(1)
     d_weight, d_bias = (
-        part.sum(0).to(total.dtype) if need else total.new_empty(0)
-        for part, need in zip(partials, (needs[WEIGHT], needs[BIAS]), strict=True)
+        part.to(total.dtype, copy=True) if need else total.new_empty(0)
+        for part, need in zip(sums, (needs[WEIGHT], needs[BIAS]), strict=True)
     )
     return d_x, d_weight, d_bias
 

@@ -55,6 +55,8 @@ def gradients(
         # [BLOCK]
         grad = tl.load(d_normed + row * d_normed_row + column, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(total + row * total_row + column, mask=inside, other=0.0).to(tl.float32)
+        if NEED_X and SKIP:  # asked for before the sums, which all warps wait for
+            skipped = tl.load(d_total + row * d_total_row + column, mask=inside, other=0.0).to(tl.float32)
         average, scale = tl.load(moments + row), tl.load(moments + T + row)
         unit = tl.where(inside, (value - average) * scale, 0.0)
         if NEED_X:
@@ -62,7 +64,7 @@ def gradients(
             flat, slope = tl.sum(g, 0) / C, tl.sum(g * unit, 0) / C
             result = (g - flat - unit * slope) * scale
             if SKIP:
-                result += tl.load(d_total + row * d_total_row + column, mask=inside, other=0.0).to(tl.float32)
+                result += skipped
             tl.store(d_x + row * C + column, result.to(d_x.dtype.element_ty), mask=inside)
         if NEED_SUMS:
             to_weight += grad * unit

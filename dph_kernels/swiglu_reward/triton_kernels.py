@@ -2,9 +2,7 @@
 """The Triton kernels of the pooler and its reward heads (arXiv 2405.20053, section 3.1).
 
 Few answers are judged at a time, so the limit is the reading of the weights: every program streams columns of its own,
-for all answers at once. Sums are taken in one order, whoever finishes first; counters only tell who is last. From sm_90
-on both launches of a forward pass bring their weights into the cache while what comes before them still runs
-(programmatic dependent launch, CUDA programming guide).
+for all answers at once. Sums are taken in one order, whoever finishes first; counters only tell who is last.
 
 Letters: R answers, C model, F width, K heads of reward, BR x BC or BR x BF a tile of results, BK the step along sums.
 """
@@ -13,7 +11,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Numbers for which no kernel is compiled anew where they are 1 or a multiple of 16.
 NUMBERS = ["R", "counted", "seed_low", "seed_high", "threshold", "kept", "grad_row", "grad_head"]
@@ -112,32 +109,11 @@ def _product(
     return sums
 
 
-@triton.jit
-def _begin_early(w, w_row, feature, begin, FEATURES: tl.constexpr, DEPTH: tl.constexpr, COUNT: tl.constexpr):
-    """What a launch does that begins while the one before it still runs: let the next one do likewise, ask for its
-    weights w[feature, begin : begin + COUNT] to be brought to the second-level cache, in lines of 128 bytes, and wait
-    for all else. Before the wait nothing may be written, or read into registers."""
-    gdc_launch_dependents()
-    LINE: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = triton.next_power_of_2(COUNT // LINE + 1)  # one more, as they may begin within a line
-    k = begin + tl.minimum(tl.arange(0, LINES) * LINE, COUNT - 1)
-    rows = w + tl.minimum(feature, FEATURES - 1)[:, None].to(tl.int64) * w_row
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [rows + tl.minimum(k, DEPTH - 1)[None, :]],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-    gdc_wait()
-
-
 @triton.jit(do_not_specialize=NUMBERS)
 def gate(
     hidden, w1, b1, gated, projected, counters, hidden_row, w1_row, R, counted,
     C: tl.constexpr, F: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
-    BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """gated [R, F] = x silu(g), [x | g] = hidden @ w1.T + b1; kept as projected [R, 2F] where SAVE.
 
@@ -148,8 +124,6 @@ def gate(
     pair = tl.arange(0, 2 * BF)
     place = first + pair // 2
     feature = tl.where(place < F, place + pair % 2 * F, 2 * F)  # beyond F there is none
-    if EARLY:
-        _begin_early(w1, w1_row, feature, 0, 2 * F, C, C)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         for start in range(0, counted, 1024):
             counter = start + tl.arange(0, 1024)
@@ -195,7 +169,7 @@ def pool(
     seed_low: tl.uint32, seed_high: tl.uint32, threshold: tl.uint32, kept: tl.float32,
     C: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
     BP: tl.constexpr, SHARES: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr, NUMBERED: tl.constexpr,
-    SAVE: tl.constexpr, STREAM: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    SAVE: tl.constexpr, STREAM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rewards [R, K] = drop(tanh(state @ w2.T + b2)) @ reward.T; the pooled state [R, C] is kept where SAVE.
 
@@ -208,8 +182,6 @@ def pool(
     at = row[:, None].to(tl.int64) * C + column[None, :]
     STEPS: tl.constexpr = (DEPTH + BK * SHARES - 1) // (BK * SHARES)
     begin = share * (STEPS * BK)
-    if EARLY:
-        _begin_early(w2, w2_row, column, begin, C, DEPTH, STEPS * BK)
     sums = _product(state, state_row, w2, w2_row, 1, row, column, R, begin, C, DEPTH, STEPS, PRECISION, BR, BC, BK)
     done = True
     if SHARES > 1:
