@@ -73,7 +73,10 @@ def liger():
 
 
 def cut_cross_entropy():
-    """Triton, fully fused (arXiv 2411.09009), without leaving small gradients out, by which it fails our check."""
+    """Triton, fully fused (arXiv 2411.09009), without leaving small gradients out.
+
+    Its gradients are off by 4 % of the largest all the same, as it sums them in bf16: too much for our check.
+    """
     run = importlib.import_module("cut_cross_entropy").linear_cross_entropy
     return lambda hidden, weight, targets: -run(hidden, weight, targets, reduction="none", filter_eps=None)
 
@@ -160,8 +163,8 @@ def bench_linear_logprob(direction, contender, timed, peak_memory, record, limit
     try:
         run = contender.make()
         check(run, direction)
-    except Exception as error:  # whatever keeps somebody else's work from running here
-        if not rival or isinstance(error, AssertionError):
+    except Exception as error:  # whatever keeps somebody else's work from running here, or from being right
+        if not rival:
             raise
         pytest.skip(f"{contender.who}: {(str(error).strip().splitlines() or [repr(error)])[0]}")
     given = problem(R)

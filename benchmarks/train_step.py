@@ -319,8 +319,10 @@ def check(contender: Contender, job: Job, steps: int = 3) -> None:
         _compare(contender.make(still), ours.make(still), steps, moves=rate > 0)
 
 
-# The first steps go by signs of gradients, of which the smallest are noise; on a GPU, whose fp32 products are made of
-# parts of 11 bits, more of them. Without priors weights are 0.1 apart.
+# In parts of their own size. A GPU's fp32 products in attention are made of parts of 11 bits, whose rounding the layers
+# amplify: 2e-4 was seen, between our own steps, plain and compiled. The first steps go by signs of gradients, of which
+# the smallest are noise. Without priors weights are 0.1 apart.
+GRADIENT = {"cpu": 1e-4, "cuda": 1e-3}
 MOVED = {"cpu": 1e-3, "cuda": 3e-2}
 
 
@@ -345,4 +347,5 @@ def _check_gradient(name: str, got: Tensor, want: Tensor, every: dict[str, Tenso
     """Off by little of its own size, or of the typical gradient's: some, as of a key's bias, are next to nothing."""
     typical = sum(float(g.square().sum()) for g in every.values()) / sum(g.numel() for g in every.values())
     off, size = float((got - want).norm()), float(want.norm())
-    assert off <= 1e-4 * size + 1e-4 * (typical * want.numel()) ** 0.5, f"gradient of {name}: off by {off:.1e}"
+    allowed = GRADIENT[want.device.type] * (size + (typical * want.numel()) ** 0.5)
+    assert off <= allowed, f"gradient of {name}: off by {off:.1e}, expected at most {allowed:.1e}"

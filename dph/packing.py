@@ -89,11 +89,13 @@ def pack(documents: Sequence[Sequence[Encoded]]) -> PackedBatch:
 
 def _add_targets(columns: dict[str, list], a: Encoded, answer: int, shared: int, start: int, shift: int) -> None:
     """Append the predicted rows of one alternative."""
-    for i, (trained, scored) in enumerate(zip(a.loss_mask, a.score_mask, strict=True)):
-        if trained or scored:
-            row = i + (start if i < shared else shift)
-            for name, value in zip(columns, (row, a.targets[i], answer, trained, scored), strict=True):
-                columns[name].append(value)
+    marks = zip(a.loss_mask, a.score_mask, strict=True)
+    places = [i for i, (trained, scored) in enumerate(marks) if trained or scored]
+    columns["rows"] += [i + (start if i < shared else shift) for i in places]
+    columns["targets"] += [a.targets[i] for i in places]
+    columns["answers"] += [answer] * len(places)
+    columns["trained"] += [a.loss_mask[i] for i in places]
+    columns["scored"] += [a.score_mask[i] for i in places]
 
 
 def packed_length(alternatives: Sequence[Encoded]) -> int:

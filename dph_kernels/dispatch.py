@@ -42,7 +42,7 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
             "reference": "plain PyTorch runs everywhere",
         },
         "cuda": {
-            "triton": "in half precision logits stay in registers: 418 TFLOP/s, both passes, beside 131 MB (H200)",
+            "triton": "422 TFLOP/s, both passes in bf16, beside 289 MB; all logits, compiled: 407 beside 4.8 GB (H200)",
             "reference": "plain PyTorch runs everywhere",
         },
     },
@@ -64,7 +64,7 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
             "reference": "plain PyTorch runs everywhere",
         },
         "cuda": {
-            "triton": "reads and writes each element once each way; not measured yet",
+            "triton": "as a CUDA graph 3.0 TB/s, both passes: 1.9 times eager, 1.3 times its compiled form (H200)",
             "reference": "plain PyTorch runs everywhere",
         },
     },
@@ -75,7 +75,7 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
             "reference": "plain PyTorch runs everywhere",
         },
         "cuda": {
-            "triton": "reads and writes each element once each way; not measured yet",
+            "triton": "3.8 TB/s of 4.3 forward, 6.5 times eager; both passes, with Python, 2.6 times (H200)",
             "reference": "plain PyTorch runs everywhere",
         },
     },
@@ -86,7 +86,7 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
             "reference": "plain PyTorch runs everywhere",
         },
         "cuda": {
-            "triton": "two launches, as a CUDA graph 18 us for 16 answers, 26 us for 128 (H200)",
+            "triton": "two launches, as a CUDA graph 18 us for 16 answers, 24 us for 128; eager 33 and 35 (H200)",
             "reference": "plain PyTorch runs everywhere",
         },
     },

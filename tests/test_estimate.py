@@ -95,6 +95,20 @@ def test_frozen_parts_take_no_state(start):
     assert "activations" not in found.memory
 
 
+def test_gradients_take_the_place_of_the_activations_of_an_only_part(start):
+    stage, cpu = stage_of(start), torch.device("cpu")
+    several, alone = (footprint.on_device(stage, 4 * 24, cpu, "device", alone=alone) for alone in (False, True))
+    gradients, kept = several["gradients"], several["activations"]
+    assert sum(several.values()) - sum(alone.values()) == min(gradients, kept) > 0
+    few = footprint.on_device(stage, 1, cpu, "device", alone=True)
+    assert few["gradients beyond activations"] == gradients - few["activations"] > 0
+    parts = {
+        micro: estimate.estimate(make(start, "pretrain", "texts.jsonl", batch__micro=micro)).memory for micro in (2, 4)
+    }
+    assert "gradients" in parts[2]
+    assert "gradients" not in parts[4]
+
+
 def test_memory_of_streams(start):
     sizes = {kind: estimate.estimate(make(start, "pretrain", "texts.jsonl", data__memory_kind=kind)).memory
              for kind in ("kv", "hidden")}  # fmt: skip

@@ -54,10 +54,9 @@ def rope_attention(
     _check(q, k, v, memory_k, memory_v, layout)
     head_dim = q.shape[-1]
     tables = layout.tables(rope, head_dim, torch.float64 if q.dtype == torch.float64 else torch.float32)
-    out, _, keys = _rope_attention(
-        q, k, v, memory_k.detach(), memory_v.detach(), layout.segments, *tables,
-        head_dim**-0.5 if scale is None else scale, backend,
-    )  # fmt: skip
+    tensors = q, k, v, memory_k.detach(), memory_v.detach(), layout.segments, *tables
+    run = _Direct.apply if dispatch.unobserved(tensors) else _rope_attention
+    out, _, keys = run(*tensors, head_dim**-0.5 if scale is None else float(scale), backend)
     return (out, keys) if return_keys else out
 
 
@@ -75,8 +74,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, 
     checks.device("layout", layout.query_positions, q.device)
 
 
-@torch.library.custom_op("dph::rope_attention", mutates_args=())
-def _rope_attention(
+def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, segments: Tensor,
     q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -84,19 +82,24 @@ def _rope_attention(
     return dispatch.call("forward", "rope_attention", q, backend, *arguments)
 
 
+_rope_attention = torch.library.custom_op("dph::rope_attention", _run_forward, mutates_args=())
+
+
 @_rope_attention.register_fake
 def _(q, k, v, memory_k, memory_v, segments, q_cos, q_sin, k_cos, k_sin, scale, backend):  # noqa: ANN001, ANN202
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=q_cos.dtype), k.new_empty(k.shape)
 
 
-@torch.library.custom_op("dph::rope_attention_backward", mutates_args=())
-def _rope_attention_backward(
+def _run_backward(
     grad: Tensor, q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, out: Tensor, lse: Tensor,
     segments: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tables = q_cos, q_sin, k_cos, k_sin
     arguments = grad, q, rotated, v, memory_k, memory_v, out, lse, segments, *tables, scale
     return dispatch.call("backward", "rope_attention", q, backend, *arguments)
+
+
+_rope_attention_backward = torch.library.custom_op("dph::rope_attention_backward", _run_backward, mutates_args=())
 
 
 @_rope_attention_backward.register_fake
@@ -113,10 +116,26 @@ def _setup(ctx, inputs, output):  # noqa: ANN001, ANN202
     ctx.scale, ctx.backend = scale, backend
 
 
-def _backward(ctx, grad, *_):  # noqa: ANN001, ANN002, ANN202
+def _gradients(ctx, grad, *_, run=_rope_attention_backward):  # noqa: ANN001, ANN002, ANN202
     if grad is None:
         return (None,) * 12
-    return (*_rope_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend), *(None,) * 9)
+    return (*run(grad, *ctx.saved_tensors, ctx.scale, ctx.backend), *(None,) * 9)
 
 
-_rope_attention.register_autograd(_backward, setup_context=_setup)
+_rope_attention.register_autograd(_gradients, setup_context=_setup)
+
+
+class _Direct(torch.autograd.Function):
+    """The same past the dispatcher, whose Python takes longer than the arithmetic of a small step."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # noqa: ANN001, ANN002, ANN205
+        output = _run_forward(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):  # noqa: ANN001, ANN002, ANN205
+        observed = grad is not None and not dispatch.unobserved((grad,))
+        return _gradients(ctx, grad, run=_rope_attention_backward if observed else _run_backward)

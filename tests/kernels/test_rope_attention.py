@@ -5,12 +5,30 @@ import torch
 from attention import LAYOUTS, ROPE, compare, dense, inputs, rotate, run
 from numerics import FLOOR, implementations, skip_where_unsupported, strange_nans
 
-from dph_kernels import PackedLayout, native, rope_attention
+from dph_kernels import PackedLayout, dispatch, native, rope_attention
 
 BACKENDS = implementations("rope_attention")
 
 
 # Numbers
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("name", ["branches", "turned-ring"])
+def test_the_way_through_the_dispatcher_gives_the_same_bits(name, device, backend, monkeypatch):
+    layout = LAYOUTS[name]
+    q, k, v, memory, grad = inputs(layout, 2, 16, torch.float32, device)
+    found = []
+    for observed in (False, True):
+        if observed:
+            monkeypatch.setattr(dispatch, "unobserved", lambda tensors: False)
+        given = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, keys = rope_attention(
+            *given, layout.to(device), rope=ROPE, memory=memory, return_keys=True, backend=backend
+        )  # fmt: skip
+        assert not keys.requires_grad
+        found.append([out, keys, *torch.autograd.grad(out, given, grad)])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.usefixtures("poisoned_empty")
