@@ -244,11 +244,10 @@ class Recipe:
         seed: of fresh weights, order of data and dropout.
         checkpointing: none, or block: blocks are computed again in the backward pass, which saves most of the memory of
             activations for a third more arithmetic and changes no result; a resumed run may have another.
-        compile: compile what the blocks do around attention (``dph.compiled``): the same but for rounding, in less time
-            and memory. Takes a C++ compiler (on a GPU: a C compiler and triton) and up to a minute at the start, so it
-            pays in long runs, where it does: on one CPU core, in miniature, steps were 1.04 to 1.07 times as fast; on
-            an H200, at the paper's size, those of sft 0.95 times, since our own kernels fuse as much. A resumed run may
-            have another.
+        compile: compile what the blocks do around attention (``dph.compiled``): the same but for rounding. Takes a
+            C++ compiler (on a GPU: a C compiler and triton) and up to a minute at the start. On one CPU core, in
+            miniature, steps were 1.04 to 1.07 times as fast; on an H200, at the paper's size, those of sft 0.95 times,
+            since our own kernels fuse as much, and those of align no faster. A resumed run may have another.
         cuda_graph: stage head, in one process on a GPU, records the step of its heads once and replays it, without the
             launches that make most of it once the backbone's states are cached (``dph.captured``). Yet to be timed on a
             GPU. A resumed run may have another.

@@ -18,7 +18,9 @@ def tensor(name: str, value: object) -> None:
 def shape(name: str, value: Tensor, *expected: int | str) -> None:
     """Compare a tensor's shape with sizes; a string stands for any size and gives its name."""
     tensor(name, value)
-    sizes = tuple(value.shape)
+    sizes = value.shape
+    if sizes == expected:  # the usual case, without a loop
+        return
     if len(sizes) != len(expected) or any(isinstance(e, int) and e != s for e, s in zip(expected, sizes, strict=True)):
         wanted = ", ".join(str(e) for e in expected)
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(sizes)}")
@@ -26,6 +28,8 @@ def shape(name: str, value: Tensor, *expected: int | str) -> None:
 
 def dtype(name: str, tensor: Tensor, expected: torch.dtype | Iterable[torch.dtype]) -> None:
     """Compare ``tensor.dtype`` with one dtype or with several allowed ones."""
+    if tensor.dtype == expected:
+        return
     allowed = (expected,) if isinstance(expected, torch.dtype) else tuple(dict.fromkeys(expected))
     if tensor.dtype not in allowed:
         names = " or ".join(str(d).removeprefix("torch.") for d in allowed)

@@ -235,7 +235,7 @@ def call(function: str, operator: str, like: Tensor, backend: str, *arguments: A
 
 
 def observed(tensors: Iterable[Tensor]) -> bool:
-    """Whether somebody records, transforms or differentiates the call, or PyTorch has put off a change of sign.
+    """Whether somebody records, transforms, batches or differentiates the call, or a change of sign has been put off.
 
     Then it has to go through PyTorch's dispatcher, past which an operator may take a shorter way.
     """
@@ -243,7 +243,7 @@ def observed(tensors: Iterable[Tensor]) -> bool:
         return True
     if forward_ad._current_level >= 0:
         return True
-    return any(map(Tensor.is_neg, tensors))
+    return any(x.is_neg() or torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
 
 
 def unobserved(tensors: Iterable[Tensor]) -> bool:

@@ -106,7 +106,7 @@ class _Joint(torch.autograd.Function):
         hidden, weight = ctx.gradients
         ctx.gradients = []
         if _uniform(grad):
-            weight.mul_(grad[0])
+            weight.mul_(grad[:1])  # not a scalar, which would be rounded to the dtype of the weights
         else:
             del weight  # its memory serves again
             weight = _backward(grad, *tensors, False, True, ctx.backend)[1]
@@ -166,7 +166,7 @@ def linear_logprob(
             that nobody asks for cost two: False for those, under ``torch.utils.checkpoint``, and where results are to
             have the bits of a call without gradients. Until the backward pass both gradients take their memory. A GPU
             is waited for unless the upstream gradient is expanded from one number, as that of ``sum`` is (that of
-            ``mean`` is not).
+            ``mean`` is not, and counts as another one where a CUDA graph is recorded).
         backend: "auto" or a backend's name.
 
     Returns:

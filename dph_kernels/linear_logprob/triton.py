@@ -13,12 +13,11 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dph_kernels.cublas import readable
-from dph_kernels.launches import Launch, signature
+from dph_kernels.launches import Launch, cdiv, signature
 from dph_kernels.linear_logprob import tiles
 from dph_kernels.linear_logprob import triton_kernels as kernels
 from dph_kernels.strides import last_contiguous
@@ -51,7 +50,7 @@ class Config(NamedTuple):
 
     def programs(self, rows: int, columns: int) -> tuple[int]:
         """The grid."""
-        return (triton.cdiv(rows, self.rows) * triton.cdiv(columns, self.columns),)
+        return (cdiv(rows, self.rows) * cdiv(columns, self.columns),)
 
 
 # Of both passes, by architecture. Large tiles, since what they read passes through the cache; that of 90 is the best of
@@ -66,9 +65,8 @@ INTERPRETED = Config(16, 32, 16, 1, 1, 2, True)
 COMBINE = {"BLOCKS": 32, "BR": 32}  # partial results that a program takes at once: blocks of columns x rows
 BLOCK = 2048  # logits that a program of a pass holds at once
 WARPS = 4  # of all kernels that do not multiply
-JOINT = (
-    torch.bfloat16,
-)  # in which gradients are computed along: those of a sum over all rows can be too much for fp16
+# In what gradients are computed along: those of a sum over all rows can be too much for fp16.
+JOINT = (torch.bfloat16,)
 JOINT_BYTES = 295_000_000  # that this may take beside the gradients themselves
 LEAST_ROWS = 1024  # for which it is worth to read and write the sums of the weights' gradient
 UNIT = 16  # elements: rows of tiles in memory begin at multiples of it, which vectors and fast products need
@@ -163,7 +161,7 @@ class Engine:
             "logits": logits, "targets": targets, "largest": normaliser[0], "log_sum": normaliser[1],
             "upstream": upstream, **self._sizes(logits, first),
         }  # fmt: skip
-        grid = triton.cdiv(logits.shape[1], BLOCK), len(logits)
+        grid = cdiv(logits.shape[1], BLOCK), len(logits)
         self.machine.run(kernels.gradient_rows, grid, arguments, {"UNIT": UNIT, "BLOCK": BLOCK})
         return logits
 
@@ -209,13 +207,13 @@ class Fused(Engine):
         self.unit: Tensor | None = None  # of the gradients of logits, where these are scaled
         if partials:
             config, self.columns = machine.config, len(weight)
-            room = self.most_sums // (partials * triton.cdiv(self.columns, config.columns))
+            room = self.most_sums // (partials * cdiv(self.columns, config.columns))
             self.rows = max(1, room // config.rows) * config.rows
 
     def keep(self, hidden: Tensor, weight: Tensor) -> None:
         """Have room for what :meth:`reduce_and_keep` keeps: all columns of so many rows as the bound allows."""
-        self.rows = min(self.rows, _joint_rows(self.machine, hidden, weight))
-        self.size = min(self.rows, len(hidden)), triton.cdiv(len(weight), UNIT) * UNIT
+        self.rows = min(self.rows, _joint_rows(self.machine, weight))
+        self.size = min(self.rows, len(hidden)), cdiv(len(weight), UNIT) * UNIT
 
     def operand(self, x: Tensor) -> Tensor:
         """Copied only where its last dimension is not contiguous: the kernels read vectors of it."""
@@ -229,19 +227,22 @@ class Fused(Engine):
         self._reduce(hidden, weight, targets, normaliser, logprobs, entropy, best, None)
 
     def reduce_and_keep(
-        self, hidden: Tensor, weight: Tensor, upstream: Tensor, targets: Tensor,
+        self, hidden: Tensor, weight: Tensor, targets: Tensor,
         normaliser: Tensor, logprobs: Tensor, entropy: Tensor, best: Tensor,
     ) -> Tensor:  # fmt: skip
-        """The same, and what :meth:`gradient` gives of these rows with all columns: no product more, a pass more."""
+        """The same, and what :meth:`gradient` gives of these rows for upstream gradients of 1, with all columns.
+
+        No product more, but a pass.
+        """
         shares = self.buffer[: len(hidden), : len(weight)]
         tops = self._reduce(hidden, weight, targets, normaliser, logprobs, entropy, best, shares)
         arguments = {
             "shares": shares, "tops": tops, "targets": targets, "largest": normaliser[0], "log_sum": normaliser[1],
-            "upstream": upstream, "units": shares.stride(0) // UNIT, "rows": len(hidden), "columns": len(weight),
+            "units": shares.stride(0) // UNIT, "rows": len(hidden), "columns": len(weight),
         }  # fmt: skip
         width = self.machine.config.columns
         constants = {"UNIT": UNIT, "BN": width, "BLOCKS": max(1, BLOCK // width)}
-        grid = triton.cdiv(len(weight), width * constants["BLOCKS"]), len(hidden)
+        grid = len(hidden), cdiv(len(weight), width * constants["BLOCKS"])
         self.machine.run(kernels.gradient_shares, grid, arguments, constants)
         return shares
 
@@ -251,18 +252,18 @@ class Fused(Engine):
     ) -> Tensor:  # fmt: skip
         """Largest logits by blocks of columns [blocks, rows], from which ``shares`` were taken."""
         config, statistics = self.machine.config, {"STATISTICS": len(entropy) > 0}
-        size = triton.cdiv(len(weight), config.columns), len(hidden)
+        size = cdiv(len(weight), config.columns), len(hidden)
         partials = {name: torch.empty(size, dtype=torch.float32, device=hidden.device) for name in ("tops", "totals")}
         for name, dtype in {"weighted": torch.float32, "indices": torch.int32}.items():
             partials[name] = torch.empty(size if len(entropy) else 0, dtype=dtype, device=hidden.device)
-        results, kept = {"targets": targets, "logprobs": logprobs}, {"shares": partials["tops"], "units": 0}
+        results, kept = {"targets": targets, "logprobs": logprobs}, {"shares": partials["tops"], "units": 0}  # unused
         if shares is not None:
             kept = {"shares": shares, "units": shares.stride(0) // UNIT}
         constants = statistics | {"SHARES_UNIT": 0 if shares is None else UNIT}
         self._multiply(kernels.reduce_tile, hidden, weight, partials | results | kept, constants)
         results |= {"largest": normaliser[0], "log_sum": normaliser[1], "entropy": entropy, "best": best}
         sizes, constants = {"rows": len(hidden), "columns": len(weight)}, {"BN": config.columns, **COMBINE}
-        grid = (triton.cdiv(len(hidden), COMBINE["BR"]),)
+        grid = (cdiv(len(hidden), COMBINE["BR"]),)
         self.machine.run(kernels.combine, grid, partials | results | sizes, statistics | constants)
         return partials["tops"]
 
@@ -341,7 +342,7 @@ def joint_pays(hidden: Tensor, weight: Tensor) -> bool:
     """Whether :func:`forward_and_gradients` is for these: states of a dtype in JOINT, and room for enough rows."""
     if hidden.dtype not in JOINT or not hidden.numel():
         return False
-    return _joint_rows(_machine(hidden.device), hidden, weight) >= min(LEAST_ROWS, len(hidden))
+    return _joint_rows(_machine(hidden.device), weight) >= min(LEAST_ROWS, len(hidden))
 
 
 def forward_and_gradients(
@@ -354,10 +355,11 @@ def forward_and_gradients(
     return _forward_and_gradients(_machine(hidden.device), hidden, weight, targets, statistics)
 
 
-def _joint_rows(machine: _Machine, hidden: Tensor, weight: Tensor) -> int:
+def _joint_rows(machine: _Machine, weight: Tensor) -> int:
     """Rows at a time for which there is room, beside the fp32 sums of the weights' gradient: whole tiles, or 0."""
     (vocabulary, width), config = weight.shape, machine.config
-    row = weight.element_size() * vocabulary + 4 * width + 16 * triton.cdiv(vocabulary, config.columns)
+    # Shares, fp32 sums and a copy of a row's state, partial results.
+    row = weight.element_size() * (vocabulary + width) + 4 * width + 16 * cdiv(vocabulary, config.columns)
     return max(0, JOINT_BYTES - 4 * weight.numel()) // row // config.rows * config.rows
 
 
@@ -368,12 +370,11 @@ def _forward_and_gradients(
     engine.keep(hidden, weight)
     logprobs, normaliser, entropy, best = tiles.room(hidden, targets, statistics)
     grad_hidden, grad_weight = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (hidden, weight))
-    upstream = torch.ones_like(logprobs)
     targets, w, weight_sums = targets.contiguous(), engine.operand(weight), tiles.fp32_sums(grad_weight)
     for part in tiles.spans(len(hidden), engine.rows, machine.config.rows):
         h, hidden_sums = engine.operand(hidden[part]), tiles.fp32_sums(grad_hidden[part])
         results = normaliser[:, part], logprobs[part], entropy[part], best[part]
-        change = engine.reduce_and_keep(h, w, upstream[part], targets[part], *results)
+        change = engine.reduce_and_keep(h, w, targets[part], *results)
         engine.add(hidden_sums, change, w, True)
         engine.finish(hidden_sums, grad_hidden[part])
         engine.add(weight_sums, change.T, h, part.start == 0)
@@ -453,7 +454,7 @@ def launches(capability: int) -> list[Launch]:
         machine = _Recorder(capability)
         logprobs, normaliser, *_ = _forward(machine, hidden, weight, targets, statistics)
         _backward(machine, logprobs, hidden, weight, targets, normaliser, True, True)
-        if dtype in JOINT and _joint_rows(machine, hidden, weight):
+        if dtype in JOINT and _joint_rows(machine, weight):
             _forward_and_gradients(machine, hidden, weight, targets, statistics)
         for launch in machine.found:
             found.setdefault(launch.key(), launch)

@@ -192,19 +192,19 @@ def gradient_tile(
 
 @triton.jit(do_not_specialize=ANY)
 def gradient_shares(
-    shares, tops, targets, largest, log_sum, upstream, units, rows, columns,
+    shares, tops, targets, largest, log_sum, units, rows, columns,
     UNIT: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """upstream * (onehot(target) - softmax) in the place of what ``reduce_tile`` kept, BLOCKS blocks of a row."""
-    row, stride = tl.program_id(1), units * UNIT
-    block, place = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS), tl.arange(0, BN)
+    """onehot(target) - softmax in the place of what ``reduce_tile`` kept, BLOCKS blocks of a row."""
+    row, stride = tl.program_id(0), units * UNIT  # rows can be more than a grid has in its second dimension
+    block, place = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS), tl.arange(0, BN)
     column = block[:, None] * BN + place[None, :]  # [BLOCKS, BN]
     at = shares + row.to(tl.int64) * stride + column
-    target, g = tl.load(targets + row), tl.load(upstream + row)
+    target = tl.load(targets + row)
     top = tl.load(tops + block.to(tl.int64) * rows + row, mask=block * BN < columns, other=float("-inf"))
     factor = tl.exp((top - tl.load(largest + row)) - tl.load(log_sum + row))
     p = tl.load(at, mask=column < stride, other=0.0).to(tl.float32) * factor[:, None]
-    y = g * (tl.where(column == target, 1.0, 0.0) - p)
+    y = tl.where(column == target, 1.0, 0.0) - p
     tl.store(at, y.to(shares.dtype.element_ty), mask=column < stride)
 
 

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from dph_kernels.launches import Launch, signature
+from dph_kernels.launches import Launch, cdiv, signature
 from dph_kernels.native import device_guard
 from dph_kernels.preference_loss import reference
 from dph_kernels.preference_loss import triton_kernels as kernels
@@ -54,7 +53,7 @@ def _launches(
     tensors = (*(rewards or (slopes,) * 2), *(logprobs or (slopes,) * 4))  # for those that are off, any address
     strides = {f"{name}_row": x.stride(0) for name, x in zip(TENSORS, tensors, strict=True)}
     strides |= {f"{name}_head": x.stride(-1) for name, x in zip(TENSORS, rewards or tensors[:2], strict=False)}
-    programs = triton.cdiv(pairs, GROUP)
+    programs = cdiv(pairs, GROUP)
     width = len(rewards) // 2 * heads + len(logprobs) // 4
     sums = loss if programs == 1 else loss.new_empty(programs, width, 5)
     arguments = {

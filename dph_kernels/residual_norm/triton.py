@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from dph_kernels.launches import Launch, signature
+from dph_kernels.launches import Launch, cdiv, next_power_of_2, signature
 from dph_kernels.native import device_guard
 from dph_kernels.residual_norm import WIDEST
 from dph_kernels.residual_norm import triton_kernels as kernels
@@ -49,14 +48,14 @@ def backward(
     d_total: Tensor | None, d_normed: Tensor, total: Tensor, weight: Tensor, moments: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What ``reference.backward`` gives."""
-    programs = min(len(total), PROGRAMS * _processors(total.device))
+    programs = min(total.shape[0], PROGRAMS * _processors(total.device))
     d_x = total.new_empty(total.shape if needs[X] else 0)
-    partials = moments.new_empty(2, programs if needs[WEIGHT] or needs[BIAS] else 0, len(weight))
+    summed = needs[WEIGHT] or needs[BIAS]
+    partials = moments.new_empty(2, programs if summed else 0, weight.shape[0])
     _run(_gradients(d_total, d_normed, total, weight, moments, d_x, partials, programs, needs))
-    sums = partials.sum(1)
-    d_weight, d_bias = (
+    d_weight, d_bias = (  # copied: an operator's results share no memory
         part.to(total.dtype, copy=True) if need else total.new_empty(0)
-        for part, need in zip(sums, (needs[WEIGHT], needs[BIAS]), strict=True)
+        for part, need in zip(partials.sum(1) if summed else partials, (needs[WEIGHT], needs[BIAS]), strict=True)
     )
     return d_x, d_weight, d_bias
 
@@ -85,7 +84,7 @@ def _gradients(
         "d_total": skipped, "d_normed": d_normed, "total": total, "weight": weight.contiguous(),
         "moments": moments, "d_x": d_x, "partials": partials,
         "d_total_row": skipped.stride(0), "d_normed_row": d_normed.stride(0), "total_row": total.stride(0),
-        "T": len(total), "share": triton.cdiv(len(total), max(programs, 1)),
+        "T": total.shape[0], "share": cdiv(total.shape[0], max(programs, 1)),
     }  # fmt: skip
     constants = {
         **_columns(total), "SKIP": d_total is not None, "NEED_X": needs[X], "NEED_SUMS": needs[WEIGHT] or needs[BIAS],
@@ -97,7 +96,7 @@ def _columns(x: Tensor) -> dict[str, int]:
     columns = x.shape[1]
     if columns > WIDEST:
         raise RuntimeError(f"residual_norm: backend 'triton' takes rows of up to {WIDEST} elements, got {columns}")
-    return {"C": columns, "BLOCK": triton.next_power_of_2(columns)}
+    return {"C": columns, "BLOCK": next_power_of_2(columns)}
 
 
 @functools.cache

@@ -8,10 +8,9 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from dph_kernels.launches import Launch, signature
+from dph_kernels.launches import Launch, cdiv, next_power_of_2, signature
 from dph_kernels.layout import PackedLayout, Rotary
 from dph_kernels.rope_attention import schedule
 from dph_kernels.rope_attention import triton_kernels as kernels
@@ -199,7 +198,7 @@ def _run_rotate(machine: _Machine, x: Tensor, cos: Tensor, sin: Tensor) -> Tenso
     arguments = {"x": x, "cos": cos, "sin": sin, "rotated": rotated, "rows": rows * heads, "H": heads}
     unit, strides = _strides(x=x)
     constants = {"D": head_dim, "BD": _padded(x), "BM": ROTATE.queries, "UNIT": unit}
-    grid = (triton.cdiv(rows * heads, ROTATE.queries),)
+    grid = (cdiv(rows * heads, ROTATE.queries),)
     machine.run(kernels.rotate, grid, ROTATE, arguments | strides, constants)
     return rotated
 
@@ -293,7 +292,7 @@ def _strides(**tensors: Tensor) -> tuple[int, dict[str, int]]:
 
 def _padded(x: Tensor) -> int:
     """BD: the least tensor cores multiply is 16."""
-    return max(16, triton.next_power_of_2(x.shape[-1]))
+    return max(16, next_power_of_2(x.shape[-1]))
 
 
 def _longest(segments: Tensor) -> int:
@@ -308,7 +307,7 @@ def _limit(work: Schedule, heads: int, config: Config, machine: _Machine) -> int
     first, _, last = work.tiles[0, 2:5].tolist()  # the tile with the most work comes first
     low, high = work.runs[first:last].unbind(1)
     blocks = int(((high - low + config.keys - 1) // config.keys).sum())
-    limit = max(triton.cdiv(blocks, shares), LEAST)
+    limit = max(cdiv(blocks, shares), LEAST)
     return limit if limit < blocks else 0
 
 

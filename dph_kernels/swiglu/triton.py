@@ -6,10 +6,9 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from dph_kernels.launches import Launch, signature
+from dph_kernels.launches import Launch, cdiv, signature
 from dph_kernels.native import device_guard
 from dph_kernels.strides import last_contiguous
 from dph_kernels.swiglu import triton_kernels as kernels
@@ -51,7 +50,7 @@ def backward(
     rows, width = projected.shape
     share = _share(rows, width // 2, _multiprocessors(projected.device))
     d_projected = projected.new_empty((rows, width) if projected_needed else 0)
-    sums = projected.new_empty((triton.cdiv(rows, share), width) if bias_needed else 0, dtype=torch.float32)
+    sums = projected.new_empty((cdiv(rows, share), width) if bias_needed else 0, dtype=torch.float32)
     _backward(grad, projected, bias, d_projected, sums, share).run(projected.device)
     return d_projected, sums.sum(0).to(projected.dtype) if bias_needed else projected.new_empty(0)
 
@@ -63,7 +62,7 @@ def _forward(projected: Tensor, bias: Tensor | None, out: Tensor) -> _Call:
         "projected_row": projected.stride(0), "T": rows,
     }  # fmt: skip
     constants = {"F": width, "BT": ROWS, "BF": COLUMNS, "BIAS": has_bias}
-    return _Call(kernels.forward, (triton.cdiv(rows, ROWS) * triton.cdiv(width, COLUMNS),), arguments, constants)
+    return _Call(kernels.forward, (cdiv(rows, ROWS) * cdiv(width, COLUMNS),), arguments, constants)
 
 
 def _backward(
@@ -84,13 +83,13 @@ def _backward(
         "F": width, "BF": BLOCK, "BIAS": has_bias, "STORE": d_projected.numel() > 0,
         "SUMS": sums.numel() > 0,
     }  # fmt: skip
-    return _Call(kernels.backward, (triton.cdiv(width, BLOCK), triton.cdiv(rows, share)), arguments, constants)
+    return _Call(kernels.backward, (cdiv(width, BLOCK), cdiv(rows, share)), arguments, constants)
 
 
 def _share(rows: int, width: int, multiprocessors: int) -> int:
     """How many rows a program of the backward pass takes, for as many programs as keep the device busy."""
-    shares = triton.cdiv(PROGRAMS * multiprocessors, triton.cdiv(width, BLOCK))
-    return max(1, triton.cdiv(rows, shares))
+    shares = cdiv(PROGRAMS * multiprocessors, cdiv(width, BLOCK))
+    return max(1, cdiv(rows, shares))
 
 
 @functools.cache

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from dph_kernels import philox
 from dph_kernels.cublas import readable
-from dph_kernels.launches import Launch, signature
+from dph_kernels.launches import Launch, cdiv, next_power_of_2, signature
 from dph_kernels.strides import last_contiguous
 from dph_kernels.swiglu_reward import triton_kernels as kernels
 from dph_kernels.swiglu_reward.reference import B1, B2, HIDDEN, REWARD, W1, W2, kept_shapes
@@ -158,7 +157,7 @@ def _run_drop(machine: _Machine, x: Tensor, draw: _Draw) -> Tensor:
     dropped = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     arguments = {"x": x, "out": dropped, "x_row": x.stride(0), "R": rows, **draw.arguments(philox.INPUT, x)}
     constants = {"C": columns, "BR": config.rows, "BC": config.columns, **draw.constants(philox.INPUT)}
-    grid = triton.cdiv(rows, config.rows), triton.cdiv(columns, config.columns)
+    grid = cdiv(rows, config.rows), cdiv(columns, config.columns)
     machine.run(kernels.drop, grid, config, arguments, constants)
     return dropped
 
@@ -173,7 +172,7 @@ def _run_forward(
     if w2 is None:
         return _run_score(machine, state, reward, draw), torch.empty(0, **like), torch.empty(0, **like)
     config = machine.config("pool", rows, w2)
-    tiles, blocks = triton.cdiv(rows, config.rows), triton.cdiv(columns, config.columns)
+    tiles, blocks = cdiv(rows, config.rows), cdiv(columns, config.columns)
     shares = _shares(tiles * blocks, w2.shape[1], config, machine)
     counted = tiles * (blocks + 1)
     if w1 is None:
@@ -195,7 +194,7 @@ def _run_forward(
     }  # fmt: skip
     constants = {
         "C": columns, "DEPTH": w2.shape[1], "K": len(reward), "BR": config.rows, "BC": config.columns,
-        "BK": config.step, "BP": triton.next_power_of_2(blocks), "SHARES": shares, "BIAS": b2 is not None,
+        "BK": config.step, "BP": next_power_of_2(blocks), "SHARES": shares, "BIAS": b2 is not None,
         "DROP": draw.shares[philox.POOLED] > 0, "SAVE": save, "PRECISION": PRECISION,
         **draw.constants(philox.POOLED),
     }  # fmt: skip
@@ -220,7 +219,7 @@ def _run_gate(
         "C": state.shape[1], "F": width, "BR": config.rows, "BF": config.columns, "BK": config.step,
         "BIAS": b1 is not None, "SAVE": save, "PRECISION": PRECISION,
     }  # fmt: skip
-    grid = triton.cdiv(rows, config.rows), triton.cdiv(width, config.columns)
+    grid = cdiv(rows, config.rows), cdiv(width, config.columns)
     machine.run(kernels.gate, grid, config, arguments, constants)
     return gated, projected
 
@@ -237,7 +236,7 @@ def _run_score(machine: _Machine, state: Tensor, reward: Tensor, draw: _Draw) ->
         "C": columns, "K": len(reward), "BR": config.rows, "BC": config.columns,
         "DROP": draw.shares[philox.POOLED] > 0, **draw.constants(philox.POOLED),
     }  # fmt: skip
-    machine.run(kernels.score, (triton.cdiv(rows, config.rows), len(reward)), config, arguments, constants)
+    machine.run(kernels.score, (cdiv(rows, config.rows), len(reward)), config, arguments, constants)
     return rewards
 
 
@@ -287,11 +286,11 @@ def _run_pool_backward(
         **draw.arguments(philox.POOLED, state),
     }  # fmt: skip
     constants = {
-        "C": columns, "K": heads, "BR": config.rows, "BC": config.columns, "BH": triton.next_power_of_2(heads),
+        "C": columns, "K": heads, "BR": config.rows, "BC": config.columns, "BH": next_power_of_2(heads),
         "DROP": draw.shares[philox.POOLED] > 0, "POOLED": pooled, "NEED_REWARD": need_reward,
         "NEED_BIAS": need_bias, **draw.constants(philox.POOLED),
     }  # fmt: skip
-    machine.run(kernels.pool_backward, (triton.cdiv(columns, config.columns),), config, arguments, constants)
+    machine.run(kernels.pool_backward, (cdiv(columns, config.columns),), config, arguments, constants)
     return d_state, d_reward, d_bias
 
 
@@ -304,7 +303,7 @@ def _run_gate_backward(
     config = machine.config("gate_backward", rows, w2) if multiply else ELEMENTWISE
     if need_input and not multiply:
         grad = grad @ w2
-    tiles = triton.cdiv(rows, config.rows)
+    tiles = cdiv(rows, config.rows)
     like = {"dtype": grad.dtype, "device": grad.device}
     d_projected = torch.empty((rows, 2 * width) if need_input else 0, **like)
     gated = torch.empty((rows, width) if need_gated else 0, **like)
@@ -318,7 +317,7 @@ def _run_gate_backward(
         "MULTIPLY": multiply, "NEED_INPUT": need_input, "NEED_GATED": need_gated, "PRECISION": PRECISION,
     }  # fmt: skip
     if need_input or need_gated:
-        grid = tiles, triton.cdiv(width, config.columns)
+        grid = tiles, cdiv(width, config.columns)
         machine.run(kernels.gate_backward, grid, config, arguments, constants)
     return d_projected, gated, d_bias
 
@@ -326,7 +325,7 @@ def _run_gate_backward(
 def _shares(programs: int, depth: int, config: Config, machine: _Machine) -> int:
     """Into how many shares the sums of so many tiles are split, so that there are programs for all processors."""
     busy = machine.processors * (2 if config.rows <= 64 else 1)  # small tiles leave room for two on a processor
-    return max(1, min(busy // max(programs, 1), triton.cdiv(depth, config.step) // LEAST))
+    return max(1, min(busy // max(programs, 1), cdiv(depth, config.step) // LEAST))
 
 
 # For the audit

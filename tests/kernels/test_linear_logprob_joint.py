@@ -1,6 +1,7 @@
 """linear_logprob's gradients where they are computed along with the log-probabilities."""
 
 import importlib
+import importlib.util
 import math
 
 import pytest
@@ -30,7 +31,7 @@ def joint(small_tiles, backend, dtype):
         small_tiles.setattr(module, "MOST_LOGITS", 16 * 130)
     else:
         small_tiles.setattr(module, "JOINT", (dtype,))  # the interpreter has no bf16
-        small_tiles.setattr(module, "_joint_rows", lambda machine, *_: machine.config.rows)
+        small_tiles.setattr(module, "_joint_rows", lambda machine, _: machine.config.rows)
     asked, original = [], module.backward
     small_tiles.setattr(module, "backward", lambda *args: asked.append(args[-2:]) or original(*args))
     return asked
@@ -206,6 +207,49 @@ def test_tokens_that_are_impossible(device, backend, dtype, joint):
     plain = linear_logprob(hidden, weight, targets, statistics=True, uniform=False, backend=backend)
     torch.testing.assert_close(got, plain)
     assert got[0][5] == -math.inf
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_rows_for_which_there_is_room():
+    """Whole tiles, within 300 MB; none where the sums of the weights' gradient alone take more."""
+    module = importlib.import_module("dph_kernels.linear_logprob.triton")
+    machine = module._Machine(torch.device("meta"), 90)
+    for vocabulary, width, least in [(50272, 768, 1024), (256, 768, 50_000), (50272, 64, 2000), (100_000, 768, 0)]:
+        weight = torch.empty(vocabulary, width, dtype=torch.bfloat16, device="meta")
+        rows = module._joint_rows(machine, weight)
+        assert rows >= least
+        assert rows % 128 == 0
+        assert (rows == 0) == (least == 0)
+        assert rows * (2 * vocabulary + 2 * width + 4 * width) + 4 * weight.numel() <= 300e6 or not rows
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("size", [(200_000, 768, 256), (200_000, 64, 256), (3000, 768, 50272)])
+def test_grids_that_cuda_takes(size):
+    module = importlib.import_module("dph_kernels.linear_logprob.triton")
+
+    class Machine(module._Machine):
+        def run(self, kernel, grid, *_):
+            grids.append(grid)
+
+    rows, width, vocabulary = size
+    hidden, weight = (torch.empty(n, width, dtype=torch.bfloat16, device="meta") for n in (rows, vocabulary))
+    grids, targets = [], torch.empty(rows, dtype=torch.int64, device="meta")
+    module._forward_and_gradients(Machine(torch.device("meta"), 90), hidden, weight, targets, True)
+    assert grids
+    assert all(max(grid[1:], default=0) <= 65_535 for grid in grids)
+
+
+@pytest.mark.parametrize(("device", "backend", "dtype"), WAYS)
+def test_half_precision_is_scaled_by_the_upstream_gradient_itself(device, backend, dtype, joint):
+    """Not by what is left of it in half precision: that would show in the size of all gradients."""
+    hidden, weight, targets = problem(65, 16, 111, device, dtype)
+    scale = torch.tensor(1 / 11540, device=device)
+    got = torch.autograd.grad(linear_logprob(hidden, weight, targets, backend=backend).sum(), (hidden, weight), scale)
+    once = torch.autograd.grad(linear_logprob(hidden, weight, targets, backend=backend).sum(), (hidden, weight))
+    for ours, whole in zip(got, once, strict=True):
+        ours, whole = ours.double().flatten(), whole.double().flatten()
+        assert abs((ours @ whole) / (whole @ whole) * 11540 - 1) < 5e-4
 
 
 @pytest.mark.gpu

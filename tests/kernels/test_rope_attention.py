@@ -27,8 +27,26 @@ def test_the_way_through_the_dispatcher_gives_the_same_bits(name, device, backen
             *given, layout.to(device), rope=ROPE, memory=memory, return_keys=True, backend=backend
         )  # fmt: skip
         assert not keys.requires_grad
+        assert (type(out.grad_fn).__name__ == "_DirectBackward") != observed
         found.append([out, keys, *torch.autograd.grad(out, given, grad)])
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("kind", ["negated", "batched"])
+def test_upstream_gradients_that_pytorch_has_put_off(kind, device, backend):
+    layout = LAYOUTS["branches"]
+    q, k, v, memory, grad = inputs(layout, 2, 16, torch.float32, device)
+    given = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = rope_attention(*given, layout.to(device), rope=ROPE, memory=memory, backend=backend)
+    expected = torch.autograd.grad(out, given, -grad, retain_graph=True)
+    if kind == "negated":
+        got = torch.autograd.grad(out, given, torch._neg_view(grad))
+    else:
+        both = torch.autograd.grad(out, given, torch.stack([grad, -grad]), is_grads_batched=True)
+        got = [x[1] for x in both]
+    for ours, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, want)
 
 
 @pytest.mark.usefixtures("poisoned_empty")
