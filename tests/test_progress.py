@@ -1,5 +1,6 @@
 """What a run shows while it trains: the same lines on a terminal of any width as in a pipe."""
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -7,6 +8,7 @@ import re
 import struct
 import sys
 import termios
+import threading
 import tty
 
 import pytest
@@ -33,17 +35,24 @@ def report():
 def terminal(monkeypatch):
     """A terminal of so many columns as stderr while a function runs; what it was sent."""
 
+    def read(screen, parts):
+        with contextlib.suppress(OSError):  # as Linux says that the other end is closed
+            while part := os.read(screen, 1 << 16):
+                parts.append(part)
+
     def run(columns, function):
         screen, end = pty.openpty()
+        parts = []
+        reader = threading.Thread(target=read, args=(screen, parts))  # a terminal holds 4 KB
+        reader.start()
         tty.setraw(end)
         fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24 if columns else 0, columns, 0, 0))
         with open(end, "w", encoding="utf-8") as stderr, monkeypatch.context() as patch:
             patch.setattr(sys, "stderr", stderr)
             function()
-            stderr.flush()
-            sent = os.read(screen, 1 << 16).decode()
+        reader.join()
         os.close(screen)
-        return sent
+        return b"".join(parts).decode()
 
     return run
 

@@ -101,7 +101,7 @@ class _Joint(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors  # or what PyTorch says of those that are gone
-        if not ctx.gradients:
+        if not ctx.gradients or dispatch.observed((grad,)):
             return *_backward(grad, *tensors, True, True, ctx.backend), None, None, None
         hidden, weight = ctx.gradients
         ctx.gradients = []

@@ -119,6 +119,24 @@ def test_gradients_that_are_asked_for_twice(device, backend, dtype, joint):
 
 
 @pytest.mark.parametrize(("device", "backend", "dtype"), WAYS)
+@pytest.mark.parametrize("kind", ["negated", "batched"])
+def test_upstream_gradients_that_pytorch_has_put_off(kind, device, backend, dtype, joint):
+    hidden, weight, targets = problem(65, 16, 111, device, dtype)
+    got = linear_logprob(hidden, weight, targets, backend=backend)
+    grad = torch.ones_like(got)
+    expected = torch.autograd.grad(got, (hidden, weight), -grad, retain_graph=True)
+    got = linear_logprob(hidden, weight, targets, backend=backend)
+    if kind == "negated":
+        found = torch.autograd.grad(got, (hidden, weight), torch._neg_view(grad))
+    else:
+        both = torch.autograd.grad(got, (hidden, weight), torch.stack([grad, -grad]), is_grads_batched=True)
+        found = [x[1] for x in both]
+    for ours, want in zip(found, expected, strict=True):
+        off = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(ours, want, rtol=off, atol=off * want.abs().max().item())
+
+
+@pytest.mark.parametrize(("device", "backend", "dtype"), WAYS)
 @pytest.mark.parametrize("layout", ["expanded", "transposed", "sliced rows", "sliced columns", "negated"])
 def test_states_of_any_strides(layout, device, backend, dtype, joint):
     hidden, weight, targets = problem(65, 16, 111, device, dtype)

@@ -211,10 +211,10 @@ def test_rows_beyond_32_bits_in_triton(device, backend):
 @pytest.mark.parametrize(("device", "backend"), INTERPRETED)
 @pytest.mark.usefixtures("overflow_is_an_error")
 def test_rows_beyond_32_bits_of_half_precision_in_triton(device, backend):
-    """States, weights and gradients of logits; one kernel gives what the other reads."""
+    """States, weights, shares and gradients of logits; one kernel gives what the others read."""
     kernels = importlib.import_module("dph_kernels.linear_logprob.triton_kernels")
     stride = 2**30 + 16
-    hidden, weight, changes = (far_rows(3, stride, torch.float16) for _ in range(3))
+    hidden, weight, changes, shares = (far_rows(3, stride, torch.float16) for _ in range(4))
     targets, upstream = torch.tensor([2, 0, 1]), torch.randn(3)
     logits = (hidden.float() @ weight.float().T).requires_grad_()
     expected = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
@@ -224,12 +224,16 @@ def test_rows_beyond_32_bits_of_half_precision_in_triton(device, backend):
     units = {"hidden_units": stride // 16, "weight_units": stride // 16, "UNIT": 16}
     tile = {"C": 64, "TMA": False, "BM": 16, "BN": 32, "BK": 32, "GROUP": 2}
     partials = {"tops": tops, "totals": totals, "weighted": none, "indices": none, "STATISTICS": False}
-    kernels.reduce_tile[(1,)](**operands, **units, **tile, **partials, logprobs=logprobs)
+    kept = {"shares": start_of(shares), "units": stride // 16}
+    kernels.reduce_tile[(1,)](**operands, **units, **tile, **partials, **kept, SHARES_UNIT=16, logprobs=logprobs)
     torch.testing.assert_close(logprobs - tops[0] - totals[0].log(), expected.detach())
-    normaliser = {"largest": tops[0], "log_sum": totals[0].log(), "upstream": upstream}
+    normaliser = {"largest": tops[0], "log_sum": totals[0].log()}
     place = {"changes": start_of(changes), "units": stride // 16, "CHANGES_UNIT": 16, "first": 0}
-    kernels.gradient_tile[(1,)](**operands, **units, **tile, **normaliser, **place)
+    kernels.gradient_tile[(1,)](**operands, **units, **tile, **normaliser, **place, upstream=upstream)
     torch.testing.assert_close(changes[:, :3].float(), grad, rtol=1e-3, atol=1e-4)
+    sizes = {"rows": 3, "columns": 3, "UNIT": 16, "BN": 32, "BLOCKS": 1}
+    kernels.gradient_shares[(3, 1)](**kept, **normaliser, **sizes, tops=tops, targets=targets)
+    torch.testing.assert_close(shares[:, :3].float() * upstream[:, None], grad, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("device", [*(p.values[0] for p in INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)])
