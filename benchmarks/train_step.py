@@ -320,8 +320,8 @@ def check(contender: Contender, job: Job, steps: int = 3) -> None:
 
 
 # In parts of their own size. A GPU's fp32 products in attention are made of parts of 11 bits, whose rounding the layers
-# amplify: 2e-4 was seen, between our own steps, plain and compiled. The first steps go by signs of gradients, of which
-# the smallest are noise. Without priors weights are 0.1 apart.
+# amplify: beyond 1e-4, also between our own steps, plain and compiled. The first steps go by signs of gradients, of
+# which the smallest are noise. Without priors weights are 0.1 apart.
 GRADIENT = {"cpu": 1e-4, "cuda": 1e-3}
 MOVED = {"cpu": 1e-3, "cuda": 3e-2}
 

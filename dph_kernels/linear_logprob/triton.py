@@ -256,7 +256,8 @@ class Fused(Engine):
         partials = {name: torch.empty(size, dtype=torch.float32, device=hidden.device) for name in ("tops", "totals")}
         for name, dtype in {"weighted": torch.float32, "indices": torch.int32}.items():
             partials[name] = torch.empty(size if len(entropy) else 0, dtype=dtype, device=hidden.device)
-        results, kept = {"targets": targets, "logprobs": logprobs}, {"shares": partials["tops"], "units": 0}  # unused
+        results = {"targets": targets, "logprobs": logprobs}
+        kept = {"shares": partials["tops"], "units": 0}  # any address, where nothing is kept
         if shares is not None:
             kept = {"shares": shares, "units": shares.stride(0) // UNIT}
         constants = statistics | {"SHARES_UNIT": 0 if shares is None else UNIT}
