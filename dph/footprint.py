@@ -18,15 +18,15 @@ SHARE = 0.9  # of a GPU's memory that a run is to fill at most: the rest is the 
 def on_device(stage: Stage, rows: int, device: torch.device, place: str, *, alone: bool = False) -> dict[str, float]:
     """Bytes by part, at the peak of an update that computes ``rows`` rows at a time; memory of streams in ``place``.
 
-    ``alone``: these are all rows of the update, so that its gradients come as its activations go (but for that of the
-    embedding, which is the first, and is neglected here).
+    ``alone``: these are all rows of the update, so that its gradients are not gathered in fp32, and come as its
+    activations go (but for that of the embedding, which is the first, and is neglected here).
     """
     recipe, config, total = stage.recipe, stage.model.config, stage.model.num_parameters()
     trained, low, several = count_trained(stage), low_precision(recipe.precision, device), stage.world.size > 1
     size = 2 if low else 4
     # Shards are fp32, masters themselves: it is what is gathered of them that is bf16.
     parts = {"weights": (4 if several else size) * total}
-    parts |= {"gradients": 4 * trained, "momentum and second moment": 8 * trained}
+    parts |= {"gradients": (size if alone and not several else 4) * trained, "momentum and second moment": 8 * trained}
     if low and not several:
         parts["fp32 masters"] = 4 * trained
     if recipe.optimiser.prior_decay:

@@ -324,6 +324,7 @@ class Trainer:
     def _update(self, given: Iterable[Any], parts: int, weight: float) -> Update:
         """Loss and gradient of all parts, whose loss is a mean over ``weight``, and the update of the weights."""
         losses = []
+        self.optimiser.gather_in_fp32(parts > 1)
         for number, part in enumerate(given, 1):
             self.world.last_part(self.model, number == parts)
             loss = self.stage.loss(part)

@@ -165,12 +165,23 @@ class LaProp(torch.optim.Optimizer):
             p.data = p.data.to(dtype)
             p.grad_dtype = torch.float32
 
+    def gather_in_fp32(self, several: bool) -> None:
+        """Let the gradients of lowered parameters gather in fp32 if they come in ``several`` parts.
+
+        A single part's is bf16 as it comes: fp32 would give the same numbers, and cost a pass over all of them.
+        """
+        for p in self._parameters():
+            dtype = torch.float32 if several else p.dtype
+            if "master" in self.state[p] and p.grad_dtype != dtype:
+                p.grad_dtype = dtype
+
     def restore(self) -> None:
         """The opposite of ``lower``: parameters become their fp32 masters again."""
         for p in self._parameters():
             if "master" in self.state[p]:
                 p.grad = None
                 p.data = self.state[p].pop("master")
+                p.grad_dtype = p.dtype
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -243,13 +244,13 @@ def observed(tensors: Iterable[Tensor]) -> bool:
         return True
     if forward_ad._current_level >= 0:
         return True
-    return any(x.is_neg() or torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
+    return any(x.is_neg() or is_legacy_batchedtensor(x) for x in tensors)
 
 
 def unobserved(tensors: Iterable[Tensor]) -> bool:
     """Whether a call may go past the dispatcher: not :func:`observed`, of no subclass, and with numbers behind it."""
     tensors = tuple(tensors)
-    return not observed(tensors) and PLAIN.issuperset(map(type, tensors)) and not any(x.is_meta for x in tensors)
+    return not (observed(tensors) or any(type(x) not in PLAIN or x.is_meta for x in tensors))
 
 
 def left_to_pytorch(x: Tensor, backend: str) -> bool:

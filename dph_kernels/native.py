@@ -142,5 +142,6 @@ def stream(device: torch.device) -> int:
 
 
 def device_guard(device: torch.device) -> AbstractContextManager:
-    """Makes ``device`` the current one for CUDA launches; does nothing for the CPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Makes ``device`` the current one for CUDA launches; does nothing for the CPU, or where it is."""
+    there = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if there else torch.cuda.device(device)

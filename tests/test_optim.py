@@ -185,6 +185,13 @@ def test_lower_and_restore_keep_the_fp32_weights():
     assert p.dtype == torch.bfloat16
     (p * torch.ones(50).bfloat16()).sum().backward()
     assert p.grad.dtype == torch.float32  # gathered in fp32 over micro-batches
+    low.zero_grad()
+    low.gather_in_fp32(several=False)
+    (p * torch.ones(50).bfloat16()).sum().backward()
+    assert p.grad.dtype == torch.bfloat16  # of a single one
+    low.zero_grad()
+    low.gather_in_fp32(several=True)
+    high.gather_in_fp32(several=False)  # has none that are lowered
     for step in range(3):
         p.grad, q.grad = numbers(50, seed=step), numbers(50, seed=step)
         low.step()

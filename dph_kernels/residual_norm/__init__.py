@@ -6,28 +6,19 @@ import torch
 from torch import Tensor
 
 from dph_kernels import autocast, checks, dispatch
+from dph_kernels.direct import Operator
 from dph_kernels.residual_norm import reference
 
 WIDEST = 16384  # elements of a row that a program of the GPU's kernels holds in registers
 
 
-def _run_forward(
+def _forward(
     x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return dispatch.call("forward", "residual_norm", x, backend, x, update, weight, bias, eps)
 
 
-_forward = torch.library.custom_op("dph::residual_norm", _run_forward, mutates_args=())
-
-
-@_forward.register_fake
-def _(
-    x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.results(x, update)
-
-
-def _run_backward(
+def _backward(
     d_total: Tensor | None,
     d_normed: Tensor,
     total: Tensor,
@@ -38,22 +29,6 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = d_total, d_normed, total, weight, moments, needs
     return dispatch.call("backward", "residual_norm", total, backend, *arguments)
-
-
-_backward = torch.library.custom_op("dph::residual_norm_backward", _run_backward, mutates_args=())
-
-
-@_backward.register_fake
-def _(
-    d_total: Tensor | None,
-    d_normed: Tensor,
-    total: Tensor,
-    weight: Tensor,
-    moments: Tensor,
-    needs: Sequence[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.gradients(total, weight, needs)
 
 
 def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
@@ -70,36 +45,38 @@ def _gradients(
     d_total: Tensor | None,
     d_normed: Tensor | None,
     *_: None,
-    run: Callable = _backward,
+    backward: Callable,
 ) -> tuple[Tensor | None, ...]:
     to_x, to_update, *to_weights = ctx.needs_input_grad[:4]
     needs, grads = [to_x or to_update, *to_weights], [d_total, None, None]
     if d_normed is not None:
-        found = run(d_total, d_normed, *ctx.saved_tensors, needs, ctx.backend)
+        found = backward(d_total, d_normed, *ctx.saved_tensors, needs, ctx.backend)
         grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
     d_x, d_weight, d_bias = grads
     return d_x if to_x else None, d_x if to_update else None, d_weight, d_bias, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_setup)
+_run = Operator("residual_norm", forward=_forward, backward=_backward, setup=_setup, gradients=_gradients)
 
 
-class _Direct(torch.autograd.Function):
-    """The same past the dispatcher, whose Python takes longer than the arithmetic of a small step."""
+@_run.operator.register_fake
+def _(
+    x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.results(x, update)
 
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, *inputs: Tensor | float | str | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        output = _run_forward(*inputs)
-        _setup(ctx, inputs, output)  # by PyTorch's own way, setup_context, a call takes 50 us longer
-        return output
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = (grad for grad in grads if grad is not None)
-        return _gradients(ctx, *grads, run=_run_backward if dispatch.unobserved(given) else _backward)
+@_run.backward_operator.register_fake
+def _(
+    d_total: Tensor | None,
+    d_normed: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    moments: Tensor,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.gradients(total, weight, needs)
 
 
 def _plain(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -158,7 +135,5 @@ def residual_norm(
     checks.number("eps", eps, 0.0)
     if dispatch.left_to_pytorch(x, backend) or (backend == "auto" and columns > WIDEST):
         return _plain(x, update, weight, bias, eps)
-    arguments = x, update, weight, bias, float(eps), backend
-    direct = dispatch.unobserved(value for value in arguments[:4] if value is not None)
-    total, normed, _ = (_Direct.apply if direct else _forward)(*arguments)
+    total, normed, _ = _run(x, update, weight, bias, float(eps), backend)
     return x if update is None else total, normed

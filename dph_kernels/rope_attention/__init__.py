@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dph_kernels import autocast, checks, dispatch
+from dph_kernels.direct import Operator
 from dph_kernels.layout import PackedLayout, Rotary
 
 
@@ -55,8 +56,7 @@ def rope_attention(
     head_dim = q.shape[-1]
     tables = layout.tables(rope, head_dim, torch.float64 if q.dtype == torch.float64 else torch.float32)
     tensors = q, k, v, memory_k.detach(), memory_v.detach(), layout.segments, *tables
-    run = _Direct.apply if dispatch.unobserved(tensors) else _rope_attention
-    out, _, keys = run(*tensors, head_dim**-0.5 if scale is None else float(scale), backend)
+    out, _, keys = _run(*tensors, head_dim**-0.5 if scale is None else float(scale), backend)
     return (out, keys) if return_keys else out
 
 
@@ -74,7 +74,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, 
     checks.device("layout", layout.query_positions, q.device)
 
 
-def _run_forward(
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, segments: Tensor,
     q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -82,29 +82,13 @@ def _run_forward(
     return dispatch.call("forward", "rope_attention", q, backend, *arguments)
 
 
-_rope_attention = torch.library.custom_op("dph::rope_attention", _run_forward, mutates_args=())
-
-
-@_rope_attention.register_fake
-def _(q, k, v, memory_k, memory_v, segments, q_cos, q_sin, k_cos, k_sin, scale, backend):  # noqa: ANN001, ANN202
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=q_cos.dtype), k.new_empty(k.shape)
-
-
-def _run_backward(
+def _backward(
     grad: Tensor, q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, out: Tensor, lse: Tensor,
     segments: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tables = q_cos, q_sin, k_cos, k_sin
     arguments = grad, q, rotated, v, memory_k, memory_v, out, lse, segments, *tables, scale
     return dispatch.call("backward", "rope_attention", q, backend, *arguments)
-
-
-_rope_attention_backward = torch.library.custom_op("dph::rope_attention_backward", _run_backward, mutates_args=())
-
-
-@_rope_attention_backward.register_fake
-def _(grad, q, rotated, v, *_):  # noqa: ANN001, ANN002, ANN202
-    return q.new_empty(q.shape), rotated.new_empty(rotated.shape), v.new_empty(v.shape)
 
 
 def _setup(ctx, inputs, output):  # noqa: ANN001, ANN202
@@ -116,26 +100,20 @@ def _setup(ctx, inputs, output):  # noqa: ANN001, ANN202
     ctx.scale, ctx.backend = scale, backend
 
 
-def _gradients(ctx, grad, *_, run=_rope_attention_backward):  # noqa: ANN001, ANN002, ANN202
+def _gradients(ctx, grad, *_, backward):  # noqa: ANN001, ANN002, ANN202
     if grad is None:
         return (None,) * 12
-    return (*run(grad, *ctx.saved_tensors, ctx.scale, ctx.backend), *(None,) * 9)
+    return (*backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend), *(None,) * 9)
 
 
-_rope_attention.register_autograd(_gradients, setup_context=_setup)
+_run = Operator("rope_attention", forward=_forward, backward=_backward, setup=_setup, gradients=_gradients)
 
 
-class _Direct(torch.autograd.Function):
-    """The same past the dispatcher, whose Python takes longer than the arithmetic of a small step."""
+@_run.operator.register_fake
+def _(q, k, v, memory_k, memory_v, segments, q_cos, q_sin, k_cos, k_sin, scale, backend):  # noqa: ANN001, ANN202
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=q_cos.dtype), k.new_empty(k.shape)
 
-    @staticmethod
-    def forward(ctx, *inputs):  # noqa: ANN001, ANN002, ANN205
-        output = _run_forward(*inputs)
-        _setup(ctx, inputs, output)
-        return output
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):  # noqa: ANN001, ANN002, ANN205
-        observed = grad is not None and not dispatch.unobserved((grad,))
-        return _gradients(ctx, grad, run=_rope_attention_backward if observed else _run_backward)
+@_run.backward_operator.register_fake
+def _(grad, q, rotated, v, *_):  # noqa: ANN001, ANN002, ANN202
+    return q.new_empty(q.shape), rotated.new_empty(rotated.shape), v.new_empty(v.shape)

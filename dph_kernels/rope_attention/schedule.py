@@ -48,14 +48,14 @@ def by_queries(
 
     ``limit`` > 0 splits a tile's work into items of at most that many blocks (few queries on many keys).
     """
-    return _by_queries(_content(segments), queries, memory, rows, block, limit, device)
+    return _by_queries(content_of(segments), queries, memory, rows, block, limit, device)
 
 
 def by_keys(
     segments: Tensor, queries: int, keys: int, memory: int, *, rows: int, block: int, device: torch.device
 ) -> Schedule:
     """Tiles of up to ``rows`` new keys (numbered without the memory) and the queries that see them."""
-    return _by_keys(_content(segments), queries, keys, memory, rows, block, device)
+    return _by_keys(content_of(segments), queries, keys, memory, rows, block, device)
 
 
 def by_component(
@@ -66,19 +66,27 @@ def by_component(
     Tiles of different components see no new key in common, so their gradients can be added up side by side. The
     component with the most work comes first.
     """
-    return _by_component(_content(segments), queries, memory, rows, block, device)
+    return _by_component(content_of(segments), queries, memory, rows, block, device)
 
 
 def bounds(segments: Tensor, queries: int, *, device: torch.device) -> Tensor:
     """[T, 4] int32: query i sees keys ``[0] <= j < [1]`` of its own and ``[2] <= j < [3]`` of its prefix."""
-    return _bounds(_content(segments), queries, device)
+    return _bounds(content_of(segments), queries, device)
 
 
 # The content is the key of the caches: positions roll on from step to step and do not matter here.
 
 
-def _content(segments: Tensor) -> bytes:
-    return segments[:, :6].numpy().tobytes()
+def content_of(segments: Tensor) -> bytes:
+    """All of a layout's table that schedules depend on."""
+    return segments.numpy()[:, :6].tobytes()
+
+
+def table_of(content: bytes) -> Tensor:
+    """The table again, at positions 0."""
+    table = torch.zeros(len(content) // (8 * 6), 7, dtype=torch.int64)
+    table[:, :6] = torch.from_numpy(np.frombuffer(content, dtype=np.int64).reshape(-1, 6).copy())
+    return table
 
 
 def _segments(content: bytes) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from typing import Any, NamedTuple
@@ -10,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dph_kernels.launches import Launch, cdiv, next_power_of_2, signature
+from dph_kernels.launches import Launch, cdiv, launch, next_power_of_2, signature
 from dph_kernels.layout import PackedLayout, Rotary
+from dph_kernels.native import device_guard
 from dph_kernels.rope_attention import schedule
 from dph_kernels.rope_attention import triton_kernels as kernels
 from dph_kernels.rope_attention.schedule import Schedule
@@ -119,6 +119,7 @@ LEAST = 4  # blocks of an item of split work
 PROGRAMS = 2  # that a processor should have: with fewer, work is split
 SPILLS = 64  # bytes that the backward kernels may spill, outside of their inner loops
 TINY = 1e-30
+PLANS = 256  # that are kept
 CPU = torch.device("cpu")
 
 
@@ -131,7 +132,7 @@ class _Machine:
     def __init__(self, device: torch.device, capability: int, processors: int) -> None:
         self.device, self.capability, self.processors = device, capability, processors
 
-    def config(self, kernel: str, x: Tensor) -> Config:
+    def config(self, kernel: str, head_dim: int, dtype: torch.dtype) -> Config:
         """That of the nearest architecture which is not newer; for interpreted kernels, small tiles."""
         if not self.capability:
             return INTERPRETED[kernel]
@@ -140,10 +141,9 @@ class _Machine:
             raise RuntimeError(
                 f"rope_attention: expected a GPU of compute capability {min(CONFIGS)} or higher, got {self.capability}"
             )
-        head_dim = x.shape[-1]
-        if x.dtype == torch.float32:
+        if dtype == torch.float32:
             return PRECISE[64 if head_dim <= 64 else 128][kernel]
-        return CONFIGS[max(known)][kernel][head_dim if head_dim == _padded(x) else RAGGED]
+        return CONFIGS[max(known)][kernel][head_dim if head_dim == _padded(head_dim) else RAGGED]
 
     def warpgroups(self, rows: int, config: Config, dtype: torch.dtype) -> bool:
         """Whether matrix products of ``rows`` rows are Hopper's, of four warps together; interpreted ones count too."""
@@ -156,8 +156,8 @@ class _Machine:
         """Launch it, unless the grid is empty."""
         if 0 in grid:
             return
-        with torch.cuda.device(self.device) if self.capability else contextlib.nullcontext():
-            kernel[grid](**arguments, **constants, **config.options)
+        with device_guard(self.device):
+            launch(kernel, grid, arguments, constants, **config.options)
 
 
 @functools.cache
@@ -195,12 +195,51 @@ def _run_rotate(machine: _Machine, x: Tensor, cos: Tensor, sin: Tensor) -> Tenso
     x = last_contiguous(x)
     rows, heads, head_dim = x.shape
     rotated = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    arguments = {"x": x, "cos": cos, "sin": sin, "rotated": rotated, "rows": rows * heads, "H": heads}
-    unit, strides = _strides(x=x)
-    constants = {"D": head_dim, "BD": _padded(x), "BM": ROTATE.queries, "UNIT": unit}
-    grid = (cdiv(rows * heads, ROTATE.queries),)
-    machine.run(kernels.rotate, grid, ROTATE, arguments | strides, constants)
+    unit, strides = _strides(x=x.stride())
+    arguments = {"x": x, "cos": cos, "sin": sin, "rotated": rotated, "rows": rows * heads, "H": heads, **strides}
+    constants = {"D": head_dim, "BD": _padded(head_dim), "BM": ROTATE.queries, "UNIT": unit}
+    machine.run(kernels.rotate, (cdiv(rows * heads, ROTATE.queries),), ROTATE, arguments, constants)
     return rotated
+
+
+class _Plan(NamedTuple):
+    """What follows from layout and sizes alone: one for all layers and steps that have them.
+
+    Attributes:
+        work, bounds: on the device.
+        constants: of the kernel, but for the unit of its strides.
+    """
+
+    config: Config
+    work: Schedule
+    bounds: Tensor
+    constants: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=PLANS)
+def _plan(
+    machine: _Machine, kernel: str, content: bytes, queries: int, keys: int, memory: int, heads: int, head_dim: int,
+    dtype: torch.dtype,
+) -> _Plan:  # fmt: skip
+    """Of the kernel "forward" (or "few", where segments are short), "queries" or "keys"."""
+    segments, device = schedule.table_of(content), machine.device
+    if kernel == "forward" and _longest(segments) <= FEW:
+        kernel = "few"
+    config = machine.config(kernel, head_dim, dtype)
+    constants = {"D": head_dim, "BD": _padded(head_dim), "BM": config.queries, "BN": config.keys, "STEP": config.step}
+    if kernel == "keys":
+        sizes = {"rows": config.keys, "block": config.queries}
+        work = schedule.by_keys(segments, queries, keys, memory, **sizes, device=device)
+    else:
+        constants["MEMORY"] = memory > 0
+        sizes, limit = {"rows": config.queries, "block": config.keys}, 0
+        if kernel != "queries":
+            whole = schedule.by_queries(segments, queries, memory, **sizes, device=CPU)
+            limit = _limit(whole, heads, config, machine)
+        work = schedule.by_queries(segments, queries, memory, **sizes, limit=limit, device=device)
+    if kernel in ("forward", "few"):
+        constants["SPLIT"] = work.split
+    return _Plan(config, work, schedule.bounds(segments, queries, device=device), constants)
 
 
 def _run_forward(
@@ -211,34 +250,30 @@ def _run_forward(
     q_cos, q_sin, scale = _positive(q_cos, q_sin, scale)
     q, v, memory_k, memory_v = (last_contiguous(x) for x in (q, v, memory_k, memory_v))
     (queries, heads, head_dim), memory, device = q.shape, len(memory_k), q.device
-    config = machine.config("few" if _longest(segments) <= FEW else "forward", q)
-    sizes = {"rows": config.queries, "block": config.keys}
-    limit = _limit(schedule.by_queries(segments, queries, memory, **sizes, device=CPU), heads, config, machine)
-    work = schedule.by_queries(segments, queries, memory, **sizes, limit=limit, device=device)
+    sizes = queries, len(v), memory, heads, head_dim, q.dtype
+    config, work, bounds, constants = _plan(machine, "forward", schedule.content_of(segments), *sizes)
     items = len(work.tiles)
 
     out = torch.empty(q.shape, dtype=q.dtype, device=device)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=device)
+    lse = torch.empty((queries, heads), dtype=torch.float32, device=device)
     parts, parts_lse = out, lse
     if work.split:
         parts_lse = torch.empty((items, heads, config.queries), dtype=torch.float32, device=device)
-        parts = torch.empty((*parts_lse.shape, _padded(q)), dtype=torch.float32, device=device)
-    unit, strides = _strides(q=q, v=v, mk=memory_k, mv=memory_v)
+        parts = torch.empty((*parts_lse.shape, constants["BD"]), dtype=torch.float32, device=device)
+    unit, strides = _strides(q=q.stride(), v=v.stride(), mk=memory_k.stride(), mv=memory_v.stride())
     arguments = {
         "q": q, "k": rotated, "v": v, "memory_k": memory_k, "memory_v": memory_v, "q_cos": q_cos, "q_sin": q_sin,
-        "out": parts, "lse": parts_lse, "tiles": work.tiles, "runs": work.runs,
-        "bounds": schedule.bounds(segments, queries, device=device),
-        "scale": scale * kernels.LOG2_E.value, "memory": memory, "H": heads,
+        "out": parts, "lse": parts_lse, "tiles": work.tiles, "runs": work.runs, "bounds": bounds,
+        "scale": scale * kernels.LOG2_E.value, "memory": memory, "H": heads, **strides,
     }  # fmt: skip
-    constants = {"D": head_dim, "BD": _padded(q), "BM": config.queries}
-    options = {"BN": config.keys, "UNIT": unit, "STEP": config.step, "MEMORY": memory > 0, "SPLIT": work.split}
-    machine.run(kernels.forward, (items, heads), config, arguments | strides, constants | options)
+    machine.run(kernels.forward, (items, heads), config, arguments, {**constants, "UNIT": unit})
     if work.split:
         arguments = {
             "parts": parts, "parts_lse": parts_lse, "out": out, "lse": lse, "tiles": work.tiles,
             "pieces": work.pieces, "order": work.order, "H": heads,
         }  # fmt: skip
-        machine.run(kernels.combine, (len(work.pieces) - 1, heads), config, arguments, constants)
+        sizes = {name: constants[name] for name in ("D", "BD", "BM")}
+        machine.run(kernels.combine, (len(work.pieces) - 1, heads), config, arguments, sizes)
     return out, lse, rotated
 
 
@@ -250,49 +285,49 @@ def _run_backward(
     q_cos, q_sin, scale = _positive(q_cos, q_sin, scale)
     grad, q, v, memory_k, memory_v, out = (last_contiguous(x) for x in (grad, q, v, memory_k, memory_v, out))
     rotated, lse = rotated.contiguous(), lse.contiguous()  # as the forward pass gave them
-    (queries, heads, head_dim), keys, memory, device = q.shape, len(v), len(memory_k), q.device
+    (queries, heads, head_dim), memory, device = q.shape, len(memory_k), q.device
+    content, sizes = schedule.content_of(segments), (queries, len(v), memory, heads, head_dim, q.dtype)
     common = {
         "grad": grad, "k": rotated, "v": v, "rotated": torch.empty(q.shape, dtype=q.dtype, device=device),
         "sums": torch.empty((heads, queries, 4), dtype=torch.float32, device=device),
-        "bounds": schedule.bounds(segments, queries, device=device),
         "scale": scale * kernels.LOG2_E.value, "factor": scale, "memory": memory, "T": queries, "H": heads,
     }  # fmt: skip
-    constants = {"D": head_dim, "BD": _padded(q)}
 
-    config = machine.config("queries", q)
-    sizes = {"rows": config.queries, "block": config.keys}
-    work = schedule.by_queries(segments, queries, memory, **sizes, device=device)
+    config, work, bounds, constants = _plan(machine, "queries", content, *sizes)
     dq = torch.empty(q.shape, dtype=q.dtype, device=device)
-    unit, strides = _strides(g=grad, q=q, o=out, v=v, mk=memory_k, mv=memory_v)
+    unit, strides = _strides(
+        g=grad.stride(), q=q.stride(), o=out.stride(), v=v.stride(), mk=memory_k.stride(), mv=memory_v.stride()
+    )
     arguments = {
-        "q": q, "memory_k": memory_k, "memory_v": memory_v, "out": out, "lse": lse, "q_cos": q_cos, "q_sin": q_sin,
-        "dq": dq, "tiles": work.tiles, "runs": work.runs,
+        **common, "q": q, "memory_k": memory_k, "memory_v": memory_v, "out": out, "lse": lse, "q_cos": q_cos,
+        "q_sin": q_sin, "dq": dq, "tiles": work.tiles, "runs": work.runs, "bounds": bounds, **strides,
     }  # fmt: skip
-    options = {"BM": config.queries, "BN": config.keys, "UNIT": unit, "STEP": config.step, "MEMORY": memory > 0}
     grid = (len(work.tiles), heads)
-    machine.run(kernels.backward_queries, grid, config, common | arguments | strides, constants | options)
+    machine.run(kernels.backward_queries, grid, config, arguments, {**constants, "UNIT": unit})
 
-    config = machine.config("keys", q)
-    work = schedule.by_keys(segments, queries, keys, memory, rows=config.keys, block=config.queries, device=device)
+    config, work, bounds, constants = _plan(machine, "keys", content, *sizes)
     dk, dv = (torch.empty(v.shape, dtype=v.dtype, device=device) for _ in range(2))
-    unit, strides = _strides(g=grad, v=v)
-    arguments = {"k_cos": k_cos, "k_sin": k_sin, "dk": dk, "dv": dv, "tiles": work.tiles, "runs": work.runs}
-    options = {"BM": config.queries, "BN": config.keys, "UNIT": unit, "STEP": config.step}
+    unit, strides = _strides(g=grad.stride(), v=v.stride())
+    arguments = {
+        **common, "k_cos": k_cos, "k_sin": k_sin, "dk": dk, "dv": dv, "tiles": work.tiles, "runs": work.runs,
+        "bounds": bounds, **strides,
+    }  # fmt: skip
     grid = (len(work.tiles), heads)
-    machine.run(kernels.backward_keys, grid, config, common | arguments | strides, constants | options)
+    machine.run(kernels.backward_keys, grid, config, arguments, {**constants, "UNIT": unit})
     return dq, dk, dv
 
 
-def _strides(**tensors: Tensor) -> tuple[int, dict[str, int]]:
+@functools.lru_cache(maxsize=PLANS)
+def _strides(**strides: tuple[int, ...]) -> tuple[int, dict[str, int]]:
     """The largest power of two up to 16 that divides all row and head strides, and these in units of it."""
-    steps = {f"{name}_{step}": x.stride(i) for name, x in tensors.items() for i, step in enumerate(("row", "head"))}
+    steps = {f"{name}_{step}": own[i] for name, own in strides.items() for i, step in enumerate(("row", "head"))}
     unit = math.gcd(16, *steps.values())
     return unit, {name: step // unit for name, step in steps.items()}
 
 
-def _padded(x: Tensor) -> int:
+def _padded(head_dim: int) -> int:
     """BD: the least tensor cores multiply is 16."""
-    return max(16, next_power_of_2(x.shape[-1]))
+    return max(16, next_power_of_2(head_dim))
 
 
 def _longest(segments: Tensor) -> int:
@@ -361,8 +396,8 @@ def launches(capability: int) -> list[Launch]:
     found: dict[tuple, Launch] = {}
     dims = {torch.bfloat16: (16, 32, 64, 100, 128), torch.float16: (64,), torch.float32: (64, 128)}
     for dtype, sizes in dims.items():
-        for launch in [launch for head_dim in sizes for launch in _record(capability, dtype, head_dim)]:
-            found.setdefault(launch.key(), launch)
+        for each in [each for head_dim in sizes for each in _record(capability, dtype, head_dim)]:
+            found.setdefault(each.key(), each)
     return list(found.values())
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dph_kernels.launches import Launch, cdiv, signature
+from dph_kernels.launches import Launch, cdiv, launch, signature
 from dph_kernels.native import device_guard
 from dph_kernels.strides import last_contiguous
 from dph_kernels.swiglu import triton_kernels as kernels
@@ -31,9 +31,8 @@ class _Call(NamedTuple):
         if 0 in self.grid:
             return
         with device_guard(device):
-            self.kernel[self.grid](
-                **self.arguments, **self.constants, num_warps=WARPS, num_stages=1, enable_fp_fusion=True
-            )
+            options = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": True}
+            launch(self.kernel, self.grid, self.arguments, self.constants, **options)
 
 
 def forward(projected: Tensor, bias: Tensor | None) -> Tensor:

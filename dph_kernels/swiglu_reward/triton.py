@@ -6,7 +6,6 @@ PyTorch's matrix products for the gradients of the weights and of hidden.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from dph_kernels import philox
 from dph_kernels.cublas import readable
-from dph_kernels.launches import Launch, cdiv, next_power_of_2, signature
+from dph_kernels.launches import Launch, cdiv, launch, next_power_of_2, signature
+from dph_kernels.native import device_guard
 from dph_kernels.strides import last_contiguous
 from dph_kernels.swiglu_reward import triton_kernels as kernels
 from dph_kernels.swiglu_reward.reference import B1, B2, HIDDEN, REWARD, W1, W2, kept_shapes
@@ -95,10 +95,9 @@ class _Machine:
         """Launch it, unless the grid is empty."""
         if 0 in grid:
             return
-        with torch.cuda.device(self.device) if self.capability else contextlib.nullcontext():
-            kernel[grid](
-                **arguments, **constants, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
-            )  # fmt: skip
+        options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+        with device_guard(self.device):
+            launch(kernel, grid, arguments, constants, **options)
 
 
 @functools.cache
@@ -394,8 +393,8 @@ def launches(capability: int) -> list[Launch]:
     """Every kernel in every configuration, at the paper's sizes: bf16; fp16 and fp32 where they differ."""
     found: dict[tuple, Launch] = {}
     for case in CASES:
-        for launch in _record(capability, case):
-            found.setdefault(launch.key(), launch)
+        for each in _record(capability, case):
+            found.setdefault(each.key(), each)
     return list(found.values())
 
 
