@@ -135,7 +135,8 @@ class PairBatches:
             return "identical"
         if self.max_length is not None and max(map(len, pair)) > self.max_length:
             return f"longer than {self.max_length} tokens"
-        if self.max_tokens is not None and packed_length(pair) > self.max_tokens:
+        # What is shared need not be looked for where there is room for both sides whole.
+        if self.max_tokens is not None and sum(map(len, pair)) > self.max_tokens < packed_length(pair):
             return f"more than {self.max_tokens} tokens together"
         return None
 

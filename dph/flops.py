@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dph_kernels import PackedLayout
+from dph_kernels.layout import common_prefix
 
 if TYPE_CHECKING:
     from dph.chat import Encoded
@@ -62,7 +63,17 @@ def of_pairs(pairs: Sequence[Sequence[Encoded]]) -> Amounts:
     sides = [side for pair in pairs for side in pair]
     targets = sum(sum(map(operator.or_, side.loss_mask, side.score_mask)) for side in sides)
     judged = sum(side.reward_position is not None for side in sides)
-    return of_layout(PackedLayout.from_sequences([[side.tokens for side in pair] for pair in pairs]), targets, judged)
+    tokens = seen = 0
+    for pair in pairs:
+        again, shared = len(pair) - 1, common_prefix([side.tokens for side in pair])
+        tokens += sum(map(len, pair)) - again * shared
+        seen += sum(_causal(len(side)) for side in pair) - again * _causal(shared)
+    return Amounts(tokens, seen, 0, targets, judged)
+
+
+def _causal(tokens: int) -> int:
+    """Pairs of query and key in a sequence, each of whose tokens sees itself and those before it."""
+    return tokens * (tokens + 1) // 2
 
 
 def of_streams(streams: int, context: int, memory: int, targets: int) -> Amounts:

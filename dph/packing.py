@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dph_kernels import PackedLayout
 from dph_kernels.layout import common_prefix
-from dph_kernels.transfer import to_device
+from dph_kernels.transfer import all_to_device
 
 if TYPE_CHECKING:
     from dph.chat import Encoded
+
+Array = np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +53,10 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on ``device``."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        layout = own.pop("layout").to(device)
-        return PackedBatch(layout=layout, **{name: to_device(tensor, device) for name, tensor in own.items()})
+        layout: PackedLayout = own.pop("layout")
+        tensors = [*own.values(), layout.query_positions, layout.key_positions]
+        *moved, queries, keys = all_to_device(tensors, device)
+        return PackedBatch(layout=layout.placed(queries, keys), **dict(zip(own, moved, strict=True)))
 
 
 def pack(documents: Sequence[Sequence[Encoded]]) -> PackedBatch:
@@ -59,43 +66,73 @@ def pack(documents: Sequence[Sequence[Encoded]]) -> PackedBatch:
         documents: each inner list holds alternatives (``dph.chat.encode``): two for a preference pair, the choices of a
             question, the candidates of a prompt, or one.
 
-    Raises ValueError for a document without alternatives and for an alternative without tokens.
+    Raises ValueError for a document without alternatives, and for an alternative without tokens or whose lists are not
+    of one length.
     """
+    _check(documents)
+    prefixes = [common_prefix([a.tokens for a in alternatives]) for alternatives in documents]
+    together = list(zip(prefixes, documents, strict=True))
+    layout = PackedLayout.shared_prefix(prefixes, [[len(a) - prefix for a in some] for prefix, some in together])
+    runs = (tokens for prefix, some in together for tokens in _runs(prefix, some))
+    counts = np.array([len(some) for some in documents], dtype=np.int64)
+    own = np.ones(len(layout.segments), dtype=bool)  # which segments are an answer's, not its document's prefix
+    own[(counts + 1).cumsum() - counts - 1] = False
+    begin, *_, prefix_begin, _, prefix = layout.segments.numpy()[own].T
+
+    def rows(answers: Array, places: Array) -> Array:
+        """Where tokens lie that stand at ``places`` of ``answers``."""
+        shared = places < prefix[answers]
+        return places + np.where(shared, prefix_begin[answers], (begin - prefix)[answers])
+
+    sides = list(chain.from_iterable(documents))
+    answers, places, *columns = _predicted(sides)
+    judged = np.array([-1 if a.reward_position is None else a.reward_position for a in sides], dtype=np.int64)
+    arrays = {
+        "tokens": _array(runs, "q"),
+        "rows": rows(answers, places),
+        "answers": answers,
+        **dict(zip(("targets", "trained", "scored"), columns, strict=True)),
+        "reward_rows": np.where(judged < 0, -1, rows(np.arange(len(sides)), judged)),
+        "documents": np.repeat(np.arange(len(counts)), counts),
+    }
+    return PackedBatch(layout=layout, **{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def _check(documents: Sequence[Sequence[Encoded]]) -> None:
     for d, alternatives in enumerate(documents):
         if not alternatives or any(not a.tokens for a in alternatives):
             raise ValueError(f"documents[{d}]: expected alternatives of at least one token each, got {alternatives!r}")
-    layout = PackedLayout.from_sequences([[a.tokens for a in alternatives] for alternatives in documents])
-    tokens: list[int] = []
-    columns: dict[str, list] = {name: [] for name in ("rows", "targets", "answers", "trained", "scored")}
-    reward_rows, owners = [], []
-    for d, alternatives in enumerate(documents):
-        start, shared = len(tokens), common_prefix([a.tokens for a in alternatives])
-        tokens += alternatives[0].tokens[:shared]
-        for alternative in alternatives:
-            shift = len(tokens) - shared  # row of token i: start + i within the prefix, shift + i behind it
-            tokens += alternative.tokens[shared:]
-            _add_targets(columns, alternative, len(owners), shared, start, shift)
-            at = alternative.reward_position
-            reward_rows.append(-1 if at is None else at + (start if at < shared else shift))
-            owners.append(d)
-    as_tensors = {name: torch.tensor(values, dtype=torch.int64) for name, values in columns.items()}
-    for name in ("trained", "scored"):
-        as_tensors[name] = as_tensors[name].bool()
-    return PackedBatch(
-        tokens=torch.tensor(tokens, dtype=torch.int64), layout=layout, **as_tensors,
-        reward_rows=torch.tensor(reward_rows, dtype=torch.int64), documents=torch.tensor(owners, dtype=torch.int64),
-    )  # fmt: skip
+        for a in alternatives:
+            if not len(a.tokens) == len(a.targets) == len(a.loss_mask) == len(a.score_mask):
+                got = f"{len(a.tokens)}, {len(a.targets)}, {len(a.loss_mask)} and {len(a.score_mask)}"
+                raise ValueError(f"documents[{d}]: expected tokens, targets and two masks of one length, got {got}")
 
 
-def _add_targets(columns: dict[str, list], a: Encoded, answer: int, shared: int, start: int, shift: int) -> None:
-    """Append the predicted rows of one alternative."""
-    marks = zip(a.loss_mask, a.score_mask, strict=True)
-    places = [i for i, (trained, scored) in enumerate(marks) if trained or scored]
-    columns["rows"] += [i + (start if i < shared else shift) for i in places]
-    columns["targets"] += [a.targets[i] for i in places]
-    columns["answers"] += [answer] * len(places)
-    columns["trained"] += [a.loss_mask[i] for i in places]
-    columns["scored"] += [a.score_mask[i] for i in places]
+def _runs(prefix: int, alternatives: Sequence[Encoded]) -> Iterator[list[int]]:
+    """The tokens of a document: what is shared, then the rest of each alternative."""
+    yield alternatives[0].tokens[:prefix]
+    yield from (a.tokens[prefix:] for a in alternatives)
+
+
+def _predicted(sides: Sequence[Encoded]) -> tuple[Array, ...]:
+    """Of every target that counts, side after side: which side, its place there, the token, trained, scored."""
+    trained, scored = _array([a.loss_mask for a in sides], "?"), _array([a.score_mask for a in sides], "?")
+    counted = np.flatnonzero(trained | scored)
+    sizes = np.array([len(a) for a in sides], dtype=np.int64)
+    ends = sizes.cumsum()
+    owners = np.searchsorted(ends, counted, side="right")
+    targets = _array([a.targets for a in sides], "q")
+    return owners, counted - (ends - sizes)[owners], targets[counted], trained[counted], scored[counted]
+
+
+def _array(lists: Iterable[Sequence[int]], code: str) -> Array:
+    """Lists end to end, of what ``code`` says: "q" int64, "?" bool. NumPy itself takes three times as long."""
+    values: list[int] = []
+    for each in lists:
+        values += each
+    array = np.empty(len(values), dtype=code)
+    struct.pack_into(f"{len(values)}{code}", array, 0, *values)
+    return array
 
 
 def packed_length(alternatives: Sequence[Encoded]) -> int:

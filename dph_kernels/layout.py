@@ -10,11 +10,13 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dph_kernels.transfer import to_device
+from dph_kernels.transfer import all_to_device
 
+Array = np.ndarray  # tables are small and their operations many: NumPy's cost the host a fraction of PyTorch's
 COLUMNS = ("query_start", "query_end", "key_start", "key_end", "prefix_start", "prefix_end", "position")
 
 
@@ -44,7 +46,7 @@ class Rotary:
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the longest common prefix of token sequences (at least one); of one sequence, its own length."""
-    first, last = min(sequences), max(sequences)
+    first, last = sequences if len(sequences) == 2 else (min(sequences), max(sequences))
     same, differ = 0, min(len(first), len(last)) + 1
     while differ - same > 1:  # slices are compared in C: several times as fast as a loop over the tokens
         middle = (same + differ) // 2
@@ -71,7 +73,7 @@ class PackedLayout:
 
     Attributes:
         query_positions: [T] int64 rotary positions; padding rows have 0.
-        key_positions: [S] int64 rotary positions of the new keys.
+        key_positions: [S] int64 rotary positions of the new keys; the same tensor where they are the same.
 
     Raises ValueError where a range leaves its bounds, own keys and prefix of a segment overlap (a key would count
     twice), two segments share a query, or one key would need two positions.
@@ -97,12 +99,15 @@ class PackedLayout:
             raise ValueError(
                 f"segments: expected int64 [G, {len(COLUMNS)}] on the CPU, got {table.dtype} {list(table.shape)}"
             )
-        self._check_bounds()
-        object.__setattr__(self, "query_positions", self._positions_of_queries())
-        object.__setattr__(self, "key_positions", self._positions_of_keys())
+        columns = table.numpy().T
+        self._check_bounds(*columns)
+        queries, keys = self._positions_of_queries(*columns), self._positions_of_keys(*columns)
+        positions = torch.from_numpy(queries)
+        object.__setattr__(self, "query_positions", positions)
+        same = np.array_equal(queries, keys)
+        object.__setattr__(self, "key_positions", positions if same else torch.from_numpy(keys))
 
-    def _check_bounds(self) -> None:
-        q0, q1, k0, k1, p0, p1, position = self.segments.unbind(1)
+    def _check_bounds(self, q0: Array, q1: Array, k0: Array, k1: Array, p0: Array, p1: Array, position: Array) -> None:
         total = self.memory + self.keys
         ranges = (("query", q0, q1, self.queries), ("key", k0, k1, total), ("prefix", p0, p1, total))
         for name, start, end, size in ranges:
@@ -111,29 +116,29 @@ class PackedLayout:
                 raise ValueError(f"segment {number}: expected a {name} range within [0, {size}], got {got}")
         for number in first_true(position < 0):
             raise ValueError(f"segment {number}: expected position >= 0, got {position[number]}")
-        for number in first_true((q1 > q0) & (torch.maximum(k0, p0) < torch.minimum(k1, p1))):
+        for number in first_true((q1 > q0) & (np.maximum(k0, p0) < np.minimum(k1, p1))):
             own, prefix = f"[{k0[number]}, {k1[number]})", f"[{p0[number]}, {p1[number]})"
             raise ValueError(f"segment {number}: expected own and prefix keys apart, got {own} and {prefix}")
-        numbers = (q1 > q0).nonzero().flatten()
-        numbers = numbers[q0[numbers].argsort(stable=True)]
+        numbers = np.flatnonzero(q1 > q0)
+        numbers = numbers[q0[numbers].argsort(kind="stable")]
         for i in first_true(q0[numbers[1:]] < q1[numbers[:-1]]):
             first, second = numbers[i], numbers[i + 1]
             raise ValueError(f"segments {first} and {second}: expected disjoint queries, both hold query {q0[second]}")
 
-    def _positions_of_queries(self) -> Tensor:
-        q0, q1, *_, position = self.segments.unbind(1)
-        positions = torch.zeros(self.queries, dtype=torch.int64)
-        rows, places = _expand(q0, q1, position)
+    def _positions_of_queries(self, q0: Array, q1: Array, *others: Array) -> Array:
+        positions = np.zeros(self.queries, dtype=np.int64)
+        rows, places = _expand(q0, q1, others[-1])
         positions[rows] = places
         return positions
 
-    def _positions_of_keys(self) -> Tensor:
-        q0, q1, k0, k1, p0, p1, position = self.segments.unbind(1)
+    def _positions_of_keys(
+        self, q0: Array, q1: Array, k0: Array, k1: Array, p0: Array, p1: Array, position: Array
+    ) -> Array:
         own = position + (q1 - q0) - (k1 - k0)  # position of the first own key
-        rows, places = _expand(torch.cat([k0, p0]), torch.cat([k1, p1]), torch.cat([own, own - (p1 - p0)]))
+        rows, places = _expand(*map(np.concatenate, ([k0, p0], [k1, p1], [own, own - (p1 - p0)])))
         new = rows >= self.memory  # memory is rotated already
         rows, places = rows[new] - self.memory, places[new]
-        positions = torch.zeros(self.keys, dtype=torch.int64)
+        positions = np.zeros(self.keys, dtype=np.int64)
         positions[rows] = places
         for i in first_true(positions[rows] != places):
             both = sorted((int(places[i]), int(positions[rows[i]])))
@@ -254,15 +259,14 @@ class PackedLayout:
 
     def to(self, device: torch.device | str) -> PackedLayout:
         """The same layout with its positions on ``device``; the segment table stays on the CPU."""
-        query_positions = to_device(self.query_positions, device)
+        return self.placed(*all_to_device((self.query_positions, self.key_positions), device))
+
+    def placed(self, query_positions: Tensor, key_positions: Tensor) -> PackedLayout:
+        """The same layout with these copies of its positions, which lie on some device."""
         if query_positions is self.query_positions:
             return self
         moved = copy.copy(self)  # not dataclasses.replace: the table was validated once
-        new = {
-            "query_positions": query_positions,
-            "key_positions": to_device(self.key_positions, device),
-            "_tables": {},
-        }
+        new = {"query_positions": query_positions, "key_positions": key_positions, "_tables": {}}
         for name, value in new.items():
             object.__setattr__(moved, name, value)
         return moved
@@ -278,10 +282,10 @@ class PackedLayout:
         return self._tables[key]
 
     def _make_tables(self, rope: Rotary, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return (
-            *rope.tables(self.query_positions, head_dim, dtype),
-            *rope.tables(self.key_positions, head_dim, dtype),
-        )
+        of_queries = rope.tables(self.query_positions, head_dim, dtype)
+        if self.key_positions is self.query_positions:
+            return *of_queries, *of_queries
+        return *of_queries, *rope.tables(self.key_positions, head_dim, dtype)
 
     def visible(self) -> Tensor:
         """[T, M + S] bool: may this query look at this key. For tests and pictures: the kernels never build it."""
@@ -328,18 +332,18 @@ def _check_counts(**arguments: Sequence) -> None:
             raise ValueError(f"{name}: expected {len(expected)} entries, as many as {first}, got {len(values)}")
 
 
-def _expand(start: Tensor, end: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+def _expand(start: Array, end: Array, first: Array) -> tuple[Array, Array]:
     """Every row of the ranges [start, end), and beside it ``first`` counted on from the range's beginning."""
     lengths = end - start
-    owners = torch.arange(len(start)).repeat_interleave(lengths)
-    offsets = torch.arange(len(owners)) - (lengths.cumsum(0) - lengths)[owners]
-    return start[owners] + offsets, first[owners] + offsets
+    before = lengths.cumsum() - lengths
+    rows = np.arange(lengths.sum()) + np.repeat(start - before, lengths)
+    return rows, rows + np.repeat(first - start, lengths)
 
 
-def first_true(wrong: Tensor) -> list[int]:
+def first_true(wrong: Array | Tensor) -> list[int]:
     """The index of the first True, if there is one."""
-    return wrong.nonzero().flatten()[:1].tolist()
+    return np.flatnonzero(wrong)[:1].tolist()
 
 
 def _table(rows: Sequence[tuple[int, ...]]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, len(COLUMNS))
+    return torch.from_numpy(np.array(rows, dtype=np.int64).reshape(-1, len(COLUMNS)))

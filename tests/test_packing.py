@@ -13,7 +13,7 @@ from tiny import VOCAB, tiny_model, tokens
 import dph
 from dph.chat import Encoded
 from dph.packing import fill, packed_length
-from dph_kernels import dispatch
+from dph_kernels import PackedLayout, dispatch
 
 pytestmark = pytest.mark.usefixtures("every_kernel")
 
@@ -192,6 +192,39 @@ def test_a_pair_laid_out_by_hand():
     assert batch.trained.tolist() == batch.scored.tolist() == [True] * 5
 
 
+def by_hand(documents):
+    """What a batch of ``documents`` holds, as lists, token by token."""
+    held = {name: [] for name in ("tokens", "rows", "targets", "answers", "trained", "scored", "reward_rows",
+                                  "documents")}  # fmt: skip
+    rows = list(packed_rows(documents))
+    held["tokens"] = [None] * (1 + max(itertools.chain([-1], *rows)))
+    owned = [(d, item) for d, document in enumerate(documents) for item in document]
+    for answer, (own, (d, item)) in enumerate(zip(rows, owned, strict=True)):
+        for i, row in enumerate(own):
+            held["tokens"][row] = item.tokens[i]
+            if item.loss_mask[i] or item.score_mask[i]:
+                values = row, item.targets[i], answer, item.loss_mask[i], item.score_mask[i]
+                for name, value in zip(("rows", "targets", "answers", "trained", "scored"), values, strict=True):
+                    held[name].append(value)
+        held["reward_rows"].append(-1 if item.reward_position is None else own[item.reward_position])
+        held["documents"].append(d)
+    return held
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(st.lists(alternatives(), max_size=5))
+def test_a_batch_is_what_it_is_by_hand(documents):
+    batch, held = dph.pack(documents), by_hand(documents)
+    for name, values in held.items():
+        tensor = getattr(batch, name)
+        assert tensor.tolist() == values, name
+        assert tensor.dtype == (torch.bool if name in ("trained", "scored") else torch.int64), name
+        assert tensor.is_contiguous(), name
+    sequences = [[item.tokens for item in document] for document in documents]
+    assert torch.equal(batch.layout.segments, PackedLayout.from_sequences(sequences).segments)
+    assert batch.layout.key_positions is batch.layout.query_positions
+
+
 def test_rows_that_nothing_asks_for_are_left_out():
     item = Encoded([4, 5, 6, 7], [5, 6, 7, 0], [False, True, True, False], [False, False, True, False], None)
     batch = dph.pack([[item]])
@@ -236,9 +269,13 @@ def test_an_answer_without_content_spoils_no_gradient():
     [
         ([[]], r"documents\[0\]: expected alternatives of at least one token each, got \[\]"),
         ([[encoded([4], 0)], [Encoded([], [], [], [], None)]], r"documents\[1\]: expected alternatives"),
+        (
+            [[Encoded([4, 5], [5, 0], [True, False], [True], None)]],
+            r"documents\[0\]: .* one length, got 2, 2, 2 and 1",
+        ),
     ],
 )
-def test_documents_without_tokens_are_refused(documents, message):
+def test_documents_that_cannot_be_are_refused(documents, message):
     with pytest.raises(ValueError, match=message):
         dph.pack(documents)
 

@@ -8,13 +8,14 @@ whom follows from ``bounds``. What a tile does not see is not in its runs, so no
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dph_kernels.transfer import to_device
+from dph_kernels.transfer import all_to_device
 
 Array = np.ndarray
 
@@ -98,11 +99,13 @@ def _segments(content: bytes) -> Array:
 
 @functools.lru_cache(maxsize=256)
 def _bounds(content: bytes, queries: int, device: torch.device) -> Tensor:
+    q0, q1, k0, k1, p0, p1 = _segments(content).T
+    count = q1 - q0
+    rows = _count_on(q0, count)
+    first, last, *prefix = (np.repeat(x, count) for x in (k0, k1 - q1, p0, p1))
     result = np.zeros((queries, 4), dtype=np.int32)
-    for q0, q1, k0, k1, p0, p1 in _segments(content):
-        result[q0:q1] = k0, k0, p0, p1
-        result[q0:q1, 1] = np.maximum(np.arange(k1 - q1 + q0, k1) + 1, k0)
-    return _tensor(result, device)
+    result[rows] = np.stack([first, np.maximum(last + rows + 1, first), *prefix], 1)
+    return _tensors([result], device)[0]
 
 
 @functools.lru_cache(maxsize=256)
@@ -173,7 +176,8 @@ def _by_component(
     rank[np.argsort(-weight, kind="stable")] = np.arange(len(weight))
     order = np.lexsort((tiles[:, 0], rank[component]))
     starts = np.append(0, np.bincount(rank[component]).cumsum()) if len(order) else np.zeros(1)
-    return Schedule(_tensor(tiles[order], device), to_device(work.runs, device)), _tensor(starts, device)
+    tiles, runs, starts = _tensors([tiles[order], work.runs.numpy(), starts], device)
+    return Schedule(tiles, runs), starts
 
 
 # Cutting rows into tiles
@@ -229,17 +233,13 @@ def _cut(ranges: Array, seen: Array, rows: int, block: int) -> Array:
     view = (0, 0, 0, 0)
     for (low, high), mine in zip(ranges.tolist(), seen.tolist(), strict=True):
         mine_cost = _blocks(*mine, block)
-        if end > start:
+        if start < end == low and high - start <= rows:
             joint = _hull(view, mine)
             joint_cost = _blocks(*joint, block)
-            fits = high - start <= rows and low == end
-            if (
-                fits
-                and joint_cost < cost + mine_cost
-                and 2 * joint_cost <= 2 * max(cost, mine_cost) + min(cost, mine_cost)
-            ):
+            if joint_cost < cost + mine_cost and 2 * joint_cost <= 2 * max(cost, mine_cost) + min(cost, mine_cost):
                 end, view, cost = high, joint, joint_cost
                 continue
+        if end > start:
             tiles.append((start, end))
         whole = max(-(-(high - low) // rows) - 1, 0)
         tiles += [(low + i * rows, low + (i + 1) * rows) for i in range(whole)]
@@ -350,11 +350,11 @@ def _schedule(
     first_masked = first + np.bincount(item[heads][~masked[heads]], minlength=len(owners))
     table = np.stack([*tiles[owners].T, first, first_masked, last, parts[owners]], 1)
     order = np.argsort(-np.bincount(item, minlength=len(owners)), kind="stable")
-    result = Schedule(_tensor(table[order], device), _tensor(runs, device))
-    if len(owners) == len(tiles):
-        return result
-    pieces = np.append(np.searchsorted(owners, np.arange(len(tiles))), len(owners))
-    return result._replace(pieces=_tensor(pieces, device), order=_tensor(np.argsort(order, kind="stable"), device))
+    arrays = [table[order], runs]
+    if len(owners) > len(tiles):
+        pieces = np.append(np.searchsorted(owners, np.arange(len(tiles))), len(owners))
+        arrays += [pieces, np.argsort(order, kind="stable")]
+    return Schedule(*_tensors(arrays, device))
 
 
 def _inside(start: Array, end: Array, ranges: Array) -> Array:
@@ -373,5 +373,5 @@ def _items(owner: Array, per_tile: Array, limit: int) -> tuple[Array, Array]:
     return first[owner] + (within // limit if limit else 0), np.repeat(np.arange(len(per_tile)), items)
 
 
-def _tensor(array: Array, device: torch.device) -> Tensor:
-    return to_device(torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)), device)
+def _tensors(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
+    return all_to_device([torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)) for array in arrays], device)

@@ -411,6 +411,16 @@ def test_positions_move_and_the_table_stays():
     assert layout.query_positions.device.type == "cpu"
 
 
+def test_positions_of_queries_that_are_also_the_keys_are_one_tensor():
+    layout, decoding = PackedLayout.shared_prefix([2], [[1, 1]]), PackedLayout.aligned([2], [3])
+    for same in (layout, layout.to("meta")):
+        assert same.key_positions is same.query_positions
+    assert decoding.key_positions is not decoding.query_positions
+    cos, sin, key_cos, key_sin = layout.tables(Rotary(), 8, torch.float32)
+    assert key_cos is cos
+    assert key_sin is sin
+
+
 @pytest.mark.gpu
 def test_positions_and_tables_on_the_gpu():
     layout = PackedLayout.with_memory([2], [3], 4, [10**7])
