@@ -89,17 +89,17 @@ def limits():
 def timed(benchmark):
     """Time a function for about as long as told, warm, in rounds of at least 2 ms: 5 to 100 of them, or 3 of over 1 s.
 
-    A round of many calls is what lets the host run ahead of a GPU, as it does in a model. There a third of the time is
-    enough: nobody else is on it.
+    A round of many calls is what lets the host run ahead of a GPU, as it does in a model; ``least`` seconds make longer
+    ones. There a third of the time is enough: nobody else is on it.
     """
 
-    def run(function, seconds=1.0):
+    def run(function, seconds=1.0, least=2e-3):
         if not benchmark.enabled:
             return benchmark(function)
         once = _median_seconds(function, 1)
-        iterations = math.ceil(2e-3 / once)
+        iterations = max(math.ceil(least / once), 1)
         seconds /= 3 if torch.cuda.is_initialized() else 1
-        rounds = min(max(int(seconds / (once * iterations)), 5 if once < 1 else 3), 100)
+        rounds = min(max(int(seconds / (once * iterations)), 5 if once * iterations < 1 else 3), 100)
         benchmark.pedantic(function, rounds=rounds, iterations=iterations)  # warm: it has just been called twice
         return None
 

@@ -60,7 +60,5 @@ class Operator:
             return self.operator(*inputs)
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return self._function.apply(*inputs)
-        if not torch.autograd._profiler_enabled():
-            return self._forward(*inputs)
-        with torch.profiler.record_function(self._name):
+        with dispatch.named(self._name):
             return self._forward(*inputs)

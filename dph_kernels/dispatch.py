@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._profiler import _RecordFunctionFast
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -251,6 +253,11 @@ def unobserved(tensors: Iterable[Tensor]) -> bool:
     """Whether a call may go past the dispatcher: not :func:`observed`, of no subclass, and with numbers behind it."""
     tensors = tuple(tensors)
     return not (observed(tensors) or any(type(x) not in PLAIN or x.is_meta for x in tensors))
+
+
+def named(name: str) -> AbstractContextManager:
+    """What the block runs has this name in a profile; for what goes past the dispatcher, which names all others."""
+    return _RecordFunctionFast(name) if torch.autograd._profiler_enabled() else nullcontext()
 
 
 def left_to_pytorch(x: Tensor, backend: str) -> bool:

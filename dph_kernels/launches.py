@@ -1,4 +1,4 @@
-"""Launches of Triton's kernels, the sizes of their grids, and one as the audit compiles it ahead of time."""
+"""Of launches: the sizes of their grids, and one as the audit compiles it ahead of time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from triton.runtime import JITFunction
 
 # Triton's names of the dtypes that kernels take.
 TYPES = {
@@ -27,34 +26,6 @@ def cdiv(size: int, step: int) -> int:
 def next_power_of_2(size: int) -> int:
     """The smallest that is not below ``size``, from 1 on; likewise."""
     return 1 << max(size - 1, 0).bit_length()
-
-
-_compiled: dict[tuple, Any] = {}  # what Triton made of a kernel, by all that it may depend on
-KEPT = 4096  # of these, a few for each size of batch
-
-
-def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], constants: Mapping[str, Any], **options: Any
-) -> None:
-    """``kernel[grid](**arguments, **constants, **options)`` on the current device, in a third of the host's time.
-
-    Triton looks at every argument to find the compiled kernel. Of a call like an earlier one it is known: equal numbers
-    and constants, and tensors of the same dtypes that begin as evenly.
-    """
-    if not isinstance(kernel, JITFunction):  # Triton's interpreter
-        kernel[grid](**arguments, **constants, **options)
-        return
-    given = {**arguments, **constants}
-    values = [given[name] for name in kernel.arg_names]
-    kinds = [(x.dtype, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x for x in values]
-    key = kernel, torch.cuda.current_device(), *kinds, *options.items()
-    found = _compiled.get(key)
-    if found is None:
-        if len(_compiled) >= KEPT:
-            _compiled.clear()
-        _compiled[key] = kernel[grid](**given, **options)
-    else:
-        found[(*grid, 1, 1)[:3]](*values)
 
 
 @dataclass(frozen=True)

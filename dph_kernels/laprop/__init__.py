@@ -140,7 +140,7 @@ def laprop(
         # `torch.library.custom_op` takes longer over arguments that are written to than a small model's update.
         written = (*tensors[0], *tensors[2], *tensors[3], *tensors[5], *(() if clock is None else (clock,)))
         torch.autograd.graph.increment_version(written)
-        with torch.profiler.record_function("dph::laprop"):
+        with dispatch.named("dph::laprop"):
             dispatch.call("forward", "laprop", params[0], backend, *tensors, grad_scale, clock, rate, **numbers)
     else:
         _laprop(*tensors, grad_scale, clock, rate, *numbers.values(), backend)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dph_kernels.launches import Launch, cdiv, launch, next_power_of_2, signature
+from dph_kernels.launches import Launch, cdiv, next_power_of_2, signature
 from dph_kernels.native import device_guard
 from dph_kernels.residual_norm import WIDEST
 from dph_kernels.residual_norm import triton_kernels as kernels
@@ -110,7 +110,7 @@ def _run(call: Call) -> None:
         return
     device = call.arguments["weight"].device
     with device_guard(device):
-        launch(call.kernel, (call.programs,), call.arguments, call.constants, num_warps=call.warps, num_stages=1)
+        call.kernel[(call.programs,)](**call.arguments, **call.constants, num_warps=call.warps, num_stages=1)
 
 
 def launches(capability: int) -> list[Launch]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dph_kernels.launches import Launch, cdiv, launch, next_power_of_2, signature
+from dph_kernels.launches import Launch, cdiv, next_power_of_2, signature
 from dph_kernels.layout import PackedLayout, Rotary
 from dph_kernels.native import device_guard
 from dph_kernels.rope_attention import schedule
@@ -157,7 +157,7 @@ class _Machine:
         if 0 in grid:
             return
         with device_guard(self.device):
-            launch(kernel, grid, arguments, constants, **config.options)
+            kernel[grid](**arguments, **constants, **config.options)
 
 
 @functools.cache

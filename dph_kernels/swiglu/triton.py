@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dph_kernels.launches import Launch, cdiv, launch, signature
+from dph_kernels.launches import Launch, cdiv, signature
 from dph_kernels.native import device_guard
 from dph_kernels.strides import last_contiguous
 from dph_kernels.swiglu import triton_kernels as kernels
@@ -32,7 +32,7 @@ class _Call(NamedTuple):
             return
         with device_guard(device):
             options = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": True}
-            launch(self.kernel, self.grid, self.arguments, self.constants, **options)
+            self.kernel[self.grid](**self.arguments, **self.constants, **options)
 
 
 def forward(projected: Tensor, bias: Tensor | None) -> Tensor:

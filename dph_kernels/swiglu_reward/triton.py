@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dph_kernels import philox
 from dph_kernels.cublas import readable
-from dph_kernels.launches import Launch, cdiv, launch, next_power_of_2, signature
+from dph_kernels.launches import Launch, cdiv, next_power_of_2, signature
 from dph_kernels.native import device_guard
 from dph_kernels.strides import last_contiguous
 from dph_kernels.swiglu_reward import triton_kernels as kernels
@@ -97,7 +97,7 @@ class _Machine:
             return
         options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
         with device_guard(self.device):
-            launch(kernel, grid, arguments, constants, **options)
+            kernel[grid](**arguments, **constants, **options)
 
 
 @functools.cache

@@ -139,7 +139,9 @@ def test_compiles_as_one_graph(device):
 
     logprobs = torch.compile(run, fullgraph=True, backend="aot_eager")(hidden, weight), run(hidden, weight)
     torch.testing.assert_close(*logprobs)
-    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), (hidden, weight)) for x in logprobs))
+    # On a GPU the one computes gradients along, from shares of probabilities that are rounded otherwise.
+    gradients = (torch.autograd.grad(x.sum(), (hidden, weight)) for x in logprobs)
+    torch.testing.assert_close(*gradients, **({"rtol": 2e-2, "atol": 2e-2} if device == "cuda" else {}))
 
 
 def test_fp64_is_left_alone():
