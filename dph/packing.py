@@ -74,14 +74,14 @@ def pack(documents: Sequence[Sequence[Encoded]]) -> PackedBatch:
     rests = [[len(a) - prefix for a in alternatives] for prefix, alternatives in zip(prefixes, documents, strict=True)]
     layout = PackedLayout.shared_prefix(prefixes, rests)
     answers = list(chain.from_iterable(documents))
-    counts, sizes = _array([map(len, documents)], "q"), _array([map(len, answers)], "q")
+    counts, sizes = _integers([map(len, documents)]), _integers([map(len, answers)])
     rows = _rows(layout, counts)
     tokens = np.empty(layout.queries, dtype=np.int64)
-    tokens[rows] = _array((a.tokens for a in answers), "q")
-    targets = _array((a.targets for a in answers), "q")
-    trained, scored = _array((a.loss_mask for a in answers), "?"), _array((a.score_mask for a in answers), "?")
+    tokens[rows] = _integers(a.tokens for a in answers)
+    targets = _integers(a.targets for a in answers)
+    trained, scored = _flags(a.loss_mask for a in answers), _flags(a.score_mask for a in answers)
     asked = np.flatnonzero(trained | scored)
-    judged = _array([[-1 if a.reward_position is None else a.reward_position for a in answers]], "q")
+    judged = _integers([[-1 if a.reward_position is None else a.reward_position for a in answers]])
     arrays = {
         "tokens": tokens,
         "rows": rows[asked],
@@ -117,14 +117,19 @@ def _check(documents: Sequence[Sequence[Encoded]]) -> None:
                 raise ValueError(f"documents[{d}]: expected tokens, targets and two masks of one length, got {got}")
 
 
-def _array(lists: Iterable[Iterable[int]], code: str) -> Array:
-    """Lists end to end, of what ``code`` says: "q" int64, "?" bool. NumPy itself takes three times as long."""
+def _integers(lists: Iterable[Iterable[int]]) -> Array:
+    """Lists end to end, int64; ``struct`` takes a third of the time that NumPy takes."""
     values: list[int] = []
     for each in lists:
         values += each
-    array = np.empty(len(values), dtype=code)
-    struct.pack_into(f"{len(values)}{code}", array, 0, *values)
+    array = np.empty(len(values), dtype=np.int64)
+    struct.pack_into(f"{len(values)}q", array, 0, *values)
     return array
+
+
+def _flags(lists: Iterable[list[bool]]) -> Array:
+    """Lists end to end, bool; by way of bytes in a third of NumPy's time, too."""
+    return np.frombuffer(b"".join(map(bytes, lists)), dtype=np.uint8) != 0
 
 
 def packed_length(alternatives: Sequence[Encoded]) -> int:
