@@ -66,8 +66,9 @@ def of_pairs(pairs: Sequence[Sequence[Encoded]]) -> Amounts:
     tokens = seen = 0
     for pair in pairs:
         again, shared = len(pair) - 1, common_prefix([side.tokens for side in pair])
-        tokens += sum(map(len, pair)) - again * shared
-        seen += sum(_causal(len(side)) for side in pair) - again * _causal(shared)
+        lengths = [len(side.tokens) for side in pair]
+        tokens += sum(lengths) - again * shared
+        seen += sum(map(_causal, lengths)) - again * _causal(shared)
     return Amounts(tokens, seen, 0, targets, judged)
 
 

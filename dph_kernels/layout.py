@@ -135,9 +135,9 @@ class PackedLayout:
         self, q0: Array, q1: Array, k0: Array, k1: Array, p0: Array, p1: Array, position: Array
     ) -> Array:
         own = position + (q1 - q0) - (k1 - k0)  # position of the first own key
-        rows, places = _expand(*map(np.concatenate, ([k0, p0], [k1, p1], [own, own - (p1 - p0)])))
-        new = rows >= self.memory  # memory is rotated already
-        rows, places = rows[new] - self.memory, places[new]
+        start, end, first = map(np.concatenate, ([k0, p0], [k1, p1], [own, own - (p1 - p0)]))
+        new = np.maximum(start, self.memory)  # memory is rotated already
+        rows, places = _expand(new - self.memory, np.maximum(end, new) - self.memory, first + new - start)
         positions = np.zeros(self.keys, dtype=np.int64)
         positions[rows] = places
         for i in first_true(positions[rows] != places):

@@ -18,6 +18,7 @@ from torch import Tensor
 from dph_kernels.transfer import all_to_device
 
 Array = np.ndarray
+CPU = torch.device("cpu")
 
 
 class Schedule(NamedTuple):
@@ -102,16 +103,21 @@ def _bounds(content: bytes, queries: int, device: torch.device) -> Tensor:
     q0, q1, k0, k1, p0, p1 = _segments(content).T
     count = q1 - q0
     rows = _count_on(q0, count)
-    first, last, *prefix = (np.repeat(x, count) for x in (k0, k1 - q1, p0, p1))
-    result = np.zeros((queries, 4), dtype=np.int32)
-    result[rows] = np.stack([first, np.maximum(last + rows + 1, first), *prefix], 1)
-    return _tensors([result], device)[0]
+    seen = np.stack([k0, k1 - q1 + 1, p0, p1], 1).astype(np.int32).repeat(count, axis=0)
+    seen[:, 1] = np.maximum(seen[:, 1] + rows, seen[:, 0])
+    if len(rows) < queries:  # padding sees nothing
+        seen, held = np.zeros((queries, 4), dtype=np.int32), seen
+        seen[rows] = held
+    return _tensors([seen], device)[0]
 
 
 @functools.lru_cache(maxsize=256)
 def _by_queries(
     content: bytes, queries: int, memory: int, rows: int, block: int, limit: int, device: torch.device
 ) -> Schedule:
+    if device != CPU:  # where the work of a split is looked at before it is sent
+        work = _by_queries(content, queries, memory, rows, block, limit, CPU)
+        return Schedule(*all_to_device([tensor for tensor in work if tensor is not None], device))
     table = _segments(content)
     q0, q1, k0, k1, p0, p1 = table.T
     tiles = _cut(*_query_groups(table, queries), rows, block)
@@ -156,7 +162,7 @@ def _by_keys(
 def _by_component(
     content: bytes, queries: int, memory: int, rows: int, block: int, device: torch.device
 ) -> tuple[Schedule, Tensor]:
-    work = _by_queries(content, queries, memory, rows, block, 0, torch.device("cpu"))
+    work = _by_queries(content, queries, memory, rows, block, 0, CPU)
     tiles, runs = work.tiles.numpy().astype(np.int64), work.runs.numpy().astype(np.int64)
     owner = np.repeat(np.arange(len(tiles)), tiles[:, 4] - tiles[:, 2])
     runs = runs[_count_on(tiles[:, 2], tiles[:, 4] - tiles[:, 2])]

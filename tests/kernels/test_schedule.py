@@ -90,6 +90,22 @@ def test_every_layout(name, rows, block, limit):
     check(LAYOUTS[name], rows, block, limit)
 
 
+@pytest.mark.parametrize("limit", [0, 1])
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_device_gets_what_the_cpu_has(device, limit):
+    layout = PackedLayout.shared_prefix([70, 3], [[40, 9], [30]])
+    sizes = {"rows": 16, "block": 16, "limit": limit}
+    here, there = (
+        schedule.by_queries(layout.segments, layout.queries, layout.memory, **sizes, device=torch.device(each))
+        for each in ("cpu", device)
+    )
+    assert here.split == there.split == (limit > 0)
+    for own, sent in zip(here, there, strict=True):
+        if own is not None:
+            assert (sent.device.type, sent.shape, sent.dtype) == (device, own.shape, own.dtype)
+            assert device == "meta" or torch.equal(sent.cpu(), own)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_layouts(seed):
     rng = random.Random(seed)
