@@ -315,3 +315,21 @@ def test_memory_on_the_host_takes_none_of_the_gpu(kind, large):
     rings = (2 if kind == "kv" else 1) * 8 * 6 * 4 * 4096 * 512 * 2
     assert peaks["device"] > rings
     assert peaks["host"] < peaks["device"] - 0.7 * rings
+
+
+@pytest.mark.parametrize("counts", [[8, 8], [3, 5, 0, 8, 1], [13, 20, 3, 16], [0], [1] * 11])
+def test_streams_alike_are_written_as_any_others(counts, monkeypatch):
+    alike, any_others = DeviceRings(M, 2), DeviceRings(M, 2)
+    monkeypatch.setattr(any_others, "_write_spans", any_others._write_rows)
+    seen, generator = 0, torch.Generator().manual_seed(0)
+    for count in counts:
+        both = torch.randn(3 * count, 2, 5, generator=generator)
+        for rings in (alike, any_others):
+            rings.begin([seen] * 3, [count] * 3)
+            rings.read(0, both[:, 0])
+            rings.keep(0, (both[:, 0], both[:, 1].double()))  # rows that do not lie end to end, and of another dtype
+            rings.end()
+            rings.commit()
+        seen += count
+        for one, other in zip(alike.state([])[0], any_others.state([])[0], strict=True):
+            assert torch.equal(one, other)
