@@ -114,7 +114,7 @@ class DeviceRings(Rings):
                 write(ring, tensor)  # whose dtype may be another under autocast
 
     def _write_spans(self) -> Callable[[Tensor, Tensor], None]:
-        """Of streams that have seen and bring as much as each other, as those of a training step: two copies at most."""
+        """Of streams that have seen and bring as much as each other, as in a training step: two copies at most."""
         streams, count = len(self._counts), self._counts[0]
         first = max(count - self.length, 0)
         slot = (self._seen[0] + first) % self.length
