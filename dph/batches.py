@@ -136,8 +136,9 @@ class PairBatches:
         if self.max_length is not None and max(map(len, pair)) > self.max_length:
             return f"longer than {self.max_length} tokens"
         # What is shared need not be looked for where there is room for both sides whole.
-        if self.max_tokens is not None and sum(map(len, pair)) > self.max_tokens < packed_length(pair):
-            return f"more than {self.max_tokens} tokens together"
+        most = self.max_tokens
+        if most is not None and sum(map(len, pair)) > most and packed_length(pair) > most:
+            return f"more than {most} tokens together"
         return None
 
     def state_dict(self) -> dict[str, Any]:

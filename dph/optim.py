@@ -168,7 +168,8 @@ class LaProp(torch.optim.Optimizer):
     def gather_in_fp32(self, several: bool) -> None:
         """Let the gradients of lowered parameters gather in fp32 if they come in ``several`` parts.
 
-        A single part's is bf16 as it comes: fp32 would give the same numbers, and cost a pass over all of them.
+        A single part's are bf16 as they come: fp32 would cost a pass over all of them for the same numbers, but for the
+        tied embedding, whose two uses then add up in bf16. Call it while no gradient is there.
         """
         for p in self._parameters():
             dtype = torch.float32 if several else p.dtype

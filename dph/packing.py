@@ -66,8 +66,8 @@ def pack(documents: Sequence[Sequence[Encoded]]) -> PackedBatch:
         documents: each inner list holds alternatives (``dph.chat.encode``): two for a preference pair, the choices of a
             question, the candidates of a prompt, or one.
 
-    Raises ValueError for a document without alternatives, and for an alternative without tokens or whose lists are not
-    of one length.
+    Raises ValueError for a document without alternatives, and for an alternative without tokens, whose lists are not
+    of one length, or whose reward position is not one of them.
     """
     _check(documents)
     prefixes = [common_prefix([a.tokens for a in alternatives]) for alternatives in documents]
@@ -115,6 +115,9 @@ def _check(documents: Sequence[Sequence[Encoded]]) -> None:
             if not len(a.tokens) == len(a.targets) == len(a.loss_mask) == len(a.score_mask):
                 got = f"{len(a.tokens)}, {len(a.targets)}, {len(a.loss_mask)} and {len(a.score_mask)}"
                 raise ValueError(f"documents[{d}]: expected tokens, targets and two masks of one length, got {got}")
+            at = a.reward_position
+            if at is not None and not 0 <= at < len(a.tokens):
+                raise ValueError(f"documents[{d}]: expected 0 <= reward_position < {len(a.tokens)}, got {at}")
 
 
 def _integers(lists: Iterable[Iterable[int]]) -> Array:

@@ -13,10 +13,11 @@ from dph_kernels import dispatch
 class Operator:
     """``dph::NAME`` and ``dph::NAME_backward`` of ``torch.library``; where nobody looks on, calls go past them.
 
-    Their Python takes longer than the arithmetic of a small step, and a GPU waits for it.
+    Their Python takes longer than the arithmetic of a small step, and a GPU waits for it. (``linear_logprob``,
+    ``swiglu_reward`` and ``preference_loss`` are called once a part, and keep ways of their own.)
 
     Args:
-        name: of the operator, and of its calls in a profile.
+        name: of the operator, and behind ``dph::`` of its calls in a profile.
         forward: inputs -> outputs, as ``torch.library.custom_op`` takes it.
         backward: what ``gradients`` calls, likewise.
         setup: (ctx, inputs, output), keeps what the gradients need.
@@ -38,7 +39,7 @@ class Operator:
         self.operator = torch.library.custom_op(f"dph::{name}", forward, mutates_args=())
         self.backward_operator = torch.library.custom_op(f"dph::{name}_backward", backward, mutates_args=())
         self.operator.register_autograd(partial(gradients, backward=self.backward_operator), setup_context=setup)
-        self._name, self._forward = name, forward
+        self._name, self._forward = f"dph::{name}", forward
 
         def run(ctx: torch.autograd.function.FunctionCtx, *inputs: Any) -> Any:
             output = forward(*inputs)
@@ -51,7 +52,7 @@ class Operator:
             return gradients(ctx, *grads, backward=backward if alone else self.backward_operator)
 
         functions = {"forward": staticmethod(run), "backward": staticmethod(back)}
-        self._function = type(name, (torch.autograd.Function,), functions)
+        self._function = type(self._name, (torch.autograd.Function,), functions)
 
     def __call__(self, *inputs: Any) -> Any:
         """What ``forward`` gives, with gradients."""

@@ -44,5 +44,6 @@ def sent_together(tensors: Sequence[Tensor], device: torch.device | str) -> list
     for tensor, place in zip(tensors, here.split(sizes)[::2], strict=True):
         place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
     there = here.to(device, non_blocking=True)
-    places = there.split(sizes)[::2]
-    return [place.view(tensor.dtype).view(tensor.shape) for tensor, place in zip(tensors, places, strict=True)]
+    places = zip(tensors, there.split(sizes)[::2], strict=True)
+    # By ``data`` none is a view of another to autograd, which would refuse one where another has been written to.
+    return [place.view(tensor.dtype).view(tensor.shape).data for tensor, place in places]

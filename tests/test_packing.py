@@ -351,3 +351,11 @@ def test_what_does_not_fit_is_refused():
 def test_packed_length():
     alternatives = [encoded([1, 2, 3, 4], 0), encoded([1, 2, 5], 1), encoded([1, 2, 3], 2)]
     assert packed_length(alternatives) == len(dph.pack([alternatives]).tokens)
+
+
+@pytest.mark.parametrize("position", [-1, 3, 10])
+def test_a_reward_position_outside_of_the_answer(position):
+    tokens, flags = [5, 6, 7], [False, True, True]
+    answer = Encoded(tokens, [6, 7, 0], flags, flags, position)
+    with pytest.raises(ValueError, match=rf"documents\[0\]: expected 0 <= reward_position < 3, got {position}"):
+        dph.pack([[answer]])

@@ -27,6 +27,7 @@ VARIANTS = [(stage, {}) for stage in STAGES] + [
     ("sft", {"data__memory": 0, "precision": "bf16"}),
     ("align", {"precision": "bf16", "batch__micro": 1}),
     ("align", {"batch__tokens": 110}),
+    ("align", {"precision": "bf16", "batch__tokens": 140}),
     ("align", {"objective__dpo_weight": 0.0, "objective__objective": "contrastive"}),
     ("head", {"precision": "bf16", "optimiser__prior_decay": 0.0}),
 ]
@@ -463,3 +464,24 @@ def test_a_step_never_waits_for_the_device(stage, tmp_path):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(loss.total.isfinite() for loss in launched.losses)
+
+
+def test_gradients_gather_in_fp32_where_an_update_has_several_parts(tmp_path, monkeypatch):
+    """From one update to the next; of a single part they stay as they come."""
+    parts, found = [], []
+    update, step = Trainer._update, dph.LaProp.step
+
+    def count(trainer, given, number, weight):
+        parts.append(number)
+        return update(trainer, given, number, weight)
+
+    def look(optimiser, *args, **kwargs):
+        grads = (p.grad for group in optimiser.param_groups for p in group["params"])
+        found.append({grad.dtype for grad in grads if grad is not None})
+        return step(optimiser, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "_update", count)
+    monkeypatch.setattr(dph.LaProp, "step", look)
+    go(settings("align", tmp_path / "run", precision="bf16", batch__tokens=140))
+    assert {1, 2} <= set(parts), "both kinds"
+    assert found == [{torch.bfloat16 if number == 1 else torch.float32} for number in parts]

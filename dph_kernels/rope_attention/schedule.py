@@ -239,7 +239,7 @@ def _cut(ranges: Array, seen: Array, rows: int, block: int) -> Array:
     view = (0, 0, 0, 0)
     for (low, high), mine in zip(ranges.tolist(), seen.tolist(), strict=True):
         mine_cost = _blocks(*mine, block)
-        if start < end == low and high - start <= rows:
+        if start < end and low == end and high - start <= rows:
             joint = _hull(view, mine)
             joint_cost = _blocks(*joint, block)
             if joint_cost < cost + mine_cost and 2 * joint_cost <= 2 * max(cost, mine_cost) + min(cost, mine_cost):

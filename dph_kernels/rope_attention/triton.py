@@ -119,7 +119,7 @@ LEAST = 4  # blocks of an item of split work
 PROGRAMS = 2  # that a processor should have: with fewer, work is split
 SPILLS = 64  # bytes that the backward kernels may spill, outside of their inner loops
 TINY = 1e-30
-PLANS = 256  # that are kept
+PLANS = 64  # that are kept
 CPU = torch.device("cpu")
 
 
@@ -272,8 +272,8 @@ def _run_forward(
             "parts": parts, "parts_lse": parts_lse, "out": out, "lse": lse, "tiles": work.tiles,
             "pieces": work.pieces, "order": work.order, "H": heads,
         }  # fmt: skip
-        sizes = {name: constants[name] for name in ("D", "BD", "BM")}
-        machine.run(kernels.combine, (len(work.pieces) - 1, heads), config, arguments, sizes)
+        constants = {name: constants[name] for name in ("D", "BD", "BM")}
+        machine.run(kernels.combine, (len(work.pieces) - 1, heads), config, arguments, constants)
     return out, lse, rotated
 
 
@@ -398,6 +398,7 @@ def launches(capability: int) -> list[Launch]:
     for dtype, sizes in dims.items():
         for each in [each for head_dim in sizes for each in _record(capability, dtype, head_dim)]:
             found.setdefault(each.key(), each)
+    _plan.cache_clear()  # of machines that there are not
     return list(found.values())
 
 

@@ -22,13 +22,16 @@ def test_split_work_gives_what_whole_work_gives(monkeypatch):
     layout = PackedLayout.decode([300, 5], [[1, 3, 9], [2]], 9)
     given = inputs(layout, 2, 16, torch.float32)
     taken = []
+    monkeypatch.setattr(attention, "_plan", attention._plan.__wrapped__)  # which is kept, however it was limited
     monkeypatch.setattr(attention, "_limit", lambda *_: taken.append(1) or 2)
     compare(layout, given, "cpu", "triton")
     q, k, v, memory, grad = given
     split = run(rope_attention, (q, k, v), layout, memory, grad, torch.float32, rope=ROPE, backend="triton")
+    combined = []
     assert taken
-    monkeypatch.setattr(attention, "_limit", lambda *_: 0)
+    monkeypatch.setattr(attention, "_limit", lambda *_: combined.append(1) or 0)
     whole = run(rope_attention, (q, k, v), layout, memory, grad, torch.float32, rope=ROPE, backend="triton")
+    assert combined, "work was planned anew, and whole"
     for got, want in zip(split, whole, strict=True):
         torch.testing.assert_close(got, want)
 

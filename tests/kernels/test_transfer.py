@@ -27,6 +27,11 @@ def test_what_is_sent_together_arrives_aligned_in_one_piece(device):
     assert all(x.storage_offset() * x.itemsize % ALIGNED == 0 for x in sent)
     sent[0].zero_()
     alike(sent[1:], TENSORS[1:])
+    rows, other = sent_together([torch.arange(3), torch.rand(2)], device)
+    weight = torch.ones(3, 2, device=device, requires_grad=True)
+    total = weight[rows].sum()
+    other.zero_()
+    total.backward()  # which keeps rows, that nobody has written to
     assert sent_together([], device) == []
 
 
