@@ -6,7 +6,6 @@ computed along, the forward pass keeps what they are made of, for some rows at a
 cuBLAS, with a fused pass over each tile.
 """
 
-import contextlib
 import functools
 import itertools
 import math
@@ -20,6 +19,7 @@ from dph_kernels.cublas import readable
 from dph_kernels.launches import Launch, cdiv, signature
 from dph_kernels.linear_logprob import tiles
 from dph_kernels.linear_logprob import triton_kernels as kernels
+from dph_kernels.native import device_guard
 from dph_kernels.strides import last_contiguous
 
 # Configurations
@@ -97,7 +97,7 @@ class _Machine:
     ) -> None:  # fmt: skip
         """Launch it; without a configuration, as a kernel that does not multiply."""
         warps, stages = (config.warps, config.stages) if config else (WARPS, 1)
-        with torch.cuda.device(self.device) if self.capability else contextlib.nullcontext():
+        with device_guard(self.device):
             kernel[grid](**arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
