@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dph.config import ModelConfig
 from dph.memory import Memory
+from dph.whole_block import Shape, run_whole, split, weights_of
 from dph_kernels import PackedLayout, residual_norm, rope_attention, swiglu
 
 
@@ -29,7 +30,7 @@ class Attention(nn.Module):
 
     def forward(self, projected: Tensor, layout: PackedLayout, memory: LayerMemory | None = None) -> Tensor:
         """Queries, keys and values [T, 3C], and a memory of keys and values -> [T, C]."""
-        q, k, v = self._split(projected)
+        q, k, v = split(projected, 3, self.heads)
         if memory is None:
             return rope_attention(q, k, v, layout, rope=self.rope).flatten(1)
         attended, keys = rope_attention(q, k, v, layout, rope=self.rope, memory=memory.read(k), return_keys=True)
@@ -43,15 +44,10 @@ class Attention(nn.Module):
         """
         width = x.shape[1]
         weight, bias = self.qkv.weight, self.qkv.bias
-        (q,) = self._split(F.linear(x, weight[:width], bias[:width]))
-        k, v = self._split(F.linear(memory.recall(x), weight[width:], bias[width:]))
+        (q,) = split(F.linear(x, weight[:width], bias[:width]), 1, self.heads)
+        k, v = split(F.linear(memory.recall(x), weight[width:], bias[width:]), 2, self.heads)
         memory.keep(x)
         return rope_attention(q, k, v, layout, rope=self.rope).flatten(1)
-
-    def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """[T, n * C] -> n views [T, H, D]."""
-        width = self.out.in_features
-        return rows.view(len(rows), rows.shape[1] // width, self.heads, width // self.heads).unbind(1)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -84,8 +80,12 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and pre-norm feed-forward, a residual around each.
 
-    ``before`` and ``after`` are all but attention itself, functions of rows alone: ``dph.compiled`` compiles them.
+    It runs as one node of PyTorch's graph (``dph.whole_block``) where nobody looks into it, else in parts: ``before``
+    and ``after`` are all but attention itself, functions of rows alone. ``dph.compiled`` compiles these, and clears
+    ``whole``.
     """
+
+    whole = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -98,7 +98,19 @@ class Block(nn.Module):
         """[T, C] -> [T, C]."""
         if memory is not None and memory.kind == "hidden":
             return self.after(x, self.attention.attend_anew(self.attention_norm(x), layout, memory))
+        if self.whole and (weights := weights_of(self._modules_in_order(), x, layout)):
+            eps = self.attention_norm.eps, self.ffn_norm.eps
+            return run_whole(x, layout, memory, Shape(self.attention.heads, self.attention.rope, eps), weights)
         return self.after(x, self.attention(self.before(x), layout, memory))
+
+    def _modules_in_order(self) -> tuple[tuple[nn.Module, type], ...]:
+        """Each module, and what it is where nobody has put another in its place."""
+        attention, ffn = self.attention, self.ffn
+        return (
+            (self.attention_norm, LayerNorm), (attention, Attention), (attention.qkv, nn.Linear),
+            (attention.out, nn.Linear), (self.ffn_norm, LayerNorm), (ffn, FeedForward),
+            (ffn.fc1, nn.Linear), (ffn.fc2, nn.Linear),
+        )  # fmt: skip
 
     def before(self, x: Tensor) -> Tensor:
         """[T, C] -> queries, keys and values [T, 3C]."""

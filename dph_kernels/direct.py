@@ -39,7 +39,7 @@ class Operator:
         self.operator = torch.library.custom_op(f"dph::{name}", forward, mutates_args=())
         self.backward_operator = torch.library.custom_op(f"dph::{name}_backward", backward, mutates_args=())
         self.operator.register_autograd(partial(gradients, backward=self.backward_operator), setup_context=setup)
-        self._name, self._forward = f"dph::{name}", forward
+        self._name, self._forward, self._backward = f"dph::{name}", forward, backward
 
         def run(ctx: torch.autograd.function.FunctionCtx, *inputs: Any) -> Any:
             output = forward(*inputs)
@@ -61,5 +61,16 @@ class Operator:
             return self.operator(*inputs)
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return self._function.apply(*inputs)
+        return self.forward(*inputs)
+
+    def forward(self, *inputs: Any) -> Any:
+        """What ``forward`` gives, for who knows that nobody looks on, and keeps what the gradients need."""
         with dispatch.named(self._name):
             return self._forward(*inputs)
+
+    def backward(self, *arguments: Any) -> Any:
+        """What ``backward`` gives; the first tensors among its arguments are the gradients of the outputs."""
+        if not dispatch.unobserved(x for x in arguments[:2] if isinstance(x, Tensor)):
+            return self.backward_operator(*arguments)
+        with dispatch.named(f"{self._name}_backward"):
+            return self._backward(*arguments)

@@ -56,17 +56,17 @@ def _gradients(
     return d_x if to_x else None, d_x if to_update else None, d_weight, d_bias, None, None
 
 
-_run = Operator("residual_norm", forward=_forward, backward=_backward, setup=_setup, gradients=_gradients)
+OPERATOR = Operator("residual_norm", forward=_forward, backward=_backward, setup=_setup, gradients=_gradients)
 
 
-@_run.operator.register_fake
+@OPERATOR.operator.register_fake
 def _(
     x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return reference.results(x, update)
 
 
-@_run.backward_operator.register_fake
+@OPERATOR.backward_operator.register_fake
 def _(
     d_total: Tensor | None,
     d_normed: Tensor,
@@ -135,5 +135,5 @@ def residual_norm(
     checks.number("eps", eps, 0.0)
     if dispatch.left_to_pytorch(x, backend) or (backend == "auto" and columns > WIDEST):
         return _plain(x, update, weight, bias, eps)
-    total, normed, _ = _run(x, update, weight, bias, float(eps), backend)
+    total, normed, _ = OPERATOR(x, update, weight, bias, float(eps), backend)
     return x if update is None else total, normed

@@ -56,7 +56,7 @@ def rope_attention(
     head_dim = q.shape[-1]
     tables = layout.tables(rope, head_dim, torch.float64 if q.dtype == torch.float64 else torch.float32)
     tensors = q, k, v, memory_k.detach(), memory_v.detach(), layout.segments, *tables
-    out, _, keys = _run(*tensors, head_dim**-0.5 if scale is None else float(scale), backend)
+    out, _, keys = OPERATOR(*tensors, head_dim**-0.5 if scale is None else float(scale), backend)
     return (out, keys) if return_keys else out
 
 
@@ -106,14 +106,14 @@ def _gradients(ctx, grad, *_, backward):  # noqa: ANN001, ANN002, ANN202
     return (*backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend), *(None,) * 9)
 
 
-_run = Operator("rope_attention", forward=_forward, backward=_backward, setup=_setup, gradients=_gradients)
+OPERATOR = Operator("rope_attention", forward=_forward, backward=_backward, setup=_setup, gradients=_gradients)
 
 
-@_run.operator.register_fake
+@OPERATOR.operator.register_fake
 def _(q, k, v, memory_k, memory_v, segments, q_cos, q_sin, k_cos, k_sin, scale, backend):  # noqa: ANN001, ANN202
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=q_cos.dtype), k.new_empty(k.shape)
 
 
-@_run.backward_operator.register_fake
+@OPERATOR.backward_operator.register_fake
 def _(grad, q, rotated, v, *_):  # noqa: ANN001, ANN002, ANN202
     return q.new_empty(q.shape), rotated.new_empty(rotated.shape), v.new_empty(v.shape)

@@ -34,15 +34,15 @@ def _gradients(
     return grads[0] if projected_needed else None, grads[1] if bias_needed else None, None
 
 
-_run = Operator("swiglu", forward=_forward, backward=_backward, setup=_setup, gradients=_gradients)
+OPERATOR = Operator("swiglu", forward=_forward, backward=_backward, setup=_setup, gradients=_gradients)
 
 
-@_run.operator.register_fake
+@OPERATOR.operator.register_fake
 def _(projected: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     return projected.new_empty(projected.shape[0], projected.shape[1] // 2)
 
 
-@_run.backward_operator.register_fake
+@OPERATOR.backward_operator.register_fake
 def _(
     grad: Tensor, projected: Tensor, bias: Tensor | None, projected_needed: bool, bias_needed: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -87,4 +87,4 @@ def swiglu(projected: Tensor, bias: Tensor | None = None, *, backend: str = "aut
         checks.device("bias", bias, projected.device)
     if dispatch.left_to_pytorch(projected, backend):
         return reference.forward(projected, bias)
-    return _run(projected, bias, backend)
+    return OPERATOR(projected, bias, backend)
