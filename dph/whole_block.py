@@ -20,6 +20,7 @@ from dph_kernels import PackedLayout, Rotary, autocast, dispatch
 from dph_kernels.residual_norm import OPERATOR as NORM
 from dph_kernels.residual_norm import WIDEST
 from dph_kernels.rope_attention import OPERATOR as ATTENTION
+from dph_kernels.rope_attention import joined_gradients
 from dph_kernels.swiglu import OPERATOR as GATE
 
 if TYPE_CHECKING:
@@ -136,8 +137,8 @@ def _backward(grad: Tensor, kept: Sequence[Tensor], heads: int) -> tuple[Tensor,
     d_attended = d_total.mm(out).view(attended.shape)
     q, _, v = split(projected, 3, heads)
     scale = q.shape[-1] ** -0.5
-    found = ATTENTION.backward(d_attended, q, rotated, v, *rest[:2], attended, lse, *rest[2:], scale, AUTO)
-    d_projected = torch.stack(found, 1).view(projected.shape)
+    known = q, rotated, v, *rest[:2], attended, lse, *rest[2:], scale, AUTO
+    d_projected = joined_gradients(d_attended, *known).view(projected.shape)
     d_qkv, d_qkv_bias = _of_weights(d_projected, normed)
     d_x, d_norm, d_norm_bias = NORM.backward(d_total, d_projected.mm(qkv), x, norm, moments, all_needed, AUTO)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from forced import forced
 from numerics import assert_close_to_fp64
 from tiny import tiny_config
 from torch import nn
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import dph
 from dph import compiled
 from dph.backbone import Backbone, Block
-from dph_kernels import PackedLayout
+from dph_kernels import PackedLayout, dispatch
 
 pytestmark = pytest.mark.usefixtures("every_kernel")
 LAYOUT = PackedLayout.shared_prefix([5, 9], [[3, 4], [2, 6]])
@@ -64,6 +65,20 @@ def test_it_equals_the_block_in_parts(device, dtype):
         assert_close_to_fp64(a, b, c, name)
     assert torch.equal(whole[0], parts[0])
     assert all(map(torch.equal, whole, results(block_of(dtype, device), x, grad, layout)))
+
+
+@pytest.mark.skipif(not dispatch.interpreted(), reason="needs Triton's interpreter")
+def test_it_equals_the_block_in_parts_by_triton():
+    block = block_of(torch.float32)
+    x, grad = given(block)
+    found = []
+    with forced("triton") as used:
+        for block.whole in (True, False):
+            found.append(results(block, x, grad))
+    assert {(operator, "triton") for operator in ("rope_attention", "residual_norm", "swiglu")} <= used
+    assert [one_node(result) for result, *_ in found] == [True, False]
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(whole, parts)
 
 
 def test_gradients_are_those_of_differences():
@@ -242,8 +257,6 @@ def test_autocast_takes_it_in_parts():
 
 
 def test_few_elements_are_left_to_pytorch(monkeypatch):
-    from dph_kernels import dispatch
-
     block = block_of()
     x, _ = given(block)
     monkeypatch.setattr(dispatch, "FEW", x.numel())

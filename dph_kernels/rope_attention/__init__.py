@@ -1,5 +1,7 @@
 """Rotary attention over a packed layout: shared prompts, memory and decoding are the same operator."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -117,3 +119,18 @@ def _(q, k, v, memory_k, memory_v, segments, q_cos, q_sin, k_cos, k_sin, scale, 
 @OPERATOR.backward_operator.register_fake
 def _(grad, q, rotated, v, *_):  # noqa: ANN001, ANN002, ANN202
     return q.new_empty(q.shape), rotated.new_empty(rotated.shape), v.new_empty(v.shape)
+
+
+def joined_gradients(grad: Tensor, *others: Any) -> Tensor:
+    """[T, 3, H, D]: what ``OPERATOR.backward`` gives for as many keys as queries, as the product before takes it.
+
+    A backend that can writes all three there; those of the others are put together.
+    """
+    q, backend = others[0], others[-1]
+    module = dispatch.implementation("rope_attention", q.device, backend, q.dtype)
+    if not (hasattr(module, "backward_into") and dispatch.unobserved([grad])):
+        return torch.stack(OPERATOR.backward(grad, *others), 1)
+    joined = torch.empty((len(q), 3, *q.shape[1:]), dtype=q.dtype, device=q.device)
+    with dispatch.named("dph::rope_attention_backward"):
+        dispatch.call("backward_into", "rope_attention", q, backend, joined.unbind(1), grad, *others[:-1])
+    return joined

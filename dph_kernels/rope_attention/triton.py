@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -187,8 +188,15 @@ def backward(
     segments: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What ``reference.backward`` gives."""
+    found = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, v, v))
     tensors = grad, q, rotated, v, memory_k, memory_v, out, lse, segments, q_cos, q_sin, k_cos, k_sin
-    return _run_backward(_machine(q.device), *tensors, scale)
+    backward_into(found, *tensors, scale)
+    return found
+
+
+def backward_into(found: Sequence[Tensor], grad: Tensor, q: Tensor, *others: Any) -> None:
+    """Write what ``backward`` gives into ``found``: of one set of strides, rows and heads apart, the last is 1."""
+    _run_backward(_machine(q.device), found, grad, q, *others)
 
 
 def _run_rotate(machine: _Machine, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -278,10 +286,11 @@ def _run_forward(
 
 
 def _run_backward(
-    machine: _Machine, grad: Tensor, q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor,
-    out: Tensor, lse: Tensor, segments: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    machine: _Machine, found: Sequence[Tensor], grad: Tensor, q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor,
+    memory_v: Tensor, out: Tensor, lse: Tensor, segments: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor,
+    k_sin: Tensor, scale: float,
+) -> None:  # fmt: skip
+    dq, dk, dv = found
     q_cos, q_sin, scale = _positive(q_cos, q_sin, scale)
     grad, q, v, memory_k, memory_v, out = (last_contiguous(x) for x in (grad, q, v, memory_k, memory_v, out))
     rotated, lse = rotated.contiguous(), lse.contiguous()  # as the forward pass gave them
@@ -294,10 +303,10 @@ def _run_backward(
     }  # fmt: skip
 
     config, work, bounds, constants = _plan(machine, "queries", content, *sizes)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=device)
     unit, strides = _strides(
-        g=grad.stride(), q=q.stride(), o=out.stride(), v=v.stride(), mk=memory_k.stride(), mv=memory_v.stride()
-    )
+        g=grad.stride(), q=q.stride(), o=out.stride(), v=v.stride(), d=dq.stride(), mk=memory_k.stride(),
+        mv=memory_v.stride(),
+    )  # fmt: skip
     arguments = {
         **common, "q": q, "memory_k": memory_k, "memory_v": memory_v, "out": out, "lse": lse, "q_cos": q_cos,
         "q_sin": q_sin, "dq": dq, "tiles": work.tiles, "runs": work.runs, "bounds": bounds, **strides,
@@ -306,15 +315,13 @@ def _run_backward(
     machine.run(kernels.backward_queries, grid, config, arguments, {**constants, "UNIT": unit})
 
     config, work, bounds, constants = _plan(machine, "keys", content, *sizes)
-    dk, dv = (torch.empty(v.shape, dtype=v.dtype, device=device) for _ in range(2))
-    unit, strides = _strides(g=grad.stride(), v=v.stride())
+    unit, strides = _strides(g=grad.stride(), v=v.stride(), d=dk.stride())
     arguments = {
         **common, "k_cos": k_cos, "k_sin": k_sin, "dk": dk, "dv": dv, "tiles": work.tiles, "runs": work.runs,
         "bounds": bounds, **strides,
     }  # fmt: skip
     grid = (len(work.tiles), heads)
     machine.run(kernels.backward_keys, grid, config, arguments, {**constants, "UNIT": unit})
-    return dq, dk, dv
 
 
 @functools.lru_cache(maxsize=PLANS)
@@ -419,6 +426,6 @@ def _record(capability: int, dtype: torch.dtype, head_dim: int) -> list[Launch]:
             )
             rest = layout.segments, *layout.to(machine.device).tables(Rotary(), head_dim, torch.float32), 1.0
             out, lse, rotated = _run_forward(machine, q, k, v, memory_k, memory_v, *rest)
-            _run_backward(machine, out, q, rotated, v, memory_k, memory_v, out, lse, *rest)
+            _run_backward(machine, (q, k, v), out, q, rotated, v, memory_k, memory_v, out, lse, *rest)
             found += machine.found
     return found

@@ -361,7 +361,7 @@ def _pull_queries(
 def backward_queries(
     grad, q, k, v, memory_k, memory_v, out, lse, q_cos, q_sin, dq, rotated, sums, tiles, runs, bounds,
     g_row: tl.int64, g_head: tl.int64, q_row: tl.int64, q_head: tl.int64, o_row: tl.int64, o_head: tl.int64,
-    v_row: tl.int64, v_head: tl.int64,
+    v_row: tl.int64, v_head: tl.int64, d_row: tl.int64, d_head: tl.int64,
     mk_row: tl.int64, mk_head: tl.int64, mv_row: tl.int64, mv_head: tl.int64,
     scale, factor, memory, T, H,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
@@ -424,7 +424,8 @@ def backward_queries(
             keys, values, key_row, value_row, low, high, first, scale, D, BD, STEP, True,
         )  # fmt: skip
     row, inside = _rows(tile, BM, True)
-    _store_rotated_back(dq + tl.cast(head, tl.int64) * D, acc * factor, q_cos, q_sin, row, inside, line, D, BD)
+    at = dq + head * _stride(d_head, UNIT)
+    _store_rotated_back(at, acc * factor, q_cos, q_sin, row, inside, _stride(d_row, UNIT), D, BD)
 
 
 # Backward, keys
@@ -462,7 +463,7 @@ def _pull_keys(
 @triton.jit(do_not_specialize=NUMBERS)
 def backward_keys(
     grad, rotated, k, v, sums, k_cos, k_sin, dk, dv, tiles, runs, bounds,
-    g_row: tl.int64, g_head: tl.int64, v_row: tl.int64, v_head: tl.int64,
+    g_row: tl.int64, g_head: tl.int64, v_row: tl.int64, v_head: tl.int64, d_row: tl.int64, d_head: tl.int64,
     scale, factor, memory, T, H,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
     STEP: tl.constexpr,
@@ -502,6 +503,7 @@ def backward_keys(
             D, BD, STEP, True,
         )  # fmt: skip
     row, inside = _rows(tile, BN, True)
+    start, line = head * _stride(d_head, UNIT), _stride(d_row, UNIT)
     at = dv + start + row[:, None].to(tl.int64) * line + column[None, :]
     tl.store(at, value_acc.to(dv.dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
     _store_rotated_back(dk + start, key_acc * factor, k_cos, k_sin, row, inside, line, D, BD)

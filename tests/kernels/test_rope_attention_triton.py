@@ -10,6 +10,7 @@ from dph_kernels import PackedLayout, dispatch, rope_attention
 if reason := dispatch.missing("rope_attention", "triton", "cuda" if torch.cuda.is_available() else "cpu"):
     pytest.skip(reason, allow_module_level=True)
 
+from dph_kernels.rope_attention import OPERATOR, joined_gradients
 from dph_kernels.rope_attention import triton as attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,6 +41,22 @@ def test_split_work_gives_what_whole_work_gives(monkeypatch):
 def test_head_dimensions_that_are_no_power_of_two(head_dim):
     layout = PackedLayout.shared_prefix([33], [[7, 1]])
     compare(layout, inputs(layout, 2, head_dim, torch.float32, DEVICE), DEVICE, "triton")
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 16), (3, 6)])
+@pytest.mark.parametrize(
+    "layout",
+    [PackedLayout.shared_prefix([33, 5], [[7, 1], [2]]), PackedLayout.with_memory([9, 20], [4, 12], 12)],
+    ids=["pairs", "memory"],
+)
+def test_gradients_side_by_side(layout, heads, head_dim):
+    layout = layout.to(DEVICE)
+    q, k, v, memory, grad = inputs(layout, heads, head_dim, torch.float32, DEVICE)
+    memory = memory or (k[:0], v[:0])
+    rest = layout.segments, *layout.tables(ROPE, head_dim, torch.float32), 0.3, "triton"
+    out, lse, rotated = OPERATOR.forward(q, k, v, *memory, *rest)
+    known = grad, q, rotated, v, *memory, out, lse, *rest
+    assert torch.equal(joined_gradients(*known), torch.stack(attention.backward(*known[:-1]), 1))
 
 
 @interpreted
