@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dph.config import ModelConfig
 from dph.memory import Memory
-from dph.whole_block import Shape, run_whole, split, weights_of
+from dph.whole_block import Shape, run_whole, split, untouched, weights_of
 from dph_kernels import PackedLayout, residual_norm, rope_attention, swiglu
 
 
@@ -72,7 +72,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, C] -> [T, C]."""
-        if type(self.fc1) is nn.Linear and not (self.fc1._forward_hooks or self.fc1._forward_pre_hooks):
+        if untouched(self.fc1, nn.Linear):
             return self.fc2(swiglu(F.linear(x, self.fc1.weight), self.fc1.bias))
         return self.fc2(swiglu(self.fc1(x)))
 
@@ -80,12 +80,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and pre-norm feed-forward, a residual around each.
 
-    It runs as one node of PyTorch's graph (``dph.whole_block``) where nobody looks into it, else in parts: ``before``
-    and ``after`` are all but attention itself, functions of rows alone. ``dph.compiled`` compiles these, and clears
-    ``whole``.
+    Where nobody looks into it, it runs as one node of PyTorch's graph (``dph.whole_block``), else in parts: ``before``
+    and ``after`` are all but attention itself, functions of rows alone, which ``dph.compiled`` replaces.
     """
-
-    whole = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -98,19 +95,25 @@ class Block(nn.Module):
         """[T, C] -> [T, C]."""
         if memory is not None and memory.kind == "hidden":
             return self.after(x, self.attention.attend_anew(self.attention_norm(x), layout, memory))
-        if self.whole and (weights := weights_of(self._modules_in_order(), x, layout)):
-            eps = self.attention_norm.eps, self.ffn_norm.eps
-            return run_whole(x, layout, memory, Shape(self.attention.heads, self.attention.rope, eps), weights)
+        modules = None if torch.compiler.is_compiling() else self._untouched()
+        if modules and (weights := weights_of(modules, x, layout, self.attention.heads)):
+            shape = Shape(self.attention.heads, self.attention.rope, (self.attention_norm.eps, self.ffn_norm.eps))
+            total, hidden = run_whole(x, layout, memory, shape, weights)
+            return total + self.ffn.fc2(hidden)
         return self.after(x, self.attention(self.before(x), layout, memory))
 
-    def _modules_in_order(self) -> tuple[tuple[nn.Module, type], ...]:
-        """Each module, and what it is where nobody has put another in its place."""
-        attention, ffn = self.attention, self.ffn
-        return (
-            (self.attention_norm, LayerNorm), (attention, Attention), (attention.qkv, nn.Linear),
-            (attention.out, nn.Linear), (self.ffn_norm, LayerNorm), (ffn, FeedForward),
-            (ffn.fc1, nn.Linear), (ffn.fc2, nn.Linear),
-        )  # fmt: skip
+    def _untouched(self) -> tuple[nn.Module, ...] | None:
+        """What has weights, but for the last product, in the order of ``weights_of``.
+
+        None where a module or method is not the one that the block was made with, or somebody watches it.
+        """
+        attention, ffn, own = self.attention, self.ffn, vars(self)
+        if type(self).before is not Block.before or type(self).after is not Block.after:
+            return None
+        weighted = self.attention_norm, attention.qkv, attention.out, self.ffn_norm, ffn.fc1
+        kinds = LayerNorm, nn.Linear, nn.Linear, LayerNorm, nn.Linear, Attention, FeedForward
+        same = all(map(untouched, (*weighted, attention, ffn), kinds))
+        return weighted if same and "before" not in own and "after" not in own else None
 
     def before(self, x: Tensor) -> Tensor:
         """[T, C] -> queries, keys and values [T, 3C]."""

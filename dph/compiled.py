@@ -51,13 +51,12 @@ def switch_on(backbone: Backbone) -> None:
         shared = Shared(getattr(Block, name))
         for block in backbone.blocks:
             setattr(block, name, MethodType(shared, block))
-            block.whole = False
 
 
 def switch_off(backbone: Backbone) -> None:
     """Let all blocks run plain again."""
     for block in backbone.blocks:
-        for name in (*METHODS, "whole"):
+        for name in METHODS:
             vars(block).pop(name, None)
 
 

@@ -64,7 +64,7 @@ class Operator:
         return self.forward(*inputs)
 
     def forward(self, *inputs: Any) -> Any:
-        """What ``forward`` gives, for who knows that nobody looks on, and keeps what the gradients need."""
+        """What ``forward`` gives, past the dispatcher and without gradients: the caller knows that nobody looks on."""
         with dispatch.named(self._name):
             return self._forward(*inputs)
 

@@ -244,7 +244,7 @@ def observed(tensors: Iterable[Tensor]) -> bool:
     """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
         return True
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
         return True
     return any(x.is_neg() or is_legacy_batchedtensor(x) for x in tensors)
 

@@ -22,6 +22,7 @@ from two import meeting
 
 import dph
 from dph import parallel, runs, shared_run
+from dph_kernels import dispatch
 
 RANK = int(os.environ.get("RANK", 0))
 DEVICE = sys.argv[2] if __name__ == "__main__" else "cpu"
@@ -142,6 +143,7 @@ def failures(folder):
 
 
 def main(folder):
+    dispatch.FEW = 0  # as the fixture every_kernel
     with meeting(), parallel.start("shard", DEVICE):
         pass
     for part in (cases, resumes, spoilt, failures) if DEVICE == "cpu" else (cases,):

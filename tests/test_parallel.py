@@ -20,7 +20,7 @@ from dph.parallel import World
 
 RATE = 1e-6  # of the largest weight: how far two processes may be from one
 
-pytestmark = needs_gloo
+pytestmark = [needs_gloo, pytest.mark.usefixtures("every_kernel")]
 
 
 @pytest.fixture(scope="module")

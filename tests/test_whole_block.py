@@ -1,5 +1,7 @@
 """A block as one node of PyTorch's graph, and when it is taken in parts instead."""
 
+import copy
+
 import pytest
 import torch
 from forced import forced
@@ -9,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dph
-from dph import compiled
+from dph import backbone, compiled
 from dph.backbone import Backbone, Block
 from dph_kernels import PackedLayout, dispatch
 
@@ -34,8 +36,15 @@ def given(block, rows=LAYOUT.queries):
     return inputs[0].requires_grad_(), inputs[1]
 
 
+def in_parts(block):
+    """The same block, which somebody watches."""
+    watched = copy.deepcopy(block)
+    watched.ffn.register_forward_hook(lambda *_: None)
+    return watched
+
+
 def one_node(result):
-    return type(result.grad_fn).__name__ == "_BlockBackward"
+    return len(nodes(result)) == 1
 
 
 def results(block, x, grad, layout=LAYOUT):
@@ -55,10 +64,9 @@ def test_it_equals_the_block_in_parts(device, dtype):
     x, grad = given(block)
     whole = results(block, x, grad, layout)
     assert one_node(whole[0])
-    exact.whole = block.whole = False
-    parts = results(block, x, grad, layout)
+    parts = results(in_parts(block), x, grad, layout)
     assert not one_node(parts[0])
-    truth = results(exact, x.detach().double().requires_grad_(), grad.double(), layout)
+    truth = results(in_parts(exact), x.detach().double().requires_grad_(), grad.double(), layout)
     names = ["result", "x", *(name for name, _ in block.named_parameters())]
     for name, a, b, c in zip(names, whole, parts, truth, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -71,10 +79,8 @@ def test_it_equals_the_block_in_parts(device, dtype):
 def test_it_equals_the_block_in_parts_by_triton():
     block = block_of(torch.float32)
     x, grad = given(block)
-    found = []
     with forced("triton") as used:
-        for block.whole in (True, False):
-            found.append(results(block, x, grad))
+        found = [results(each, x, grad) for each in (block, in_parts(block))]
     assert {(operator, "triton") for operator in ("rope_attention", "residual_norm", "swiglu")} <= used
     assert [one_node(result) for result, *_ in found] == [True, False]
     for whole, parts in zip(*found, strict=True):
@@ -98,15 +104,53 @@ def test_gradients_are_those_of_differences():
     assert torch.autograd.gradcheck(run, (x, *block.parameters()), fast_mode=True)
 
 
-def test_without_gradients_nothing_is_kept():
-    block = block_of()
+def test_without_gradients_nothing_is_kept(monkeypatch):
+    block, kept, calls = block_of(), [], []
     x, _ = given(block)
     expected = block(x, LAYOUT)
+    run = backbone.run_whole
+    monkeypatch.setattr(backbone, "run_whole", lambda *given: calls.append(1) or run(*given))
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        with torch.no_grad():
+            assert torch.equal(block(x, LAYOUT), expected)
+        with torch.inference_mode():
+            assert torch.equal(block(x, LAYOUT), expected)
+        frozen = block.requires_grad_(False)(x.detach(), LAYOUT)
+    assert torch.equal(frozen, expected)
+    assert frozen.grad_fn is None
+    assert len(calls) == 3
+    assert not kept
+
+
+def test_an_input_that_needs_no_gradient():
+    block = block_of()
+    x, grad = given(block)
+    _, _, *expected = results(block, x, grad)
+    result = block(x.detach(), LAYOUT)
+    assert one_node(result)
+    assert all(map(torch.equal, torch.autograd.grad(result, list(block.parameters()), grad), expected))
+
+
+def test_the_backward_pass_under_autocast():
+    block = block_of(torch.float32)
+    x, grad = given(block)
+    expected, result = results(block, x, grad), block(x, LAYOUT)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(result, [x, *block.parameters()], grad)
+    assert all(x.isfinite().all() for x in found)
+    for a, b in zip(found, expected[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * float(b.abs().max()))
+
+
+def test_biases_that_the_backward_pass_does_not_read_may_change():
+    block = block_of()
+    x, grad = given(block)
+    expected = results(block, x, grad)[1]
+    result = block(x, LAYOUT)
     with torch.no_grad():
-        assert torch.equal(block(x, LAYOUT), expected)
-    with torch.inference_mode():
-        assert torch.equal(block(x, LAYOUT), expected)
-    assert torch.equal(block.requires_grad_(False)(x.detach(), LAYOUT), expected)
+        block.attention_norm.bias.mul_(2)
+        block.ffn.fc2.bias.mul_(2)
+    assert torch.equal(torch.autograd.grad(result, x, grad)[0], expected)
 
 
 def test_upstream_gradients_of_any_strides():
@@ -160,9 +204,9 @@ def test_checkpointing_computes_it_again():
 
 def streams(model, whole, calls=3):
     """Hidden states and gradients of the weights, over several calls with a memory."""
-    for block in model.backbone.blocks:
-        block.whole = whole
-    model.zero_grad()
+    model = copy.deepcopy(model)
+    for block in [] if whole else model.backbone.blocks:
+        block.ffn.register_forward_hook(lambda *_: None)
     memory, found = dph.Memory(length=6), []
     for call in range(calls):
         ids = torch.arange(10).reshape(2, 5) + 4 + call
@@ -184,9 +228,10 @@ def nodes(result):
     return [type(node).__name__ for node in seen if type(node).__name__ == "_BlockBackward"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_streams_with_memory(checkpointing):
-    model = dph.Model(tiny_config()).double()
+def test_streams_with_memory(checkpointing, dtype):
+    model = dph.Model(tiny_config()).to(dtype)
     if checkpointing:
         model.backbone.gradient_checkpointing = True
     for a, b in zip(streams(model, True), streams(model, False), strict=True):
@@ -199,7 +244,25 @@ def test_memory_of_hidden_states_is_taken_in_parts():
 
 
 def replaced(block):
-    block.ffn.fc2 = nn.Sequential(block.ffn.fc2)
+    block.ffn.fc1 = nn.Sequential(block.ffn.fc1)
+
+
+def another_forward(block):
+    module = block.attention.out
+    module.forward = lambda x: nn.functional.linear(x, module.weight, module.bias)
+
+
+def another_method(block):
+    block.after = lambda x, attended: Block.after(block, x, attended)
+
+
+def another_class(block):
+    block.__class__ = type("Other", (Block,), {"before": lambda self, x: Block.before(self, x)})
+
+
+def plain_attribute(block):
+    weight = block.attention.qkv._parameters.pop("weight")
+    block.attention.qkv.weight = weight * 1
 
 
 def subclass(block):
@@ -213,7 +276,7 @@ def hooked(place, register):
     return change
 
 
-PLACES = ("attention_norm", "attention", "attention.qkv", "attention.out", "ffn_norm", "ffn", "ffn.fc1", "ffn.fc2")
+PLACES = ("attention_norm", "attention", "attention.qkv", "attention.out", "ffn_norm", "ffn", "ffn.fc1")
 
 
 @pytest.mark.parametrize(
@@ -221,6 +284,10 @@ PLACES = ("attention_norm", "attention", "attention.qkv", "attention.out", "ffn_
     [
         replaced,
         subclass,
+        another_forward,
+        another_method,
+        another_class,
+        plain_attribute,
         *(hooked(place, "register_forward_hook") for place in PLACES),
         hooked("ffn.fc1", "register_forward_pre_hook"),
         hooked("ffn_norm", "register_full_backward_hook"),
@@ -237,6 +304,19 @@ def test_a_block_that_somebody_changed_or_watches_is_taken_in_parts(change):
     result = block(x, LAYOUT)
     assert not one_node(result)
     torch.testing.assert_close(result, expected)
+    result.sum().backward()
+
+
+def test_the_last_product_may_be_anything():
+    block = block_of()
+    x, _ = given(block)
+    expected, seen = block(x, LAYOUT), []
+    block.ffn.fc2 = nn.Sequential(block.ffn.fc2)
+    block.ffn.fc2.register_forward_hook(lambda *_: seen.append(1))
+    result = block(x, LAYOUT)
+    assert one_node(result)
+    assert seen
+    assert torch.equal(result, expected)
 
 
 def test_global_hooks_see_every_part():
@@ -266,11 +346,21 @@ def test_few_elements_are_left_to_pytorch(monkeypatch):
 
 
 def test_compiled_blocks_are_taken_in_parts():
-    backbone = Backbone(tiny_config())
-    compiled.switch_on(backbone)
-    assert not any(block.whole for block in backbone.blocks)
-    compiled.switch_off(backbone)
-    assert all(block.whole for block in backbone.blocks)
+    model = Backbone(tiny_config())
+    x, _ = given(model.blocks[0])
+    compiled.switch_on(model)
+    assert not nodes(model.blocks[0](x, LAYOUT))
+    compiled.switch_off(model)
+    assert nodes(model.blocks[0](x, LAYOUT))
+
+
+def test_checkpointing_leaves_out_the_last_product():
+    block = block_of()
+    x, grad = given(block)
+    finished = []
+    block.ffn.fc2.register_forward_hook(lambda *_: finished.append(1))
+    checkpoint(block, x, LAYOUT, use_reentrant=False).backward(grad)
+    assert finished == [1]
 
 
 def test_a_layout_of_other_sizes_has_its_own_words():
@@ -278,3 +368,15 @@ def test_a_layout_of_other_sizes_has_its_own_words():
     x, _ = given(block)
     with pytest.raises(ValueError, match=r"q: expected shape"):
         block(x, PackedLayout.documents([4, 5]))
+    with pytest.raises(ValueError, match=r"memory\[0\]: expected shape"):
+        block(x, PackedLayout.with_memory([len(x)], [7], 7))
+    with pytest.raises(ValueError, match=r"weight: expected shape"):
+        block(torch.cat([x, x], 1), LAYOUT)
+
+
+def test_a_memory_of_another_dtype_has_its_own_words():
+    model, memory = dph.Model(tiny_config()), dph.Memory(6)
+    ids = torch.arange(10).reshape(2, 5) + 4
+    model(ids, past_key_values=memory)
+    with pytest.raises(ValueError, match=r"memory\[0\]: expected float64, got float32"):
+        model.double()(ids, past_key_values=memory)

@@ -54,7 +54,7 @@ def rope_attention(
     """
     memory_k, memory_v = memory if memory is not None else (k[:0], v[:0])
     q, k, v, memory_k, memory_v = autocast.together(q, k, v, memory_k, memory_v)
-    _check(q, k, v, memory_k, memory_v, layout)
+    check_inputs(q, k, v, memory_k, memory_v, layout)
     head_dim = q.shape[-1]
     tables = layout.tables(rope, head_dim, torch.float64 if q.dtype == torch.float64 else torch.float32)
     tensors = q, k, v, memory_k.detach(), memory_v.detach(), layout.segments, *tables
@@ -62,7 +62,8 @@ def rope_attention(
     return (out, keys) if return_keys else out
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, layout: PackedLayout) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, layout: PackedLayout) -> None:
+    """ValueError that names the argument where a shape, dtype or device does not fit."""
     checks.shape("q", q, layout.queries, "H", "D")
     heads, head_dim = q.shape[1:]
     if head_dim % 2:

@@ -20,7 +20,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # No kernel is compiled anew for a number that is 1 or a multiple of 16: the audit then sees what runs.
 NUMBERS = [
     "T", "H", "rows", "memory", "x_row", "x_head", "q_row", "q_head", "g_row", "g_head", "o_row", "o_head",
-    "v_row", "v_head", "mk_row", "mk_head", "mv_row", "mv_head",
+    "v_row", "v_head", "d_row", "d_head", "mk_row", "mk_head", "mv_row", "mv_head",
 ]  # fmt: skip
 
 # Addresses. A tile of a tensor [rows, H, D] is read at pointer + row * row stride + column. Row offsets are 64-bit:

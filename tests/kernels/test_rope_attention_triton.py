@@ -1,5 +1,7 @@
 """Rotary attention in Triton beyond the common tests: split work, wide offsets; at full size on a GPU."""
 
+import inspect
+
 import pytest
 import torch
 from attention import ROPE, compare, inputs, run
@@ -41,6 +43,15 @@ def test_split_work_gives_what_whole_work_gives(monkeypatch):
 def test_head_dimensions_that_are_no_power_of_two(head_dim):
     layout = PackedLayout.shared_prefix([33], [[7, 1]])
     compare(layout, inputs(layout, 2, head_dim, torch.float32, DEVICE), DEVICE, "triton")
+
+
+def test_no_kernel_is_compiled_anew_for_a_stride_or_a_size():
+    from dph_kernels.rope_attention import triton_kernels as kernels
+
+    for kernel in (kernels.rotate, kernels.forward, kernels.combine, kernels.backward_queries, kernels.backward_keys):
+        names = [name for name in inspect.signature(kernel.fn).parameters if not name.isupper() or len(name) == 1]
+        numbers = {name for name in names if name.endswith(("_row", "_head")) or name in ("T", "H", "rows", "memory")}
+        assert numbers <= set(kernels.NUMBERS), kernel
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(2, 16), (3, 6)])
