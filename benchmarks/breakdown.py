@@ -24,6 +24,7 @@ from dph.captured import WARM
 from dph.tables import table
 
 STEPS = 3
+PROFILERS_OWN = ("Command Buffer Full", "Activity Buffer Request", "Buffer Flush")  # what it says of itself
 PARTS = {  # words of an operation's name; the first part that has one takes it
     "heads": ("linear_logprob", "swiglu_reward", "preference_loss", "log_softmax", "nll_loss", "cross_entropy"),
     "attention": ("rope_attention", "scaled_dot_product", "flash", "efficient_attention"),
@@ -43,8 +44,8 @@ def split(events: Iterable[Any], vocabulary: int, cuda: bool) -> tuple[Counter[s
     """Microseconds of each part, and of each operation in "other", which tells what to look at next."""
     parts, rest = Counter(), Counter()
     for event in events:
-        if event.device_type != DeviceType.CPU:  # a kernel, whose time is its operation's, too
-            continue
+        if event.device_type != DeviceType.CPU or event.key in PROFILERS_OWN:
+            continue  # the time of a kernel is its operation's, too
         spent = event.self_device_time_total if cuda else event.self_cpu_time_total
         part = part_of(event.key, event.input_shapes, vocabulary)
         parts[part] += spent
