@@ -7,6 +7,7 @@ a backend that is asked for by name and cannot run raises with the reason.
 import functools
 import importlib
 import importlib.util
+import operator
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -107,6 +108,7 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
 }
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_is_meta = operator.attrgetter("is_meta")
 FEW = 2**17  # elements over which PyTorch's own operations take about as long as a kernel of ours with its Python
 
 # The dtypes that a backend computes in, where not in all of them.
@@ -246,13 +248,16 @@ def observed(tensors: Iterable[Tensor]) -> bool:
         return True
     if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
         return True
-    return any(x.is_neg() or is_legacy_batchedtensor(x) for x in tensors)
+    tensors = tuple(tensors)
+    return any(map(is_legacy_batchedtensor, tensors)) or any(map(Tensor.is_neg, tensors))
 
 
 def unobserved(tensors: Iterable[Tensor]) -> bool:
     """Whether a call may go past the dispatcher: not :func:`observed`, of no subclass, and with numbers behind it."""
     tensors = tuple(tensors)
-    return not (observed(tensors) or any(type(x) not in PLAIN or x.is_meta for x in tensors))
+    if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, tensors)):
+        return False
+    return not (observed(tensors) or any(map(_is_meta, tensors)))
 
 
 def named(name: str) -> AbstractContextManager:

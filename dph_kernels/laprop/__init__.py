@@ -4,6 +4,7 @@ Paper: arXiv 2405.20053, on LaProp (arXiv 2002.04839); the momentum carries the 
 """
 
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from dph_kernels import checks, dispatch
 
 GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 COPIES = (torch.bfloat16, torch.float16)
+_shape, _dtype, _device = (operator.attrgetter(name) for name in ("shape", "dtype", "device"))
 
 
 class GradientNorm(NamedTuple):
@@ -172,11 +174,10 @@ def gradient_norm(grads: Sequence[Tensor], *, max_norm: float = float("inf"), ba
     """
     checks.option("backend", backend, ("auto", *dispatch.MODULES))
     checks.number("max_norm", max_norm, 0.0)
-    for i, grad in enumerate(grads):
-        checks.tensor(f"grads[{i}]", grad)
-        checks.dtype(f"grads[{i}]", grad, (*GRADIENTS, torch.float64))
-        checks.device(f"grads[{i}]", grad, grads[0].device)
-        checks.contiguous(f"grads[{i}]", grad)
+    dtypes = *GRADIENTS, torch.float64
+    if grads and not _alike(grads, dtypes, getattr(grads[0], "device", None)):
+        for i, grad in enumerate(grads):
+            _check_one(f"grads[{i}]", grad, dtypes, grads[0].device)
     double = next((i for i, grad in enumerate(grads) if grad.dtype == torch.float64), None)
     if double is not None and backend not in ("auto", "reference"):
         raise ValueError(f"grads[{double}]: expected float32 or a half for backend {backend!r}, got float64")
@@ -211,20 +212,27 @@ def _check_tensors(lists: dict[str, Sequence[Tensor]]) -> None:
     for name, tensors in lists.items():
         others = {"grads": GRADIENTS, "priors": (torch.bfloat16,)}.get(name, ())
         dtypes = COPIES if name == "copies" else tuple(dict.fromkeys((*others, first.dtype)))
+        if _alike(tensors, dtypes, first.device) and list(map(_shape, tensors)) == list(map(_shape, params)):
+            continue
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-            if (
-                not isinstance(tensor, Tensor)
-                or tensor.shape != param.shape
-                or tensor.dtype not in dtypes
-                or tensor.device != first.device
-                or not tensor.is_contiguous()
-            ):
-                _complain(f"{name}[{i}]", tensor, param, dtypes, first.device)
+            checks.tensor(f"{name}[{i}]", tensor)
+            checks.shape(f"{name}[{i}]", tensor, *param.shape)
+            _check_one(f"{name}[{i}]", tensor, dtypes, first.device)
 
 
-def _complain(name: str, tensor: Tensor, param: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+def _alike(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], device: torch.device) -> bool:
+    """Whether there is nothing for ``_check_one`` to say of any, found in a fraction of its time."""
+    return (
+        not torch.compiler.is_compiling()
+        and dispatch.PLAIN.issuperset(map(type, tensors))
+        and set(map(_dtype, tensors)).issubset(dtypes)
+        and set(map(_device, tensors)) <= {device}
+        and all(map(Tensor.is_contiguous, tensors))
+    )
+
+
+def _check_one(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
     checks.tensor(name, tensor)
-    checks.shape(name, tensor, *param.shape)
     checks.dtype(name, tensor, dtypes)
     checks.device(name, tensor, device)
     checks.contiguous(name, tensor)

@@ -1,6 +1,7 @@
 """LaProp by csrc/cpu/laprop.cpp and csrc/cuda/laprop.cu: every tensor in one call, each byte touched once."""
 
 import functools
+import itertools
 from array import array
 from collections.abc import Iterable, Sequence
 
@@ -27,9 +28,9 @@ def forward(
 ) -> None:
     """One step, in place; the settings are those of ``reference.forward``."""
     device, kernels = params[0].device, native.module()
-    rows, chunks = _table(params, grads, exp_avg, exp_avg_sq, priors, copies, kernels.LAPROP_CHUNK)
+    words, chunks = _table(params, grads, exp_avg, exp_avg_sq, priors, copies, kernels.LAPROP_CHUNK)
     with native.device_guard(device):
-        table = _place(rows, device)
+        table = _place(words, device)
         # Its memory may be used again as soon as this returns: by then the kernel is in line on the same stream.
         coefficients = None
         if clock is not None and device.type == "cuda":
@@ -50,13 +51,13 @@ def forward(
 def gradient_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
     """The same as ``reference.gradient_norm``."""
     device, kernels = grads[0].device, native.module()
-    rows, chunks = _gradient_table(grads, kernels.LAPROP_CHUNK)
+    words, chunks = _gradient_table(grads, kernels.LAPROP_CHUNK)
     norm = torch.empty((), dtype=torch.float64, device=device)
     scale = torch.empty(1, dtype=torch.float32, device=device)
     finite = torch.empty((), dtype=torch.bool, device=device)
     partials = torch.empty(chunks, dtype=torch.float64, device=device)
     with native.device_guard(device):
-        table = _place(rows, device)
+        table = _place(words, device)
         arguments = kernels.GradientNormArguments(
             table=table.data_ptr(),
             count=len(grads),
@@ -87,37 +88,33 @@ def _table(
     priors: Sequence[Tensor],
     copies: Sequence[Tensor],
     chunk: int,
-) -> tuple[list[tuple[int, ...]], int]:
-    """Rows of ``LapropTensor`` (csrc/laprop.h) and how many chunks they make."""
-    nothing = [None] * len(params)
-    columns = (params, exp_avg, exp_avg_sq, grads, priors or nothing, copies or nothing)
-    rows, chunks = [], 0
-    for tensors in zip(*columns, strict=True):
-        size, grad, prior = tensors[0].numel(), tensors[3], tensors[4]
-        addresses = [native.pointer(tensor) for tensor in tensors]
-        rows.append((*addresses, size, chunks, _kinds(grad, prior)))
-        chunks += -(-size // chunk)
-    return rows, chunks
+) -> tuple[array, int]:
+    """Rows of ``LapropTensor`` (csrc/laprop.h) as words, and how many chunks they make."""
+    nothing = [0] * len(params)
+    kinds = [BF16_GRAD * (grad.dtype == torch.bfloat16) for grad in grads]
+    if priors:
+        kinds = [kind + BF16_PRIOR * (prior.dtype == torch.bfloat16) for kind, prior in zip(kinds, priors, strict=True)]
+    columns = (map(Tensor.data_ptr, x) if x else nothing for x in (params, exp_avg, exp_avg_sq, grads, priors, copies))
+    return _words(columns, params, kinds, chunk)
 
 
-def _gradient_table(grads: Sequence[Tensor], chunk: int) -> tuple[list[tuple[int, ...]], int]:
-    """Rows of ``GradientTensor`` and how many chunks they make."""
-    rows, chunks = [], 0
-    for grad in grads:
-        size = grad.numel()
-        rows.append((grad.data_ptr(), size, chunks, _kinds(grad)))
-        chunks += -(-size // chunk)
-    return rows, chunks
+def _gradient_table(grads: Sequence[Tensor], chunk: int) -> tuple[array, int]:
+    """Rows of ``GradientTensor`` as words, and how many chunks they make."""
+    kinds = [BF16_GRAD * (grad.dtype == torch.bfloat16) for grad in grads]
+    return _words([map(Tensor.data_ptr, grads)], grads, kinds, chunk)
 
 
-def _kinds(grad: Tensor, prior: Tensor | None = None) -> int:
-    bf16_prior = prior is not None and prior.dtype == torch.bfloat16
-    return BF16_GRAD * (grad.dtype == torch.bfloat16) + BF16_PRIOR * bf16_prior
+def _words(
+    addresses: Iterable[Iterable[int]], tensors: Sequence[Tensor], kinds: Sequence[int], chunk: int
+) -> tuple[array, int]:
+    """Rows of addresses, size, number of chunks in the rows above, and kinds; and the number of all chunks."""
+    sizes = list(map(Tensor.numel, tensors))
+    *above, chunks = itertools.accumulate((-(-size // chunk) for size in sizes), initial=0)
+    return array("q", itertools.chain.from_iterable(zip(*addresses, sizes, above, kinds, strict=True))), chunks
 
 
-def _place(rows: Iterable[Iterable[int]], device: torch.device) -> Tensor:
-    """The rows as int64 words where the kernel reads them."""
-    words = array("q", (word for row in rows for word in row))
+def _place(words: array, device: torch.device) -> Tensor:
+    """The words where the kernel reads them."""
     if device.type == "cpu":
         return torch.frombuffer(words, dtype=torch.int64)
     stream = native.stream(device)
