@@ -6,7 +6,6 @@ Dense batches, preference pairs, streams with memory and decoding differ only in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dph.config import ModelConfig
-from dph.memory import Memory
+from dph.memory import LayerMemory, Memory
 from dph.whole_block import Shape, run_whole, split, untouched, weights_of
 from dph_kernels import PackedLayout, residual_norm, rope_attention, swiglu
 
@@ -123,51 +122,6 @@ class Block(nn.Module):
         """Rows [T, C] and what attention gave for them [T, C] -> [T, C]."""
         x, normed = self.ffn_norm(x, self.attention.out(attended))
         return x + self.ffn(normed)
-
-
-@dataclass(frozen=True)
-class LayerMemory:
-    """One layer's view of a :class:`dph.Memory` during one call, and when that is computed again.
-
-    RuntimeError where by then another call has begun: what the memory held is gone.
-    """
-
-    memory: Memory
-    layer: int
-    counts: list[int]
-    seen: list[int]
-    version: int
-
-    @classmethod
-    def of(cls, memory: Memory, layer: int, counts: Sequence[int]) -> LayerMemory:
-        """As the call that is under way finds it."""
-        return cls(memory, layer, list(counts), memory.seen, memory.version)
-
-    @property
-    def kind(self) -> str:
-        """ "kv" or "hidden"."""
-        return self.memory.kind
-
-    def read(self, like: Tensor) -> tuple[Tensor, ...]:
-        """Rotated keys and values [M, H, D]."""
-        self._check()
-        return self.memory.read(self.layer, like)
-
-    def recall(self, inputs: Tensor) -> Tensor:
-        """Remembered and new attention inputs, stream after stream."""
-        self._check()
-        return self.memory.recall(self.layer, inputs, self.counts, self.seen)
-
-    def keep(self, *rows: Tensor) -> None:
-        """Remember this call's rows."""
-        self.memory.keep(self.layer, *rows)
-
-    def _check(self) -> None:
-        if self.memory.version != self.version:
-            raise RuntimeError(
-                "memory: expected a backward pass before the memory's next call, as gradient checkpointing computes "
-                "the forward pass again, from what the memory held"
-            )
 
 
 class Backbone(nn.Module):

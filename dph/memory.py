@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -213,3 +216,48 @@ class Memory(Cache):
     def __repr__(self) -> str:
         """Sizes and fill."""
         return f"Memory(length={self.length}, kind={self.kind!r}, streams={len(self.seen)}, columns={self.columns})"
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """One layer's view of a :class:`Memory` during one call, and when that is computed again.
+
+    RuntimeError where by then another call has begun: what the memory held is gone.
+    """
+
+    memory: Memory
+    layer: int
+    counts: list[int]
+    seen: list[int]
+    version: int
+
+    @classmethod
+    def of(cls, memory: Memory, layer: int, counts: Sequence[int]) -> LayerMemory:
+        """As the call that is under way finds it."""
+        return cls(memory, layer, list(counts), memory.seen, memory.version)
+
+    @property
+    def kind(self) -> str:
+        """ "kv" or "hidden"."""
+        return self.memory.kind
+
+    def read(self, like: Tensor) -> tuple[Tensor, ...]:
+        """Rotated keys and values [M, H, D]."""
+        self._check()
+        return self.memory.read(self.layer, like)
+
+    def recall(self, inputs: Tensor) -> Tensor:
+        """Remembered and new attention inputs, stream after stream."""
+        self._check()
+        return self.memory.recall(self.layer, inputs, self.counts, self.seen)
+
+    def keep(self, *rows: Tensor) -> None:
+        """Remember this call's rows."""
+        self.memory.keep(self.layer, *rows)
+
+    def _check(self) -> None:
+        if self.memory.version != self.version:
+            raise RuntimeError(
+                "memory: expected a backward pass before the memory's next call, as gradient checkpointing computes "
+                "the forward pass again, from what the memory held"
+            )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,13 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.modules.module import _has_any_global_hook
 
+from dph.memory import LayerMemory
 from dph_kernels import PackedLayout, Rotary, autocast, dispatch
 from dph_kernels.residual_norm import OPERATOR as NORM
 from dph_kernels.residual_norm import WIDEST
 from dph_kernels.rope_attention import OPERATOR as ATTENTION
 from dph_kernels.rope_attention import check_inputs, joined_gradients
 from dph_kernels.swiglu import OPERATOR as GATE
-
-if TYPE_CHECKING:
-    from dph.backbone import LayerMemory
 
 AUTO = "auto"
 
