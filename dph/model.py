@@ -66,6 +66,9 @@ class Model(PreTrainedModel, GenerationMixin):
 
     ``Model(ModelConfig(...))`` is fresh; ``Model.from_pretrained(path)`` reads the own format or a released
     ``lsw_transformer`` directory; ``AutoModelForCausalLM`` and ``generate`` work.
+
+    Inside, the tokens of a batch lie end to end without padding: hooks on its modules see rows [T, C], not [B, S, C].
+    Positions follow from the padding mask (``position_ids`` are not read): documents are packed by ``forward_packed``.
     """
 
     config_class = ModelConfig
