@@ -175,9 +175,11 @@ def gradient_norm(grads: Sequence[Tensor], *, max_norm: float = float("inf"), ba
     checks.option("backend", backend, ("auto", *dispatch.MODULES))
     checks.number("max_norm", max_norm, 0.0)
     dtypes = *GRADIENTS, torch.float64
-    if grads and not _alike(grads, dtypes, getattr(grads[0], "device", None)):
-        for i, grad in enumerate(grads):
-            _check_one(f"grads[{i}]", grad, dtypes, grads[0].device)
+    if grads:
+        checks.tensor("grads[0]", grads[0])
+        if not _alike(grads, dtypes, grads[0].device):
+            for i, grad in enumerate(grads):
+                _check_one(f"grads[{i}]", grad, dtypes, grads[0].device)
     double = next((i for i, grad in enumerate(grads) if grad.dtype == torch.float64), None)
     if double is not None and backend not in ("auto", "reference"):
         raise ValueError(f"grads[{double}]: expected float32 or a half for backend {backend!r}, got float64")

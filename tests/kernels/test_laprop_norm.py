@@ -167,6 +167,7 @@ BAD = {
         lambda a: a.update(grads=[torch.zeros(3, dtype=torch.int32)]),
         r"grads\[0\]: expected float32 or .*int32",
     ),
+    "first": (lambda a: a.update(grads=[[1.0]]), r"grads\[0\]: expected a tensor, got list"),
     "none": (lambda a: a["grads"].append(None), r"grads\[1\]: expected a tensor, got NoneType"),
     "device": (
         lambda a: a["grads"].append(torch.zeros(3, device="meta")),
