@@ -19,10 +19,11 @@ constexpr int64_t SPAN = 128;   // and at most where it reads weights by columns
 constexpr int64_t PANEL = 32;   // columns that lie together
 constexpr int64_t CHUNK = 256;  // columns of a product that a thread works on at a time
 constexpr int64_t DEPTH = 256;  // and features: a panel of them fits the first-level cache
-constexpr int FEW = 4;          // answers up to which features are what lies along the lanes
+constexpr int FEW = 8;          // answers up to which features are what lies along the lanes
 static_assert(BLOCK == PANEL && CHUNK % PANEL == 0 && DEPTH % PANEL == 0, "blocks are whole panels");
 
 int64_t blocks(int64_t size, int64_t block = BLOCK) { return (size + block - 1) / block; }
+int64_t few_lanes(int64_t rows) { return rows > 4 ? FEW : rows > 2 ? 4 : rows; }
 int64_t padded(int64_t size) { return (size + REWARD_LANES - 1) / REWARD_LANES * REWARD_LANES; }
 
 // A matrix [features, lanes] as panels of 32 columns, the last one of 16 where that is enough.
@@ -61,7 +62,7 @@ struct Scratch {
 // A call with its intermediate results; ``lanes`` is R, padded.
 struct Job {
   const SwigluRewardArguments& a;
-  int64_t lanes = padded(a.rows);
+  int64_t lanes;
   int64_t span = BLOCK;
   Buffer<float> reward = buffer(a.heads * a.columns);  // [K, C]
   Buffer<uint32_t> row_low = buffer<uint32_t>(lanes), row_high = buffer<uint32_t>(lanes);
@@ -73,7 +74,7 @@ struct Job {
   std::unique_ptr<Buffer<float>[]> owned{new Buffer<float>[8]};
   int held = 0;
 
-  explicit Job(const SwigluRewardArguments& arguments) : a(arguments) {
+  explicit Job(const SwigluRewardArguments& arguments, int64_t padded) : a(arguments), lanes(padded) {
     for (int64_t r = 0; r < lanes; ++r) {
       const uint64_t id = r >= a.rows ? 0 : a.row_ids ? a.row_ids[r] : r;
       row_low.get()[r] = static_cast<uint32_t>(id);
@@ -131,15 +132,15 @@ using Stage = void (*)(const Job&, int64_t, Scratch&);
 
 struct Kernels {
   int lanes;
-  Stage take_hidden, turn_hidden, gate, reward, pool_backward, gate_backward, hidden_backward;
+  Stage take_hidden, gate_few, reward_few, turn_hidden, gate, reward, pool_backward, gate_backward, hidden_backward;
   void (*weight_backward)(const Panels&, const Panels&, int64_t, void*, bool, int64_t, Scratch&);
 };
 
-#define DPH_KERNELS(lanes, set)                                                                        \
-  {                                                                                                    \
-    lanes, set::take_hidden, set::turn_hidden, set::gate_block, set::reward_block,                     \
-        set::pool_backward_block, set::gate_backward_block, set::hidden_backward_block,                \
-        set::weight_backward_block                                                                     \
+#define DPH_KERNELS(lanes, set)                                                                          \
+  {                                                                                                      \
+    lanes, set::take_hidden, set::gate_few, set::reward_few, set::turn_hidden,                           \
+        set::gate_block, set::reward_block, set::pool_backward_block, set::gate_backward_block,          \
+        set::hidden_backward_block, set::weight_backward_block                                           \
   }
 
 // For vectors of so many floats.
@@ -166,6 +167,13 @@ void each(int64_t count, int threads, const Job& job, Stage stage) {
   each(count, threads, [&](int64_t block, Scratch& scratch) { stage(job, block, scratch); });
 }
 
+// Whether features are to lie along the lanes: nothing is kept for a backward pass, and weights lie by rows.
+bool are_few(const SwigluRewardArguments& a) {
+  const bool kept = a.kept_projected || a.kept_pooled, lies = a.w2.column == 1 && (!a.width || a.w1.column == 1);
+  const bool wide = a.columns >= kernels.lanes && (!a.width || a.width >= kernels.lanes);
+  return a.rows > 0 && a.rows <= FEW && a.w2.data && !kept && lies && wide;
+}
+
 }  // namespace
 
 int swiglu_reward_lanes(int most) {
@@ -174,15 +182,16 @@ int swiglu_reward_lanes(int most) {
 }
 
 void swiglu_reward_forward_cpu(const SwigluRewardArguments& a, int threads) {
-  Job job(a);
+  const bool few = are_few(a);
+  Job job(a, few ? few_lanes(a.rows) : padded(a.rows));
   const int64_t count = blocks(a.columns);
   job.parts = buffer(count * a.heads * job.lanes);
   each(count, threads, job, kernels.take_hidden);
   if (a.width) {
     job.gated = job.make(a.width, job.lanes);
-    each(blocks(a.width), threads, job, kernels.gate);
+    each(blocks(a.width), threads, job, few ? kernels.gate_few : kernels.gate);
   }
-  each(count, threads, job, kernels.reward);
+  each(count, threads, job, few ? kernels.reward_few : kernels.reward);
   for (int64_t r = 0; r < a.rows; ++r) {
     for (int64_t k = 0; k < a.heads; ++k) {
       float sum = 0.0f;
@@ -195,7 +204,7 @@ void swiglu_reward_forward_cpu(const SwigluRewardArguments& a, int threads) {
 }
 
 void swiglu_reward_backward_cpu(const SwigluRewardArguments& a, int threads) {
-  Job job(a);
+  Job job(a, padded(a.rows));
   job.parts = buffer(a.columns * a.heads);
   job.grad = buffer(a.heads * job.lanes);
   for (int64_t k = 0; k < a.heads; ++k) {

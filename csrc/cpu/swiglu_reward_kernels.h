@@ -131,8 +131,8 @@ DPH_TARGET inline void gate_block(const Job& job, int64_t block, Scratch& s) {
   float *xs = s.sums.get(), *gs = xs + BLOCK * CHUNK;
   for (int64_t begin = 0; begin < job.lanes; begin += CHUNK) {
     const int64_t end = std::min(begin + CHUNK, job.lanes);
-    project(job, xs, CHUNK, w1, first, count, job.hidden, begin, end, s.packed.get());
-    project(job, gs, CHUNK, w1, a.width + first, count, job.hidden, begin, end, s.packed.get());
+    product(xs, CHUNK, w1, first, count, job.hidden, begin, end, s.packed.get());
+    product(gs, CHUNK, w1, a.width + first, count, job.hidden, begin, end, s.packed.get());
     for (int64_t i = 0; i < count; ++i) {
       const int64_t f = first + i;
       const float x_bias = a.b1.data ? get(a.b1, f, 0, a.bf16) : 0.0f;
@@ -165,7 +165,7 @@ DPH_TARGET inline void reward_block(const Job& job, int64_t block, Scratch& s) {
     const int64_t end = std::min(begin + CHUNK, job.lanes);
     float* sums = s.sums.get();
     const Panels& states = a.width ? job.gated : job.hidden;
-    if (a.w2.data) project(job, sums, CHUNK, w2, first, count, states, begin, end, s.packed.get());
+    if (a.w2.data) product(sums, CHUNK, w2, first, count, states, begin, end, s.packed.get());
     for (int64_t i = 0; i < count; ++i) {
       const float bias = a.b2.data ? get(a.b2, first + i, 0, a.bf16) : 0.0f;
       for (int64_t j = begin; j < end; j += PANEL) {
@@ -328,5 +328,7 @@ DPH_TARGET inline void weight_backward_block(const Panels& left, const Panels& r
     }
   }
 }
+
+#include "swiglu_reward_few.h"
 
 #undef DPH_FN

@@ -73,6 +73,7 @@ DPH_FN void micro(int64_t depth, const float* A, int64_t rs, int64_t cs, const f
 #pragma GCC unroll 2
     for (int n = 0; n < NV; ++n) acc[r][n] = Vec{};
   }
+#pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
     Vec b[NV];
 #pragma GCC unroll 2
@@ -95,26 +96,21 @@ DPH_FN void micro(int64_t depth, const float* A, int64_t rs, int64_t cs, const f
   }
 }
 
-// One tile of rows times columns [begin, end) of the panels, whose features [k, k + depth) it meets.
-DPH_FN void multiply_tile(float* out, int64_t ld, const float* A, int64_t rs, bool turned, int64_t count,
-                          const Panels& b, int64_t k, int64_t depth, int64_t begin, int64_t end) {
-  for (int64_t j = begin; j < end; j += PANEL) {
-    const int64_t width = b.width(j);
-    const float* B = b.row(k, j);
-    for (int64_t n = 0; n < width;) {
-      float* C = out + j - begin + n;
-      const bool two = n + 2 * W <= width;
-      if (turned && two) {
-        micro<2>(depth, A, 1, MR, B + n, width, C, ld, count, k > 0);
-      } else if (turned) {
-        micro<1>(depth, A, 1, MR, B + n, width, C, ld, count, k > 0);
-      } else if (two) {
-        micro<2>(depth, A, rs, 1, B + n, width, C, ld, count, k > 0);
-      } else {
-        micro<1>(depth, A, rs, 1, B + n, width, C, ld, count, k > 0);
-      }
-      n += two ? 2 * W : W;
+// One tile of rows times one panel, whose features meet the tile's ``depth``.
+DPH_FN void multiply_tile(float* out, int64_t ld, const float* A, int64_t rs, bool turned, int64_t count, const float* B,
+                          int64_t width, int64_t depth, bool add) {
+  for (int64_t n = 0; n < width;) {
+    const bool two = n + 2 * W <= width;
+    if (turned && two) {
+      micro<2>(depth, A, 1, MR, B + n, width, out + n, ld, count, add);
+    } else if (turned) {
+      micro<1>(depth, A, 1, MR, B + n, width, out + n, ld, count, add);
+    } else if (two) {
+      micro<2>(depth, A, rs, 1, B + n, width, out + n, ld, count, add);
+    } else {
+      micro<1>(depth, A, rs, 1, B + n, width, out + n, ld, count, add);
     }
+    n += two ? 2 * W : W;
   }
 }
 
@@ -127,91 +123,14 @@ DPH_TARGET static void product(float* out, int64_t ld, const Left& a, int64_t fi
   for (int64_t k = 0; k < b.features; k += DEPTH) {
     const int64_t depth = std::min(DEPTH, b.features - k);
     if (direct < count) pack(packed, a, first + direct, count - direct, k, depth, turned);
-    for (int64_t i = 0; i < count; i += MR) {
-      const bool lies = i < direct;
-      const float* A = lies ? static_cast<const float*>(a.data) + (first + i) * a.row + k
-                            : packed + (i - direct) / MR * tile_step(depth);
-      multiply_tile(out + i * ld, ld, A, lies ? a.row : depth, turned, std::min(MR, count - i), b, k, depth, begin, end);
+    for (int64_t j = begin; j < end; j += PANEL) {
+      for (int64_t i = 0; i < count; i += MR) {
+        const bool lies = i < direct;
+        const float* A = lies ? static_cast<const float*>(a.data) + (first + i) * a.row + k
+                              : packed + (i - direct) / MR * tile_step(depth);
+        float* C = out + i * ld + j - begin;
+        multiply_tile(C, ld, A, lies ? a.row : depth, turned, std::min(MR, count - i), b.row(k, j), b.width(j), depth, k > 0);
+      }
     }
   }
-}
-
-// Transposes W vectors: each round interleaves the two halves.
-DPH_FN void turn(Vec* v) {
-  typedef int32_t Places __attribute__((vector_size(4 * DPH_LANES)));
-  Places low, high;
-#pragma GCC unroll 16
-  for (int l = 0; l < W; ++l) {
-    low[l] = l / 2 + l % 2 * W;
-    high[l] = low[l] + W / 2;
-  }
-#pragma GCC unroll 4
-  for (int round = 1; round < W; round *= 2) {
-    Vec u[W];
-#pragma GCC unroll 8
-    for (int i = 0; i < W / 2; ++i) {
-      u[2 * i] = __builtin_shuffle(v[i], v[i + W / 2], low);
-      u[2 * i + 1] = __builtin_shuffle(v[i], v[i + W / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) v[i] = u[i];
-  }
-}
-
-// W features of N answers, with the features along the lanes: weights are loaded, not broadcast, and meet N answers where
-// `micro` has them meet a vector of those. Every sum is taken as there, to the bit.
-template <class Element, int N>
-DPH_FN void micro_few(int64_t depth, const Element* A, int64_t rs, const float* B, float* C, int64_t ldc, bool add) {
-  Vec acc[N] = {};
-  const int64_t whole = depth / W * W;
-  for (int64_t k = 0; k < whole; k += W, A += W, B += W * REWARD_LANES) {
-    Vec a[W];
-#pragma GCC unroll 16
-    for (int r = 0; r < W; ++r) {
-      __builtin_prefetch(A + r * rs + 64);
-      a[r] = load(A + r * rs);
-    }
-    turn(a);
-#pragma GCC unroll 16
-    for (int d = 0; d < W; ++d) {
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) acc[n] += a[d] * (B[d * REWARD_LANES + n] - Vec{});
-    }
-  }
-  for (int64_t d = 0; d < depth - whole; ++d) {
-    Vec a;
-    for (int r = 0; r < W; ++r) a[r] = value(A[r * rs + d]);
-    for (int n = 0; n < N; ++n) acc[n] += a * (B[d * REWARD_LANES + n] - Vec{});
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < W; ++r) {
-    for (int n = 0; n < N; ++n) C[r * ldc + n] = (add ? C[r * ldc + n] : 0.0f) + acc[n][r];
-  }
-}
-
-// As `product` with all lanes of the right factor, of which the first N may be answers.
-template <class Element, int N>
-DPH_FN void product_few(float* out, int64_t ld, const Left& a, int64_t first, int64_t count, const Panels& b) {
-  const Element* rows = static_cast<const Element*>(a.data) + first * a.row;
-  for (int64_t i = 0; i < count; ++i) memset(out + i * ld, 0, b.lanes * sizeof(float));
-  for (int64_t i = 0; i < count; i += W) {
-    for (int64_t k = 0; k < b.features; k += DEPTH) {
-      const int64_t depth = std::min(DEPTH, b.features - k);
-      micro_few<Element, N>(depth, rows + i * a.row + k, a.row, b.row(k, 0), out + i * ld, ld, k > 0);
-    }
-  }
-}
-
-// Weights times answers.
-DPH_TARGET static void project(const Job& job, float* out, int64_t ld, const Left& a, int64_t first, int64_t count,
-                               const Panels& b, int64_t begin, int64_t end, float* packed) {
-  const int64_t answers = job.a.rows, few = answers <= FEW && a.column == 1 ? count / W * W : 0;
-  if (few && a.bf16) {
-    product_few<uint16_t, FEW>(out, ld, a, first, few, b);
-  } else if (few && answers > 1) {
-    product_few<float, FEW>(out, ld, a, first, few, b);
-  } else if (few) {
-    product_few<float, 1>(out, ld, a, first, few, b);
-  }
-  if (few < count) product(out + few * ld, ld, a, first + few, count - few, b, begin, end, packed);
 }

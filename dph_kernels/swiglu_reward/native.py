@@ -24,10 +24,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What ``reference.forward`` gives, the last two in the kernels' layout."""
     kernels = native.module()
-    rows, width = len(hidden), 0 if w1 is None else len(w1) // 2
+    rows, width = hidden.shape[0], 0 if w1 is None else w1.shape[0] // 2
     projected, pooled = kept_shapes(rows, hidden.shape[1], width)
     empty = functools.partial(hidden.new_empty, dtype=torch.float32)
-    rewards = empty((rows, len(reward)))
+    rewards = empty((rows, reward.shape[0]))
     projected = empty(projected if save and w1 is not None else 0)
     pooled = empty(pooled if save and w2 is not None else 0)
     row_ids = None if row_ids is None else row_ids.contiguous()
@@ -64,10 +64,10 @@ def _arguments(
     """What both passes take; it holds addresses, so the tensors have to outlive it."""
     kernels = native.module()
     return kernels.SwigluRewardArguments(
-        rows=len(hidden),
+        rows=hidden.shape[0],
         columns=hidden.shape[1],
-        width=0 if w1 is None else len(w1) // 2,
-        heads=len(reward),
+        width=0 if w1 is None else w1.shape[0] // 2,
+        heads=reward.shape[0],
         bf16=hidden.dtype == torch.bfloat16,
         hidden=_matrix(hidden),
         reward=_matrix(reward),

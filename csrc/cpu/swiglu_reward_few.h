@@ -1,0 +1,151 @@
+// Rewards of few answers, forward only: swiglu_reward_kernels.h includes this, for one instruction set, within its
+// namespace. No include guard.
+//
+// Features lie along the lanes of vectors: weights are loaded, not broadcast, and meet as many answers as there are (of
+// which job.lanes lie side by side), where those of `product` meet a whole vector of them. Every number is taken as there,
+// to the bit.
+
+// Transposes W vectors: each round interleaves the two halves.
+DPH_FN void turn(Vec* v) {
+  typedef int32_t Places __attribute__((vector_size(4 * DPH_LANES)));
+  Places low, high;
+#pragma GCC unroll 16
+  for (int l = 0; l < W; ++l) {
+    low[l] = l / 2 + l % 2 * W;
+    high[l] = low[l] + W / 2;
+  }
+#pragma GCC unroll 4
+  for (int round = 1; round < W; round *= 2) {
+    Vec u[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      u[2 * i] = __builtin_shuffle(v[i], v[i + W / 2], low);
+      u[2 * i + 1] = __builtin_shuffle(v[i], v[i + W / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) v[i] = u[i];
+  }
+}
+
+// W words of 32 bits from each of W rows, from column k on: one float, or two of bf16. Rows are reached from every fourth
+// one: the processor adds up to three strides itself, and sixteen addresses would not fit its registers.
+template <class Element>
+DPH_FN void load_rows(Vec* words, const Element* const* fourths, int64_t ld, int64_t k) {
+  constexpr int64_t ahead = 256 / sizeof(Element);  // that far the memory is asked early
+#pragma GCC unroll 16
+  for (int r = 0; r < W; ++r) {
+    const Element* from = fourths[r / 4] + r % 4 * ld + k;
+    __builtin_prefetch(from + ahead);
+    words[r] = *reinterpret_cast<const Loose*>(from);
+  }
+}
+
+// The element at a place in words.
+template <class Element>
+DPH_FN Vec element(Vec words, int place) {
+  if (sizeof(Element) == sizeof(float)) return words;
+  const Words bits = reinterpret_cast<Words>(words);
+  return reinterpret_cast<Vec>(place ? bits & 0xffff0000u : bits << 16);
+}
+
+// sums [N, W] = W rows of a matrix, ``ld`` apart, times N answers.
+template <class Element, int N>
+DPH_FN void multiply_few(float* sums, const Element* rows, int64_t ld, const Panels& answers) {
+  constexpr int places = sizeof(float) / sizeof(Element);
+  constexpr int64_t tile = W * places;
+  const Element* fourths[W / 4];
+  for (int i = 0; i < W / 4; ++i) fourths[i] = rows + 4 * i * ld;
+  Vec total[N] = {};
+  for (int64_t begin = 0; begin < answers.features; begin += DEPTH) {
+    const int64_t end = std::min(begin + DEPTH, answers.features), whole = end / tile * tile;
+    const float* b = answers.row(begin, 0);
+    Vec acc[N] = {};
+    for (int64_t k = begin; k < whole; k += tile, b += tile * N) {
+      Vec words[W];
+      load_rows(words, fourths, ld, k);
+      turn(words);
+#pragma GCC unroll 32
+      for (int d = 0; d < tile; ++d) {
+        const Vec a = element<Element>(words[d / places], d % places);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) acc[n] += a * (b[d * N + n] - Vec{});
+      }
+    }
+    for (int64_t k = whole; k < end; ++k, b += N) {
+      Vec a;
+      for (int r = 0; r < W; ++r) a[r] = value(rows[r * ld + k]);
+      for (int n = 0; n < N; ++n) acc[n] += a * (b[n] - Vec{});
+    }
+    for (int n = 0; n < N; ++n) total[n] += acc[n];
+  }
+  for (int n = 0; n < N; ++n) store(sums + n * W, total[n]);
+}
+
+template <class Element>
+DPH_FN void multiply_few(float* sums, const RewardMatrix& weights, int64_t first, const Panels& answers) {
+  const Element* rows = static_cast<const Element*>(weights.data) + first * weights.row;
+  if (answers.lanes == 1) {
+    multiply_few<Element, 1>(sums, rows, weights.row, answers);
+  } else if (answers.lanes == 2) {
+    multiply_few<Element, 2>(sums, rows, weights.row, answers);
+  } else if (answers.lanes == 4) {
+    multiply_few<Element, 4>(sums, rows, weights.row, answers);
+  } else {
+    multiply_few<Element, FEW>(sums, rows, weights.row, answers);
+  }
+}
+
+// sums [N, W] = features [first, first + W) of the answers times the weights, plus the bias.
+DPH_TARGET static void project_few(float* sums, const RewardMatrix& weights, const RewardMatrix& bias, bool bf16,
+                                   int64_t first, const Panels& answers) {
+  if (bf16) {
+    multiply_few<uint16_t>(sums, weights, first, answers);
+  } else {
+    multiply_few<float>(sums, weights, first, answers);
+  }
+  for (int64_t l = 0; bias.data && l < W; ++l) {
+    const float value = get(bias, first + l, 0, bf16);
+    for (int64_t n = 0; n < answers.lanes; ++n) sums[n * W + l] += value;
+  }
+}
+
+// x silu(g) of one block of F. The last vector of a matrix begins where it ends with it: some of its lanes are not new.
+DPH_TARGET inline void gate_few(const Job& job, int64_t block, Scratch&) {
+  const SwigluRewardArguments& a = job.a;
+  for (int64_t f = block * BLOCK; f < std::min((block + 1) * BLOCK, a.width); f += W) {
+    const int64_t first = std::min(f, a.width - W);
+    alignas(64) float xs[FEW * W], gs[FEW * W];
+    project_few(xs, a.w1, a.b1, a.bf16, first, job.hidden);
+    project_few(gs, a.w1, a.b1, a.bf16, a.width + first, job.hidden);
+    for (int64_t n = 0; n < job.lanes; ++n) {
+      float *x = xs + n * W, *g = gs + n * W;
+#pragma omp simd
+      for (int64_t l = 0; l < W; ++l) x[l] = x[l] * (g[l] * sigmoid(g[l]));
+      for (int64_t l = f - first; l < W; ++l) job.gated.row(first + l, 0)[n] = x[l];
+    }
+  }
+}
+
+// What one block of C adds to the rewards.
+DPH_TARGET inline void reward_few(const Job& job, int64_t block, Scratch&) {
+  const SwigluRewardArguments& a = job.a;
+  float* parts = job.parts.get() + block * a.heads * job.lanes;
+  memset(parts, 0, a.heads * job.lanes * sizeof(float));
+  for (int64_t c = block * BLOCK; c < std::min((block + 1) * BLOCK, a.columns); c += W) {
+    const int64_t first = std::min(c, a.columns - W);
+    alignas(64) float states[FEW * W];
+    project_few(states, a.w2, a.b2, a.bf16, first, a.width ? job.gated : job.hidden);
+#pragma omp simd
+    for (int64_t l = 0; l < job.lanes * W; ++l) states[l] = tanh_of(states[l]);
+    for (int64_t l = c - first; l < W; ++l) {
+      float factors[FEW];
+      draw(factors, job, a.pooled, first + l, 0, job.lanes);
+      for (int64_t n = 0; n < job.lanes; ++n) {
+        const float state = states[n * W + l] * factors[n];
+        for (int64_t k = 0; k < a.heads; ++k) {
+          parts[k * job.lanes + n] += job.reward.get()[k * a.columns + first + l] * state;
+        }
+      }
+    }
+  }
+}
