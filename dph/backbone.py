@@ -142,13 +142,27 @@ class Backbone(nn.Module):
         self.output_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(
-        self, tokens: Tensor, layout: PackedLayout, memory: Memory | None = None, counts: Sequence[int] = ()
+        self,
+        tokens: Tensor,
+        layout: PackedLayout,
+        memory: Memory | None = None,
+        counts: Sequence[int] = (),
+        states: list[Tensor] | None = None,
     ) -> Tensor:
-        """[T] int64 -> [T, C]; ``counts`` [B] gives the tokens of each stream of ``memory``."""
-        x = self.input_norm(self.input_proj(self.embedding(tokens)))
+        """Tokens [T] int64, or their embeddings [T, E], -> [T, C].
+
+        ``counts`` [B] gives the tokens of each stream of ``memory``. To ``states`` each block's input [T, C] is
+        appended, and the result.
+        """
+        x = self.input_norm(self.input_proj(tokens if tokens.is_floating_point() else self.embedding(tokens)))
         for i, block in enumerate(self.blocks):
+            if states is not None:
+                states.append(x)
             x = self._run(block, x, layout, None if memory is None else LayerMemory.of(memory, i, counts))
-        return self.output_norm(x)
+        x = self.output_norm(x)
+        if states is not None:
+            states.append(x)
+        return x
 
     def _run(self, block: Block, x: Tensor, layout: PackedLayout, memory: LayerMemory | None) -> Tensor:
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):

@@ -26,11 +26,12 @@ from transformers.utils import cached_file
 from dph import chat, checkpoint
 from dph.backbone import Backbone
 from dph.config import ModelConfig, hub_arguments, with_config
+from dph.dense import Dense, check_tokens, chosen_inputs
 from dph.heads import RewardHead
 from dph.losses import IGNORED
 from dph.memory import Memory
 from dph.packing import PackedBatch, batches, pack
-from dph_kernels import PackedLayout, linear_logprob
+from dph_kernels import PackedLayout, checks, linear_logprob
 from dph_kernels.transfer import to_device
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,6 @@ class Model(PreTrainedModel, GenerationMixin):
     ``lsw_transformer`` directory; ``AutoModelForCausalLM`` and ``generate`` work.
 
     Inside, the tokens of a batch lie end to end without padding: hooks on its modules see rows [T, C], not [B, S, C].
-    Positions follow from the padding mask (``position_ids`` are not read): documents are packed by ``forward_packed``.
     """
 
     config_class = ModelConfig
@@ -181,7 +181,7 @@ class Model(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         past_key_values: Memory | None = None,
@@ -194,6 +194,7 @@ class Model(PreTrainedModel, GenerationMixin):
         token_type_ids: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where there are labels.
 
@@ -201,72 +202,62 @@ class Model(PreTrainedModel, GenerationMixin):
             input_ids: [B, S] int64.
             attention_mask: [B, S'] with S' >= S, 0 for padding (on either side); columns before the last S speak of
                 what the memory has seen. Padding is neither computed nor remembered; its logits are zero.
-            labels: [B, S], aligned with ``input_ids`` and shifted here; -100 is ignored.
+            labels: [B, S] int64, aligned with the tokens and shifted here; -100 is ignored.
             past_key_values: a :class:`dph.Memory`, read and updated, detached.
             use_cache: True without a memory makes one that keeps all.
             logits_to_keep: last columns to compute logits for; 0 for all, or the columns' indices.
             num_items_in_batch: divisor of the summed loss, for gradient accumulation; the labels' number if None.
-            position_ids: taken for ``generate``'s sake and not needed: positions follow from mask and memory.
+            position_ids: [B, S], where a row holds several documents: positions begin anew at 0 with each, and no token
+                sees another document. With a memory they are not read: positions follow from it.
             return_dict: False gives a tuple.
             cache_position, token_type_ids: taken since other libraries pass them; they change nothing.
-            output_attentions, output_hidden_states: taken likewise, but True is not supported.
+            output_attentions: taken likewise, but True is not supported.
+            output_hidden_states: also give ``hidden_states``, as transformers does: each block's input, and the result.
+            inputs_embeds: [B, S, E] what :meth:`get_input_embeddings` gives for the tokens, in place of ``input_ids``.
 
         Returns:
-            ``logits`` [B, S, V], ``loss`` (mean over labels), ``past_key_values``.
+            ``logits`` [B, S, V], ``loss`` (mean over labels), ``past_key_values``, ``hidden_states`` (L + 1 of
+            [B, S, C], zeros in the padding).
 
-        Raises ValueError where shapes do not fit or the cache is not a :class:`dph.Memory`.
+        Raises ValueError where shapes do not fit, a token is not in the vocabulary (on the CPU), or the cache is not a
+        :class:`dph.Memory`.
         """
-        if output_attentions or output_hidden_states:
-            raise ValueError("output_attentions, output_hidden_states: expected False, got True: not supported")
-        if labels is not None and labels.shape != input_ids.shape:
-            raise ValueError(f"labels: expected shape {list(input_ids.shape)}, got {list(labels.shape)}")
+        inputs = chosen_inputs(self.backbone.embedding, input_ids, inputs_embeds)
+        if output_attentions:
+            raise ValueError("output_attentions: expected False, got True: no kernel of ours forms them")
         if past_key_values is not None and not isinstance(past_key_values, Memory):
             raise ValueError(f"past_key_values: expected dph.Memory, got {type(past_key_values).__name__}")
         if past_key_values is None and use_cache:
-            past_key_values = Memory(length=max(4096, input_ids.shape[-1]))
-        hidden, mask = self._dense_hidden(input_ids, attention_mask, past_key_values)
-        grid = self._spread(self.output_proj(hidden), mask, input_ids.shape)
+            past_key_values = Memory(length=max(4096, inputs.shape[1]))
+        dense = Dense.of(inputs, attention_mask, position_ids if past_key_values is None else None)
+        states = [] if output_hidden_states else None
+        grid = dense.spread(self.output_proj(self._hidden(inputs, dense, past_key_values, states)))
         loss = None if labels is None else self._loss(grid, labels, num_items_in_batch)
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # -0: all
         logits = F.linear(grid[:, columns], self.backbone.embedding.weight)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        states = None if states is None else tuple(map(dense.spread, states))
+        output = CausalLMOutputWithPast(loss, logits, past_key_values=past_key_values, hidden_states=states)
         return output if return_dict else output.to_tuple()
 
-    def _dense_hidden(
-        self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [T, C] of the tokens that are no padding, row by row, and the mask [B, S] (None: all)."""
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids: expected shape [B, S], got {list(input_ids.shape)}")
-        batch, length = input_ids.shape
-        mask, counts = None, [length] * batch
-        if attention_mask is not None:
-            if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
-                raise ValueError(
-                    f"attention_mask: expected shape [{batch}, {length}] or wider, got {list(attention_mask.shape)}"
-                )
-            mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
-            counts = mask.sum(1).tolist()
-            mask = None if sum(counts) == batch * length else mask
-        tokens = input_ids.flatten() if mask is None else input_ids[mask]
+    def _hidden(
+        self, inputs: Tensor, dense: Dense, memory: Memory | None = None, states: list[Tensor] | None = None
+    ) -> Tensor:
+        """Hidden states [T, C] of the tokens that are no padding, row by row; ``states`` as the backbone has it."""
+        rows = dense.rows(inputs)
         if memory is None:
-            return self.backbone(tokens, PackedLayout.documents(counts).to(tokens.device)), mask
-        layout = memory.begin(counts).to(tokens.device)
-        hidden = self.backbone(tokens, layout, memory, counts)
-        memory.end(counts, length)
-        return hidden, mask
-
-    @staticmethod
-    def _spread(rows: Tensor, mask: Tensor | None, shape: torch.Size) -> Tensor:
-        """Rows [T, X] back to their places [B, S, X], zeros in the padding."""
-        if mask is None:
-            return rows.view(*shape, rows.shape[1])
-        return rows.new_zeros(*shape, rows.shape[1]).masked_scatter(mask[..., None], rows)
+            return self.backbone(rows, PackedLayout.documents(dense.documents).to(rows.device), states=states)
+        layout = memory.begin(dense.counts).to(rows.device)
+        hidden = self.backbone(rows, layout, memory, dense.counts, states)
+        memory.end(dense.counts, dense.shape[1])
+        return hidden
 
     def _loss(self, grid: Tensor, labels: Tensor, divisor: int | Tensor | None) -> Tensor:
         """Cross-entropy of shifted labels without logits; NaN without a label, as a mean over nothing."""
+        checks.shape("labels", labels, *grid.shape[:2])
+        checks.dtype("labels", labels, torch.int64)
         targets = labels[:, 1:]
         wanted = targets != IGNORED
+        check_tokens("labels", targets[wanted], self.backbone.embedding)
         logprobs = linear_logprob(grid[:, :-1][wanted], self.backbone.embedding.weight, targets[wanted])
         return -logprobs.sum() / (wanted.sum() if divisor is None else divisor)
 
@@ -279,10 +270,16 @@ class Model(PreTrainedModel, GenerationMixin):
             memory._is_user_defined = True  # transformers' mark for a cache that outlives the call
             memory.batch_repeat_interleave(max(generation_config.num_beams, generation_config.num_return_sequences))
         elif memory is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = Memory(length=generation_config.max_length)
+            given = model_kwargs.get("inputs_embeds")  # of which transformers' length knows nothing
+            length = generation_config.max_length + (0 if given is None else given.shape[1])
+            model_kwargs["past_key_values"] = Memory(length=length)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """As transformers' own, but a memory that has seen all of ``input_ids`` is an error, not a wrong slice."""
         if next_sequence_length is not None and next_sequence_length < 1:
@@ -291,7 +288,9 @@ class Model(PreTrainedModel, GenerationMixin):
                 f"input_ids: expected the {seen} tokens that the memory has seen and at least one more (or new tokens "
                 f"alone, with an attention_mask over all), got {input_ids.shape[1]}"
             )
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     # Streams and packed answers
 
@@ -311,8 +310,8 @@ class Model(PreTrainedModel, GenerationMixin):
             [R] fp32, the targets that are not -100, row by row. With ``statistics``: (log-probabilities, entropy [R] in
             nats, whether the most probable token was the target [R] bool), the last two without gradient.
         """
-        hidden, _ = self._dense_hidden(tokens, None, memory)
-        targets = targets.flatten()
+        check_tokens("tokens", tokens, self.backbone.embedding)
+        hidden, targets = self._hidden(tokens, Dense.of(tokens), memory), targets.flatten()
         rows = (targets != IGNORED).nonzero().flatten()
         states, targets = self.output_proj(hidden[to_device(rows, self.device)]), to_device(targets[rows], self.device)
         found = linear_logprob(states, self.backbone.embedding.weight, targets, statistics=statistics)
@@ -383,8 +382,8 @@ class Model(PreTrainedModel, GenerationMixin):
         mode), and where the judged token is not ``<|im_end|>`` and no position was given.
         """
         self.check_heads(*self.head_names, training=self.training)
-        hidden, mask = self._dense_hidden(input_ids, attention_mask)
-        grid = self._spread(hidden, mask, input_ids.shape)
+        dense = Dense.of(chosen_inputs(self.backbone.embedding, input_ids), attention_mask)
+        grid, mask = dense.spread(self._hidden(input_ids, dense)), dense.mask
         if reward_positions is None:
             reward_positions = self._last_positions(input_ids, mask)
         positions = torch.as_tensor(reward_positions, device=input_ids.device)

@@ -85,7 +85,7 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
     },
     "swiglu_reward": {
         "cpu": {
-            "cpu": "1 to 2 times as fast as eager PyTorch from 4 rows on, 0.8 (Xeon) to 1.4 (EPYC) for one: "
+            "cpu": "as fast as eager PyTorch for up to 3 rows, which memory bounds, 1.05 to 2.5 times from 4 on (Xeon): "
             "benchmarks/bench_swiglu_reward.py",
             "reference": "plain PyTorch runs everywhere",
         },

@@ -97,6 +97,71 @@ def test_a_mask_of_ones_and_one_of_booleans():
         assert torch.equal(model(ids, attention_mask=mask).logits, expected)
 
 
+def test_a_mask_that_is_added_to_scores_is_refused():
+    model, ids = tiny_model(), tokens(2, 6)
+    with pytest.raises(ValueError, match="attention_mask: expected 1 for tokens and 0 for padding, got what is added"):
+        model(ids, attention_mask=torch.tensor([0.0, 0, 0, 0, 0, -1e9]).expand(2, 6))
+
+
+def test_positions_that_begin_anew_divide_a_row_into_documents():
+    """Under a mask too: padding lies on either side, and between documents."""
+    model = tiny_model()
+    rows = [tokens(n, seed=n).tolist() for n in (5, 3, 4, 2)]
+    ids, mask = padded((2, [*rows[0], *rows[1]], 1), (0, [*rows[2], 0, *rows[3]], 4))
+    mask[1, 4] = 0
+    positions = torch.tensor([[1, 1, 0, 1, 2, 3, 4, 0, 1, 2, 0], [0, 1, 2, 3, 9, 0, 1, 0, 0, 0, 0]])
+    logits = model(ids, attention_mask=mask, position_ids=positions).logits
+    for b, start, row in ((0, 2, rows[0]), (0, 7, rows[1]), (1, 0, rows[2]), (1, 5, rows[3])):
+        own = model(torch.tensor([row])).logits[0]
+        torch.testing.assert_close(logits[b, start : start + len(row)], own, rtol=0, atol=1e-5)
+    assert torch.equal(model(ids, position_ids=torch.arange(11)[None]).logits, model(ids).logits)
+    empty = torch.zeros(2, 0, dtype=torch.int64)
+    assert model(empty, position_ids=empty).logits.shape == (2, 0, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("positions", "text"),
+    [
+        ([[0, 1, 1, 2]], r"predecessor's plus 1, or 0 where a document begins, got 1 after 1"),
+        ([[0, 1, 2, 4]], "got 4 after 2"),
+        ([[3, 2, 1, 0]], "got 2 after 3"),
+        ([[0, 1, 2]], r"position_ids: expected shape \[2, 4\], got \[1, 3\]"),
+        ([0, 1, 2, 3], r"position_ids: expected shape \[2, 4\], got \[4\]"),
+    ],
+)
+def test_positions_that_cannot_be(positions, text):
+    with pytest.raises(ValueError, match=text):
+        tiny_model()(tokens(2, 4), position_ids=torch.tensor(positions))
+
+
+def test_embeddings_in_place_of_tokens():
+    model, (ids, mask) = tiny_model(), padded((0, [5, 6, 7], 1), (1, [8, 9, 4], 0))
+    given = model.get_input_embeddings()(ids)
+    arguments = {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    out, expected = model(inputs_embeds=given, **arguments), model(ids, **arguments)
+    assert torch.equal(out.logits, expected.logits)
+    assert torch.equal(out.loss, expected.loss)
+    for both in ({}, {"input_ids": ids, "inputs_embeds": given}):
+        with pytest.raises(ValueError, match="input_ids, inputs_embeds: expected one, got (none|both)"):
+            model(**both)
+    with pytest.raises(ValueError, match=r"inputs_embeds: expected shape \[B, S, \d+\], got \[2, 4, 1\]"):
+        model(inputs_embeds=given[..., :1])
+
+
+def test_hidden_states_are_the_blocks_inputs_and_the_result():
+    model, (ids, mask) = tiny_model(), padded((0, [5, 6, 7], 1), (1, [8, 9, 4], 0))
+    seen = []
+    for block in model.backbone.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    states = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    assert len(states) == model.config.num_hidden_layers + 1
+    for state, rows in zip(states, seen, strict=False):
+        assert torch.equal(state[mask.bool()], rows)
+    assert (torch.stack(states)[:, mask == 0] == 0).all()
+    logits = model.output_proj(states[-1]) @ model.get_input_embeddings().weight.T
+    torch.testing.assert_close(logits, model(ids, attention_mask=mask).logits)
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0), (1, 1)])
 def test_empty_batches_and_single_tokens(shape):
     model, ids = tiny_model(), tokens(*shape)
@@ -165,6 +230,12 @@ def test_forms_of_the_output():
         ({"attention_mask": torch.ones(1, 4)}, r"attention_mask: expected shape \[2, 4\]"),
         ({"attention_mask": torch.ones(2, 1, 4, 4)}, r"attention_mask: expected shape \[2, 4\]"),
         ({"labels": tokens(2, 5)}, r"labels: expected shape \[2, 4\], got \[2, 5\]"),
+        ({"labels": torch.full((2, 4), VOCAB)}, rf"labels: expected tokens in \[0, {VOCAB}\), got {VOCAB}"),
+        ({"labels": torch.ones(2, 4)}, "labels: expected int64, got float32"),
+        ({"input_ids": torch.full((2, 4), VOCAB)}, rf"input_ids: expected tokens in \[0, {VOCAB}\), got {VOCAB}"),
+        ({"input_ids": torch.tensor([[3, -1]])}, "input_ids: expected tokens .*, got -1"),
+        ({"input_ids": torch.ones(2, 4)}, "input_ids: expected int32 or int64, got float32"),
+        ({"input_ids": [[1, 2]]}, "input_ids: expected a tensor, got list"),
     ],
 )
 def test_shapes_that_do_not_fit(arguments, text):

@@ -282,13 +282,44 @@ def test_a_head_that_was_never_trained_is_not_saved_as_if_it_had_been(tmp_path):
 def test_arguments_that_change_nothing_and_those_that_cannot_be():
     model, ids = tiny_model(), tokens(2, 5)
     harmless = {"cache_position": torch.arange(5), "token_type_ids": torch.zeros_like(ids)}
-    harmless |= {"output_attentions": False, "output_hidden_states": None}
+    harmless |= {"output_attentions": False, "output_hidden_states": None, "inputs_embeds": None}
     assert torch.equal(model(ids, **harmless).logits, model(ids).logits)
-    for name in ("output_attentions", "output_hidden_states"):
-        with pytest.raises(ValueError, match=f"{name}.*: expected False, got True: not supported"):
-            model(ids, **{name: True})
-    with pytest.raises(TypeError, match="inputs_embeds"):
-        model(ids, inputs_embeds=None)
+    with pytest.raises(ValueError, match="output_attentions: expected False, got True: no kernel of ours forms them"):
+        model(ids, output_attentions=True)
+
+
+def test_generation_from_embeddings():
+    """As for soft prompts: the first step takes embeddings, the others the tokens that were sampled."""
+    model, ids = tiny_model().eval(), tokens(2, 5)
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)[:, 5:]
+    given = model.get_input_embeddings()(ids)
+    for options in ({}, {"use_cache": False}):
+        got = model.generate(inputs_embeds=given, max_new_tokens=6, do_sample=False, eos_token_id=None, **options)
+        assert torch.equal(got, expected)
+
+
+def test_generation_gives_hidden_states():
+    model, ids = tiny_model().eval(), tokens(1, 4)
+    out = model.generate(ids, max_new_tokens=3, output_hidden_states=True, return_dict_in_generate=True)
+    blocks = model.config.num_hidden_layers
+    assert [len(step) for step in out.hidden_states] == [blocks + 1] * len(out.hidden_states)
+    assert out.hidden_states[0][-1].shape == (1, 4, model.config.hidden_size)
+
+
+def test_documents_as_transformers_flattens_them():
+    """``DataCollatorWithFlattening``: one row, positions that begin anew, and no label across a boundary."""
+    from transformers import DataCollatorWithFlattening
+
+    model, rows = tiny_model(), [tokens(1, n, seed=n)[0].tolist() for n in (7, 1, 4)]
+    flat = DataCollatorWithFlattening()([{"input_ids": row} for row in rows])
+    out = model(**flat)
+    start = 0
+    for row in rows:
+        own = model(torch.tensor([row])).logits[0]
+        torch.testing.assert_close(out.logits[0, start : start + len(row)], own, rtol=0, atol=1e-5)
+        start += len(row)
+    apart = [-model(torch.tensor([r]), labels=torch.tensor([r])).loss * (len(r) - 1) for r in rows if len(r) > 1]
+    torch.testing.assert_close(out.loss, -sum(apart) / 9)
 
 
 def test_micro_batches_as_transformers_trainer_counts_them():

@@ -1,0 +1,97 @@
+"""Dense batches [B, S], and the packed rows [T] that the backbone takes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dph_kernels import checks
+from dph_kernels.layout import first_true
+
+
+def check_tokens(name: str, tokens: Tensor, embedding: nn.Embedding) -> None:
+    """Name a token that the vocabulary lacks; on the CPU alone, since on a GPU the host would have to wait for it."""
+    checks.dtype(name, tokens, checks.INTEGERS)
+    if tokens.device.type != "cpu" or not tokens.numel() or torch.compiler.is_compiling():
+        return
+    for token in map(int, tokens.aminmax()):
+        if not 0 <= token < embedding.num_embeddings:
+            raise ValueError(f"{name}: expected tokens in [0, {embedding.num_embeddings}), got {token}")
+
+
+def chosen_inputs(embedding: nn.Embedding, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+    """Tokens [B, S] of the vocabulary, or embeddings [B, S, E], whichever is given."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError(f"input_ids, inputs_embeds: expected one, got {'none' if input_ids is None else 'both'}")
+    if inputs_embeds is not None:
+        checks.shape("inputs_embeds", inputs_embeds, "B", "S", embedding.embedding_dim)
+        checks.dtype("inputs_embeds", inputs_embeds, checks.FLOATS)
+        return inputs_embeds
+    checks.shape("input_ids", input_ids, "B", "S")
+    check_tokens("input_ids", input_ids, embedding)
+    return input_ids
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Which places of a dense batch hold tokens, and which of those make a document.
+
+    Attributes:
+        shape: (B, S).
+        mask: [B, S] bool, False for padding; None where there is none.
+        counts: [B] tokens of each row.
+        documents: tokens of each document, row after row.
+    """
+
+    shape: tuple[int, int]
+    mask: Tensor | None
+    counts: list[int]
+    documents: list[int]
+
+    @classmethod
+    def of(cls, inputs: Tensor, mask: Tensor | None = None, position_ids: Tensor | None = None) -> Dense:
+        """Tokens or embeddings [B, S, ..] under an attention mask [B, S'] and positions [B or 1, S].
+
+        The last S columns of the mask count. Without positions a row is one document.
+        """
+        batch, length = shape = tuple(inputs.shape[:2])
+        counts = [length] * batch
+        if mask is not None:
+            checks.tensor("attention_mask", mask)
+            if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < length:
+                raise ValueError(f"attention_mask: expected shape [{batch}, {length}] or wider, got {list(mask.shape)}")
+            if mask.is_floating_point() and bool(((mask != 0) & (mask != 1)).any()):
+                raise ValueError("attention_mask: expected 1 for tokens and 0 for padding, got what is added to scores")
+            mask = mask[:, mask.shape[1] - length :].bool()
+            counts = mask.sum(1).tolist()
+            mask = None if sum(counts) == batch * length else mask
+        whole = cls(shape, mask, counts, counts)
+        return whole if position_ids is None else cls(shape, mask, counts, whole._documents(position_ids))
+
+    def _documents(self, positions: Tensor) -> list[int]:
+        """Tokens of each document: positions go up by one in it, and begin with 0 where another precedes it."""
+        checks.tensor("position_ids", positions)
+        if positions.ndim != 2 or positions.shape[1] != self.shape[1] or positions.shape[0] not in (1, self.shape[0]):
+            raise ValueError(f"position_ids: expected shape {list(self.shape)}, got {list(positions.shape)}")
+        places = self.rows(positions.expand(self.shape)).cpu().numpy()
+        begins = places == 0
+        begins[[end - count for end, count in zip(np.cumsum(self.counts), self.counts, strict=True) if count]] = True
+        for i in first_true(~begins[1:] & (places[1:] != places[:-1] + 1)):
+            raise ValueError(
+                f"position_ids: expected each to be its predecessor's plus 1, or 0 where a document begins, got "
+                f"{places[i + 1]} after {places[i]}"
+            )
+        return np.diff(np.flatnonzero(begins), append=len(places)).tolist()
+
+    def rows(self, grid: Tensor) -> Tensor:
+        """What [B, S, ..] holds for the tokens, [T, ..]."""
+        return grid.flatten(0, 1) if self.mask is None else grid[self.mask]
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Rows [T, X] back to their places [B, S, X], zeros in the padding."""
+        if self.mask is None:
+            return rows.view(*self.shape, rows.shape[1])
+        return rows.new_zeros(*self.shape, rows.shape[1]).masked_scatter(self.mask[..., None], rows)
