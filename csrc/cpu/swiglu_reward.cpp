@@ -18,7 +18,7 @@ constexpr int64_t BLOCK = 32;   // features that one thread takes at a time
 constexpr int64_t SPAN = 128;   // and at most where it reads weights by columns: the longer their runs, the better
 constexpr int64_t PANEL = 32;   // columns that lie together
 constexpr int64_t CHUNK = 256;  // columns of a product that a thread works on at a time
-constexpr int64_t DEPTH = 256;  // and features: a panel of them fits the first-level cache
+constexpr int64_t DEPTH = 128;  // and features: a panel of them takes half of the first-level cache
 constexpr int FEW = 8;          // answers up to which features are what lies along the lanes
 static_assert(BLOCK == PANEL && CHUNK % PANEL == 0 && DEPTH % PANEL == 0, "blocks are whole panels");
 
