@@ -120,7 +120,12 @@ class Block(nn.Module):
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
         """Rows [T, C] and what attention gave for them [T, C] -> [T, C]."""
-        x, normed = self.ffn_norm(x, self.attention.out(attended))
+        attended = self.attention.out(attended)
+        if isinstance(self.ffn_norm, LayerNorm):
+            x, normed = self.ffn_norm(x, attended)
+        else:  # somebody has put another norm in its place
+            x = x + attended
+            normed = self.ffn_norm(x)
         return x + self.ffn(normed)
 
 

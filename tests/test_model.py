@@ -423,3 +423,18 @@ def test_hooks_on_norms_are_called():
     model.backbone.blocks[0].ffn_norm.register_forward_hook(lambda *_: seen.append(1))
     model(tokens(2, 9))
     assert seen == [1]
+
+
+def test_norms_of_another_class():
+    """A fused residual is for ours alone; a plain LayerNorm with the same weights gives the same numbers."""
+    model, ids = tiny_model(), tokens(2, 9)
+    expected = model(ids).logits
+    for block in model.backbone.blocks:
+        for name in ("attention_norm", "ffn_norm"):
+            own = getattr(block, name)
+            plain = torch.nn.LayerNorm(len(own.weight), own.eps)
+            plain.load_state_dict(own.state_dict())
+            setattr(block, name, plain)
+    torch.testing.assert_close(model(ids).logits, expected)
+    model.backbone.blocks[0].ffn_norm = torch.nn.Identity()
+    assert not torch.allclose(model(ids).logits, expected)
