@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,12 @@ def cdiv(size: int, step: int) -> int:
 def next_power_of_2(size: int) -> int:
     """The smallest that is not below ``size``, from 1 on; likewise."""
     return 1 << max(size - 1, 0).bit_length()
+
+
+@functools.cache
+def multiprocessors(device: torch.device, interpreted: int = 1) -> int:
+    """Of a GPU; ``interpreted`` in Triton's interpreter: few, so that tests see a program take several shares."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else interpreted
 
 
 @dataclass(frozen=True)

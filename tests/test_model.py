@@ -142,7 +142,7 @@ def test_embeddings_in_place_of_tokens():
     assert torch.equal(out.logits, expected.logits)
     assert torch.equal(out.loss, expected.loss)
     for both in ({}, {"input_ids": ids, "inputs_embeds": given}):
-        with pytest.raises(ValueError, match="input_ids, inputs_embeds: expected one, got (none|both)"):
+        with pytest.raises(ValueError, match=r"input_ids, inputs_embeds: expected one, got (none|both)"):
             model(**both)
     with pytest.raises(ValueError, match=r"inputs_embeds: expected shape \[B, S, \d+\], got \[2, 4, 1\]"):
         model(inputs_embeds=given[..., :1])

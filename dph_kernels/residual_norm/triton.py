@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dph_kernels.launches import Launch, cdiv, next_power_of_2, signature
+from dph_kernels.launches import Launch, cdiv, multiprocessors, next_power_of_2, signature
 from dph_kernels.native import device_guard
 from dph_kernels.residual_norm import WIDEST
 from dph_kernels.residual_norm import triton_kernels as kernels
@@ -48,7 +47,7 @@ def backward(
     d_total: Tensor | None, d_normed: Tensor, total: Tensor, weight: Tensor, moments: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What ``reference.backward`` gives."""
-    programs = min(total.shape[0], PROGRAMS * _processors(total.device))
+    programs = min(total.shape[0], PROGRAMS * multiprocessors(total.device, INTERPRETED))
     d_x = total.new_empty(total.shape if needs[X] else 0)
     summed = needs[WEIGHT] or needs[BIAS]
     partials = moments.new_empty(2, programs if summed else 0, weight.shape[0])
@@ -97,11 +96,6 @@ def _columns(x: Tensor) -> dict[str, int]:
     if columns > WIDEST:
         raise RuntimeError(f"residual_norm: backend 'triton' takes rows of up to {WIDEST} elements, got {columns}")
     return {"C": columns, "BLOCK": next_power_of_2(columns)}
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else INTERPRETED
 
 
 def _run(call: Call) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dph_kernels.launches import Launch, cdiv, signature
+from dph_kernels.launches import Launch, cdiv, multiprocessors, signature
 from dph_kernels.native import device_guard
 from dph_kernels.strides import last_contiguous
 from dph_kernels.swiglu import triton_kernels as kernels
@@ -47,7 +46,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """What ``reference.backward`` gives; rows are added up in shares, and these by PyTorch."""
     rows, width = projected.shape
-    share = _share(rows, width // 2, _multiprocessors(projected.device))
+    share = _share(rows, width // 2, multiprocessors(projected.device))
     d_projected = projected.new_empty((rows, width) if projected_needed else 0)
     sums = projected.new_empty((cdiv(rows, share), width) if bias_needed else 0, dtype=torch.float32)
     _backward(grad, projected, bias, d_projected, sums, share).run(projected.device)
@@ -89,12 +88,6 @@ def _share(rows: int, width: int, multiprocessors: int) -> int:
     """How many rows a program of the backward pass takes, for as many programs as keep the device busy."""
     shares = cdiv(PROGRAMS * multiprocessors, cdiv(width, BLOCK))
     return max(1, cdiv(rows, shares))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Of a GPU; in Triton's interpreter few, so that tests see shares of several rows."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def launches(capability: int) -> list[Launch]:
