@@ -6,32 +6,33 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dph_kernels import checks
+from dph_kernels import checks, dispatch
 from dph_kernels.layout import first_true
 
 
-def check_tokens(name: str, tokens: Tensor, embedding: nn.Embedding) -> None:
+def check_tokens(name: str, tokens: Tensor, vocabulary: int) -> None:
     """Name a token that the vocabulary lacks; on the CPU alone, since on a GPU the host would have to wait for it."""
     checks.dtype(name, tokens, checks.INTEGERS)
-    if tokens.device.type != "cpu" or not tokens.numel() or torch.compiler.is_compiling():
+    if tokens.device.type != "cpu" or not tokens.numel() or dispatch.observed((tokens,)):
         return
     for token in map(int, tokens.aminmax()):
-        if not 0 <= token < embedding.num_embeddings:
-            raise ValueError(f"{name}: expected tokens in [0, {embedding.num_embeddings}), got {token}")
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"{name}: expected tokens in [0, {vocabulary}), got {token}")
 
 
-def chosen_inputs(embedding: nn.Embedding, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
-    """Tokens [B, S] of the vocabulary, or embeddings [B, S, E], whichever is given."""
+def chosen_inputs(embedding: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+    """Tokens [B, S], or embeddings [B, S, E], whichever is given, such as an embedding [V, E] knows."""
+    vocabulary, width = embedding.shape
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError(f"input_ids, inputs_embeds: expected one, got {'none' if input_ids is None else 'both'}")
     if inputs_embeds is not None:
-        checks.shape("inputs_embeds", inputs_embeds, "B", "S", embedding.embedding_dim)
+        checks.shape("inputs_embeds", inputs_embeds, "B", "S", width)
         checks.dtype("inputs_embeds", inputs_embeds, checks.FLOATS)
         return inputs_embeds
     checks.shape("input_ids", input_ids, "B", "S")
-    check_tokens("input_ids", input_ids, embedding)
+    check_tokens("input_ids", input_ids, vocabulary)
     return input_ids
 
 
@@ -63,17 +64,20 @@ class Dense:
             checks.tensor("attention_mask", mask)
             if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < length:
                 raise ValueError(f"attention_mask: expected shape [{batch}, {length}] or wider, got {list(mask.shape)}")
-            if mask.is_floating_point() and bool(((mask != 0) & (mask != 1)).any()):
-                raise ValueError("attention_mask: expected 1 for tokens and 0 for padding, got what is added to scores")
-            mask = mask[:, mask.shape[1] - length :].bool()
-            counts = mask.sum(1).tolist()
-            mask = None if sum(counts) == batch * length else mask
+            mask = mask[:, mask.shape[1] - length :]
+            tokens = mask.bool()
+            counts, ones = torch.stack([tokens.sum(1), (mask == 1).sum(1)]).tolist()
+            if counts != ones:  # what is added to scores, or numbers of documents
+                raise ValueError("attention_mask: expected 1 for tokens and 0 for padding, got other values too")
+            mask = None if sum(counts) == batch * length else tokens
         whole = cls(shape, mask, counts, counts)
         return whole if position_ids is None else cls(shape, mask, counts, whole._documents(position_ids))
 
+    @torch.compiler.disable  # NumPy in it is not for PyTorch's compiler
     def _documents(self, positions: Tensor) -> list[int]:
         """Tokens of each document: positions go up by one in it, and begin with 0 where another precedes it."""
         checks.tensor("position_ids", positions)
+        checks.dtype("position_ids", positions, checks.INTEGERS)
         if positions.ndim != 2 or positions.shape[1] != self.shape[1] or positions.shape[0] not in (1, self.shape[0]):
             raise ValueError(f"position_ids: expected shape {list(self.shape)}, got {list(positions.shape)}")
         places = self.rows(positions.expand(self.shape)).cpu().numpy()
@@ -85,6 +89,15 @@ class Dense:
                 f"{places[i + 1]} after {places[i]}"
             )
         return np.diff(np.flatnonzero(begins), append=len(places)).tolist()
+
+    def check_one_document(self) -> None:
+        """ValueError where a row holds several: what a memory has seen belongs to one."""
+        rows, documents = ([count for count in counts if count] for counts in (self.counts, self.documents))
+        if rows != documents:
+            raise ValueError(
+                f"position_ids: expected one document in each row where there is a memory, got {len(documents)} in "
+                f"{len(rows)} rows"
+            )
 
     def rows(self, grid: Tensor) -> Tensor:
         """What [B, S, ..] holds for the tokens, [T, ..]."""

@@ -208,7 +208,7 @@ class Model(PreTrainedModel, GenerationMixin):
             logits_to_keep: last columns to compute logits for; 0 for all, or the columns' indices.
             num_items_in_batch: divisor of the summed loss, for gradient accumulation; the labels' number if None.
             position_ids: [B, S], where a row holds several documents: positions begin anew at 0 with each, and no token
-                sees another document. With a memory they are not read: positions follow from it.
+                sees another document. Beside a memory, whose rows go on, a row is one document.
             return_dict: False gives a tuple.
             cache_position, token_type_ids: taken since other libraries pass them; they change nothing.
             output_attentions: taken likewise, but True is not supported.
@@ -222,15 +222,18 @@ class Model(PreTrainedModel, GenerationMixin):
         Raises ValueError where shapes do not fit, a token is not in the vocabulary (on the CPU), or the cache is not a
         :class:`dph.Memory`.
         """
-        inputs = chosen_inputs(self.backbone.embedding, input_ids, inputs_embeds)
+        inputs = chosen_inputs(self.backbone.embedding.weight, input_ids, inputs_embeds)
         if output_attentions:
             raise ValueError("output_attentions: expected False, got True: no kernel of ours forms them")
         if past_key_values is not None and not isinstance(past_key_values, Memory):
             raise ValueError(f"past_key_values: expected dph.Memory, got {type(past_key_values).__name__}")
         if past_key_values is None and use_cache:
             past_key_values = Memory(length=max(4096, inputs.shape[1]))
-        dense = Dense.of(inputs, attention_mask, position_ids if past_key_values is None else None)
-        states = [] if output_hidden_states else None
+        dense = Dense.of(inputs, attention_mask, position_ids if inputs.shape[1] > 1 else None)
+        if past_key_values is not None:
+            dense.check_one_document()
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = [] if wanted else None
         grid = dense.spread(self.output_proj(self._hidden(inputs, dense, past_key_values, states)))
         loss = None if labels is None else self._loss(grid, labels, num_items_in_batch)
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # -0: all
@@ -256,9 +259,10 @@ class Model(PreTrainedModel, GenerationMixin):
         checks.shape("labels", labels, *grid.shape[:2])
         checks.dtype("labels", labels, torch.int64)
         targets = labels[:, 1:]
-        wanted = targets != IGNORED
-        check_tokens("labels", targets[wanted], self.backbone.embedding)
-        logprobs = linear_logprob(grid[:, :-1][wanted], self.backbone.embedding.weight, targets[wanted])
+        wanted, weight = targets != IGNORED, self.backbone.embedding.weight
+        targets = targets[wanted]
+        check_tokens("labels", targets, len(weight))
+        logprobs = linear_logprob(grid[:, :-1][wanted], weight, targets)
         return -logprobs.sum() / (wanted.sum() if divisor is None else divisor)
 
     def _prepare_cache_for_generation(
@@ -270,7 +274,7 @@ class Model(PreTrainedModel, GenerationMixin):
             memory._is_user_defined = True  # transformers' mark for a cache that outlives the call
             memory.batch_repeat_interleave(max(generation_config.num_beams, generation_config.num_return_sequences))
         elif memory is None and generation_config.use_cache is not False:
-            given = model_kwargs.get("inputs_embeds")  # of which transformers' length knows nothing
+            given = model_kwargs.get("inputs_embeds")  # transformers' length may not count them
             length = generation_config.max_length + (0 if given is None else given.shape[1])
             model_kwargs["past_key_values"] = Memory(length=length)
 
@@ -283,10 +287,10 @@ class Model(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """As transformers' own, but a memory that has seen all of ``input_ids`` is an error, not a wrong slice."""
         if next_sequence_length is not None and next_sequence_length < 1:
-            seen = input_ids.shape[1] - next_sequence_length
+            name, given = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
             raise ValueError(
-                f"input_ids: expected the {seen} tokens that the memory has seen and at least one more (or new tokens "
-                f"alone, with an attention_mask over all), got {input_ids.shape[1]}"
+                f"{name}: expected the {given.shape[1] - next_sequence_length} tokens that the memory has seen and at "
+                f"least one more (or new tokens alone, with an attention_mask over all), got {given.shape[1]}"
             )
         return super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
@@ -310,7 +314,8 @@ class Model(PreTrainedModel, GenerationMixin):
             [R] fp32, the targets that are not -100, row by row. With ``statistics``: (log-probabilities, entropy [R] in
             nats, whether the most probable token was the target [R] bool), the last two without gradient.
         """
-        check_tokens("tokens", tokens, self.backbone.embedding)
+        checks.shape("tokens", tokens, "B", "S")
+        check_tokens("tokens", tokens, len(self.backbone.embedding.weight))
         hidden, targets = self._hidden(tokens, Dense.of(tokens), memory), targets.flatten()
         rows = (targets != IGNORED).nonzero().flatten()
         states, targets = self.output_proj(hidden[to_device(rows, self.device)]), to_device(targets[rows], self.device)
@@ -382,7 +387,7 @@ class Model(PreTrainedModel, GenerationMixin):
         mode), and where the judged token is not ``<|im_end|>`` and no position was given.
         """
         self.check_heads(*self.head_names, training=self.training)
-        dense = Dense.of(chosen_inputs(self.backbone.embedding, input_ids), attention_mask)
+        dense = Dense.of(chosen_inputs(self.backbone.embedding.weight, input_ids), attention_mask)
         grid, mask = dense.spread(self._hidden(input_ids, dense)), dense.mask
         if reward_positions is None:
             reward_positions = self._last_positions(input_ids, mask)

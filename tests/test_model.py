@@ -97,10 +97,11 @@ def test_a_mask_of_ones_and_one_of_booleans():
         assert torch.equal(model(ids, attention_mask=mask).logits, expected)
 
 
-def test_a_mask_that_is_added_to_scores_is_refused():
+@pytest.mark.parametrize("mask", [[0.0, 0, 0, 0, 0, -1e9], [1, 1, 1, 2, 2, 2]], ids=["added", "documents"])
+def test_masks_of_another_kind_are_refused(mask):
     model, ids = tiny_model(), tokens(2, 6)
-    with pytest.raises(ValueError, match="attention_mask: expected 1 for tokens and 0 for padding, got what is added"):
-        model(ids, attention_mask=torch.tensor([0.0, 0, 0, 0, 0, -1e9]).expand(2, 6))
+    with pytest.raises(ValueError, match="attention_mask: expected 1 for tokens and 0 for padding, got other values"):
+        model(ids, attention_mask=torch.tensor(mask).expand(2, 6))
 
 
 def test_positions_that_begin_anew_divide_a_row_into_documents():
@@ -127,11 +128,25 @@ def test_positions_that_begin_anew_divide_a_row_into_documents():
         ([[3, 2, 1, 0]], "got 2 after 3"),
         ([[0, 1, 2]], r"position_ids: expected shape \[2, 4\], got \[1, 3\]"),
         ([0, 1, 2, 3], r"position_ids: expected shape \[2, 4\], got \[4\]"),
+        ([[0.0, 1, 2, 3]], "position_ids: expected int32 or int64, got float32"),
     ],
 )
 def test_positions_that_cannot_be(positions, text):
     with pytest.raises(ValueError, match=text):
         tiny_model()(tokens(2, 4), position_ids=torch.tensor(positions))
+
+
+def test_documents_do_not_share_a_memory():
+    model, ids, several = tiny_model().eval(), tokens(2, 4), torch.tensor([[0, 1, 0, 1]])
+    text = "position_ids: expected one document in each row where there is a memory, got 4 in 2 rows"
+    for arguments in ({"use_cache": True}, {"past_key_values": dph.Memory(8)}):
+        with pytest.raises(ValueError, match=text):
+            model(ids, position_ids=several, **arguments)
+    with pytest.raises(ValueError, match=text):
+        model.generate(ids, position_ids=several.expand(2, 4), max_new_tokens=1)
+    memory = dph.Memory(8)
+    model(ids, past_key_values=memory)
+    model(ids, past_key_values=memory, position_ids=torch.arange(4, 8)[None])
 
 
 def test_embeddings_in_place_of_tokens():
@@ -160,6 +175,9 @@ def test_hidden_states_are_the_blocks_inputs_and_the_result():
     assert (torch.stack(states)[:, mask == 0] == 0).all()
     logits = model.output_proj(states[-1]) @ model.get_input_embeddings().weight.T
     torch.testing.assert_close(logits, model(ids, attention_mask=mask).logits)
+    assert model(ids).hidden_states is None
+    model.config.output_hidden_states = True
+    assert len(model(ids).hidden_states) == len(states)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0), (1, 1)])
@@ -241,6 +259,11 @@ def test_forms_of_the_output():
 def test_shapes_that_do_not_fit(arguments, text):
     with pytest.raises(ValueError, match=text):
         tiny_model()(**({"input_ids": tokens(2, 4)} | arguments))
+
+
+def test_streams_have_two_dimensions():
+    with pytest.raises(ValueError, match=r"tokens: expected shape \[B, S\], got \[6\]"):
+        tiny_model().stream_logprobs(tokens(6), tokens(6))
 
 
 def test_stream_logprobs():
@@ -423,6 +446,25 @@ def test_hooks_on_norms_are_called():
     model.backbone.blocks[0].ffn_norm.register_forward_hook(lambda *_: seen.append(1))
     model(tokens(2, 9))
     assert seen == [1]
+
+
+def test_compiled_with_positions():
+    """NumPy reads them, past the compiler; ``generate`` gives them of itself."""
+    model, ids = tiny_model().eval(), tokens(1, 6)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    expected = model(ids, position_ids=positions).logits
+    said = model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False, eos_token_id=None)
+    run = torch.compile(model, backend="eager")
+    torch.testing.assert_close(run(ids, position_ids=positions).logits, expected)
+    model.forward = torch.compile(model.forward, backend="eager")
+    again = model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False, eos_token_id=None)
+    assert torch.equal(again, said)
+
+
+def test_rows_by_vmap():
+    model, ids = tiny_model(), tokens(3, 5)
+    rows = torch.func.vmap(lambda row: model(row[None]).logits[0])(ids)
+    torch.testing.assert_close(rows, model(ids).logits)
 
 
 def test_norms_of_another_class():

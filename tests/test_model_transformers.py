@@ -298,6 +298,15 @@ def test_generation_from_embeddings():
         assert torch.equal(got, expected)
 
 
+def test_embeddings_that_the_memory_has_seen_already():
+    model, ids = tiny_model().eval(), tokens(1, 3)
+    memory = dph.Memory(16)
+    model(ids, past_key_values=memory)
+    text = "inputs_embeds: expected the 3 tokens that the memory has seen and at least one more .*, got 3"
+    with pytest.raises(ValueError, match=text):
+        model.generate(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=memory, max_new_tokens=1)
+
+
 def test_generation_gives_hidden_states():
     model, ids = tiny_model().eval(), tokens(1, 4)
     out = model.generate(ids, max_new_tokens=3, output_hidden_states=True, return_dict_in_generate=True)

@@ -19,18 +19,19 @@ constexpr int64_t SPAN = 128;   // and at most where it reads weights by columns
 constexpr int64_t PANEL = 32;   // columns that lie together
 constexpr int64_t CHUNK = 256;  // columns of a product that a thread works on at a time
 constexpr int64_t DEPTH = 128;  // and features: a panel of them takes half of the first-level cache
-constexpr int FEW = 8;          // answers up to which features are what lies along the lanes
+constexpr int FEW = 8;          // answers up to which features are what lies along the lanes, in the forward pass
 static_assert(BLOCK == PANEL && CHUNK % PANEL == 0 && DEPTH % PANEL == 0, "blocks are whole panels");
 
 int64_t blocks(int64_t size, int64_t block = BLOCK) { return (size + block - 1) / block; }
+// For how many answers there are kernels.
 int64_t few_lanes(int64_t rows) { return rows > 4 ? FEW : rows > 2 ? 4 : rows; }
 int64_t padded(int64_t size) { return (size + REWARD_LANES - 1) / REWARD_LANES * REWARD_LANES; }
 
-// A matrix [features, lanes] as panels of 32 columns, the last one of 16 where that is enough.
+// A matrix [features, lanes] as panels of 32 columns, the last one narrower where that is enough.
 struct Panels {
   float* data = nullptr;
   int64_t features = 0;
-  int64_t lanes = 0;  // columns, a multiple of 16
+  int64_t lanes = 0;  // columns, a multiple of 16, or those of few answers
 
   DPH_INLINE int64_t width(int64_t column) const { return std::min(PANEL, lanes - column / PANEL * PANEL); }
 
@@ -59,7 +60,7 @@ struct Scratch {
   Buffer<float> sums = buffer(SPAN * CHUNK), packed = buffer(SPAN * (DEPTH + 16));
 };
 
-// A call with its intermediate results; ``lanes`` is R, padded.
+// A call with its intermediate results; ``lanes`` is R, padded: to whole vectors, or to `few_lanes`.
 struct Job {
   const SwigluRewardArguments& a;
   int64_t lanes;
@@ -74,7 +75,7 @@ struct Job {
   std::unique_ptr<Buffer<float>[]> owned{new Buffer<float>[8]};
   int held = 0;
 
-  explicit Job(const SwigluRewardArguments& arguments, int64_t padded) : a(arguments), lanes(padded) {
+  Job(const SwigluRewardArguments& arguments, int64_t size) : a(arguments), lanes(size) {
     for (int64_t r = 0; r < lanes; ++r) {
       const uint64_t id = r >= a.rows ? 0 : a.row_ids ? a.row_ids[r] : r;
       row_low.get()[r] = static_cast<uint32_t>(id);
@@ -88,8 +89,8 @@ struct Job {
       }
     }
     hidden = make(a.columns, lanes);
-    projected = {a.kept_projected, 2 * a.width, lanes};
-    pooled = {a.kept_pooled, a.columns, lanes};
+    projected = {a.kept_projected, 2 * a.width, padded(a.rows)};
+    pooled = {a.kept_pooled, a.columns, padded(a.rows)};
   }
 
   // How many answers lie together from ``lane`` on, the first of its panel.
@@ -167,11 +168,11 @@ void each(int64_t count, int threads, const Job& job, Stage stage) {
   each(count, threads, [&](int64_t block, Scratch& scratch) { stage(job, block, scratch); });
 }
 
-// Whether features are to lie along the lanes: nothing is kept for a backward pass, and weights lie by rows.
+// Whether features are to lie along the lanes: there are enough of them, and weights lie by rows.
 bool are_few(const SwigluRewardArguments& a) {
-  const bool kept = a.kept_projected || a.kept_pooled, lies = a.w2.column == 1 && (!a.width || a.w1.column == 1);
+  const bool lies = a.w2.column == 1 && (!a.width || a.w1.column == 1);
   const bool wide = a.columns >= kernels.lanes && (!a.width || a.width >= kernels.lanes);
-  return a.rows > 0 && a.rows <= FEW && a.w2.data && !kept && lies && wide;
+  return a.rows > 0 && a.rows <= FEW && a.w2.data && lies && wide;
 }
 
 }  // namespace

@@ -1,9 +1,12 @@
-// Rewards of few answers, forward only: swiglu_reward_kernels.h includes this, for one instruction set, within its
+// Forward pass of few answers: swiglu_reward_kernels.h includes this, for one instruction set, within its
 // namespace. No include guard.
 //
 // Features lie along the lanes of vectors: weights are loaded, not broadcast, and meet as many answers as there are (of
 // which job.lanes lie side by side), where those of `product` meet a whole vector of them. Every number is taken as there,
 // to the bit.
+
+// What lies where elements of 16 bits may: as Loose, but for its alignment.
+typedef float Anywhere __attribute__((vector_size(4 * DPH_LANES), aligned(2), may_alias));
 
 // Transposes W vectors: each round interleaves the two halves.
 DPH_FN void turn(Vec* v) {
@@ -28,7 +31,7 @@ DPH_FN void turn(Vec* v) {
 }
 
 // W words of 32 bits from each of W rows, from column k on: one float, or two of bf16. Rows are reached from every fourth
-// one: the processor adds up to three strides itself, and sixteen addresses would not fit its registers.
+// one and three multiples of the stride: sixteen addresses would not fit the processor's registers.
 template <class Element>
 DPH_FN void load_rows(Vec* words, const Element* const* fourths, int64_t ld, int64_t k) {
   constexpr int64_t ahead = 256 / sizeof(Element);  // that far the memory is asked early
@@ -36,7 +39,7 @@ DPH_FN void load_rows(Vec* words, const Element* const* fourths, int64_t ld, int
   for (int r = 0; r < W; ++r) {
     const Element* from = fourths[r / 4] + r % 4 * ld + k;
     __builtin_prefetch(from + ahead);
-    words[r] = *reinterpret_cast<const Loose*>(from);
+    words[r] = *reinterpret_cast<const Anywhere*>(from);
   }
 }
 
@@ -44,8 +47,9 @@ DPH_FN void load_rows(Vec* words, const Element* const* fourths, int64_t ld, int
 template <class Element>
 DPH_FN Vec element(Vec words, int place) {
   if (sizeof(Element) == sizeof(float)) return words;
+  constexpr bool little_endian = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
   const Words bits = reinterpret_cast<Words>(words);
-  return reinterpret_cast<Vec>(place ? bits & 0xffff0000u : bits << 16);
+  return reinterpret_cast<Vec>((place == 1) == little_endian ? bits & 0xffff0000u : bits << 16);
 }
 
 // sums [N, W] = W rows of a matrix, ``ld`` apart, times N answers.
@@ -91,6 +95,7 @@ DPH_FN void multiply_few(float* sums, const RewardMatrix& weights, int64_t first
   } else if (answers.lanes == 4) {
     multiply_few<Element, 4>(sums, rows, weights.row, answers);
   } else {
+    static_assert(FEW == 8, "few_lanes gives 1, 2, 4 or FEW");
     multiply_few<Element, FEW>(sums, rows, weights.row, answers);
   }
 }
@@ -104,8 +109,17 @@ DPH_TARGET static void project_few(float* sums, const RewardMatrix& weights, con
     multiply_few<float>(sums, weights, first, answers);
   }
   for (int64_t l = 0; bias.data && l < W; ++l) {
-    const float value = get(bias, first + l, 0, bf16);
-    for (int64_t n = 0; n < answers.lanes; ++n) sums[n * W + l] += value;
+    const float own = get(bias, first + l, 0, bf16);
+    for (int64_t n = 0; n < answers.lanes; ++n) sums[n * W + l] += own;
+  }
+}
+
+// Keep lanes [from, W) of values [N, W] for the backward pass, as features [first + from, first + W); the rest of a
+// feature's answers are zeros.
+DPH_FN void keep_few(const Panels& kept, int64_t first, int64_t from, const float* values, int64_t answers) {
+  for (int64_t l = from; l < W; ++l) {
+    float* to = kept.row(first + l, 0);
+    for (int64_t n = 0; n < kept.lanes; ++n) to[n] = n < answers ? values[n * W + l] : 0.0f;
   }
 }
 
@@ -117,6 +131,10 @@ DPH_TARGET inline void gate_few(const Job& job, int64_t block, Scratch&) {
     alignas(64) float xs[FEW * W], gs[FEW * W];
     project_few(xs, a.w1, a.b1, a.bf16, first, job.hidden);
     project_few(gs, a.w1, a.b1, a.bf16, a.width + first, job.hidden);
+    if (a.kept_projected) {
+      keep_few(job.projected, first, f - first, xs, job.lanes);
+      keep_few(job.projected, a.width + first, f - first, gs, job.lanes);
+    }
     for (int64_t n = 0; n < job.lanes; ++n) {
       float *x = xs + n * W, *g = gs + n * W;
 #pragma omp simd
@@ -137,6 +155,7 @@ DPH_TARGET inline void reward_few(const Job& job, int64_t block, Scratch&) {
     project_few(states, a.w2, a.b2, a.bf16, first, a.width ? job.gated : job.hidden);
 #pragma omp simd
     for (int64_t l = 0; l < job.lanes * W; ++l) states[l] = tanh_of(states[l]);
+    if (a.kept_pooled) keep_few(job.pooled, first, c - first, states, job.lanes);
     for (int64_t l = c - first; l < W; ++l) {
       float factors[FEW];
       draw(factors, job, a.pooled, first + l, 0, job.lanes);

@@ -2,7 +2,7 @@
 // own, with DPH_TARGET (the function attribute) and DPH_LANES (floats in a vector) defined. No include guard: that is
 // why.
 //
-// Answers lie along the lanes of vectors and features along the rows, so that a weight matrix is the left factor of
+// Answers lie along the lanes of vectors (but for few: swiglu_reward_few.h) and features along the rows, so that a weight matrix is the left factor of
 // every product: it is read once, as it lies, and its elements are broadcast. Sums run over a row's own features in one
 // fixed order, so that a row's rewards do not depend on its batch.
 

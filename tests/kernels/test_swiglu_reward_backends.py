@@ -215,6 +215,48 @@ def test_a_row_has_the_same_bits_in_any_batch(layout, dtype):
 @cpp
 @pytest.mark.usefixtures("lanes")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize(
+    ("columns", "width"), [(16, 16), (15, 17), (33, 31), (129, 40), (17, 257), (40, None), (261, None)]
+)
+def test_few_answers_have_the_bits_of_many(columns, width, biases, dtype):
+    """Forward and backward, at the edges of vectors, blocks and panels."""
+    inputs = make(20, columns, 1 if width is None else width, 2, dtype=dtype)
+    if width is None:
+        inputs |= {"w1": None, "b1": None, "w2": make(1, columns, columns, 1, dtype=dtype)["w2"]}
+    if not biases:
+        inputs |= {"b1": None, "b2": None}
+    inputs["w2"] = inputs["w2"].detach().repeat(1, 2)[:, : inputs["w2"].shape[1]].requires_grad_()  # rows lie apart
+    ids, options = torch.arange(20), {"dropout": 0.2, "input_dropout": 0.1, "seed": 3, "backend": "cpu"}
+    hidden = inputs.pop("hidden").detach()
+
+    def run(rows):
+        some = hidden[rows].requires_grad_()
+        rewards = swiglu_reward(some, **inputs, **options, row_ids=ids[rows])
+        with torch.no_grad():
+            assert torch.equal(swiglu_reward(some, **inputs, **options, row_ids=ids[rows]), rewards)
+        return rewards, torch.autograd.grad(rewards.sum(), some)[0]
+
+    whole = run(list(range(20)))
+    for count in (1, 2, 3, 4, 6, 7, 8, 9):
+        rows = list(range(11, 11 + count))
+        for few, many in zip(run(rows), whole, strict=True):
+            assert torch.equal(few, many[rows])
+
+
+@cpp
+@pytest.mark.parametrize("place", ["hidden", "w1", "w2"])
+def test_nan_goes_where_it_belongs_among_few(place):
+    inputs = {name: x.detach() for name, x in make(3, 40, 40, 2).items()}
+    inputs[place][1] = torch.nan
+    found = swiglu_reward(**inputs, backend="cpu").isnan()
+    assert found[1].all() if place == "hidden" else found.all()
+    assert place != "hidden" or not found[[0, 2]].any()
+
+
+@cpp
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [SIZES[2], SIZES[4], (3, 300, 70, 2), (40, 300, 70, 2)])
 def test_vectors_of_any_width(size, dtype):
     compare(make(*size, dtype=dtype), "cpu", dropout=0.1, input_dropout=0.1)
