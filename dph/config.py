@@ -1,6 +1,7 @@
 """ModelConfig: a transformers configuration, which also reads those of the released ``lsw_transformer`` models."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -38,11 +39,11 @@ class ModelConfig(PretrainedConfig):
             embedding has OPT's 50272 rows.
         released: keys of a released ``config.json`` that this model has no use for, written back by ``save_official``.
 
-    Raises ValueError for sizes that do not divide and for unknown poolers.
+    Raises ValueError for sizes that do not divide or are out of range, for unknown poolers, and for names twice.
     """
 
     model_type = "dph"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers adds a list to it
 
     def __init__(
         self,
@@ -78,8 +79,8 @@ class ModelConfig(PretrainedConfig):
         self.rope_reversed = rope_reversed
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
-        self.reward_heads = list(reward_heads)
-        self.task_heads = list(task_heads)
+        self.reward_heads = _names("reward_heads", reward_heads)
+        self.task_heads = _names("task_heads", task_heads)
         self.reward_pooler = reward_pooler
         self.reward_dropout = reward_dropout
         self.im_end_token_id = OPT_END if im_end_token_id is None and vocab_size == OPT_ROWS else im_end_token_id
@@ -94,6 +95,14 @@ class ModelConfig(PretrainedConfig):
         )
 
     def _check(self, tied: bool) -> None:
+        sizes = "vocab_size", "embedding_size", "hidden_size", "intermediate_size", "num_attention_heads"
+        for name, least in (*((name, 1) for name in sizes), ("num_hidden_layers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if not self.rope_base > 0:
+            raise ValueError(f"rope_base: expected a number above 0, got {self.rope_base}")
+        if not 0 <= self.reward_dropout < 1:
+            raise ValueError(f"reward_dropout: expected a share in [0, 1), got {self.reward_dropout}")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size: expected a multiple of 2 * num_attention_heads = {2 * self.num_attention_heads}, "
@@ -127,6 +136,12 @@ class ModelConfig(PretrainedConfig):
     def rope(self) -> Rotary:
         """The rotary embedding of every block."""
         return Rotary(self.rope_base, self.rope_reversed)
+
+
+def _names(field: str, names: Iterable[str]) -> list[str]:
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ValueError(f"{field}: expected a sequence of names, got {names!r}")
+    return list(names)
 
 
 class ReleasedConfig(ModelConfig):

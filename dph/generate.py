@@ -27,7 +27,7 @@ class Candidate:
         logprob: summed log-probability of its tokens in nats, ``<|im_end|>`` included.
         mean_logprob: mean log-probability of its content tokens in nats; NaN for an empty answer.
         finished: whether it ended with ``<|im_end|>``.
-        tokens: its token ids.
+        tokens: its token ids, with what the chat format puts behind ``<|im_end|>``.
     """
 
     text: str

@@ -88,7 +88,11 @@ class Model(PreTrainedModel, GenerationMixin):
         for key, names in self._head_groups():
             self.heads[key] = self._make_head(names)
         self.post_init()
-        ends = [token for token in (config.eos_token_id, config.im_end_token_id) if token is not None]
+        self.loss_type = (
+            "ForCausalLM"  # transformers' Trainer counts labels by it; it would guess from the class's name
+        )
+        own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        ends = [token for token in dict.fromkeys([*own, config.im_end_token_id]) if token is not None]
         self.generation_config.eos_token_id = ends or None  # plain ``generate`` stops where an answer ends, too
 
     def _head_groups(self) -> list[tuple[str, list[str]]]:
@@ -189,7 +193,7 @@ class Model(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         position_ids: Tensor | None = None,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
         cache_position: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         output_attentions: bool | None = None,
@@ -209,10 +213,11 @@ class Model(PreTrainedModel, GenerationMixin):
             num_items_in_batch: divisor of the summed loss, for gradient accumulation; the labels' number if None.
             position_ids: [B, S], where a row holds several documents: positions begin anew at 0 with each, and no token
                 sees another document. Beside a memory, whose rows go on, a row is one document.
-            return_dict: False gives a tuple.
+            return_dict: False gives a tuple; None leaves it to the configuration, as of ``output_hidden_states``.
             cache_position, token_type_ids: taken since other libraries pass them; they change nothing.
             output_attentions: taken likewise, but True is not supported.
-            output_hidden_states: also give ``hidden_states``, as transformers does: each block's input, and the result.
+            output_hidden_states: also give ``hidden_states``, each block's input and the result. They have gradients,
+                but the loss has none for them: the blocks read rows, not these.
             inputs_embeds: [B, S, E] what :meth:`get_input_embeddings` gives for the tokens, in place of ``input_ids``.
 
         Returns:
@@ -240,7 +245,7 @@ class Model(PreTrainedModel, GenerationMixin):
         logits = F.linear(grid[:, columns], self.backbone.embedding.weight)
         states = None if states is None else tuple(map(dense.spread, states))
         output = CausalLMOutputWithPast(loss, logits, past_key_values=past_key_values, hidden_states=states)
-        return output if return_dict else output.to_tuple()
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _hidden(
         self, inputs: Tensor, dense: Dense, memory: Memory | None = None, states: list[Tensor] | None = None

@@ -69,6 +69,12 @@ def test_fresh_weights():
         ({"reward_heads": ("a",), "task_heads": ("a",)}, "expected different names"),
         ({"reward_heads": ("a.b",)}, "without dots"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings: expected True"),
+        ({"reward_heads": "default"}, "reward_heads: expected a sequence of names, got 'default'"),
+        ({"task_heads": None}, "task_heads: expected a sequence of names, got None"),
+        ({"num_attention_heads": 0}, "num_attention_heads: expected at least 1, got 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers: expected at least 0, got -1"),
+        ({"rope_base": 0.0}, "rope_base: expected a number above 0, got 0"),
+        ({"reward_dropout": 1.0}, r"reward_dropout: expected a share in \[0, 1\), got 1"),
     ],
 )
 def test_configurations_that_cannot_be(change, text):
@@ -238,6 +244,9 @@ def test_forms_of_the_output():
     assert out[1] is memory
     (logits,) = model(ids, return_dict=False)
     torch.testing.assert_close(logits, out[0])
+    assert torch.equal(model(ids, return_dict=None).logits, logits)
+    model.config.return_dict = False
+    assert torch.equal(model(ids)[0], logits)
 
 
 @pytest.mark.parametrize(

@@ -346,6 +346,22 @@ def test_micro_batches_as_transformers_trainer_counts_them():
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_what_transformers_trainer_looks_for():
+    """Whose labels are shifted inside, so that it does not count the first; and what evaluation is to leave out."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    model = tiny_model()
+    assert LOSS_MAPPING[model.loss_type] is ForCausalLMLoss
+    assert [*model.config.keys_to_ignore_at_inference, "loss"] == model.config.keys_to_ignore_at_inference + ["loss"]  # noqa: RUF005
+
+
+@pytest.mark.parametrize(("ends", "expected"), [(9, [9, 3]), ([9, 8], [9, 8, 3]), (3, [3]), (None, [3])])
+def test_tokens_that_end_an_answer(ends, expected):
+    model = tiny_model(eos_token_id=ends, im_end_token_id=3)
+    assert model.generation_config.eos_token_id == expected
+    assert model.generate(tokens(1, 4), max_new_tokens=2).shape[0] == 1
+
+
 def test_labels_without_a_target_are_a_mean_over_nothing():
     assert tiny_model()(tokens(1, 4), labels=torch.full((1, 4), -100)).loss.isnan()
 
