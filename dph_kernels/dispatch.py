@@ -85,7 +85,7 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
     },
     "swiglu_reward": {
         "cpu": {
-            "cpu": "forward as fast as eager PyTorch for up to 3 rows, which memory bounds, else 1.06 to 2.5 times (Xeon): "
+            "cpu": "forward as fast as eager PyTorch for up to 3 rows (bound by memory), else 1.06 to 2.5 times: "
             "benchmarks/bench_swiglu_reward.py",
             "reference": "plain PyTorch runs everywhere",
         },
