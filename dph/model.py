@@ -254,6 +254,9 @@ class Model(PreTrainedModel, GenerationMixin):
         rows = dense.rows(inputs)
         if memory is None:
             return self.backbone(rows, PackedLayout.documents(dense.documents).to(rows.device), states=states)
+        layers = len(self.backbone.blocks)
+        if memory.columns and len(memory) != layers:
+            raise ValueError(f"past_key_values: expected a memory of {layers} layers, got one of {len(memory)}")
         layout = memory.begin(dense.counts).to(rows.device)
         hidden = self.backbone(rows, layout, memory, dense.counts, states)
         memory.end(dense.counts, dense.shape[1])

@@ -357,6 +357,10 @@ def test_arguments_are_checked():
     segments_of(model, [tokens(2, 3)], memory)
     with pytest.raises(ValueError, match="past_key_values: expected a batch of 2 streams, got 3"):
         model(tokens(3, 3), past_key_values=memory)
+    for layers in (1, 3):
+        text = f"past_key_values: expected a memory of {layers} layers, got one of 2"
+        with pytest.raises(ValueError, match=text):
+            tiny_model(num_hidden_layers=layers)(tokens(2, 3), past_key_values=memory)
     for other in (DynamicCache(), ((torch.zeros(1), torch.zeros(1)),)):
         with pytest.raises(ValueError, match=r"past_key_values: expected dph.Memory, got (DynamicCache|tuple)"):
             model(tokens(2, 3), past_key_values=other)
