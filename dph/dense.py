@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dph.losses import IGNORED
 from dph_kernels import checks, dispatch
 from dph_kernels.layout import first_true
 
 
 def check_tokens(name: str, tokens: Tensor, vocabulary: int) -> None:
-    """Name a token that the vocabulary lacks; on the CPU alone, since on a GPU the host would have to wait for it."""
+    """Name a token that the vocabulary lacks, on the CPU, where nobody records or transforms the call."""
     checks.dtype(name, tokens, checks.INTEGERS)
-    if tokens.device.type != "cpu" or not tokens.numel() or dispatch.observed((tokens,)):
-        return
-    for token in map(int, tokens.aminmax()):
-        if not 0 <= token < vocabulary:
-            raise ValueError(f"{name}: expected tokens in [0, {vocabulary}), got {token}")
+    if not dispatch.observed((tokens,)):
+        checks.indices(name, tokens, vocabulary, "tokens")
+
+
+def check_labels(labels: Tensor, inputs: Tensor, vocabulary: int) -> None:
+    """Labels [B, S] as the inputs' [B, S, ..]; those that are targets are to be in the vocabulary (on the CPU)."""
+    checks.shape("labels", labels, *inputs.shape[:2])
+    checks.dtype("labels", labels, torch.int64)
+    if labels.device.type == "cpu":  # a copy that a GPU need not make
+        targets = labels[:, 1:]
+        check_tokens("labels", targets.masked_fill(targets == IGNORED, 0), vocabulary)
 
 
 def chosen_inputs(embedding: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
@@ -36,18 +44,36 @@ def chosen_inputs(embedding: Tensor, input_ids: Tensor | None, inputs_embeds: Te
     return input_ids
 
 
+def last_positions(input_ids: Tensor, mask: Tensor | None, end: int | None) -> Tensor:
+    """Columns [B] of the last tokens that are no padding, each of which has to be ``<|im_end|>``."""
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    last = (columns if mask is None else columns.masked_fill(~mask, -1)).amax(1)
+    tokens = input_ids.gather(1, last.clamp(min=0)[:, None]).flatten()
+    if end is None:
+        raise ValueError("reward_positions: expected positions, since config.im_end_token_id is not set")
+    wrong = ((tokens != end) | (last < 0)).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"input_ids: expected <|im_end|> (id {end}) as the last token that is not padding, got another in rows "
+            f"{wrong[:8]}: the answer was cut off, or give reward_positions"
+        )
+    return last
+
+
 @dataclass(frozen=True)
 class Dense:
     """Which places of a dense batch hold tokens, and which of those make a document.
 
     Attributes:
         shape: (B, S).
+        device: where the inputs are.
         mask: [B, S] bool, False for padding; None where there is none.
         counts: [B] tokens of each row.
         documents: tokens of each document, row after row.
     """
 
     shape: tuple[int, int]
+    device: torch.device
     mask: Tensor | None
     counts: list[int]
     documents: list[int]
@@ -70,8 +96,8 @@ class Dense:
             if counts != ones:  # what is added to scores, or numbers of documents
                 raise ValueError("attention_mask: expected 1 for tokens and 0 for padding, got other values too")
             mask = None if sum(counts) == batch * length else tokens
-        whole = cls(shape, mask, counts, counts)
-        return whole if position_ids is None else cls(shape, mask, counts, whole._documents(position_ids))
+        dense = cls(shape, inputs.device, mask, counts, counts)
+        return dense if position_ids is None else replace(dense, documents=dense._documents(position_ids))
 
     @torch.compiler.disable  # NumPy in it is not for PyTorch's compiler
     def _documents(self, positions: Tensor) -> list[int]:
@@ -98,6 +124,19 @@ class Dense:
                 f"position_ids: expected one document in each row where there is a memory, got {len(documents)} in "
                 f"{len(rows)} rows"
             )
+
+    def token_columns(self, name: str, given: Tensor | Sequence[int]) -> Tensor:
+        """Columns [B] int64, one of a token in each row."""
+        batch, length = self.shape
+        columns = torch.as_tensor(given, device=self.device)
+        if columns.dtype not in checks.INTEGERS:
+            raise ValueError(f"{name}: expected int64, got {str(columns.dtype).removeprefix('torch.')}")
+        columns = columns.long()
+        if columns.shape != (batch,) or bool(((columns < 0) | (columns >= length)).any()):
+            raise ValueError(f"{name}: expected {batch} columns in [0, {length}), got {columns.tolist()}")
+        if self.mask is not None and not bool(self.mask.gather(1, columns[:, None]).all()):
+            raise ValueError(f"{name}: expected tokens that are not padding")
+        return columns
 
     def rows(self, grid: Tensor) -> Tensor:
         """What [B, S, ..] holds for the tokens, [T, ..]."""

@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 from dph import chat, checkpoint
 from dph.backbone import Backbone
 from dph.config import ModelConfig, hub_arguments, with_config
-from dph.dense import Dense, check_tokens, chosen_inputs
+from dph.dense import Dense, check_labels, check_tokens, chosen_inputs, last_positions
 from dph.heads import RewardHead
 from dph.losses import IGNORED
 from dph.memory import Memory
@@ -227,7 +227,10 @@ class Model(PreTrainedModel, GenerationMixin):
         Raises ValueError where shapes do not fit, a token is not in the vocabulary (on the CPU), or the cache is not a
         :class:`dph.Memory`.
         """
-        inputs = chosen_inputs(self.backbone.embedding.weight, input_ids, inputs_embeds)
+        embedding = self.backbone.embedding.weight
+        inputs = chosen_inputs(embedding, input_ids, inputs_embeds)
+        if labels is not None:
+            check_labels(labels, inputs, len(embedding))
         if output_attentions:
             raise ValueError("output_attentions: expected False, got True: no kernel of ours forms them")
         if past_key_values is not None and not isinstance(past_key_values, Memory):
@@ -242,7 +245,7 @@ class Model(PreTrainedModel, GenerationMixin):
         grid = dense.spread(self.output_proj(self._hidden(inputs, dense, past_key_values, states)))
         loss = None if labels is None else self._loss(grid, labels, num_items_in_batch)
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # -0: all
-        logits = F.linear(grid[:, columns], self.backbone.embedding.weight)
+        logits = F.linear(grid[:, columns], embedding)
         states = None if states is None else tuple(map(dense.spread, states))
         output = CausalLMOutputWithPast(loss, logits, past_key_values=past_key_values, hidden_states=states)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
@@ -264,13 +267,9 @@ class Model(PreTrainedModel, GenerationMixin):
 
     def _loss(self, grid: Tensor, labels: Tensor, divisor: int | Tensor | None) -> Tensor:
         """Cross-entropy of shifted labels without logits; NaN without a label, as a mean over nothing."""
-        checks.shape("labels", labels, *grid.shape[:2])
-        checks.dtype("labels", labels, torch.int64)
         targets = labels[:, 1:]
-        wanted, weight = targets != IGNORED, self.backbone.embedding.weight
-        targets = targets[wanted]
-        check_tokens("labels", targets, len(weight))
-        logprobs = linear_logprob(grid[:, :-1][wanted], weight, targets)
+        wanted = targets != IGNORED
+        logprobs = linear_logprob(grid[:, :-1][wanted], self.backbone.embedding.weight, targets[wanted])
         return -logprobs.sum() / (wanted.sum() if divisor is None else divisor)
 
     def _prepare_cache_for_generation(
@@ -396,20 +395,10 @@ class Model(PreTrainedModel, GenerationMixin):
         """
         self.check_heads(*self.head_names, training=self.training)
         dense = Dense.of(chosen_inputs(self.backbone.embedding.weight, input_ids), attention_mask)
-        grid, mask = dense.spread(self._hidden(input_ids, dense)), dense.mask
         if reward_positions is None:
-            reward_positions = self._last_positions(input_ids, mask)
-        positions = torch.as_tensor(reward_positions, device=input_ids.device)
-        if positions.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"reward_positions: expected int64, got {str(positions.dtype).removeprefix('torch.')}")
-        positions = positions.long()
-        if positions.shape != input_ids.shape[:1] or bool(((positions < 0) | (positions >= input_ids.shape[1])).any()):
-            raise ValueError(
-                f"reward_positions: expected {len(input_ids)} columns in [0, {input_ids.shape[1]}), "
-                f"got {positions.tolist()}"
-            )
-        if mask is not None and not bool(mask.gather(1, positions[:, None]).all()):
-            raise ValueError("reward_positions: expected tokens that are not padding")
+            reward_positions = last_positions(input_ids, dense.mask, self.config.im_end_token_id)
+        positions = dense.token_columns("reward_positions", reward_positions)
+        grid = dense.spread(self._hidden(input_ids, dense))
         return self._reward(grid[torch.arange(len(grid), device=grid.device), positions])
 
     def check_heads(self, *names: str, training: bool = False) -> None:
@@ -423,20 +412,6 @@ class Model(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"head: expected one of {', '.join(self.head_names)}, got {name!r}")
             if name in self.untrained_heads and not training:
                 raise ValueError(f"head {name!r}: the checkpoint holds no weights for it; train it before it judges")
-
-    def _last_positions(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        last = (columns if mask is None else columns.masked_fill(~mask, -1)).amax(1)
-        tokens = input_ids.gather(1, last.clamp(min=0)[:, None]).flatten()
-        if self.config.im_end_token_id is None:
-            raise ValueError("reward_positions: expected positions, since config.im_end_token_id is not set")
-        wrong = ((tokens != self.config.im_end_token_id) | (last < 0)).nonzero().flatten().tolist()
-        if wrong:
-            raise ValueError(
-                f"input_ids: expected <|im_end|> (id {self.config.im_end_token_id}) as the last token that is not "
-                f"padding, got another in rows {wrong[:8]}: the answer was cut off, or give reward_positions"
-            )
-        return last
 
     @torch.no_grad()
     def judge(self, groups: Iterable[Sequence[chat.Encoded]], max_tokens: int = 16_384) -> list[Judged]:

@@ -55,6 +55,15 @@ def number(name: str, value: float, low: float, high: float = float("inf"), *, b
         raise ValueError(f"{name}: expected {low} <= {name} {'<' if below else '<='} {high}, got {value}")
 
 
+def indices(name: str, values: Tensor, size: int, kind: str = "values") -> None:
+    """Require ``0 <= values < size`` on the CPU; on a GPU the host would have to wait for the answer."""
+    if values.device.type != "cpu" or not values.numel():
+        return
+    low, high = map(int, values.aminmax())
+    if low < 0 or high >= size:
+        raise ValueError(f"{name}: expected {kind} in [0, {size}), got {low if low < 0 else high}")
+
+
 def option(name: str, value: str, allowed: Iterable[str]) -> None:
     """Require ``value`` to be one of ``allowed``."""
     allowed = tuple(allowed)
