@@ -19,9 +19,9 @@ import torch
 
 from benchmarks import lengths, train_step
 from benchmarks.train_step import MINIATURE, PAIRS, PAPER, TINY, Job, contenders
-from dph import flops
-from dph.captured import WARM
 from dph.errors import UserError
+from dph.train.budget import flops
+from dph.train.cuda_graph import WARM
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = PAPER if DEVICE == "cuda" else MINIATURE

@@ -20,8 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import bench_train_step as bench
 from benchmarks.train_step import Job, Stepping, contenders
-from dph.captured import WARM
-from dph.tables import table
+from dph.evaluate.tables import table
+from dph.train.cuda_graph import WARM
 
 STEPS = 3
 PROFILERS_OWN = ("Command Buffer Full", "Activity Buffer Request", "Buffer Flush")  # what it says of itself

@@ -28,7 +28,7 @@ import pytest
 import torch
 
 from benchmarks.report import Result, cells
-from dph.tables import table
+from dph.evaluate.tables import table
 from dph_kernels import native
 from dph_kernels.linear_logprob.native import product
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dph import data, tokenizer
 from dph.chat import Encoded, continuation
-from dph.records import Preference
+from dph.data import dataset, tokenizer
+from dph.data.formats import Preference
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SOURCES = ("task:glue/sst2", "task:boolq", str(SHARED / "preferences" / "math_solutions.jsonl"))
@@ -55,7 +55,7 @@ def found() -> tuple[str, tuple[tuple[Lengths, ...], ...]]:
     """Where the lengths come from, and those of each data set."""
     if not all((SHARED / name).exists() for name in ("glue/sst2", "boolq", "preferences")):
         return "synthetic lengths", tuple(_drawn(ranges, seed) for seed, ranges in enumerate(SYNTHETIC))
-    records = (data.load(source, "preference", directory=SHARED, limit=LIMIT) for source in SOURCES)
+    records = (dataset.load(source, "preference", directory=SHARED, limit=LIMIT) for source in SOURCES)
     return "real lengths", tuple(tuple(of_record(r) for r in some if r is not None) for some in records)
 
 
@@ -77,7 +77,7 @@ def sample(count: int, longest: int) -> list[Lengths]:
 
 @functools.cache
 def small_tokenizer() -> Any:
-    """A tokenizer for the markup's sake: its first ids are the special tokens, as ``dph.tokenizer`` has them."""
+    """A tokenizer for the markup's sake: its first ids are the special tokens, as ``dph.data.tokenizer`` has them."""
     return tokenizer.from_iterator(["user assistant system"] * 2, 300)
 
 

@@ -22,9 +22,9 @@ from torch.nn.attention.bias import causal_lower_right
 
 from dph.chat import Encoded
 from dph.losses import IGNORED
-from dph.model import Model
+from dph.model.model import Model
 from dph.optim import param_groups, warmup_cosine
-from dph.stages import Stage
+from dph.train.stages.base import Stage
 
 Past = list[tuple[Tensor, Tensor]]  # un-rotated keys and values [B, H, M, D] of every layer
 

@@ -1,6 +1,6 @@
 """Steps of training that can be compared: shapes, who computes them, and the check that all compute the same.
 
-Ours goes through ``dph.trainer.Trainer``, step by step as its loop does; only the run directory stays empty.
+Ours goes through ``dph.train.entry.Trainer``, step by step as its loop does; only the run directory stays empty.
 """
 
 import contextlib
@@ -17,13 +17,14 @@ from torch import Tensor
 import dph
 from benchmarks import lengths, trl_rival
 from benchmarks.paper_layout import PaperTrainer
-from dph import flops, recipe, runs, trainer
-from dph.captured import WARM
+from dph.data.packing import PackedBatch, pack
 from dph.losses import IGNORED
-from dph.packing import PackedBatch, pack
-from dph.pair_stage import PairPart, PairStage
-from dph.progress import Progress
-from dph.stages import Stage
+from dph.train import entry, recipe, run_dir
+from dph.train.budget import flops
+from dph.train.cuda_graph import WARM
+from dph.train.progress import Progress
+from dph.train.stages.base import Stage
+from dph.train.stages.preference import PairPart, PairStage
 from dph_kernels import dispatch
 
 PAIRS = ("align", "head")
@@ -131,7 +132,7 @@ class Job:
         torch.manual_seed(0)
         with torch.device(self.device):
             model = dph.Model(self.config())
-        return trainer.make_stage(self.recipe(), model, lengths.small_tokenizer(), self.records(), {})
+        return entry.make_stage(self.recipe(), model, lengths.small_tokenizer(), self.records(), {})
 
     def amounts(self) -> flops.Amounts:
         """What goes through the model in one update, in the mean of several; memories full."""
@@ -162,7 +163,7 @@ class Stepping(Protocol):
         """What trains, in full precision, by our names."""
 
 
-class Unsaved(runs.Run):
+class Unsaved(run_dir.Run):
     """A run directory that nothing but its configuration is written to."""
 
     def save_start(self, *args: Any) -> None:
@@ -179,7 +180,7 @@ class Ours:
         self.watch = None
         self._directory = tempfile.TemporaryDirectory() if directory is None else directory
         run = Unsaved(self._directory.name, stage.recipe.as_dict())
-        self.trainer = trainer.Trainer(stage.recipe, stage, run, quiet=True)
+        self.trainer = entry.Trainer(stage.recipe, stage, run, quiet=True)
         self.trainer.model.train()
         self.trainer.optimiser.register_step_pre_hook(self._show)
         self.progress, self.taken = Progress("", 1 << 30, 0, quiet=True), 0

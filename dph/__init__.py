@@ -13,7 +13,6 @@ __all__ = [
     "ModelConfig",
     "PackedBatch",
     "RewardHead",
-    "auto",
     "best_of_n",
     "chat",
     "checkpoint",
@@ -36,12 +35,13 @@ def _is_the_command() -> bool:
 # The command answers `--help` and mistyped options at once: PyTorch and transformers take seconds to import. It imports
 # what it runs, by its place in the package.
 if TYPE_CHECKING or not _is_the_command():
-    import dph.threads  # noqa: F401  (before PyTorch, whose threads it is about)
-    from dph import auto, chat, checkpoint, losses, optim, tasks
-    from dph.config import ModelConfig
-    from dph.generate import best_of_n
-    from dph.heads import RewardHead
-    from dph.memory import Memory
-    from dph.model import Model
+    import dph._openmp  # noqa: F401  (before PyTorch, whose threads it is about)
+    from dph import chat, checkpoint, losses, optim, tasks
+    from dph.data.packing import PackedBatch, pack
+    from dph.infer.best_of_n import best_of_n
+    from dph.model import auto_classes  # noqa: F401  (registers the Auto classes)
+    from dph.model.config import ModelConfig
+    from dph.model.heads import RewardHead
+    from dph.model.memory import Memory
+    from dph.model.model import Model
     from dph.optim import LaProp
-    from dph.packing import PackedBatch, pack

@@ -77,7 +77,7 @@ def _make_markup(tokenizer: PreTrainedTokenizerBase) -> Markup:
     if absent := [token for token in (START, END) if token not in vocabulary]:
         raise UserError(
             f"tokenizer: expected the chat tokens {START} and {END}, got one without {' and '.join(absent)}; "
-            "dph.tokenizer.add_chat_tokens adds them"
+            "dph.data.tokenizer.add_chat_tokens adds them"
         )
     start, end, content = vocabulary[START], vocabulary[END], plain(tokenizer)
     control = {start, end, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}

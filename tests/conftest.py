@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from quick import quicken
+from helpers.quick import quicken
 
 # Without a GPU Triton's kernels are interpreted; Triton reads this as they are defined, so it has to be set first.
 if not torch.cuda.is_available():
@@ -130,12 +130,12 @@ def shared():
 @pytest.fixture
 def inductor():
     """PyTorch's compiler with nothing compiled yet; skips, with the reason, where it does not work."""
-    from dph import compiled
     from dph.errors import UserError
+    from dph.train import compile
 
     torch.compiler.reset()
     try:
-        compiled.require(torch.device("cpu"))
+        compile.require(torch.device("cpu"))
     except UserError as error:
         pytest.skip(str(error))
     yield
@@ -145,7 +145,7 @@ def inductor():
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Directories: a model with a head, one without, and one whose checkpoint lacks its head."""
-    from command_line import save_models
+    from helpers.command_line import save_models
 
     return save_models(tmp_path_factory.mktemp("models"))
 
@@ -153,11 +153,11 @@ def models(tmp_path_factory):
 @pytest.fixture
 def dph_command(capsys, monkeypatch):
     """Run one command line; (exit code, stdout, stderr)."""
-    from dph import cli
+    from dph.cli import main
 
     def run(*argv, stdin=""):
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        code = cli.main([str(word) for word in argv])
+        code = main.main([str(word) for word in argv])
         return code, *capsys.readouterr()
 
     return run

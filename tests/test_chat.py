@@ -5,13 +5,14 @@ import gc
 import json
 
 import pytest
+from helpers.texts import TEXTS, conversation, message, small_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from texts import TEXTS, conversation, message, small_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dph import chat, tokenizer
+from dph import chat
+from dph.data import tokenizer
 from dph.errors import UserError
 
 CONTROL = ("<|im_start|>", "<|im_end|>", "</s>", "<pad>")
@@ -158,7 +159,7 @@ def bare(*special):
 
 def test_a_tokenizer_without_the_chat_tokens_is_refused_until_it_has_them():
     tok = bare("<|im_start|>")
-    with pytest.raises(UserError, match=r"without <\|im_end\|>; dph.tokenizer.add_chat_tokens"):
+    with pytest.raises(UserError, match=r"without <\|im_end\|>; dph.data.tokenizer.add_chat_tokens"):
         chat.encode(conversation("a", "b"), tok)
     tok = bare()
     tokenizer.add_chat_tokens(tok)

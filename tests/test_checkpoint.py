@@ -6,14 +6,14 @@ import re
 
 import pytest
 import torch
+from helpers.texts import small_tokenizer
+from helpers.tiny import VOCAB, tiny_config, tiny_model, tokens
 from safetensors.torch import load_file, save_file
-from texts import small_tokenizer
-from tiny import VOCAB, tiny_config, tiny_model, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import dph
 from dph import checkpoint
-from dph.config import POOLERS
+from dph.model.config import POOLERS
 from dph_kernels import PackedLayout
 
 
@@ -105,7 +105,7 @@ def test_a_released_model_with_changes_and_another_dtype(tmp_path):
 
 def test_a_released_model_without_its_head(tmp_path, caplog):
     tiny_model(reward_heads=()).save_official(tmp_path)
-    with caplog.at_level(logging.WARNING, "dph.model"):
+    with caplog.at_level(logging.WARNING, "dph.model.model"):
         model = dph.Model.from_pretrained(tmp_path, reward_heads=("default",)).eval()
     assert "no weights for reward heads default" in caplog.text
     with pytest.raises(ValueError, match="holds no weights for it"):

@@ -74,7 +74,7 @@ def test_forced_backend(backend, sections, few, script):
         pytest.skip(reason)
     if backend == "triton":
         pytest.importorskip("triton")
-    report = run(TESTS / "forced.py", f"{backend}:{few}", script, *sections)
+    report = run(TESTS / "helpers" / "forced.py", f"{backend}:{few}", script, *sections)
     for section in sections:
         check(report, section)
     used = USED if few else USED | CHEAP

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dph.chat import Message
+from dph.data.sources import Kept, read_hub, read_jsonl
 from dph.errors import UserError
-from dph.sources import Kept, read_hub, read_jsonl
 
 Doc = Mapping[str, Any]
 Label = int | float | None

@@ -1,0 +1,1 @@
+"""The ``dph`` command."""

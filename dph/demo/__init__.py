@@ -1,0 +1,1 @@
+"""The quickstart: a small model trained end to end."""

@@ -1,0 +1,1 @@
+"""Sampling, and the choice of the best answer."""

@@ -1,0 +1,1 @@
+"""The network: configuration, backbone, heads and memory."""

@@ -1,0 +1,1 @@
+"""Training: recipes, the loop, run directories and their checkpoints."""

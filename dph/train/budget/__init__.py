@@ -1,0 +1,1 @@
+"""Estimates of arithmetic, memory and time."""

@@ -1,0 +1,1 @@
+"""Outputs of frozen models, stored on disk."""

@@ -1,0 +1,1 @@
+"""Training stages: batches and a loss each."""

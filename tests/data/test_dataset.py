@@ -1,0 +1,445 @@
+"""Records of every form, orders that repeat, batches that lose nothing, and states that continue exactly."""
+
+import json
+import os
+import sys
+import types
+from collections import Counter
+
+import pytest
+import torch
+from helpers.texts import conversation, message, small_tokenizer, write_lines
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dph import chat
+from dph.data import dataset
+from dph.data.dataset import Conversation, InOrder, Interleaved, PairBatches, Preference, Shuffled, Streams, Text
+from dph.errors import UserError
+
+ASK, YES, NO = message("user", "hello?"), message("assistant", "yes"), message("assistant", "no")
+PAIR = Preference([ASK, YES], [ASK, NO])
+
+
+# ------------------------------------------------------------------------------------------------ files and forms
+
+
+def test_jsonl_is_read_line_by_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\r\n\n  \n{"a": "\xc3\xbc"}')
+    lines = dataset.read_jsonl(path)
+    assert list(lines) == [{"a": 1}, {"a": "ü"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (b'{"a": 1}\n\n{"a": \n', r"a\.jsonl:3: not JSON: .* at column"),
+        (b'{"a": 1}\n[1]\n', r"a\.jsonl:2: expected a JSON object, got list"),
+        (b'{"a": "\xff"}\n', r"a\.jsonl:1: not UTF-8 at byte 7"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, content, error):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=error):
+        list(dataset.read_jsonl(tmp_path / "a.jsonl"))
+    with pytest.raises(UserError, match=r"a\.jsonl:\d"):
+        dataset.load(tmp_path / "a.jsonl", "text", text_field="a")
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_a_long_text_is_several_records(tmp_path, monkeypatch, suffix):
+    """Cut behind lines, else words, else anywhere; nothing is lost."""
+    monkeypatch.setattr(dataset, "PIECE", 10)
+    texts = ["one two\nthree four five", "short", "0123456789012345678901", "0123456789", "a" * 9 + "\n", ""]
+    if suffix == "jsonl":
+        write_lines(tmp_path / "a.jsonl", *({"text": text} for text in texts))
+        expected = ["one two\n", "three ", "four five", "short", "0123456789", "0123456789", "01", *texts[3:]]
+    else:
+        (tmp_path / "a.txt").write_text("".join(texts[:3]))
+        expected = ["one two\n", "three ", "four ", "fiveshort0", "1234567890", "1234567890", "1"]
+    records = dataset.load(tmp_path / f"a.{suffix}", "text")
+    assert [found.text for found in records] == [
+        text for part in expected for text in ([part], part)[type(part) is list]
+    ]
+    assert [records[i] for i in range(len(records))] == list(records)
+    ends = [dataset.encoder(small_tokenizer())(found).loss_mask[-1] for found in records]
+    assert ends.count(False) == {"jsonl": 4, "txt": 6}[suffix]
+    assert ends[-1]
+    assert all(dataset.encoder(small_tokenizer())(records[0]).loss_mask[:-1])
+
+
+def test_a_missing_or_empty_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.jsonl: expected a JSONL file, got nothing there"):
+        dataset.read_jsonl(tmp_path / "none.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(
+        UserError, match=r"pipe\.jsonl: expected a JSONL file, got something that is not a regular file"
+    ):
+        dataset.read_jsonl(tmp_path / "pipe.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"empty\.jsonl: expected at least one record"):
+        dataset.load(tmp_path / "empty.jsonl", "text")
+    with pytest.raises(UserError, match="did you mean task:glue/sst2"):
+        dataset.load("glue/sst2", "text")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"expected \.jsonl or \.txt files in the folder"):
+        dataset.load(tmp_path / "folder", "text")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "hello?", "chosen": "yes", "rejected": "no"},
+        {"prompt": [ASK], "chosen": [YES], "rejected": [NO]},
+        {"prompt": None, "chosen": [ASK, YES], "rejected": [ASK, NO]},
+        {"prompt": "hello?", "chosen": [ASK, YES], "rejected": [ASK, NO]},
+        {"prompt": " hello? ", "chosen": [ASK, YES], "rejected": [ASK, NO]},
+        {"prompt": [ASK], "chosen": "yes", "rejected": [{**NO, "name": "x"}], "other": 1},
+    ],
+)
+def test_preferences_in_every_form(fields):
+    assert dataset.record(fields, "preference") == PAIR
+    assert dataset.record(fields, "conversation") == Conversation([ASK, YES])
+    assert dataset.record(fields, "text") == Text("hello?\n\nyes")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [ASK, YES]},
+        {"prompt": "hello?", "completion": "yes"},
+        {"prompt": "hello?", "completion": "yes", "label": True},
+        {"prompt": "hello?", "completion": "yes", "label": None},
+    ],
+)
+def test_conversations_in_every_form(fields):
+    assert dataset.record(fields, "conversation") == Conversation([ASK, YES])
+    assert dataset.record(fields, "text") == Text("hello?\n\nyes")
+
+
+def test_a_system_prompt_stays_before_a_side_that_begins_with_the_user():
+    system = message("system", "late")
+    got = dataset.record({"prompt": [system], "chosen": [ASK, YES], "rejected": [ASK, NO]}, "preference")
+    assert got == Preference([system, ASK, YES], [system, ASK, NO])
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "error"),
+    [
+        (
+            "preference",
+            {"messages": [ASK, YES]},
+            r"x\.jsonl:1: expected a preference: prompt, chosen.*fields messages$",
+        ),
+        ("preference", {"prompt": "a", "chosen": "b"}, "got the fields prompt, chosen$"),
+        ("preference", {"chosen": "a", "rejected": "b"}, "chosen: expected a prompt beside an answer in plain text"),
+        (
+            "preference",
+            {"chosen": [ASK], "rejected": [ASK, NO]},
+            "expected the assistant's answer at the end, got a user",
+        ),
+        ("preference", {"prompt": "a", "chosen": 3, "rejected": "b"}, "chosen: expected a list of messages, got int"),
+        ("conversation", {"messages": [ASK]}, "expected an assistant message"),
+        ("conversation", {"messages": [ASK, {"role": "assistant"}]}, r"messages\[1\]: expected role and content"),
+        ("conversation", {"text": "a"}, "expected a conversation: messages, or prompt and completion"),
+        ("conversation", {"prompt": "a", "completion": "b", "label": False}, "label: expected true .*, got False$"),
+        ("conversation", {"prompt": "a", "completion": "b", "label": 0}, "label: expected true .*, got 0$"),
+        ("text", {"prompt": "a", "completion": "b", "label": False}, "label: expected true .*, got False$"),
+        ("text", {"sentence": "a"}, "expected a text: text, or .*got the fields sentence$"),
+        ("text", {"text": 3}, "text: expected text, got int"),
+        ("text", {}, r"got the fields \(none\)"),
+        ("text", {"text": None}, r"got the fields text \(null\)$"),
+    ],
+)
+def test_missing_and_malformed_fields_are_named_with_their_line(tmp_path, kind, fields, error):
+    path = write_lines(tmp_path / "x.jsonl", fields)
+    with pytest.raises(UserError, match=error) as caught:
+        dataset.load(path, kind)
+    assert str(caught.value).startswith(f"{path}:1: ")
+
+
+def test_folders_text_files_limits_and_other_fields(tmp_path):
+    write_lines(tmp_path / "b/2.jsonl", {"text": "two"}, {"text": "three"})
+    (tmp_path / "b/1.txt").write_text("one\n\nand more")
+    source = dataset.load(tmp_path / "b", "text")
+    assert [record.text for record in source] == ["one\n\nand more", "two", "three"]
+    assert [source[i].text for i in (0, 1, 2, -1)] == ["one\n\nand more", "two", "three", "three"]
+    with pytest.raises(IndexError):
+        source[3]
+    assert len(dataset.load(tmp_path / "b", "text", limit=2)) == 2
+    with pytest.raises(UserError, match=r"1\.txt: expected a conversation"):
+        dataset.load(tmp_path / "b", "conversation")
+    field = write_lines(tmp_path / "c.jsonl", {"sentence": "four"})
+    assert dataset.load(field, "text", text_field="sentence")[0] == Text("four")
+    with pytest.raises(UserError, match="kind: expected preference, conversation, text, got 'pairs'"):
+        dataset.load(field, "pairs")
+    with pytest.raises(UserError, match="limit: expected at least 1, got 0"):
+        dataset.load(field, "text", limit=0)
+
+
+def test_the_hub_gives_records_too(monkeypatch):
+    fake = types.ModuleType("datasets")
+    rows = {("me/pairs", "main", "test"): [{"prompt": "hello?", "chosen": "yes", "rejected": "no"}, {"prompt": "a"}]}
+    fake.load_dataset = lambda name, config, split: rows[name, config, split]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    source = dataset.load("hub:me/pairs:main", "preference", split="test")
+    assert (len(source), source[0]) == (2, PAIR)
+    with pytest.raises(UserError, match="hub:me/pairs:main, test record 1: expected a preference"):
+        source[1]
+
+
+# ------------------------------------------------------------------------------------------------ tasks as data
+
+OPTIONS = {"question": "2+2?", "choices": ["3", "4", "5", "6"], "answer": 1}
+
+
+def test_a_task_sets_the_right_answer_against_wrong_ones_drawn_uniformly(tmp_path):
+    write_lines(tmp_path / "mmlu/all/train.jsonl", *[OPTIONS] * 600)
+    source = dataset.load("task:mmlu/all", "preference", directory=tmp_path, seed=1)
+    assert {record.chosen[-1]["content"] for record in source} == {"B. 4"}
+    drawn = [record.rejected[-1]["content"] for record in source]
+    counts = Counter(drawn)
+    assert counts.keys() == {"A. 3", "C. 5", "D. 6"}
+    assert min(counts.values()) > 150
+    again = dataset.load("task:mmlu/all", "preference", directory=tmp_path, seed=1)
+    assert [again[i].rejected[-1]["content"] for i in reversed(range(600))] == drawn[::-1]
+    other = dataset.load("task:mmlu/all", "preference", directory=tmp_path, seed=2)
+    assert [record.rejected[-1]["content"] for record in other] != drawn
+
+
+def test_a_task_gives_conversations_and_texts(tmp_path):
+    write_lines(tmp_path / "boolq/train.jsonl", {"passage": "Cats purr.", "question": "do cats purr", "label": 1})
+    turns = dataset.load("task:boolq", "conversation", directory=tmp_path)[0].messages
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant"]
+    assert turns[-1]["content"] == "yes"
+    assert dataset.load("task:boolq", "text", directory=tmp_path)[0].text.endswith("Answer:\n\nyes")
+
+
+def test_a_task_that_cannot_give_what_is_asked_says_so(tmp_path):
+    write_lines(tmp_path / "boolq/test.jsonl", {"passage": "a", "question": "b", "label": -1})
+    with pytest.raises(UserError, match="task boolq, test record 0: expected a label, got none"):
+        dataset.load("task:boolq", "conversation", split="test", directory=tmp_path)
+    with pytest.raises(UserError, match="task alpaca/cleaned: has no wrong answers"):
+        dataset.load("task:alpaca/cleaned", "preference", directory=tmp_path)
+    write_lines(tmp_path / "copa/train.jsonl", {"premise": "a"})
+    with pytest.raises(UserError, match="task copa: expected the fields"):
+        dataset.load("task:copa", "text", directory=tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ order
+
+
+def texts(n, prefix=""):
+    return [Text(f"{prefix}{i}") for i in range(n)]
+
+
+@given(st.integers(1, 40), st.integers(0, 5))
+def test_every_epoch_is_a_permutation_of_its_own(n, seed):
+    order = Shuffled(texts(n), seed)
+    epochs = [[next(order).text for _ in range(n)] for _ in range(3)]
+    assert all(sorted(epoch) == sorted(r.text for r in texts(n)) for epoch in epochs)
+    assert [order.source[order.index(i)].text for i in range(3 * n)] == [text for epoch in epochs for text in epoch]
+    if n > 12:
+        assert len({tuple(epoch) for epoch in epochs}) == 3
+        other = Shuffled(texts(n), seed + 1)
+        assert epochs[0] != [next(other).text for _ in range(n)]
+
+
+def sources(seed=0):
+    return [Shuffled(texts(n, name), seed) for n, name in ((7, "a"), (3, "b"), (11, "c"))]
+
+
+def test_sources_are_interleaved_in_runs_and_uniformly():
+    order = Interleaved(sources(), seed=0, run=5)
+    names = [next(order).text[0] for _ in range(3000)]
+    runs = [names[i : i + 5] for i in range(0, 3000, 5)]
+    assert all(len(set(run)) == 1 for run in runs)
+    counts = Counter(run[0] for run in runs)
+    assert all(150 < counts[name] < 250 for name in "abc")
+    weighted = Interleaved(sources(), seed=0, run=1, weights=[0, 1, 3])
+    counts = Counter(next(weighted).text[0] for _ in range(1000))
+    assert counts["a"] == 0
+    assert 650 < counts["c"] < 850
+
+
+def test_bad_orders_are_refused():
+    with pytest.raises(UserError, match="source: expected at least one record"):
+        Shuffled([], 0)
+    with pytest.raises(UserError, match="sources: expected at least one"):
+        Interleaved([], 0)
+    with pytest.raises(UserError, match="run: expected at least 1, got 0"):
+        Interleaved(sources(), 0, run=0)
+    for weights in ([1], [0, 0, 0], [-1, 1, 1]):
+        with pytest.raises(UserError, match="weights: expected 3"):
+            Interleaved(sources(), 0, weights=weights)
+    with pytest.raises(UserError, match="expected the 7 records of the interrupted run, got 8"):
+        Shuffled(texts(8), 0).load_state_dict(Shuffled(texts(7), 0).state_dict())
+    with pytest.raises(UserError, match="expected the 3 sources of the interrupted run, got 2"):
+        Interleaved(sources()[:2], 0).load_state_dict(Interleaved(sources(), 0).state_dict())
+
+
+def through_json(state):
+    return json.loads(json.dumps(state))
+
+
+@given(st.integers(0, 60), st.integers(1, 6), st.integers(0, 3))
+def test_an_order_goes_on_from_its_state(before, run, seed):
+    whole = Interleaved(sources(seed), seed, run)
+    for _ in range(before):
+        next(whole)
+    resumed = Interleaved(sources(seed), seed, run)
+    resumed.load_state_dict(through_json(whole.state_dict()))
+    assert [next(resumed) for _ in range(30)] == [next(whole) for _ in range(30)]
+
+
+# ------------------------------------------------------------------------------------------------ streams
+
+
+def encode(record):
+    return dataset.encoder(small_tokenizer())(record)
+
+
+def talk(n):
+    return [Conversation(conversation(f"hello {i}" * (i % 4), f"world {i}" * (i % 7))) for i in range(n)]
+
+
+def joined(encoded):
+    tokens = [t for e in encoded for t in e.tokens]
+    targets = [t if on else -100 for e in encoded for t, on in zip(e.targets, e.loss_mask, strict=True)]
+    return tokens, targets
+
+
+def test_text_is_all_targets_with_eos_between_documents():
+    got = encode(Text("hello </s>"))
+    eos = small_tokenizer().eos_token_id
+    assert got.tokens.count(eos) == 1
+    assert (got.tokens[0], got.targets[-1], all(got.loss_mask)) == (eos, eos, True)
+    assert got.targets[:-1] == got.tokens[1:]
+    assert got.reward_position is None
+
+
+@settings(deadline=None)
+@given(st.integers(1, 12), st.integers(1, 3), st.integers(1, 50))
+def test_streams_hold_every_record_once_from_end_to_end(n, batch, length):
+    segments = list(Streams(InOrder(talk(n)), encode, batch, length, pad_token=1))
+    tokens, targets = (torch.cat([segment[i] for segment in segments], 1).tolist() for i in (0, 1))
+    assert all(segment[0].shape == segment[1].shape == (batch, length) for segment in segments)
+    wanted = [encode(record) for record in talk(n)]
+    seen = []
+    for row, marks in zip(tokens, targets, strict=True):
+        while 1 in row and row[-1] == 1:  # the filler at the end of a stream
+            assert marks.pop() == -100
+            row.pop()
+        mine = []
+        while sum(map(len, mine)) < len(row):  # records of a row lie end to end, whole
+            at = sum(map(len, mine))
+            found = next(e for e in wanted if e not in seen + mine and row[at : at + len(e)] == e.tokens)
+            mine.append(found)
+        assert (row, marks) == joined(mine)
+        seen += mine
+    assert len(seen) == n
+
+
+def test_a_stream_takes_whole_runs():
+    talks = {name: [Conversation(conversation(name, "x" * 3)) for _ in range(9)] for name in "abc"}
+    order = Interleaved([Shuffled(records, 0) for records in talks.values()], seed=3, run=5)
+    length = 3 * len(encode(talks["a"][0]))  # a segment holds three records, so runs are cut across segments
+    streams = Streams(order, encode, 2, length, pad_token=1)
+    for row in torch.cat([next(streams)[0] for _ in range(20)], 1):
+        asked = [text[0] for text in small_tokenizer().decode(row.tolist()).split("user\n")[1:]]
+        runs = [asked[i : i + 5] for i in range(0, 60, 5)]
+        assert all(len(run) == 5 and len(set(run)) == 1 for run in runs)
+        assert len({run[0] for run in runs}) == 3
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 8), st.integers(1, 3), st.integers(1, 60), st.integers(1, 5))
+def test_streams_go_on_from_their_state(before, batch, length, run):
+    def make():
+        halves = [Shuffled(talk(9)[:4], 1), Shuffled(talk(9)[4:], 2)]
+        return Streams(Interleaved(halves, 0, run), encode, batch, length, pad_token=1)
+
+    whole, resumed = make(), make()
+    for _ in range(before):
+        next(whole)
+    state = whole.state_dict()
+    saved = through_json(state)
+    rest = [next(whole) for _ in range(4)]
+    assert through_json(state) == saved  # going on does not change a state already taken
+    resumed.load_state_dict(saved)
+    for got, wanted in zip((next(resumed) for _ in range(4)), rest, strict=True):
+        assert torch.equal(got[0], wanted[0])
+        assert torch.equal(got[1], wanted[1])
+
+
+def test_streams_refuse_another_batch_size():
+    two, three = (Streams(Shuffled(talk(3), 0), encode, batch, 8, 1) for batch in (2, 3))
+    with pytest.raises(UserError, match="batch: expected the interrupted run's 2, got 3"):
+        three.load_state_dict(two.state_dict())
+    with pytest.raises(UserError, match="expected at least 1 each"):
+        Streams(Shuffled(talk(3), 0), encode, 0, 8, 1)
+
+
+# ------------------------------------------------------------------------------------------------ pairs
+
+
+def pairs(n):
+    def answer(text):
+        return [
+            message("user", "hello"),
+            message("assistant", "late"),
+            message("user", "?"),
+            message("assistant", text),
+        ]
+
+    return [Preference(answer("yes " * (i % 5)), answer("no " * (i % 9))) for i in range(n)]
+
+
+def test_pairs_are_masked_to_the_final_answer():
+    chosen, rejected = encode(pairs(4)[3])
+    tok = small_tokenizer()
+    for side, text in ((chosen, "yes yes yes <|im_end|>"), (rejected, "no no no <|im_end|>")):
+        assert tok.decode([t for t, on in zip(side.targets, side.loss_mask, strict=True) if on]) == text
+        assert side.tokens[side.reward_position] == chat.markup(tok).end
+
+
+def test_pairs_are_refused_whole_and_counted():
+    records = [*pairs(10), None, pairs(1)[0]]
+    limit = max(len(side) for record in pairs(6) for side in encode(record))
+    batches = PairBatches(InOrder(records), encode, pairs=3, max_length=limit)
+    got = [pair for batch in batches for pair in batch]
+    assert got == [encode(record) for record in [*pairs(6)[1:], pairs(10)[9]]]
+    assert batches.refused == {"identical": 2, f"longer than {limit} tokens": 3, "no wrong answer": 1}
+    assert all(side.reward_position is not None and len(side) <= limit for pair in got for side in pair)
+    assert [len(batch) for batch in PairBatches(InOrder(records), encode, 4, limit)] == [4, 2]
+
+
+def test_no_usable_pair_is_an_error_rather_than_an_endless_search():
+    with pytest.raises(UserError, match=r"got none in two passes over the records: longer than 3 tokens \(\d+\)"):
+        next(PairBatches(Shuffled(pairs(5)[1:], 0), encode, pairs=1, max_length=3))
+    with pytest.raises(UserError, match="pairs: expected at least 1, got 0"):
+        PairBatches(Shuffled(pairs(5), 0), encode, pairs=0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 8), st.integers(1, 5), st.integers(0, 3))
+def test_pairs_go_on_from_their_state(before, size, seed):
+    whole, resumed = (PairBatches(Shuffled(pairs(12), seed), encode, size, max_length=40) for _ in range(2))
+    for _ in range(before):
+        next(whole)
+    resumed.load_state_dict(through_json(whole.state_dict()))
+    assert [next(resumed) for _ in range(4)] == [next(whole) for _ in range(4)]
+    assert resumed.refused == whole.refused
+
+
+def test_the_sample_data_loads(shared):
+    source = dataset.load(shared / "data/preferences/math_solutions.jsonl", "preference")
+    assert len(source) == 967
+    batches = PairBatches(InOrder(source), encode, pairs=64)
+    assert sum(map(len, batches)) + batches.refused.total() == 967
+    for task, sizes in {"glue/sst2": (20000, 1000), "glue/cola": (7500, 800), "boolq": (1200, 400)}.items():
+        for split, size in zip(("train", "validation"), sizes, strict=True):
+            loaded = dataset.load(f"task:{task}", "preference", split=split, directory=shared / "data")
+            assert len(loaded) == size
+            assert loaded[size - 1].chosen[:-1] == loaded[size - 1].rejected[:-1]

@@ -1,0 +1,71 @@
+import math
+
+import numpy as np
+import pytest
+
+from dph.chat import Encoded
+from dph.demo import puzzles, report
+from dph.demo.report import Outcome, chosen
+from dph.model.model import Judged
+
+
+def answer(finished=True):
+    return Encoded([0, 1], [1, 0], [True, False], [True, False], 1 if finished else None)
+
+
+def outcome(right, rewards, logprobs, finished=None):
+    groups = [[answer(f) for f in row] for row in (finished or [[True] * len(row) for row in right])]
+    judged = [Judged(p, p, {"default": r}) for p, r in zip(logprobs, rewards, strict=True)]
+    asked = [puzzles.Puzzle("sort", "sort: b a", "a b", "b a")] * len(right)
+    return Outcome(asked, groups, judged, np.array(right, dtype=bool))
+
+
+FOUND = outcome(
+    right=[[0, 1, 0, 1], [0, 0, 0, 1]],
+    rewards=[[0.1, 3.0, 0.2, 0.3], [5.0, 1.0, 2.0, 4.0]],
+    logprobs=[[-1.0, -5.0, -2.0, -3.0], [-4.0, -3.0, -2.0, -1.0]],
+)
+
+
+def test_one_sample_is_the_mean_over_all_candidates():
+    assert chosen(FOUND, report.SAMPLE, 1).tolist() == [0.5, 0.25]
+
+
+def test_the_oracle_needs_one_right_answer_among_the_first_n():
+    assert chosen(FOUND, report.ORACLE, 1).tolist() == [0, 0]
+    assert chosen(FOUND, report.ORACLE, 2).tolist() == [1, 0]
+    assert chosen(FOUND, report.ORACLE, 4).tolist() == [1, 1]
+
+
+def test_choosing_by_reward_and_by_log_probability():
+    assert chosen(FOUND, report.REWARD, 4).tolist() == [1, 0]
+    assert chosen(FOUND, report.PROBABLE, 4).tolist() == [0, 1]
+    assert chosen(FOUND, report.PROBABLE, 3).tolist() == [0, 0]
+
+
+def test_an_answer_that_was_cut_off_is_never_chosen():
+    cut = outcome([[1, 0]], [[math.nan, -3.0]], [[-0.1, -9.0]], finished=[[False, True]])
+    assert chosen(cut, report.REWARD, 2).tolist() == [0]
+    assert chosen(cut, report.PROBABLE, 2).tolist() == [0]
+
+
+@pytest.mark.parametrize("rule", report.RULES)
+def test_accuracy_lies_in_its_interval(rule):
+    found = report.accuracy(FOUND, rule, 4)
+    assert found.low <= found.value <= found.high
+
+
+def test_figures_are_pictures(tmp_path):
+    wide = outcome([[0, 1] * 8] * 3, [list(range(16))] * 3, [[-1.0] * 16] * 3)
+    paths = report.draw({"SFT": wide, "aligned jointly": wide}, tmp_path)
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_rule_has_one_colour_in_every_panel():
+    wide = outcome([[0, 1] * 8] * 3, [list(range(16))] * 3, [[-1.0] * 16] * 3)
+    sft, frozen = report._curves({"SFT": wide, "frozen": wide}).axes
+    colours = {line.get_label(): line.get_color() for line in frozen.lines}
+    assert len(colours) == len(set(colours.values())) == 4
+    for line in sft.lines:
+        assert line.get_color() == colours[line.get_label()]

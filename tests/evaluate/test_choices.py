@@ -1,0 +1,226 @@
+"""Metrics against known values, and choices and pairs judged by a small model."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import dph
+from dph import chat, tasks
+from dph.data import tokenizer
+from dph.errors import UserError
+from dph.evaluate.choices import (
+    METRICS,
+    accuracy,
+    bootstrap,
+    choose,
+    evaluate,
+    f1,
+    matthews,
+    pearson,
+    prefer,
+    spearman,
+    wilson,
+)
+from dph.evaluate.tables import table
+
+DOCS = [
+    {"sentence": "a gripping and moving film", "label": 1},
+    {"sentence": "dull", "label": 0},
+    {"sentence": "never less than watchable", "label": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return tokenizer.from_iterator(["positive or negative? a gripping film is watchable"] * 2, 280)
+
+
+@pytest.fixture(scope="module")
+def model(tok):
+    return tiny(tok)
+
+
+def tiny(tok, **config):
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 16, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = dph.Model(dph.ModelConfig(vocab_size=len(tok), num_attention_heads=2, **sizes, **config))
+    for parameter in model.parameters():  # large enough that the choices differ
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def arrays(*columns):
+    return tuple(np.array(column, dtype=float) for column in columns)
+
+
+# The literals are what scikit-learn 1.9.1 and scipy 1.17.1 give for these arrays.
+
+
+def test_accuracy():
+    assert accuracy(*arrays([1, 0, 2, 1], [1, 1, 2, 0])) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("predicted", "gold", "want"),
+    [
+        ([1, 1, 1, 0, 0, 1], [1, 0, 1, 1, 0, 1], 0.75),
+        ([0, 0], [0, 0], 0.0),
+        ([0, 0, 1], [1, 1, 0], 0.0),
+    ],
+)
+def test_f1(predicted, gold, want):
+    assert f1(*arrays(predicted, gold)) == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "gold", "want"),
+    [
+        ([1, -1, 1, 1], [1, 1, 1, -1], -1 / 3),
+        ([1, 0, 1, 1, 0, 0, 1], [1, 0, 0, 1, 0, 1, 1], 5 / 12),
+        ([0, 2, 1, 2, 0, 1, 2], [0, 2, 2, 2, 1, 1, 0], 0.34375),
+        ([1, 1, 1], [0, 1, 0], 0.0),
+    ],
+)
+def test_matthews(predicted, gold, want):
+    assert matthews(*arrays(predicted, gold)) == pytest.approx(want)
+
+
+def test_correlations():
+    x, y = arrays([1, 2, 3, 4, 5, 5], [5, 6, 7, 8, 7, 8.5])
+    assert pearson(x, y) == pytest.approx(0.8762228583311031)
+    assert spearman(x, y) == pytest.approx(0.8382352941176471)
+    assert pearson(x, -x) == pytest.approx(-1.0)
+    assert spearman(np.exp(x), x) == pytest.approx(1.0)
+    assert pearson(np.ones(6), y) == 0.0
+
+
+def test_every_task_has_a_known_metric():
+    assert {tasks.load(name).metric for name in tasks.names()} - {None} <= set(METRICS)
+
+
+def test_wilson_known_values():
+    # Newcombe 1998, table I: 81 of 263, and 0 of 20.
+    assert (wilson(81, 263).low, wilson(81, 263).high) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert (wilson(0, 20).low, wilson(0, 20).high) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson(20, 20).high == 1.0
+    with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
+        wilson(0, 0)
+
+
+def test_bootstrap_is_seeded_and_covers():
+    rng = np.random.default_rng(3)
+    gold = rng.integers(2, size=400)
+    predicted = np.where(rng.random(400) < 0.8, gold, 1 - gold)
+    interval = bootstrap(accuracy, predicted, gold)
+    assert interval == bootstrap(accuracy, predicted, gold)
+    assert interval.low < interval.value < interval.high
+    # The normal approximation's width is 2 * 1.96 * sqrt(p (1 - p) / n).
+    width = 2 * 1.96 * math.sqrt(interval.value * (1 - interval.value) / 400)
+    assert interval.high - interval.low == pytest.approx(width, rel=0.15)
+
+
+def test_a_nan_never_wins():
+    assert choose([0.1, 0.3, 0.2], 0) == 1
+    assert choose([0.3, 0.3], 1) == 0  # the first of equals
+    for gold in (0, 1):
+        for scores in ([math.nan, 1.0], [1.0, math.nan], [math.nan, math.nan]):
+            assert choose(scores, gold) == 1 - gold
+    assert choose([math.nan] * 6, 3.8) == 0
+    assert choose([math.nan], 0) == -1
+
+
+def test_prefer_counts_ties_half_and_nans_wrong():
+    row = prefer("reward", [1.0, 2.0, 0.0, math.nan], [0.0, 2.0, 1.0, 0.0])
+    assert (row.accuracy.value, row.ties, row.nans, row.n) == (1.5 / 4, 1, 1, 4)
+    assert row.margin == 0.0
+    assert prefer("reward", [math.nan], [0.0]).margin is None
+    none = prefer("reward", [], [])
+    assert (none.accuracy, none.margin, none.n) == (None, None, 0)
+
+
+def test_choices_equal_those_judged_alone(model, tok):
+    task = tasks.load("glue/sst2")
+    report = evaluate(model, tok, task, DOCS, max_tokens=200)  # several batches
+    assert [row.method for row in report.rows] == ["log-probability", "reward"]
+    assert (report.task, report.n, report.nans) == ("glue/sst2", 3, 0)
+    for row, judge in zip(report.rows, (alone_by_logprob, alone_by_reward), strict=True):
+        chosen = [int(np.argmax([judge(model, tok, c) for c in task.choices(doc)])) for doc in DOCS]
+        want = np.mean([c == task.gold(doc) for c, doc in zip(chosen, DOCS, strict=True)])
+        assert row.metrics["accuracy"].value == want
+        assert row.ties == 0
+
+
+def alone_by_reward(model, tok, conversation):
+    return model.score(tok, [conversation]).item()
+
+
+def alone_by_logprob(model, tok, conversation):
+    encoded = chat.encode(conversation, tok)
+    targets = [t if on else -100 for t, on in zip(encoded.targets, encoded.score_mask, strict=True)]
+    with torch.no_grad():
+        logits = model(torch.tensor([encoded.tokens])).logits
+    return dph.losses.sequence_logprobs(logits, torch.tensor([targets]), "mean").item()
+
+
+def test_broken_weights_are_counted_as_wrong(tok):
+    model = tiny(tok)
+    model.backbone.output_norm.weight.data.fill_(math.nan)
+    report = evaluate(model, tok, tasks.load("glue/sst2"), DOCS)
+    assert [row.nans for row in report.rows] == [3, 3]
+    assert [row.metrics["accuracy"].value for row in report.rows] == [0.0, 0.0]
+
+
+def test_equal_rewards_are_counted_as_ties(tok):
+    model = tiny(tok)
+    for weight in model.heads["shared"].reward.parameters():
+        weight.data.zero_()
+    assert evaluate(model, tok, tasks.load("glue/sst2"), DOCS).rows[1].ties == 3
+
+
+def test_evaluation_refuses(model, tok):
+    sst2 = tasks.load("glue/sst2")
+    with pytest.raises(UserError, match=r"record 1: expected a label, got none"):
+        evaluate(model, tok, sst2, [DOCS[0], DOCS[1] | {"label": -1}])
+    with pytest.raises(UserError, match="expected at least one record"):
+        evaluate(model, tok, sst2, [])
+    with pytest.raises(UserError, match="expected one with choices"):
+        evaluate(model, tok, tasks.load("squad/v2"), DOCS)
+    with pytest.raises(ValueError, match="expected one of default, got 'helpful'"):
+        evaluate(model, tok, sst2, DOCS, head="helpful")
+    headless = tiny(tok, reward_heads=())
+    with pytest.raises(ValueError, match="got one without"):
+        evaluate(headless, tok, sst2, DOCS)
+    assert len(evaluate(headless, tok, sst2, DOCS, head=None).rows) == 1
+
+
+def test_table():
+    text = table(["method", "n", "accuracy"], [["reward", 12, 0.5], ["two\nlines", None, 0.25]])
+    assert text.splitlines() == [
+        "method       n  accuracy",
+        "----------  --  --------",
+        "reward      12     0.500",
+        "two\\nlines   -     0.250",
+    ]
+    with pytest.raises(ValueError, match="expected 2 cells, got 1"):
+        table(["a", "b"], [[1]])
+    assert table(["a"], []) == "a\n-"
+
+
+@pytest.mark.parametrize(
+    ("label", "error"),
+    [
+        (7, "record 1: task glue/sst2: expected one of the labels 0 to 1, got 7"),
+        (0.5, "record 1: task glue/sst2: expected one of the labels 0 to 1, got 0.5"),
+        ("yes", "record 1: task glue/sst2: label: expected a number, got 'yes'"),
+        ([1], r"record 1: task glue/sst2: label: expected a number, got \[1\]"),
+        ("--1", "record 1: task glue/sst2: label: expected a number, got '--1'"),
+        (math.inf, "record 1: task glue/sst2: label: expected a number, got inf"),
+        (math.nan, "record 1: task glue/sst2: label: expected a number, got nan"),
+    ],
+)
+def test_a_label_that_is_none_of_the_choices_is_an_error(model, tok, label, error):
+    docs = [DOCS[0], {**DOCS[1], "label": label}]
+    with pytest.raises(UserError, match=error):
+        evaluate(model, tok, tasks.load("glue/sst2"), docs, head=None)

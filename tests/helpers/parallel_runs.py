@@ -1,0 +1,159 @@
+"""One of two processes that train together (gloo, CPU): run by test_parallel.py, in an environment like torchrun's.
+
+    python parallel_runs.py FOLDER DEVICE
+
+Runs every case (on GPUs, only what they compute), and leaves in FOLDER/found what this process saw of each. Exits with
+NO_GLOO and the reason where the processes cannot find each other.
+"""
+
+import errno
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from helpers.stages import Trap, go, records, settings, strike, tiny, weights
+from helpers.two import meeting
+from safetensors.torch import save_file
+
+import dph
+from dph.train import checkpointing, distributed, run_dir
+from dph_kernels import dispatch
+
+RANK = int(os.environ.get("RANK", 0))
+DEVICE = sys.argv[2] if __name__ == "__main__" else "cpu"
+SMOOTH = {"optimiser__eps": 1e-3, "optimiser__clip": 0.2}  # of gradients that are but rounding, LaProp makes none large
+QUICK = {"output__log_every": 1, "output__save_every": 0, "evaluation__every": 0}
+
+# name: stage, changes of the recipe, of the model
+CASES = {
+    "sft": ("sft", {"batch__micro": 1}, {}),
+    "sft-replicate": ("sft", {"batch__micro": 1, "parallel": "replicate", "data__memory_place": "host"}, {}),
+    "sft-hidden": ("sft", {"data__memory_kind": "hidden", "checkpointing": "block"}, {}),
+    "vocab": ("vocab", {}, {}),
+    "align-tokens": ("align", {"batch__tokens": 110}, {"reward_dropout": 0.5}),
+    "align-cache": ("align", {"batch__micro": 1, "parallel": "replicate", "objective__reference": "cache"}, {}),
+    "head": ("head", {"batch__micro": 1}, {"reward_dropout": 0.5}),
+    "head-backbone": (
+        "head",
+        {"batch__tokens": 110, "data__cache_states": False, "parallel": "replicate"},
+        {"reward_dropout": 0.5},
+    ),
+    "align-bf16": ("align", {"precision": "bf16", "objective__reference": "cache"}, {}),
+    "head-bf16": ("head", {"precision": "bf16"}, {}),
+}
+RESUMED = {"sft": {}, "align": {"parallel": "replicate"}}
+
+
+def recipe_of(stage, directory, **changes):
+    return settings(stage, directory, **SMOOTH | QUICK | {"device": DEVICE} | changes)
+
+
+def note(folder, name, model=None, **values):
+    """What this process found."""
+    found = folder / "found"
+    found.mkdir(exist_ok=True)
+    (found / f"{name}-{RANK}.json").write_text(json.dumps(values))
+    if model is not None:
+        save_file(weights(model), found / f"{name}-{RANK}.safetensors")
+
+
+def cases(folder):
+    for name, (stage, changes, model) in CASES.items():
+        result = go(recipe_of(stage, folder / name, **changes), model=tiny(**model))
+        note(folder, name, result.model, step=result.step, evaluation=result.evaluation)
+
+
+def alone(folder, name, work):
+    """Process 0 without the others, who wait."""
+    done = folder / f"{name}.done"
+    if RANK == 0:
+        size = os.environ.pop("WORLD_SIZE")
+        work()
+        os.environ["WORLD_SIZE"] = size
+        done.touch()
+    while not done.exists():
+        time.sleep(0.05)
+
+
+def resumes(folder):
+    """Two processes until one is struck, then one alone, then two to the end."""
+    for stage, changes in RESUMED.items():
+        recipe = recipe_of(stage, folder / f"resumed-{stage}", **changes)
+        data = records(stage)
+        strikes = 9 if RANK == 1 else 10**9
+        stopped = go(recipe, Trap(data, strikes, strike))
+        note(folder, f"struck-{stage}", step=stopped.step, interrupted=stopped.interrupted)
+        one = recipe_of(stage, folder / f"resumed-{stage}", **changes, batch__micro=1)
+        alone(folder, stage, lambda r=one, d=data: go(r, Trap(d, 5, strike), resume=True))
+        result = go(recipe, resume=True)
+        note(folder, f"resumed-{stage}", result.model, step=result.step)
+
+
+def spoil(call, every=False):
+    """Makes rewards of process 1 NaN: of the ``call``-th forward pass with gradients, or of all from there on."""
+    original, left = dph.Model.forward_packed, [call]
+
+    def wrapped(self, *args, **kwargs):
+        out = original(self, *args, **kwargs)
+        left[0] -= torch.is_grad_enabled()
+        if torch.is_grad_enabled() and RANK == 1 and (left[0] == 0 or (every and left[0] < 0)):
+            out.rewards["default"].data[-1] = math.nan
+        return out
+
+    dph.Model.forward_packed = wrapped
+    return original
+
+
+def spoilt(folder):
+    original = spoil(5)
+    result = go(recipe_of("align", folder / "nan", output__save_every=1), held_out={})
+    note(folder, "nan", result.model, step=result.step)
+    dph.Model.forward_packed = original
+
+
+def caught(folder, name, work):
+    """What ended this process's run; the group is one that a process has no longer after an error."""
+    try:
+        work()
+    except Exception as error:
+        note(folder, name, kind=type(error).__name__, text=str(error))
+    dist.destroy_process_group()
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def failures(folder):
+    original = spoil(5, every=True)
+    caught(folder, "diverged", lambda: go(recipe_of("align", folder / "diverged", guard__stop_after=2), held_out={}))
+    dph.Model.forward_packed = original
+    caught(folder, "uneven", lambda: go(recipe_of("align", folder / "uneven", batch__size=3)))
+    for rank, module in ((0, run_dir), (1, checkpointing)):
+        recipe = recipe_of("sft", folder / f"full-{rank}", optimiser__steps=4)
+        go(recipe, Trap(records("sft"), 5, strike))
+        module.write_tensors, write = full if rank == RANK else module.write_tensors, module.write_tensors
+        caught(folder, f"full-{rank}", lambda r=recipe: go(r, Trap(records("sft"), 2, strike), resume=True))
+        module.write_tensors = write
+
+
+def main(folder):
+    dispatch.FEW = 0  # as the fixture every_kernel
+    with meeting(), distributed.start("shard", DEVICE):
+        pass
+    for part in (cases, resumes, spoilt, failures) if DEVICE == "cpu" else (cases,):
+        began = time.monotonic()
+        part(folder)
+        print(part.__name__, round(time.monotonic() - began, 1), "s", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    # All is shown. At Python's end a thread of PyTorch's that still wants the interpreter would abort the process.
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,194 @@
+"""Recipes: the paper's stages as shipped, inheritance, overrides, and errors that name the key."""
+
+import json
+
+import pytest
+
+from dph.errors import UserError
+from dph.model.config import POOLERS
+from dph.train import recipe
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+MINIMAL = """
+stage: sft
+model: {path: somewhere}
+data: {sources: [corpus.jsonl, {source: "task:boolq", weight: 2}]}
+optimiser: {lr: 3e-5, betas: [0.8, 0.9]}
+"""
+
+
+def test_paper_stages():
+    """The paper's stages, cell by cell."""
+    table = {  # lr, final_lr, warmup, steps, prior_decay, no_decay, size, micro divides
+        "vocab": (6e-5, 0.0, 200, 4096, 0.0, None, 128),
+        "sft": (3e-5, 0.0, 200, 6144, 0.5, ("embedding",), 128),
+        "align": (3e-6, 3e-7, 200, 23040, 0.5, (), 64),
+        "head": (3e-6, 3e-7, 200, 7680, 0.5, (), 64),
+    }
+    for name, (lr, final, warmup, steps, prior, no_decay, size) in table.items():
+        r = recipe.load(name)
+        o = r.optimiser
+        assert r.stage == name
+        assert (o.lr, o.final_lr, o.warmup, o.steps, o.prior_decay, o.clip) == (lr, final, warmup, steps, prior, 1.0)
+        assert o.betas == (0.9, 0.95)
+        assert o.eps == 1e-8
+        assert no_decay is None or o.no_decay == no_decay
+        assert r.batch.size == size
+        assert (r.data.context, r.data.memory) == (2048, 2048)
+    align, head = recipe.load("align").objective, recipe.load("head").objective
+    assert (align.beta, align.dpo_epsilon, align.dph_epsilon, align.dropout) == (0.6, 0.25, 0.1, 0.1)
+    assert (align.dpo_weight, align.dph_weight) == (1.0, 1.0)
+    assert head.dpo_weight == 0.0
+    pretrain = recipe.load("pretrain")
+    assert (pretrain.optimiser.lr, pretrain.optimiser.final_lr, pretrain.optimiser.warmup) == (6e-4, 6e-5, 2000)
+    assert (pretrain.optimiser.weight_decay, pretrain.batch.size, pretrain.data.memory_kind) == (0.1, 480, "hidden")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "vocab", "sft", "align", "head"])
+def test_the_paper_s_stages_come_out_even_among_processes(stage):
+    """A share of every update for each of 1 to 32 processes, in parts that fill it."""
+    batch = recipe.load(stage).batch
+    for processes in (1, 2, 4, 8, 16, 32):
+        share, rest = divmod(batch.size, processes)
+        assert (rest, share % min(batch.micro or share, share)) == (0, 0), processes
+
+
+def test_shipped_sources_exist():
+    from dph import tasks
+
+    for name in recipe.shipped():
+        r = recipe.load(name)
+        for source in (*r.data.sources, *r.evaluation.sources):
+            task = tasks.load(source.source.removeprefix("task:"))
+            assert r.kind != "preference" or task.paired
+            assert "train" in task.splits or source in r.evaluation.sources
+
+
+def test_values_and_defaults(tmp_path):
+    r = recipe.load(write(tmp_path / "r.yaml", MINIMAL))
+    assert r.optimiser.lr == 3e-5
+    assert r.optimiser.betas == (0.8, 0.9)
+    assert [(s.source, s.weight) for s in r.data.sources] == [("corpus.jsonl", 1.0), ("task:boolq", 2.0)]
+    assert r.kind == "conversation"
+    assert r.precision == "auto"
+
+
+def test_as_dict_survives_json(tmp_path):
+    r = recipe.load(write(tmp_path / "r.yaml", MINIMAL), ["model.config={hidden_size: 8, reward_heads: [a, b]}"])
+    assert recipe.from_dict(json.loads(json.dumps(r.as_dict()))) == r
+
+
+def test_bases_merge(tmp_path):
+    write(tmp_path / "parent.yaml", MINIMAL)
+    r = recipe.load(write(tmp_path / "child.yaml", "base: parent.yaml\noptimiser: {lr: 1.0}\n"))
+    assert (r.optimiser.lr, r.optimiser.betas, r.model.path) == (1.0, (0.8, 0.9), "somewhere")
+    r = recipe.load(write(tmp_path / "grandchild.yaml", "base: child.yaml\noptimiser: {eps: 2.0}\n"))
+    assert (r.optimiser.lr, r.optimiser.eps, r.optimiser.betas) == (1.0, 2.0, (0.8, 0.9))
+
+
+@pytest.mark.parametrize(("names", "said"), [("a", "a -> a"), ("ab", "a -> b -> a"), ("xab", "x -> a -> b -> a")])
+def test_bases_that_go_round(names, said, tmp_path):
+    for name, base in zip(names, names[1:] + names[-2:-1] if len(names) > 1 else names, strict=True):
+        write(tmp_path / f"{name}.yaml", f"base: {base}.yaml\n")
+    with pytest.raises(UserError, match="expected bases that come to an end, got") as caught:
+        recipe.load(tmp_path / f"{names[0]}.yaml")
+    assert str(caught.value).endswith(" -> ".join(f"{name}.yaml" for name in said.split(" -> ")))
+
+
+def test_overrides(tmp_path):
+    path = write(tmp_path / "r.yaml", MINIMAL)
+    overrides = [
+        "optimiser.lr=1e-4",
+        "data.sources.1.weight=3",
+        "data.sources.0=other.jsonl",
+        "batch.micro=4",
+        "seed=7",
+    ]
+    r = recipe.load(path, [*overrides, "evaluation.sources=[held.jsonl]", "model.tokenizer=tok"])
+    assert r.optimiser.lr == 1e-4
+    assert [(s.source, s.weight) for s in r.data.sources] == [("other.jsonl", 1.0), ("task:boolq", 3.0)]
+    assert (r.batch.micro, r.seed, r.model.tokenizer, r.evaluation.sources[0].source) == (4, 7, "tok", "held.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=1", "optimizer: unknown key; did you mean optimiser?"),
+        ("optimiser.learning=1", "optimiser.learning: unknown key; did you mean optimiser"),
+        ("lr=1", "lr: unknown key; did you mean optimiser.lr?"),
+        ("data.sources=[{sorce: x}]", "data.sources.0.sorce: unknown key; did you mean data.sources.source?"),
+        ("qqqq=1", "qqqq: unknown key; known: stage, model"),
+        ("optimiser.steps=1.5", "optimiser.steps: expected a whole number, got 1.5"),
+        ("optimiser.steps=true", "optimiser.steps: expected a whole number, got True"),
+        ("optimiser.lr=fast", "optimiser.lr: expected a number, got 'fast'"),
+        ("optimiser.betas=[0.9]", "optimiser.betas: expected a list of 2 numbers, got [0.9]"),
+        ("optimiser.no_decay=norm", "optimiser.no_decay: expected a list, such as [norm], got 'norm'"),
+        ("stage=dance", "stage: expected one of pretrain, vocab, sft, align, head, got 'dance'"),
+        ("data=5", "data: expected a section with keys, got 5"),
+        ("data.sources=[{weight: 1}]", "data.sources.0.source: expected text, got nothing"),
+        ("data.sources.9.weight=1", "data.sources.9.weight: expected a number below 2, got '9'"),
+        ("data.sources.0.weight=1", "data.sources.0.weight: expected a section or a list at 0"),
+        ("objective.dpo_epsilon=0.5", "objective.dpo_epsilon: expected 0 <= dpo_epsilon < 0.5, got 0.5"),
+        ("optimiser.lr=.nan", "optimiser.lr: expected 0 <= lr < inf, got nan"),
+        ("optimiser.warmup=9999", "optimiser.warmup: expected at most steps 6144, got 9999"),
+        ("batch.tokens=512", "batch.tokens: expected none in stage sft, got 512"),
+        ("batch.micro=7", "batch.micro: expected a divisor of batch.size 128, got 7"),
+        ("optimiser.betas=[0.9, 1.0]", "optimiser.betas.1: expected 0 <= betas < 1, got 1.0"),
+        ("optimiser.betas=[-0.1, 0.9]", "optimiser.betas.0: expected 0 <= betas < 1, got -0.1"),
+        (
+            "objective.pooler=swiglu",
+            "objective.pooler: expected one of identity, bert, t5, swiglu_bert, swiglu_t5, got 'swiglu'",
+        ),
+        ("data.sources.1.weight=-1", "data.sources.1.weight: expected 0 <= weight < inf, got -1.0"),
+        ("data.sources.1.limit=0", "data.sources.1.limit: expected 1 <= limit < inf, got 0"),
+        (
+            "evaluation.sources=[{source: x, limit: -3}]",
+            "evaluation.sources.0.limit: expected 1 <= limit < inf, got -3",
+        ),
+        ("device=gpu", "device: expected auto, cpu, cuda or cuda:NUMBER, got 'gpu'"),
+        ("optimiser.lr=[", "optimiser.lr: expected YAML"),
+        ("optimiser.lr", "override: expected key.sub=value, got 'optimiser.lr'"),
+    ],
+)
+def test_errors_name_the_key(tmp_path, override, message):
+    with pytest.raises(UserError) as caught:
+        recipe.load(write(tmp_path / "r.yaml", MINIMAL), [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_poolers_and_devices():
+    """What the recipe admits is what the model has."""
+    for pooler in (*POOLERS, None):
+        assert recipe.from_dict({"stage": "align", "objective": {"pooler": pooler}}).objective.pooler == pooler
+    for device in ("auto", "cpu", "cuda", "cuda:3"):
+        assert recipe.from_dict({"stage": "align", "device": device}).device == device
+
+
+def test_file_errors(tmp_path):
+    with pytest.raises(UserError, match="expected a file or one of a100-align, a100-head"):
+        recipe.load("nothing")
+    with pytest.raises(UserError, match="expected keys and values, got list"):
+        recipe.load(write(tmp_path / "list.yaml", "- 1\n"))
+    with pytest.raises(UserError, match="expected YAML"):
+        recipe.load(write(tmp_path / "broken.yaml", "stage: [\n"))
+    with pytest.raises(UserError, match="stage: expected one of pretrain"):
+        recipe.load(write(tmp_path / "empty.yaml", "seed: 1\n"))
+
+
+def test_every_key_is_documented():
+    """Each field of each section stands in its docstring."""
+    for section in (r for r in vars(recipe).values() if isinstance(r, type) and hasattr(r, "__dataclass_fields__")):
+        fields = set(section.__dataclass_fields__)
+        documented = {line.split(":")[0].strip() for line in section.__doc__.splitlines()}
+        undocumented = (
+            fields
+            - documented
+            - ({"model", "data", "optimiser", "batch", "objective", "guard", "evaluation", "output"})
+        )
+        assert not undocumented, f"{section.__name__}: {undocumented}"
