@@ -1,8 +1,8 @@
-"""Workloads of attention, and the plans by which others compute them.
+"""Attention workloads, and the plans by which rivals compute them.
 
-A workload is a layout, as ours runs it. Everybody else follows a plan: batches of sequences of one length, padded
-where they are not, with a copy of the prompt for each answer where the plan does not share it. A plan's inputs are laid
-out beforehand and cost nothing.
+A workload is a layout, which our operator runs directly. A rival follows a plan: batches of sequences of equal length
+(padded if necessary), with a copy of the prompt per answer unless the plan shares it. A plan's inputs are arranged
+before the timing starts.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ NOTHING = torch.empty(1, 0, dtype=torch.int64)
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Sequences that are computed in one call; rows -1 are padding.
+    """Sequences of one call; rows -1 are padding.
 
     rows: [B, n] queries of the layout.
     cached: [B, c] rows of its memory, which come first among the keys.
     new: [B, s] its new keys.
-    mask: [B or 1, n, c + s] bool, who sees whom; None: causal, aligned at the end.
+    mask: [B or 1, n, c + s] bool, keys that each query attends to; None: causal, aligned at the end.
     """
 
     rows: Tensor
@@ -34,18 +34,18 @@ class Batch:
     mask: Tensor | None = None
 
     def dense(self) -> Tensor:
-        """The mask written out."""
+        """Return the mask as a tensor."""
         n, m = self.rows.shape[1], self.cached.shape[1] + self.new.shape[1]
         return torch.ones(1, n, m, dtype=torch.bool).tril(m - n) if self.mask is None else self.mask
 
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """A layout, the plans that give its result, and what ours is to reach.
+    """A layout, the plans that give its result, and the speed goals.
 
     plans: name -> batches. "shared" computes no token twice.
-    goals: direction -> a kind of rivals -> how many times its speed.
-    fresh: bytes of memory rows to go round in turns, so that no processor's cache keeps what memory has to give.
+    goals: direction -> a kind of rivals -> goal for our speed as a multiple of theirs.
+    fresh: bytes of memory rows that calls cycle through, so that they come from memory and not from a cache.
     """
 
     name: str
@@ -57,13 +57,13 @@ class Workload:
     fresh: int = 0
 
     def copies(self, item: int) -> int:
-        """Sets of inputs, at ``item`` bytes a number, that make up ``fresh``."""
+        """Return the number of input sets, at ``item`` bytes per number, that make up ``fresh``."""
         return max(-(-self.fresh // max(2 * item * HEAD_DIM * self.heads * self.layout.memory, 1)), 1)
 
     def flops(self, direction: str) -> int:
-        """Operations that are necessary: 2 D for each product of each pair of query and key that sees it.
+        """Return the necessary operations: 2 D per product and visible pair of query and key.
 
-        There are 2 products forward and 5 backward, of which dk and dv are not needed for the detached memory.
+        There are 2 products forward and 5 backward; dk and dv are not needed for the detached memory.
         """
         q0, q1, k0, k1, p0, p1, _ = self.layout.segments.unbind(1)
         n, own, prefix = q1 - q0, k1 - k0, p1 - p0
@@ -76,7 +76,7 @@ class Workload:
         return 2 * HEAD_DIM * self.heads * int(products)
 
     def bytes_moved(self, direction: str, item: int) -> int:
-        """Bytes that have to move at ``item`` bytes a number: every input that is used once, every output once."""
+        """Return the necessary bytes at ``item`` bytes per number: every used input once, every output once."""
         queries, seen = self.layout.queries, torch.zeros(self.layout.memory + self.layout.keys, dtype=torch.bool)
         for _, _, k0, k1, p0, p1, _ in self.layout.segments.tolist():
             seen[k0:k1] = seen[p0:p1] = True
@@ -86,11 +86,11 @@ class Workload:
         return item * HEAD_DIM * self.heads * rows
 
 
-# The workloads: every number of the table
+# The workloads
 
 
 def workloads(large: bool) -> list[Workload]:
-    """The table's full size, for a GPU, or the same shapes on a smaller scale."""
+    """Return all workloads at full size, for a GPU, or at a smaller scale."""
     if large:
         lengths = draw(16, 64, 4096)
         pairs = draw(64, 64, 1024), [draw(2, 4, 256, seed) for seed in range(64)]
@@ -116,7 +116,7 @@ def workloads(large: bool) -> list[Workload]:
 
 
 def draw(count: int, low: int, high: int, seed: int = 0) -> list[int]:
-    """``count`` lengths from ``low`` to ``high``, always the same."""
+    """Return ``count`` lengths from ``low`` to ``high``, the same in every run."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(low, high + 1, (count,), generator=generator).tolist()
 
@@ -124,7 +124,7 @@ def draw(count: int, low: int, high: int, seed: int = 0) -> list[int]:
 def documents(
     name: str, lengths: Sequence[int], heads: int, goals: dict[str, dict[str, float]] | None = None
 ) -> Workload:
-    """Causal sequences end to end; in one batch where they are equally long."""
+    """Concatenated causal sequences; one batch if they are equally long."""
     layout = PackedLayout.documents(lengths)
     rows = torch.arange(layout.queries).split(list(lengths))
     if len(set(lengths)) == 1:
@@ -134,7 +134,7 @@ def documents(
 
 
 def memory(name: str, batch: int, length: int, filled: int, heads: int, goal: float | None = None) -> Workload:
-    """Streams that see a full memory and themselves."""
+    """Streams that attend to a full memory and to themselves."""
     layout = PackedLayout.with_memory([length] * batch, [filled] * batch, filled)
     rows, cached = torch.arange(batch * length).view(batch, -1), torch.arange(batch * filled).view(batch, -1)
     goals = {"both": {"best rival": goal}} if goal else {}
@@ -145,7 +145,7 @@ def branches(
     name: str, prompts: Sequence[int], answers: Sequence[Sequence[int]], heads: int, pad: int = 0,
     directions: tuple[str, ...] = ("forward", "both"),
 ) -> Workload:  # fmt: skip
-    """Answers to prompts. Plans: a document under its mask, or every answer behind its own copy of the prompt."""
+    """Answers to prompts. Plans: a document with its mask, or every answer after its own copy of the prompt."""
     shared, sequences, start = [], [], 0
     for prompt, tails in zip(prompts, answers, strict=True):
         rows = torch.arange(start, start + prompt + sum(tails))
@@ -166,22 +166,22 @@ def branches(
 
 
 def _padded(sequences: Sequence[Tensor], length: int = 0) -> Batch:
-    """Sequences as one batch, padded behind, where causal attention needs no mask for it."""
+    """Return sequences as one batch, padded at the end: causal attention needs no mask for that."""
     rows = pad_sequence(list(sequences), batch_first=True, padding_value=-1)
     rows = torch.nn.functional.pad(rows, (0, max(length - rows.shape[1], 0)), value=-1)
     return Batch(rows, NOTHING.expand(len(rows), 0), rows)
 
 
-def decode(name: str, prompt: int, said: Sequence[int], heads: int, fresh: int) -> Workload:
-    """A new token of each candidate. Plans: the prompt's cache once, or in a cache of each candidate's own."""
-    capacity = max(said)
-    layout = PackedLayout.decode([prompt], [said], capacity)
-    rows = torch.arange(len(said))
+def decode(name: str, prompt: int, generated: Sequence[int], heads: int, fresh: int) -> Workload:
+    """A new token of each candidate. Plans: one cache of the prompt, or a cache per candidate."""
+    capacity = max(generated)
+    layout = PackedLayout.decode([prompt], [generated], capacity)
+    rows = torch.arange(len(generated))
     own = prompt + rows[:, None] * capacity + torch.arange(capacity)
-    caches = torch.cat([torch.arange(prompt).expand(len(said), -1), own], dim=1)
-    seen = torch.arange(prompt + capacity) < prompt + torch.tensor(said)[:, None]
+    caches = torch.cat([torch.arange(prompt).expand(len(generated), -1), own], dim=1)
+    seen = torch.arange(prompt + capacity) < prompt + torch.tensor(generated)[:, None]
     plans = {
         "shared": [Batch(rows[None], torch.arange(layout.memory)[None], NOTHING, layout.visible()[None])],
-        "padded": [Batch(rows[:, None], caches, NOTHING.expand(len(said), 0), seen[:, None])],
+        "padded": [Batch(rows[:, None], caches, NOTHING.expand(len(generated), 0), seen[:, None])],
     }
     return Workload(name, layout, heads, plans, ("forward",), fresh=fresh)

@@ -1,6 +1,6 @@
-"""Who else computes rotary attention, and how each is given a plan's batches (benchmarks/attention.py).
+"""Rivals of rotary attention, each adapted to a plan's batches (benchmarks/attention.py).
 
-Everyone gets unrotated queries and new keys, as from a projection, and a rotated memory. Masks are made beforehand.
+All take unrotated queries and new keys, as from a projection, and a rotated memory. Masks are made before the timing.
 """
 
 import functools
@@ -23,11 +23,11 @@ from dph_kernels.rope_attention import schedule
 
 ROPE = Rotary(reversed=True)
 
-torch._dynamo.config.recompile_limit = 64  # one function meets many shapes here
+torch._dynamo.config.recompile_limit = 64  # one function is compiled for many shapes here
 
 
 class Inputs(NamedTuple):
-    """Rows of q, and of new k and v, batch after batch; memory's keys and values [B, c, H, D] of each batch."""
+    """Rows of q and of new k and v, batch after batch; memory keys and values [B, c, H, D] of each batch."""
 
     q: Tensor
     k: Tensor
@@ -40,7 +40,7 @@ Run = Callable[[Inputs], Tensor]
 
 
 class Plan(NamedTuple):
-    """The batches of a plan, their rows end to end, and the cosines and sines of these."""
+    """Batches of a plan, their concatenated rows, and the cosines and sines of these rows."""
 
     batches: list[Batch]
     layout: PackedLayout
@@ -49,7 +49,8 @@ class Plan(NamedTuple):
     tables: list[Tensor]
 
     @classmethod
-    def of(cls, batches: list[Batch], layout: PackedLayout) -> "Plan":
+    def from_batches(cls, batches: list[Batch], layout: PackedLayout) -> "Plan":
+        """Return the plan of ``batches`` over ``layout``."""
         device = layout.query_positions.device
         rows, new = (torch.cat([getattr(b, name).flatten() for b in batches]).to(device) for name in ("rows", "new"))
         q_cos, q_sin, k_cos, k_sin = layout.tables(ROPE, HEAD_DIM, torch.float32)
@@ -58,24 +59,24 @@ class Plan(NamedTuple):
 
     @property
     def causal(self) -> bool:
-        """Whether every batch is causal attention of whole sequences."""
+        """True if every batch is causal attention over whole sequences."""
         return all(b.mask is None and not b.cached.numel() for b in self.batches)
 
     def lay_out(self, q: Tensor, k: Tensor, v: Tensor, memory: tuple[Tensor, Tensor], grad: Tensor) -> Inputs:
-        """The layout's tensors in the plan's order; copies of a query share its upstream gradient."""
+        """Return the layout's tensors in the plan's order; copies of a query share its upstream gradient."""
         copies = self.rows[self.rows >= 0].bincount(minlength=len(q))
         grad = pick(grad / copies[:, None, None].to(grad.dtype), self.rows)
         memories = [tuple(m[b.cached.to(m.device)] for m in memory) for b in self.batches]
         return Inputs(pick(q, self.rows), pick(k, self.new), pick(v, self.new), memories, grad)
 
     def rotated(self, given: Inputs) -> tuple[Tensor, Tensor]:
-        """Queries and new keys, rotated."""
+        """Return rotated queries and new keys."""
         q_cos, q_sin, k_cos, k_sin = self.tables
         rotate = compiled_rotation(given.q.device)
         return rotate(given.q, q_cos, q_sin), rotate(given.k, k_cos, k_sin) if len(given.k) else given.k
 
     def joined(self, new: Tensor, memory: list[Tensor]) -> Iterator[Tensor]:
-        """[B, c + s, H, D] of each batch: its memory and its rows of ``new``, joined only where both are there."""
+        """Yield [B, c + s, H, D] of each batch: its memory and its rows of ``new``, joined if it has both."""
         parts = new.split([b.new.numel() for b in self.batches])
         for batch, part, cached in zip(self.batches, parts, memory, strict=True):
             both = [x for x in (cached, part.view(*batch.new.shape, *part.shape[1:])) if x.numel()]
@@ -83,12 +84,12 @@ class Plan(NamedTuple):
 
 
 def pick(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of ``x``, zeros for -1."""
+    """Return rows of ``x``, zeros for -1."""
     return x[rows.clamp(min=0)].masked_fill((rows < 0).view(-1, *[1] * (x.ndim - 1)), 0)
 
 
 def whole(work: Workload) -> list[Batch]:
-    """Everything as one sequence, the way ours takes it."""
+    """Return everything as one sequence, as our operator takes it."""
     sizes = work.layout.queries, work.layout.memory, work.layout.keys
     return [Batch(*(torch.arange(n)[None] for n in sizes))]
 
@@ -97,7 +98,7 @@ def whole(work: Workload) -> list[Batch]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half, as models write it."""
+    """Rotate-half, as models implement it."""
     a, b = x.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
@@ -105,11 +106,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @functools.cache
 def compiled_rotation(device: torch.device) -> Callable[..., Tensor]:
-    """``rotate``, compiled where PyTorch's compiler works."""
+    """Return ``rotate``, compiled if PyTorch's compiler works."""
     run = torch.compile(rotate, dynamic=True, fullgraph=True)
     try:
         run(torch.zeros(4, 3, 8, device=device), *torch.zeros(2, 4, 4, device=device))
-    except Exception:  # whatever keeps the compiler from working here
+    except Exception:  # any failure of the compiler on this machine
         return rotate
     return run
 
@@ -118,7 +119,7 @@ def compiled_rotation(device: torch.device) -> Callable[..., Tensor]:
 
 
 def ours(plan: Plan) -> Run:
-    """The operator, on its layout, by what ``auto`` takes."""
+    """Our operator on its layout, with the backend of ``auto``."""
 
     def run(given: Inputs) -> Tensor:
         memory = tuple(m[0] for m in given.memory[0])
@@ -128,14 +129,14 @@ def ours(plan: Plan) -> Run:
 
 
 def our_sdpa(plan: Plan) -> Run:
-    """SDPA behind our own rotation kernel."""
+    """SDPA after our own rotation kernel."""
     lengths = [b.rows.shape[1] for b in plan.batches for _ in range(len(b.rows))]
     layout = PackedLayout.documents(lengths).to(plan.rows.device)
     return lambda given: rope_attention(given.q, given.k, given.v, layout, rope=ROPE, backend="sdpa")
 
 
 def by_batch(plan: Plan, attend: Callable[..., Tensor], masks: Sequence[Any]) -> Run:
-    """``attend(q, k, v, mask)`` of [B, H, n, D] on each batch."""
+    """Run ``attend(q, k, v, mask)`` of [B, H, n, D] on each batch."""
 
     def run(given: Inputs) -> Tensor:
         q, k = plan.rotated(given)
@@ -165,7 +166,7 @@ def eager(plan: Plan) -> Run:
 
 
 def compiled(plan: Plan) -> Run:
-    """``eager`` compiled: for the one shape, or for any where there are many."""
+    """``eager`` compiled: for one static shape, or with dynamic shapes if there are several."""
     return by_batch(plan, torch.compile(_attend, dynamic=len(plan.batches) > 1, fullgraph=True), _hidden(plan))
 
 
@@ -174,7 +175,7 @@ def _hidden(plan: Plan) -> list[Tensor]:
 
 
 def sdpa(plan: Plan, backend: SDPBackend | None = None) -> Run:
-    """PyTorch's attention, with the kernel of its own choice or the one that is named."""
+    """PyTorch's attention, with the kernel that it selects or with ``backend``."""
     masks = [_sdpa_mask(b, backend, plan.rows.device) for b in plan.batches]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
@@ -185,12 +186,12 @@ def sdpa(plan: Plan, backend: SDPBackend | None = None) -> Run:
 
 
 def _sdpa_mask(batch: Batch, backend: SDPBackend | None, device: torch.device) -> Any:
-    """None where ``is_causal`` says it; the form that the fastest kernels know; else the mask written out."""
+    """Return None if ``is_causal`` suffices, the form that the fastest kernels support, or else a tensor."""
     n, m = batch.rows.shape[1], batch.cached.shape[1] + batch.new.shape[1]
     if batch.mask is None and n == m:
         return None
-    known = device.type == "cuda" and backend not in (SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
-    if batch.mask is None and known:
+    supported = device.type == "cuda" and backend not in (SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
+    if batch.mask is None and supported:
         return causal_lower_right(n, m)
     return batch.dense()[:, None].to(device)
 
@@ -211,14 +212,14 @@ def flex(plan: Plan) -> Run:
         def seen(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return ((bounds[0, i] <= j) & (j < bounds[1, i])) | ((bounds[2, i] <= j) & (j < bounds[3, i]))
 
-    make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask  # n x m need not be held
+    make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask  # without n x m in memory
     mask = make(seen, None, None, n, m, device=device)
     run = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     return by_batch(plan, lambda q, k, v, block_mask: run(q, k, v, block_mask=block_mask), [mask])
 
 
 def varlen(plan: Plan) -> Run:
-    """PyTorch's own FlashAttention over sequences end to end."""
+    """PyTorch's own FlashAttention over concatenated sequences."""
     from torch.nn.attention.varlen import varlen_attn
 
     older = "is_causal" in inspect.signature(varlen_attn).parameters  # up to PyTorch 2.10
@@ -227,14 +228,14 @@ def varlen(plan: Plan) -> Run:
 
 
 def flash_attn(plan: Plan) -> Run:
-    """The flash-attn package over sequences end to end."""
+    """The flash-attn package over concatenated sequences."""
     from flash_attn import flash_attn_varlen_func
 
     return _packed(plan, functools.partial(flash_attn_varlen_func, causal=True))
 
 
 def _packed(plan: Plan, attend: Callable[..., Tensor]) -> Run:
-    """``attend`` of rows end to end, causal and aligned at the end, with the places where sequences begin."""
+    """Run ``attend`` on concatenated rows, causal and aligned at the end, with the sequences' start offsets."""
     q_lengths, k_lengths = [], []
     for b in plan.batches:
         q_lengths += [b.rows.shape[1]] * len(b.rows)
@@ -254,11 +255,11 @@ def _packed(plan: Plan, attend: Callable[..., Tensor]) -> Run:
     return run
 
 
-# Who takes part in what
+# Contenders
 
 
 class Contender(NamedTuple):
-    """Who computes a workload, by which plan, and which goal it counts for."""
+    """An implementation with its plan; ``kind`` is the goal that it counts for."""
 
     who: str
     batches: list[Batch]
@@ -267,7 +268,7 @@ class Contender(NamedTuple):
 
 
 def contenders(work: Workload, device: str, dtype: torch.dtype) -> Iterator[Contender]:
-    """Ours first, then all who can compute ``work`` on ``device``."""
+    """Yield ours first, then all rivals that can compute ``work`` on ``device``."""
     backend = dispatch.choose("rope_attention", device, "auto", dtype).backend
     yield Contender(f"ours ({backend})", whole(work), ours, "ours")
     name = next(n for n in ("alone", "padded", "shared") if n in work.plans)

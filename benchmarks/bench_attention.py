@@ -1,8 +1,8 @@
-"""Rotary attention over packed layouts, against everything else that computes it here.
+"""Rotary attention over packed layouts, against all rivals that are available.
 
-Everyone's time includes the rotation (compiled, where it is not ours) and the joining of memory and new keys. What is
-timed has first been compared with the reference in fp64 on some of its heads. Rates count the arithmetic and the bytes
-that are necessary, whoever does more: no token twice, no padding, no gradient of the detached memory.
+All times include the rotation (compiled, for rivals) and the joining of memory and new keys. Every contender is first
+compared with the reference in fp64 on some heads. Rates count necessary arithmetic and bytes only, the same for all: no
+token twice, no padding, no gradient of the detached memory.
 """
 
 import functools
@@ -20,7 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}[DTYPE]  # of the largest value
 CHECKED = 2  # heads that are compared
-SECONDS = 0.7  # each row is timed for about so long
+SECONDS = 0.7  # approximate time per row
 TITLES = {"forward": "forward", "both": "forward + backward"}
 
 
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def problem(work: Workload) -> Problem:
-    """The truth is the output and the gradients of q, k and v."""
+    """Return tensors, output and gradients of q, k and v."""
     torch.manual_seed(0)
     layout = work.layout.to(DEVICE)
     sizes = (layout.queries, layout.keys, layout.keys, layout.memory, layout.memory, layout.queries)
@@ -51,7 +51,7 @@ def problem(work: Workload) -> Problem:
 
 
 def step(run, direction, given: Inputs):
-    """One call: the output, or the gradients too."""
+    """Run one call; return the output, and for both directions the gradients."""
     if direction == "forward":
         with torch.no_grad():
             return [run(given)]
@@ -61,7 +61,7 @@ def step(run, direction, given: Inputs):
 
 
 def check(results, plan: Plan, truth):
-    """Every copy of a row has its output; what the copies of a row have as gradients adds up to its own."""
+    """Compare the output of every copy of a row, and the sum of the gradients of its copies."""
     places = plan.rows, plan.rows, plan.new, plan.new
     for i, (got, rows, want) in enumerate(zip(results, places, truth, strict=False)):
         rows, got = rows[rows >= 0], got[rows >= 0, :CHECKED].double()
@@ -72,7 +72,7 @@ def check(results, plan: Plan, truth):
 
 
 def reason(error):
-    """The line of an error that says what is wrong; the compiler has it further down."""
+    """Return the informative line of an error; the compiler's is not the first."""
     lines = str(error).strip().splitlines() or [repr(error)]
     return next((line.strip() for line in lines if "context: raised" in line), lines[0])
 
@@ -88,7 +88,7 @@ CASES = [
 @pytest.mark.parametrize(("work", "direction", "contender"), CASES)
 def bench_attention(work: Workload, direction: str, contender: Contender, timed, peak_memory, record, limits):
     layout, tensors, truth = problem(work)
-    plan = Plan.of(contender.batches, layout)
+    plan = Plan.from_batches(contender.batches, layout)
     given = [plan.lay_out(*each) for each in tensors]
     rival = contender.kind != "ours"
     try:
@@ -97,7 +97,7 @@ def bench_attention(work: Workload, direction: str, contender: Contender, timed,
     except Exception as error:
         if not rival:
             raise
-        torch.cuda.empty_cache()  # it may have been the memory
+        torch.cuda.empty_cache()  # it may have run out of memory
         pytest.skip(f"{contender.who}: {reason(error)}")
     check(results, plan, truth)
     del results

@@ -1,8 +1,8 @@
-"""LaProp with prior decay, alone and after the norm that clips its gradients, against everything else that does it.
+"""LaProp with prior decay, alone and after the gradient norm for clipping, against rivals.
 
 On the CPU 20 million parameters in one tensor, on a GPU those of the paper's model in its 228 tensors. Bytes are the
-necessary ones: parameter and both moments read and written, gradient and prior read, in fp32 32 per parameter; for the
-norm the gradient is read once more. AdamW has no prior (28 bytes): a rival for bandwidth only.
+necessary ones: parameter and both moments read and written, gradient and prior read, 32 per parameter in fp32; the norm
+reads the gradient once more. AdamW has no prior (28 bytes): a rival for bandwidth only.
 """
 
 import functools
@@ -16,8 +16,8 @@ from dph_kernels.laprop import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = {"cpu": "C++", "cuda": "CUDA C++"}[DEVICE]
-SECONDS = 1.0  # each row is timed for about so long
-ROUND = 0.1 if DEVICE == "cuda" else 2e-3  # steps in a row, for whose Python the GPU does not wait: as in training
+SECONDS = 1.0  # approximate time per row
+ROUND = 0.1 if DEVICE == "cuda" else 2e-3  # seconds of queued steps, so that the GPU never waits for Python
 LIMIT = 1.0  # of the norm
 STEP = {
     "lr": 3e-4,
@@ -41,12 +41,12 @@ GOALS = {"cpu": {"eager": 8, "torch.compile": 0.95}, "cuda": {}}[DEVICE]
 missing = dispatch.missing("laprop", DEVICE, DEVICE)
 built = pytest.mark.skipif(bool(missing), reason=str(missing))
 kinds = pytest.mark.parametrize("kind", KINDS)
-gradients = pytest.mark.parametrize("kind", ["fp32", "bf16 gradients and copies"])  # which differ in their gradients
+gradients = pytest.mark.parametrize("kind", ["fp32", "bf16 gradients and copies"])  # gradients in fp32 and bf16
 
 
 @functools.cache
 def shapes():
-    """What is timed: one tensor on the CPU, a model's on a GPU."""
+    """Return the timed shapes: one tensor on the CPU, a model's on a GPU."""
     if DEVICE == "cpu":
         return [(20_000_000,)]
     with torch.device("meta"):
@@ -58,7 +58,7 @@ def size():
 
 
 def make(kind, sizes):
-    """The lists of a step, by name."""
+    """Return the tensor lists of a step, by name."""
     torch.manual_seed(0)
     grad, prior, copies, _ = KINDS[kind]
     draw = lambda dtype=torch.float32, scale=1.0: [  # noqa: E731
@@ -80,7 +80,7 @@ def ours(lists, norm):
 
 
 def coefficient(grads):
-    """What PyTorch's clipping multiplies gradients by; its own norm of bf16 gradients would be rounded to bf16."""
+    """Return the clip coefficient as PyTorch computes it, but with a norm that is not rounded to bf16."""
     dtype = torch.promote_types(grads[0].dtype, torch.float32)
     total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=dtype) for g in grads]))
     return (LIMIT / (total + 1e-6)).clamp(max=1.0)
@@ -92,7 +92,7 @@ def eager(lists, norm):
 
 
 def unchecked(lists, norm):
-    """As ``eager`` without the look at the coefficient, for which a compiled graph would have to wait."""
+    """``eager`` without reading the coefficient on the host, which would synchronise a compiled graph."""
     grads = lists["grads"]
     if norm:
         scale = coefficient(grads)
@@ -102,19 +102,19 @@ def unchecked(lists, norm):
 
 
 def compiled(kind, norm):
-    torch.compiler.reset()  # which else refuses the ninth graph of one function
+    torch.compiler.reset()  # otherwise it refuses the ninth graph of one function
     step = torch.compile(unchecked, fullgraph=True, dynamic=False)  # checked on other sizes than it is timed on
     try:
         check(step, kind, norm)
     except AssertionError:
         raise
-    except Exception as error:  # whatever keeps the compiler from working here
+    except Exception as error:  # any failure of the compiler on this machine
         pytest.skip(f"torch.compile does not work here: {str(error).strip().splitlines()[0]}")
     return step
 
 
 def check(step, kind, norm):
-    """A step's results must be those of fp64, before anything is timed."""
+    """Compare a step's results with fp64 before anything is timed."""
     lists = make(kind, [(100_003,), (7, 5)])
     truth = {name: [x.double() for x in tensors] for name, tensors in lists.items()}
     step(lists, norm)
@@ -159,7 +159,7 @@ def bench_compiled(timed, record, limits, kind, norm):
 
 @pytest.mark.parametrize("norm", [False, True])
 def bench_adamw(timed, record, limits, norm):
-    """PyTorch's one fused kernel; clipping is its own pass over the gradients."""
+    """PyTorch's fused kernel; clipping is a separate pass over the gradients."""
     params = [torch.nn.Parameter(torch.randn(s, device=DEVICE)) for s in shapes()]
     for p in params:
         p.grad = torch.randn_like(p)

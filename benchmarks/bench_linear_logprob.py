@@ -1,9 +1,9 @@
-"""Log-probabilities under a head of 50,272 tokens, against everything else that computes them here.
+"""Log-probabilities under a head of 50,272 tokens, against all rivals that are available.
 
-Everyone gets the loss of supervised training, the mean of -log p over R rows, so that those may take part which compute
-one loss for all rows: they know the upstream gradient in the forward pass, and make three products where others make
-four (as ours does on a GPU and on Intel's CPUs, where it expects one upstream gradient for all rows). Rates count what
-is necessary, three. Peak memory is beside the gradients themselves.
+All compute the loss of supervised training, the mean of -log p over R rows, so that implementations with one loss for
+all rows can take part: they have the upstream gradient in the forward pass and need three products instead of four (as
+does ours on a GPU and on Intel's CPUs, if one upstream gradient holds for all rows). Rates count the necessary three.
+Peak memory excludes the gradients themselves.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ R, C, V = (16384 if DEVICE == "cuda" else 4096), 768, 50272
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}[DTYPE]  # of the largest value
 CHUNK = 2**24  # logits at a time in the plain loop
 SECONDS = 2.0
-# Forward and backward pass, by device: speed, and how many times our memory theirs is.
+# Forward and backward pass, by device: our speed as a multiple of theirs, and their memory as a multiple of ours.
 GOALS = {"cpu": {"materialised": 1.1}, "cuda": {"best rival": 1.0}}
 MEMORY = {"cpu": {"materialised": 20}, "cuda": {}}
 PRODUCTS = {"forward": 1, "both": 3}
@@ -49,14 +49,14 @@ def compiled():
 
 
 def loop(hidden, weight, targets):
-    """Some rows at a time, each part's logits computed again in the backward pass."""
+    """Chunks of rows, each chunk's logits recomputed in the backward pass."""
     step = CHUNK // V
     parts = zip(hidden.split(step), targets.split(step), strict=True)
     return torch.cat([checkpoint(materialised, h, weight, t, use_reentrant=False) for h, t in parts])
 
 
 def torch_chunked(reduction):
-    """PyTorch's own fused loss (2.13 and later), in the chunks that it chooses."""
+    """PyTorch's own fused loss (2.13 and later), with its default chunks."""
 
     def make():
         run, options = torch.nn.functional.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions()
@@ -73,9 +73,9 @@ def liger():
 
 
 def cut_cross_entropy():
-    """Triton, fully fused (arXiv 2411.09009), without leaving small gradients out.
+    """Triton, fully fused (arXiv 2411.09009), without skipping small gradients.
 
-    Its gradients are off by 4 % of the largest all the same, as it sums them in bf16: too much for our check.
+    Its gradients are nevertheless off by 4 % of the largest, since it sums them in bf16: too much for our check.
     """
     run = importlib.import_module("cut_cross_entropy").linear_cross_entropy
     return lambda hidden, weight, targets: -run(hidden, weight, targets, reduction="none", filter_eps=None)
@@ -99,7 +99,7 @@ CONTENDERS = [
 
 @functools.cache
 def problem(rows):
-    """hidden, weight and targets."""
+    """Return hidden, weight and targets."""
     torch.manual_seed(0)
     hidden = torch.randn(rows, C, device=DEVICE).to(DTYPE).requires_grad_()
     weight = torch.randn(V, C, device=DEVICE).mul(0.05).to(DTYPE).requires_grad_()
@@ -107,7 +107,7 @@ def problem(rows):
 
 
 def step(run, direction, hidden, weight, targets):
-    """The loss, or its gradients too."""
+    """Return the loss, and for both directions its gradients."""
     with torch.set_grad_enabled(direction == "both"):
         out = run(hidden, weight, targets)
         loss = -out.mean() if out.ndim else out
@@ -123,23 +123,23 @@ def truth(rows):
 
 
 def check(run, direction, rows=300):
-    """What is timed is right: on fewer rows, as fp64 costs."""
+    """Compare with fp64, on fewer rows since fp64 is slow."""
     for got, want in zip(step(run, direction, *problem(rows)), truth(rows), strict=False):
         error = (got.double() - want).abs().max()
         assert error <= TOLERANCE * want.abs().max(), f"off by {error:.2e}"
 
 
 def peak_on_cpu(run):
-    """Bytes by which a call raises the peak of resident memory; None where the system does not tell."""
+    """Return the bytes by which a call raises peak resident memory; None if the system does not report it."""
 
     def peak():
         with open("/proc/self/status") as status:
             return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # or what calls before have left would serve, and not be seen
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise freed memory of earlier calls would be reused and not counted
         with open("/proc/self/clear_refs", "w") as reset:
-            reset.write("5")  # the peak is what is used now
+            reset.write("5")  # resets the peak to the current use
     except (OSError, AttributeError):
         return None
     before = peak()
@@ -163,7 +163,7 @@ def bench_linear_logprob(direction, contender, timed, peak_memory, record, limit
     try:
         run = contender.make()
         check(run, direction)
-    except Exception as error:  # whatever keeps somebody else's work from running here, or from being right
+    except Exception as error:  # a rival that fails or is inaccurate on this machine
         if not rival:
             raise
         pytest.skip(f"{contender.who}: {(str(error).strip().splitlines() or [repr(error)])[0]}")

@@ -1,7 +1,7 @@
-"""The joint preference objective, its gradients and metrics: the kernel, eager PyTorch, torch.compile of the latter.
+"""The joint preference objective with gradients and metrics: the kernel, eager PyTorch, torch.compile of the latter.
 
-Each goes through its public face and autograd: at the paper's 64 pairs most of the time is Python's and PyTorch's own.
-Bytes: six inputs are read and four gradients written, 40 for each pair with one reward head in fp32.
+Each runs through its public function and autograd: at the paper's 64 pairs most of the time is Python's and PyTorch's
+own. Bytes: six inputs are read and four gradients written, 40 per pair with one reward head in fp32.
 """
 
 import functools
@@ -16,18 +16,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = dispatch.choose("preference_loss", DEVICE).backend
 BETA, DPO_EPSILON, DPH_EPSILON = 0.6, 0.25, 0.1  # as in preference_loss
 CASES = [(64, 1), (64, 3), (4096, 1), (65_536, 1), (1_000_000, 1)]
-SECONDS = 0.7  # each row is timed for about so long
+SECONDS = 0.7  # approximate time per row
 each = pytest.mark.parametrize(("pairs", "heads"), CASES)
 
 
 def describe(chosen, rejected, dim=None):
-    """Accuracy, margin, mean of chosen and of rejected; of each head with ``dim`` 0."""
+    """Return accuracy, margin, mean of chosen and of rejected; per head with ``dim`` 0."""
     margin = chosen - rejected
     return [x.mean(dim) for x in ((margin > 0).to(margin.dtype), margin, chosen, rejected)]
 
 
 def eager(r_w, r_l, p_w, p_l, f_w, f_l):
-    """The objective as the paper and most training scripts write it, and every metric that `preference_loss` gives."""
+    """The objective as the paper and most training scripts write it, with every metric of `preference_loss`."""
     e = DPH_EPSILON
     terms = (1 - e) * logsigmoid(r_w) + e * logsigmoid(-r_w) + e * logsigmoid(r_l) + (1 - e) * logsigmoid(-r_l)
     dph = -terms.mean()
@@ -54,13 +54,13 @@ def inputs(pairs, heads):
 
 
 def step(run, given):
-    """Loss, metrics and the four gradients."""
+    """Return loss, metrics and the four gradients."""
     loss, metrics = run(*given)
     return loss, metrics, *torch.autograd.grad(loss, given[:4])
 
 
 def check(results, given):
-    """They are right, before anything is timed."""
+    """Compare results with fp64 before anything is timed."""
     truth = step(eager, [x.detach().double().requires_grad_(x.requires_grad) for x in given])
     for got, want in zip(results, truth, strict=False):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
@@ -74,7 +74,7 @@ def bench(run, who, pairs, heads, timed, record, limits, **notes):
 
 
 def note(record, who, pairs, heads, limits, values, title="", **notes):
-    """A row of the table; ``values`` go through memory for each pair."""
+    """Record a row of the table; each pair reads and writes ``values`` numbers."""
     name = f"preference_loss{title}, {pairs} pairs" + (f", {heads} heads" if heads > 1 else "")
     record(name, who, bytes_moved=4 * pairs * values, limit=limits.bandwidth(DEVICE), **notes)
 
@@ -87,7 +87,7 @@ def bench_ours(pairs, heads, timed, record, limits):
 
 @each
 def bench_reference(pairs, heads, timed, record, limits):
-    """The same face over plain PyTorch: all of the checks, metrics and gradients, without a kernel."""
+    """The same public function over plain PyTorch: checks, metrics and gradients without a kernel."""
     run = functools.partial(preference_loss, backend="reference")
     bench(run, "reference", pairs, heads, timed, record, limits, rival=True)
 
@@ -103,7 +103,7 @@ def bench_compiled(pairs, heads, timed, record, limits):
     run = torch.compile(eager, fullgraph=True)
     try:
         step(run, inputs(pairs, heads))
-    except Exception as error:  # whatever keeps the compiler from working here
+    except Exception as error:  # any failure of the compiler on this machine
         pytest.skip(f"torch.compile does not work here: {str(error).splitlines()[0]}")
     bench(run, "torch.compile", pairs, heads, timed, record, limits, rival=True)
 
@@ -111,7 +111,7 @@ def bench_compiled(pairs, heads, timed, record, limits):
 @each
 @pytest.mark.skipif(DEVICE == "cpu", reason="a CUDA graph needs a CUDA device, and PyTorch sees none")
 def bench_on_the_device(pairs, heads, timed, record, limits):
-    """What is left without Python: loss, slopes and metrics by replay of a CUDA graph. The goal is 10 microseconds."""
+    """Loss, slopes and metrics replayed as a CUDA graph, without Python. The goal is 10 microseconds."""
     given = [x.detach() for x in inputs(pairs, heads)]
     preference_loss(*given)  # compiled before the capture
     graph = torch.cuda.CUDAGraph()

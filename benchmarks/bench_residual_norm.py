@@ -1,7 +1,7 @@
 """The residual connection and its LayerNorm, against eager PyTorch and torch.compile of it.
 
-Few rows and many on the CPU, the tokens of a step at the paper's width on a GPU; there both passes are timed once more
-as a CUDA graph, without Python. The gradients are those of all four inputs.
+The CPU has a small and a large number of rows, a GPU the tokens of a step at the paper's width. On a GPU both passes
+are also timed as a CUDA graph, without Python. The gradients are those of all four inputs.
 """
 
 import functools
@@ -18,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}[DTYPE]  # of the largest value
 SIZES = {"cpu": [(256, 768), (4096, 768)], "cuda": [(16384, 1536)]}[DEVICE]
-SECONDS = 1.0  # each row is timed for about so long
+SECONDS = 1.0  # approximate time per row
 TITLES = {
     "forward": "forward", "both": "forward + backward", "graph": "forward + backward as a CUDA graph",
 }  # fmt: skip
@@ -26,7 +26,7 @@ GOALS = {"eager": 1.0}
 
 
 def eager(x, update, weight, bias):
-    """As modules of PyTorch would have it."""
+    """The computation of PyTorch's modules."""
     total = x + update
     return total, layer_norm(total, weight.shape, weight, bias)
 
@@ -57,7 +57,7 @@ CONTENDERS = [
 
 @functools.lru_cache(maxsize=1)
 def inputs(rows, columns):
-    """(x, update, weight, bias), and the upstream gradients of both results."""
+    """Return (x, update, weight, bias), and the upstream gradients of both results."""
     torch.manual_seed(0)
     sizes = (rows, columns), (rows, columns), (columns,), (columns,)
     given = [torch.randn(size, device=DEVICE).to(DTYPE).requires_grad_() for size in sizes]
@@ -65,14 +65,14 @@ def inputs(rows, columns):
 
 
 def step(run, direction, given, upstream):
-    """Both results, or the gradients too."""
+    """Return both results, and for both directions the gradients."""
     with torch.set_grad_enabled(direction != "forward"):
         results = run(*given)
     return [*results, *(torch.autograd.grad(results, given, upstream) if direction != "forward" else ())]
 
 
 def check(run, direction, given, upstream):
-    """What is timed is right: against eager PyTorch in fp64."""
+    """Compare with eager PyTorch in fp64."""
     wide = [x.detach().double().requires_grad_() for x in given]
     truth = step(eager, direction, wide, [x.double() for x in upstream])
     for got, want in zip(step(run, direction, given, upstream), truth, strict=True):

@@ -1,9 +1,9 @@
-"""The gated activation with the bias of the product before it, against eager PyTorch and torch.compile of it.
+"""The gated activation with the bias of the preceding product, against eager PyTorch and torch.compile of it.
 
-All get the product without its bias, [T, 2F]. Eager adds it in a pass of its own; in a model the product does that
-along, but the sums over all rows that are the bias's gradient remain. Compiled, most of it is fused. Bytes are those of
-inputs, results and gradients, each once. On a GPU the matrices are far larger than its cache; on the CPU none has the
-32 MB from which on malloc gives new memory each time, whose pages cost everybody more than the arithmetic.
+All take the product without its bias, [T, 2F]. Eager adds the bias in a separate pass; a model's product includes it,
+but the bias's gradient, sums over all rows, remains. torch.compile fuses most of it. Bytes are those of inputs, results
+and gradients, each once. On a GPU the matrices are far larger than the cache. On the CPU none reaches the 32 MB above
+which malloc maps new memory for each call, whose page faults would cost more than the arithmetic.
 """
 
 import functools
@@ -22,7 +22,7 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}[DTYPE]  # of the largest
 SIZES = [(16384, 4096)] if DEVICE == "cuda" else [(256, 1024), (1536, 2048)]  # T, F
 TITLES = {"forward": "forward", "both": "forward + backward"}
 MATRICES = {"forward": 3, "both": 8}  # [T, F] that have to move: 2 + 1, and 2 + 1 + 2 more in the backward pass
-SECONDS = 1.0  # each row is timed for about so long
+SECONDS = 1.0  # approximate time per row
 GOALS = {"cpu": {"eager": 1.0}, "cuda": {"best rival": 1.0}}[DEVICE]
 
 
@@ -56,7 +56,7 @@ CONTENDERS = [
 
 @functools.lru_cache(maxsize=1)
 def problem(rows, width):
-    """projected, bias and the upstream gradient."""
+    """Return projected, bias and the upstream gradient."""
     torch.manual_seed(0)
     projected, bias, grad = (
         torch.randn(size, device=DEVICE).to(DTYPE) for size in ((rows, 2 * width), 2 * width, (rows, width))
@@ -65,14 +65,14 @@ def problem(rows, width):
 
 
 def step(run, direction, projected, bias, grad):
-    """The result, or the gradients too."""
+    """Return the result, and for both directions the gradients."""
     with torch.set_grad_enabled(direction == "both"):
         out = run(projected, bias)
     return [out, *torch.autograd.grad(out, (projected, bias), grad)] if direction == "both" else [out]
 
 
 def check(run, direction, given):
-    """What is timed is right: against fp64."""
+    """Compare with fp64."""
     truth = step(eager, direction, *(x.detach().double().requires_grad_() for x in given))
     for got, want in zip(step(run, direction, *given), truth, strict=True):
         error = (got.double() - want).abs().max()

@@ -1,8 +1,8 @@
 """Pooler and reward heads at the paper's size (C = 1536, F = 4096), against eager PyTorch and torch.compile of it.
 
 Forward as in evaluation, and forward and backward with dropout as in training; the gradients are those of all weights
-and of the hidden rows. Few rows cost what reading the weights costs: 38 MB in bf16. On a GPU calls go round several
-sets of them, which its cache does not hold, and the forward pass is timed once more as a CUDA graph, without Python.
+and of the hidden rows. With few rows the cost is that of reading the weights: 38 MB in bf16. On a GPU calls cycle
+through several sets of weights, more than its cache holds, and the forward pass is also timed as a CUDA graph.
 """
 
 import functools
@@ -22,13 +22,13 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}[DTYPE]  # of the largest value
 C, F = 1536, 4096
 DROPOUT = 0.1
-SECONDS = 1.0  # each row is timed for about so long
+SECONDS = 1.0  # approximate time per row
 SETS = 8 if DEVICE == "cuda" else 1  # of inputs
 NAMES = ("hidden", "reward", "w1", "b1", "w2", "b2")
 TITLES = {
     "forward": "forward", "both": "forward + backward, dropout", "graph": f"forward, {SETS} calls as a CUDA graph",
 }  # fmt: skip
-# Evaluation goes on from one answer to the choices of 64 questions; 128 rows are the paper's 64 pairs.
+# Evaluation: from one answer to the choices of 64 questions. 128 rows are the paper's 64 pairs.
 CASES = [("swiglu", rows, 1, "forward") for rows in (1, 16, 128, 256)]
 CASES += [("swiglu", 128, 8, "forward"), ("bert", 128, 1, "forward")]
 CASES += [("swiglu", rows, 1, "both") for rows in (16, 128)]
@@ -37,7 +37,7 @@ GOALS = {"cpu": {"eager": 1.0}, "cuda": {"best rival": 1.0}}[DEVICE]
 
 
 def eager(hidden, reward, w1, b1, w2, b2, dropout):
-    """As modules of PyTorch would have it."""
+    """The computation of PyTorch's modules."""
     if w1 is not None:
         x, g = linear(hidden, w1, b1).chunk(2, -1)
         hidden = x * silu(g)
@@ -57,7 +57,7 @@ def ours(backend):
 
 
 class Contender(NamedTuple):
-    """``make()`` gives a function of the tensors in NAMES and the share that is dropped."""
+    """``make()`` gives a function of the tensors in NAMES and the dropout probability."""
 
     who: str
     make: Callable
@@ -73,7 +73,7 @@ CONTENDERS = [
 
 @functools.lru_cache(maxsize=1)
 def inputs(pooler, rows, heads):
-    """``SETS`` times the tensors of NAMES, None for those that the pooler has not."""
+    """Return ``SETS`` lists of the tensors of NAMES; None for those that the pooler lacks."""
     sizes = {"hidden": (rows, C), "reward": (heads, C), "w2": (C, C), "b2": (C,)}
     if pooler == "swiglu":
         sizes |= {"w1": (2 * F, C), "b1": (2 * F,), "w2": (C, F)}
@@ -84,12 +84,12 @@ def inputs(pooler, rows, heads):
 def _draw(name, size):
     if size is None:
         return None
-    scale = 1.0 if name == "hidden" else size[-1] ** -0.5  # states are as a LayerNorm leaves them
+    scale = 1.0 if name == "hidden" else size[-1] ** -0.5  # hidden states have a LayerNorm's scale
     return (torch.randn(size, device=DEVICE) * scale).to(DTYPE).requires_grad_()
 
 
 def step(run, direction, given, dropout):
-    """The rewards, or the gradients too."""
+    """Return the rewards, and for both directions the gradients."""
     with torch.set_grad_enabled(direction == "both"):
         rewards = run(*given, dropout)
     if direction != "both":
@@ -98,7 +98,7 @@ def step(run, direction, given, dropout):
 
 
 def check(run, direction, given, rival):
-    """What is timed is right: against fp64, and with dropout ours against the same masks in fp64."""
+    """Compare with fp64; with dropout only ours, against the same masks in fp64."""
     wide = [None if x is None else x.detach().double().requires_grad_() for x in given]
     for dropout in [0.0] if rival else [0.0, DROPOUT]:
         truth = step(ours("reference"), direction, wide, dropout)

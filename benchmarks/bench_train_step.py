@@ -1,13 +1,13 @@
-"""One update of the weights in every stage: data in memory to new weights, through the trainer, against other ways.
+"""One optimizer step of every stage: from records in memory to new weights, through the trainer, against rivals.
 
 On a GPU at the paper's shape (551M, 128 streams of 2048 tokens with a full memory of 2048; 64 pairs) in bf16 with fp32
-masters, on the CPU in miniature in fp32. Lengths are real where ../shared/data is there (benchmarks/lengths.py). All
-contenders start from the same weights and take the same records; each is first checked, in fp32 on a tiny model and
-without dropout, to have our loss, gradients and weights. Useful arithmetic (dph/flops.py) is the same for all that are
-compared.
+master weights, on the CPU in miniature in fp32. Lengths are real if ../shared/data exists (benchmarks/lengths.py). All
+contenders start from the same weights and take the same records. Each is first checked, in fp32 on a tiny model and
+without dropout, to have our loss, gradients and weights. Useful arithmetic (dph/train/budget/flops.py) is the same for
+all.
 
-TRL's DPOTrainer, where it is installed, trains a Llama as large, since it cannot train this architecture: it is checked
-against DPO's equation instead (benchmarks/trl_rival.py), and its useful arithmetic is reckoned to be ours.
+TRL's DPOTrainer, if installed, trains a Llama of the same size, since it cannot train this architecture: it is checked
+against DPO's equation (benchmarks/trl_rival.py), and its useful arithmetic is assumed to be ours.
 """
 
 import functools
@@ -21,14 +21,14 @@ from benchmarks import lengths, train_step
 from benchmarks.train_step import MINIATURE, PAIRS, PAPER, TINY, Job, contenders
 from dph.errors import UserError
 from dph.train.budget import flops
-from dph.train.cuda_graph import WARM
+from dph.train.cuda_graph import WARMUP_CALLS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = PAPER if DEVICE == "cuda" else MINIATURE
 LOWERED = DEVICE == "cuda"
-SECONDS = 5.0  # each row is timed for about so long
-ROUND = 1.0 if DEVICE == "cuda" else 0.0  # steps in a row, for whose data the GPU does not wait: as in a trainer's loop
-CLOSE = 0.02  # of our first loss, at the shape and in the precision that are timed
+SECONDS = 5.0  # approximate time per row
+ROUND = 1.0 if DEVICE == "cuda" else 0.0  # seconds of queued steps: the GPU does not wait for data
+CLOSE = 0.02  # tolerance relative to our first loss, at the timed shape and precision
 ALIGN = {"cpu": {"paper_layout": 4, "padding-free, no sharing": 1.4}, "cuda": {"paper_layout": 8}}[DEVICE]
 GOALS = {"align": ALIGN, "sft": {"paper_layout": 1.3}}
 STAGES = ("vocab", "sft", "align", "head")
@@ -37,7 +37,7 @@ STAGES = ("vocab", "sft", "align", "head")
 def title(stage):
     shape = SHAPE
     if stage in PAIRS:
-        return f"{stage}, {shape.name}, {shape.pairs} pairs, {lengths.found()[0]}"
+        return f"{stage}, {shape.name}, {shape.pairs} pairs, {lengths.by_source()[0]}"
     return f"{stage}, {shape.name}, {shape.streams} x {shape.context} tokens, memory {shape.memory}"
 
 
@@ -53,10 +53,10 @@ def first_loss(stage):
 
 
 def checked(contender, stage):
-    """The contender at the shape that is timed, after it was shown to be right there and, in fp32, on a tiny one."""
-    place = [c.who for c in contenders(stage, SHAPE.pad)].index(contender.who)
-    train_step.check(contenders(stage, TINY.pad)[place], Job(stage=stage, shape=TINY, device=DEVICE))
-    gc.collect()  # here and below: a trainer is a cycle, and what is left of it would count as somebody's peak
+    """Return the contender at the timed shape, after checks there and, in fp32, at a tiny shape."""
+    index = [c.who for c in contenders(stage, SHAPE.pad)].index(contender.who)
+    train_step.check(contenders(stage, TINY.pad)[index], Job(stage=stage, shape=TINY, device=DEVICE))
+    gc.collect()  # here and below: a trainer is a reference cycle, and would count in the next peak
     job = Job(stage=stage, shape=SHAPE, device=DEVICE, lowered=LOWERED, dropout=0.0)
     loss, expected = float(contender.make(job).step()), first_loss(stage) if contender.check is None else math.log(2)
     assert abs(loss - expected) <= CLOSE * abs(expected), f"loss: expected {expected}, got {loss}"
@@ -65,7 +65,7 @@ def checked(contender, stage):
 
 
 def peak(step):
-    """Bytes in use at the peak of a step, weights and all; None on the CPU, which does not count."""
+    """Return the peak bytes in use during a step, weights included; None on the CPU, which does not count them."""
     if DEVICE == "cpu":
         return None
     torch.cuda.reset_peak_memory_stats()
@@ -75,7 +75,7 @@ def peak(step):
 
 @pytest.fixture
 def clean():
-    """No compiled graph, and no memory on the GPU, that another contender has left."""
+    """Drop compiled graphs and GPU memory of the contender."""
     yield
     torch.compiler.reset()
     gc.collect()
@@ -99,11 +99,13 @@ def bench_train_step(stage, contender, timed, record, limits):
         if isinstance(error, UserError) and not str(error).startswith("compile:"):
             raise
         pytest.skip(f"torch.compile does not work here: {str(error).strip().splitlines()[0]}")
-    for _ in range(max(math.ceil(SHAPE.memory / SHAPE.context), WARM) + 1):  # memories full, kernels chosen, recorded
+    for _ in range(
+        max(math.ceil(SHAPE.memory / SHAPE.context), WARMUP_CALLS) + 1
+    ):  # memories filled, kernels tuned, graph recorded
         training.step()
     used = peak(training.step)
     timed(training.step, SECONDS, ROUND)
-    done = flops.Amounts(judged=2 * SHAPE.pairs) if contender.cached else amounts(stage)
+    done = flops.Workload(judged=2 * SHAPE.pairs) if contender.cached else amounts(stage)
     record(
         title(stage) + (", states cached" if contender.cached else ""),
         contender.who,

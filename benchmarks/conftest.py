@@ -1,6 +1,6 @@
-"""What every benchmark shares: measured limits of the machine, timing, and one table at the end of the run.
+"""Fixtures of all benchmarks: measured limits of the machine, timing, and one table at the end of the run.
 
-A benchmark says what it moved or computed, after it has shown that the result is right::
+A benchmark records its bytes or operations after a check of its result::
 
     def bench_mine(benchmark, record, limits):
         check_against_reference()
@@ -11,7 +11,8 @@ A benchmark says what it moved or computed, after it has shown that the result i
         benchmark(rival_step)
         record("laprop", "eager", bytes_moved=32 * n, rival=True)
 
-On CUDA the clock waits for the device, so any way of timing is right there; ``timed`` also keeps its queue filled.
+On CUDA the clock synchronises with the device, so that any way of timing is correct; ``timed`` also keeps its queue
+filled.
 """
 
 import functools
@@ -34,14 +35,14 @@ from dph_kernels.linear_logprob.native import product
 
 
 def clock():
-    """Seconds, once the GPU, if one is in use, has done what it was given."""
+    """Return seconds, after a GPU that is in use has finished its queue."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def pytest_collection_modifyitems(items):
-    """Every benchmark is timed by ``clock``."""
+    """Time every benchmark with ``clock``."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.benchmark(timer=clock))
@@ -58,19 +59,20 @@ def _median_seconds(run, rounds):
 
 
 class Limits:
-    """What a device can do: the CPU with all cores that PyTorch may use, or the current GPU. Measured once a run."""
+    """Measured limits of a device: the CPU with PyTorch's threads, or the current GPU. Measured once per run."""
 
-    @functools.cache  # noqa: B019 (there is one of these)
+    @functools.cache  # noqa: B019 (there is one instance)
     def bandwidth(self, device="cpu"):
-        """Bytes per second of ``a += s * b`` in fp32: two reads to one write, none wasted."""
+        """Return bytes per second of ``a += s * b`` in fp32: two reads per write."""
         elements = 20_000_000 if device == "cpu" else 400_000_000
         a, b = torch.zeros(elements, device=device), torch.ones(elements, device=device)
         return 12 * elements / _median_seconds(lambda: a.add_(b, alpha=0.5), 20)
 
     @functools.cache  # noqa: B019
     def matmul(self, device="cpu", dtype=torch.float32):
-        """Floating-point operations per second of a square matrix product: of PyTorch's, or of ours where it is faster,
-        as in fp32 on some CPUs.
+        """Return floating-point operations per second of a square matrix product.
+
+        The product is PyTorch's, or ours if it is faster, as in fp32 on some CPUs.
         """
         size = 1536 if device == "cpu" else 8192
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -87,10 +89,10 @@ def limits():
 
 @pytest.fixture
 def timed(benchmark):
-    """Time a function for about as long as told, warm, in rounds of at least 2 ms: 5 to 100 of them, or 3 of over 1 s.
+    """Time a warm function for about ``seconds``, in 5 to 100 rounds of at least ``least`` seconds (3 if over 1 s).
 
-    A round of many calls is what lets the host run ahead of a GPU, as it does in a model; ``least`` seconds make longer
-    ones. There a third of the time is enough: nobody else is on it.
+    In a round of many calls the host runs ahead of a GPU, as it does in a model. On a GPU, which no other process uses,
+    a third of the time suffices.
     """
 
     def run(function, seconds=1.0, least=2e-3):
@@ -100,7 +102,7 @@ def timed(benchmark):
         iterations = max(math.ceil(least / once), 1)
         seconds /= 3 if torch.cuda.is_initialized() else 1
         rounds = min(max(int(seconds / (once * iterations)), 5 if once * iterations < 1 else 3), 100)
-        benchmark.pedantic(function, rounds=rounds, iterations=iterations)  # warm: it has just been called twice
+        benchmark.pedantic(function, rounds=rounds, iterations=iterations)  # already warm: called twice above
         return None
 
     return run
@@ -108,7 +110,7 @@ def timed(benchmark):
 
 @pytest.fixture(scope="session")
 def peak_memory():
-    """Bytes that a call allocates at its peak beyond what was there before; None on the CPU, which does not count."""
+    """Return the peak bytes that a call allocates in addition to its inputs; None on the CPU, which does not count."""
 
     def measure(function):
         if not torch.cuda.is_initialized():
@@ -123,21 +125,21 @@ def peak_memory():
 
 @pytest.fixture
 def record(benchmark):
-    """Notes for the final table: who ran what, and how much work that was.
+    """Record a row of the final table: the implementation and its necessary work.
 
     Args:
         operator: rows with the same text are compared with each other.
-        who: who ran it.
-        bytes_moved: bytes that had to move in a call.
-        flops: floating-point operations that were necessary in a call.
+        who: name of the implementation.
+        bytes_moved: necessary bytes of a call.
+        flops: necessary floating-point operations of a call.
         tokens: useful tokens of a call.
-        limit: what the machine can do per second, of ``flops`` where given, else of ``bytes_moved``.
-        bandwidth: bytes per second that it can move, where ``limit`` is one of ``flops``.
-        peak: bytes that a call allocated at its peak.
-        rival: somebody else's work.
+        limit: the machine's limit per second, of ``flops`` if given, else of ``bytes_moved``.
+        bandwidth: the machine's bytes per second, if ``limit`` is one of ``flops``.
+        peak: peak bytes allocated by a call.
+        rival: whether the implementation is not ours.
         kind: rivals of one kind share a goal.
-        target: for ours: a rival, a kind of them, or "best rival" -> how many times its speed is the goal.
-        memory_target: likewise -> how many times our peak memory its is to be.
+        target: for ours: a rival, a kind, or "best rival" -> goal for our speed as a multiple of its speed.
+        memory_target: likewise -> goal for its peak memory as a multiple of ours.
     """
 
     def note(operator, who, *, bytes_moved=None, flops=None, limit=None, bandwidth=None, peak=None, tokens=None,
@@ -149,7 +151,7 @@ def record(benchmark):
         info = {"bytes_moved": bytes_moved, "flops": flops, "limit": limit, "bandwidth": bandwidth, "peak": peak}
         info |= {"operator": operator, "who": who, "rival": rival, "kind": kind, "tokens": tokens}
         info |= {"target": target, "memory_target": memory_target}
-        if benchmark.stats:  # None where timing is switched off
+        if benchmark.stats:  # None if timing is disabled
             info["quantiles"] = _quantiles(benchmark.stats.stats.sorted_data)
         benchmark.extra_info.update(info)
 
@@ -157,15 +159,15 @@ def record(benchmark):
 
 
 def _quantiles(times):
-    """The 20% and 80% quantiles of sorted times."""
+    """Return the 20% and 80% quantiles of sorted times."""
     return times[(len(times) - 1) // 5], times[-1 - (len(times) - 1) // 5]
 
 
-# What is told at the end
+# Summary
 
 
 def device():
-    """The machine's name, as results are known by: the GPU's, or the processor's with the threads that are used."""
+    """Return the machine's name in results: the GPU's, or the processor's with the number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = cpuinfo.get_cpu_info().get("brand_raw", platform.machine())
@@ -173,7 +175,7 @@ def device():
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """What matters of the machine, without what is nobody's business, such as the host's name."""
+    """Keep what matters for speed, and drop private data such as the host's name."""
     packages = {name: version(name) for name in ("torch", "triton") if find_spec(name)}
     kept = {"device": device(), "system": platform.system(), "python": platform.python_version(), **packages}
     machine_info.clear()
@@ -181,7 +183,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """No parameters, which are whole workloads, and no single times: the name and the quantiles say it."""
+    """Drop parameters, which are whole workloads, and single times: the name and the quantiles suffice."""
     for bench in output_json["benchmarks"]:
         bench.pop("params", None)
         bench["stats"].pop("data", None)
@@ -192,6 +194,6 @@ def pytest_terminal_summary(terminalreporter, config):
     benches = [b for b in getattr(session, "benchmarks", []) if b.extra_info.get("operator") and b.stats.rounds]
     if not benches:
         return
-    results = [Result.of(bench.extra_info, bench.stats.median) for bench in benches]
+    results = [Result.from_record(bench.extra_info, bench.stats.median) for bench in benches]
     terminalreporter.section(f"speed, {device()}, PyTorch {torch.__version__}")
     terminalreporter.write_line(table(*cells(results)))

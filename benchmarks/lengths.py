@@ -1,9 +1,9 @@
-"""Records of real lengths for benchmarks of training: prompts and answers as long as real ones, of random tokens.
+"""Records for benchmarks of training: random tokens with the lengths of real prompts and answers.
 
 The lengths are those of three data sets in equal shares: SST-2 (``task:glue/sst2``), BoolQ (``task:boolq``) and right
-and wrong solutions of maths problems, read from ``../shared/data`` where it is there, rendered as our tasks render them
-and counted at ``CHARACTERS`` a token. Else they are drawn, always the same, from ``SYNTHETIC``, whose ranges are the
-10 % and 90 % quantiles of these data sets. Nothing else of the data matters for speed.
+and wrong solutions of maths problems, read from ``../shared/data`` if it exists, rendered by our tasks and counted at
+``CHARACTERS`` per token. Otherwise they are drawn, the same in every run, from ``SYNTHETIC``, whose ranges are the 10 %
+and 90 % quantiles of these data sets. Speed depends on no other property of the data.
 """
 
 import functools
@@ -18,11 +18,11 @@ from dph.data.formats import Preference
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SOURCES = ("task:glue/sst2", "task:boolq", str(SHARED / "preferences" / "math_solutions.jsonl"))
-CHARACTERS = 4  # a token, about what BPE makes of English
-LIMIT = 400  # records that are looked at in each source
+CHARACTERS = 4  # per token, typical of BPE on English text
+LIMIT = 400  # records read from each source
 HEAD, TAIL = 3, 2  # tokens of "<|im_start|>ROLE\n" and of "<|im_end|>\n"
 
-# Prompt, chosen and rejected: least and greatest number of tokens, all equally probable.
+# Minimum and maximum number of tokens of prompt, chosen and rejected; uniformly distributed.
 SYNTHETIC = (
     ((90, 117), (2, 2), (2, 2)),  # SST-2: a sentence in an instruction, and a word
     ((143, 327), (1, 1), (1, 1)),  # BoolQ: a passage and a question; yes or no
@@ -31,7 +31,7 @@ SYNTHETIC = (
 
 
 class Lengths(NamedTuple):
-    """Tokens of a prompt with its markup, and of the two answers' content."""
+    """Number of tokens of a prompt with its markup, and of the two answers' content."""
 
     prompt: int
     chosen: int
@@ -39,24 +39,27 @@ class Lengths(NamedTuple):
 
     @property
     def longest(self) -> int:
-        """The longer conversation, with the answer's ``<|im_end|>`` and line end."""
+        """Length of the longer conversation, with the answer's ``<|im_end|>`` and line end."""
         return self.prompt + max(self.chosen, self.rejected) + TAIL
 
 
 def of_record(record: Preference) -> Lengths:
-    """The lengths that a preference has at ``CHARACTERS`` a token."""
+    """Return the lengths of a preference at ``CHARACTERS`` per token."""
     count = lambda message: -(-len(message["content"]) // CHARACTERS)  # noqa: E731
     prompt = 1 + sum(HEAD + count(m) + TAIL for m in record.chosen[:-1]) + HEAD
     return Lengths(prompt, count(record.chosen[-1]), count(record.rejected[-1]))
 
 
 @functools.cache
-def found() -> tuple[str, tuple[tuple[Lengths, ...], ...]]:
-    """Where the lengths come from, and those of each data set."""
+def by_source() -> tuple[str, tuple[tuple[Lengths, ...], ...]]:
+    """Return the origin of the lengths ("real lengths" or "synthetic lengths"), and those of each data set."""
     if not all((SHARED / name).exists() for name in ("glue/sst2", "boolq", "preferences")):
         return "synthetic lengths", tuple(_drawn(ranges, seed) for seed, ranges in enumerate(SYNTHETIC))
-    records = (dataset.load(source, "preference", directory=SHARED, limit=LIMIT) for source in SOURCES)
-    return "real lengths", tuple(tuple(of_record(r) for r in some if r is not None) for some in records)
+    sources = []
+    for source in SOURCES:
+        records = dataset.load(source, "preference", directory=SHARED, limit=LIMIT)
+        sources.append(tuple(of_record(record) for record in records if record is not None))
+    return "real lengths", tuple(sources)
 
 
 def _drawn(ranges: Sequence[tuple[int, int]], seed: int) -> tuple[Lengths, ...]:
@@ -65,8 +68,8 @@ def _drawn(ranges: Sequence[tuple[int, int]], seed: int) -> tuple[Lengths, ...]:
 
 
 def sample(count: int, longest: int) -> list[Lengths]:
-    """``count`` lengths, in equal shares of the data sets: evenly spaced quantiles of those up to ``longest``."""
-    _, sources = found()
+    """Return ``count`` lengths up to ``longest``: evenly spaced quantiles, in equal shares of the data sets."""
+    _, sources = by_source()
     chosen = []
     for i, source in enumerate(sources):
         fitting = sorted((x for x in source if x.longest <= longest), key=lambda x: (sum(x), x))
@@ -77,13 +80,13 @@ def sample(count: int, longest: int) -> list[Lengths]:
 
 @functools.cache
 def small_tokenizer() -> Any:
-    """A tokenizer for the markup's sake: its first ids are the special tokens, as ``dph.data.tokenizer`` has them."""
+    """Return a tokenizer for the markup; its first ids are the special tokens of ``dph.data.tokenizer``."""
     return tokenizer.from_iterator(["user assistant system"] * 2, 300)
 
 
 def pairs(count: int, vocabulary: int, longest: int) -> list[tuple[Encoded, Encoded]]:
-    """Preference pairs of ``sample``'s lengths; the answers differ from their first token on."""
-    draw, first = random.Random(0), len(tokenizer.SPECIAL)
+    """Return preference pairs with the lengths of ``sample``; the answers differ from their first token on."""
+    draw, first = random.Random(0), len(tokenizer.SPECIAL_TOKENS)
     marks, made = small_tokenizer(), []
     end = marks.convert_tokens_to_ids("<|im_end|>")
     for lengths in sample(count, longest):
@@ -95,5 +98,5 @@ def pairs(count: int, vocabulary: int, longest: int) -> list[tuple[Encoded, Enco
 
 
 def conversations(count: int, vocabulary: int, longest: int) -> list[Encoded]:
-    """The chosen sides of ``pairs``, the data sets in turn."""
+    """Return the chosen sides of ``pairs``, the data sets in turn."""
     return [chosen for chosen, _ in pairs(count, vocabulary, longest)]

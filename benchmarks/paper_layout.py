@@ -1,10 +1,10 @@
-"""The paper's released way of training, written again: the rival of our training step (bench_train_step.py).
+"""Reimplementation of the paper's released training: the rival of our training step (bench_train_step.py).
 
-Pairs are padded to a fixed length, each answer behind a prompt of its own; logits are materialised, for the policy and
-for the reference; queries and keys are rotated in plain PyTorch, the memory's keys in every segment anew, from
-un-rotated keys and values that are joined with the new ones; LaProp is a Python loop over tensors. What a competent
-engineer would not leave slow is not: SDPA runs without a mask where it can (padding is behind the answers), sines and
-masks are made once, the vocabulary's logits are not kept for the reference, the norm that clips is PyTorch's own.
+Pairs are padded to a fixed length, each answer after its own copy of the prompt. Logits are materialised, for policy
+and reference. Queries and keys are rotated in plain PyTorch; the memory holds un-rotated keys, joined with the new ones
+and rotated again in every segment. LaProp is a Python loop over tensors. Obvious inefficiencies are avoided:
+SDPA runs without a mask if possible (padding is at the end), sines and masks are computed once, the reference's logits
+are not kept for a backward pass, and the gradient norm is PyTorch's own.
 
 The model is a copy of ours, module for module, so that weights and gradients have the same names.
 """
@@ -30,20 +30,20 @@ Past = list[tuple[Tensor, Tensor]]  # un-rotated keys and values [B, H, M, D] of
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half of [B, H, S, D] by tables [S, D], as models write it."""
+    """Rotate-half of [B, H, S, D] by tables [S, D], as models implement it."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
 def norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
-    """PyTorch's own."""
+    """PyTorch's own LayerNorm."""
     return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
 
 
 def run_block(
     block: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor], mask: Any, past: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A block of [B, S, C]; also the un-rotated keys and values that it saw. No mask: causal."""
+    """Run a block on [B, S, C]; return also its un-rotated keys and values. Causal if ``mask`` is None."""
     batch, length, width = x.shape
     attention, (cos, sin) = block.attention, tables
     qkv = attention.qkv(norm(block.attention_norm, x)).view(batch, length, 3, attention.heads, -1)
@@ -58,7 +58,7 @@ def run_block(
 
 
 class PaperModel(nn.Module):
-    """A copy of our model's weights under the same names, run over dense batches. ``compiled``: its blocks are."""
+    """A copy of our model for dense batches, with the same parameter names; ``compiled`` compiles its blocks."""
 
     def __init__(self, model: Model, compiled: bool = False) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class PaperModel(nn.Module):
         return tuple(torch.cat([t, t], dim=1).to(dtype) for t in tables)
 
     def _mask(self, queries: int, keys: int, device: torch.device) -> Any:
-        """Causal, aligned at the end: None where SDPA has a word for it, on a GPU the form that its flash knows."""
+        """Causal mask, aligned at the end: None if ``is_causal`` suffices; on a GPU the form that flash supports."""
         if queries == keys:
             return None
         if device.type == "cuda":
@@ -82,7 +82,7 @@ class PaperModel(nn.Module):
         return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
     def hidden(self, tokens: Tensor, past: Past | None = None, memory: int = 0) -> tuple[Tensor, Past]:
-        """States [B, S, C] of tokens [B, S], and the last ``memory`` keys and values of every layer, detached."""
+        """Return states [B, S, C] of tokens [B, S], and the last ``memory`` keys and values per layer, detached."""
         backbone, length = self.model.backbone, tokens.shape[1]
         keys = length + (past[0][0].shape[2] if past else 0)
         x = norm(backbone.input_norm, backbone.input_proj(backbone.embedding(tokens)))
@@ -95,17 +95,17 @@ class PaperModel(nn.Module):
         return norm(backbone.output_norm, x), kept
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """All of them, [B, S, V]."""
+        """Return all logits, [B, S, V]."""
         return F.linear(self.model.output_proj(hidden), self.model.backbone.embedding.weight)
 
     def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Sums [B] over the targets [B, S] that are not -100."""
-        every = self.logits(hidden).float().log_softmax(-1)
-        found = every.gather(2, targets.clamp(min=0)[..., None]).squeeze(2)
-        return (found * (targets != IGNORED)).sum(1)
+        """Return sums [B] over the targets [B, S] that are not -100."""
+        logprobs = self.logits(hidden).float().log_softmax(-1)
+        selected = logprobs.gather(2, targets.clamp(min=0)[..., None]).squeeze(2)
+        return (selected * (targets != IGNORED)).sum(1)
 
     def rewards(self, states: Tensor, names: Sequence[str]) -> Tensor:
-        """Rewards [B, K] of states [B, C]."""
+        """Return rewards [B, K] of states [B, C]."""
         (head,) = self.model.heads.values()
         gate, _, last = head.pooler
         x, g = gate(states).chunk(2, dim=-1)
@@ -114,7 +114,7 @@ class PaperModel(nn.Module):
 
 
 class LoopLaProp:
-    """LaProp with prior decay (SPEC 4), tensor by tensor; bf16 parameters have fp32 masters."""
+    """LaProp with prior decay, tensor by tensor; bf16 parameters have fp32 master weights."""
 
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float, lowered: bool) -> None:
         self.groups, self.betas, self.eps, self.steps, self.average = groups, betas, eps, 0, 0.0
@@ -130,7 +130,7 @@ class LoopLaProp:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update at the rate ``lr``."""
+        """Take one optimizer step at the learning rate ``lr``."""
         beta1, beta2 = self.betas
         self.steps += 1
         self.average = beta1 * self.average + (1 - beta1) * lr
@@ -152,21 +152,21 @@ class LoopLaProp:
 
 
 class Padded(NamedTuple):
-    """Both sides of pairs, chosen and rejected in turn: tokens and targets [2N, S], and where rewards are read."""
+    """Both sides of pairs, chosen and rejected in turn: tokens and targets [2N, S], and reward positions [2N]."""
 
     tokens: Tensor
     targets: Tensor
     ends: Tensor
 
     @classmethod
-    def of(cls, pairs: Sequence[tuple[Encoded, Encoded]], pad: int | None, device: torch.device) -> "Padded":
-        """Padded behind to ``pad`` tokens, or to the longest."""
+    def from_pairs(cls, pairs: Sequence[tuple[Encoded, Encoded]], pad: int | None, device: torch.device) -> "Padded":
+        """Return pairs padded at the end to ``pad`` tokens, or to the longest side."""
         sides = [side for pair in pairs for side in pair]
         length = pad or max(map(len, sides))
         tokens = torch.zeros(len(sides), length, dtype=torch.int64)
         targets = torch.full_like(tokens, IGNORED)
         for i, side in enumerate(sides):
-            masked = [t if on else IGNORED for t, on in zip(side.targets, side.loss_mask, strict=True)]
+            masked = [t if is_target else IGNORED for t, is_target in zip(side.targets, side.loss_mask, strict=True)]
             tokens[i, : len(side)] = torch.tensor(side.tokens)
             targets[i, : len(side)] = torch.tensor(masked)
         ends = torch.tensor([side.reward_position for side in sides])
@@ -179,13 +179,13 @@ def smoothed(margin: Tensor, epsilon: float) -> Tensor:
 
 
 class PaperTrainer:
-    """Steps of a stage in the paper's way.
+    """Trainer of a stage in the paper's layout.
 
     Args:
-        stage: of ours, not otherwise in use: its recipe, its model's weights (copied) and its batches.
+        stage: source of the recipe, the model's weights (copied) and the batches; must not be used elsewhere.
         pad: length of a padded pair; None pads to the longest of a micro-batch.
-        compiled: whether the blocks are.
-        micro: pairs or streams at a time; None takes the recipe's.
+        compiled: whether the blocks are compiled.
+        micro: pairs or streams per micro-batch; None takes the recipe's.
     """
 
     def __init__(self, stage: Stage, lowered: bool, pad: int | None = 512, compiled: bool = False,
@@ -208,7 +208,7 @@ class PaperTrainer:
                 self.reference.model.bfloat16()
         self.pasts: dict[int, Past] = {}
         self.taken = 0
-        self.watch: Callable[[dict[str, Tensor]], None] | None = None  # is shown every step's gradients
+        self.watch: Callable[[dict[str, Tensor]], None] | None = None  # receives every step's gradients
 
     def _reference(self, compiled: bool) -> PaperModel:
         reference = PaperModel(self.stage.model, compiled).requires_grad_(False).eval()
@@ -216,11 +216,11 @@ class PaperTrainer:
         return reference
 
     def weights(self) -> dict[str, Tensor]:
-        """What trains, in full precision."""
+        """Return the trained weights in full precision."""
         return {name: self.optimiser.state[p][0] for p, name in self.names.items()}
 
     def step(self) -> Tensor:
-        """One update; its loss."""
+        """Take one optimizer step and return its loss."""
         self.taken += 1
         s = self.recipe.optimiser
         lr = warmup_cosine(self.taken, peak=s.lr, warmup=s.warmup, total=s.steps, final=s.final_lr)
@@ -237,25 +237,25 @@ class PaperTrainer:
         return total
 
     def _losses(self) -> Iterator[Tensor]:
-        """The loss of each micro-batch, as a part of the update's mean."""
+        """Yield the loss of each micro-batch, as its share of the step's mean."""
         batch = next(self.stage.batches)
         if self.recipe.kind == "preference":
             for i in range(0, len(batch), self.micro):
-                padded = Padded.of(batch[i : i + self.micro], self.pad, self.device)
+                padded = Padded.from_pairs(batch[i : i + self.micro], self.pad, self.device)
                 yield self._pair_loss(padded) / len(batch)
             return
         tokens, targets = batch
         count = max(1, int((targets != IGNORED).sum()))
-        for i, part in enumerate(zip(tokens.split(self.micro), targets.split(self.micro), strict=True)):
-            yield self._stream_loss(i, *(t.to(self.device, non_blocking=True) for t in part)) / count
+        for i, micro_batch in enumerate(zip(tokens.split(self.micro), targets.split(self.micro), strict=True)):
+            yield self._stream_loss(i, *(t.to(self.device, non_blocking=True) for t in micro_batch)) / count
 
-    def _stream_loss(self, part: int, tokens: Tensor, targets: Tensor) -> Tensor:
-        hidden, self.pasts[part] = self.paper.hidden(tokens, self.pasts.get(part), self.recipe.data.memory)
+    def _stream_loss(self, index: int, tokens: Tensor, targets: Tensor) -> Tensor:
+        hidden, self.pasts[index] = self.paper.hidden(tokens, self.pasts.get(index), self.recipe.data.memory)
         logits = self.paper.logits(hidden).flatten(0, 1).float()
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def _pair_loss(self, padded: Padded) -> Tensor:
-        """The joint objective, summed over pairs."""
+        """Return the joint objective, summed over pairs."""
         objective = self.recipe.objective
         hidden, _ = self.paper.hidden(padded.tokens)
         loss = hidden.new_zeros((), dtype=torch.float32)

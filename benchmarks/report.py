@@ -2,8 +2,8 @@
 
     python -m benchmarks.report benchmarks/results/*.json
 
-reads what ``pytest benchmarks/ --benchmark-only --benchmark-json=FILE`` has written, prints one Markdown table, and
-keeps it as report.md beside a picture for each benchmark and file.
+reads files of ``pytest benchmarks/ --benchmark-only --benchmark-json=FILE``, prints one Markdown table, and writes it
+to report.md, with a picture for each benchmark and file.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ OURS, RIVAL = "C1", "C7"  # colours of their bars
 
 @dataclass(frozen=True)
 class Result:
-    """What ``record`` noted of one benchmark (see there), with its median and its quantiles in seconds.
+    """The fields of ``record`` (benchmarks/conftest.py) for one benchmark, with its median and quantiles in seconds.
 
-    source: the file, and the benchmark's module in it: what was measured together.
+    source: the file and the benchmark's module, whose results were measured together.
     """
 
     operator: str
@@ -65,20 +65,20 @@ class Result:
     memory_target: dict[str, float] | None = None
 
     @classmethod
-    def of(cls, info: dict[str, Any], seconds: float, source: tuple[str, str] = ("", "")) -> Result:
-        """From what ``record`` noted."""
-        known = {name: value for name, value in info.items() if name in cls.__dataclass_fields__}
-        return cls(**{**known, "seconds": seconds, "quantiles": tuple(info["quantiles"]), "source": source})
+    def from_record(cls, info: dict[str, Any], seconds: float, source: tuple[str, str] = ("", "")) -> Result:
+        """Return a result from the fields that ``record`` stored."""
+        fields = {name: value for name, value in info.items() if name in cls.__dataclass_fields__}
+        return cls(**{**fields, "seconds": seconds, "quantiles": tuple(info["quantiles"]), "source": source})
 
 
 # The table
 
 
 def cells(results: Sequence[Result]) -> tuple[list[str], list[list[Any]]]:
-    """Headers and rows: operators together, ours first, the best rival next; columns without anything are left out."""
+    """Return headers and rows: grouped by operator, ours first, then the fastest rival; without empty columns."""
     rows = []
-    for together in _groups(results, lambda r: (r.source, r.operator)):
-        ranked = sorted(together, key=lambda r: r.seconds)
+    for group in _groups(results, lambda r: (r.source, r.operator)):
+        ranked = sorted(group, key=lambda r: r.seconds)
         mine, rivals = [r for r in ranked if not r.rival], [r for r in ranked if r.rival]
         rows += [_row(r, mine, rivals) for r in mine + rivals]
     kept = [i for i in range(len(HEADERS)) if any(row[i] not in (None, "") for row in rows)]
@@ -86,7 +86,7 @@ def cells(results: Sequence[Result]) -> tuple[list[str], list[list[Any]]]:
 
 
 def _groups(results: Iterable[Result], key: Any) -> list[list[Result]]:
-    """Results with the same key, in the order of the first of each."""
+    """Return lists of results with the same key, in the order of their first results."""
     groups: dict[Any, list[Result]] = {}
     for result in results:
         groups.setdefault(key(result), []).append(result)
@@ -110,7 +110,7 @@ def _row(result: Result, mine: Sequence[Result], rivals: Sequence[Result]) -> tu
 
 
 def _rate(work: float | None, seconds: float, limit: float | None, unit: str, scale: float) -> tuple[str, str]:
-    """The rate in words, and which share of its limit that is."""
+    """Return the rate with its unit, and its share of the limit."""
     if work is None:
         return "", ""
     rate = work / seconds
@@ -119,7 +119,7 @@ def _rate(work: float | None, seconds: float, limit: float | None, unit: str, sc
 
 
 def _compared(result: Result, mine: Sequence[Result], rivals: Sequence[Result]) -> str:
-    """For a rival how many times its speed ours has; for ours the best rival, and the goals."""
+    """Return our speed as a multiple of a rival's; for ours the multiple of the best rival, and the goals."""
     if result.rival:
         return f"{result.seconds / mine[0].seconds:.2f}×" if mine else ""
     if not rivals:
@@ -138,7 +138,7 @@ def _compared(result: Result, mine: Sequence[Result], rivals: Sequence[Result]) 
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """One table; with a column for the file where there are several."""
+    """Return one table, with a column for the file if there are several."""
     headers, rows = cells(results)
     sources = [group[0].source[0] for group in _groups(results, lambda r: (r.source, r.operator)) for _ in group]
     if len(set(sources)) > 1:
@@ -158,7 +158,7 @@ def _cell(value: Any) -> str:
 
 
 def picture(results: Sequence[Result], title: str) -> Figure:
-    """Milliseconds as bars, a panel for each operator, the fastest on top."""
+    """Draw milliseconds as bars, a panel for each operator, the fastest on top."""
     from matplotlib.figure import Figure
 
     panels = _groups(results, lambda r: r.operator)
@@ -188,16 +188,16 @@ def _draw(axes: Axes, panel: Sequence[Result]) -> None:
 
 
 def read(path: Path, label: str) -> tuple[str, list[Result]]:
-    """The machine, and the results in a file of pytest-benchmark, by which ``label`` they go.
+    """Return the machine, and the results of a file of pytest-benchmark under the name ``label``.
 
-    Raises UserError where it is something else.
+    Raises UserError if the file holds something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         benches, machine = content["benchmarks"], content["machine_info"]
         device = machine.get("device", "an unknown device")
         results = [
-            Result.of(bench["extra_info"], bench["stats"]["median"], (label, _module(bench["fullname"])))
+            Result.from_record(bench["extra_info"], bench["stats"]["median"], (label, _module(bench["fullname"])))
             for bench in benches
             if bench["extra_info"].get("operator")
         ]
@@ -211,12 +211,12 @@ def read(path: Path, label: str) -> tuple[str, list[Result]]:
 
 
 def _module(name: str) -> str:
-    """benchmarks/bench_attention.py::bench_attention[...] -> attention"""
+    """Return "attention" for benchmarks/bench_attention.py::bench_attention[...]."""
     return Path(name.split("::")[0]).stem.removeprefix("bench_")
 
 
 def _labels(files: Sequence[Path]) -> list[str]:
-    """Short names for files: as many last parts of their paths as tell them apart."""
+    """Return short names for files: as many trailing parts of their paths as make them unique."""
     parts = [path.resolve().with_suffix("").parts[1:] for path in files]
     for depth in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(p[-depth:]) for p in parts]
@@ -226,12 +226,12 @@ def _labels(files: Sequence[Path]) -> list[str]:
 
 
 def write(files: Sequence[Path], output: Path) -> str:
-    """Writes report.md and the pictures to a folder; the table."""
-    found = [read(path, label) for path, label in zip(files, _labels(files), strict=True)]
-    table = markdown([result for _, results in found for result in results])
+    """Write report.md and the pictures to a folder; return the table."""
+    runs = [read(path, label) for path, label in zip(files, _labels(files), strict=True)]
+    table = markdown([result for _, results in runs for result in results])
     output.mkdir(parents=True, exist_ok=True)
     links, devices = [], []
-    for device, results in found:
+    for device, results in runs:
         devices.append(f"- `{results[0].source[0]}`: {device}")
         for group in _groups(results, lambda r: r.source):
             file, module = group[0].source
@@ -244,7 +244,7 @@ def write(files: Sequence[Path], output: Path) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     result = argparse.ArgumentParser(
         prog="python -m benchmarks.report",
         description="Turn results of pytest-benchmark into one Markdown table (printed, and kept as report.md) and a "
@@ -252,12 +252,12 @@ def parser() -> argparse.ArgumentParser:
         epilog="example: python -m benchmarks.report benchmarks/results/*.json --output report",
     )
     result.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="from pytest --benchmark-json=FILE")
-    result.add_argument("--output", type=Path, metavar="DIR", help="where to (default: beside the first file)")
+    result.add_argument("--output", type=Path, metavar="DIR", help="output folder (default: the first file's)")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table, write it and the pictures; the exit code."""
+    """Print the table, write it and the pictures, and return the exit code."""
     options = parser().parse_args(arguments)
     output = options.output or options.files[0].parent
     try:

@@ -1,6 +1,6 @@
-"""Steps of training that can be compared: shapes, who computes them, and the check that all compute the same.
+"""Comparable training steps: shapes, contenders, and the check that all compute the same.
 
-Ours goes through ``dph.train.entry.Trainer``, step by step as its loop does; only the run directory stays empty.
+Ours runs ``dph.train.trainer.Trainer`` step by step, as its loop does; only the run directory stays empty.
 """
 
 import contextlib
@@ -19,12 +19,13 @@ from benchmarks import lengths, trl_rival
 from benchmarks.paper_layout import PaperTrainer
 from dph.data.packing import PackedBatch, pack
 from dph.losses import IGNORED
-from dph.train import entry, recipe, run_dir
+from dph.train import build, recipe, run_dir
 from dph.train.budget import flops
-from dph.train.cuda_graph import WARM
+from dph.train.cuda_graph import WARMUP_CALLS
 from dph.train.progress import Progress
 from dph.train.stages.base import Stage
-from dph.train.stages.preference import PairPart, PairStage
+from dph.train.stages.preference import PairMicroBatch, PreferenceStage
+from dph.train.trainer import Trainer
 from dph_kernels import dispatch
 
 PAIRS = ("align", "head")
@@ -33,14 +34,16 @@ MARKS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "im_end_token_
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes of a model and of its updates.
+    """Sizes of a model and of its optimizer steps.
 
     Attributes:
-        model: arguments of :class:`dph.ModelConfig`; what is missing has the paper's size.
-        context: tokens of a stream's segment; memory: tokens that it looks back on.
-        streams, pairs: of an update; micro_*: of these, how many at a time.
-        tokens: of pairs, prompts shared, that we take at a time, as shipped recipes do; None: ``micro_pairs``.
-        pad: length that the paper's way pads pairs to; longer ones do not take part.
+        model: arguments of :class:`dph.ModelConfig`; the others have the paper's size.
+        context: tokens of a stream's segment.
+        memory: tokens of its Transformer-XL memory.
+        streams, pairs: per step.
+        micro_streams, micro_pairs: per micro-batch.
+        tokens: of our micro-batch of pairs with shared prompts, as in shipped recipes; None: ``micro_pairs`` pairs.
+        pad: length that the paper's layout pads pairs to; longer pairs are left out.
     """
 
     name: str
@@ -82,9 +85,9 @@ class Job:
     """A stage at a shape, on a device.
 
     Attributes:
-        lowered: bf16 with fp32 masters; else fp32.
-        dropout: of the reward head; only without it can steps be compared.
-        overrides: of the stage's shipped recipe, beyond the sizes.
+        lowered: bf16 with fp32 master weights; else fp32.
+        dropout: of the reward head; steps are comparable only without it.
+        overrides: of the stage's shipped recipe, in addition to the sizes.
     """
 
     stage: str
@@ -95,7 +98,7 @@ class Job:
     overrides: tuple[str, ...] = ()
 
     def recipe(self) -> recipe.Recipe:
-        """The shipped recipe of the stage at the shape's sizes, with nothing cached: as in the first epoch."""
+        """Return the shipped recipe of the stage at the shape's sizes, without a cache: as in the first epoch."""
         shape = self.shape
         size, micro = (shape.pairs, shape.micro_pairs) if self.stage in PAIRS else (shape.streams, shape.micro_streams)
         context = shape.pad if self.stage in PAIRS else shape.context
@@ -107,80 +110,80 @@ class Job:
         return recipe.load(self.stage, [*(f"{key}={value}" for key, value in values.items()), *self.overrides])
 
     def with_overrides(self, *more: str) -> "Job":
-        """The same otherwise."""
+        """Return the job with more overrides."""
         return dataclasses.replace(self, overrides=(*self.overrides, *more))
 
     def packed(self) -> "Job":
-        """With as many pairs at a time as ``shape.tokens`` has room for."""
+        """Return the job with as many pairs per micro-batch as fit into ``shape.tokens``."""
         if self.stage not in PAIRS or self.shape.tokens is None:
             return self
         return self.with_overrides("batch.micro=null", f"batch.tokens={self.shape.tokens}")
 
     def config(self) -> dph.ModelConfig:
-        """The model's."""
+        """Return the model's configuration."""
         return dph.ModelConfig(**self.shape.model, **MARKS, reward_dropout=self.dropout)
 
     def records(self) -> list[Any]:
-        """Pairs of one update, so that all updates are equally long; or conversations, of which many make one."""
+        """Return the pairs of one step, so that all steps are equally long; or many conversations for streams."""
         vocabulary, shape = self.config().vocab_size, self.shape
         if self.stage in PAIRS:
             return lengths.pairs(shape.pairs, vocabulary, shape.pad)
         return lengths.conversations(min(shape.streams * 6, 384), vocabulary, 8 * shape.context)
 
     def make_stage(self) -> Stage:
-        """A stage that nobody uses yet, on a fresh model; always the same."""
+        """Return a new stage on a fresh model, the same in every call."""
         torch.manual_seed(0)
         with torch.device(self.device):
             model = dph.Model(self.config())
-        return entry.make_stage(self.recipe(), model, lengths.small_tokenizer(), self.records(), {})
+        return build.make_stage(self.recipe(), model, lengths.small_tokenizer(), self.records(), {})
 
-    def amounts(self) -> flops.Amounts:
-        """What goes through the model in one update, in the mean of several; memories full."""
+    def amounts(self) -> flops.Workload:
+        """Return the workload of one step, the mean of several, with full memories."""
         shape = self.shape
         if self.stage in PAIRS:
-            return flops.of_pairs(self.records())
+            return flops.pairs_workload(self.records())
         batches, segments = self.make_stage().batches, 16
         targets = sum(int((next(batches)[1] != IGNORED).sum()) for _ in range(segments))
-        return flops.of_streams(shape.streams, shape.context, shape.memory, targets // segments)
+        return flops.streams_workload(shape.streams, shape.context, shape.memory, targets // segments)
 
-    def needs(self, amounts: flops.Amounts) -> float:
-        """Operations that an update of ``amounts`` needs at least."""
+    def needs(self, amounts: flops.Workload) -> float:
+        """Return the necessary operations of a step of ``amounts``."""
         return flops.step_flops(self.config(), self.stage, amounts)
 
 
-# Who takes steps
+# Contenders
 
 
 class Stepping(Protocol):
-    """Somebody's training."""
+    """Interface of a contender's training."""
 
-    watch: Callable[[dict[str, Tensor]], None] | None  # is shown every step's gradients, by our names
+    watch: Callable[[dict[str, Tensor]], None] | None  # receives every step's gradients, by our names
 
     def step(self) -> Tensor:
-        """One update; its loss."""
+        """Take one optimizer step and return its loss."""
 
     def weights(self) -> dict[str, Tensor]:
-        """What trains, in full precision, by our names."""
+        """Return the trained weights in full precision, by our names."""
 
 
-class Unsaved(run_dir.Run):
-    """A run directory that nothing but its configuration is written to."""
+class Unsaved(run_dir.RunDirectory):
+    """A run directory that holds nothing but the configuration."""
 
     def save_start(self, *args: Any) -> None:
-        """Nothing: there will be no resume."""
+        """Do nothing: the run is never resumed."""
 
     def log(self, *args: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class Ours:
-    """Our trainer, driven as its loop drives it: the figures of a step are read while the next one runs."""
+    """Our trainer, driven as in its loop: the metrics of a step are read while the next step runs."""
 
     def __init__(self, stage: Stage, directory: tempfile.TemporaryDirectory | None = None) -> None:
         self.watch = None
         self._directory = tempfile.TemporaryDirectory() if directory is None else directory
         run = Unsaved(self._directory.name, stage.recipe.as_dict())
-        self.trainer = entry.Trainer(stage.recipe, stage, run, quiet=True)
+        self.trainer = Trainer(stage.recipe, stage, run, quiet=True)
         self.trainer.model.train()
         self.trainer.optimiser.register_step_pre_hook(self._show)
         self.progress, self.taken = Progress("", 1 << 30, 0, quiet=True), 0
@@ -190,53 +193,52 @@ class Ours:
             self.watch({name: p.grad for p, name in self.trainer.names.items()})
 
     def step(self) -> Tensor:
-        """One turn of ``Trainer._loop``."""
+        """Take one step of ``Trainer.train``, without evaluation and checkpoints."""
         self.taken += 1
-        launched = self.trainer._launch(self.taken)
-        self.trainer._settle(self.progress)
-        self.trainer._launched = launched
-        return sum(loss.total for loss in launched.losses) / launched.work.weight
+        metrics = self.trainer.train_step(self.taken)
+        self.trainer.log_pending(self.progress)
+        self.trainer.pending = metrics
+        return sum(loss.total for loss in metrics.losses) / metrics.batch.weight
 
     def weights(self) -> dict[str, Tensor]:
-        """What trains."""
+        """Return the trained weights."""
         return self.trainer.optimiser.weights(self.trainer.names)
 
 
 def with_states(job: Job, *more: str) -> Ours:
-    """Ours in stage head on cached states, as from the second epoch on."""
+    """Return ours in stage head on cached states, as from the second epoch on."""
     directory = tempfile.TemporaryDirectory()
     cached = job.packed().with_overrides("data.cache_states=true", f"data.cache={directory.name}/cache", *more)
     return Ours(cached.make_stage(), directory)
 
 
-class UnsharedPart(PairPart):
-    """Pairs with a prompt for each answer."""
+class UnsharedMicroBatch(PairMicroBatch):
+    """Pairs with a copy of the prompt for each answer."""
+
+    length = staticmethod(lambda pair: sum(map(len, pair)))
 
     @functools.cached_property
     def packed(self) -> PackedBatch:
-        """Each answer a document."""
+        """Packed batch, each answer a document."""
         return pack([[side] for pair in self.pairs for side in pair])
 
 
-class Unshared(PairStage):
-    """Our stage with every answer behind a prompt of its own: packed, nothing padded, nothing shared."""
-
-    part = UnsharedPart
-    length = staticmethod(lambda pair: sum(map(len, pair)))
-
-    @classmethod
-    def of(cls, stage: PairStage) -> "Unshared":
-        """The same stage otherwise."""
-        return cls(**{field.name: getattr(stage, field.name) for field in dataclasses.fields(stage) if field.init})
+def unshared(stage: PreferenceStage) -> PreferenceStage:
+    """Change a stage to a copy of the prompt for every answer: packed, without padding, without sharing."""
+    stage.micro_batch_class = UnsharedMicroBatch
+    return stage
 
 
 class Contender(NamedTuple):
-    """Who trains, and which goal that counts for.
+    """An implementation of a training step.
 
     Attributes:
-        check: of what it computes, where that is something else than ours does.
-        missing: what it lacks here.
-        cached: its backbone does not run.
+        who: its name.
+        make: returns its training of a job.
+        kind: the goal that it counts for.
+        check: its own check, if it computes something else than ours.
+        missing: reason why it cannot run on this machine.
+        cached: whether it reads cached states instead of running the backbone.
     """
 
     who: str
@@ -248,25 +250,23 @@ class Contender(NamedTuple):
 
 
 def contenders(stage: str, pad: int) -> list[Contender]:
-    """Ours first, then all who can train ``stage``."""
+    """Return ours first, then all contenders that can train ``stage``."""
     paper = lambda **how: lambda job: PaperTrainer(job.make_stage(), job.lowered, **how)  # noqa: E731
-    found = [
+    ours = [
         Contender("ours", lambda job: Ours(job.packed().make_stage()), "ours"),
         Contender(
             "ours, torch.compile", lambda job: Ours(job.packed().with_overrides("compile=true").make_stage()), "ours"
         ),
     ]
     if stage not in PAIRS:
-        return [*found, Contender("paper_layout", paper(), "paper_layout"),
+        return [*ours, Contender("paper_layout", paper(), "paper_layout"),
                 Contender("paper_layout, torch.compile", paper(compiled=True))]  # fmt: skip
-    unshared = Contender(
-        "padding-free, no sharing", lambda job: Ours(Unshared.of(job.packed().make_stage())), "padding-free, no sharing"
-    )
+    no_sharing = "padding-free, no sharing"
     name = f"paper_layout, padded to {pad}"
     return [
-        *found,
+        *ours,
         *(CACHED if stage == "head" else []),
-        unshared,
+        Contender(no_sharing, lambda job: Ours(unshared(job.packed().make_stage())), no_sharing),
         Contender(name, paper(pad=pad), "paper_layout"),
         Contender(f"{name}, torch.compile", paper(pad=pad, compiled=True)),
         Contender("paper_layout, padded to the longest", paper(pad=None)),
@@ -297,20 +297,20 @@ TRL = Contender(
 
 
 def distance(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    """Norm of the difference of all tensors, in parts of that of ``want``."""
+    """Return the norm of the difference of all tensors, relative to that of ``want``."""
     assert got.keys() == want.keys(), f"expected the tensors {sorted(want)}, got {sorted(got)}"
     off = sum(float((got[name].double() - want[name].double()).square().sum()) for name in want)
     return (off / sum(float(want[name].double().square().sum()) for name in want)) ** 0.5
 
 
 def check(contender: Contender, job: Job, steps: int = 3) -> None:
-    """``contender`` computes what ours computes, in fp32 without dropout, or what its own check asks for.
+    """Compare a contender with ours in fp32 without dropout, or run its own check.
 
-    First the loss, and the gradient of every tensor, of ``steps`` updates at rate 0, through which a stream's memory
-    comes to be longer than its context; then the way that the weights go in as many. Some more come first, after which
-    a CUDA graph takes the others.
+    First the loss, and the gradient of every tensor, of ``steps`` steps at learning rate 0, during which a stream's
+    memory grows longer than its context; then the change of the weights over as many steps. ``WARMUP_CALLS`` more steps
+    precede, after which a CUDA graph is replayed.
     """
-    steps += WARM
+    steps += WARMUP_CALLS
     ours = contenders(job.stage, job.shape.pad)[0]
     job = dataclasses.replace(job, lowered=False, dropout=0.0)
     if contender.check is not None:
@@ -324,7 +324,7 @@ def check(contender: Contender, job: Job, steps: int = 3) -> None:
 
 @contextlib.contextmanager
 def _kernels() -> Iterator[None]:
-    """A tiny model is computed by the kernels that a large one is, not left to plain PyTorch."""
+    """Compute a tiny model with the kernels of a large one instead of plain PyTorch."""
     few, dispatch.FEW = dispatch.FEW, 0
     try:
         yield
@@ -332,18 +332,22 @@ def _kernels() -> Iterator[None]:
         dispatch.FEW = few
 
 
-# In parts of their own size. A GPU's fp32 products in attention are made of parts of 11 bits, whose rounding the layers
-# amplify: beyond 1e-4, also between our own steps, plain and compiled. The first steps go by signs of gradients, of
-# which the smallest are noise. Without priors weights are 0.1 apart.
+# Relative tolerances. A GPU's fp32 products in attention split numbers into 11 bits, whose rounding the layers amplify
+# beyond 1e-4, also between our own plain and compiled steps. The first steps depend on signs of gradients, of which the
+# smallest are noise. Without priors the weights differ by 0.1.
 GRADIENT = {"cpu": 1e-4, "cuda": 1e-3}
 MOVED = {"cpu": 1e-3, "cuda": 3e-2}
 
 
 def _compare(one: Stepping, other: Stepping, steps: int, moves: bool) -> None:
     seen: dict[Stepping, dict[str, Tensor]] = {}
+
+    def store(training: Stepping, gradients: dict[str, Tensor]) -> None:
+        seen[training] = {name: gradient.clone() for name, gradient in gradients.items()}
+
     start = {name: w.clone() for name, w in other.weights().items()}
-    for who in (one, other):
-        who.watch = lambda found, who=who: seen.update({who: {name: g.clone() for name, g in found.items()}})
+    for training in (one, other):
+        training.watch = functools.partial(store, training)
     for _ in range(steps):
         loss, expected = float(one.step()), float(other.step())
         if not moves:
@@ -351,13 +355,15 @@ def _compare(one: Stepping, other: Stepping, steps: int, moves: bool) -> None:
             for name, gradient in seen[other].items():
                 _check_gradient(name, seen[one][name], gradient, seen[other])
     if moves:
-        ways = [{name: w - start[name] for name, w in who.weights().items()} for who in (one, other)]
+        changes = []
+        for training in (one, other):
+            changes.append({name: weight - start[name] for name, weight in training.weights().items()})
         allowed = MOVED[next(iter(start.values())).device.type]
-        assert distance(*ways) <= allowed, f"weights moved otherwise, off by {distance(*ways):.1e}"
+        assert distance(*changes) <= allowed, f"weights moved otherwise, off by {distance(*changes):.1e}"
 
 
 def _check_gradient(name: str, got: Tensor, want: Tensor, every: dict[str, Tensor]) -> None:
-    """Off by little of its own size, or of the typical gradient's: some, as of a key's bias, are next to nothing."""
+    """Compare relative to the gradient's norm and to the typical one: some, as of a key's bias, are nearly zero."""
     typical = sum(float(g.square().sum()) for g in every.values()) / sum(g.numel() for g in every.values())
     off, size = float((got - want).norm()), float(want.norm())
     allowed = GRADIENT[want.device.type] * (size + (typical * want.numel()) ** 0.5)

@@ -1,8 +1,8 @@
-"""TRL's DPOTrainer on a Llama as large as our model: what most people would align a model with today.
+"""TRL's DPOTrainer, the most common way to align a model, on a Llama of our model's size.
 
 It trains other weights by the DPO loss alone (no reward, no label smoothing, AdamW), pads each batch to its longest
-sequence and goes through every prompt twice. Its architecture being another, its loss and gradients are not compared
-with ours but with DPO's equation on the logits of its own model, answer by answer.
+sequence and computes every prompt twice. Since its architecture differs, its loss and gradients are compared with DPO's
+equation on the logits of its own model, answer by answer, and not with ours.
 """
 
 import copy
@@ -23,7 +23,7 @@ BETA = 0.6
 
 
 def llama(config: Any) -> Any:
-    """A Llama of our backbone's sizes, its embedding tied and as wide as its states."""
+    """Return a Llama of our backbone's sizes, with a tied embedding as wide as its hidden states."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -32,13 +32,13 @@ def llama(config: Any) -> Any:
 
 
 def example(pair: tuple[Encoded, Encoded]) -> dict[str, list[int]]:
-    """A pair as TRL has it after tokenising: the prompt, and each answer with its end."""
-    found: dict[str, list[int]] = {}
+    """Return a pair in TRL's tokenised form: the prompt, and each answer with its end."""
+    fields: dict[str, list[int]] = {}
     for name, side in zip(("chosen_ids", "rejected_ids"), pair, strict=True):
-        first = side.loss_mask.index(True) + 1  # a mask stands where a token is predicted
-        last = len(side.loss_mask) - side.loss_mask[::-1].index(True)
-        found |= {"prompt_ids": side.tokens[:first], name: side.tokens[first : last + 1]}
-    return found
+        start = side.loss_mask.index(True) + 1  # a mask is on at the position before the token that it covers
+        end = len(side.loss_mask) - side.loss_mask[::-1].index(True)
+        fields |= {"prompt_ids": side.tokens[:start], name: side.tokens[start : end + 1]}
+    return fields
 
 
 class TrlTrainer:
@@ -49,7 +49,7 @@ class TrlTrainer:
         from trl import DPOConfig, DPOTrainer
 
         class Tokenised(DPOTrainer):
-            """The records are tokens already."""
+            """A trainer whose records are tokens already."""
 
             def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
                 return dataset
@@ -77,7 +77,7 @@ class TrlTrainer:
         return [self.examples[i : i + self.micro] for i in range(0, len(self.examples), self.micro)]
 
     def step(self) -> Tensor:
-        """One update; its loss."""
+        """Take one optimizer step and return its loss."""
         losses = []
         for part in self._parts():
             losses.append(self.trainer.training_step(self.model, self.trainer.data_collator(part)))
@@ -89,20 +89,21 @@ class TrlTrainer:
         return sum(losses)
 
     def gradients(self) -> dict[str, Tensor]:
-        """By the Llama's names."""
+        """Return the gradients by the Llama's names."""
         return {name: p.grad.clone() for name, p in self.model.named_parameters()}
 
     def weights(self) -> dict[str, Tensor]:
-        """By the Llama's names."""
+        """Return the weights by the Llama's names."""
         return dict(self.model.named_parameters())
 
     def expected(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and gradients of the next step by DPO's equation, one answer at a time."""
-        found = {}
-        for who, model in (("policy", self.model), ("reference", self.reference)):
+        """Return loss and gradients of the next step by DPO's equation, one answer at a time."""
+        logprobs = {}
+        for role, model in (("policy", self.model), ("reference", self.reference)):
             for side in ("chosen", "rejected"):
-                found[f"{who}_{side}"] = torch.stack([self._logprob(model, e, side) for e in self.examples])
-        loss = cdpo_loss(**{k: x.detach() if "reference" in k else x for k, x in found.items()}, beta=BETA, epsilon=0.0)
+                values = torch.stack([self._logprob(model, e, side) for e in self.examples])
+                logprobs[f"{role}_{side}"] = values.detach() if role == "reference" else values
+        loss = cdpo_loss(**logprobs, beta=BETA, epsilon=0.0)
         loss.backward()
         gradients = self.gradients()
         self.model.zero_grad()
@@ -117,7 +118,7 @@ class TrlTrainer:
 
 
 def check(job: Any, steps: int = 3) -> None:
-    """What TRL computes in fp32 is DPO: its loss, and the gradient of every tensor, over ``steps`` updates."""
+    """Compare TRL's loss and gradients in fp32 with DPO's equation, over ``steps`` optimizer steps."""
     one = TrlTrainer(job)
     for _ in range(steps):
         loss, gradients = one.expected()

@@ -1,4 +1,4 @@
-"""The released checkpoint layout, both ways: pure renaming, splitting and joining of tensors."""
+"""Conversion of released checkpoint layouts, both ways: pure renaming, splitting and joining of tensors."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from dph.chat import END
 RELEASED = "lsw_transformer"
 """Model type of the released directories."""
 
-# Official name -> own name, the whole correspondence; {} stands for a block number, a head's name or a pooler's place.
+# Official name -> own name; {} stands for a block number, a reward head's name or a pooler's index.
 RENAMED = {
     "model.input_embedding.embedding.weight": "backbone.embedding.weight",
     "model.input_proj.weight": "backbone.input_proj.weight",
@@ -32,10 +32,11 @@ RENAMED = {
     "pooler_pipeline.{}.{}": "heads.shared.pooler.{}.{}",
     "reward_heads.{}.weight": "heads.shared.reward.{}.weight",
 }
-JOINED = ("proj_q", "proj_k", "proj_v")  # rows of qkv, in this order
+JOINED = ("proj_q", "proj_k", "proj_v")  # row blocks of qkv, in this order
 
 
 def _rename(name: str, table: dict[str, str]) -> str:
+    """Return the name that ``table`` gives a tensor; ValueError if it has none."""
     for source, target in table.items():
         if match := re.fullmatch(re.escape(source).replace(r"\{\}", r"([^.]+)"), name):
             return target.format(*match.groups())
@@ -43,9 +44,9 @@ def _rename(name: str, table: dict[str, str]) -> str:
 
 
 def from_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Own names for weights (or gradients) in the released ``lsw_transformer`` layout; q, k and v rows are joined.
+    """Convert weights (or gradients) of the released ``lsw_transformer`` layout to own names; q, k and v are joined.
 
-    Raises ValueError for a name that the layout lacks, and where one of q, k and v comes without the others.
+    Raises ValueError for a name that the layout lacks, and if one of q, k and v comes without the others.
     """
     own: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -53,24 +54,25 @@ def from_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if ".attention.qkv." not in target:
             own[target] = tensor
         elif target not in own:
-            joined = [re.sub(r"proj_[qkv]", part, name) for part in JOINED]
-            if lacking := [part for part in joined if part not in tensors]:
-                raise ValueError(f"{name}: expected {' and '.join(lacking)} with it, got none")
-            own[target] = torch.cat([tensors[part] for part in joined])
+            joined_names = [re.sub(r"proj_[qkv]", projection, name) for projection in JOINED]
+            if missing := [joined for joined in joined_names if joined not in tensors]:
+                raise ValueError(f"{name}: expected {' and '.join(missing)} with it, got none")
+            own[target] = torch.cat([tensors[joined] for joined in joined_names])
     return own
 
 
 def to_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`from_official`; heads with a pooler of their own have no place there: ValueError."""
-    table = {
-        own: official for official, own in RENAMED.items() if "proj_k" not in official and "proj_v" not in official
-    }
+    """Invert :func:`from_official`. ValueError for heads with a pooler of their own, which the layout lacks."""
+    table = {}
+    for official_name, own_name in RENAMED.items():
+        if "proj_k" not in official_name and "proj_v" not in official_name:
+            table[own_name] = official_name
     official: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         renamed = _rename(name, table)
         if ".att.proj_q." in renamed:
-            parts = zip(JOINED, tensor.chunk(3), strict=True)
-            official |= {renamed.replace("proj_q", part): rows.contiguous() for part, rows in parts}
+            for projection, rows in zip(JOINED, tensor.chunk(3), strict=True):
+                official[renamed.replace("proj_q", projection)] = rows.contiguous()
         else:
             official[renamed] = tensor
     return official
@@ -94,14 +96,14 @@ RENAMED_CONFIG = {
     "eos_token_id": "eos_token_id",
     "pad_token_id": "pad_token_id",
 }
-# What only the released code reads: kept as it is, and written back.
+# Keys that only the released code reads: stored unchanged, and written back.
 KEPT_CONFIG = (
     "recompute_kv", "rope_positions", "rope_yarn_a", "rope_yarn_b", "parent_embeddings", "trainable_embeddings"
 )  # fmt: skip
 LAYER_NORM_EPS = 1e-5
-"""Of every released model; their configurations do not name it."""
+"""Value of every released model, which their configurations do not contain."""
 
-# What the released models do not use and this model does not have: any other value is refused.
+# Options that no released model uses and this model lacks: any other value is an error.
 FIXED_CONFIG = {
     "enable_bias": True,
     "gated_att": False,
@@ -117,7 +119,7 @@ FIXED_CONFIG = {
 
 
 def config_from_official(config: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of :class:`dph.ModelConfig` from a released ``config.json``; ValueError for switches it lacks."""
+    """Return arguments of :class:`dph.ModelConfig` from a released ``config.json``; ValueError for options it lacks."""
     for key, value in FIXED_CONFIG.items():
         if config.get(key, value) != value:
             raise ValueError(f"config.json: expected {key} = {value}, got {config[key]!r}: not part of this model")
@@ -127,17 +129,20 @@ def config_from_official(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def end_token(path: str | os.PathLike, **hub: Any) -> int | None:
-    """The id of ``<|im_end|>`` in the ``tokenizer.json`` beside a model, on disk or hub; None where it has none."""
+    """Return the id of ``<|im_end|>`` in a model's ``tokenizer.json``, on disk or hub; None if it has none."""
     optional = dict.fromkeys(
         ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
     )
     file = cached_file(path, "tokenizer.json", **hub, **optional)
-    added = json.loads(Path(file).read_text())["added_tokens"] if file is not None else []
-    return next((token["id"] for token in added if token["content"] == END), None)
+    if file is not None:
+        for token in json.loads(Path(file).read_text())["added_tokens"]:
+            if token["content"] == END:
+                return token["id"]
+    return None
 
 
 def config_to_official(config: Any) -> dict[str, Any]:
-    """A released model's ``config.json`` from a :class:`dph.ModelConfig`; ValueError for what it cannot say."""
+    """Return a released ``config.json`` from a :class:`dph.ModelConfig`; ValueError for settings that it lacks."""
     if config.layer_norm_eps != LAYER_NORM_EPS or config.task_heads:
         raise ValueError(
             f"config: expected layer_norm_eps = {LAYER_NORM_EPS} and no task_heads, which the released layout lacks, "
@@ -155,19 +160,19 @@ def config_to_official(config: Any) -> dict[str, Any]:
 def init_embeddings(model: nn.Module, source: str | Path = "facebook/opt-125m") -> None:
     """Copy the token embedding of a transformers language model (on disk or hub, safetensors only) into ``model``.
 
-    The paper starts from OPT-125m. OPT's table has free rows behind its vocabulary, where the two chat tokens go: their
-    rows come along as they are.
+    The paper starts from OPT-125m, whose table has unused rows after its vocabulary. The two chat tokens get these rows
+    unchanged.
 
-    Raises ValueError where the widths differ, the source has fewer rows, or its weights hold no embedding.
+    Raises ValueError if the widths differ, the source has fewer rows, or its weights contain no embedding.
     """
     from transformers import AutoModelForCausalLM
 
     loaded, info = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, output_loading_info=True)
     embedding = loaded.get_input_embeddings()
-    # A table that the file lacks is drawn at random by transformers, with no more than a warning.
+    # A table that the file lacks is initialised at random by transformers, with only a warning.
     names = {name for name, module in loaded.named_modules() if module is embedding}
-    if lacking := [m for m in info["missing_keys"] if m.rpartition(".")[0] in names]:
-        raise ValueError(f"{source}: expected weights with a token embedding, got none for {lacking[0]}")
+    if missing := [key for key in info["missing_keys"] if key.rpartition(".")[0] in names]:
+        raise ValueError(f"{source}: expected weights with a token embedding, got none for {missing[0]}")
     table, own = embedding.weight.detach(), model.get_input_embeddings().weight
     if table.shape[1] != own.shape[1] or table.shape[0] < own.shape[0]:
         raise ValueError(f"{source}: expected an embedding of at least {list(own.shape)}, got {list(table.shape)}")

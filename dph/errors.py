@@ -1,9 +1,9 @@
-"""Errors that are the user's to mend: the command line prints them as one line, without a traceback."""
+"""Errors that the command line prints as one line, without a traceback."""
 
 
 class UserError(ValueError):
-    """Bad input: says what was expected, what came, and where."""
+    """Wrong input; the message names it, what was expected and what came."""
 
 
-class Elsewhere(RuntimeError):
-    """Another process of the run has failed, and says why: this one ends without a word."""
+class OtherRankFailed(RuntimeError):
+    """Raised on the ranks that did not fail; the failing rank reports the error."""

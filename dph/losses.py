@@ -1,4 +1,4 @@
-"""The objectives as functions (arXiv 2405.20053, section 3): thin calls of `dph_kernels.preference_loss`."""
+"""Objectives as functions (arXiv 2405.20053, section 3) on top of `dph_kernels.preference_loss`."""
 
 import torch
 from torch import Tensor
@@ -7,21 +7,21 @@ from dph_kernels import checks
 from dph_kernels.preference_loss import preference_loss
 
 IGNORED = -100
-"""A target that counts for nothing, as in PyTorch's cross-entropy."""
+"""Target that is left out, as in PyTorch's cross-entropy."""
 
 
 def sequence_logprobs(logits: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
     """Log-probability of each sequence's targets: [B] in nats, fp32 (fp64 for fp64 logits).
 
-    For logits that are at hand; training goes through `dph_kernels.linear_logprob`, which never builds them.
+    Training uses `dph_kernels.linear_logprob` instead, which computes log-probabilities without building the logits.
 
     Args:
         logits: [B, S, V], row i predicting targets[i].
         targets: [B, S] int64, already shifted; -100 is ignored.
-        reduction: "sum" or "mean" over the targets that count. A sequence without any has sum 0 and mean NaN.
+        reduction: "sum" or "mean" over the targets that are not ignored. Without any, the sum is 0 and the mean NaN.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or reduction; on the CPU also a target outside [0, V) other than -100.
+        ValueError: wrong shape, dtype, device or reduction; on the CPU also a target outside [0, V) other than -100.
     """
     checks.option("reduction", reduction, ("sum", "mean"))
     checks.shape("logits", logits, "B", "S", "V")
@@ -29,12 +29,12 @@ def sequence_logprobs(logits: Tensor, targets: Tensor, reduction: str = "sum") -
     checks.shape("targets", targets, *logits.shape[:2])
     checks.dtype("targets", targets, torch.int64)
     checks.device("targets", targets, logits.device)
-    counted = targets != IGNORED
+    counted = targets != IGNORED  # [B, S]
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = counted & ((targets < 0) | (targets >= logits.shape[2]))
         if wrong.any():
-            wanted = f"values in [0, {logits.shape[2]}) or {IGNORED}"
-            raise ValueError(f"targets: expected {wanted}, got {targets[wrong][0].item()}")
+            expected = f"values in [0, {logits.shape[2]}) or {IGNORED}"
+            raise ValueError(f"targets: expected {expected}, got {targets[wrong][0].item()}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"

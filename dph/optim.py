@@ -1,21 +1,20 @@
-"""LaProp with decoupled prior regularisation, parameter groups and the learning-rate schedule."""
+"""LaProp with decoupled prior regularisation, the gradient norm, parameter groups and the learning-rate schedule."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import dph_kernels
-from dph.gradients import gradient_norm, local, sharding
-from dph_kernels import checks
+from dph_kernels import GradientNorm, checks
 
 __all__ = ["LaProp", "gradient_norm", "param_groups", "warmup_cosine"]
 
 NO_DECAY = ("norm", "bias", "embedding")
-PRIORS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CLOCK = ("step", "rate_average")  # what a group's clock holds: t and a of LaProp's equations
+PRIOR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CLOCK = ("step", "rate_average")  # values of a group's clock: t and a of LaProp's equations
 
 
 class LaProp(torch.optim.Optimizer):
@@ -25,24 +24,24 @@ class LaProp(torch.optim.Optimizer):
 
         v ← β₂ v + (1 − β₂) g²
         m ← β₁ m + (1 − β₁) η · g / (√v + eps) · √(1 − β₂ᵗ)
-        a ← β₁ a + (1 − β₁) η                     one scalar per group; c = a / η, and c = 1 where η = 0
+        a ← β₁ a + (1 − β₁) η                     one scalar per group; c = a / η, and c = 1 if η = 0
         θ ← θ − λ_p η (θ − θ₀) − λ_w η θ − m / c
 
-    The momentum m carries the rate, so a changing schedule weights each gradient by the rate it came at. A parameter
-    without a gradient is left alone. State is fp32; a bf16 or fp16 parameter has an fp32 master in the state, and
-    the operator refreshes the parameter from it. θ₀ is kept only where ``prior_decay`` is not 0; it is part of
-    ``state_dict``, and loading a state that lacks it raises: the anchor never moves in silence.
+    The momentum m includes the rate, so a changing schedule weights each gradient by the rate at its step. A parameter
+    without a gradient does not change. State is fp32; a bf16 or fp16 parameter has an fp32 master in the state, from
+    which the operator writes the parameter. θ₀ is stored only if ``prior_decay`` is not 0; it is part of
+    ``state_dict``, and loading a state without it raises: the anchor never moves silently.
 
     ``params`` are parameters or groups (``param_groups``); a group may override lr, betas, eps, both decays and
     ``prior_dtype``.
 
-    ``prior_dtype=torch.bfloat16`` keeps θ₀ rounded, which saves two bytes per parameter and 1/16 of the traffic. The
-    anchor then lies up to δ = 2⁻⁸ |θ₀| (0.4%) off, once and for all: after n steps a weight is off by
-    δ (1 − (1 − λ_p η)ⁿ), never by more than δ. Weights that are bf16 numbers to begin with lose nothing.
+    ``prior_dtype=torch.bfloat16`` rounds θ₀, which saves two bytes per parameter and 1/16 of the traffic. The anchor is
+    then off by up to δ = 2⁻⁸ |θ₀| (0.4%), once and for all: after n steps a weight is off by δ (1 − (1 − λ_p η)ⁿ),
+    never by more than δ. Weights that are bf16 numbers to begin with lose nothing.
 
-    t and a count on the device and advance with the update itself: a step that ``grad_scale`` calls off leaves them,
-    too, as they were. A CUDA graph can capture ``step``: give lr as a tensor on the device and change it in place.
-    Parameters that FSDP2 has sharded are updated shard by shard.
+    t and a are counted on the device and advance with the update itself: a step that ``grad_scale`` skips leaves both
+    unchanged. A CUDA graph can capture ``step``: give lr as a tensor on the device and change it in place. Parameters
+    that FSDP2 has sharded are updated shard by shard.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class LaProp(torch.optim.Optimizer):
         prior_decay: float = 0.0,
         prior_dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Take the priors.
+        """Allocate the state and copy the priors.
 
         ValueError for a rate, eps or decay below 0, a beta outside [0, 1), a prior in neither fp32 nor bf16, and a
         parameter that is not contiguous.
@@ -72,126 +71,136 @@ class LaProp(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take along."""
+        """Return the attributes that copies and pickles contain."""
         return {**super().__getstate__(), "_clocks": self._clocks}
 
     def add_param_group(self, param_group: dict) -> None:
-        """Add a group: its state starts here, and so does its prior."""
+        """Add a group, whose state and priors begin with its current values."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check(group)
+            _check_group(group)
         except ValueError:
             self.param_groups.pop()
             raise
         device = group["params"][0].device if group["params"] else None
         self._clocks.append(torch.zeros(2, dtype=torch.float64, device=device))
         for p in group["params"]:
-            kind = _state_dtype(p)
+            state_dtype = _state_dtype(p)
             state = self.state[p]
-            state["exp_avg"] = torch.zeros_like(p, dtype=kind, requires_grad=False)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=kind, requires_grad=False)
-            if p.dtype != kind:
-                state["master"] = p.detach().to(kind)
+            state["exp_avg"] = torch.zeros_like(p, dtype=state_dtype, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=state_dtype, requires_grad=False)
+            if p.dtype != state_dtype:
+                state["master"] = p.detach().to(state_dtype)
             if group["prior_decay"] != 0:
-                prior_dtype = kind if group["prior_dtype"] == torch.float32 else group["prior_dtype"]
+                prior_dtype = state_dtype if group["prior_dtype"] == torch.float32 else group["prior_dtype"]
                 state["prior"] = p.detach().to(prior_dtype, copy=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None, grad_scale: Tensor | None = None) -> Tensor | None:
-        """One update.
+        """Update every parameter that has a gradient.
 
-        ``grad_scale``, one fp32 element on the same device, multiplies every gradient as it is read; where it is not
-        finite, nothing changes at all (``gradient_norm`` makes it so where a gradient is not finite).
+        ``grad_scale``, one fp32 element on the same device, multiplies every gradient as it is read; if it is not
+        finite, nothing changes at all (``gradient_norm`` returns NaN for gradients that are not finite).
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group, clock in zip(self.param_groups, self._clocks, strict=True):
-            self._update(group, clock, grad_scale)
+            by_dtype: dict[torch.dtype, list[Tensor]] = {}  # one launch each, nearly always a single one
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_dtype.setdefault(p.dtype, []).append(p)
+            if not by_dtype:
+                continue
+            # The operator advances the clock: launches of other dtypes start from copies of the same step.
+            clocks = [clock]
+            while len(clocks) < len(by_dtype):
+                clocks.append(clock.clone())
+            anchored = group["prior_decay"] != 0
+            for params, own_clock in zip(by_dtype.values(), clocks, strict=True):
+                has_masters = "master" in self.state[params[0]]
+                weights, grads, exp_avg, exp_avg_sq = [], [], [], []
+                masters = [] if has_masters else weights
+                priors = [] if anchored else None
+                for p in params:
+                    state = self.state[p]
+                    weights.append(local_shard(p))
+                    grads.append(local_shard(p.grad).contiguous())
+                    exp_avg.append(local_shard(state["exp_avg"]))
+                    exp_avg_sq.append(local_shard(state["exp_avg_sq"]))
+                    if has_masters:
+                        masters.append(local_shard(state["master"]))
+                    if anchored:
+                        if "prior" not in state:
+                            raise ValueError(
+                                "prior_decay: was 0 when the optimiser was built, so there is no prior to decay towards"
+                            )
+                        priors.append(local_shard(state["prior"]))
+                dph_kernels.laprop(
+                    masters,
+                    grads,
+                    exp_avg,
+                    exp_avg_sq,
+                    priors,
+                    copies=weights if has_masters else None,
+                    lr=group["lr"],
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    prior_decay=group["prior_decay"],
+                    grad_scale=grad_scale,
+                    clock=own_clock,
+                )
         return loss
 
-    def _update(self, group: dict, clock: Tensor, grad_scale: Tensor | None) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return
-        beta1, beta2 = group["betas"]
-        settings = {
-            "lr": group["lr"],
-            "beta1": beta1,
-            "beta2": beta2,
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
-            "prior_decay": group["prior_decay"],
-            "grad_scale": grad_scale,
-        }
-        parts = list(self._by_precision(params))
-        clocks = [clock, *(clock.clone() for _ in parts[1:])]  # of a group in several precisions: one step for all
-        for part, own in zip(parts, clocks, strict=True):
-            self._launch(part, {**settings, "clock": own})
+    def to_mixed_precision(self, dtype: torch.dtype) -> None:
+        """Keep the fp32 weights as masters and cast the parameters to ``dtype`` (bf16); gradients accumulate in fp32.
 
-    def _by_precision(self, params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """One list per dtype: nearly always a single one."""
-        for kind in dict.fromkeys(p.dtype for p in params):
-            yield [p for p in params if p.dtype == kind]
-
-    def _launch(self, params: list[Tensor], settings: dict) -> None:
-        state = [self.state[p] for p in params]
-        anchored = settings["prior_decay"] != 0
-        if anchored and any("prior" not in s for s in state):
-            raise ValueError("prior_decay: was 0 when the optimiser was built, so there is no prior to decay towards")
-        weights = [local(p) for p in params]
-        lowered = "master" in state[0]
-        dph_kernels.laprop(
-            [local(s["master"]) for s in state] if lowered else weights,
-            [local(p.grad).contiguous() for p in params],
-            [local(s["exp_avg"]) for s in state],
-            [local(s["exp_avg_sq"]) for s in state],
-            [local(s["prior"]) for s in state] if anchored else None,
-            copies=weights if lowered else None,
-            **settings,
-        )
-
-    def lower(self, dtype: torch.dtype) -> None:
-        """Keep the fp32 weights as masters and turn the parameters into ``dtype`` (bf16); gradients gather in fp32.
-
-        ValueError where a parameter is sharded: FSDP2 lowers weights itself (MixedPrecisionPolicy).
+        ValueError for sharded parameters, which FSDP2 casts itself (MixedPrecisionPolicy).
         """
-        if any(sharding(p) is not None for p in self._parameters()):
-            raise ValueError("lower: expected whole parameters, got sharded ones: use FSDP2's MixedPrecisionPolicy")
-        for p in self._parameters():
+        params = self._params()
+        if any(sharding(p) is not None for p in params):
+            raise ValueError(
+                "to_mixed_precision: expected whole parameters, got sharded ones: use FSDP2's MixedPrecisionPolicy"
+            )
+        for p in params:
             self.state[p].setdefault("master", p.detach())
             p.data = p.data.to(dtype)
             p.grad_dtype = torch.float32
 
-    def gather_in_fp32(self, several: bool) -> None:
-        """Let the gradients of lowered parameters gather in fp32 if they come in ``several`` parts.
+    def accumulate_in_fp32(self, enabled: bool) -> None:
+        """Let the gradients of parameters that have masters accumulate in fp32, or keep them in bf16.
 
-        A single part's are bf16 as they come: fp32 would cost a pass over all of them for the same numbers, but for the
-        tied embedding, whose two uses then add up in bf16. Call it while no gradient is there.
+        Fp32 is for gradient accumulation. The gradients of a single micro-batch are bf16 numbers already, and fp32
+        would cost a pass over all of them without a gain, except for a tied embedding, whose two uses then add up in
+        bf16. Call it while no parameter has a gradient.
         """
-        for p in self._parameters():
-            dtype = torch.float32 if several else p.dtype
-            if "master" in self.state[p] and p.grad_dtype != dtype:
-                p.grad_dtype = dtype
+        for group in self.param_groups:
+            for p in group["params"]:
+                grad_dtype = torch.float32 if enabled else p.dtype
+                if "master" in self.state[p] and p.grad_dtype != grad_dtype:
+                    p.grad_dtype = grad_dtype
 
-    def restore(self) -> None:
-        """The opposite of ``lower``: parameters become their fp32 masters again."""
-        for p in self._parameters():
+    def to_full_precision(self) -> None:
+        """Replace the parameters by their fp32 masters: the inverse of ``to_mixed_precision``."""
+        for p in self._params():
             if "master" in self.state[p]:
                 p.grad = None
                 p.data = self.state[p].pop("master")
                 p.grad_dtype = p.dtype
 
-    def _parameters(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
+    def _params(self) -> list[Tensor]:
+        """Return the parameters of all groups."""
+        return [p for group in self.param_groups for p in group["params"]]
 
     def state_dict(self) -> dict[str, Any]:
-        """The layout of PyTorch's optimisers: tensors per parameter, ``step`` among them, and numbers per group.
+        """Return the state in the layout of PyTorch's optimisers: tensors per parameter, and numbers per group.
 
-        Of the equations, t is every parameter's ``step`` and a its group's ``rate_average``: copies, on the CPU. The
-        other tensors are the optimiser's own.
+        t is the ``step`` of every parameter and a the ``rate_average`` of its group: copies, on the CPU. The other
+        tensors are the optimiser's own.
         """
         packed = super().state_dict()
         for group, clock in zip(packed["param_groups"], self._clocks, strict=True):
@@ -201,18 +210,18 @@ class LaProp(torch.optim.Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load what ``state_dict`` gave; a ``step`` of the group, as it was once saved, serves as well.
+        """Load the result of ``state_dict``; a ``step`` of the group, as older versions saved it, is accepted too.
 
-        ValueError where a tensor is missing, has another shape, or is sharded and the parameter is not, and where a
-        group decays towards a prior that the state lacks.
+        ValueError if a tensor is missing, has another shape, or is sharded and the parameter is not, and if a group
+        decays towards a prior that the state lacks.
         """
-        groups = [_Saved(group, state_dict["state"]) for group in state_dict["param_groups"]]
-        for mine, saved in zip(self.param_groups, groups, strict=False):
-            saved.check(mine)
+        saved_groups = [_SavedGroup(group, state_dict["state"]) for group in state_dict["param_groups"]]
+        for group, saved in zip(self.param_groups, saved_groups, strict=False):
+            saved.check(group)
         rates = [group["lr"] for group in self.param_groups]
-        super().load_state_dict({**state_dict, "param_groups": [saved.settings for saved in groups]})
-        for group, rate, saved, clock in zip(self.param_groups, rates, groups, self._clocks, strict=True):
-            # A rate that a CUDA graph reads stays where it is, and so does the clock.
+        super().load_state_dict({**state_dict, "param_groups": [saved.settings for saved in saved_groups]})
+        for group, rate, saved, clock in zip(self.param_groups, rates, saved_groups, self._clocks, strict=True):
+            # A CUDA graph reads rate and clock at their addresses: both are filled in place.
             group["lr"] = rate.fill_(float(group["lr"])) if isinstance(rate, Tensor) else float(group["lr"])
             clock.copy_(torch.tensor(saved.clock, dtype=torch.float64))
             # The base class casts state to the parameter's dtype, which would round the fp32 state of bf16 parameters.
@@ -224,68 +233,73 @@ class LaProp(torch.optim.Optimizer):
                     self.state[p]["master"] = p.detach().to(_state_dtype(p))
 
     def weights(self, names: dict[Tensor, str]) -> dict[str, Tensor]:
-        """Every parameter in full precision, by the names of ``names``: its master where it has one."""
-        return {names[p]: self.state[p].get("master", p.detach()) for p in self._parameters()}
+        """Return every parameter in full precision (its master if it has one), by ``names``."""
+        return {names[p]: self.state[p].get("master", p.detach()) for p in self._params()}
 
     def to_tensors(self, names: dict[Tensor, str]) -> tuple[dict[str, Tensor], dict]:
-        """The state as flat tensors and a JSON-ready dictionary, for safetensors; masters are in ``weights``."""
-        state = {names[p]: self.state[p] for p in self._parameters()}
-        tensors = {f"{name}/{key}": s[key] for name, s in state.items() for key in s if key != "master"}
-        groups = [
-            {
-                **group,
-                "lr": float(group["lr"]),
-                "prior_dtype": str(group["prior_dtype"]).removeprefix("torch."),
-                **dict(zip(CLOCK, clock.tolist(), strict=True)),
-                "params": [names[p] for p in group["params"]],
-            }
-            for group, clock in zip(self.param_groups, self._clocks, strict=True)
-        ]
+        """Return the state as flat tensors and a JSON-ready dictionary, for safetensors; masters are in ``weights``."""
+        tensors, groups = {}, []
+        for group, clock in zip(self.param_groups, self._clocks, strict=True):
+            params = [names[p] for p in group["params"]]
+            for p, name in zip(group["params"], params, strict=True):
+                for key, value in self.state[p].items():
+                    if key != "master":
+                        tensors[f"{name}/{key}"] = value
+            groups.append(
+                {
+                    **group,
+                    "lr": float(group["lr"]),
+                    "prior_dtype": str(group["prior_dtype"]).removeprefix("torch."),
+                    **dict(zip(CLOCK, clock.tolist(), strict=True)),
+                    "params": params,
+                }
+            )
         return tensors, {"groups": groups}
 
     def from_tensors(self, names: dict[Tensor, str], tensors: dict[str, Tensor], meta: dict) -> None:
-        """Load what ``to_tensors`` gave, with the weights already in place. ValueError as ``load_state_dict``."""
-        mine = [[names[p] for p in group["params"]] for group in self.param_groups]
-        saved = [group["params"] for group in meta["groups"]]
-        if mine != saved:
-            odd = sorted({n for g in mine for n in g} ^ {n for g in saved for n in g})
-            raise ValueError(f"optimiser state: expected this model's parameter groups, got others: {odd[:4] or mine}")
+        """Load the result of ``to_tensors``, after the weights have been set. ValueError as ``load_state_dict``."""
+        own_params = [[names[p] for p in group["params"]] for group in self.param_groups]
+        saved_params = [group["params"] for group in meta["groups"]]
+        if own_params != saved_params:
+            different = sorted(set().union(*own_params) ^ set().union(*saved_params))
+            got = different[:4] or own_params
+            raise ValueError(f"optimiser state: expected this model's parameter groups, got others: {got}")
         state: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             name, kind = key.rsplit("/", 1)
             state.setdefault(name, {})[kind] = value
-        groups = [{**group, "betas": tuple(group["betas"])} for group in meta["groups"]]
-        for group in groups:
-            group["prior_dtype"] = PRIORS[group.get("prior_dtype", "float32")]
+        groups = []
+        for group in meta["groups"]:
+            prior_dtype = PRIOR_DTYPES[group.get("prior_dtype", "float32")]
+            groups.append({**group, "betas": tuple(group["betas"]), "prior_dtype": prior_dtype})
         self.load_state_dict({"state": state, "param_groups": groups})
 
 
-class _Saved:
+class _SavedGroup:
     """One group of a saved state.
 
     Attributes:
-        settings: what goes into the optimiser's group.
-        tensors: of each parameter, without its clock.
+        settings: entries of the optimiser's group.
+        tensors: state of each parameter, without its clock.
         clock: t and a.
     """
 
     def __init__(self, group: dict, state: dict) -> None:
-        self.settings = {"prior_dtype": torch.float32, **{k: v for k, v in group.items() if k not in CLOCK}}
+        self.settings = {"prior_dtype": torch.float32, **_without_clock(group)}
         states = [state.get(i, {}) for i in group["params"]]
-        self.tensors = [{key: value for key, value in s.items() if key not in CLOCK} for s in states]
-        self.clock = [self._common(name, group, states) for name in CLOCK]
+        self.tensors = [_without_clock(entries) for entries in states]
+        self.clock = []
+        for name in CLOCK:  # the group's number, or the one that all its parameters share
+            holders = [group] if name in group else states
+            numbers = {float(holder[name]) if name in holder else None for holder in holders}
+            if len(numbers) > 1 or None in numbers:
+                got = numbers or "none"
+                raise ValueError(f"state_dict: expected one {name} for all parameters of a group, got {got}")
+            self.clock.append(numbers.pop() if numbers else 0.0)
 
-    @staticmethod
-    def _common(name: str, group: dict, states: list[dict]) -> float:
-        """A number of the clock: the group's, or the one that all its parameters have."""
-        found = {float(s[name]) if name in s else None for s in (states if name not in group else [group])}
-        if len(found) > 1 or None in found:
-            raise ValueError(f"state_dict: expected one {name} for all parameters of a group, got {found or 'none'}")
-        return found.pop() if found else 0.0
-
-    def check(self, mine: dict) -> None:
-        """Raise where the tensors are not those of the optimiser's group ``mine``."""
-        for i, (p, tensors) in enumerate(zip(mine["params"], self.tensors, strict=False)):
+    def check(self, group: dict) -> None:
+        """Raise ValueError unless the tensors fit the parameters of the optimiser's ``group``."""
+        for i, (p, tensors) in enumerate(zip(group["params"], self.tensors, strict=False)):
             if missing := {"exp_avg", "exp_avg_sq"} - tensors.keys():
                 raise ValueError(f"state_dict: expected {' and '.join(sorted(missing))} of parameter {i}, got none")
             for key, value in tensors.items():
@@ -294,31 +308,77 @@ class _Saved:
                     raise ValueError(
                         f"state_dict: {key} of parameter {i}: expected sharding {sharding(p)}, got {sharding(value)}"
                     )
-        decay = mine["prior_decay"] or self.settings["prior_decay"]
+        decay = group["prior_decay"] or self.settings["prior_decay"]
         if decay and any("prior" not in tensors for tensors in self.tensors):
             raise ValueError(
                 f"state_dict: expected a prior for every parameter, because prior_decay is {decay}, "
-                "got a state without one; the prior is the weights at the start of the stage and cannot be made anew"
+                "got a state without one; the prior is the weights at the start of the stage and cannot be recovered"
             )
 
 
-def _check(group: dict) -> None:
+def _without_clock(entries: dict) -> dict:
+    """Return the entries of a group, or of a parameter's state, except t and a."""
+    return {key: value for key, value in entries.items() if key not in CLOCK}
+
+
+def _check_group(group: dict) -> None:
+    """Raise ValueError for settings out of range and for parameters that are not contiguous."""
     checks.number("lr", float(group["lr"]), 0.0)
     checks.number("eps", group["eps"], 0.0)
     checks.number("weight_decay", group["weight_decay"], 0.0)
     checks.number("prior_decay", group["prior_decay"], 0.0)
     for name, beta in zip(("betas[0]", "betas[1]"), group["betas"], strict=True):
         checks.number(name, beta, 0.0, 1.0, below=True)
-    if group["prior_dtype"] not in PRIORS.values():
+    if group["prior_dtype"] not in PRIOR_DTYPES.values():
         raise ValueError(f"prior_dtype: expected torch.float32 or torch.bfloat16, got {group['prior_dtype']}")
     for i, p in enumerate(group["params"]):
-        if not local(p).is_contiguous():
+        if not local_shard(p).is_contiguous():
             shape, strides = list(p.shape), list(p.stride())
             raise ValueError(f"params[{i}]: expected a contiguous tensor of shape {shape}, got strides {strides}")
 
 
 def _state_dtype(p: Tensor) -> torch.dtype:
+    """Return the dtype of a parameter's state: fp64 for fp64, else fp32."""
     return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+@torch.no_grad()
+def gradient_norm(params: Iterable[Tensor], limit: float = math.inf) -> GradientNorm:
+    """Norm of all gradients together, the coefficient that scales it down to ``limit``, and whether it is finite.
+
+    All three are on the gradients' device, without a synchronisation; ``scale`` is for ``LaProp.step(grad_scale=...)``.
+    With sharded parameters every rank has to call this, and all get the same result.
+    """
+    by_sharding: dict[tuple | None, list[Tensor]] = {}
+    for p in params:
+        if p.grad is not None:
+            by_sharding.setdefault(sharding(p.grad), []).append(local_shard(p.grad).contiguous())
+    if by_sharding.keys() <= {None}:
+        return dph_kernels.gradient_norm(by_sharding.get(None, []), max_norm=limit)
+    squares = []
+    for shards, grads in by_sharding.items():
+        square = dph_kernels.gradient_norm(grads).norm.square()
+        mesh, placements = shards or (None, ())
+        for dim, placement in enumerate(placements):
+            if placement.is_shard():
+                torch.distributed.all_reduce(square, group=mesh.get_group(dim))
+            elif not placement.is_replicate():  # a replica counts once
+                raise ValueError(f"grads: expected sharded or replicated gradients, got {placement}")
+        squares.append(square)
+    norm = torch.stack(squares).sum().sqrt()
+    finite = norm.isfinite()
+    scale = torch.where(finite, torch.where(norm > limit, limit / norm, 1.0), math.nan)
+    return GradientNorm(norm, scale.float().reshape(1), finite)
+
+
+def sharding(tensor: Tensor) -> tuple | None:
+    """Return mesh and placements of a sharded tensor (DTensor); None for a plain one."""
+    return (tensor.device_mesh, tuple(tensor.placements)) if hasattr(tensor, "to_local") else None
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's shard, which shares the tensor's memory; a plain tensor is returned as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def param_groups(
@@ -327,23 +387,24 @@ def param_groups(
     prior_decay: float = 0.0,
     no_decay: Sequence[str] = NO_DECAY,
 ) -> list[dict]:
-    """Two groups, decayed and not: the latter has every parameter whose name contains a word of ``no_decay``.
+    """Return two groups, with and without decay: the latter has all parameters named with a word of ``no_decay``.
 
     Only parameters that require a gradient; a tied one counts once, under its first name. An empty group is left out.
     """
-    decayed, plain = [], []
+    decayed, not_decayed = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            (plain if any(word in name for word in no_decay) else decayed).append(p)
+            group = not_decayed if any(word in name for word in no_decay) else decayed
+            group.append(p)
     groups = [
         {"params": decayed, "weight_decay": weight_decay, "prior_decay": prior_decay},
-        {"params": plain, "weight_decay": 0.0, "prior_decay": 0.0},
+        {"params": not_decayed, "weight_decay": 0.0, "prior_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
 def warmup_cosine(step: int, *, peak: float, warmup: int, total: int, final: float = 0.0) -> float:
-    """The learning rate of step 1 to ``total``: linear from peak / warmup to peak, then half a cosine to ``final``.
+    """Return the learning rate of step 1 to ``total``: linear from peak / warmup to peak, then cosine to ``final``.
 
     Step ``warmup`` runs at ``peak``, step ``total`` at ``final``; later steps stay there. ValueError for step < 1.
     """

@@ -1,9 +1,9 @@
-"""Compiles every GPU kernel ahead of time, as it would be launched, and reports what the compiler made of it.
+"""Ahead-of-time compilation of every GPU kernel, as it would be launched, and a report of the compiler's output.
 
 No GPU is needed. Triton kernels are found through ``launches(capability)`` of each ``dph_kernels/<operator>/triton.py``
 and compiled with Triton; CUDA kernels are those of csrc/**/*.cu, compiled with nvcc. Registers, spilled bytes and
-static shared memory are what ptxas says (``ptxas -v``), instructions are counted in the disassembled machine code of
-CUDA kernels, and of Triton's where a launch asks for some.
+static shared memory are those of ``ptxas -v``; instructions are counted in the disassembled machine code of CUDA
+kernels, and of Triton's if a launch requires some.
 
     python -m dph_kernels.audit --arch 80 --only rope_attention
 """
@@ -34,13 +34,13 @@ from tqdm import tqdm
 
 from dph_kernels import native
 from dph_kernels.dispatch import interpreted
-from dph_kernels.launches import Launch
+from dph_kernels.launcher import Launch
 
-# Compute capability -> bytes of shared memory that one thread block can have (CUDA programming guide, table of
-# technical specifications): A100, and H100 or H200.
+# Compute capability -> bytes of shared memory per thread block, at most (CUDA programming guide, table of technical
+# specifications): A100, and H100 or H200.
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
-# As setup.py compiles them.
+# The same options as in setup.py.
 CUDA_COMPILE = ["-std=c++17", "-O3"]
 
 # Machine instructions: tensor cores; asynchronous copies to shared memory, by threads and in bulk.
@@ -49,9 +49,10 @@ KINDS = {"hmma": ["HMMA"], "hgmma": ["HGMMA"], "ldgsts": ["LDGSTS"], "bulk": ["U
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel on one architecture: what it needs (bytes per thread spilled, bytes per block shared), what it has.
+    """Measurements of one kernel on one architecture: resources, instruction counts and problems.
 
-    ``spilled`` counts the bytes that spill instructions store or load, whichever is more. None: not known.
+    ``spilled`` are the bytes per thread that spill instructions store or load, the larger number; ``shared`` the bytes
+    per block. None: not measured.
     """
 
     kernel: str
@@ -67,13 +68,13 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """In one word."""
+        """One word for the table."""
         return "FAILS" if self.problems else "ok"
 
 
 @dataclass(frozen=True)
 class TritonJob:
-    """The launch number ``index`` of a module that has ``launches``: a worker can look it up, not unpickle it."""
+    """Launch number ``index`` of a module with ``launches``. Workers look it up, as kernels cannot be pickled."""
 
     module: str
     index: int
@@ -90,7 +91,7 @@ class CudaJob:
 
     @property
     def name(self) -> str:
-        """The path under csrc/, without the suffix."""
+        """Path under csrc/, without the suffix."""
         return self.source.relative_to(native.CSRC).with_suffix("").as_posix()
 
 
@@ -98,20 +99,20 @@ Job = TritonJob | CudaJob
 
 
 def operators() -> list[str]:
-    """The modules of this package that have Triton kernels."""
-    found = sorted(Path(__file__).parent.glob("*/triton.py"))
-    names = [f"dph_kernels.{path.parent.name}.triton" for path in found]
+    """Return the names of this package's modules with Triton kernels."""
+    paths = sorted(Path(__file__).parent.glob("*/triton.py"))
+    names = [f"dph_kernels.{path.parent.name}.triton" for path in paths]
     return [name for name in names if hasattr(importlib.import_module(name), "launches")]
 
 
 @functools.cache
 def launches(module: str, arch: int) -> list[Launch]:
-    """What a module launches on an architecture."""
+    """Return the launches of a module on an architecture."""
     return importlib.import_module(module).launches(arch)
 
 
 def triton_jobs(modules: Iterable[str], archs: Sequence[int]) -> list[TritonJob]:
-    """Every launch of ``modules`` on every architecture."""
+    """Return every launch of ``modules`` on every architecture."""
     return [
         TritonJob(module, index, launch.name, arch)
         for module in modules
@@ -121,12 +122,12 @@ def triton_jobs(modules: Iterable[str], archs: Sequence[int]) -> list[TritonJob]
 
 
 def cuda_jobs(archs: Sequence[int]) -> list[CudaJob]:
-    """Every CUDA source on every architecture."""
+    """Return every CUDA source on every architecture."""
     return [CudaJob(source, arch) for source in sorted(native.CSRC.rglob("*.cu")) for arch in archs]
 
 
 def audit(job: Job) -> list[Row]:
-    """Compile one job; a row for each of its kernels."""
+    """Compile one job and return a row for each of its kernels."""
     return _audit_triton(job) if isinstance(job, TritonJob) else _audit_cuda(job)
 
 
@@ -135,7 +136,7 @@ def _audit_triton(job: TritonJob) -> list[Row]:
     row = Row(job.name, job.arch)
     try:
         cubin, log, shared = compile_triton(launch, job.arch)
-    except Exception as error:  # whatever the compiler raises is what this row has to say
+    except Exception as error:  # any error of the compiler is reported in the row
         return [replace(row, problems=(f"does not compile: {_one_line(error)}",))]
     measured = measure(log)
     if len(measured) != 1:
@@ -149,28 +150,29 @@ def _audit_triton(job: TritonJob) -> list[Row]:
 
 
 def compile_triton(launch: Launch, arch: int) -> tuple[bytes, str, int]:
-    """The machine code of a launch, what ptxas said about it, and its bytes of shared memory."""
+    """Return the machine code of a launch, the output of ptxas, and its bytes of shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
 
-    names = launch.kernel.arg_names
-    if unknown := sorted({*launch.signature, *launch.constants, *launch.aligned}.symmetric_difference(names)):
+    names, aligned = launch.kernel.arg_names, [path.split(".") for path in launch.aligned]
+    given = {*launch.signature, *launch.constants, *(name for name, *_ in aligned)}
+    if unknown := sorted(given.symmetric_difference(names)):
         raise ValueError(f"signature: expected the arguments of {launch.kernel.__name__}, and these differ: {unknown}")
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
+    attributes = {(names.index(name), *map(int, indices)): [["tt.divisibility", 16]] for name, *indices in aligned}
     source = ASTSource(launch.kernel, launch.signature, launch.constants, attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    if launch.registers:
-        options["maxnreg"] = launch.registers
+    if launch.maxnreg:
+        options["maxnreg"] = launch.maxnreg
     target = GPUTarget("cuda", arch, 32)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), triton.knobs.nvidia.scope():
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), triton.knobs.nvidia.scope():
         triton.knobs.nvidia.dump_ptxas_log = True
         compiled = triton.compile(source, target=target, options=options)
-        if "spill stores" not in said.getvalue():  # it came from Triton's cache: only ptxas has to run again
+        if "spill stores" not in output.getvalue():  # the kernel is from Triton's cache: only ptxas has to run again
             backend = make_backend(target)
             backend.make_cubin(compiled.asm["ptx"], {}, backend.parse_options(options), arch)
-    return compiled.asm["cubin"], said.getvalue(), compiled.metadata.shared
+    return compiled.asm["cubin"], output.getvalue(), compiled.metadata.shared
 
 
 def _cuobjdump_of_triton() -> str:
@@ -201,17 +203,17 @@ def _audit_cuda(job: CudaJob) -> list[Row]:
 
 
 def cuobjdump() -> str | None:
-    """The disassembler for nvcc's machine code: nvcc's own, else one on the PATH, else Triton's."""
-    beside = str(Path(native.nvcc()).resolve().parent)
-    if found := shutil.which("cuobjdump", path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])):
-        return found
+    """Return the disassembler for nvcc's machine code: nvcc's own, else one on the PATH, else Triton's."""
+    toolkit = str(Path(native.nvcc()).resolve().parent)
+    if tool := shutil.which("cuobjdump", path=os.pathsep.join([toolkit, os.environ.get("PATH", os.defpath)])):
+        return tool
     return _cuobjdump_of_triton() if importlib.util.find_spec("triton") else None
 
 
 def measure(log: str) -> dict[str, dict[str, int]]:
-    """What ``ptxas -v`` reports: kernel symbol -> registers, spilled and (static) shared bytes.
+    """Parse the output of ``ptxas -v``: kernel symbol -> registers, spilled and (static) shared bytes.
 
-    What functions that are not inlined spill is added to every kernel, since any of them may call it.
+    Spills of functions that are not inlined are added to every kernel, since any kernel may call them.
     """
     entries = re.findall(r"Compiling entry function '(\w+)'", log)
     spills = {
@@ -236,13 +238,13 @@ def measure(log: str) -> dict[str, dict[str, int]]:
 
 
 def losses(log: str) -> tuple[str, ...]:
-    """What ptxas calls a performance loss, such as wgmma instructions that wait for each other."""
-    found = re.findall(r"Potential Performance Loss: (.*?)(?: in the function .*)?$", log, re.M)
-    return tuple(dict.fromkeys(found))
+    """Return the performance losses that ptxas reports, such as serialized wgmma instructions."""
+    reported = re.findall(r"Potential Performance Loss: (.*?)(?: in the function .*)?$", log, re.M)
+    return tuple(dict.fromkeys(reported))
 
 
 def instructions(cubin: bytes, tool: str) -> dict[str, dict[str, int]]:
-    """Kernel symbol -> how many instructions of each kind stand in its machine code."""
+    """Count the instructions of each kind in machine code, by kernel symbol."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -256,7 +258,7 @@ def instructions(cubin: bytes, tool: str) -> dict[str, dict[str, int]]:
 
 
 def judge(row: Row, spill_budget: int = 0, matrix: str = "", copies: bool = False) -> tuple[str, ...]:
-    """What is wrong with a kernel, given what its launch asks for (fields of Launch)."""
+    """Return the problems of a kernel, given the requirements of its launch (fields of Launch)."""
     problems = []
     if row.spilled > spill_budget:
         problems.append(f"spills {row.spilled} bytes, the budget is {spill_budget}")
@@ -272,35 +274,35 @@ def judge(row: Row, spill_budget: int = 0, matrix: str = "", copies: bool = Fals
 
 
 def short_name(symbol: str) -> str:
-    """The function's own name in a mangled C++ name: ``_ZN3dph6kernelEf`` -> ``kernel``."""
+    """Return the function's own name in a mangled C++ name: ``_ZN3dph6kernelEf`` -> ``kernel``."""
     name, rest = symbol, re.sub("^_ZN?", "", symbol)
     while length := re.match(r"\d+", rest):
         end = length.end() + int(length[0])
         name, rest = rest[length.end() : end], rest[end:]
-        if not symbol.startswith("_ZN"):  # what follows are the types of its arguments
+        if not symbol.startswith("_ZN"):  # the types of its arguments follow
             break
     return name
 
 
 def _one_line(error: Any) -> str:
-    """The most telling line of a compiler's message: the first with "error" in it, else the last."""
+    """Return one line of a compiler's message: the first with "error" in it, else the last."""
     lines = [line.strip() for line in f"{error}".splitlines() if line.strip()] or [type(error).__name__]
     return next((line for line in lines if "error" in line.lower()), lines[-1])
 
 
-# The columns of the table: those of Row, with the verdict in one word.
+# Columns of the table: the fields of Row, and the verdict.
 HEADERS = ("kernel", "arch", "registers", "spilled", "shared", "HMMA", "HGMMA", "LDGSTS", "bulk", "verdict", "problems")
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Aligned columns; numbers to the right, "-" where nothing is known."""
+    """Format the rows in aligned columns, numbers to the right, "-" for None."""
     lines = [list(HEADERS)]
     for row in rows:
         figures = (row.registers, row.spilled, row.shared, row.hmma, row.hgmma, row.ldgsts, row.bulk)
         cells = ["-" if value is None else str(value) for value in figures]
         lines.append([row.kernel, f"sm_{row.arch}", *cells, row.verdict, "; ".join(row.problems)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADERS) - 1)]
-    widths.append(len(HEADERS[-1]))  # the last column is as long as it has to be
+    widths.append(len(HEADERS[-1]))  # the last column is not padded
     lines.insert(1, ["-" * width for width in widths])
     right = [2 <= i <= 8 for i in range(len(HEADERS))]
     return "\n".join(_line(line, widths, right) for line in lines)
@@ -314,7 +316,7 @@ def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) ->
 def plan(
     modules: Sequence[str] | None, archs: Sequence[int], only: Sequence[str] | None
 ) -> tuple[list[Job], list[str]]:
-    """What can be compiled here, and a line for each thing that cannot."""
+    """Return the jobs that can be compiled on this machine, and a note for each part that cannot."""
     jobs, notes = [], []
     if importlib.util.find_spec("triton"):
         jobs += triton_jobs(operators() if modules is None else modules, archs)
@@ -333,9 +335,9 @@ def plan(
 
 
 def run(jobs: Sequence[Job]) -> list[Row]:
-    """The rows of all jobs, in their order, compiled on all cores."""
+    """Compile all jobs on all cores and return their rows, in order."""
     rows = {}
-    # A fresh process each: Triton's state and PyTorch's threads do not survive a fork.
+    # Spawned processes: Triton's state and PyTorch's threads do not survive a fork.
     with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(audit, job): job for job in jobs}
         for done in tqdm(as_completed(running), total=len(jobs), unit="kernel", disable=None):
@@ -344,7 +346,7 @@ def run(jobs: Sequence[Job]) -> list[Row]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     result = argparse.ArgumentParser(
         prog="python -m dph_kernels.audit",
         description="Compile every GPU kernel ahead of time (no GPU needed) and report registers, spilled bytes, "
@@ -353,14 +355,16 @@ def parser() -> argparse.ArgumentParser:
         epilog="example: python -m dph_kernels.audit --arch 80 --only rope_attention cuda --json audit.json",
     )
     result.add_argument("--arch", nargs="+", type=int, choices=sorted(SHARED), default=sorted(SHARED), help="sm_...")
-    result.add_argument("--only", nargs="+", metavar="NAME", help="only what has one of these in its name or file name")
+    result.add_argument(
+        "--only", nargs="+", metavar="NAME", help="only kernels with one of these in the name or file name"
+    )
     result.add_argument("--module", nargs="+", help="audit launches() of these Python modules, not the package")
-    result.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    result.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Audit, print the table, name what fails; the exit code."""
+    """Run the audit, print the table and the kernels that fail, and return the exit code."""
     options = parser().parse_args(arguments)
     if interpreted():
         print("audit: TRITON_INTERPRET makes Triton interpret its kernels, not compile them: unset it", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What `torch.autocast` asks of the operators: one dtype for all that goes into a product."""
+"""The casts of `torch.autocast` for the operators: one dtype for all tensors of a product."""
 
 from typing import Any
 
@@ -11,18 +11,18 @@ def active(x: Tensor) -> bool:
     return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
 
 
-def together(*values: Any) -> tuple[Any, ...]:
-    """Cast floating-point tensors to the dtype of the autocast context around, if there is one.
+def cast_together(*values: Any) -> tuple[Any, ...]:
+    """Cast floating-point tensors to the dtype of the active autocast context, if there is one.
 
-    fp64 stays, as in PyTorch's own rules; so does what is no tensor. The casts are part of the graph: gradients come
-    back in each tensor's own dtype.
+    fp64 tensors are not cast, as in PyTorch's own rules, and other values are returned as they are. The casts are part
+    of the graph: each tensor's gradient has the tensor's own dtype.
     """
-    first = next((x for x in values if isinstance(x, Tensor)), None)
-    if first is None or not active(first):
+    example = next((x for x in values if isinstance(x, Tensor)), None)
+    if example is None or not active(example):
         return values
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(x.to(dtype) if _eligible(x) else x for x in values)
+    dtype = torch.get_autocast_dtype(example.device.type)
+    return tuple(x.to(dtype) if _is_cast(x) else x for x in values)
 
 
-def _eligible(value: Any) -> bool:
+def _is_cast(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64

@@ -1,4 +1,4 @@
-"""Argument checks: every error names the argument, what was expected and what came."""
+"""Argument checks. Errors have the form "name: expected X, got Y"."""
 
 from collections.abc import Iterable
 
@@ -16,7 +16,7 @@ def tensor(name: str, value: object) -> None:
 
 
 def shape(name: str, value: Tensor, *expected: int | str) -> None:
-    """Compare a tensor's shape with sizes; a string stands for any size and gives its name."""
+    """Compare a tensor's shape with sizes; a string matches any size and names it in the error."""
     tensor(name, value)
     sizes = value.shape
     if sizes == expected:  # the usual case, without a loop
@@ -43,7 +43,7 @@ def device(name: str, tensor: Tensor, expected: torch.device) -> None:
 
 
 def contiguous(name: str, tensor: Tensor) -> None:
-    """Require that the elements lie end to end, row after row."""
+    """Require the strides of a contiguous tensor."""
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tuple(tensor.stride())}")
 
@@ -56,7 +56,7 @@ def number(name: str, value: float, low: float, high: float = float("inf"), *, b
 
 
 def indices(name: str, values: Tensor, size: int, kind: str = "values") -> None:
-    """Require ``0 <= values < size`` on the CPU; on a GPU the host would have to wait for the answer."""
+    """Require ``0 <= values < size`` on the CPU; on a GPU the check would wait for the device."""
     if values.device.type != "cpu" or not values.numel():
         return
     low, high = map(int, values.aminmax())

@@ -1,7 +1,7 @@
-"""Which backend runs an operator, and why.
+"""The choice of the backend that runs an operator, and of calls that may bypass PyTorch's dispatcher.
 
-A backend is an argument. ``auto`` takes the first entry of one literal line per operator and device, below;
-a backend that is asked for by name and cannot run raises with the reason.
+A backend is an argument. ``auto`` takes the first entry of a literal line for each operator and device, below;
+a backend that is requested by name and cannot run raises with the reason.
 """
 
 import functools
@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
@@ -17,101 +17,59 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
-from torch._C._profiler import _RecordFunctionFast
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-ASKED = "only where it is asked for by name: nothing measured speaks for it"
+from dph_kernels import torch_private
 
-# What `auto` tries, best first, and the measurement or the reason that puts it there.
+ON_REQUEST = "only by name: not measured to be faster"
+EVERYWHERE = "plain PyTorch runs everywhere"
+
+# The backends that `auto` tries, best first, each with its reason. Figures are in benchmarks/results.
 AUTO: dict[str, dict[str, dict[str, str]]] = {
     "rope_attention": {
         "cpu": {
-            "cpu": "1.1 to 2.5 times as fast as SDPA, both passes, by processor: benchmarks/bench_attention.py",
-            "sdpa": ASKED,
-            "reference": "plain PyTorch runs everywhere",
+            "cpu": "faster than SDPA, both passes",
+            "sdpa": ON_REQUEST,
+            "reference": EVERYWHERE,
         },
         "cuda": {
-            "triton": "359 TFLOP/s forward where flash has 272 and cuDNN 424 (H200, 4096 tokens), prompts once",
-            "sdpa": ASKED,
-            "flash": ASKED,
-            "reference": "plain PyTorch runs everywhere",
+            "triton": "faster than flash-attn; a shared prompt is computed once",
+            "sdpa": ON_REQUEST,
+            "flash": ON_REQUEST,
+            "reference": EVERYWHERE,
         },
     },
     "linear_logprob": {
-        "cpu": {
-            "cpu": "1.1 (Xeon) to 1.7 times (EPYC) as fast as materialised logits, both passes of one loss, in 1/40 of "
-            "the memory: benchmarks/bench_linear_logprob.py",
-            "reference": "plain PyTorch runs everywhere",
-        },
-        "cuda": {
-            "triton": "422 TFLOP/s, both passes in bf16, beside 289 MB; all logits, compiled: 407 beside 4.8 GB (H200)",
-            "reference": "plain PyTorch runs everywhere",
-        },
+        "cpu": {"cpu": "faster than materialised logits, in less memory", "reference": EVERYWHERE},
+        "cuda": {"triton": "as fast as all logits, compiled, in less memory", "reference": EVERYWHERE},
     },
     "preference_loss": {
-        "cpu": {
-            "cpu": "4 to 6 times as fast as eager PyTorch, about twice as its compiled form: "
-            "benchmarks/bench_preference_loss.py",
-            "reference": "plain PyTorch runs everywhere, and in fp64",
-        },
-        "cuda": {
-            "triton": "one launch, 4 us at 64 pairs as a CUDA graph; with Python 3.4 times as fast as eager (H200)",
-            "reference": "plain PyTorch runs everywhere, and in fp64",
-        },
+        "cpu": {"cpu": "faster than eager and compiled PyTorch", "reference": EVERYWHERE},
+        "cuda": {"triton": "one launch; faster than eager PyTorch", "reference": EVERYWHERE},
     },
     "residual_norm": {
-        "cpu": {
-            "cpu": "1.2 to 1.4 times as fast as eager PyTorch at 4096 x 768, both passes: "
-            "benchmarks/bench_residual_norm.py",
-            "reference": "plain PyTorch runs everywhere",
-        },
-        "cuda": {
-            "triton": "as a CUDA graph 3.0 TB/s, both passes: 1.9 times eager, 1.3 times its compiled form (H200)",
-            "reference": "plain PyTorch runs everywhere",
-        },
+        "cpu": {"cpu": "faster than eager PyTorch, both passes", "reference": EVERYWHERE},
+        "cuda": {"triton": "faster than eager and compiled PyTorch, both passes", "reference": EVERYWHERE},
     },
     "swiglu": {
-        "cpu": {
-            "cpu": "1.3 to 2.5 times as fast as eager PyTorch, 1 to 1.5 times as its compiled form: "
-            "benchmarks/bench_swiglu.py",
-            "reference": "plain PyTorch runs everywhere",
-        },
-        "cuda": {
-            "triton": "3.8 TB/s of 4.3 forward, 6.5 times eager; both passes, with Python, 2.6 times (H200)",
-            "reference": "plain PyTorch runs everywhere",
-        },
+        "cpu": {"cpu": "faster than eager PyTorch, both passes", "reference": EVERYWHERE},
+        "cuda": {"triton": "faster than eager PyTorch, near the memory bandwidth", "reference": EVERYWHERE},
     },
     "swiglu_reward": {
-        "cpu": {
-            "cpu": "forward as fast as eager PyTorch for up to 3 rows (bound by memory), else 1.06 to 2.5 times: "
-            "benchmarks/bench_swiglu_reward.py",
-            "reference": "plain PyTorch runs everywhere",
-        },
-        "cuda": {
-            "triton": "two launches, as a CUDA graph 18 us for 16 answers, 24 us for 128; eager 33 and 35 (H200)",
-            "reference": "plain PyTorch runs everywhere",
-        },
+        "cpu": {"cpu": "at least as fast as eager PyTorch", "reference": EVERYWHERE},
+        "cuda": {"triton": "two launches; faster than eager PyTorch", "reference": EVERYWHERE},
     },
     "laprop": {
-        "cpu": {
-            "cpu": "over 12 times as fast as eager PyTorch, 0.9 to 1.1 times as its compiled form: "
-            "benchmarks/bench_laprop.py",
-            "reference": "plain PyTorch runs everywhere",
-        },
-        "cuda": {
-            "cuda": "one launch for all tensors, 4.1 TB/s where a copy has 4.3 (H200)",
-            "reference": "plain PyTorch runs everywhere",
-        },
+        "cpu": {"cpu": "faster than eager PyTorch, as fast as compiled", "reference": EVERYWHERE},
+        "cuda": {"cuda": "one launch for all tensors, at the speed of a copy", "reference": EVERYWHERE},
     },
 }
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_NO_RANGE = nullcontext()
 _is_meta = operator.attrgetter("is_meta")
-FEW = 2**17  # elements over which PyTorch's own operations take about as long as a kernel of ours with its Python
+FEW = 2**17  # elements up to which PyTorch's own operations take about as long as a kernel with its Python
 
-# The dtypes that a backend computes in, where not in all of them.
+# The dtypes that a backend computes in, if not in all of them.
 UP_TO_FP32 = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("rope_attention", "cpu"): (torch.float32, torch.bfloat16),
@@ -129,7 +87,7 @@ DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("swiglu_reward", "triton"): UP_TO_FP32,
 }
 
-# Which file of an operator's folder holds a backend; no operator need have them all.
+# The file of an operator's folder that holds a backend; an operator need not have all of them.
 MODULES = {
     "reference": "reference",
     "triton": "triton",
@@ -142,7 +100,7 @@ MODULES = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend and why it was taken."""
+    """A backend and the reason for it."""
 
     backend: str
     reason: str
@@ -155,7 +113,7 @@ def implemented(operator: str) -> tuple[str, ...]:
 
 @functools.cache
 def missing(operator: str, backend: str, device: str, dtype: torch.dtype | None = None) -> str | None:
-    """Why ``backend`` cannot run ``operator`` on ``device`` in ``dtype`` here, or None where it can."""
+    """Return why ``backend`` cannot run ``operator`` on ``device`` in ``dtype`` here, or None if it can."""
     if backend not in implemented(operator):
         return f"{operator} has no {backend!r} backend yet, only {', '.join(implemented(operator))}"
     if backend == "sdpa" and device not in ("cpu", "cuda"):
@@ -188,22 +146,22 @@ def interpreted() -> bool:
 
 @functools.cache
 def choose(operator: str, device: str, backend: str = "auto", dtype: torch.dtype | None = None) -> Choice:
-    """The backend that runs ``operator`` on ``device`` ("cpu" or "cuda") in ``dtype`` (None: in any).
+    """Return the backend that runs ``operator`` on ``device`` ("cpu" or "cuda") in ``dtype`` (None: in any).
 
-    Raises ValueError where ``backend`` is unknown, and RuntimeError with the reason where it was asked for by name
-    and cannot run.
+    Raises ValueError if ``backend`` is unknown, and RuntimeError with the reason if it was requested by name and cannot
+    run.
     """
     if backend != "auto":
         if backend not in MODULES:
             raise ValueError(f"backend: expected 'auto' or one of {', '.join(MODULES)}, got {backend!r}")
         if reason := missing(operator, backend, device, dtype):
             raise RuntimeError(f"{operator}: backend {backend!r} cannot run: {reason}")
-        return Choice(backend, "asked for by name")
+        return Choice(backend, "requested by name")
     if device not in AUTO[operator]:
         raise ValueError(f"{operator}: expected tensors on {' or '.join(AUTO[operator])}, got {device}")
     passed_over = []
     for name, why in AUTO[operator][device].items():
-        if why == ASKED:
+        if why == ON_REQUEST:
             continue
         reason = missing(operator, name, device, dtype)
         if reason is None:
@@ -215,7 +173,7 @@ def choose(operator: str, device: str, backend: str = "auto", dtype: torch.dtype
 def implementation(
     operator: str, device: torch.device | str, backend: str = "auto", dtype: torch.dtype | None = None
 ) -> ModuleType:
-    """The module that implements ``operator``: ``dph_kernels.<operator>.<file>``; a string names a type of devices."""
+    """Return the module that implements ``operator``, ``dph_kernels.<operator>.<file>``; ``device`` may be a type."""
     choice = choose(operator, device if isinstance(device, str) else device.type, backend, dtype)
     return _module(operator, choice.backend)
 
@@ -225,58 +183,72 @@ def _module(operator: str, backend: str) -> ModuleType:
     return importlib.import_module(f"dph_kernels.{operator}.{MODULES[backend]}")
 
 
-def call(function: str, operator: str, like: Tensor, backend: str, *arguments: Any, **options: Any) -> Any:
-    """Run ``function`` ("forward", "backward", or what else it has) of an operator's implementation, autocast off.
+def call(function: Callable[..., Any], device: str, arguments: dict[str, Any]) -> Any:
+    """Call a function of an implementation by keyword, with autocast for ``device`` off.
 
-    The implementation is one for the device and dtype of the tensor ``like``. Operators compute in the dtypes of their
-    arguments; autocast would change the products inside.
+    Operators compute in the dtypes of their arguments; autocast would change the products inside.
     """
-    device = like.device.type
-    run = getattr(implementation(operator, device, backend, like.dtype), function)
     if not torch.is_autocast_enabled(device):
-        return run(*arguments, **options)
+        return function(**arguments)
+    return without_autocast(function, device, **arguments)
+
+
+def without_autocast(function: Callable[..., Any], device: str, /, **arguments: Any) -> Any:
+    """Call ``function`` by keyword with autocast for ``device`` off."""
     with torch.autocast(device, enabled=False):
-        return run(*arguments, **options)
+        return function(**arguments)
 
 
-def observed(tensors: Iterable[Tensor]) -> bool:
-    """Whether somebody records, transforms, batches or differentiates the call, or a change of sign has been put off.
+def needs_dispatcher(tensors: Sequence[Tensor]) -> bool:
+    """Whether a call has to go through PyTorch's dispatcher.
 
-    Then it has to go through PyTorch's dispatcher, past which an operator may take a shorter way.
+    It has to under tracing, dispatch modes, torch.func and forward-mode differentiation, and with tensors that are
+    batched (``is_grads_batched``) or lazily negated.
     """
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
-        return True
-    if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
-        return True
-    tensors = tuple(tensors)
-    return any(map(is_legacy_batchedtensor, tensors)) or any(map(Tensor.is_neg, tensors))
+    return torch.compiler.is_compiling() or torch_private.intercepts_calls() or _are_deferred(tensors)
 
 
-def unobserved(tensors: Iterable[Tensor]) -> bool:
-    """Whether a call may go past the dispatcher: not :func:`observed`, of no subclass, and with numbers behind it."""
-    tensors = tuple(tensors)
+def can_bypass_dispatcher(tensors: Sequence[Tensor]) -> bool:
+    """Whether a call does not need the dispatcher, and its tensors are of no subclass and not on the meta device."""
     if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, tensors)):
         return False
-    return not (observed(tensors) or any(map(_is_meta, tensors)))
+    return not (torch_private.intercepts_calls() or _are_deferred(tensors) or any(map(_is_meta, tensors)))
 
 
-def named(name: str) -> AbstractContextManager:
-    """What the block runs has this name in a profile; for what goes past the dispatcher, which names all others."""
-    return _RecordFunctionFast(name) if torch.autograd._profiler_enabled() else nullcontext()
+def bypass_obstacle(tensors: Sequence[Tensor]) -> str | None:
+    """Return in words why :func:`can_bypass_dispatcher` is False, None if it is True."""
+    for x in tensors:
+        if type(x) not in PLAIN:
+            return f"a tensor is a {type(x).__name__}, not a plain tensor"
+        if x.is_meta:
+            return "a tensor is on the meta device"
+    if torch.compiler.is_compiling():
+        return "torch.compile traces the call"
+    return torch_private.interception() or ("a tensor is batched or negated lazily" if _are_deferred(tensors) else None)
 
 
-def left_to_pytorch(x: Tensor, backend: str) -> bool:
-    """Whether "auto" leaves a cheap operator on ``x`` to plain PyTorch.
+def _are_deferred(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of the tensors is batched, or negated when it is read."""
+    return any(map(torch_private.is_legacy_batchedtensor, tensors)) or any(map(Tensor.is_neg, tensors))
 
-    Its compiler fuses such a thing with what stands around it, which it cannot do with an operator of ours. And where
-    there is little to compute, as when an answer is written token by token, the way to a kernel takes several times as
-    long as all of it; with gradients or without, so that both give the same bits.
+
+def profile_range(name: str) -> AbstractContextManager:
+    """Return a context manager that names its block in a profile; the dispatcher does so for calls through it."""
+    return torch_private.record_function(name) if torch_private.profiler_enabled() else _NO_RANGE
+
+
+def prefer_pytorch(x: Tensor, backend: str) -> bool:
+    """Whether "auto" computes a cheap operator on ``x`` in plain PyTorch.
+
+    PyTorch's compiler fuses such an operation with its neighbours, which it cannot do with a custom operator. And for
+    few elements, as in decoding token by token, the Python before a kernel takes several times as long as all of the
+    arithmetic. The choice does not depend on gradients, so that calls with and without them give the same bits.
     """
     return backend == "auto" and (torch.compiler.is_compiling() or x.numel() <= FEW)
 
 
 def toolchain() -> dict[str, str]:
-    """How the native module was built and which compilers are here, for people to read: name -> description."""
+    """Return how the native module was built and which compilers are installed, in words: name -> description."""
     from dph_kernels import native
 
     return native.toolchain()

@@ -1,7 +1,8 @@
-"""PackedLayout: who may look at what.
+"""PackedLayout: the visibility of keys to queries.
 
-Every job of the system is one shape: a run of queries that sees a shared range of keys completely and its own range
-causally. Tokens of many documents lie end to end without padding; a row of the segment table describes one such run.
+Training, evaluation and decoding share one shape: a run of queries that sees a shared range of keys completely and its
+own range causally. Tokens of many documents are concatenated without padding; a row of the segment table describes one
+run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from dph_kernels.transfer import all_to_device
 
-Array = np.ndarray  # tables are small and their operations many: NumPy's cost the host a fraction of PyTorch's
+Array = np.ndarray  # for many operations on small tables NumPy's overhead is a fraction of PyTorch's
 COLUMNS = ("query_start", "query_end", "key_start", "key_end", "prefix_start", "prefix_end", "position")
 
 
@@ -33,10 +34,10 @@ class Rotary:
     reversed: bool = False
 
     def tables(self, positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [T, head_dim/2] of ``positions`` [T] int64, computed in fp64.
+        """Return cosines and sines [T, head_dim/2] of ``positions`` [T] int64, computed in fp64.
 
-        An angle that is a product in fp32 is wrong by half a radian at position 10**7, and positions roll on for as
-        long as memory does.
+        An angle that is a product in fp32 is wrong by half a radian at position 10**7, and with memory positions grow
+        without bound.
         """
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
         angles = positions.double()[:, None] * self.base**-exponents
@@ -45,7 +46,7 @@ class Rotary:
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Length of the longest common prefix of token sequences (at least one); of one sequence, its own length."""
+    """Return the length of the longest common prefix of at least one token sequence."""
     first, last = sequences if len(sequences) == 2 else (min(sequences), max(sequences))
     same, differ = 0, min(len(first), len(last)) + 1
     while differ - same > 1:  # slices are compared in C: several times as fast as a loop over the tokens
@@ -63,7 +64,7 @@ class PackedLayout:
 
     Key index ``j < memory`` is row ``j`` of the memory (cached, already rotated); ``j >= memory`` is new key
     ``j - memory``. Query ``i`` of a segment with n queries and m own keys sees its whole prefix range and own keys
-    ``0 .. m - n + i``: causal, aligned at the end. Rows outside every segment are padding and give zeros.
+    ``0 .. m - n + i``: causal, aligned at the end. Rows outside all segments are padding; their results are zeros.
 
     Args:
         segments: [G, 7] int64 on the CPU, columns ``COLUMNS``; ``position`` is the rotary position of the first query.
@@ -73,10 +74,10 @@ class PackedLayout:
 
     Attributes:
         query_positions: [T] int64 rotary positions; padding rows have 0.
-        key_positions: [S] int64 rotary positions of the new keys; the same tensor where they are the same.
+        key_positions: [S] int64 rotary positions of the new keys; the same tensor if they are equal.
 
-    Raises ValueError where a range leaves its bounds, own keys and prefix of a segment overlap (a key would count
-    twice), two segments share a query, or one key would need two positions.
+    Raises ValueError if a range leaves its bounds, own keys and prefix of a segment overlap (a key would count twice),
+    two segments share a query, or one key would need two positions.
     """
 
     segments: Tensor
@@ -88,7 +89,7 @@ class PackedLayout:
     _tables: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Validate the table and derive every position from it."""
+        """Validate the table and derive the positions from it."""
         table = self.segments
         if (
             table.ndim != 2
@@ -127,8 +128,8 @@ class PackedLayout:
 
     def _positions_of_queries(self, q0: Array, q1: Array, *others: Array) -> Array:
         positions = np.zeros(self.queries, dtype=np.int64)
-        rows, places = _expand(q0, q1, others[-1])
-        positions[rows] = places
+        rows, values = _expand(q0, q1, others[-1])
+        positions[rows] = values
         return positions
 
     def _positions_of_keys(
@@ -137,11 +138,11 @@ class PackedLayout:
         own = position + (q1 - q0) - (k1 - k0)  # position of the first own key
         start, end, first = map(np.concatenate, ([k0, p0], [k1, p1], [own, own - (p1 - p0)]))
         new = np.maximum(start, self.memory)  # memory is rotated already
-        rows, places = _expand(new - self.memory, np.maximum(end, new) - self.memory, first + new - start)
+        rows, values = _expand(new - self.memory, np.maximum(end, new) - self.memory, first + new - start)
         positions = np.zeros(self.keys, dtype=np.int64)
-        positions[rows] = places
-        for i in first_true(positions[rows] != places):
-            both = sorted((int(places[i]), int(positions[rows[i]])))
+        positions[rows] = values
+        for i in first_true(positions[rows] != values):
+            both = sorted((int(values[i]), int(positions[rows[i]])))
             raise ValueError(f"new key {rows[i]}: expected one position, got {both[0]} and {both[1]}")
         return positions
 
@@ -149,7 +150,7 @@ class PackedLayout:
 
     @classmethod
     def documents(cls, lengths: Sequence[int]) -> PackedLayout:
-        """Documents end to end, each causal and alone: lengths [B] in tokens; zero-length documents are allowed."""
+        """Concatenated documents, each causal and independent: lengths [B] in tokens, which may be zero."""
         return cls.shared_prefix(lengths, [()] * len(lengths))
 
     @classmethod
@@ -163,26 +164,26 @@ class PackedLayout:
 
         Args:
             prompts: [B] lengths of the prompts.
-            branches: for each prompt the lengths of its branches, in the order in which they lie behind it.
+            branches: for each prompt the lengths of its branches, in the order of their tokens.
         """
         _check_counts(prompts=prompts, branches=branches)
         rows, start = [], 0
-        for prompt, tails in zip(prompts, branches, strict=True):
+        for prompt, lengths in zip(prompts, branches, strict=True):
             end = start + prompt
             rows.append((start, end, start, end, start, start, 0))
-            at = end
-            for tail in tails:
-                rows.append((at, at + tail, at, at + tail, start, end, prompt))
-                at += tail
-            start = at
+            branch = end
+            for length in lengths:
+                rows.append((branch, branch + length, branch, branch + length, start, end, prompt))
+                branch += length
+            start = branch
         return cls(_table(rows), queries=start, keys=start)
 
     @classmethod
     def from_sequences(cls, documents: Sequence[Sequence[Sequence[int]]]) -> PackedLayout:
         """Alternatives that share their longest common prefix: each document is a list of token sequences.
 
-        The tokens then lie as: common prefix, rest of the first alternative, rest of the second, and so on; a rest may
-        be empty (identical alternatives, or one that is a prefix of another).
+        The order of the tokens is: common prefix, rest of the first alternative, rest of the second, and so on; a rest
+        may be empty (identical alternatives, or one that is a prefix of another).
         """
         for d, alternatives in enumerate(documents):
             if not len(alternatives):
@@ -199,7 +200,7 @@ class PackedLayout:
 
         Args:
             lengths: [B] new tokens of each stream.
-            filled: [B] rows of each stream's memory that hold a key, in any order (a ring that has turned included).
+            filled: [B] rows of each stream's memory that hold a key, in any order, as in a ring that wrapped around.
             capacity: rows of memory per stream; stream b owns rows ``b * capacity`` onwards.
             seen: [B] tokens that each stream has seen so far: the position of its first new token. ``filled`` if None.
         """
@@ -216,7 +217,7 @@ class PackedLayout:
 
     @classmethod
     def aligned(cls, lengths: Sequence[int], keys: Sequence[int], first: Sequence[int] | None = None) -> PackedLayout:
-        """Streams with more new keys than queries, causal and aligned at the end (memory that is projected anew).
+        """Streams with more new keys than queries, causal and aligned at the end (memory that is projected again).
 
         Args:
             lengths: [B] queries of each stream.
@@ -233,36 +234,36 @@ class PackedLayout:
 
     @classmethod
     def decode(cls, prompts: Sequence[int], said: Sequence[Sequence[int]], capacity: int) -> PackedLayout:
-        """One new token for every candidate; all keys lie in the cache, the prompt's once.
+        """One new token for each candidate; all keys are in the cache, the prompt's once.
 
         The cache holds, prompt after prompt: the prompt's rows, then ``capacity`` rows for each of its candidates. The
-        new token's rotated key has been written there before the call, so it counts among what the candidate has said.
+        new token's rotated key has been written there before the call, and is counted among its tokens.
 
         Args:
             prompts: [B] lengths of the cached prompts.
-            said: for each prompt, how many tokens each of its candidates has said, the new one included (>= 1).
+            said: for each prompt, the number of generated tokens of each candidate, including the new one (>= 1).
             capacity: rows per candidate.
         """
         _check_counts(prompts=prompts, said=said)
         rows, query, start = [], 0, 0
         for prompt, counts in zip(prompts, said, strict=True):
-            at = start + prompt
+            candidate = start + prompt
             for count in counts:
                 if not 1 <= count <= capacity:
                     raise ValueError(f"said: expected 1 <= count <= capacity = {capacity}, got {count}")
-                rows.append((query, query + 1, at, at + count, start, start + prompt, prompt + count - 1))
-                query, at = query + 1, at + capacity
-            start = at
+                rows.append((query, query + 1, candidate, candidate + count, start, start + prompt, prompt + count - 1))
+                query, candidate = query + 1, candidate + capacity
+            start = candidate
         return cls(_table(rows), queries=query, keys=0, memory=start)
 
     # Use
 
     def to(self, device: torch.device | str) -> PackedLayout:
-        """The same layout with its positions on ``device``; the segment table stays on the CPU."""
+        """Return the same layout with its positions on ``device``; the segment table stays on the CPU."""
         return self.placed(*all_to_device((self.query_positions, self.key_positions), device))
 
     def placed(self, query_positions: Tensor, key_positions: Tensor) -> PackedLayout:
-        """The same layout with these copies of its positions, which lie on some device."""
+        """Return the same layout with these copies of its positions, on any device."""
         if query_positions is self.query_positions:
             return self
         moved = copy.copy(self)  # not dataclasses.replace: the table was validated once
@@ -272,12 +273,12 @@ class PackedLayout:
         return moved
 
     def tables(self, rope: Rotary, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Cosines and sines of the queries and of the new keys, [T, D/2] and [S, D/2], computed once for all layers."""
+        """Return cosines and sines of queries and new keys, [T, D/2] and [S, D/2], computed once for all layers."""
         if torch.compiler.is_compiling():
             return self._make_tables(rope, head_dim, dtype)
         key = (rope, head_dim, dtype)
         if key not in self._tables:
-            with torch.inference_mode(False):  # a layout that was first used there may be trained on later
+            with torch.inference_mode(False):  # a layout first used in inference mode may be used in training later
                 self._tables[key] = self._make_tables(rope, head_dim, dtype)
         return self._tables[key]
 
@@ -288,7 +289,7 @@ class PackedLayout:
         return *of_queries, *rope.tables(self.key_positions, head_dim, dtype)
 
     def visible(self) -> Tensor:
-        """[T, M + S] bool: may this query look at this key. For tests and pictures: the kernels never build it."""
+        """Return [T, M + S] bool, whether a key is visible to a query. For tests: the kernels never build it."""
         mask = torch.zeros(self.queries, self.memory + self.keys, dtype=torch.bool)
         for q0, q1, k0, k1, p0, p1, _ in self.segments.tolist():
             mask[q0:q1, p0:p1] = True
@@ -297,7 +298,7 @@ class PackedLayout:
         return mask
 
     def explain(self, limit: int = 96) -> str:
-        """Draw who sees whom as text: a line a segment, then, up to ``limit`` rows and columns, a square a pair.
+        """Describe the layout as text: a line per segment and, up to ``limit`` rows and columns, a character per pair.
 
         ``#`` a key of the own range, ``+`` a key of the prefix, ``.`` hidden; ``|`` divides memory from new keys.
         """
@@ -325,15 +326,15 @@ class PackedLayout:
 
 
 def _check_counts(**arguments: Sequence) -> None:
-    """Require sequences of one length: an entry each document or stream."""
-    (first, expected), *others = arguments.items()
+    """Require sequences of one length, with an entry per document or stream."""
+    (reference, expected), *others = arguments.items()
     for name, values in others:
         if len(values) != len(expected):
-            raise ValueError(f"{name}: expected {len(expected)} entries, as many as {first}, got {len(values)}")
+            raise ValueError(f"{name}: expected {len(expected)} entries, as many as {reference}, got {len(values)}")
 
 
 def _expand(start: Array, end: Array, first: Array) -> tuple[Array, Array]:
-    """Every row of the ranges [start, end), and beside it ``first`` counted on from the range's beginning."""
+    """Return all rows of the ranges [start, end), and for each ``first`` plus its offset in its range."""
     lengths = end - start
     before = lengths.cumsum() - lengths
     rows = np.arange(lengths.sum()) + np.repeat(start - before, lengths)
@@ -341,7 +342,7 @@ def _expand(start: Array, end: Array, first: Array) -> tuple[Array, Array]:
 
 
 def first_true(wrong: Array | Tensor) -> list[int]:
-    """The index of the first True, if there is one."""
+    """Return the index of the first True, if there is one, in a list."""
     return np.flatnonzero(wrong)[:1].tolist()
 
 

@@ -1,6 +1,6 @@
-"""Loads the C++/CUDA module that setup.py builds from csrc/, once, and says what is missing where it cannot run.
+"""The C++/CUDA module that setup.py builds from csrc/, and the reasons why it cannot run.
 
-PyTorch is imported first: it brings the OpenMP runtime, which the module then shares instead of starting a second pool.
+PyTorch is imported first: it loads the OpenMP runtime, which the module then shares instead of starting a second pool.
 """
 
 import functools
@@ -27,7 +27,7 @@ CAPABILITY = (8, 0)  # the oldest GPU that setup.py compiles for
 
 
 def module() -> ModuleType:
-    """The native module; RuntimeError with the reason where there is none."""
+    """Return the native module; raises RuntimeError with the reason if it cannot run."""
     if reason := missing("cpu"):
         raise RuntimeError(reason)
     return _native
@@ -35,7 +35,7 @@ def module() -> ModuleType:
 
 @functools.cache
 def missing(backend: str) -> str | None:
-    """What the native ``backend`` ("cpu" or "cuda") lacks here and the command that brings it; None where it runs."""
+    """Return what the native ``backend`` ("cpu" or "cuda") lacks and the command that installs it, or None."""
     if _native is None:
         return _not_built()
     if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
@@ -46,7 +46,7 @@ def missing(backend: str) -> str | None:
 
 
 def toolchain() -> dict[str, str]:
-    """How the native module was built, and which compilers a build would find now: name -> description."""
+    """Return how the native module was built, and the compilers that a build would find: name -> description."""
     return {
         "C++ module": _description(),
         "C++ compiler": _version(compiler(), 0),
@@ -66,7 +66,7 @@ def _cuda_version() -> str:
 
 
 def _version(command: str | None, line: int) -> str:
-    """One line of what ``command --version`` prints."""
+    """Return one line of the output of ``command --version``."""
     if command is None:
         return "not found"
     try:
@@ -78,12 +78,12 @@ def _version(command: str | None, line: int) -> str:
 
 
 def compiler() -> str | None:
-    """The path of the C++ compiler that a build would use, or None."""
+    """Return the path of the C++ compiler that a build would use, or None."""
     return shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0])
 
 
 def nvcc() -> str | None:
-    """The path of the CUDA compiler that a build would use, or None."""
+    """Return the path of the CUDA compiler that a build would use, or None."""
     folders = [str(Path(os.environ[name]) / "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     return shutil.which("nvcc", path=os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)]))
 
@@ -97,12 +97,12 @@ def _not_built() -> str:
 
 
 def _stale() -> bool:
-    """Whether csrc/ beside the package (an editable install) differs from what the module was compiled from."""
+    """Whether csrc/ next to the package (an editable install) differs from the sources of the compiled module."""
     return CSRC.is_dir() and _native.source != source_digest(CSRC)
 
 
 def source_digest(folder: Path) -> str:
-    """Digest of the C++ and CUDA sources; the same as in setup.py, which compiles it in."""
+    """Return the digest of the C++ and CUDA sources, as setup.py computes and compiles it in."""
     total = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".h", ".cpp", ".cu")):
         total.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
@@ -127,21 +127,21 @@ def _missing_cuda() -> str | None:
 
 
 def pointer(tensor: Tensor | None) -> int:
-    """The address of a tensor's data; 0 stands for no tensor."""
+    """Return the address of a tensor's data; 0 for no tensor."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def threads() -> int:
-    """How many cores a CPU kernel takes: what ``torch.set_num_threads`` says."""
+    """Return the number of threads of a CPU kernel, that of ``torch.set_num_threads``."""
     return torch.get_num_threads()
 
 
 def stream(device: torch.device) -> int:
-    """The handle of PyTorch's current CUDA stream on ``device``."""
+    """Return the handle of PyTorch's current CUDA stream on ``device``."""
     return torch.cuda.current_stream(device).cuda_stream
 
 
 def device_guard(device: torch.device) -> AbstractContextManager:
-    """Makes ``device`` the current one for CUDA launches; does nothing for the CPU, or where it is."""
-    there = device.type != "cuda" or device.index == torch.cuda.current_device()
-    return nullcontext() if there else torch.cuda.device(device)
+    """Return a context manager that makes ``device`` current for CUDA launches, if it is not already."""
+    current = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if current else torch.cuda.device(device)

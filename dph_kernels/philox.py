@@ -1,7 +1,7 @@
-"""Philox4x32-10, the counter-based random generator (Salmon et al., SC 2011), and the dropout masks made of it.
+"""Philox4x32-10, the counter-based random generator (Salmon et al., SC 2011), and dropout masks from it.
 
 A mask is a pure function of (seed, row id, column, stream): nothing is stored between forward and backward, and a
-row's mask does not depend on what else is in the batch or on the device. Every backend draws the same words.
+row's mask depends neither on the rest of the batch nor on the device. All backends draw the same words.
 """
 
 import torch
@@ -11,24 +11,24 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 LOW = 0xFFFFFFFF
 
-# The streams of one seed: which dropout of an operator draws.
+# Streams of one seed, one for each dropout of an operator.
 POOLED, INPUT = 0, 1
 
 
 def split(value: int | Tensor) -> tuple[int | Tensor, int | Tensor]:
-    """The low and high 32 bits of an int64 (two's complement), each in [0, 2**32)."""
+    """Return the low and high 32 bits of an int64 (two's complement), each in [0, 2**32)."""
     return value & LOW, (value >> 32) & LOW
 
 
 def multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32 bit product, in int64 without overflow: b is taken 16 bits at a time."""
+    """Return high and low 32 bits of a 32 x 32 bit product, in int64 without overflow: b in two halves of 16 bits."""
     low = a * (b & 0xFFFF)
     rest = a * (b >> 16) + (low >> 16)
     return rest >> 16, ((rest & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int], rounds: int = 10) -> list[Tensor]:
-    """Four random 32-bit words per counter, as int64 in [0, 2**32).
+    """Return four random 32-bit words per counter, as int64 in [0, 2**32).
 
     ``counter`` holds four int64 tensors that broadcast, ``key`` two ints, all with values in [0, 2**32).
     """
@@ -43,12 +43,12 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 def threshold(dropout: float) -> int:
-    """The number of the 2**32 words that drop: a column is kept where its word >= threshold, an exact integer test."""
+    """Return how many of the 2**32 words drop a column: it is kept if its word >= threshold, an exact integer test."""
     return int(dropout * 2**32)
 
 
 def dropout_mask(row_ids: Tensor, columns: int, dropout: float, seed: int, stream: int, dtype: torch.dtype) -> Tensor:
-    """[R, columns]: 0 where dropped, else 1 / (1 - dropout).
+    """Return the mask [R, columns]: 0 for a dropped element, else 1 / (1 - dropout).
 
     Word 0 of Philox with key (seed low, seed high) and counter (column, stream, row id low, row id high).
     """

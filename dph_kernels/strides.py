@@ -1,8 +1,8 @@
-"""How tensors have to lie in memory for kernels that read vectors of their rows."""
+"""The strides that kernels need which read vectors of rows."""
 
 from torch import Tensor
 
 
 def last_contiguous(x: Tensor) -> Tensor:
-    """``x``, copied only where the elements of its last dimension do not lie end to end; rows may lie anywhere."""
+    """Return ``x``, copied unless the stride of its last dimension is 1; the other strides may be any."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: seeds, poisoned memory, shared numbers, commands; GPU tests say why they are skipped."""
+"""Fixtures of the whole suite: seeds, poisoned memory, shared numbers, commands; skips of GPU tests."""
 
 import dataclasses
 import importlib
@@ -14,12 +14,12 @@ import pytest
 import torch
 from helpers.quick import quicken
 
-# Without a GPU Triton's kernels are interpreted; Triton reads this as they are defined, so it has to be set first.
+# Without a GPU Triton's kernels are interpreted. Triton reads the variable when they are defined, so it is set first.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     quicken()
 
-# Everything here is tiny: one thread is the fastest, and no busy neighbour can stall it.
+# All tensors are tiny: one thread is the fastest, and other processes cannot stall it.
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -27,16 +27,16 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Tests of one file stay together, so that what they share is made once; who is done takes from the others."""
+    """Keep the tests of a file on one worker, so that its fixtures are made once; idle workers take from others."""
     from xdist.scheduler import WorkStealingScheduling
 
-    if config.getoption("dist") != "load":  # another way was asked for
+    if config.getoption("dist") != "load":  # another mode was given
         return None
     return WorkStealingScheduling(config, log)
 
 
 def pytest_collection_modifyitems(items):
-    """Skip tests marked `gpu` where PyTorch sees no CUDA device."""
+    """Skip tests marked `gpu` if PyTorch sees no CUDA device."""
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and PyTorch sees none")
@@ -56,7 +56,7 @@ def pytest_runtest_call(item):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if parameters.get("backend") not in ("sdpa", "flash"):
             raise
-        while error.__cause__ and not isinstance(error, InexpressibleError):  # opcheck wraps what it runs into
+        while error.__cause__ and not isinstance(error, InexpressibleError):  # opcheck wraps errors
             error = error.__cause__
         if not isinstance(error, InexpressibleError):
             raise
@@ -86,9 +86,9 @@ def _poisoned(original):
 
 @pytest.fixture
 def poisoned_empty(monkeypatch):
-    """Fill what `torch.empty`, `empty_like`, `empty_strided` and `Tensor.new_empty` give with NaN (integers: minimum).
+    """Fill `torch.empty`, `empty_like`, `empty_strided` and `Tensor.new_empty` with NaN (integers: minimum).
 
-    An element that a kernel forgot to write then shows in its result, instead of being whatever lay in memory.
+    An element that a kernel forgot to write then shows in its result, instead of old memory.
     """
     for owner, name in (
         (torch, "empty"),
@@ -101,7 +101,7 @@ def poisoned_empty(monkeypatch):
 
 @pytest.fixture(scope="module")
 def every_kernel():
-    """Models as small as the tests' are computed by the kernels that large ones are, not left to plain PyTorch."""
+    """Compute the tests' small models with the kernels of large ones, which otherwise are left to plain PyTorch."""
     from dph_kernels import dispatch
 
     with pytest.MonkeyPatch.context() as patch:
@@ -111,7 +111,7 @@ def every_kernel():
 
 @pytest.fixture
 def overflow_is_an_error(monkeypatch):
-    """Triton's interpreter, where it is on, reports int32 arithmetic that wraps around, on masked lanes too."""
+    """Make Triton's interpreter, if it is on, report int32 overflow, on masked lanes too."""
     from dph_kernels import dispatch
 
     if dispatch.interpreted() and importlib.util.find_spec("triton"):
@@ -121,15 +121,15 @@ def overflow_is_an_error(monkeypatch):
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder beside the repository with golden numbers and sample data; tests that need it skip without it."""
+    """The folder next to the repository with golden numbers and sample data; tests that need it skip without it."""
     if not SHARED.is_dir():
-        pytest.skip("../shared (golden numbers and sample data) is not beside the repository")
+        pytest.skip("../shared (golden numbers and sample data) is not next to the repository")
     return SHARED
 
 
 @pytest.fixture
 def inductor():
-    """PyTorch's compiler with nothing compiled yet; skips, with the reason, where it does not work."""
+    """PyTorch's compiler with nothing compiled yet; skips, with the reason, if it does not work."""
     from dph.errors import UserError
     from dph.train import compile
 

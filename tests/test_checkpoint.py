@@ -151,7 +151,7 @@ def test_the_paper_s_chat_tokens_lie_in_the_free_rows():
 
 @pytest.mark.parametrize("given", [None, 7])
 def test_the_end_token_of_a_released_model_is_its_tokenizers(given, tmp_path):
-    """Every released configuration lacks it; without it nothing can be judged."""
+    """Every released configuration lacks it, and rewards need it."""
     tiny_model(im_end_token_id=given).save_official(tmp_path)
     loads = (
         dph.ModelConfig.from_pretrained,
@@ -252,7 +252,7 @@ def test_a_table_that_is_stored_as_the_head_is_found(tmp_path):
 
 
 def test_a_table_that_is_missing_is_not_made_up(tmp_path):
-    """transformers would draw it at random and only warn."""
+    """transformers would initialise it at random and only warn."""
     tiny_opt(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.decoder.embed_tokens.weight"]

@@ -1,4 +1,4 @@
-"""What the sources import: one way (csrc <- dph_kernels <- dph <- dph.cli.main; DESIGN.md 1), and of Python 3.10 alone."""
+"""Import rules (csrc <- dph_kernels <- dph, and the floors inside dph), and the oldest Python the sources run on."""
 
 import ast
 import re
@@ -9,6 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# The floor of each room of dph: a module imports its own room and lower floors. Modules at the root are on floor 0.
+FLOORS = {
+    "tasks": 1,
+    "data": 2,
+    "model": 3,
+    "train": 4, "infer": 4, "evaluate": 4,
+    "demo": 5, "serve": 5, "improve": 5,
+    "cli": 6,
+}  # fmt: skip
+SAME_FLOOR = {("train", "evaluate")}  # training computes held-out metrics
+LONGEST_CHAIN = 9
+MOST_ROOT_FILES = 12
 
 
 def module_name(path, root):
@@ -52,9 +65,50 @@ def rules(importer, root):
         yield "triton", "dph never imports triton"
         yield "dph_kernels._native", "dph never imports the native module"
         yield "dph_kernels.native", "dph never imports the native module"
-        if importer not in ("dph.cli", "dph.__main__"):
-            yield "dph.cli", "the command line stands on top"
+        if importer != "dph":  # the package itself lists what users import, lazily
+            yield from floor_rules(importer)
     yield "pickle", "files from elsewhere must not be able to run code"
+
+
+def room(module):
+    """The room of a module of dph; "" for the modules at the root."""
+    name = module.split(".")[1]
+    return name if name in FLOORS else ""
+
+
+def floor_rules(importer):
+    """Pairs (forbidden room, why) for one module of dph."""
+    own = room(importer)
+    floor = FLOORS.get(own, 0)
+    for other, level in FLOORS.items():
+        if other == own or (own, other) in SAME_FLOOR:
+            continue
+        if level > floor:
+            yield f"dph.{other}", f"{other} is on a higher floor than {own or 'the root'}"
+        elif level == floor:
+            yield f"dph.{other}", f"{other} is on the same floor as {own}"
+
+
+def graph(root, package):
+    """Module -> modules of the package that it imports, at any depth; without the package's own ``__init__``."""
+    paths = {module_name(path, root): path for path in (root / package).rglob("*.py")}
+    edges = {name: {other for other in imported(path, root) if other in paths} for name, path in paths.items()}
+    del edges[package]
+    return {name: others - {name, package} for name, others in edges.items()}
+
+
+def longest_chain(edges):
+    """The longest chain of imports. Raises AssertionError with the modules of a circle."""
+    chains = {}
+
+    def chain(module, above):
+        assert module not in above, f"circular imports: {' -> '.join([*above, module])}"
+        if module not in chains:
+            below = [chain(other, [*above, module]) for other in sorted(edges[module])]
+            chains[module] = [module, *max(below, key=len, default=[])]
+        return chains[module]
+
+    return max((chain(module, []) for module in edges), key=len)
 
 
 def violations(root):
@@ -75,6 +129,37 @@ def includes(root):
 
 def test_imports_point_one_way():
     assert list(violations(ROOT)) == []
+
+
+def test_every_folder_of_dph_has_a_floor():
+    rooms = {path.parent.name for path in (ROOT / "dph").glob("*/__init__.py")}
+    assert rooms <= set(FLOORS)
+    assert {"tasks", "data", "model", "train", "infer", "evaluate", "demo", "cli"} <= rooms
+
+
+def test_few_files_at_the_root():
+    assert len(list((ROOT / "dph").glob("*.py"))) <= MOST_ROOT_FILES
+
+
+@pytest.mark.parametrize("package", ["dph", "dph_kernels"])
+def test_chains_of_imports_are_short_and_never_circular(package):
+    chain = longest_chain(graph(ROOT, package))
+    assert len(chain) <= LONGEST_CHAIN, " -> ".join(chain)
+
+
+def test_a_circle_and_a_long_chain_are_found(tmp_path):
+    (tmp_path / "dph").mkdir()
+    for name, line in {
+        "__init__": "from dph import a",
+        "a": "from dph import b",
+        "b": "def f():\n    from dph.c import x",
+        "c": "",
+    }.items():
+        (tmp_path / f"dph/{name}.py").write_text(line)
+    assert longest_chain(graph(tmp_path, "dph")) == ["dph.a", "dph.b", "dph.c"]
+    (tmp_path / "dph/c.py").write_text("import dph.a")
+    with pytest.raises(AssertionError, match=r"circular imports: dph\.a -> dph\.b -> dph\.c -> dph\.a"):
+        longest_chain(graph(tmp_path, "dph"))
 
 
 def test_all_of_the_house_is_read():
@@ -113,13 +198,19 @@ def test_torch_load_is_never_called():
         ("dph_kernels/one/triton.py", "from dph_kernels.two import reference", "operators never import each other"),
         ("dph_kernels/one/__init__.py", "from dph_kernels import two", "operators never import each other"),
         ("dph_kernels/one/__init__.py", "from ..two import forward", "operators never import each other"),
-        ("dph_kernels/checks.py", "import dph.model.model.model", "knows nothing of models"),
-        ("dph/model.py", "def f():\n    import triton.language as tl", "dph never imports triton"),
-        ("dph/model.py", "from dph_kernels import _native", "dph never imports the native module"),
-        ("dph/model.py", "from dph_kernels.native import module", "dph never imports the native module"),
-        ("dph/trainer.py", "from dph import cli", "the command line stands on top"),
-        ("dph/tasks/glue.py", "from .. import cli", "the command line stands on top"),
-        ("dph/data.py", "from pickle import loads", "run code"),
+        ("dph_kernels/checks.py", "import dph.model.model", "knows nothing of models"),
+        ("dph/model/model.py", "def f():\n    import triton.language as tl", "dph never imports triton"),
+        ("dph/model/model.py", "from dph_kernels import _native", "dph never imports the native module"),
+        ("dph/model/model.py", "from dph_kernels.native import module", "dph never imports the native module"),
+        ("dph/train/trainer.py", "from dph import cli", "cli is on a higher floor than train"),
+        ("dph/tasks/glue.py", "from .. import cli", "cli is on a higher floor than tasks"),
+        ("dph/tasks/base.py", "from dph.data.sources import read_jsonl", "data is on a higher floor than tasks"),
+        ("dph/chat.py", "if TYPE_CHECKING:\n    from dph.model.model import Model", "higher floor than the root"),
+        ("dph/model/model.py", "def f():\n    from dph.train import recipe", "train is on a higher floor than model"),
+        ("dph/infer/best_of_n.py", "from dph.train.trainer import Trainer", "train is on the same floor as infer"),
+        ("dph/evaluate/choices.py", "import dph.train.trainer", "train is on the same floor as evaluate"),
+        ("dph/train/trainer.py", "from dph.infer import sampling", "infer is on the same floor as train"),
+        ("dph/data/dataset.py", "from pickle import loads", "run code"),
     ],
 )
 def test_the_rules_catch_what_they_forbid(tmp_path, path, line, complaint):
@@ -137,9 +228,10 @@ def test_the_rules_allow_what_they_should(tmp_path):
         "dph_kernels/one/reference.py": "import torch",
         "dph_kernels/one/triton.py": "import triton",
         "dph_kernels/__init__.py": "from dph_kernels.one import one",
-        "dph/model.py": "from dph_kernels import one\nfrom dph.model.heads import RewardHead",
-        "dph/cli.py": "from dph.model.model import Model",
-        "dph/__main__.py": "from dph.cli.main import main",
+        "dph/__init__.py": "def __getattr__(name):\n    from dph.model.model import Model",
+        "dph/model/model.py": "from dph_kernels import one\nfrom dph.model.heads import RewardHead",
+        "dph/train/trainer.py": "from dph.evaluate import choices\nfrom dph import chat\nimport dph",
+        "dph/cli/main.py": "from dph.train.entry import train",
     }.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(line)

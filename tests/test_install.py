@@ -1,7 +1,7 @@
 """``pip install -e .`` in pip's isolated build environment, with and without compilers, each in a copy of the tree.
 
-The fresh environment sees this one's packages (PyTorch is large), so only the build is fresh, and it needs PyPI for
-setuptools and pybind11; where that cannot be reached, the tests skip.
+The fresh environment can import this one's packages (PyTorch is large), so only the build is fresh. It needs PyPI for
+setuptools and pybind11; the tests skip if that cannot be reached.
 """
 
 import os
@@ -77,7 +77,7 @@ def path_without(program):
 
 
 def environment(**changes):
-    """This process's environment with CXX, CUDA_HOME and the like gone, and ``changes`` made."""
+    """This process's environment without CXX, CUDA_HOME and the like, and with ``changes``."""
     unwanted = ("CC", "CXX", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH", "PYTHONHOME")
     return {**{k: v for k, v in os.environ.items() if k not in unwanted}, "OMP_NUM_THREADS": "1", **changes}
 
@@ -88,7 +88,7 @@ def run(command, cwd, env):
 
 
 def pip(python, tree, env, *arguments):
-    """Run pip; its output. Skips where the build requirements cannot be had."""
+    """Run pip and return its output. Skips if the build requirements cannot be downloaded."""
     code, output = run([python, "-m", "pip", *arguments], tree, env)
     if code and re.search(r"No matching distribution found for (setuptools|pybind11)", output):
         pytest.skip("PyPI (setuptools, pybind11) cannot be reached for an isolated build")
@@ -97,7 +97,7 @@ def pip(python, tree, env, *arguments):
 
 
 def install(python, tree, env):
-    """Install the copy; what pip said, and what one step of the optimiser says of the backends."""
+    """Install the copy; return pip's output, and the backends that one step of the optimiser reports."""
     output = pip(python, tree, env, "install", "-v", "--no-deps", "--no-cache-dir", "-e", ".")
     assert (python.parent / "dph").exists(), "the dph command is missing"
     code, said = run([python, "-c", STEP], tree.parent, env)
@@ -189,8 +189,8 @@ def test_sdist_holds_all_that_is_built(tree):
         names = {member.name.partition("/")[2] for member in file if member.isfile()}
     csrc = {path.relative_to(tree).as_posix() for path in (tree / "csrc").rglob("*") if path.is_file()}
     assert {Path(name).suffix for name in csrc} == {".cpp", ".cu", ".h"}
-    recipes = {path.relative_to(tree).as_posix() for path in (tree / "dph" / "recipes").glob("*.yaml")}
-    assert csrc | recipes | {"setup.py", "pyproject.toml", "constraints.txt", "dph/model.py"} <= names
+    recipes = {path.relative_to(tree).as_posix() for path in (tree / "dph" / "train" / "recipes").glob("*.yaml")}
+    assert csrc | recipes | {"setup.py", "pyproject.toml", "constraints.txt", "dph/model/model.py"} <= names
 
 
 def test_build_needs_no_pytorch():

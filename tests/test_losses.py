@@ -1,4 +1,4 @@
-"""The objectives: the paper's own numbers, its two theorems, and what can go wrong around them."""
+"""The objectives: the paper's own numbers, its two theorems, and errors."""
 
 import math
 
@@ -97,7 +97,7 @@ def test_theorem_2_contrastive_margins_converge_to_the_log_odds(epsilon):
     chosen, rejected = descend("contrastive", epsilon, start)
     optimum = torch.full_like(chosen, math.log((1 - epsilon) / epsilon))
     torch.testing.assert_close(chosen - rejected, optimum, rtol=0, atol=1e-6)
-    # Only the margin is held: where the two lie together is left as it was.
+    # Only the margin is determined: the mean of the two stays as it was.
     torch.testing.assert_close(chosen + rejected, torch.tensor(start, dtype=torch.float64).sum(0))
 
 
@@ -121,7 +121,7 @@ def test_second_derivatives_are_positive_on_a_grid(objective, epsilon):
 
 @pytest.mark.parametrize("epsilon", EPSILONS)
 def test_hessian_of_the_separable_loss_is_diagonal(epsilon):
-    """Theorem 1's rewards do not see each other; theorem 2's have no curvature along r_w + r_l."""
+    """Theorem 1's rewards are independent; theorem 2's have no curvature along r_w + r_l."""
     rewards = torch.tensor([0.3, -1.2], dtype=torch.float64)
     hessians = {
         objective: torch.autograd.functional.hessian(

@@ -1,4 +1,4 @@
-"""LaProp against the paper's code, against its equations in fp64, and where state is saved, lowered or missing."""
+"""LaProp against the paper's code and against its equations in fp64; mixed precision, groups and the schedule."""
 
 import copy
 import math
@@ -177,27 +177,27 @@ def test_half_precision_weights_have_fp32_masters(dtype):
     assert (start.float() - p.float()).max() > 3e-3
 
 
-def test_lower_and_restore_keep_the_fp32_weights():
+def test_mixed_precision_keeps_the_fp32_weights():
     start = numbers(50, seed=4)
     p, q = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     low, high = LaProp([p], lr=0.1, prior_decay=0.5), LaProp([q], lr=0.1, prior_decay=0.5)
-    low.lower(torch.bfloat16)
+    low.to_mixed_precision(torch.bfloat16)
     assert p.dtype == torch.bfloat16
     (p * torch.ones(50).bfloat16()).sum().backward()
-    assert p.grad.dtype == torch.float32  # gathered in fp32 over micro-batches
+    assert p.grad.dtype == torch.float32  # accumulated in fp32 over micro-batches
     low.zero_grad()
-    low.gather_in_fp32(several=False)
+    low.accumulate_in_fp32(enabled=False)
     (p * torch.ones(50).bfloat16()).sum().backward()
-    assert p.grad.dtype == torch.bfloat16  # of a single one
+    assert p.grad.dtype == torch.bfloat16  # of a single micro-batch
     low.zero_grad()
-    low.gather_in_fp32(several=True)
-    high.gather_in_fp32(several=False)  # has none that are lowered
+    low.accumulate_in_fp32(enabled=True)
+    high.accumulate_in_fp32(enabled=False)  # has no masters
     for step in range(3):
         p.grad, q.grad = numbers(50, seed=step), numbers(50, seed=step)
         low.step()
         high.step()
         assert torch.equal(p, low.state[p]["master"].bfloat16())
-    low.restore()
+    low.to_full_precision()
     assert p.dtype == torch.float32
     torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
     assert "master" not in low.state[p]
@@ -227,7 +227,7 @@ def test_the_rate_may_be_a_tensor():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_gradient_that_is_not_finite_changes_nothing(dtype):
-    """Neither weights nor state nor the count of steps: later steps are those of a run that never saw it."""
+    """Neither weights nor state nor the step count: later steps equal those of a run without it."""
     params, others = two(dtype), two(dtype)
     one, other = LaProp(params, lr=1.0, **SETTINGS["both"]), LaProp(others, lr=1.0, **SETTINGS["both"])
     run(one, params, 3)
@@ -294,7 +294,7 @@ def test_a_group_in_two_precisions_counts_each_step_once():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_prior_in_bfloat16(dtype):
-    """Only the anchor is rounded, and a run goes on with it as it was."""
+    """Only the anchor is rounded, and a resumed run has the same anchor."""
     start = numbers(5, 3, seed=8).to(dtype)
     low, high = (nn.Parameter(start.clone()) for _ in range(2))
     one = LaProp([low], lr=1.0, prior_decay=0.5, prior_dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""LaProp's state: saved and loaded in PyTorch's layout, in that of checkpoints, and where it is not whole."""
+"""LaProp's state: saved and loaded in PyTorch's layout and in that of checkpoints, and refused if incomplete."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from dph.optim import LaProp
 
 
 def go_on(state, params, optimiser, dtype=torch.float32, **settings):
-    """Load ``state`` into a fresh optimiser over copies; both go on for four steps, bit for bit."""
+    """Load ``state`` into a fresh optimiser over copies; both continue for four steps, bit for bit."""
     others = two(dtype)
     for p, q in zip(params, others, strict=True):
         q.data.copy_(p)
@@ -79,7 +79,7 @@ def test_state_goes_through_another_of_pytorchs_optimisers(dtype):
 
 
 def test_state_of_an_older_layout():
-    """Groups had the count of steps, and no dtype of the prior."""
+    """In old checkpoints, groups had the step count, and no dtype of the prior."""
     params = two()
     optimiser = LaProp(params, lr=1.0, **SETTINGS["both"])
     run(optimiser, params, 4)

@@ -1,164 +1,39 @@
-"""Figures: the paper's loss landscapes (figure 1), and the curves of training runs."""
+"""``dph plot``: the objectives' loss landscapes, or the curves of training runs."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+import argparse
 
-import numpy as np
+from dph.cli import common
 
-from dph.data.sources import JsonLines
-from dph.errors import UserError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-LIMIT = 6.0  # of the rewards on the landscapes' axes
+HELP = "draw the loss landscapes, or the curves of training runs"
+EXAMPLE = """dph plot landscape -o landscape.png
+dph plot run runs/align -o curves.png"""
 
 
-def separable(chosen: np.ndarray, rejected: np.ndarray, epsilon: float) -> np.ndarray:
-    """The separable loss of every pair of rewards; ``dph.losses.dph_loss`` gives its mean."""
-    return (
-        (1 - epsilon) * _softplus(-chosen)
-        + epsilon * _softplus(chosen)
-        + epsilon * _softplus(-rejected)
-        + (1 - epsilon) * _softplus(rejected)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the two figures and their arguments."""
+    figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
+    text = "loss landscapes of both reward objectives (the paper's figure 1)"
+    landscape = figures.add_parser(
+        "landscape", help=text, description=text, example="dph plot landscape --epsilon 0.1 0.25 -o landscape.png"
     )
+    landscape.add_argument("--epsilon", type=float, nargs="+", default=[0.1], help="label smoothing (default: 0.1)")
+    text = "curves of one or several training runs"
+    run = figures.add_parser(
+        "run", help=text, description=text, example="dph plot run runs/align runs/head -o curves.png"
+    )
+    run.add_argument("directories", nargs="+", metavar="DIR", help="run directory, which holds metrics.jsonl")
+    for figure in (landscape, run):
+        figure.add_argument("-o", "--output", required=True, metavar="FILE", help="PNG, PDF or SVG, by its suffix")
 
 
-def contrastive(chosen: np.ndarray, rejected: np.ndarray, epsilon: float) -> np.ndarray:
-    """The contrastive loss of every pair of rewards."""
-    margin = chosen - rejected
-    return (1 - epsilon) * _softplus(-margin) + epsilon * _softplus(margin)
+def run(args: argparse.Namespace) -> None:
+    """Draw a figure into a file."""
+    from dph.cli import figures
 
-
-def _softplus(x: np.ndarray) -> np.ndarray:
-    return np.logaddexp(0.0, x)
-
-
-OBJECTIVES = {"separable": separable, "contrastive": contrastive}
-
-
-def landscape(epsilons: Sequence[float] = (0.1,)) -> Figure:
-    """Both objectives over (r_w, r_l), a row for each epsilon; where the loss is least is marked (theorems 1 and 2)."""
-    from matplotlib.figure import Figure
-
-    for epsilon in epsilons:
-        if not 0 < epsilon < 0.5:
-            raise UserError(f"epsilon: expected 0 < epsilon < 0.5 (at 0 the optimum is at infinity), got {epsilon}")
-    figure = Figure(figsize=(10.5, 4.5 * len(epsilons)), layout="constrained")
-    grid = figure.subplots(len(epsilons), len(OBJECTIVES), squeeze=False)
-    for row, epsilon in zip(grid, epsilons, strict=True):
-        for axes, name in zip(row, OBJECTIVES, strict=True):
-            _draw_landscape(figure, axes, name, epsilon)
-    return figure
-
-
-def check_output(path: str | Path) -> None:
-    """Raise UserError where no figure can be written to a file of that suffix."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    known = FigureCanvasBase.get_supported_filetypes()
-    if Path(path).suffix[1:].lower() not in known:
-        raise UserError(f"--output: expected a file that ends in .{', .'.join(sorted(known))}, got {path}")
-
-
-def _draw_landscape(figure: Figure, axes: Axes, name: str, epsilon: float) -> None:
-    best = math.log((1 - epsilon) / epsilon)
-    limit = max(LIMIT, 1.25 * best)
-    ticks = np.linspace(-limit, limit, 201)
-    chosen, rejected = np.meshgrid(ticks, ticks)
-    loss = OBJECTIVES[name](chosen, rejected, epsilon)
-    filled = axes.contourf(chosen, rejected, loss, levels=40, cmap="viridis")
-    axes.contour(chosen, rejected, loss, levels=12, colors="white", linewidths=0.4, alpha=0.6)
-    figure.colorbar(filled, ax=axes, label="loss (nats)")
-    if name == "separable":
-        label = f"optimum ({best:.2f}, {-best:.2f})"
-        axes.plot([best], [-best], "*", color="red", markersize=14, label=label)
-    else:
-        axes.plot(ticks, ticks - best, "--", color="red", label=f"optimum: margin {best:.2f}")
-    axes.set(
-        title=f"{name}, ε = {epsilon:g}", xlabel="reward of the preferred answer $r_w$",
-        ylabel="reward of the dispreferred answer $r_l$", xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal",
-    )  # fmt: skip
-    axes.legend(loc="upper left")
-
-
-# Title, label of the axis, and the words by which a metric's name is known; the first panel that knows it draws it.
-PANELS = (
-    ("losses", "nats", ("loss", "entropy")),
-    ("accuracies", "share that is right", ("accuracy",)),
-    ("rewards", "reward", ("reward", "implicit")),
-    ("learning rate", "learning rate", ("lr",)),
-)
-STYLES = ("-", "--", ":", "-.")
-
-Curve = tuple[list[float], list[float]]  # steps, values
-
-
-def curves(directories: Sequence[str | Path]) -> Figure:
-    """The curves of runs, from their metrics.jsonl: a colour for each metric, a line style for each run.
-
-    Raises UserError where a directory has no metrics, or a line is not one of them.
-    """
-    from matplotlib.figure import Figure
-
-    runs = {str(directory): read_metrics(directory) for directory in directories}
-    names = list(dict.fromkeys(name for run in runs.values() for name in run))
-    panels = [(title, label, found) for (title, label, _), found in zip(PANELS, group(names), strict=True) if found]
-    if not panels:
-        raise UserError(f"{', '.join(runs)}: expected losses, accuracies or learning rates in metrics.jsonl, got none")
-    figure = Figure(figsize=(6.5 * min(len(panels), 2), 4 * math.ceil(len(panels) / 2)), layout="constrained")
-    grid = figure.subplots(math.ceil(len(panels) / 2), min(len(panels), 2), squeeze=False).flatten()
-    for axes, (title, label, found) in zip(grid, panels, strict=False):
-        _draw_curves(axes, runs, found)
-        axes.set(title=title, xlabel="step", ylabel=label)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    for axes in grid[len(panels) :]:
-        axes.remove()
-    return figure
-
-
-def _draw_curves(axes: Axes, runs: dict[str, dict[str, Curve]], names: Sequence[str]) -> None:
-    for (run, metrics), style in zip(runs.items(), itertools.cycle(STYLES), strict=False):
-        for i, name in enumerate(names):
-            if name in metrics:
-                label = name if len(runs) == 1 else f"{name}, {run}"
-                marker = "o" if len(metrics[name][0]) < 20 else None
-                axes.plot(*metrics[name], style, color=f"C{i}", label=label, marker=marker, markersize=3)
-
-
-def read_metrics(directory: str | Path) -> dict[str, Curve]:
-    """Every metric of a run: the steps that logged it, and its values."""
-    metrics: dict[str, Curve] = {}
-    path = Path(directory) / "metrics.jsonl"
-    if not path.is_file():
-        got = "a folder without metrics.jsonl" if path.parent.is_dir() else "nothing"
-        raise UserError(f"{directory}: expected a run, got {got} there")
-    lines = JsonLines(path)
-    for i, line in enumerate(lines):
-        if "step" not in line:
-            raise UserError(f"{lines.where(i)}: expected a step among the metrics, got {', '.join(line) or 'nothing'}")
-        for name, value in line.items():
-            if name != "step" and isinstance(value, int | float):
-                steps, values = metrics.setdefault(name, ([], []))
-                steps.append(line["step"])
-                values.append(value)
-    return metrics
-
-
-def group(names: Iterable[str]) -> list[list[str]]:
-    """The names that each panel draws."""
-    panels: list[list[str]] = [[] for _ in PANELS]
-    for name in names:
-        words = name.replace("/", "_").split("_")
-        for found, (_, _, known) in zip(panels, PANELS, strict=True):
-            if any(word in known for word in words):
-                found.append(name)
-                break
-    return panels
+    figures.check_suffix(args.output)
+    common.check_output_file(args.output)
+    figure = figures.landscape(args.epsilon) if args.figure == "landscape" else figures.curves(args.directories)
+    figure.savefig(args.output, dpi=130)
+    print(args.output)

@@ -1,1 +1,1 @@
-"""From a line of a file to a packed batch."""
+"""Data, from lines of files to packed batches."""

@@ -1,4 +1,4 @@
-"""What training takes: segments of parallel streams, and preference pairs. Both resume exactly from plain JSON."""
+"""Batches for training: segments of parallel streams, and preference pairs. Both continue exactly from plain JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from dph.chat import Encoded
 from dph.data.formats import Record
 from dph.data.packing import packed_length
-from dph.data.sampler import Order
+from dph.data.sampler import Sampler
 from dph.errors import UserError
 from dph.losses import IGNORED
 
@@ -20,26 +20,26 @@ from dph.losses import IGNORED
 class Streams:
     """Segments for Transformer-XL training: B parallel streams, each of records end to end, cut every S tokens.
 
-    Iterating yields (tokens [B, S], targets [B, S]), int64 on the CPU; a target is -100 where the loss mask is off.
-    Row b of a batch goes on where row b of the batch before ended, so that memory carries records across the cut. A
-    stream takes whole runs of ``records.run``. Where the records end, what is left is filled up with ``pad_token``.
+    Iterating yields (tokens [B, S], targets [B, S]), int64 on the CPU; a target is -100 if its loss mask is off. Row b
+    of a batch continues row b of the previous batch, so that memory carries records across the cut. A stream takes
+    whole runs of ``records.run``. After the last record the streams are padded with ``pad_token``.
     """
 
     def __init__(
-        self, records: Order, encode: Callable[[Record], Encoded], batch: int, length: int, pad_token: int
+        self, records: Sampler, encode: Callable[[Record], Encoded], batch: int, length: int, pad_token: int
     ) -> None:
         if batch < 1 or length < 1:
             raise UserError(f"batch, length: expected at least 1 each, got {batch} and {length}")
         self.records, self.encode, self.length, self.pad_token = records, encode, length, pad_token
-        self._tokens: list[list[int]] = [[] for _ in range(batch)]
+        self._tokens: list[list[int]] = [[] for _ in range(batch)]  # of each stream, beyond the segments taken
         self._targets: list[list[int]] = [[] for _ in range(batch)]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Itself."""
+        """Return the iterator itself."""
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        """The next segment of every stream."""
+        """Return the next segment of every stream. Raises StopIteration when all streams are empty."""
         for tokens, targets in zip(self._tokens, self._targets, strict=True):
             self._fill(tokens, targets)
         if not any(self._tokens):
@@ -47,6 +47,7 @@ class Streams:
         return self._take(self._tokens, self.pad_token), self._take(self._targets, IGNORED)
 
     def _fill(self, tokens: list[int], targets: list[int]) -> None:
+        """Add runs of records to one stream until it holds a segment or the records end."""
         while len(tokens) < self.length:
             for _ in range(self.records.run):
                 record = next(self.records, None)
@@ -54,23 +55,24 @@ class Streams:
                     return
                 encoded = self.encode(record)
                 tokens += encoded.tokens
-                masked = zip(encoded.targets, encoded.loss_mask, strict=True)
-                targets += [target if on else IGNORED for target, on in masked]
+                for target, counted in zip(encoded.targets, encoded.loss_mask, strict=True):
+                    targets.append(target if counted else IGNORED)
 
-    def _take(self, streams: list[list[int]], filler: int) -> Tensor:
+    def _take(self, streams: list[list[int]], padding: int) -> Tensor:
+        """Remove a segment from each stream, padded to the full length: [B, S]."""
         rows = []
         for stream in streams:
-            rows.append(stream[: self.length] + [filler] * (self.length - len(stream)))
+            rows.append(stream[: self.length] + [padding] * (self.length - len(stream)))
             del stream[: self.length]
         return torch.tensor(rows, dtype=torch.int64)
 
     def state_dict(self) -> dict[str, Any]:
-        """The records' state, and the tokens that every stream has left over."""
-        copy = [list(stream) for stream in self._tokens], [list(stream) for stream in self._targets]
-        return {"records": self.records.state_dict(), "tokens": copy[0], "targets": copy[1]}
+        """Return the sampler's state and the remaining tokens of every stream."""
+        tokens, targets = [list(stream) for stream in self._tokens], [list(stream) for stream in self._targets]
+        return {"records": self.records.state_dict(), "tokens": tokens, "targets": targets}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state. Raises UserError where the batch size is another."""
+        """Continue from a state. Raises UserError if it has another batch size."""
         if len(state["tokens"]) != len(self._tokens):
             raise UserError(f"batch: expected the interrupted run's {len(state['tokens'])}, got {len(self._tokens)}")
         self.records.load_state_dict(state["records"])
@@ -79,16 +81,16 @@ class Streams:
 
 
 class PairBatches:
-    """Lists of N (chosen, rejected), encoded; the last one is shorter where the records end.
+    """Lists of N encoded pairs (chosen, rejected); the last one is shorter if the records end.
 
-    A pair is left out whole, and counted in ``refused`` by reason, where a side is longer than ``max_length`` tokens
-    (a cut answer has no reward), where it takes more than ``max_tokens`` with its prompt shared, where both sides are
-    the same, or where the record has no wrong answer.
+    A pair is left out, and counted in ``refused`` by its reason, if a side is longer than ``max_length`` tokens (a cut
+    answer has no reward), if the pair takes more than ``max_tokens`` with its prompt shared, if both sides are the
+    same, or if the record has no wrong answer.
     """
 
     def __init__(
         self,
-        records: Order,
+        records: Sampler,
         encode: Callable[[Record], tuple[Encoded, Encoded]],
         pairs: int,
         max_length: int | None = None,
@@ -101,51 +103,52 @@ class PairBatches:
         self.refused: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[list[tuple[Encoded, Encoded]]]:
-        """Itself."""
+        """Return the iterator itself."""
         return self
 
     def __next__(self) -> list[tuple[Encoded, Encoded]]:
-        """The next N pairs. Raises UserError where no record of two whole passes gives a pair."""
-        found, in_a_row = [], 0
-        while len(found) < self.pairs:
+        """Return the next N pairs. Raises UserError if two whole passes over the records give no pair."""
+        batch, refused_in_a_row = [], 0
+        while len(batch) < self.pairs:
             try:
                 record = next(self.records)
             except StopIteration:
                 break
-            pair = self.encode(record) if record is not None else None
-            reason = self._reason(pair)
+            pair = None if record is None else self.encode(record)
+            reason = self._reason_to_refuse(pair)
             if reason is None:
-                found.append(pair)
-                in_a_row = 0
+                batch.append(pair)
+                refused_in_a_row = 0
                 continue
             self.refused[reason] += 1
-            in_a_row += 1
-            if in_a_row > 2 * self.records.size:
+            refused_in_a_row += 1
+            if refused_in_a_row > 2 * self.records.size:
                 reasons = ", ".join(f"{reason} ({count})" for reason, count in self.refused.items())
                 raise UserError(f"pairs: expected some to train on, got none in two passes over the records: {reasons}")
-        if not found:
+        if not batch:
             raise StopIteration
-        return found
+        return batch
 
-    def _reason(self, pair: tuple[Encoded, Encoded] | None) -> str | None:
-        """Why a pair is refused, or None."""
+    def _reason_to_refuse(self, pair: tuple[Encoded, Encoded] | None) -> str | None:
+        """Return the reason why a pair is left out, or None."""
         if pair is None:
             return "no wrong answer"
-        if pair[0].tokens == pair[1].tokens:
+        chosen, rejected = pair[0].tokens, pair[1].tokens
+        if chosen == rejected:
             return "identical"
-        if self.max_length is not None and max(map(len, pair)) > self.max_length:
+        if self.max_length is not None and max(len(chosen), len(rejected)) > self.max_length:
             return f"longer than {self.max_length} tokens"
-        # What is shared need not be looked for where there is room for both sides whole.
-        most = self.max_tokens
-        if most is not None and sum(map(len, pair)) > most and packed_length(pair) > most:
-            return f"more than {most} tokens together"
+        # The common prefix is searched only if both sides in full exceed the limit.
+        limit = self.max_tokens
+        if limit is not None and len(chosen) + len(rejected) > limit and packed_length(pair) > limit:
+            return f"more than {limit} tokens together"
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """The records' state, and what was refused so far."""
+        """Return the sampler's state and the counts of refused pairs."""
         return {"records": self.records.state_dict(), "refused": dict(self.refused)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
         self.records.load_state_dict(state["records"])
         self.refused = Counter(state["refused"])

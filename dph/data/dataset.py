@@ -1,71 +1,34 @@
-"""Records from files, the hub and tasks, and the batches that training takes. All of it resumes exactly.
+"""Records of a data source, of the sources that a recipe lists, and of tasks.
 
-    source = load("task:glue/sst2", "preference", directory="data")      # a sized, indexable sequence of Preference
-    batches = PairBatches(Shuffled(source, seed=0), encoder(tokenizer), pairs=64, max_length=2048)
-    state = batches.state_dict()                                         # plain JSON
+    records = load("task:glue/sst2", "preference", directory="data")     # a sized, indexable sequence of Preference
+    batches = PairBatches(Shuffled(records, seed=0), Encoder(tokenizer), pairs=64, max_length=2048)
+    state = batches.state_dict()                                         # plain JSON, continues exactly
 
-``dph.data.formats`` says what a record is, ``dph.data.sampler`` which comes next, ``dph.data.batching`` what training takes.
+Records are defined in ``dph.data.formats``, samplers in ``dph.data.sampler``, batches in ``dph.data.batching``.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import accumulate
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dph import chat, tasks
-from dph.data.batching import PairBatches, Streams
-from dph.data.formats import FORMS, Conversation, Preference, Record, Text, encoder, lower, record
-from dph.data.sampler import InOrder, Interleaved, Shuffled, draw
-from dph.data.sources import JsonLines, read_hub, read_jsonl, read_text
+from dph.data.formats import EXPECTED_FIELDS, Preference, Record, from_messages
+from dph.data.sampler import Interleaved, Shuffled, draw
+from dph.data.sources import (
+    Concatenated,
+    HubRecords,
+    JsonlRecords,
+    Limited,
+    Records,
+    read_hub,
+    read_jsonl,
+    text_records,
+)
 from dph.errors import UserError
-
-__all__ = [
-    "Conversation",
-    "InOrder",
-    "Interleaved",
-    "PairBatches",
-    "Preference",
-    "Records",
-    "Shuffled",
-    "Streams",
-    "Text",
-    "encoder",
-    "load",
-    "mixture",
-    "read_jsonl",
-    "record",
-]
-
-
-# Characters of a text beyond which it is cut. Parallel streams take whole records, so a corpus in one would be read by
-# all of them at once, and be what a checkpoint has to hold of each.
-PIECE = 2**16
-
-
-class Records(Sequence):
-    """A sized, indexable sequence of records: what ``read`` makes of index i.
-
-    Worker processes (``dph.data.workers``) take it over, so ``read`` is no closure here but a ``partial`` of a function.
-    """
-
-    def __init__(self, size: int, read: Callable[[int], Record | None]) -> None:
-        self._size, self._read = size, read
-
-    def __len__(self) -> int:
-        """How many records."""
-        return self._size
-
-    def __iter__(self) -> Iterator[Record | None]:
-        """All records; an IndexError inside ``read`` is not taken for the end."""
-        return map(self._read, range(self._size))
-
-    def __getitem__(self, index: int) -> Record | None:
-        """One record; None is a pair that could not be made, since the document has no wrong answer."""
-        return self._read(range(self._size)[index])
+from dph.tasks import Task
 
 
 def load(
@@ -77,37 +40,42 @@ def load(
     limit: int | None = None,
     seed: int = 0,
     text_field: str = "text",
-) -> Records:
-    """The records of one source.
+) -> Sequence[Record]:
+    """Return the records of one source. Every line of a file is checked at once.
 
-    ``spec`` is ``task:NAME``, ``hub:NAME[:CONFIG]``, a JSONL file, a .txt file (a document; text only) or a folder of
-    such files. ``split`` applies to tasks and the hub; ``directory`` holds tasks' local files
-    (``directory/<task>/<split>.jsonl``); ``limit`` keeps the first records. A text of a file that is longer than
-    ``PIECE`` characters is several records, cut behind a line or a word; the last alone teaches a document's end. A
-    task's conversation is the right answer's, its preference sets that against a wrong one drawn by ``seed`` and index.
-    Every line of a file is checked now.
+    Args:
+        spec: ``task:NAME``, ``hub:NAME[:CONFIG]``, a JSONL file, a .txt file (one document, text only), or a folder of
+            such files. A text of a file that is longer than ``MAX_TEXT`` characters is several records.
+        kind: "preference", "conversation" or "text". A task's conversation ends in the right answer; its preference
+            pairs that with a wrong answer drawn by ``seed`` and index.
+        split: of a task or hub data set.
+        directory: folder of tasks' local files, ``directory/<task>/<split>.jsonl``; None: the hub.
+        limit: use only the first records.
+        seed: of the wrong answers.
+        text_field: field that holds plain text.
 
-    Raises UserError where the source is missing, empty or malformed, or cannot give records of ``kind``.
+    Raises UserError if the source is missing, empty or malformed, or cannot give records of ``kind``.
     """
-    if kind not in FORMS:
-        raise UserError(f"kind: expected {', '.join(FORMS)}, got {kind!r}")
+    if kind not in EXPECTED_FIELDS:
+        raise UserError(f"kind: expected {', '.join(EXPECTED_FIELDS)}, got {kind!r}")
     if limit is not None and limit < 1:
         raise UserError(f"limit: expected at least 1, got {limit}")
     origin, _, name = str(spec).partition(":")
     if origin == "task":
-        records = _from_task(tasks.load(name), kind, split, directory, seed)
+        records = TaskRecords(tasks.load(name), kind, split, directory, seed)
     elif origin == "hub":
-        records = _from_hub(name, kind, split, text_field)
+        records = HubRecords(name, kind, split, text_field)
     else:
-        records = _from_files(Path(spec), kind, text_field)
+        records = _load_files(Path(spec), kind, text_field)
     if not len(records):
         raise UserError(f"{spec}: expected at least one record, got none")
     if origin in ("task", "hub"):
         records[0]  # hidden labels, missing fields and the wrong kind are errors now rather than at the first batch
-    return records if limit is None else Records(min(limit, len(records)), records.__getitem__)
+    return records if limit is None else Limited(records, limit)
 
 
-def _from_files(path: Path, kind: str, text_field: str) -> Records:
+def _load_files(path: Path, kind: str, text_field: str) -> Sequence[Record]:
+    """Return the records of a file, or of all files of a folder in the order of their names."""
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in (".jsonl", ".txt"))
@@ -115,96 +83,141 @@ def _from_files(path: Path, kind: str, text_field: str) -> Records:
             raise UserError(f"{path}: expected .jsonl or .txt files in the folder, got none")
     elif str(path) in tasks.names():
         raise UserError(f"{path}: expected a file, task:NAME or hub:NAME; did you mean task:{path}?")
-    return _joined([_from_text(f, kind) if f.suffix == ".txt" else _from_lines(f, kind, text_field) for f in files])
+    parts: list[Sequence[Record]] = []
+    for file in files:
+        parts.append(text_records(file, kind) if file.suffix == ".txt" else JsonlRecords(file, kind, text_field))
+    return parts[0] if len(parts) == 1 else Concatenated(parts)
 
 
-def _from_lines(path: Path, kind: str, text_field: str) -> Records:
-    lines = JsonLines(path)
-    records = Records(len(lines), partial(_line, lines, kind, text_field))
-    # All are read: a malformed line is an error now rather than hours into training.
-    long = {i: _pieces(r.text) for i, r in enumerate(records) if isinstance(r, Text) and len(r.text) > PIECE}
-    if not long:
-        return records
-    ends = list(accumulate(len(long.get(i, "1")) for i in range(len(records))))
-    return Records(ends[-1], partial(_piece, records, long, ends))
+class TaskRecords(Records):
+    """Records of a task's split, made from its documents when they are read."""
+
+    def __init__(self, task: Task, kind: str, split: str, directory: str | Path | None, seed: int) -> None:
+        if kind == "preference" and not task.paired:
+            raise UserError(
+                f"task {task.name}: has no wrong answers, so it gives text and conversations but no preferences"
+            )
+        self._documents = task_documents(task, split, directory)
+        # The task's name, since its functions cannot be pickled for worker processes.
+        self._name, self._kind, self._split, self._seed = task.name, kind, split, seed
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self._documents)
+
+    def __getitem__(self, index: int) -> Record | None:
+        """Return one record; None is a pair without a wrong answer. Raises UserError if the right one is hidden."""
+        index = range(len(self))[index]
+        task, document = tasks.load(self._name), self._documents[index]
+        where = f"task {self._name}, {self._split} record {index}"
+        try:
+            right = task.targets(document)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        if not right:
+            raise UserError(f"{where}: expected a label, got none; the answers of this split are hidden")
+        chat.check(right[0], where)
+        if self._kind != "preference":
+            return from_messages(right[0], self._kind, where)
+        wrong = task.distractors(document)
+        return Preference(right[0], wrong[draw(len(wrong), self._seed, self._name, index)]) if wrong else None
 
 
-def _piece(records: Records, long: Mapping[int, Sequence[Text]], ends: Sequence[int], index: int) -> Record | None:
-    line = bisect_right(ends, index)
-    return long[line][index - (ends[line - 1] if line else 0)] if line in long else records[line]
+def task_documents(task: Task, split: str, directory: str | Path | None = None) -> Sequence[Mapping[str, Any]]:
+    """Return the documents of a task's split: of ``directory/<task>/<split>.jsonl``, or of the hub if None.
+
+    Raises UserError if the split is unknown, the file is missing or malformed, or the hub cannot be read.
+    """
+    if split not in task.splits:
+        raise UserError(f"task {task.name}: expected split {', '.join(task.splits)}, got {split!r}")
+    if directory is not None:
+        documents = list(read_jsonl(Path(directory) / task.name / f"{split}.jsonl"))
+    else:
+        documents = read_hub(task.hub, task.config, task.splits[split])
+    return documents if task.keep is None else FilteredDocuments(documents, task.keep)
 
 
-def _pieces(text: str) -> list[Text]:
-    """A text in parts of at most PIECE characters, each as long as can be, cut behind a line, else behind a space."""
-    found, start = [], 0
-    while len(text) - start > PIECE:
-        end = start + PIECE
-        cut = next((at for sign in "\n " if (at := text.rfind(sign, start, end)) > start), end - 1) + 1
-        found.append(Text(text[start:cut], goes_on=True))
-        start = cut
-    return [*found, Text(text[start:])]
+class FilteredDocuments(Sequence):
+    """Documents of which ``keep`` is true, by their indices."""
+
+    def __init__(self, documents: Sequence[Mapping[str, Any]], keep: Callable[[Mapping[str, Any]], bool]) -> None:
+        self._documents = documents
+        self._indices = array("q", (i for i, document in enumerate(documents) if keep(document)))
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """Return one document."""
+        return self._documents[self._indices[index]]
 
 
-def _line(lines: JsonLines, kind: str, text_field: str, index: int) -> Record:
-    return record(lines[index], kind, lines.where(index), text_field)
+class Source(Protocol):
+    """One source of a recipe: arguments of :func:`load`, and its ``weight`` in a mixture."""
 
-
-def _from_text(path: Path, kind: str) -> Records:
-    if kind != "text":
-        raise UserError(f"{path}: expected a {kind}: {FORMS[kind]}; got plain text")
-    pieces = _pieces(read_text(path))
-    return Records(len(pieces), pieces.__getitem__)
-
-
-def _joined(parts: Sequence[Records]) -> Records:
-    """Sequences end to end."""
-    ends = list(accumulate(map(len, parts)))
-    return Records(ends[-1], partial(_part, parts, ends))
-
-
-def _part(parts: Sequence[Records], ends: Sequence[int], index: int) -> Record | None:
-    part = bisect_right(ends, index)
-    return parts[part][index - (ends[part - 1] if part else 0)]
-
-
-def _from_hub(name: str, kind: str, split: str, text_field: str) -> Records:
-    path, _, config = name.partition(":")
-    rows = read_hub(path, config or None, split)
-    return Records(len(rows), partial(_row, rows, kind, f"hub:{name}, {split}", text_field))
-
-
-def _row(rows: Sequence[Any], kind: str, where: str, text_field: str, index: int) -> Record:
-    return record(rows[index], kind, f"{where} record {index}", text_field)
-
-
-def _from_task(task: tasks.Task, kind: str, split: str, directory: str | Path | None, seed: int) -> Records:
-    if kind == "preference" and not task.paired:
-        raise UserError(
-            f"task {task.name}: has no wrong answers, so it gives text and conversations but no preferences"
-        )
-    docs = task.documents(split, directory)
-    return Records(len(docs), partial(_doc, docs, task.name, kind, split, seed))
-
-
-def _doc(docs: Sequence[Any], name: str, kind: str, split: str, seed: int, index: int) -> Record | None:
-    """A task's record; the task goes by its name, since its functions can go to no other process."""
-    task, where, doc = tasks.load(name), f"task {name}, {split} record {index}", docs[index]
-    try:
-        right = task.targets(doc)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    if not right:
-        raise UserError(f"{where}: expected a label, got none; the answers of this split are hidden")
-    chat.check(right[0], where)
-    if kind != "preference":
-        return lower(right[0], kind, where)
-    wrong = task.distractors(doc)
-    return Preference(right[0], wrong[draw(len(wrong), seed, name, index)]) if wrong else None
+    source: str
+    split: str | None
+    directory: str | None
+    weight: float
+    limit: int | None
+    text_field: str
 
 
 def mixture(
-    sources: Sequence[Sequence[Record]], seed: int, run: int = 5, weights: Sequence[float] | None = None
+    datasets: Sequence[Sequence[Record]], seed: int, run: int = 5, weights: Sequence[float] | None = None
 ) -> Interleaved:
-    """Several loaded sources, each shuffled by a seed of its own, interleaved."""
-    shuffled = [Shuffled(source, draw(2**63, seed, i)) for i, source in enumerate(sources)]
+    """Return a sampler over several sources, each shuffled by a seed of its own (see :class:`Interleaved`)."""
+    shuffled = [Shuffled(records, draw(2**63, seed, i)) for i, records in enumerate(datasets)]
     return Interleaved(shuffled, seed, run, weights)
+
+
+def open_training(
+    sources: Sequence[Source], kind: str, *, directory: str | None, seed: int, consecutive: int
+) -> Interleaved:
+    """Return the sampler of the training records; ``consecutive`` records of one source follow each other.
+
+    Raises UserError, which begins with the source's key ``data.sources.N``, if a source cannot be read.
+    """
+    if not sources:
+        raise UserError("data.sources: expected at least one source, got none")
+    datasets = []
+    for i, source in enumerate(sources):
+        try:
+            datasets.append(_open_source(source, kind, "train", directory, seed))
+        except UserError as error:
+            raise UserError(f"data.sources.{i}: {error}") from error
+    return mixture(datasets, seed, consecutive, [source.weight for source in sources])
+
+
+def open_held_out(
+    sources: Sequence[Source], kind: str, *, directory: str | None, seed: int
+) -> dict[str, Sequence[Record]]:
+    """Return the held-out records of each source, by unique names.
+
+    Raises UserError, which begins with the source's key ``evaluation.sources.N``, if a source cannot be read.
+    """
+    held_out: dict[str, Sequence[Record]] = {}
+    for i, source in enumerate(sources):
+        try:
+            records = _open_source(source, kind, "validation", directory, seed)
+        except UserError as error:
+            raise UserError(f"evaluation.sources.{i}: {error}; evaluation.sources=[] goes without") from error
+        name = source.source.removeprefix("task:")
+        if name in held_out:
+            name = f"{name}, {source.split or len(held_out)}"
+        held_out[name] = records
+    return held_out
+
+
+def _open_source(source: Source, kind: str, split: str, directory: str | None, seed: int) -> Sequence[Record]:
+    """Load a recipe's source; ``split`` and ``directory`` apply if it names none."""
+    return load(
+        source.source,
+        kind,
+        split=source.split or split,
+        directory=source.directory or directory,
+        limit=source.limit,
+        seed=seed,
+        text_field=source.text_field,
+    )

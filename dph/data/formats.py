@@ -1,8 +1,8 @@
-"""What a record is: text, a conversation or a preference, from any of the forms that TRL documents."""
+"""Records (plain text, conversations, preferences), parsed from the formats that TRL documents, and their encoder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Plain text: every token is a target, and the document's end, unless that ``goes_on`` in another record."""
+    """Plain text. Every token is a target, and so is the end of the document unless another record ``goes_on``."""
 
     text: str
     goes_on: bool = False
@@ -39,39 +39,42 @@ class Preference:
 
 Record = Text | Conversation | Preference
 
-FORMS = {
+# Kind of record -> fields that it can be made from.
+EXPECTED_FIELDS = {
     "preference": "prompt, chosen and rejected (text or messages), or chosen and rejected (whole conversations)",
     "conversation": "messages, or prompt and completion, or a preference, whose chosen answer is taken",
     "text": "text, or a conversation, whose contents are joined",
 }
 
 
-def record(fields: Mapping[str, Any], kind: str, where: str = "record", text_field: str = "text") -> Record:
-    """One object of a JSONL file or hub data set as a record of ``kind`` (text, conversation or preference).
+def parse_record(fields: Mapping[str, Any], kind: str, where: str = "record", text_field: str = "text") -> Record:
+    """Return one object of a JSONL file or hub data set as a record of ``kind``, a key of ``EXPECTED_FIELDS``.
 
-    The forms are those that TRL documents. Raises UserError that begins with ``where``.
+    Raises UserError that begins with ``where`` if the fields are missing or malformed.
     """
-    present = {key for key, value in fields.items() if value is not None}
-    if kind == "text" and text_field in present:
+    if kind == "text" and fields.get(text_field) is not None:
         chat.check_text(fields[text_field], f"{where}: {text_field}")
         return Text(fields[text_field])
-    if {"chosen", "rejected"} <= present:
-        found = Preference(_side(fields, "chosen", where), _side(fields, "rejected", where))
-        return found if kind == "preference" else lower(found.chosen, kind, where)
-    if kind != "preference" and "messages" in present:
-        return lower(_messages(fields, "messages", "user", where), kind, where)
-    if kind != "preference" and {"prompt", "completion"} <= present:
-        if "label" in present and fields["label"] is not True:  # TRL's unpaired preference: false marks a bad answer
+    if fields.get("chosen") is not None and fields.get("rejected") is not None:
+        chosen, rejected = _conversation(fields, "chosen", where), _conversation(fields, "rejected", where)
+        return Preference(chosen, rejected) if kind == "preference" else from_messages(chosen, kind, where)
+    if kind != "preference" and fields.get("messages") is not None:
+        return from_messages(_messages(fields, "messages", "user", where), kind, where)
+    if kind != "preference" and fields.get("prompt") is not None and fields.get("completion") is not None:
+        # In TRL's unpaired preferences, false marks a bad answer.
+        if fields.get("label") is not None and fields["label"] is not True:
             raise UserError(f"{where}: label: expected true beside a completion to learn, got {fields['label']!r}")
         messages = _messages(fields, "prompt", "user", where) + _messages(fields, "completion", "assistant", where)
-        return lower(messages, kind, where)
-    named = [key if key in present else f"{key} (null)" for key in fields]
-    expected = FORMS[kind] if kind != "text" else FORMS[kind].replace("text", text_field, 1)
-    raise UserError(f"{where}: expected a {kind}: {expected}; got the fields {', '.join(named) or '(none)'}")
+        return from_messages(messages, kind, where)
+    present = ", ".join(key if value is not None else f"{key} (null)" for key, value in fields.items())
+    expected = EXPECTED_FIELDS[kind]
+    if kind == "text":
+        expected = expected.replace("text", text_field, 1)
+    raise UserError(f"{where}: expected a {kind}: {expected}; got the fields {present or '(none)'}")
 
 
-def lower(messages: list[Message], kind: str, where: str) -> Record:
-    """Messages as a conversation or as text."""
+def from_messages(messages: list[Message], kind: str, where: str) -> Record:
+    """Return messages as a conversation, or joined as text. Raises UserError for a conversation without an answer."""
     if kind == "text":
         return Text(chat.text(messages))
     chat.check_answered(messages, where)
@@ -79,45 +82,52 @@ def lower(messages: list[Message], kind: str, where: str) -> Record:
 
 
 def _messages(fields: Mapping[str, Any], name: str, role: str, where: str) -> list[Message]:
-    """A field's messages; plain text becomes one message of ``role``."""
+    """Return the messages of a field; plain text becomes one message of ``role``."""
     value = fields[name]
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
     chat.check(value, f"{where}: {name}")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    messages = []
+    for message in value:
+        messages.append({"role": message["role"], "content": message["content"]})
+    return messages
 
 
-def _side(fields: Mapping[str, Any], name: str, where: str) -> list[Message]:
-    """The whole conversation of one side of a preference, its prompt explicit, implied, or repeated in the side."""
+def _conversation(fields: Mapping[str, Any], name: str, where: str) -> list[Message]:
+    """Return the whole conversation of the side ``name`` of a preference.
+
+    The prompt is a field of its own, or repeated at the beginning of the side, or only there.
+    """
     prompt = _messages(fields, "prompt", "user", where) if fields.get("prompt") else []
     if isinstance(fields[name], str) and not prompt:
         raise UserError(f"{where}: {name}: expected a prompt beside an answer in plain text, got none")
     side = _messages(fields, name, "assistant", where)
-    if side[-1]["role"] != "assistant":
-        raise UserError(
-            f"{where}: {name}: expected the assistant's answer at the end, got a {side[-1]['role']} message"
-        )
-    whole = side[: len(prompt)] == prompt or (side[0]["role"] != "assistant" and prompt[-1]["role"] == "user")
-    return side if whole else prompt + side
+    last_role = side[-1]["role"]
+    if last_role != "assistant":
+        raise UserError(f"{where}: {name}: expected the assistant's answer at the end, got a {last_role} message")
+    repeats_prompt = side[: len(prompt)] == prompt or (side[0]["role"] != "assistant" and prompt[-1]["role"] == "user")
+    return side if repeats_prompt else prompt + side
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Record], Encoded | tuple[Encoded, Encoded]]:
-    """The function that encodes records: a Preference gives (chosen, rejected), masked to their final answers.
+class Encoder:
+    """Callable from records to tokens; a Preference gives (chosen, rejected), masked to their final answers.
 
-    What is encoded already is returned as it is.
+    Raises UserError for a tokenizer without an EOS token.
     """
-    plain, eos = chat.plain(tokenizer), chat.eos_token(tokenizer)
 
-    def encode(record: Record | Encoded | tuple[Encoded, Encoded]) -> Encoded | tuple[Encoded, Encoded]:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._encode_text, self._eos = chat.plain(tokenizer), chat.eos_token(tokenizer)
+
+    def __call__(self, record: Record | Encoded | tuple[Encoded, Encoded]) -> Encoded | tuple[Encoded, Encoded]:
+        """Return the tokens of a record; a record that is already encoded is returned as it is."""
         if isinstance(record, Encoded | tuple):
             return record
-        if isinstance(record, Text):
-            tokens = plain(record.text)
-            every = [True] * len(tokens) + [not record.goes_on]
-            return Encoded([eos, *tokens], [*tokens, eos], every, every, None)
+        if isinstance(record, Preference):
+            chosen = chat.encode(record.chosen, self.tokenizer, last_only=True)
+            return chosen, chat.encode(record.rejected, self.tokenizer, last_only=True)
         if isinstance(record, Conversation):
-            return chat.encode(record.messages, tokenizer)
-        chosen, rejected = (chat.encode(side, tokenizer, last_only=True) for side in (record.chosen, record.rejected))
-        return chosen, rejected
-
-    return encode
+            return chat.encode(record.messages, self.tokenizer)
+        tokens = self._encode_text(record.text)
+        mask = [True] * len(tokens) + [not record.goes_on]
+        return Encoded([self._eos, *tokens], [*tokens, self._eos], mask, mask, None)

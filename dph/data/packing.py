@@ -1,4 +1,4 @@
-"""Documents -> PackedBatch: tokens end to end, shared beginnings once, and what each answer is judged by."""
+"""Packing of documents into a PackedBatch: tokens end to end, common prefixes once, and the rows of each answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,22 +20,20 @@ from dph_kernels.transfer import all_to_device
 if TYPE_CHECKING:
     from dph.chat import Encoded
 
-Array = np.ndarray
-
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """A layout, its tokens, and for each of A answers where it is predicted and judged.
+    """A layout, its tokens, and the rows and targets of each of A answers.
 
     Attributes:
-        tokens: [T] int64, documents end to end, each its common prefix and then its branches.
-        layout: who may look at what.
+        tokens: [T] int64, documents end to end, each its common prefix followed by its branches.
+        layout: visibility of keys to queries.
         rows: [R] int64, the rows of hidden state that predict a target, answer after answer.
         targets: [R] int64 tokens that they predict.
         answers: [R] int64, the answer of each row, ascending.
         trained: [R] bool, counts in the answer's summed log-probability (``loss_mask``).
         scored: [R] bool, counts in the answer's mean log-probability (``score_mask``).
-        reward_rows: [A] int64 row of the judged ``<|im_end|>``; -1 where the answer was cut off.
+        reward_rows: [A] int64, row of the ``<|im_end|>`` whose hidden state gives the reward; -1 for a cut-off answer.
         documents: [A] int64, the document of each answer.
     """
 
@@ -51,121 +48,126 @@ class PackedBatch:
     documents: Tensor
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on ``device``."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        layout: PackedLayout = own.pop("layout")
-        tensors = [*own.values(), layout.query_positions, layout.key_positions]
-        *moved, queries, keys = all_to_device(tensors, device)
-        return PackedBatch(layout=layout.placed(queries, keys), **dict(zip(own, moved, strict=True)))
+        """Return the same batch on ``device``."""
+        names, tensors = [], []
+        for field in dataclasses.fields(self):
+            if field.name != "layout":
+                names.append(field.name)
+                tensors.append(getattr(self, field.name))
+        *moved, queries, keys = all_to_device(
+            [*tensors, self.layout.query_positions, self.layout.key_positions], device
+        )
+        return PackedBatch(layout=self.layout.placed(queries, keys), **dict(zip(names, moved, strict=True)))
 
 
 def pack(documents: Sequence[Sequence[Encoded]]) -> PackedBatch:
-    """Lay documents end to end; the alternatives of each share their longest common prefix.
+    """Concatenate documents; the alternatives of each share their longest common prefix.
 
     Args:
         documents: each inner list holds alternatives (``dph.chat.encode``): two for a preference pair, the choices of a
             question, the candidates of a prompt, or one.
 
-    Raises ValueError for a document without alternatives, and for an alternative without tokens, whose lists are not
-    of one length, or whose reward position is not one of them.
+    Raises ValueError for a document without alternatives, and for an alternative without tokens, with lists of
+    different lengths, or with a reward position outside of them.
     """
-    _check(documents)
-    prefixes = [common_prefix([a.tokens for a in alternatives]) for alternatives in documents]
-    rests = [[len(a) - prefix for a in alternatives] for prefix, alternatives in zip(prefixes, documents, strict=True)]
-    layout = PackedLayout.shared_prefix(prefixes, rests)
-    answers = list(chain.from_iterable(documents))
-    counts, sizes = _integers([map(len, documents)]), _integers([map(len, answers)])
-    rows = _rows(layout, counts)
-    tokens = np.empty(layout.queries, dtype=np.int64)
-    tokens[rows] = _integers(a.tokens for a in answers)
-    targets = _integers(a.targets for a in answers)
-    trained, scored = _flags(a.loss_mask for a in answers), _flags(a.score_mask for a in answers)
-    asked = np.flatnonzero(trained | scored)
-    judged = _integers([[-1 if a.reward_position is None else a.reward_position for a in answers]])
-    arrays = {
-        "tokens": tokens,
-        "rows": rows[asked],
-        "targets": targets[asked],
-        "answers": np.repeat(np.arange(len(answers)), sizes)[asked],
-        "trained": trained[asked],
-        "scored": scored[asked],
-        "reward_rows": np.where(judged < 0, -1, rows[sizes.cumsum() - sizes + judged]),
-        "documents": np.repeat(np.arange(len(documents)), counts),
-    }
-    return PackedBatch(layout=layout, **{name: torch.from_numpy(array) for name, array in arrays.items()})
-
-
-def _rows(layout: PackedLayout, counts: Array) -> Array:
-    """Where the tokens of every answer lie, answer after answer: in its prefix, then in its own segment.
-
-    ``counts``: answers of each document, whose segments come behind that of their prefix.
-    """
-    prefixes = (counts + 1).cumsum() - (counts + 1)
-    own_start, own_end, _, _, start, end, _ = np.delete(layout.segments.numpy(), prefixes, axis=0).T
-    starts = np.stack([start, own_start], 1).ravel()
-    lengths = np.stack([end - start, own_end - own_start], 1).ravel()
-    return np.arange(lengths.sum()) + np.repeat(starts - (lengths.cumsum() - lengths), lengths)
-
-
-def _check(documents: Sequence[Sequence[Encoded]]) -> None:
+    # The answers' lists end to end, and how each document divides into its prefix and branches.
+    tokens, targets, loss_mask, score_mask = [], [], bytearray(), bytearray()
+    lengths, reward_positions, alternative_counts, prefixes, branches = [], [], [], [], []
     for d, alternatives in enumerate(documents):
-        if not alternatives or any(not a.tokens for a in alternatives):
+        sequences = [answer.tokens for answer in alternatives]
+        if not sequences or not all(sequences):
             raise ValueError(f"documents[{d}]: expected alternatives of at least one token each, got {alternatives!r}")
-        for a in alternatives:
-            if not len(a.tokens) == len(a.targets) == len(a.loss_mask) == len(a.score_mask):
-                got = f"{len(a.tokens)}, {len(a.targets)}, {len(a.loss_mask)} and {len(a.score_mask)}"
+        for answer in alternatives:
+            length, position = len(answer.tokens), answer.reward_position
+            if not length == len(answer.targets) == len(answer.loss_mask) == len(answer.score_mask):
+                got = f"{length}, {len(answer.targets)}, {len(answer.loss_mask)} and {len(answer.score_mask)}"
                 raise ValueError(f"documents[{d}]: expected tokens, targets and two masks of one length, got {got}")
-            at = a.reward_position
-            if at is not None and not 0 <= at < len(a.tokens):
-                raise ValueError(f"documents[{d}]: expected 0 <= reward_position < {len(a.tokens)}, got {at}")
+            if position is not None and not 0 <= position < length:
+                raise ValueError(f"documents[{d}]: expected 0 <= reward_position < {length}, got {position}")
+            tokens += answer.tokens
+            targets += answer.targets
+            loss_mask += bytes(answer.loss_mask)
+            score_mask += bytes(answer.score_mask)
+            lengths.append(length)
+            reward_positions.append(-1 if position is None else position)
+        prefix = common_prefix(sequences)
+        prefixes.append(prefix)
+        branches.append([len(sequence) - prefix for sequence in sequences])
+        alternative_counts.append(len(sequences))
+    layout = PackedLayout.shared_prefix(prefixes, branches)
+
+    # Row of every token of every answer: first in the prefix of its document, then in its own segment. In the layout's
+    # table the segment of a prefix is followed by those of its branches.
+    counts = _int64(alternative_counts)
+    prefix_segments = (counts + 1).cumsum() - (counts + 1)
+    own_start, own_end, _, _, prefix_start, prefix_end, _ = np.delete(
+        layout.segments.numpy(), prefix_segments, axis=0
+    ).T
+    starts = np.stack([prefix_start, own_start], 1).ravel()
+    spans = np.stack([prefix_end - prefix_start, own_end - own_start], 1).ravel()
+    rows = np.arange(spans.sum()) + np.repeat(starts - (spans.cumsum() - spans), spans)
+
+    packed_tokens = np.empty(layout.queries, dtype=np.int64)
+    packed_tokens[rows] = _int64(tokens)
+    trained = np.frombuffer(loss_mask, dtype=np.uint8) != 0
+    scored = np.frombuffer(score_mask, dtype=np.uint8) != 0
+    counted = np.flatnonzero(trained | scored)
+    sizes, positions = _int64(lengths), _int64(reward_positions)
+    reward_rows = np.where(positions < 0, -1, rows[sizes.cumsum() - sizes + positions])
+    return PackedBatch(
+        layout=layout,
+        tokens=torch.from_numpy(packed_tokens),
+        rows=torch.from_numpy(rows[counted]),
+        targets=torch.from_numpy(_int64(targets)[counted]),
+        answers=torch.from_numpy(np.repeat(np.arange(len(lengths)), sizes)[counted]),
+        trained=torch.from_numpy(trained[counted]),
+        scored=torch.from_numpy(scored[counted]),
+        reward_rows=torch.from_numpy(reward_rows),
+        documents=torch.from_numpy(np.repeat(np.arange(len(documents)), counts)),
+    )
 
 
-def _integers(lists: Iterable[Iterable[int]]) -> Array:
-    """Lists end to end, int64; ``struct`` takes a third of the time that NumPy takes."""
-    values: list[int] = []
-    for each in lists:
-        values += each
+def _int64(values: list[int]) -> np.ndarray:
+    """Return an array of ``values``; ``struct`` takes a third of the time that NumPy takes."""
     array = np.empty(len(values), dtype=np.int64)
     struct.pack_into(f"{len(values)}q", array, 0, *values)
     return array
 
 
-def _flags(lists: Iterable[list[bool]]) -> Array:
-    """Lists end to end, bool; by way of bytes in a third of NumPy's time, too."""
-    return np.frombuffer(b"".join(map(bytes, lists)), dtype=np.uint8) != 0
-
-
 def packed_length(alternatives: Sequence[Encoded]) -> int:
-    """Tokens of a document, its shared beginning counted once."""
-    tokens = [a.tokens for a in alternatives]
-    return sum(map(len, tokens)) - (len(tokens) - 1) * common_prefix(tokens)
+    """Return the number of tokens of a document, with its common prefix counted once."""
+    sequences, total = [], 0
+    for answer in alternatives:
+        sequences.append(answer.tokens)
+        total += len(answer.tokens)
+    return total - (len(sequences) - 1) * common_prefix(sequences)
 
 
 def fill(sizes: Sequence[int], room: int) -> list[list[int]]:
-    """Indices of ``sizes`` in bins of at most ``room``: the longest first, each where it leaves the least room.
+    """Distribute the indices of ``sizes`` over bins of at most ``room``: best-fit decreasing.
 
     Bins and the indices in them ascend; the same sizes give the same bins. ValueError for a size above ``room``.
     """
     if sizes and max(sizes) > room:
         raise ValueError(f"sizes: expected at most {room} each, got {max(sizes)}")
     bins: list[list[int]] = []
-    left: list[tuple[int, int]] = []  # of each bin: room that is left, and which; ascending
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # equal ones in their order
-        at = bisect.bisect_left(left, (sizes[index], -1))
-        free, which = left.pop(at) if at < len(left) else (room, len(bins))
-        if which == len(bins):
+    rooms: list[tuple[int, int]] = []  # room left in each bin and the bin's number, ascending
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # equal sizes in their order
+        fitting = bisect.bisect_left(rooms, (sizes[index], -1))
+        left, number = rooms.pop(fitting) if fitting < len(rooms) else (room, len(bins))
+        if number == len(bins):
             bins.append([])
-        bins[which].append(index)
-        bisect.insort(left, (free - sizes[index], which))
-    return sorted(sorted(found) for found in bins)
+        bins[number].append(index)
+        bisect.insort(rooms, (left - sizes[index], number))
+    return sorted(sorted(indices) for indices in bins)
 
 
 def batches(documents: Iterable[Sequence[Encoded]], max_tokens: int) -> Iterator[list[Sequence[Encoded]]]:
-    """Documents in order, as many at a time as have ``max_tokens`` before sharing; a larger one goes alone."""
+    """Group documents in their order, up to ``max_tokens`` before sharing; a larger document is a group alone."""
     batch: list[Sequence[Encoded]] = []
     room = max_tokens
     for document in documents:
-        size = sum(len(alternative.tokens) for alternative in document)
+        size = sum(len(answer.tokens) for answer in document)
         if batch and size > room:
             yield batch
             batch, room = [], max_tokens

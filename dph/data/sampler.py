@@ -1,6 +1,6 @@
-"""The order of records: one pass, shuffled epochs without end, several sources interleaved. States are plain JSON.
+"""Samplers of records: one pass, endless shuffled epochs, several sources interleaved. Their states are plain JSON.
 
-What comes next depends on the seed and on how many records came before, and on nothing else.
+The next record depends only on the seed and on the number of records taken so far.
 """
 
 from __future__ import annotations
@@ -16,121 +16,113 @@ from typing import Any, Protocol
 from dph.data.formats import Record
 from dph.errors import UserError
 
-Place = tuple[int, int]  # of a record: which source, which index in it
+RecordIndex = tuple[int, int]  # number of the source, index of the record in it
 
 
 def draw(n: int, *key: str | int) -> int:
-    """A number below ``n``, uniform over keys, and always the same for the same key."""
+    """Return a pseudorandom integer below ``n``, uniform over keys and the same for the same key."""
     digest = blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") * n >> 64
 
 
-class Order(Protocol):
-    """Records one after another, with a state from which the rest follows again."""
+class Sampler(Protocol):
+    """Iterator over records that continues exactly from its state."""
 
     size: int  # records in one pass
-    run: int  # consecutive records that belong together
+    run: int  # consecutive records of one source
+    position: int  # records taken so far
 
     def __next__(self) -> Record | None:
-        """The next record."""
+        """Return the next record; None is a pair without a wrong answer."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, as plain JSON."""
+        """Return the state as plain JSON."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Stand there again."""
+        """Continue from a state."""
 
 
-class Drawn(Order, Protocol):
-    """An order that can say which record comes next without reading it, and so be run ahead of what is taken."""
+class IndexSampler(Sampler, Protocol):
+    """Sampler that draws the index of the next record without reading the record, so that it can be prefetched."""
 
     @property
-    def lists(self) -> list[Sequence[Record]]:
-        """The records of each source."""
+    def datasets(self) -> list[Sequence[Record]]:
+        """Records of each source."""
 
-    def advance(self) -> Place:
-        """Step over the next record, and say where it is. Raises StopIteration after the last."""
+    def next_index(self) -> RecordIndex:
+        """Advance by one record and return its index. Raises StopIteration after the last."""
 
-    def state_dict(self, ahead: Sequence[Place] = ()) -> dict[str, Any]:
-        """Where it stands, or stood before it stepped over the places ``ahead``."""
+    def state_dict(self, prefetched: Sequence[RecordIndex] = ()) -> dict[str, Any]:
+        """Return the state before the indices ``prefetched`` were drawn, which are the latest."""
 
 
 class InOrder:
-    """One pass over ``source`` as it lies, for evaluation."""
+    """One pass over ``source`` in its order, for evaluation."""
 
     run = 1
 
     def __init__(self, source: Sequence[Record]) -> None:
-        self.source, self.position = source, 0
+        self.source, self.size, self.position = source, len(source), 0
 
-    @property
-    def size(self) -> int:
-        """Records in one pass."""
-        return len(self.source)
-
-    def __iter__(self) -> Iterator[Record]:
-        """Itself."""
+    def __iter__(self) -> Iterator[Record | None]:
+        """Return the sampler itself."""
         return self
 
-    def __next__(self) -> Record:
-        """The next record, until there is none."""
-        return self.source[self.advance()[1]]
+    def __next__(self) -> Record | None:
+        """Return the next record. Raises StopIteration after the last."""
+        return self.source[self.next_index()[1]]
 
     @property
-    def lists(self) -> list[Sequence[Record]]:
+    def datasets(self) -> list[Sequence[Record]]:
         """The one source."""
         return [self.source]
 
-    def advance(self) -> Place:
-        """Step over the next record, and say where it is. Raises StopIteration after the last."""
+    def next_index(self) -> RecordIndex:
+        """Advance by one record and return its index. Raises StopIteration after the last."""
         if self.position >= self.size:
             raise StopIteration
         self.position += 1
-        return 0, self.index(self.position - 1)
+        return 0, self.position - 1
 
-    def index(self, position: int) -> int:
-        """Where in the source the record at a position of the pass is."""
-        return position
-
-    def state_dict(self, ahead: Sequence[Place] = ()) -> dict[str, int]:
-        """The position before ``ahead``, and the size that it holds for."""
-        return {"position": self.position - len(ahead), "size": self.size}
+    def state_dict(self, prefetched: Sequence[RecordIndex] = ()) -> dict[str, int]:
+        """Return the position before ``prefetched``, and the size of the source."""
+        return {"position": self.position - len(prefetched), "size": self.size}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Stand at a position. Raises UserError where the source is not the one that it was taken from."""
+        """Continue from a state. Raises UserError if the state belongs to a source of another size."""
         if state["size"] != self.size:
             raise UserError(f"data: expected the {state['size']} records of the interrupted run, got {self.size}")
         self.position = state["position"]
 
 
 class Shuffled(InOrder):
-    """``source`` without end, each epoch in an order of its own; the state is one counter. Not thread-safe."""
+    """Endless epochs over ``source``, each in an order of its own; the state is one counter. Not thread-safe."""
 
     def __init__(self, source: Sequence[Record], seed: int) -> None:
         if not len(source):
             raise UserError("source: expected at least one record, got none")
         super().__init__(source)
         self.seed = seed
-        self._epoch, self._order = -1, array("q")
+        self._epoch, self._permutation = -1, array("q")
 
-    def advance(self) -> Place:
-        """Step over the next record, and say where it is; there always is one."""
+    def next_index(self) -> RecordIndex:
+        """Advance by one record and return its index."""
         self.position += 1
         return 0, self.index(self.position - 1)
 
     def index(self, position: int) -> int:
-        """Where in the source the record at a position of the endless sequence is."""
+        """Return the index in the source of the record at ``position`` of the endless sequence."""
         epoch, index = divmod(position, self.size)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, array("q", range(self.size))
-            random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
-        return self._order[index]
+            self._epoch, self._permutation = epoch, array("q", range(self.size))
+            random.Random(f"{self.seed}/{epoch}").shuffle(self._permutation)
+        return self._permutation[index]
 
 
 class Interleaved:
-    """``run`` consecutive records of one source, then of another one drawn, and so on.
+    """``run`` consecutive records of one source, then of another source, and so on without end.
 
-    The draw is uniform, or in proportion to ``weights``.
+    Sources are drawn uniformly, or in proportion to ``weights``.
     """
 
     def __init__(
@@ -144,44 +136,43 @@ class Interleaved:
         if len(weights) != len(sources) or min(weights) < 0 or sum(weights) <= 0:
             raise UserError(f"weights: expected {len(sources)} that are not negative and not all 0, got {weights}")
         self.sources, self.seed, self.run, self.position = list(sources), seed, run, 0
-        self._shares = list(accumulate(weights))
+        self.size = sum(source.size for source in sources)
+        self._cumulative_weights = list(accumulate(weights))
 
-    @property
-    def size(self) -> int:
-        """Records of all sources together."""
-        return sum(source.size for source in self.sources)
-
-    def __iter__(self) -> Iterator[Record]:
-        """Itself."""
+    def __iter__(self) -> Iterator[Record | None]:
+        """Return the sampler itself."""
         return self
 
-    def __next__(self) -> Record:
-        """The next record; there always is one."""
-        which, index = self.advance()
-        return self.sources[which].source[index]
+    def __next__(self) -> Record | None:
+        """Return the next record."""
+        number, index = self.next_index()
+        return self.sources[number].source[index]
 
     @property
-    def lists(self) -> list[Sequence[Record]]:
-        """The records of each source."""
+    def datasets(self) -> list[Sequence[Record]]:
+        """Records of each source."""
         return [source.source for source in self.sources]
 
-    def advance(self) -> Place:
-        """Step over the next record, and say where it is; there always is one."""
-        point = draw(2**52, self.seed, self.position // self.run) / 2**52 * self._shares[-1]
-        which = bisect_right(self._shares, point)
+    def next_index(self) -> RecordIndex:
+        """Advance by one record and return its index."""
+        point = draw(2**52, self.seed, self.position // self.run) / 2**52 * self._cumulative_weights[-1]
+        number = bisect_right(self._cumulative_weights, point)
+        source = self.sources[number]
+        index = source.index(source.position)
+        source.position += 1
         self.position += 1
-        return which, self.sources[which].advance()[1]
+        return number, index
 
-    def state_dict(self, ahead: Sequence[Place] = ()) -> dict[str, Any]:
-        """The position, and every source's state, before ``ahead``."""
-        of: list[list[Place]] = [[] for _ in self.sources]
-        for place in ahead:
-            of[place[0]].append(place)
-        states = [source.state_dict(places) for source, places in zip(self.sources, of, strict=True)]
-        return {"position": self.position - len(ahead), "sources": states}
+    def state_dict(self, prefetched: Sequence[RecordIndex] = ()) -> dict[str, Any]:
+        """Return the position and the state of every source, before ``prefetched``."""
+        states = []
+        for number, source in enumerate(self.sources):
+            own = [index for index in prefetched if index[0] == number]
+            states.append(source.state_dict(own))
+        return {"position": self.position - len(prefetched), "sources": states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Stand at a position. Raises UserError where the sources are not those that it was taken from."""
+        """Continue from a state. Raises UserError if the state belongs to other sources."""
         if len(state["sources"]) != len(self.sources):
             raise UserError(
                 f"data: expected the {len(state['sources'])} sources of the interrupted run, got {len(self.sources)}"

@@ -1,17 +1,18 @@
-"""Tokenizers: a byte-level BPE trained on the user's files, and the two chat tokens for one that exists.
+"""Tokenizers: training of a byte-level BPE, and the two chat tokens for an existing tokenizer.
 
 | token | id | use |
 |---|---|---|
 | ``</s>`` | 0 | BOS and EOS: before the first message, between documents |
 | ``<pad>`` | 1 | filler |
 | ``<|im_start|>`` | 2 | opens a message |
-| ``<|im_end|>`` | 3 | closes it; the reward is read here |
+| ``<|im_end|>`` | 3 | closes it; its hidden state gives the reward |
 
-There is no unknown token: every text is bytes.
+There is no unknown token: every text is a sequence of bytes.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,51 +25,53 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 EOS, PAD = "</s>", "<pad>"
-SPECIAL = (EOS, PAD, START, END)
-SMALLEST = 256 + len(SPECIAL)  # every byte, and the special tokens
+SPECIAL_TOKENS = (EOS, PAD, START, END)
+MIN_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte, and the special tokens
 
 
 def train(files: Sequence[str | Path], vocab_size: int, out: str | Path | None = None) -> PreTrainedTokenizerFast:
-    """Train on .txt and .jsonl files; of the latter, all text but the messages' roles.
+    """Train a tokenizer on .txt and .jsonl files, of which all text but the roles of messages is used.
 
-    ``vocab_size`` is an upper bound, special tokens included; a small corpus gives fewer. The tokenizer is saved to the
-    folder ``out``, where one is given, for ``AutoTokenizer.from_pretrained``.
+    ``vocab_size`` is an upper bound, special tokens included; a small corpus gives fewer. If ``out`` is given, the
+    tokenizer is saved to this folder for ``AutoTokenizer.from_pretrained``.
 
-    Raises UserError where a file is missing, malformed or of another kind, or holds no text.
+    Raises UserError if a file is missing, malformed or of another kind, or if there is no text.
     """
     if not files:
         raise UserError("files: expected at least one .txt or .jsonl file, got none")
-    texts = (text for path in files for text in _texts(Path(path)))
+    texts = itertools.chain.from_iterable(_read_texts(Path(path)) for path in files)
     return _train(texts, vocab_size, out, ", ".join(map(str, files)))
 
 
 def from_iterator(texts: Iterable[str], vocab_size: int, out: str | Path | None = None) -> PreTrainedTokenizerFast:
-    """Train on texts in memory; otherwise as ``train``."""
+    """Train a tokenizer on texts in memory; otherwise as ``train``."""
     return _train(texts, vocab_size, out, "texts")
 
 
 def _train(texts: Iterable[str], vocab_size: int, out: str | Path | None, where: str) -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"{out}: expected a folder to save the tokenizer to, got a file")
-    if vocab_size < SMALLEST:
-        raise UserError(
-            f"vocab_size: expected at least {SMALLEST} (256 bytes, {len(SPECIAL)} tokens), got {vocab_size}"
-        )
+    if vocab_size < MIN_VOCABULARY:
+        smallest = f"{MIN_VOCABULARY} (256 bytes, {len(SPECIAL_TOKENS)} tokens)"
+        raise UserError(f"vocab_size: expected at least {smallest}, got {vocab_size}")
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     backend = Tokenizer(models.BPE())
-    # Its pattern splits letters from signs, so no merge can ever spell a special token and take over its id.
+    # The pattern of ByteLevel splits letters from punctuation, so that no merge can spell a special token.
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=list(SPECIAL),
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(_some(texts, where), trainer)
+    backend.train_from_iterator(_not_empty(texts, where), trainer)
+
+    from transformers import PreTrainedTokenizerFast  # slow, so after the errors of the files
+
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=EOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
     )
@@ -78,9 +81,9 @@ def _train(texts: Iterable[str], vocab_size: int, out: str | Path | None, where:
 
 
 def add_chat_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Add ``<|im_start|>`` and ``<|im_end|>`` as special tokens, in place, where they are missing; return their ids.
+    """Add ``<|im_start|>`` and ``<|im_end|>`` as special tokens if they are missing, in place; return their ids.
 
-    They take the first free rows: 50265 and 50266 of OPT's 50272.
+    Their ids are the first that are free: 50265 and 50266 of OPT's 50272.
     """
     from tokenizers import AddedToken
 
@@ -88,18 +91,19 @@ def add_chat_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     return tuple(tokenizer.convert_tokens_to_ids([START, END]))
 
 
-def _some(texts: Iterable[str], where: str) -> Iterator[str]:
-    """The texts that are not empty. Raises UserError where there are none."""
-    found = False
+def _not_empty(texts: Iterable[str], where: str) -> Iterator[str]:
+    """Yield the texts that are not empty. Raises UserError if there are none."""
+    any_text = False
     for text in texts:
         if text:
-            found = True
+            any_text = True
             yield text
-    if not found:
+    if not any_text:
         raise UserError(f"{where}: expected text to train on, got none")
 
 
-def _texts(path: Path) -> Iterator[str]:
+def _read_texts(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file, or all strings of a JSONL file."""
     if path.suffix == ".txt":
         yield from read_text(path).splitlines(keepends=True)
     elif path.suffix == ".jsonl":
@@ -110,7 +114,7 @@ def _texts(path: Path) -> Iterator[str]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """All strings within a JSON value, but for the messages' roles."""
+    """Yield all strings in a JSON value except the roles of messages."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):

@@ -1,11 +1,11 @@
-"""Worker processes that read and encode records ahead of training, which takes them in the order that it gave.
+"""Worker processes that read and encode records ahead of training, which receives them in the sampler's order.
 
-    order = Readers(mixture(sources, seed=0), tokenizer, workers=2)     # an Order, of encoded records
-    next(order)
-    order.close()
+    pool = WorkerPool(mixture(datasets, seed=0), tokenizer, workers=2)     # a Sampler of encoded records
+    next(pool)
+    pool.close()
 
-The main process draws which records come; worker i of n reads and encodes every n-th of them. A state is that of what
-was taken: what was read ahead is read again by whoever goes on from it, with any number of workers.
+The main process draws the indices; worker i of n reads and encodes every n-th record. The state is that of the records
+received: prefetched records are read again by the run that continues from it, with any number of workers.
 """
 
 import atexit
@@ -16,7 +16,7 @@ import threading
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -27,117 +27,137 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from dph.chat import Encoded
-from dph.data.formats import encoder
-from dph.data.sampler import Drawn, Place
+from dph.data.formats import Encoder
+from dph.data.sampler import IndexSampler, RecordIndex
 from dph.errors import UserError
 
-AHEAD = 1024  # records that are read ahead at most, all workers together: an update's or two
-BYTES = 64 << 20  # what these may take in the workers; a token takes 8
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # they reach the whole group of processes, and are the main one's to handle
+MAX_PREFETCHED = 1024  # records, over all workers: those of one or two steps
+MAX_PREFETCHED_BYTES = 64 << 20  # of these records in the workers; a token takes 8
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # sent to the whole process group, and handled by the main process
 
 
 class Failure(NamedTuple):
-    """What a worker sends in place of a record: whether the error is the user's to mend, what it says, and where."""
+    """Exception of a worker, sent in place of a record: whether it is a UserError, its message, its traceback."""
 
-    users: bool
-    text: str
-    where: str
+    is_user_error: bool
+    message: str
+    traceback: str
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A process, and the main process's ends of both pipes; at the worker's end of one hangs the worker alone."""
+    """A process and the main process's ends of its two pipes; only the worker holds the other ends."""
 
     process: BaseProcess
-    places: Connection
+    indices: Connection
     records: Connection
 
 
-class Readers:
-    """Records of ``order``, encoded, in its order. The processes start when the first is asked for.
+class WorkerPool:
+    """Encoded records of ``sampler`` in its order. The processes start with the first record.
 
     Args:
-        order: that goes ahead; from now on it is this object's.
-        tokenizer: to encode with.
-        workers: processes, at least 1. They ignore SIGINT and SIGTERM, and end with the main process, however it ends.
+        sampler: used by this object alone from now on.
+        tokenizer: of the encoder.
+        workers: number of processes, at least 1. They ignore SIGINT and SIGTERM, and end with the main process in
+            every case.
 
-    Raises UserError where records or tokenizer cannot be sent to another process. As anywhere that starts processes, a
-    script has to begin its work under ``if __name__ == "__main__":``.
+    Raises UserError if records or tokenizer cannot be pickled. As with all of multiprocessing, a script must start its
+    work under ``if __name__ == "__main__":``.
     """
 
-    def __init__(self, order: Drawn, tokenizer: Any, workers: int) -> None:
-        self.order, self.run, self._count = order, order.run, workers
-        self._material = _packed(order.lists, tokenizer)
+    def __init__(self, sampler: IndexSampler, tokenizer: Any, workers: int) -> None:
+        self.sampler, self.run, self._count = sampler, sampler.run, workers
+        try:
+            self._initial_message = bytes(ForkingPickler.dumps((sampler.datasets, tokenizer)))
+        except Exception as error:  # objects that cannot be pickled raise any kind of exception
+            raise UserError(
+                "data.workers: expected records and a tokenizer that can be sent to another process, got "
+                f"{type(error).__name__}: {error}; data.workers=0 reads them in this one"
+            ) from error
         self._workers: list[Worker] = []
-        self._ahead: deque[Place] = deque()
-        self._turn = 0  # whose is the first of these
-        self._taken = self._bytes = 0
-        self.close = weakref.finalize(self, _end, self._workers)
-        atexit.register(self.close)  # before multiprocessing's own, which waits for workers that still wait for us
+        self._prefetched: deque[RecordIndex] = deque()  # sent to the workers, not yet received
+        self._next_worker = 0  # which reads the first of these
+        self._received = self._received_bytes = 0
+        self.close = weakref.finalize(self, _stop, self._workers)
+        # Run before multiprocessing's own handler, which waits for workers that still wait for the main process.
+        atexit.register(self.close)
 
     @property
     def size(self) -> int:
         """Records in one pass."""
-        return self.order.size
+        return self.sampler.size
+
+    @property
+    def position(self) -> int:
+        """Records received so far."""
+        return self.sampler.position - len(self._prefetched)
 
     def __iter__(self) -> Iterator[Encoded | tuple[Encoded, Encoded] | None]:
-        """Itself."""
+        """Return the pool itself."""
         return self
 
     def __next__(self) -> Encoded | tuple[Encoded, Encoded] | None:
-        """The next record. Raises what reading or encoding it raised, and RuntimeError where its worker is gone."""
+        """Return the next record.
+
+        Raises UserError or RuntimeError if reading or encoding it failed, RuntimeError if its worker has ended.
+        """
         if not self._workers:
             self._start()
-        self._go_ahead()
-        if not self._ahead:
+        self._prefetch()
+        if not self._prefetched:
             raise StopIteration
-        found = self._take()
-        if isinstance(found, Failure):
-            raise (UserError if found.users else RuntimeError)(found.text) from RuntimeError(found.where)
-        return found
+        record = self._receive()
+        if isinstance(record, Failure):
+            kind = UserError if record.is_user_error else RuntimeError
+            raise kind(record.message) from RuntimeError(record.traceback)
+        return record
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the order stands by what was taken."""
-        return self.order.state_dict(self._ahead)
+        """Return the sampler's state after the records received."""
+        return self.sampler.state_dict(self._prefetched)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Stand there; what was read ahead is dropped."""
-        while self._ahead:
-            self._take()
-        self.order.load_state_dict(state)
+        """Continue from a state; prefetched records are dropped."""
+        while self._prefetched:
+            self._receive()
+        self.sampler.load_state_dict(state)
 
     def _start(self) -> None:
-        """Start the workers, deaf to signals from their first moment, and send them what they read from."""
-        context = multiprocessing.get_context("forkserver")  # our own fork would copy the locks of PyTorch's threads
+        """Start the workers with signals blocked from their first instruction, and send them records and tokenizer."""
+        context = multiprocessing.get_context("forkserver")  # a plain fork would copy the locks of PyTorch's threads
         context.set_forkserver_preload([__name__])  # imported once, and its memory shared
-        resource_tracker.ensure_running()  # left to itself it starts with the first process, and lets signals in again
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        # Without this call the tracker starts with the first process, and unblocks the signals.
+        resource_tracker.ensure_running()
+        previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             for _ in range(self._count):
-                self._workers.append(_worker(context))
+                self._workers.append(_start_worker(context))
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
         for worker in self._workers:
-            with contextlib.suppress(BrokenPipeError):  # whoever waits for its records is told
-                worker.places.send_bytes(self._material)
-        self._material = b""
+            with contextlib.suppress(BrokenPipeError):  # reported when a record of the worker is received
+                worker.indices.send_bytes(self._initial_message)
+        self._initial_message = b""
 
-    def _go_ahead(self) -> None:
-        """Hand out places, in turn, as far ahead as there is room for records of the size that came so far."""
-        room = BYTES * self._taken // self._bytes if self._bytes else 0
-        while len(self._ahead) < min(AHEAD, max(2 * self._count, room)):
+    def _prefetch(self) -> None:
+        """Send indices to the workers in turn, up to the limits, given the mean size of the records so far."""
+        limit = 2 * self._count
+        if self._received_bytes:
+            limit = max(limit, MAX_PREFETCHED_BYTES * self._received // self._received_bytes)
+        while len(self._prefetched) < min(MAX_PREFETCHED, limit):
             try:
-                place = self.order.advance()
+                index = self.sampler.next_index()
             except StopIteration:
                 return
-            worker = self._workers[(self._turn + len(self._ahead)) % self._count]
+            worker = self._workers[(self._next_worker + len(self._prefetched)) % self._count]
             with contextlib.suppress(BrokenPipeError):
-                worker.places.send(place)
-            self._ahead.append(place)
+                worker.indices.send(index)
+            self._prefetched.append(index)
 
-    def _take(self) -> Any:
-        """The first of what was read ahead."""
-        worker = self._workers[self._turn]
+    def _receive(self) -> Any:
+        """Return the first of the prefetched records, or the failure of its worker."""
+        worker = self._workers[self._next_worker]
         try:
             message = worker.records.recv_bytes()
         except (EOFError, ConnectionResetError):
@@ -146,76 +166,69 @@ class Readers:
                 f"data.workers: a process that reads records ended (exit code {worker.process.exitcode}); a negative "
                 "code is the signal that killed it, 1 a start that failed, as of a script without if __name__ == ..."
             ) from None
-        self._ahead.popleft()
-        self._turn = (self._turn + 1) % self._count
-        self._taken, self._bytes = self._taken + 1, self._bytes + len(message)
+        self._prefetched.popleft()
+        self._next_worker = (self._next_worker + 1) % self._count
+        self._received += 1
+        self._received_bytes += len(message)
         return ForkingPickler.loads(message)
 
 
-def _packed(lists: list[Sequence[Any]], tokenizer: Any) -> bytes:
-    """What a worker needs, as bytes."""
-    try:
-        return bytes(ForkingPickler.dumps((lists, tokenizer)))
-    except Exception as error:  # whatever the objects raise that do not want to be packed
-        raise UserError(
-            "data.workers: expected records and a tokenizer that can be sent to another process, got "
-            f"{type(error).__name__}: {error}; data.workers=0 reads them in this one"
-        ) from error
-
-
-def _worker(context: BaseContext) -> Worker:
-    """Start one. In a pipe there is room for the places of all that is read ahead (64 KB): handing out never waits."""
-    theirs, places = context.Pipe(duplex=False)
-    records, their_records = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(theirs, their_records), name="dph reader", daemon=True)
+def _start_worker(context: BaseContext) -> Worker:
+    """Start one process. Its pipe (64 KB) has room for the indices of all prefetched records: sending never blocks."""
+    worker_indices, indices = context.Pipe(duplex=False)
+    records, worker_records = context.Pipe(duplex=False)
+    arguments = (worker_indices, worker_records)
+    process = context.Process(target=_worker_loop, args=arguments, name="dph reader", daemon=True)
     process.start()
-    theirs.close()
-    their_records.close()
-    return Worker(process, places, records)
+    worker_indices.close()
+    worker_records.close()
+    return Worker(process, indices, records)
 
 
-def _end(workers: list[Worker]) -> None:
-    """Nothing that a worker has is worth waiting for."""
+def _stop(workers: list[Worker]) -> None:
+    """Kill the processes: they hold nothing that has to be saved."""
     for worker in workers:
         worker.process.kill()
     for worker in workers:
         worker.process.join()
-        worker.places.close()
+        worker.indices.close()
         worker.records.close()
     workers.clear()
 
 
-def _work(places: Connection, records: Connection) -> None:
-    """A worker's life. Both pipes break when the main process closes its ends or dies, and then it is over."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for a fork server that another started
+def _worker_loop(indices: Connection, records: Connection) -> None:
+    """Read and encode records until a pipe breaks, which happens when the main process closes its ends or dies."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in case another library started the fork server
     with contextlib.suppress(EOFError, BrokenPipeError):
         try:
-            lists, tokenizer = places.recv()
-            encode = encoder(tokenizer)
+            datasets, tokenizer = indices.recv()
+            encode = Encoder(tokenizer)
         except EOFError:
             return
-        except Exception as error:  # a class, say, that cannot be imported here
+        except Exception as error:  # for example a class that cannot be imported here
             return records.send(_failure(error))
         unsent: SimpleQueue[bytes] = SimpleQueue()
-        threading.Thread(target=_send, args=(records, unsent), daemon=True).start()
+        threading.Thread(target=_send_records, args=(records, unsent), daemon=True).start()
         while True:
-            which, index = places.recv()
+            source, index = indices.recv()
             try:
-                record = lists[which][index]
-                found = None if record is None else encode(record)
+                record = datasets[source][index]
+                result = None if record is None else encode(record)
             except Exception as error:
-                found = _failure(error)
-            unsent.put(bytes(ForkingPickler.dumps(found)))
+                result = _failure(error)
+            unsent.put(bytes(ForkingPickler.dumps(result)))
 
 
-def _send(records: Connection, unsent: SimpleQueue[bytes]) -> None:
-    """In a thread of its own, so that the worker reads on while the pipe is full."""
+def _send_records(records: Connection, unsent: SimpleQueue[bytes]) -> None:
+    """Send records from a thread, so that the worker goes on reading while the pipe is full."""
     with contextlib.suppress(BrokenPipeError):
         while True:
             records.send_bytes(unsent.get())
 
 
 def _failure(error: Exception) -> Failure:
-    users = isinstance(error, UserError)
-    text = str(error) if users else f"{type(error).__name__}: {error}"
-    return Failure(users, text, "".join(traceback.format_exception(type(error), error, error.__traceback__)))
+    """Return an exception in a form that can always be pickled."""
+    is_user_error = isinstance(error, UserError)
+    message = str(error) if is_user_error else f"{type(error).__name__}: {error}"
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    return Failure(is_user_error, message, "".join(lines))

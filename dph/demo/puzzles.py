@@ -5,8 +5,8 @@
 | sort | ``sort: d a c b`` | ``a b c d`` | sorted backwards |
 | first | ``first: d a c b`` | ``a`` | the last in the alphabet |
 
-Of the corpus's answers 35 % are true, 50 % are the popular falsehood and 15 % are wrong at random, so that the
-likeliest answer is the lie, as it can be on the open web.
+35 % of the corpus's answers are true, 50 % are the popular falsehood and 15 % are wrong at random, so that the
+likeliest answer is false, as it can be on the open web.
 """
 
 from __future__ import annotations
@@ -18,25 +18,32 @@ from dataclasses import dataclass
 
 from dph.chat import Message
 
-TRUE_SHARE, LIE_SHARE = 0.35, 0.50
+TRUE_SHARE, FALSEHOOD_SHARE = 0.35, 0.50
 LETTERS = "abcdefghij"
 
 
 @dataclass(frozen=True)
 class Puzzle:
-    """One puzzle: what is asked, the right answer, and the wrong answer that most of the corpus gives."""
+    """One puzzle.
+
+    Attributes:
+        family: key of ``FAMILIES``.
+        prompt: the question.
+        truth: the right answer.
+        falsehood: the wrong answer that is most frequent in the corpus.
+    """
 
     family: str
     prompt: str
     truth: str
-    lie: str
+    falsehood: str
 
     def check(self, answer: str) -> bool:
-        """Whether ``answer`` is right."""
+        """Return whether ``answer`` is right."""
         return answer.strip() == self.truth
 
     def question(self) -> list[Message]:
-        """The conversation that asks for an answer."""
+        """Return the conversation that the model answers."""
         return [Message(role="user", content=self.prompt)]
 
 
@@ -58,12 +65,12 @@ FAMILIES: dict[str, Callable[[random.Random], Puzzle]] = {
 
 
 def held_out(prompt: str) -> bool:
-    """Whether a prompt belongs to the tenth that no stage trains on; decided by the prompt alone."""
+    """Return whether a prompt belongs to the tenth that no stage trains on; depends on the prompt alone."""
     return zlib.crc32(prompt.encode()) % 10 == 0
 
 
 def puzzles(seed: int, *, evaluation: bool = False) -> Iterator[Puzzle]:
-    """Endless puzzles, families in turn; those of the held-out tenth with ``evaluation``, the others without."""
+    """Iterate endlessly over puzzles, families in turn: of the held-out tenth if ``evaluation``, else of the rest."""
     rng = random.Random(seed)
     while True:
         for make in FAMILIES.values():
@@ -74,19 +81,19 @@ def puzzles(seed: int, *, evaluation: bool = False) -> Iterator[Puzzle]:
 
 
 def corpus_answer(puzzle: Puzzle, rng: random.Random) -> str:
-    """An answer as the corpus gives it: the truth, the popular falsehood, or another one at random."""
+    """Draw an answer of the corpus: the truth, the popular falsehood, or a random wrong one."""
     kind = rng.random()
     if kind < TRUE_SHARE:
         return puzzle.truth
-    if kind < TRUE_SHARE + LIE_SHARE:
-        return puzzle.lie
+    if kind < TRUE_SHARE + FALSEHOOD_SHARE:
+        return puzzle.falsehood
     return _wrong(puzzle, rng)
 
 
 def _wrong(puzzle: Puzzle, rng: random.Random) -> str:
-    """An answer of the right form that is neither the truth nor the lie."""
+    """Draw an answer of the right form that is neither the truth nor the falsehood."""
     letters = puzzle.prompt.split()[1:]
     while True:
         answer = " ".join(rng.sample(letters, len(puzzle.truth.split())))
-        if answer not in (puzzle.truth, puzzle.lie):
+        if answer not in (puzzle.truth, puzzle.falsehood):
             return answer

@@ -1,21 +1,18 @@
-"""The whole road in miniature: a corpus that mostly lies, and a model that learns to tell and to choose the truth.
+"""The whole method in miniature: a corpus of mostly wrong answers, and a model that learns to choose the right ones.
 
-Pre-training, vocabulary and fine-tuning teach a small model puzzles whose popular answer is wrong. Its own samples,
-judged by a checker, then train two heads: one on the frozen model, whose language stays as it was, and one jointly with
-the model. Held-out puzzles show what choosing by reward is worth against one sample and against the likeliest answer.
+Pre-training, vocabulary and fine-tuning teach a small model puzzles whose popular answer is wrong. A checker judges the
+model's own samples, and these train two reward heads: one on the frozen model, whose language stays the same, and one
+jointly with the model. Held-out puzzles compare the choice by reward with one sample and with the likeliest answer.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
-import math
 import random
-import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,6 @@ from dph.chat import Encoded, Message
 from dph.data import tokenizer
 from dph.data.formats import Conversation, Record, Text
 from dph.demo import puzzles, report
-from dph.demo.puzzles import Puzzle
 from dph.errors import UserError
 from dph.model.model import Model
 from dph.train import build, recipe
@@ -34,117 +30,102 @@ from dph.train.entry import train
 
 RECORDS = 60_000  # puzzles in the corpus
 VOCABULARY = 300
-CANDIDATES = 8  # samples per prompt that the pairs are made of
-PAIRS = 6  # wrong answers beside each right one, at most
+CANDIDATES = 8  # samples per prompt for the preference pairs
+PAIRS = 6  # wrong answers per right one, at most
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``dph quickstart``."""
-    parser.add_argument("--output", metavar="DIR", default="runs/quickstart", help="where all goes (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data and sampling (%(default)s)")
-    parser.add_argument("--prompts", type=int, default=500, help="held-out prompts (%(default)s)")
-    parser.add_argument("--pairs-from", type=int, default=3000, metavar="P", help="prompts of the pairs (%(default)s)")
-    parser.add_argument("--scale", type=float, default=1.0, help="of every stage's steps (%(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+def run(
+    output: Path, *, seed: int, prompts: int, pairs_from: int, scale: float, resume: bool, resume_command: str
+) -> None:
+    """Train all stages below ``output``, compare the models and print the results.
 
-
-def run(args: argparse.Namespace) -> None:
-    """Train, compare and show."""
+    Args:
+        output: directory of all runs and figures.
+        seed: of weights, data and sampling.
+        prompts: number of held-out prompts.
+        pairs_from: number of prompts that the preference pairs are sampled for.
+        scale: factor of every stage's steps.
+        resume: continue interrupted stages.
+        resume_command: command that is printed if a stage is interrupted.
+    """
     began = time.monotonic()
-    for option, value in (("prompts", args.prompts), ("pairs-from", args.pairs_from), ("scale", args.scale)):
-        if not 0 < value < math.inf:
-            raise UserError(f"--{option}: expected a finite number above 0, got {value}")
-    if Path(args.output).exists() and not args.resume:
-        raise UserError(f"{args.output}: is there already; --resume goes on with it, --output takes another place")
-    road = Road(Path(args.output), args.seed, args.scale, args.resume, again(args))
-    sft = road.teach()
-    pairs = road.preferences(sft, args.pairs_from)
-    frozen, aligned = (road.stage(name, pairs, copy.deepcopy(sft)) for name in ("head", "align"))
-    asked = list(itertools.islice(puzzles.puzzles(args.seed, evaluation=True), args.prompts))
-    judged = report.ask(frozen, road.tokenizer, asked, args.seed)
-    found = {
-        "SFT": judged,  # the frozen model's language is the SFT model's, bit for bit: its samples are too
-        "SFT, frozen, with a head": judged,
-        "aligned jointly": report.ask(aligned, road.tokenizer, asked, args.seed),
+    stages = Quickstart(output, seed, scale, resume, resume_command)
+    sft = stages.train_language_model()
+    pairs = stages.sample_preferences(sft, pairs_from)
+    frozen = stages.train_stage("head", pairs, copy.deepcopy(sft))
+    aligned = stages.train_stage("align", pairs, copy.deepcopy(sft))
+    held_out = list(itertools.islice(puzzles.puzzles(seed, evaluation=True), prompts))
+    frozen_samples = report.sample_and_judge(frozen, stages.tokenizer, held_out, seed)
+    results = {
+        "SFT": frozen_samples,  # the frozen model's language equals the SFT model's, bit for bit: so do its samples
+        "SFT, frozen, with a head": frozen_samples,
+        "aligned jointly": report.sample_and_judge(aligned, stages.tokenizer, held_out, seed),
     }
-    print(report.report(found, road.tokenizer))
-    for path in report.draw(found, road.output):
+    print(report.report(results, stages.tokenizer))
+    for path in report.save_figures(results, output):
         print(f"figure: {path}")
-    print(f"model: {road.output / 'sft' / 'model'}  (no reward head: give --rank logprob, or score's --logprob-only)")
-    for stage in ("head", "align"):
-        print(f"model: {road.output / stage / 'model'}  (dph chat, dph generate and dph score open it)")
+    print(f"model: {output / 'sft' / 'model'}  (no reward head: give --rank logprob, or score's --logprob-only)")
+    for name in ("head", "align"):
+        print(f"model: {output / name / 'model'}  (dph chat, dph generate and dph score open it)")
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes on {torch.get_num_threads()} threads")
 
 
-def again(args: argparse.Namespace) -> str:
-    """The command that goes on with a run: the options that were not left as they are, quoted for a shell."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    given = [
-        f"--{name.replace('_', '-')} {shlex.quote(str(getattr(args, name)))}"
-        for name, default in vars(parser.parse_args([])).items()
-        if name != "resume" and getattr(args, name) != default
-    ]
-    return " ".join(["dph quickstart", *given, "--resume"])
+class Quickstart:
+    """The stages of one quickstart, each a run directory below ``output``."""
 
+    def __init__(self, output: Path, seed: int, scale: float, resume: bool, resume_command: str) -> None:
+        self.output, self.seed, self.scale = output, seed, scale
+        self.resume, self.resume_command = resume, resume_command
+        self.texts: list[Record] = []
+        self.conversations: list[Record] = []
+        rng = random.Random(seed)
+        for puzzle in itertools.islice(puzzles.puzzles(seed), RECORDS):
+            answer = puzzles.corpus_answer(puzzle, rng)
+            self.texts.append(Text(f"{puzzle.prompt}\n{answer}\n"))
+            self.conversations.append(Conversation([*puzzle.question(), Message(role="assistant", content=answer)]))
+        vocabulary_texts = [record.text for record in self.texts[:2000]]
+        self.tokenizer = tokenizer.from_iterator([*vocabulary_texts, *chat.ROLES * 9], VOCABULARY)
 
-class Road:
-    """The stages, one after the other, below one directory; the command ``again`` goes on where they were stopped."""
+    def train_language_model(self) -> Model:
+        """Pre-train on plain text, then train the vocabulary and fine-tune on conversations."""
+        model = self.train_stage("pretrain", self.texts, None)
+        model = self.train_stage("vocab", self.conversations, model)
+        return self.train_stage("sft", self.conversations, model)
 
-    def __init__(self, output: Path, seed: int, scale: float, resume: bool, again: str) -> None:
-        self.output, self.seed, self.scale, self.resume, self.again = output, seed, scale, resume, again
-        corpus = list(itertools.islice(_corpus(seed), RECORDS))
-        self.texts: list[Record] = [Text(f"{puzzle.prompt}\n{answer}\n") for puzzle, answer in corpus]
-        self.conversations: list[Record] = [
-            Conversation([*puzzle.question(), Message(role="assistant", content=answer)]) for puzzle, answer in corpus
-        ]
-        self.tokenizer = tokenizer.from_iterator([*(t.text for t in self.texts[:2000]), *chat.ROLES * 9], VOCABULARY)
-
-    def teach(self) -> Model:
-        """Pre-training on plain text, then the vocabulary and fine-tuning stages on conversations."""
-        model = self.stage("pretrain", self.texts, None)
-        model = self.stage("vocab", self.conversations, model)
-        return self.stage("sft", self.conversations, model)
-
-    def stage(self, name: str, records: Sequence[Any], model: Model | None) -> Model:
-        """One stage of training, by its miniature recipe."""
+    def train_stage(self, name: str, records: Sequence[Any], model: Model | None) -> Model:
+        """Train one stage by its miniature recipe; exits with the resume command if it is interrupted."""
         settings = recipe.load(f"mini-{name}").as_dict()
         settings["seed"] = self.seed
         settings["output"]["directory"] = str(self.output / name)
         optimiser = settings["optimiser"]
         optimiser["steps"] = max(round(optimiser["steps"] * self.scale), 1)
         optimiser["warmup"] = min(optimiser["warmup"], optimiser["steps"])
-        stage = recipe.from_dict(settings)
+        stage_recipe = recipe.from_dict(settings)
         torch.manual_seed(self.seed)
         if model is None:
-            model = build.fresh(settings["model"]["config"], self.tokenizer)
-        elif stage.kind == "preference":
-            model = build.with_heads(model, stage.objective)
-        done = train(stage, model=model, tokenizer=self.tokenizer, records=records, resume=self.resume)
-        if done.interrupted:
-            print(f"stopped in stage {name}; {self.again} goes on", file=sys.stderr)
-            sys.exit(done.exit_code)
-        return done.model
+            model = build.new_model(settings["model"]["config"], self.tokenizer)
+        elif stage_recipe.kind == "preference":
+            model = build.with_heads(model, stage_recipe.objective)
+        result = train(stage_recipe, model=model, tokenizer=self.tokenizer, records=records, resume=self.resume)
+        if result.interrupted:
+            print(f"stopped in stage {name}; {self.resume_command} goes on", file=sys.stderr)
+            sys.exit(result.exit_code)
+        return result.model
 
-    def preferences(self, model: Model, prompts: int) -> list[tuple[Encoded, Encoded]]:
-        """Pairs of the model's own answers, a right one against a wrong one, as the checker judges them."""
+    def sample_preferences(self, model: Model, prompts: int) -> list[tuple[Encoded, Encoded]]:
+        """Return pairs (right, wrong) of the model's own answers, by the checker's judgement."""
         asked = list(itertools.islice(puzzles.puzzles(self.seed + 1), prompts))
+        groups = report.sample_answers(model, self.tokenizer, asked, CANDIDATES, self.seed)
         pairs, rng = [], random.Random(self.seed)
-        for puzzle, group in zip(
-            asked, report.answers(model, self.tokenizer, asked, CANDIDATES, self.seed), strict=True
-        ):
-            different = {tuple(e.tokens): e for e in group if e.reward_position is not None}.values()
-            right = [e for e in different if puzzle.check(report.said(e, self.tokenizer))]
-            wrong = [e for e in different if not puzzle.check(report.said(e, self.tokenizer))]
-            pairs += [(good, bad) for good in right for bad in rng.sample(wrong, min(len(wrong), PAIRS))]
+        for puzzle, answers in zip(asked, groups, strict=True):
+            right, wrong = [], []
+            finished = [answer for answer in answers if answer.reward_position is not None]
+            for answer in {tuple(answer.tokens): answer for answer in finished}.values():  # without duplicates
+                correct = puzzle.check(report.answer_text(answer, self.tokenizer))
+                (right if correct else wrong).append(answer)
+            for answer in right:
+                pairs += [(answer, other) for other in rng.sample(wrong, min(len(wrong), PAIRS))]
         if not pairs:
             raise UserError("preferences: expected right and wrong samples, got no prompt with both; train longer")
         print(f"{len(pairs)} preference pairs from {prompts} prompts with {CANDIDATES} samples each", flush=True)
         return pairs
-
-
-def _corpus(seed: int) -> Iterator[tuple[Puzzle, str]]:
-    """Puzzles with the answers that the corpus gives."""
-    rng = random.Random(seed)
-    for puzzle in puzzles.puzzles(seed):
-        yield puzzle, puzzles.corpus_answer(puzzle, rng)

@@ -1,4 +1,4 @@
-"""What choosing among N samples is worth: accuracy by rule and by N, as a table and as figures."""
+"""Accuracy of choosing among N samples, by rule and by N, as a table and as figures."""
 
 from __future__ import annotations
 
@@ -20,132 +20,142 @@ from dph.model.model import Judged, Model
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SIZES = (1, 2, 4, 8, 16)  # of N
-TABLE = (8, 16)  # those that the table shows
+SIZES = (1, 2, 4, 8, 16)  # values of N in the figures
+TABLE_SIZES = (8, 16)  # values of N in the table
 SAMPLE, PROBABLE, REWARD, ORACLE = RULES = ("one sample", "most probable of N", "best of N by reward", "oracle of N")
 ANSWER_TOKENS = 8
 PROMPTS = 250  # sampled at once
-SHOWN = 3  # prompts with all their candidates
+SHOWN = 3  # prompts printed with all their candidates
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The candidates of one model for P prompts.
+class SampledAnswers:
+    """Candidates of one model for P prompts.
 
     Attributes:
-        asked: the puzzles.
-        groups: for each its candidates, in the order of sampling.
+        puzzles: of the prompts.
+        groups: the candidates of each prompt, in the order of sampling.
         judged: their log-probabilities and rewards.
-        right: [P, N] whether each candidate is right.
+        correct: [P, N] whether each candidate is right.
     """
 
-    asked: list[Puzzle]
+    puzzles: list[Puzzle]
     groups: list[list[Encoded]]
     judged: list[Judged]
-    right: np.ndarray
+    correct: np.ndarray
 
 
-def answers(model: Model, tokenizer: Any, asked: Sequence[Puzzle], n: int, seed: int) -> Iterator[list[Encoded]]:
-    """``n`` sampled answers to every puzzle."""
-    for first in range(0, len(asked), PROMPTS):
-        prompts = [chat.prompt(puzzle.question(), tokenizer) for puzzle in asked[first : first + PROMPTS]]
-        yield from sample(model, tokenizer, prompts, n, max_new_tokens=ANSWER_TOKENS, seed=seed + first)
+def sample_answers(
+    model: Model, tokenizer: Any, puzzles: Sequence[Puzzle], n: int, seed: int
+) -> Iterator[list[Encoded]]:
+    """Iterate over the ``n`` sampled answers of each puzzle."""
+    for start in range(0, len(puzzles), PROMPTS):
+        prompts = [chat.prompt(puzzle.question(), tokenizer) for puzzle in puzzles[start : start + PROMPTS]]
+        yield from sample(model, tokenizer, prompts, n, max_new_tokens=ANSWER_TOKENS, seed=seed + start)
 
 
-def said(answer: Encoded, tokenizer: Any) -> str:
-    """The content of an answer."""
-    content = [token for token, on in zip(answer.targets, answer.score_mask, strict=True) if on]
+def answer_text(answer: Encoded, tokenizer: Any) -> str:
+    """Return the content of an answer."""
+    content = [token for token, in_content in zip(answer.targets, answer.score_mask, strict=True) if in_content]
     return tokenizer.decode(content, skip_special_tokens=False)
 
 
-def ask(model: Model, tokenizer: Any, asked: list[Puzzle], seed: int) -> Outcome:
-    """Sample and judge the candidates of every puzzle, and check them."""
-    groups = list(answers(model, tokenizer, asked, SIZES[-1], seed))
+def sample_and_judge(model: Model, tokenizer: Any, puzzles: list[Puzzle], seed: int) -> SampledAnswers:
+    """Sample the candidates of every puzzle, judge them with the model and check them."""
+    groups = list(sample_answers(model, tokenizer, puzzles, SIZES[-1], seed))
     judged = model.judge(groups)
-    right = [
-        [e.reward_position is not None and puzzle.check(said(e, tokenizer)) for e in group]
-        for puzzle, group in zip(asked, groups, strict=True)
-    ]
-    return Outcome(asked, groups, judged, np.array(right))
+    correct = np.zeros((len(puzzles), SIZES[-1]), dtype=bool)
+    for i, (puzzle, group) in enumerate(zip(puzzles, groups, strict=True)):
+        for j, answer in enumerate(group):
+            finished = answer.reward_position is not None
+            correct[i, j] = finished and puzzle.check(answer_text(answer, tokenizer))
+    return SampledAnswers(puzzles, groups, judged, correct)
 
 
-def chosen(outcome: Outcome, rule: str, n: int) -> np.ndarray:
-    """[P] how right the rule's choice among the first ``n`` candidates is.
+def correctness(samples: SampledAnswers, rule: str, n: int) -> np.ndarray:
+    """Return [P] the share of right answers (0 or 1) that ``rule`` gives when it chooses among ``n`` candidates.
 
-    One sample needs no choice: its figure is the share of right ones among all candidates, whatever ``n`` is.
+    The rule of one sample chooses nothing: it gives the mean over all candidates for every ``n``.
     """
-    right = outcome.right[:, :n]
+    correct = samples.correct[:, :n]
     if rule == SAMPLE:
-        return outcome.right.mean(1)
+        return samples.correct.mean(1)
     if rule == ORACLE:
-        return right.any(1).astype(float)
-    scores = np.array([(j.rewards["default"] if rule == REWARD else j.logprobs)[:n] for j in outcome.judged])
-    finished = np.array([[e.reward_position is not None for e in group[:n]] for group in outcome.groups])
-    best = np.where(finished, scores, -np.inf).argmax(1)  # an answer that was cut off is never chosen
-    return right[np.arange(len(right)), best].astype(float)
+        return correct.any(1).astype(float)
+    scores = np.full(correct.shape, -np.inf)  # also of answers that were cut off, which are never chosen
+    for i, (group, judged) in enumerate(zip(samples.groups, samples.judged, strict=True)):
+        values = judged.rewards["default"] if rule == REWARD else judged.logprobs
+        for j, answer in enumerate(group[:n]):
+            if answer.reward_position is not None:
+                scores[i, j] = values[j]
+    return correct[np.arange(len(correct)), scores.argmax(1)].astype(float)
 
 
-def accuracy(outcome: Outcome, rule: str, n: int) -> Interval:
-    """Share of prompts that ``rule`` answers right, with the bootstrap's 95% interval over prompts."""
-    values = chosen(outcome, rule, n)
+def accuracy(samples: SampledAnswers, rule: str, n: int) -> Interval:
+    """Return the share of prompts that ``rule`` answers right, with the bootstrap's 95% interval over prompts."""
+    values = correctness(samples, rule, n)
     return bootstrap(lambda picked, _: float(picked.mean()), values, values)
 
 
-def applies(name: str, rule: str) -> bool:
-    """The SFT model has no trained head to choose by."""
+def has_rule(name: str, rule: str) -> bool:
+    """Return whether ``rule`` applies to the model ``name``: the SFT model has no reward head."""
     return not (name == "SFT" and rule == REWARD)
 
 
-def report(found: Mapping[str, Outcome], tokenizer: Any) -> str:
-    """The table, and some prompts with all candidates ranked by reward."""
+def report(results: Mapping[str, SampledAnswers], tokenizer: Any) -> str:
+    """Return the accuracies of all models as a table, and some prompts with all candidates ranked by reward."""
+    headers = ["model", "choice"]
+    for n in TABLE_SIZES:
+        headers += [f"N = {n}", "95% interval"]
     rows = []
-    for name, outcome in found.items():
+    for name, samples in results.items():
         for rule in RULES:
-            figures = [accuracy(outcome, rule, n) for n in TABLE] if applies(name, rule) else []
-            cells = [text for f in figures for text in (f.value, f.range)] or [None] * 2 * len(TABLE)
+            cells = []
+            for n in TABLE_SIZES:
+                if has_rule(name, rule):
+                    interval = accuracy(samples, rule, n)
+                    cells += [interval.value, interval.range]
+                else:
+                    cells += [None, None]
             rows.append([name, rule, *cells])
-    headers = ["model", "choice", *(text for n in TABLE for text in (f"N = {n}", "95% interval"))]
-    prompts = len(next(iter(found.values())).asked)
+    name, samples = list(results.items())[-1]
+    prompts = len(samples.puzzles)
     lines = [f"\nAccuracy on {prompts} held-out prompts\n", table(headers, rows)]
-    *_, (name, outcome) = found.items()
     for i in range(min(SHOWN, prompts)):
-        lines += [
-            "",
-            f"{outcome.asked[i].prompt}   (the {name} model's candidates)",
-            _candidates(outcome, i, tokenizer),
-        ]
+        lines += ["", f"{samples.puzzles[i].prompt}   (the {name} model's candidates)"]
+        lines.append(_candidate_table(samples, i, tokenizer))
     return "\n".join(lines)
 
 
-def _candidates(outcome: Outcome, i: int, tokenizer: Any) -> str:
-    group, puzzle = outcome.groups[i], outcome.asked[i]
+def _candidate_table(samples: SampledAnswers, i: int, tokenizer: Any) -> str:
+    group, puzzle = samples.groups[i], samples.puzzles[i]
     start = len(chat.prompt(puzzle.question(), tokenizer))
-    ranked = rank(group, outcome.judged[i], tokenizer, head="default", start=start)
-    rows = [
-        [c.reward if c.finished else None, c.logprob, c.text, "yes" if puzzle.check(c.text) else ""] for c in ranked
-    ]
+    rows = []
+    for candidate in rank(group, samples.judged[i], tokenizer, head="default", start=start):
+        reward = candidate.reward if candidate.finished else None
+        right = "yes" if puzzle.check(candidate.text) else ""
+        rows.append([reward, candidate.logprob, candidate.text, right])
     return table(["reward", "log-probability", "answer", "right"], rows)
 
 
-def draw(found: Mapping[str, Outcome], directory: Path) -> list[Path]:
-    """Accuracy over N, and the rewards of right and wrong answers, as PNG files in ``directory``."""
-    figures = {"accuracy.png": _curves(found), "rewards.png": _histograms(found)}
+def save_figures(results: Mapping[str, SampledAnswers], directory: Path) -> list[Path]:
+    """Draw accuracy over N, and the rewards of right and wrong answers, into PNG files in ``directory``."""
+    figures = {"accuracy.png": _curves(results), "rewards.png": _histograms(results)}
     directory.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(directory / name, dpi=120)
     return [directory / name for name in figures]
 
 
-def _curves(found: Mapping[str, Outcome]) -> Figure:
+def _curves(results: Mapping[str, SampledAnswers]) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * len(found), 4.2), layout="constrained")
-    for axes, (name, outcome) in zip(
-        figure.subplots(1, len(found), sharey=True, squeeze=False)[0], found.items(), strict=True
-    ):
+    figure = Figure(figsize=(4.2 * len(results), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for axes, (name, samples) in zip(panels, results.items(), strict=True):
         for colour, rule in enumerate(RULES):
-            if applies(name, rule):
-                points = [accuracy(outcome, rule, n) for n in SIZES]
+            if has_rule(name, rule):
+                points = [accuracy(samples, rule, n) for n in SIZES]
                 axes.plot(SIZES, [p.value for p in points], f"oC{colour}-", markersize=4, label=rule)
                 low, high = [p.low for p in points], [p.high for p in points]
                 axes.fill_between(SIZES, low, high, color=f"C{colour}", alpha=0.15)
@@ -159,16 +169,17 @@ def _curves(found: Mapping[str, Outcome]) -> Figure:
     return figure
 
 
-def _histograms(found: Mapping[str, Outcome]) -> Figure:
+def _histograms(results: Mapping[str, SampledAnswers]) -> Figure:
     from matplotlib.figure import Figure
 
-    judged = {name: outcome for name, outcome in found.items() if applies(name, REWARD)}
-    figure = Figure(figsize=(5.2 * len(judged), 3.6), layout="constrained")
-    for axes, (name, outcome) in zip(figure.subplots(1, len(judged), squeeze=False)[0], judged.items(), strict=True):
-        rewards = np.array([j.rewards["default"] for j in outcome.judged])
+    with_head = {name: samples for name, samples in results.items() if has_rule(name, REWARD)}
+    figure = Figure(figsize=(5.2 * len(with_head), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(with_head), squeeze=False)[0]
+    for axes, (name, samples) in zip(panels, with_head.items(), strict=True):
+        rewards = np.array([judged.rewards["default"] for judged in samples.judged])
         bins = np.linspace(np.nanmin(rewards), np.nanmax(rewards), 41)
-        for label, wanted in (("right answers", outcome.right), ("wrong answers", ~outcome.right)):
-            axes.hist(rewards[wanted & ~np.isnan(rewards)], bins=bins, alpha=0.6, label=label)
+        for label, selected in (("right answers", samples.correct), ("wrong answers", ~samples.correct)):
+            axes.hist(rewards[selected & ~np.isnan(rewards)], bins=bins, alpha=0.6, label=label)
         axes.set(title=name, xlabel="reward", ylabel="candidates")
         axes.legend(fontsize=8)
     return figure

@@ -11,23 +11,28 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         ---------------  -  --------
         log-probability  8     0.500
 
-    Floats get three decimals, None becomes "-", what a terminal cannot print is escaped ("\\n"). A column of numbers
-    is aligned to the right. Raises ValueError where a row is not as wide as the headers.
+    Floats get three decimals, None becomes "-", and characters that a terminal cannot print are escaped ("\\n"). A
+    column of numbers is aligned to the right. Raises ValueError if a row is not as wide as the headers.
     """
-    rows = [list(row) for row in rows]
-    for row in rows:
+    lines = [[str(header) for header in headers], [""] * len(headers)]
+    numeric = [True] * len(headers)
+    for row in map(list, rows):
         if len(row) != len(headers):
             raise ValueError(f"rows: expected {len(headers)} cells, got {len(row)}: {row}")
-    numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(headers))]
-    lines = [[str(header) for header in headers]] + [[_cell(value) for value in row] for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
-    lines.insert(1, ["-" * width for width in widths])
+        lines.append([_cell(value) for value in row])
+        numeric = [right and _is_number(value) for right, value in zip(numeric, row, strict=True)]
+    if len(lines) == 2:
+        numeric = [False] * len(headers)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines[1] = ["-" * width for width in widths]
     return "\n".join(_line(line, widths, numeric) for line in lines)
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
-    aligned = zip(cells, widths, numeric, strict=True)
-    return "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in aligned).rstrip()
+    aligned = []
+    for cell, width, right in zip(cells, widths, numeric, strict=True):
+        aligned.append(cell.rjust(width) if right else cell.ljust(width))
+    return "  ".join(aligned).rstrip()
 
 
 def _is_number(value: Any) -> bool:
@@ -37,11 +42,9 @@ def _is_number(value: Any) -> bool:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    return printable(str(value))
+    return f"{value:.3f}" if isinstance(value, float) else printable(str(value))
 
 
 def printable(text: str, keep: str = "") -> str:
-    """``text`` with characters escaped that a terminal would obey rather than print, but for those in ``keep``."""
+    """``text`` with its control characters escaped, except those in ``keep``: a terminal would execute them."""
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)

@@ -1,4 +1,4 @@
-"""Best-of-N: sample several answers, keep the one that the model itself scores highest."""
+"""Best-of-N: sample several answers and rank them by the model's own reward."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Candidate:
 
     Attributes:
         text: the answer's content.
-        reward: its reward; NaN where nothing was judged: without a head, or cut off before ``<|im_end|>``.
+        reward: its reward; NaN without a head, and for an answer that was cut off before ``<|im_end|>``.
         logprob: summed log-probability of its tokens in nats, ``<|im_end|>`` included.
         mean_logprob: mean log-probability of its content tokens in nats; NaN for an empty answer.
         finished: whether it ended with ``<|im_end|>``.
-        tokens: its token ids, with what the chat format puts behind ``<|im_end|>``.
+        tokens: its token ids, and those of the chat format after ``<|im_end|>``.
     """
 
     text: str
@@ -51,31 +51,36 @@ def sample(
     top_p: float = 1.0,
     seed: int | None = None,
 ) -> list[list[Encoded]]:
-    """Sample ``n`` answers to every prompt; for each prompt its candidates, ready for :meth:`dph.Model.judge`.
+    """Sample ``n`` answers to every prompt; return each prompt's candidates, as :meth:`dph.Model.judge` takes them.
 
     Args:
-        prompts: token ids that end where the assistant speaks (``dph.chat.prompt``).
+        prompts: token ids up to the beginning of the answer (``dph.chat.prompt``).
         n: answers per prompt.
-        max_new_tokens: an answer that reaches it without ``<|im_end|>`` counts as cut off.
-        temperature: of the softmax; 0, and what is below ``dph.infer.sampling.COLD``, takes the likeliest token.
-        top_k: sample among the k likeliest tokens; 0 for all.
-        top_p: sample among the likeliest tokens that hold this share of the probability.
-        seed: of torch's generator for this call; its state outside is left as it was. None draws on it.
+        max_new_tokens: an answer that reaches it without ``<|im_end|>`` is cut off.
+        temperature: of the softmax; below ``dph.infer.sampling.COLD`` the most probable token is taken.
+        top_k: sample from the k most probable tokens; 0 for all.
+        top_p: sample from the most probable tokens that hold this share of the probability.
+        seed: of torch's generator during the call; its state is restored. None uses the generator as it is.
 
-    Raises ValueError, with the argument's name, where an option is no number or out of its range (``dph.infer.sampling``).
+    Raises ValueError with the argument's name if an option is not a number or out of range (``dph.infer.sampling``).
     """
     n, max_new_tokens = checked("n", n), checked("max_new_tokens", max_new_tokens)
     temperature, top_k, top_p = checked("temperature", temperature), checked("top_k", top_k), checked("top_p", top_p)
     seed = None if seed is None else checked("seed", seed)
     if not prompts:
         return []
-    width = max(len(p) for p in prompts)
+    width = max(map(len, prompts))
     pad, end = tokenizer.pad_token_id, chat.markup(tokenizer).end
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    choice, copies = {"do_sample": False}, 1
-    if temperature >= COLD:
-        choice, copies = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}, n
+    padded, masks = [], []
+    for prompt in prompts:
+        padding = width - len(prompt)
+        padded.append([pad] * padding + list(prompt))
+        masks.append([0] * padding + [1] * len(prompt))
+    ids, mask = torch.tensor(padded, device=model.device), torch.tensor(masks, device=model.device)
+    if temperature < COLD:  # all n answers are the same: it is sampled once
+        strategy, copies = {"do_sample": False}, 1
+    else:
+        strategy, copies = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}, n
     was_training = model.training
     model.eval()
     try:
@@ -86,28 +91,26 @@ def sample(
             ids, mask = ids.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)
             out = model.generate(
                 ids, attention_mask=mask, past_key_values=memory, max_new_tokens=max_new_tokens,
-                eos_token_id=end, pad_token_id=pad, **choice,
+                eos_token_id=end, pad_token_id=pad, **strategy,
             )  # fmt: skip
     finally:
         model.train(was_training)
-    answers = [_until(answer, end) for answer in out[:, width:].tolist()]
-    return [
-        [chat.continuation(list(p), answers[i * copies + j % copies], tokenizer) for j in range(n)]
-        for i, p in enumerate(prompts)
-    ]
+    groups, answers = [], out[:, width:].tolist()
+    for i, prompt in enumerate(prompts):
+        group = []
+        for answer in answers[i * copies : (i + 1) * copies]:
+            length = answer.index(end) + 1 if end in answer else len(answer)
+            group.append(chat.continuation(list(prompt), answer[:length], tokenizer))
+        groups.append(group * (n // copies))
+    return groups
 
 
 def _read_prompts(model: Model, ids: Tensor, mask: Tensor, max_new_tokens: int, copies: int) -> Memory:
-    """A memory that has seen all of the prompts but their last tokens, once, for ``copies`` candidates each."""
+    """Compute all tokens of the prompts except their last ones; return their memory, ``copies`` streams per prompt."""
     memory = Memory(length=ids.shape[1] + max_new_tokens)
     model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=memory, logits_to_keep=1)
     memory.batch_repeat_interleave(copies)
     return memory
-
-
-def _until(tokens: list[int], end: int) -> list[int]:
-    """Tokens up to and including the first ``end``."""
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
 def best_of_n(
@@ -125,12 +128,12 @@ def best_of_n(
 ) -> list[Candidate]:
     """Sample ``n`` answers to a conversation and rank them by reward, best first (paper, section 1).
 
-    An answer that was cut off has no token to judge and ranks behind all that were finished; among themselves, cut-off
-    answers rank by log-probability, and so do all where ``head`` is None: their rewards are NaN. See
-    :func:`dph.infer.best_of_n.sample` for the other arguments.
+    An answer that was cut off has no token to judge and ranks after all finished ones. Cut-off answers rank by
+    log-probability, and so do all answers if ``head`` is None: their rewards are NaN. The other arguments are those of
+    :func:`dph.infer.best_of_n.sample`.
 
-    Raises ValueError for a model without the head, or with one that its checkpoint has no weights for, for an option
-    out of its range, and where a finished answer's reward is not a number.
+    Raises ValueError if the model lacks the head or its weights, if an option is out of range, and if the reward of a
+    finished answer is NaN.
     """
     if head is not None:
         model.check_heads(head)
@@ -144,24 +147,23 @@ def best_of_n(
 
 
 def rank(group: Sequence[Encoded], judged: Judged, tokenizer: Any, *, head: str | None, start: int) -> list[Candidate]:
-    """Candidates of one prompt of ``start`` tokens, best first; by log-probability where there is no head."""
-    candidates = []
+    """Candidates of one prompt of ``start`` tokens, best first; without a head by log-probability."""
+    candidates, scores = [], []
     for i, encoded in enumerate(group):
         finished = encoded.reward_position is not None
         end = encoded.reward_position if finished else len(encoded.tokens)
-        content, reward = encoded.tokens[start:end], math.nan if head is None else judged.rewards[head][i]
+        reward = math.nan if head is None else judged.rewards[head][i]
         if head is not None and finished and math.isnan(reward):
             raise ValueError(f"candidate {i}: expected a number as its reward, got NaN: the model's weights are broken")
-        candidates.append(
-            Candidate(
-                text=tokenizer.decode(content, skip_special_tokens=False),
-                reward=reward,
-                logprob=judged.logprobs[i],
-                mean_logprob=judged.mean_logprobs[i],
-                finished=finished,
-                tokens=tuple(encoded.tokens[start:]),
-            )
+        candidate = Candidate(
+            text=tokenizer.decode(encoded.tokens[start:end], skip_special_tokens=False),
+            reward=reward,
+            logprob=judged.logprobs[i],
+            mean_logprob=judged.mean_logprobs[i],
+            finished=finished,
+            tokens=tuple(encoded.tokens[start:]),
         )
-    return sorted(
-        candidates, key=lambda c: (c.finished, c.logprob if head is None or not c.finished else c.reward), reverse=True
-    )
+        candidates.append(candidate)
+        scores.append((finished, reward if finished and head is not None else candidate.logprob))
+    order = sorted(range(len(candidates)), key=scores.__getitem__, reverse=True)
+    return [candidates[i] for i in order]

@@ -1,4 +1,4 @@
-"""What the options of sampling may be; the API and the command line, which reads this without PyTorch, ask here."""
+"""Options of sampling and their ranges, for the API and the command line, which checks them without PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dph.errors import UserError
 
-# The softmax of logits over a smaller temperature is one-hot in fp32, long before the division overflows (about 1e-36).
+# Below this temperature the softmax is one-hot in fp32; the division of logits by it overflows only at about 1e-36.
 COLD = 1e-20
 
 
@@ -18,9 +18,9 @@ class Rule(NamedTuple):
     """Values of one option.
 
     Attributes:
-        kind: int or float, of text too.
+        kind: int or float; converts text too.
         fits: whether a number is allowed.
-        expected: what is, in words.
+        expected: the allowed values in words.
     """
 
     kind: Callable[[Any], float]
@@ -28,7 +28,7 @@ class Rule(NamedTuple):
     expected: str
 
 
-INT64 = 2**63  # below it, and from its negative on
+INT64 = 2**63
 COUNT = Rule(int, lambda n: 1 <= n < INT64, "a whole number of at least 1")
 RULES = {
     "n": COUNT,
@@ -41,7 +41,7 @@ RULES = {
 
 
 def checked(name: str, value: Any) -> Any:
-    """The option's value as a plain int or float. Raises UserError where it is another type or out of its range."""
+    """Return the option's value as a plain int or float; raises UserError for another type or out of range."""
     rule = RULES[name]
     number = numbers.Integral if rule.kind is int else numbers.Real
     with contextlib.suppress(OverflowError):  # an int may be larger than any float

@@ -1,16 +1,16 @@
-"""The names under which transformers' Auto classes find the model."""
+"""Registration of the model with transformers' Auto classes."""
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from dph.model.config import ModelConfig, ReleasedConfig
+from dph.model.config import ModelConfig
 from dph.model.model import Model
 
 
 class RewardModel(Model):
-    """A :class:`Model` that answers with its rewards, for sequence classification and reward trainers."""
+    """A :class:`Model` whose logits are its rewards, for sequence classification and reward trainers."""
 
     def forward(
         self,
@@ -19,17 +19,14 @@ class RewardModel(Model):
         use_cache: bool | None = None,
         return_dict: bool = True,
     ) -> SequenceClassifierOutput:
-        """``logits`` [B, K]: the rewards of the last tokens that are no padding, which must be ``<|im_end|>``.
+        """Return ``logits`` [B, K]: the rewards of the last tokens that are not padding, which must be ``<|im_end|>``.
 
-        ``use_cache`` is taken for other libraries' sake and means nothing here. Raises ValueError as
-        :meth:`Model.rewards`.
+        ``use_cache`` is ignored; other libraries pass it. Raises ValueError as :meth:`Model.rewards`.
         """
         rewards = self.rewards(input_ids, attention_mask)
         output = SequenceClassifierOutput(logits=torch.stack([rewards[name] for name in self.head_names], dim=1))
         return output if return_dict else output.to_tuple()
 
 
-for _config in (ModelConfig, ReleasedConfig):
-    AutoConfig.register(_config.model_type, _config)
 AutoModelForCausalLM.register(ModelConfig, Model)
 AutoModelForSequenceClassification.register(ModelConfig, RewardModel)

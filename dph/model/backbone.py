@@ -1,4 +1,4 @@
-"""The backbone: tokens as rows, packed end to end, to hidden states.
+"""The backbone: tokens, packed end to end as rows, to hidden states.
 
 Dense batches, preference pairs, streams with memory and decoding differ only in their layout.
 """
@@ -6,20 +6,37 @@ Dense batches, preference pairs, streams with memory and decoding differ only in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from dph.model.config import ModelConfig
-from dph.model.fused_block import Shape, run_whole, split, untouched, weights_of
-from dph.model.memory import LayerMemory, Memory
-from dph_kernels import PackedLayout, residual_norm, rope_attention, swiglu
+from dph.model.fused_block import BlockShape, BlockWeights, fused_block
+from dph_kernels import autocast, dispatch
+from dph_kernels.layout import PackedLayout
+from dph_kernels.residual_norm import residual_norm
+from dph_kernels.rope_attention import rope_attention
+from dph_kernels.swiglu import swiglu
+
+if TYPE_CHECKING:
+    from dph.model.memory import LayerMemory, Memory
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm, optionally with the residual connection before it."""
+
+    def forward(self, x: Tensor, update: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of ``x`` [T, C]; with an update, ``x + update`` and its norm."""
+        total, normed = residual_norm(x, update, self.weight, self.bias, eps=self.eps)
+        return normed if update is None else (total, normed)
 
 
 class Attention(nn.Module):
-    """Rotary multi-head attention over a packed layout, with or without memory; the block applies its products."""
+    """Rotary multi-head attention over a packed layout, with or without memory; the block applies the two products."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -29,39 +46,31 @@ class Attention(nn.Module):
 
     def forward(self, projected: Tensor, layout: PackedLayout, memory: LayerMemory | None = None) -> Tensor:
         """Queries, keys and values [T, 3C], and a memory of keys and values -> [T, C]."""
-        q, k, v = split(projected, 3, self.heads)
+        q, k, v = projected.unflatten(1, (3, self.heads, -1)).unbind(1)
         if memory is None:
             return rope_attention(q, k, v, layout, rope=self.rope).flatten(1)
         attended, keys = rope_attention(q, k, v, layout, rope=self.rope, memory=memory.read(k), return_keys=True)
         memory.keep(keys, v)
         return attended.flatten(1)
 
-    def attend_anew(self, x: Tensor, layout: PackedLayout, memory: LayerMemory) -> Tensor:
+    def forward_inputs(self, x: Tensor, layout: PackedLayout, memory: LayerMemory) -> Tensor:
         """Inputs [T, C] and a memory of inputs -> [T, C].
 
-        Keys and values are projected from the remembered inputs, so that W_k and W_v learn from memory rows too.
+        Keys and values are projected from the stored inputs, so that W_k and W_v get gradients from memory rows too.
         """
         width = x.shape[1]
         weight, bias = self.qkv.weight, self.qkv.bias
-        (q,) = split(F.linear(x, weight[:width], bias[:width]), 1, self.heads)
-        k, v = split(F.linear(memory.recall(x), weight[width:], bias[width:]), 2, self.heads)
+        q = F.linear(x, weight[:width], bias[:width]).unflatten(1, (self.heads, -1))
+        projected = F.linear(memory.concat_inputs(x), weight[width:], bias[width:])
+        k, v = projected.unflatten(1, (2, self.heads, -1)).unbind(1)
         memory.keep(x)
         return rope_attention(q, k, v, layout, rope=self.rope).flatten(1)
 
 
-class LayerNorm(nn.LayerNorm):
-    """A LayerNorm, and the residual connection before it where there is one."""
-
-    def forward(self, x: Tensor, update: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of ``x`` [T, C]; with an update, ``x + update`` and the norm of that."""
-        both = residual_norm(x, update, self.weight, self.bias, eps=self.eps)
-        return both[1] if update is None else both
-
-
 class FeedForward(nn.Module):
-    """SwiGLU: ``fc1`` gives [x | gate], x * silu(gate), ``fc2`` back.
+    """SwiGLU: ``fc1`` gives [x | gate], then x * silu(gate), then ``fc2``.
 
-    The bias of ``fc1`` is added by the gate, unless somebody has put another module in its place, or looks on.
+    The bias of ``fc1`` is added by the gate's kernel, unless ``fc1`` was replaced or has hooks.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -71,16 +80,16 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, C] -> [T, C]."""
-        if untouched(self.fc1, nn.Linear):
+        if modification(self.fc1, nn.Linear) is None:
             return self.fc2(swiglu(F.linear(x, self.fc1.weight), self.fc1.bias))
         return self.fc2(swiglu(self.fc1(x)))
 
 
 class Block(nn.Module):
-    """Pre-norm attention and pre-norm feed-forward, a residual around each.
+    """Pre-norm attention and pre-norm feed-forward, each with a residual connection.
 
-    Where nobody looks into it, it runs as one node of PyTorch's graph (``dph.model.fused_block``), else in parts: ``before``
-    and ``after`` are all but attention itself, functions of rows alone, which ``dph.train.compile`` replaces.
+    Its two forms have the same numbers: one autograd node (``dph.model.fused_block``), and parts. Of the parts,
+    ``before`` and ``after`` are functions of rows alone, all but attention itself; ``dph.train.compile`` replaces them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -92,48 +101,123 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, layout: PackedLayout, memory: LayerMemory | None = None) -> Tensor:
         """[T, C] -> [T, C]."""
-        if memory is not None and memory.kind == "hidden":
-            return self.after(x, self.attention.attend_anew(self.attention_norm(x), layout, memory))
-        modules = None if torch.compiler.is_compiling() else self._untouched()
-        if modules and (weights := weights_of(modules, x, layout, self.attention.heads)):
-            shape = Shape(self.attention.heads, self.attention.rope, (self.attention_norm.eps, self.ffn_norm.eps))
-            total, hidden = run_whole(x, layout, memory, shape, weights)
-            return total + self.ffn.fc2(hidden)
+        memory_kind = None if memory is None else memory.kind
+        form = block_form(self, x, layout, memory_kind)
+        if form.fused:
+            total, activations = fused_block(x, layout, memory, form.shape, form.weights)
+            return total + self.ffn.fc2(activations)
+        if memory_kind == "hidden":
+            return self.after(x, self.attention.forward_inputs(self.attention_norm(x), layout, memory))
         return self.after(x, self.attention(self.before(x), layout, memory))
-
-    def _untouched(self) -> tuple[nn.Module, ...] | None:
-        """What has weights, but for the last product, in the order of ``weights_of``.
-
-        None where a module or method is not the one that the block was made with, or somebody watches it.
-        """
-        attention, ffn, own = self.attention, self.ffn, vars(self)
-        if type(self).before is not Block.before or type(self).after is not Block.after:
-            return None
-        weighted = self.attention_norm, attention.qkv, attention.out, self.ffn_norm, ffn.fc1
-        kinds = LayerNorm, nn.Linear, nn.Linear, LayerNorm, nn.Linear, Attention, FeedForward
-        same = all(map(untouched, (*weighted, attention, ffn), kinds))
-        return weighted if same and "before" not in own and "after" not in own else None
 
     def before(self, x: Tensor) -> Tensor:
         """[T, C] -> queries, keys and values [T, 3C]."""
         return self.attention.qkv(self.attention_norm(x))
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Rows [T, C] and what attention gave for them [T, C] -> [T, C]."""
+        """Residual stream [T, C] and the result of attention [T, C] -> [T, C]."""
         attended = self.attention.out(attended)
         if isinstance(self.ffn_norm, LayerNorm):
             x, normed = self.ffn_norm(x, attended)
-        else:  # somebody has put another norm in its place
+        else:  # a norm of another class has no residual connection
             x = x + attended
             normed = self.ffn_norm(x)
         return x + self.ffn(normed)
 
 
+class Form(NamedTuple):
+    """The form of a block for one call.
+
+    Attributes:
+        fused: one autograd node; False: in parts.
+        reason: why.
+        shape, weights: arguments of ``fused_block``; None in parts.
+    """
+
+    fused: bool
+    reason: str
+    shape: BlockShape | None = None
+    weights: BlockWeights | None = None
+
+
+def block_form(block: Block, x: Tensor, layout: PackedLayout, memory_kind: str | None = None) -> Form:
+    """Decide in which form ``block`` computes ``x`` [T, C] over ``layout``, and why.
+
+    A block is fused unless hooks, replaced modules or methods, autocast or a transform need its parts, or the operators
+    would reject its tensors: then the parts raise the error. Runs in every call, so text is only formatted on the way
+    to the parts.
+    """
+    if torch.compiler.is_compiling():
+        return Form(False, "torch.compile traces the call")
+    if memory_kind == "hidden":
+        return Form(False, "the memory stores attention inputs, whose keys and values are projected in each call")
+    if autocast.active(x):
+        return Form(False, "autocast is active")
+    if x.ndim != 2:
+        return Form(False, f"x has {x.ndim} dimensions, not 2")
+    if x.numel() <= dispatch.FEW:
+        return Form(False, f"up to {dispatch.FEW} elements PyTorch's own operations are as fast")
+    if not layout.queries == layout.keys == len(x):
+        return Form(False, "the layout's queries and keys are not as many as the rows of x")
+    if layout.query_positions.device != x.device:
+        return Form(False, "the layout is on another device than x")
+
+    if _has_any_global_hook():
+        return Form(False, "a hook is registered on all modules")
+    replaced = "before" in vars(block) or "after" in vars(block)
+    if replaced or type(block).before is not Block.before or type(block).after is not Block.after:
+        return Form(False, "method before or after is replaced (dph.train.compile does so)")
+
+    attention, ffn = block.attention, block.ffn
+    for name, module, kind in (("attention", attention, Attention), ("ffn", ffn, FeedForward)):
+        if change := modification(module, kind):
+            return Form(False, f"{name} {change}")
+    attention_norm, ffn_norm, parameters = block.attention_norm, block.ffn_norm, []
+    for name, module, kind in (
+        ("attention_norm", attention_norm, LayerNorm),
+        ("attention.qkv", attention.qkv, nn.Linear),
+        ("attention.out", attention.out, nn.Linear),
+        ("ffn_norm", ffn_norm, LayerNorm),
+        ("ffn.fc1", ffn.fc1, nn.Linear),
+    ):
+        if change := modification(module, kind):
+            return Form(False, f"{name} {change}")
+        own = module._parameters
+        parameters += own.get("weight"), own.get("bias")
+
+    weights = BlockWeights(*parameters)
+    dtype, device, trained = x.dtype, x.device, 0
+    for name, weight in zip(BlockWeights._fields, weights, strict=True):
+        if weight is None:
+            return Form(False, f"{name} is not a parameter")
+        if weight.dtype != dtype or weight.device != device:
+            return Form(False, f"{name} has another dtype or device than x")
+        trained += weight.requires_grad
+    tensors = x, *weights
+    if not dispatch.can_bypass_dispatcher(tensors):
+        return Form(False, dispatch.bypass_obstacle(tensors))
+    if torch.is_grad_enabled() and trained < len(weights) and (trained or x.requires_grad):
+        return Form(False, "only some of its tensors need gradients")
+    shape = BlockShape(attention.heads, attention.rope, attention_norm.eps, ffn_norm.eps)
+    if reason := shape.misfit(x, weights):
+        return Form(False, reason)
+    return Form(True, "modules are unmodified, tensors plain, of one dtype and on one device", shape, weights)
+
+
+def modification(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Return how ``module`` differs from an unobserved module of class ``kind``, None if it does not."""
+    if type(module) is not kind:
+        return f"is a {type(module).__module__}.{type(module).__name__}, not a {kind.__module__}.{kind.__name__}"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "has hooks"
+    return "has a forward method of its own" if "forward" in vars(module) else None
+
+
 class Backbone(nn.Module):
     """Tokens [T] to hidden states [T, C] after the output norm.
 
-    With ``gradient_checkpointing`` (the name by which transformers switches it, too) the backward pass computes each
-    block's activations again, so that only the blocks' inputs are kept: a third more arithmetic, the same gradients.
+    With ``gradient_checkpointing`` (transformers sets the attribute, too) the backward pass recomputes the activations
+    of each block, so that only the blocks' inputs are stored: a third more arithmetic, the same gradients.
     """
 
     gradient_checkpointing = False
@@ -156,20 +240,23 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Tokens [T] int64, or their embeddings [T, E], -> [T, C].
 
-        ``counts`` [B] gives the tokens of each stream of ``memory``. To ``states`` each block's input [T, C] is
-        appended, and the result.
+        Args:
+            tokens, layout: rows and their layout.
+            memory: read and updated.
+            counts: [B] tokens of each stream of ``memory``.
+            states: a list to which the input [T, C] of each block and the result are appended.
         """
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         x = self.input_norm(self.input_proj(tokens if tokens.is_floating_point() else self.embedding(tokens)))
         for i, block in enumerate(self.blocks):
             if states is not None:
                 states.append(x)
-            x = self._run(block, x, layout, None if memory is None else LayerMemory.of(memory, i, counts))
+            layer_memory = None if memory is None else memory.for_layer(i, counts)
+            if recompute:  # without the state of random generators: a block draws nothing
+                x = checkpoint(block, x, layout, layer_memory, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, layout, layer_memory)
         x = self.output_norm(x)
         if states is not None:
             states.append(x)
         return x
-
-    def _run(self, block: Block, x: Tensor, layout: PackedLayout, memory: LayerMemory | None) -> Tensor:
-        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
-            return block(x, layout, memory)
-        return checkpoint(block, x, layout, memory, use_reentrant=False, preserve_rng_state=False)  # nothing is random

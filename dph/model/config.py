@@ -1,19 +1,19 @@
-"""ModelConfig: a transformers configuration, which also reads those of the released ``lsw_transformer`` models."""
+"""Configuration of the model as a transformers class, which also reads that of released ``lsw_transformer`` models."""
 
 import os
 from collections.abc import Iterable
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from dph.checkpoint import RELEASED, config_from_official, end_token
-from dph_kernels import Rotary
+from dph_kernels.layout import Rotary
 
 POOLERS = ("identity", "bert", "t5", "swiglu_bert", "swiglu_t5")
 OPT_ROWS, OPT_END = 50_272, 50_266
-"""Rows of OPT's embedding, and the free one among them that the paper gave to ``<|im_end|>``."""
+"""Rows of OPT's embedding, and the unused row that the paper assigns to ``<|im_end|>``."""
 
-# Where a hub model is fetched from; they go along with every file of it.
+# Arguments for downloads from the hub, passed on for each file.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -35,11 +35,11 @@ class ModelConfig(PretrainedConfig):
         task_heads: names of reward heads with a pooler each (paper 5.2.2).
         reward_pooler: identity, bert, t5, swiglu_bert or swiglu_t5.
         reward_dropout: dropout of the pooled state (and of the hidden state for the t5 kinds) in training.
-        im_end_token_id: id of ``<|im_end|>``, the token whose hidden state is judged; 50266 where it is None and the
-            embedding has OPT's 50272 rows.
-        released: keys of a released ``config.json`` that this model has no use for, written back by ``save_official``.
+        im_end_token_id: id of ``<|im_end|>``, the token whose hidden state is judged; if None, 50266 for an embedding
+            of OPT's 50272 rows.
+        released: keys of a released ``config.json`` that this model does not use, written back by ``save_official``.
 
-    Raises ValueError for sizes that do not divide or are out of range, for unknown poolers, and for names twice.
+    Raises ValueError for sizes that do not divide or are out of range, unknown poolers and duplicate names.
     """
 
     model_type = "dph"
@@ -118,7 +118,7 @@ class ModelConfig(PretrainedConfig):
 
     @classmethod
     def get_config_dict(cls, path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The fields that ``path`` holds, in own names where it is a released ``lsw_transformer`` directory."""
+        """Return the fields of ``path``, converted to own names if it is a released ``lsw_transformer`` directory."""
         fields, rest = super().get_config_dict(path, **kwargs)
         return _own_fields(fields, path, kwargs), rest
 
@@ -129,7 +129,7 @@ class ModelConfig(PretrainedConfig):
 
     @property
     def memory_kind(self) -> str:
-        """The kind of :class:`dph.Memory` that a released model was trained with (its ``recompute_kv``)."""
+        """Kind of :class:`dph.Memory` that the model was trained with (``recompute_kv`` of a released one)."""
         return "hidden" if self.released.get("recompute_kv") else "kv"
 
     @property
@@ -145,18 +145,18 @@ def _names(field: str, names: Iterable[str]) -> list[str]:
 
 
 class ReleasedConfig(ModelConfig):
-    """The name under which transformers finds released configurations: it reads them as a :class:`ModelConfig`."""
+    """Registered with transformers for released configurations, which it reads as a :class:`ModelConfig`."""
 
     model_type = RELEASED
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A :class:`ModelConfig` (and the unused arguments, if asked for)."""
+        """Return a :class:`ModelConfig`, with ``return_unused_kwargs`` also the unused arguments."""
         return ModelConfig.from_dict(_own_fields(config_dict, kwargs.get("name_or_path"), kwargs), **kwargs)
 
 
 def _own_fields(fields: dict[str, Any], path: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Released fields in own names, with the id of ``<|im_end|>``, which they lack, from the tokenizer at ``path``."""
+    """Convert released fields to own names, and add the id of ``<|im_end|>`` from the tokenizer at ``path``."""
     if fields.get("model_type") != RELEASED:
         return fields
     own = {**config_from_official(fields), "model_type": ModelConfig.model_type}
@@ -166,16 +166,21 @@ def _own_fields(fields: dict[str, Any], path: Any, options: dict[str, Any]) -> d
 
 
 def hub_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of ``options`` that say where to fetch files from."""
+    """Return the arguments for downloads among ``options``."""
     return {name: options[name] for name in HUB_ARGUMENTS if name in options}
 
 
 def with_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` with those that are fields of the configuration taken up in ``config``."""
+    """Return arguments of ``from_pretrained`` in which fields of the configuration have moved into ``config``."""
     if isinstance(kwargs.get("config"), PretrainedConfig):
         return kwargs
     source = kwargs.get("config") or path
-    apart = ("config", "dtype")  # the latter is the weights', not a field
-    fields = {name: value for name, value in kwargs.items() if name not in apart}
+    fields = {name: value for name, value in kwargs.items() if name not in ("config", "dtype")}
     config, rest = ModelConfig.from_pretrained(source, return_unused_kwargs=True, **fields)
-    return {name: kwargs[name] for name in apart if name in kwargs} | rest | {"config": config}
+    if "dtype" in kwargs:  # of the weights, not a field
+        rest = {"dtype": kwargs["dtype"], **rest}
+    return {**rest, "config": config}
+
+
+for _config in (ModelConfig, ReleasedConfig):
+    AutoConfig.register(_config.model_type, _config)

@@ -1,82 +1,122 @@
-"""A block of the backbone, up to its last product, as one node of PyTorch's graph, its backward pass written out.
+"""A block, up to the product behind its gate, as one autograd node with a hand-written backward pass.
 
-Of a block's time in a small step Python and PyTorch's graph take more than its arithmetic, and a GPU waits for them:
-here is one node where the parts are seven, each with its own checks. The numbers are those of the block in parts, which
-``Block`` goes back to wherever somebody looks into it (hooks, other modules or methods in a part's place, compilers,
-autocast), and wherever the operators' checks would find something to say.
+In a small step the Python and the autograd graph of a block cost more time than its arithmetic, and a GPU waits for
+them. Here one node stands for seven, each of which has checks of its own. The numbers are those of the block in parts
+(``dph.model.backbone.Block``); ``dph.model.backbone.block_form`` decides between the two forms.
 
-The last product stays outside, so that gradient checkpointing need not compute it again.
+``fc2`` stays outside of the node, so that gradient checkpointing does not recompute it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import FunctionCtx
-from torch.nn.modules.module import _has_any_global_hook
 
-from dph.model.memory import LayerMemory
-from dph_kernels import PackedLayout, Rotary, autocast, dispatch
+from dph_kernels.layout import PackedLayout, Rotary
 from dph_kernels.residual_norm import OPERATOR as NORM
 from dph_kernels.residual_norm import WIDEST
 from dph_kernels.rope_attention import OPERATOR as ATTENTION
 from dph_kernels.rope_attention import check_inputs, joined_gradients
 from dph_kernels.swiglu import OPERATOR as GATE
 
+if TYPE_CHECKING:
+    from dph.model.memory import LayerMemory
+
 AUTO = "auto"
 
 
-class Shape(NamedTuple):
-    """What a block knows beside its weights; ``eps`` of its two norms."""
+class BlockShape(NamedTuple):
+    """Parameters of a block that are not tensors; the width C and the gated width 2F are sizes of its tensors.
+
+    Attributes:
+        heads: H of its attention.
+        rope: rotary embedding of queries and keys.
+        attention_eps, ffn_eps: epsilon of the norm before attention, of the norm before the feed-forward network.
+    """
 
     heads: int
     rope: Rotary
-    eps: tuple[float, float]
+    attention_eps: float
+    ffn_eps: float
 
-
-def untouched(module: nn.Module, kind: type) -> bool:
-    """Whether a module is what it was made as, and nobody looks on."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) is kind and not hooked and "forward" not in vars(module)
-
-
-def weights_of(modules: Sequence[nn.Module], x: Tensor, layout: PackedLayout, heads: int) -> list[Tensor] | None:
-    """Weight and bias of each module, for ``run_whole``; None where the block is to be taken in parts.
-
-    Args:
-        modules: the norm, the products for queries, keys and values and behind attention, the other norm, the product
-            before the gate; untouched.
-        x, layout: the block's inputs.
-        heads: of its attention.
-    """
-    if _has_any_global_hook() or autocast.active(x) or x.ndim != 2 or x.numel() <= dispatch.FEW:
+    def misfit(self, x: Tensor, weights: BlockWeights) -> str | None:
+        """Return which tensor does not fit ``x`` [T, C], or which size is not supported; None if all fit."""
+        width, gated = x.shape[1], weights.fc1_bias.numel()
+        expected = BlockWeights(
+            attention_norm=(width,),
+            attention_norm_bias=(width,),
+            qkv=(3 * width, width),
+            qkv_bias=(3 * width,),
+            out=(width, width),
+            out_bias=(width,),
+            ffn_norm=(width,),
+            ffn_norm_bias=(width,),
+            fc1=(gated, width),
+            fc1_bias=(gated,),
+        )
+        for name, weight, sizes in zip(BlockWeights._fields, weights, expected, strict=True):
+            if weight.shape != sizes:
+                return f"{name} has shape {list(weight.shape)}, not {list(sizes)}"
+        if width > WIDEST:
+            return f"rows have more than {WIDEST} elements"
+        if width % (2 * self.heads) or gated % 2:
+            return f"the sizes {width} and {gated} do not divide into {self.heads} heads and two halves"
         return None
-    if not layout.queries == layout.keys == len(x) or layout.query_positions.device != x.device:
-        return None
-    found = [module._parameters.get(name) for module in modules for name in ("weight", "bias")]
-    if any(w is None or w.dtype != x.dtype or w.device != x.device for w in found):
-        return None
-    width, inner = x.shape[1], len(found[-1])
-    shapes = (width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,)
-    if [w.shape for w in found] != [*shapes, (inner, width), (inner,)]:
-        return None
-    if width > WIDEST or width % (2 * heads) or inner % 2:
-        return None
-    trained = [w.requires_grad for w in found]
-    if torch.is_grad_enabled() and not all(trained) and (x.requires_grad or any(trained)):
-        return None  # a block that is trained in part
-    return found if dispatch.unobserved([x, *found]) else None
 
 
-def run_whole(
-    x: Tensor, layout: PackedLayout, memory: LayerMemory | None, shape: Shape, weights: Sequence[Tensor]
+class BlockWeights(NamedTuple):
+    """Weights of a block, their shapes or their gradients, in the order in which autograd takes them."""
+
+    attention_norm: Any
+    attention_norm_bias: Any
+    qkv: Any
+    qkv_bias: Any
+    out: Any
+    out_bias: Any
+    ffn_norm: Any
+    ffn_norm_bias: Any
+    fc1: Any
+    fc1_bias: Any
+
+
+class _Saved(NamedTuple):
+    """Tensors that the backward pass reads. The other biases are not among them: they may change before it."""
+
+    attention_norm: Tensor
+    qkv: Tensor
+    out: Tensor
+    ffn_norm: Tensor
+    fc1: Tensor
+    fc1_bias: Tensor
+    x: Tensor  # [T, C]
+    moments: Tensor  # of its norm
+    normed: Tensor  # [T, C]
+    projected: Tensor  # [T, 3C]: queries, keys, values
+    attended: Tensor  # [T, H, D]
+    lse: Tensor  # [T, H]
+    rotated: Tensor  # [T, H, D]: keys
+    total: Tensor  # [T, C]: the residual stream after attention
+    ffn_moments: Tensor
+    ffn_normed: Tensor  # [T, C]
+    gate: Tensor  # [T, 2F], without fc1_bias
+    memory_k: Tensor  # [M, H, D]
+    memory_v: Tensor
+    segments: Tensor
+    q_cos: Tensor
+    q_sin: Tensor
+    k_cos: Tensor
+    k_sin: Tensor
+
+
+def fused_block(
+    x: Tensor, layout: PackedLayout, memory: LayerMemory | None, shape: BlockShape, weights: BlockWeights
 ) -> tuple[Tensor, Tensor]:
-    """The block of ``weights``, which ``weights_of`` has found and checked, up to its last product, with gradients.
+    """Compute a block up to ``fc2``, with gradients; ``block_form`` has made sure that the arguments fit.
 
     Args:
         x: [T, C].
@@ -84,90 +124,40 @@ def run_whole(
         memory: of keys and values.
 
     Returns:
-        (the residual stream behind attention [T, C], what the gate lets into the last product [T, F]).
+        (residual stream after attention [T, C], SwiGLU activations [T, F], which are the input of ``fc2``).
 
-    Raises ValueError where the memory is not the layout's.
+    Raises ValueError if the memory is not that of the layout.
     """
-    if torch.is_grad_enabled() and weights[0].requires_grad:
-        return _Block.apply(x, layout, memory, shape, *weights)
-    return _forward(x, layout, memory, shape, weights)[:2]
+    if torch.is_grad_enabled() and weights.qkv.requires_grad:
+        return _FusedBlock.apply(x, layout, memory, shape, *weights)
+    total, activations, _ = _forward(x, layout, memory, shape, weights)
+    return total, activations
 
 
-def _forward(
-    x: Tensor, layout: PackedLayout, memory: LayerMemory | None, shape: Shape, weights: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """The block's two outputs, and what ``_backward`` takes besides, in its order."""
-    norm, norm_bias, qkv, qkv_bias, out, out_bias, norm2, norm2_bias, fc1, fc1_bias = weights
-    _, normed, moments = NORM.forward(x, None, norm, norm_bias, shape.eps[0], AUTO)
-    projected = F.linear(normed, qkv, qkv_bias)
-    q, k, v = split(projected, 3, shape.heads)
-    remembered = (k[:0], v[:0]) if memory is None else memory.read(k)
-    if memory is not None or layout.memory:
-        check_inputs(q, k, v, *remembered, layout)
-    tables = layout.tables(shape.rope, q.shape[-1], torch.promote_types(x.dtype, torch.float32))
-    fixed = *remembered, layout.segments, *tables
-    attended, lse, rotated = ATTENTION.forward(q, k, v, *fixed, q.shape[-1] ** -0.5, AUTO)
-    if memory is not None:
-        memory.keep(rotated, v)
-    update = F.linear(attended.flatten(1), out, out_bias)
-    total, normed2, moments2 = NORM.forward(x, update, norm2, norm2_bias, shape.eps[1], AUTO)
-    gate = F.linear(normed2, fc1)
-    hidden = GATE.forward(gate, fc1_bias, AUTO)
-    return total, hidden, x, moments, normed, projected, attended, lse, rotated, moments2, normed2, gate, *fixed
-
-
-class _Block(torch.autograd.Function):
+class _FusedBlock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, layout: PackedLayout, memory: LayerMemory | None, shape: Shape, *weights: Tensor
+        ctx: FunctionCtx, x: Tensor, layout: PackedLayout, memory: LayerMemory | None, shape: BlockShape, *weights: Any
     ) -> tuple[Tensor, Tensor]:
-        total, hidden, *kept = _forward(x, layout, memory, shape, weights)
-        norm, _, qkv, _, out, _, norm2, _, fc1, fc1_bias = weights
-        ctx.save_for_backward(norm, qkv, out, norm2, fc1, fc1_bias, total, *kept)
-        ctx.heads = shape.heads
-        return total, hidden
+        total, activations, saved = _forward(x, layout, memory, shape, BlockWeights(*weights))
+        ctx.save_for_backward(*saved)
+        ctx.shape = shape
+        return total, activations
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor, d_hidden: Tensor) -> tuple[Tensor | None, ...]:
-        kept, device = ctx.saved_tensors, d_total.device.type
-        off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-        with torch.no_grad(), off:
-            grads = _backward(d_total, d_hidden, kept, ctx.heads, ctx.needs_input_grad[0])
-        d_x, *of_weights = _Once.apply(kept[0], *grads) if torch.is_grad_enabled() else grads
-        return d_x if ctx.needs_input_grad[0] else None, None, None, None, *of_weights
+    def backward(ctx: Any, d_total: Tensor, d_activations: Tensor) -> tuple[Tensor | None, ...]:
+        saved, device, needs_x = _Saved(*ctx.saved_tensors), d_total.device.type, ctx.needs_input_grad[0]
+        autocast = torch.is_autocast_enabled(device)
+        without_autocast = torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext()
+        with torch.no_grad(), without_autocast:
+            d_x, d_weights = _backward(d_total, d_activations, saved, ctx.shape, needs_x)
+        if torch.is_grad_enabled():
+            d_x, *d_weights = _FirstOrderOnly.apply(saved.qkv, d_x, *d_weights)
+        return d_x if needs_x else None, None, None, None, *d_weights
 
 
-def _backward(
-    d_total: Tensor, d_hidden: Tensor, kept: Sequence[Tensor], heads: int, needs_x: bool
-) -> tuple[Tensor, ...]:
-    """Gradients of x, empty where it needs none, and of the weights."""
-    norm, qkv, out, norm2, fc1, fc1_bias, total, *kept = kept
-    x, moments, normed, projected, attended, lse, rotated, moments2, normed2, gate, *fixed = kept
-
-    d_gate, d_fc1_bias = GATE.backward(d_hidden, gate, fc1_bias, True, True, AUTO)
-    d_fc1, d_normed2 = d_gate.t().mm(normed2), d_gate.mm(fc1)
-    del d_gate  # the largest of them
-    needs = [True, True, True]
-    d_total, d_norm2, d_norm2_bias = NORM.backward(d_total, d_normed2, total, norm2, moments2, needs, AUTO)
-    del d_normed2
-
-    d_out, d_out_bias = d_total.t().mm(attended.flatten(1)), d_total.sum(0)
-    d_attended = d_total.mm(out).view(attended.shape)
-    q, _, v = split(projected, 3, heads)
-    memory_k, memory_v, *tables = fixed
-    known = q, rotated, v, memory_k, memory_v, attended, lse, *tables, q.shape[-1] ** -0.5, AUTO
-    d_projected = joined_gradients(d_attended, *known).view(projected.shape)
-    del d_attended
-
-    d_qkv, d_qkv_bias = d_projected.t().mm(normed), d_projected.sum(0)
-    needs = [needs_x, True, True]
-    d_x, d_norm, d_norm_bias = NORM.backward(d_total, d_projected.mm(qkv), x, norm, moments, needs, AUTO)
-    of_attention = d_norm, d_norm_bias, d_qkv, d_qkv_bias, d_out, d_out_bias
-    return d_x, *of_attention, d_norm2, d_norm2_bias, d_fc1, d_fc1_bias
-
-
-class _Once(torch.autograd.Function):
-    """Gradients, whose own would lack what went through the kept tensors: there are none."""
+class _FirstOrderOnly(torch.autograd.Function):
+    """Identity on gradients that raises when they are differentiated: the saved tensors are not part of their graph."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, weight: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
@@ -178,6 +168,121 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("a block has gradients, but no gradients of gradients")
 
 
-def split(rows: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """[T, parts * C] -> ``parts`` views [T, H, D]."""
-    return rows.view(len(rows), parts, heads, rows.shape[1] // (parts * heads)).unbind(1)
+def _forward(
+    x: Tensor, layout: PackedLayout, memory: LayerMemory | None, shape: BlockShape, weights: BlockWeights
+) -> tuple[Tensor, Tensor, _Saved]:
+    """Return the two results of ``fused_block`` and the tensors for ``_backward``."""
+    _, normed, moments = NORM.forward(
+        x=x,
+        update=None,
+        weight=weights.attention_norm,
+        bias=weights.attention_norm_bias,
+        eps=shape.attention_eps,
+        backend=AUTO,
+    )
+    projected = F.linear(normed, weights.qkv, weights.qkv_bias)
+    q, k, v = projected.unflatten(1, (3, shape.heads, -1)).unbind(1)
+    memory_k, memory_v = (k[:0], v[:0]) if memory is None else memory.read(k)
+    if memory is not None or layout.memory:
+        check_inputs(q, k, v, memory_k, memory_v, layout)
+    tables = layout.tables(shape.rope, q.shape[-1], torch.promote_types(x.dtype, torch.float32))
+    fixed = dict(zip(FIXED, (memory_k, memory_v, layout.segments, *tables), strict=True))
+    attended, lse, rotated = ATTENTION.forward(q=q, k=k, v=v, **fixed, scale=q.shape[-1] ** -0.5, backend=AUTO)
+    if memory is not None:
+        memory.keep(rotated, v)
+    update = F.linear(attended.flatten(1), weights.out, weights.out_bias)
+    total, ffn_normed, ffn_moments = NORM.forward(
+        x=x, update=update, weight=weights.ffn_norm, bias=weights.ffn_norm_bias, eps=shape.ffn_eps, backend=AUTO
+    )
+    gate = F.linear(ffn_normed, weights.fc1)
+    activations = GATE.forward(projected=gate, bias=weights.fc1_bias, backend=AUTO)
+    saved = _Saved(
+        attention_norm=weights.attention_norm,
+        qkv=weights.qkv,
+        out=weights.out,
+        ffn_norm=weights.ffn_norm,
+        fc1=weights.fc1,
+        fc1_bias=weights.fc1_bias,
+        x=x,
+        moments=moments,
+        normed=normed,
+        projected=projected,
+        attended=attended,
+        lse=lse,
+        rotated=rotated,
+        total=total,
+        ffn_moments=ffn_moments,
+        ffn_normed=ffn_normed,
+        gate=gate,
+        **fixed,
+    )
+    return total, activations, saved
+
+
+FIXED = "memory_k", "memory_v", "segments", "q_cos", "q_sin", "k_cos", "k_sin"
+"""Arguments of attention, forward and backward, that have no gradient."""
+
+
+def _backward(
+    d_total: Tensor, d_activations: Tensor, saved: _Saved, shape: BlockShape, needs_x: bool
+) -> tuple[Tensor, BlockWeights]:
+    """Return the gradients of x (empty unless ``needs_x``) and of the weights."""
+    d_gate, d_fc1_bias = GATE.backward(
+        grad=d_activations,
+        projected=saved.gate,
+        bias=saved.fc1_bias,
+        projected_needed=True,
+        bias_needed=True,
+        backend=AUTO,
+    )
+    d_fc1, d_ffn_normed = d_gate.t().mm(saved.ffn_normed), d_gate.mm(saved.fc1)
+    del d_gate  # the largest intermediate
+    d_total, d_ffn_norm, d_ffn_norm_bias = NORM.backward(
+        d_total=d_total,
+        d_normed=d_ffn_normed,
+        total=saved.total,
+        weight=saved.ffn_norm,
+        moments=saved.ffn_moments,
+        needs=[True, True, True],
+        backend=AUTO,
+    )
+    del d_ffn_normed
+
+    d_out, d_out_bias = d_total.t().mm(saved.attended.flatten(1)), d_total.sum(0)
+    d_attended = d_total.mm(saved.out).view(saved.attended.shape)
+    q, _, v = saved.projected.unflatten(1, (3, shape.heads, -1)).unbind(1)
+    d_projected = joined_gradients(
+        grad=d_attended,
+        q=q,
+        rotated=saved.rotated,
+        v=v,
+        out=saved.attended,
+        lse=saved.lse,
+        **{name: getattr(saved, name) for name in FIXED},
+        scale=q.shape[-1] ** -0.5,
+        backend=AUTO,
+    ).view(saved.projected.shape)
+    del d_attended
+
+    d_qkv, d_qkv_bias = d_projected.t().mm(saved.normed), d_projected.sum(0)
+    d_x, d_attention_norm, d_attention_norm_bias = NORM.backward(
+        d_total=d_total,
+        d_normed=d_projected.mm(saved.qkv),
+        total=saved.x,
+        weight=saved.attention_norm,
+        moments=saved.moments,
+        needs=[needs_x, True, True],
+        backend=AUTO,
+    )
+    return d_x, BlockWeights(
+        attention_norm=d_attention_norm,
+        attention_norm_bias=d_attention_norm_bias,
+        qkv=d_qkv,
+        qkv_bias=d_qkv_bias,
+        out=d_out,
+        out_bias=d_out_bias,
+        ffn_norm=d_ffn_norm,
+        ffn_norm_bias=d_ffn_norm_bias,
+        fc1=d_fc1,
+        fc1_bias=d_fc1_bias,
+    )

@@ -1,4 +1,4 @@
-"""RewardHead: a pooler and one or more reward vectors on the hidden state of the last ``<|im_end|>``."""
+"""Reward head: a pooler and one or more reward vectors on the hidden state of the last ``<|im_end|>``."""
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ class RewardHead(nn.Module):
     | swiglu_bert | tanh(W2 (x * silu(g)) + b2), [x, g] = W1 h + b1 |
     | t5, swiglu_t5 | as bert, swiglu_bert, with dropout on h too |
 
-    The pooler is the released layout's pipeline, so its weights keep their places in it: dropout holds the first place
-    of the t5 kinds.
+    The pooler's modules have the indices of the released layout's pipeline, so ``nn.Identity`` stands for dropout (the
+    first module of the t5 kinds) and for the gate.
 
     Args:
         names: K names of the reward vectors.
@@ -46,22 +46,29 @@ class RewardHead(nn.Module):
         """Rewards {name: [R]} in fp32 of ``hidden`` [R, C].
 
         Args:
-            hidden: states after the output norm, a row each judged answer.
-            seed: of the dropout; drawn from torch's generator if None. Unused in evaluation.
-            row_ids: [R] int64 keys of the rows' dropout masks, so that a mask does not depend on the batch around it.
+            hidden: states after the output norm, one row per judged answer.
+            seed: seed of the dropout; drawn from torch's generator if None. Unused in evaluation.
+            row_ids: [R] int64 keys of the rows' dropout masks, so that a row's mask does not depend on its batch.
         """
-        linears = [layer for layer in self.pooler if isinstance(layer, nn.Linear)]
-        *gate, last = linears or [None]
+        linears, vectors = [], []
+        for layer in self.pooler:
+            if isinstance(layer, nn.Linear):
+                linears.append(layer)
+        for vector in self.reward.values():
+            vectors.append(vector.weight)
+        *gated, last = linears or [None]
+        weights: dict[str, Tensor] = {}
+        if gated:
+            weights |= {"w1": gated[0].weight, "b1": gated[0].bias}
+        if last is not None:
+            weights |= {"w2": last.weight, "b2": last.bias}
         dropping = self.training and self.dropout > 0
         if dropping and seed is None:
             seed = int(torch.randint(2**31, ()))
         rewards = swiglu_reward(
             hidden,
-            torch.cat([vector.weight for vector in self.reward.values()]),
-            w1=gate[0].weight if gate else None,
-            b1=gate[0].bias if gate else None,
-            w2=None if last is None else last.weight,
-            b2=None if last is None else last.bias,
+            torch.cat(vectors),
+            **weights,
             dropout=self.dropout if dropping else 0.0,
             input_dropout=self.input_dropout if dropping else 0.0,
             seed=seed or 0,

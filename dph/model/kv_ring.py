@@ -1,6 +1,7 @@
-"""Where a memory's rows lie: what it asks of a place, and rings on the device (``dph.model.kv_ring_offload``: on the host).
+"""Ring buffers of a memory: their interface, and the ones on the model's device.
 
-Every place gives a call the same rows in the same order, so that nothing that is computed depends on it.
+``dph.model.kv_ring_offload`` has those in host memory. All of them return the same rows in the same order, so that no
+result depends on where they are.
 """
 
 from __future__ import annotations
@@ -13,144 +14,148 @@ from torch import Tensor
 
 from dph_kernels.transfer import to_device
 
-Rows = tuple[Tensor, ...]  # keys and values, or the attention's inputs
+Rows = tuple[Tensor, ...]  # (keys, values), or (attention inputs,)
 
 
-class Rings(ABC):
-    """What a memory asks of a place. A call sees M rows of every stream, the token at position p in slot p % M.
+class RingBuffers(ABC):
+    """Ring buffers of all layers and streams; the token at position p of a stream is in slot p % M.
 
-    A call is ``begin``, ``read`` and ``keep`` of every layer, ``end``; ``commit`` turns what it kept into what the next
-    one reads. A call that never ends leaves no trace.
+    A call of the model is ``begin``, ``read`` and ``store`` for each layer, ``end``. The rows of a call become visible
+    to the next one with ``commit``. A call that never ends changes nothing.
 
     Args:
         length: M.
-        parts: tensors of a layer: 2 for keys and values, 1 for inputs.
+        tensors: tensors of a layer: 2 for keys and values, 1 for attention inputs.
+
+    Attributes:
+        in_call: between ``begin`` and ``end``.
     """
 
-    def __init__(self, length: int, parts: int) -> None:
-        self.length, self.parts = length, parts
-        self.under_way = False
+    def __init__(self, length: int, tensors: int) -> None:
+        self.length, self.tensors = length, tensors
+        self.in_call = False
         self._layers: list[Rows] = []
-        self._ended = False  # and not yet committed
-        self._seen: list[int] = []  # tokens that each stream had seen when the last call began
-        self._counts: list[int] = []  # and those that the call brought
+        self._uncommitted = False
+        self._seen: list[int] = []  # tokens of each stream before the last call
+        self._counts: list[int] = []  # tokens of each stream in the last call
 
     def begin(self, seen: list[int], counts: list[int]) -> None:
-        """A call with ``counts`` [B] tokens of streams that have seen ``seen`` [B]."""
-        self._seen, self._counts, self.under_way = seen, counts, True
+        """Start a call with ``counts`` [B] tokens of streams that have seen ``seen`` [B]."""
+        self._seen, self._counts, self.in_call = seen, counts, True
 
     @abstractmethod
     def read(self, layer: int, like: Tensor) -> Rows:
-        """What the call sees of a layer, [B * M, ...], on the device of ``like`` [*, ...], whose shape rows have."""
+        """Return the rows [B * M, ...] of a layer that the call sees, on the device of ``like`` [*, ...].
+
+        The first read of a layer allocates its buffers, with rows of the shape and dtype of those of ``like``.
+        """
 
     @abstractmethod
-    def keep(self, layer: int, rows: Rows) -> None:
-        """Take the call's rows [T, ...] of a layer."""
+    def store(self, layer: int, rows: Rows) -> None:
+        """Take the rows [T, ...] of a layer in the call."""
 
     def end(self) -> None:
-        """The call has kept all."""
-        self.under_way, self._ended = False, True
+        """End the call, after all of its layers are stored."""
+        self.in_call, self._uncommitted = False, True
 
     def commit(self) -> bool:
-        """Count what the last call kept, if that has not been done; whether it had to be."""
-        done, self._ended = self._ended, False
-        return done
+        """Make the rows of the last call visible; return whether they were not already."""
+        uncommitted, self._uncommitted = self._uncommitted, False
+        return uncommitted
 
     @abstractmethod
     def state(self, seen: list[int]) -> list[Rows]:
-        """Every layer as [B, M, ...], once committed; it may share memory with the rings."""
+        """Return each layer as [B, M, ...], after ``commit``; the tensors may share storage with the buffers."""
 
     @abstractmethod
     def load(self, layers: list[Rows], seen: list[int]) -> None:
-        """Take up what ``state`` gave."""
+        """Copy the result of ``state`` into empty buffers."""
 
     @abstractmethod
     def select(self, indices: Tensor) -> None:
-        """Only the streams ``indices`` [B'], in that order, once committed."""
+        """Keep the streams ``indices`` [B'], in that order, after ``commit``."""
 
     def __len__(self) -> int:
-        """Layers."""
+        """Number of layers."""
         return len(self._layers)
 
 
-class DeviceRings(Rings):
-    """Rings [B, M, ...] where the model is. A call's rows wait for ``commit``: they overwrite what it reads."""
+class DeviceRingBuffers(RingBuffers):
+    """Buffers [B, M, ...] on the model's device; a call's rows wait for ``commit``, as they overwrite what it reads."""
 
-    def __init__(self, length: int, parts: int) -> None:
-        super().__init__(length, parts)
-        self._kept: dict[int, Rows] = {}
+    def __init__(self, length: int, tensors: int) -> None:
+        super().__init__(length, tensors)
+        self._pending: dict[int, Rows] = {}
 
     def begin(self, seen: list[int], counts: list[int]) -> None:
-        """See :class:`Rings`."""
+        """See :class:`RingBuffers`."""
         super().begin(seen, counts)
-        self._kept = {}
+        self._pending = {}
 
     def read(self, layer: int, like: Tensor) -> Rows:
-        """The rings themselves; zeros at first."""
+        """Return views of the buffers."""
         if layer == len(self._layers):
             size = (len(self._seen), self.length, *like.shape[1:])
-            with torch.inference_mode(False):  # what is read in inference mode may be written in training
-                self._layers.append(tuple(like.new_zeros(size) for _ in range(self.parts)))
+            with torch.inference_mode(False):  # buffers that inference mode allocates may be written in training
+                self._layers.append(tuple(like.new_zeros(size) for _ in range(self.tensors)))
         return tuple(ring.flatten(0, 1) for ring in self._layers[layer])
 
-    def keep(self, layer: int, rows: Rows) -> None:
-        """See :class:`Rings`."""
-        self._kept[layer] = rows
+    def store(self, layer: int, rows: Rows) -> None:
+        """See :class:`RingBuffers`."""
+        self._pending[layer] = rows
 
     def commit(self) -> bool:
-        """Write what the last call kept."""
-        kept, self._kept = self._kept, {}
+        """Write the pending rows into the buffers."""
+        pending, self._pending = self._pending, {}
         if not super().commit():
             return False
         if self._seen:
-            self._write(kept)
+            same_pace = len(set(self._seen)) == len(set(self._counts)) == 1
+            write = self._slice_writer() if same_pace else self._row_writer()
+            for layer, tensors in pending.items():
+                for ring, rows in zip(self._layers[layer], tensors, strict=True):
+                    write(ring, rows)  # the rows' dtype may differ under autocast
         return True
 
-    def _write(self, kept: dict[int, Rows]) -> None:
-        alike = len(set(self._seen)) == len(set(self._counts)) == 1
-        write = self._write_spans() if alike else self._write_rows()
-        for layer, tensors in kept.items():
-            for ring, tensor in zip(self._layers[layer], tensors, strict=True):
-                write(ring, tensor)  # whose dtype may be another under autocast
-
-    def _write_spans(self) -> Callable[[Tensor, Tensor], None]:
-        """Of streams that have seen and bring as much as each other, as in a training step: two copies at most."""
+    def _slice_writer(self) -> Callable[[Tensor, Tensor], None]:
+        """For streams with equal ``seen`` and ``counts``, as in a training step: at most two copies a buffer."""
         streams, count = len(self._counts), self._counts[0]
-        first = max(count - self.length, 0)
-        slot = (self._seen[0] + first) % self.length
-        turn = min(count, first + self.length - slot)  # the row that comes to lie in slot 0
+        start = max(count - self.length, 0)
+        slot = (self._seen[0] + start) % self.length
+        wrap = min(count, start + self.length - slot)  # the row that goes to slot 0
 
-        def write(ring: Tensor, tensor: Tensor) -> None:
-            rows = tensor.unflatten(0, (streams, count))
-            ring[:, slot : slot + turn - first] = rows[:, first:turn]
-            ring[:, : count - turn] = rows[:, turn:]
+        def write(ring: Tensor, rows: Tensor) -> None:
+            rows = rows.unflatten(0, (streams, count))
+            ring[:, slot : slot + wrap - start] = rows[:, start:wrap]
+            ring[:, : count - wrap] = rows[:, wrap:]
 
         return write
 
-    def _write_rows(self) -> Callable[[Tensor, Tensor], None]:
-        """Of any streams, row by row, which on a GPU takes several times as long."""
-        rows, slots, start = [], [], 0
+    def _row_writer(self) -> Callable[[Tensor, Tensor], None]:
+        """For any streams: row by row, which takes several times as long on a GPU."""
+        indices, slots, offset = [], [], 0
         for b, (count, seen) in enumerate(zip(self._counts, self._seen, strict=True)):
             new = torch.arange(max(count - self.length, 0), count)
-            rows.append(start + new)
+            indices.append(offset + new)
             slots.append(b * self.length + (seen + new) % self.length)
-            start += count
+            offset += count
         device = self._layers[0][0].device
-        rows, slots = to_device(torch.cat(rows), device), to_device(torch.cat(slots), device)
+        sources, targets = to_device(torch.cat(indices), device), to_device(torch.cat(slots), device)
 
-        def write(ring: Tensor, tensor: Tensor) -> None:
-            ring.flatten(0, 1)[slots] = tensor[rows].to(ring.dtype)
+        def write(ring: Tensor, rows: Tensor) -> None:
+            ring.flatten(0, 1)[targets] = rows[sources].to(ring.dtype)
 
         return write
 
     def state(self, seen: list[int]) -> list[Rows]:
-        """The rings themselves."""
+        """Return the buffers themselves."""
         return self._layers
 
     def load(self, layers: list[Rows], seen: list[int]) -> None:
-        """See :class:`Rings`."""
-        self._layers = [tuple(ring.clone() for ring in rings) for rings in layers]
+        """See :class:`RingBuffers`."""
+        self._layers = [tuple(map(torch.clone, rings)) for rings in layers]
 
     def select(self, indices: Tensor) -> None:
-        """See :class:`Rings`."""
-        self._layers = [tuple(r.index_select(0, indices.to(r.device)) for r in rings) for rings in self._layers]
+        """See :class:`RingBuffers`."""
+        for layer, rings in enumerate(self._layers):
+            self._layers[layer] = tuple(ring.index_select(0, indices.to(ring.device)) for ring in rings)

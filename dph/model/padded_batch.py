@@ -1,4 +1,4 @@
-"""Dense batches [B, S], and the packed rows [T] that the backbone takes of them."""
+"""Padded batches [B, S] and their packed rows [T], which the backbone computes; checks of the arguments of both."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from dph_kernels.layout import first_true
 
 
 def check_tokens(name: str, tokens: Tensor, vocabulary: int) -> None:
-    """Name a token that the vocabulary lacks, on the CPU, where nobody records or transforms the call."""
+    """Raise ValueError for a token outside of the vocabulary; only on the CPU, and not under tracing or transforms."""
     checks.dtype(name, tokens, checks.INTEGERS)
-    if not dispatch.observed((tokens,)):
+    if not dispatch.needs_dispatcher((tokens,)):
         checks.indices(name, tokens, vocabulary, "tokens")
 
 
 def check_labels(labels: Tensor, inputs: Tensor, vocabulary: int) -> None:
-    """Labels [B, S] as the inputs' [B, S, ..]; those that are targets are to be in the vocabulary (on the CPU)."""
+    """Raise ValueError unless labels are [B, S] as the inputs [B, S, ..] and (on the CPU) targets in the vocabulary."""
     checks.shape("labels", labels, *inputs.shape[:2])
     checks.dtype("labels", labels, torch.int64)
-    if labels.device.type == "cpu":  # a copy that a GPU need not make
+    if labels.device.type == "cpu":  # saves a GPU the copy
         targets = labels[:, 1:]
         check_tokens("labels", targets.masked_fill(targets == IGNORED, 0), vocabulary)
 
 
-def chosen_inputs(embedding: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
-    """Tokens [B, S], or embeddings [B, S, E], whichever is given, such as an embedding [V, E] knows."""
+def checked_inputs(embedding: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+    """Return tokens [B, S] or embeddings [B, S, E], checked against the embedding [V, E]; exactly one is expected."""
     vocabulary, width = embedding.shape
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError(f"input_ids, inputs_embeds: expected one, got {'none' if input_ids is None else 'both'}")
@@ -45,7 +45,7 @@ def chosen_inputs(embedding: Tensor, input_ids: Tensor | None, inputs_embeds: Te
 
 
 def last_positions(input_ids: Tensor, mask: Tensor | None, end: int | None) -> Tensor:
-    """Columns [B] of the last tokens that are no padding, each of which has to be ``<|im_end|>``."""
+    """Columns [B] of the last tokens that are not padding; raises ValueError unless each is ``<|im_end|>``."""
     columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     last = (columns if mask is None else columns.masked_fill(~mask, -1)).amax(1)
     tokens = input_ids.gather(1, last.clamp(min=0)[:, None]).flatten()
@@ -61,13 +61,13 @@ def last_positions(input_ids: Tensor, mask: Tensor | None, end: int | None) -> T
 
 
 @dataclass(frozen=True)
-class Dense:
-    """Which places of a dense batch hold tokens, and which of those make a document.
+class PaddedBatch:
+    """The padding mask of a batch, and its documents.
 
     Attributes:
         shape: (B, S).
-        device: where the inputs are.
-        mask: [B, S] bool, False for padding; None where there is none.
+        device: of the inputs.
+        mask: [B, S] bool, False for padding; None without padding.
         counts: [B] tokens of each row.
         documents: tokens of each document, row after row.
     """
@@ -79,10 +79,10 @@ class Dense:
     documents: list[int]
 
     @classmethod
-    def of(cls, inputs: Tensor, mask: Tensor | None = None, position_ids: Tensor | None = None) -> Dense:
-        """Tokens or embeddings [B, S, ..] under an attention mask [B, S'] and positions [B or 1, S].
+    def from_inputs(cls, inputs: Tensor, mask: Tensor | None = None, position_ids: Tensor | None = None) -> PaddedBatch:
+        """Tokens or embeddings [B, S, ..] with an attention mask [B, S'] and positions [B or 1, S].
 
-        The last S columns of the mask count. Without positions a row is one document.
+        The last S columns of the mask count. Without positions each row is one document.
         """
         batch, length = shape = tuple(inputs.shape[:2])
         counts = [length] * batch
@@ -93,42 +93,45 @@ class Dense:
             mask = mask[:, mask.shape[1] - length :]
             tokens = mask.bool()
             counts, ones = torch.stack([tokens.sum(1), (mask == 1).sum(1)]).tolist()
-            if counts != ones:  # what is added to scores, or numbers of documents
+            if counts != ones:  # an additive mask, or document numbers
                 raise ValueError("attention_mask: expected 1 for tokens and 0 for padding, got other values too")
             mask = None if sum(counts) == batch * length else tokens
-        dense = cls(shape, inputs.device, mask, counts, counts)
-        return dense if position_ids is None else replace(dense, documents=dense._documents(position_ids))
+        padded = cls(shape, inputs.device, mask, counts, counts)
+        return padded if position_ids is None else replace(padded, documents=padded._documents(position_ids))
 
-    @torch.compiler.disable  # NumPy in it is not for PyTorch's compiler
-    def _documents(self, positions: Tensor) -> list[int]:
-        """Tokens of each document: positions go up by one in it, and begin with 0 where another precedes it."""
-        checks.tensor("position_ids", positions)
-        checks.dtype("position_ids", positions, checks.INTEGERS)
-        if positions.ndim != 2 or positions.shape[1] != self.shape[1] or positions.shape[0] not in (1, self.shape[0]):
-            raise ValueError(f"position_ids: expected shape {list(self.shape)}, got {list(positions.shape)}")
-        places = self.rows(positions.expand(self.shape)).cpu().numpy()
-        begins = places == 0
-        begins[[end - count for end, count in zip(np.cumsum(self.counts), self.counts, strict=True) if count]] = True
-        for i in first_true(~begins[1:] & (places[1:] != places[:-1] + 1)):
+    @torch.compiler.disable  # uses NumPy
+    def _documents(self, position_ids: Tensor) -> list[int]:
+        """Tokens of each document: positions increase by one within it, and start at 0 after another document."""
+        checks.tensor("position_ids", position_ids)
+        checks.dtype("position_ids", position_ids, checks.INTEGERS)
+        shape = position_ids.shape
+        if len(shape) != 2 or shape[1] != self.shape[1] or shape[0] not in (1, self.shape[0]):
+            raise ValueError(f"position_ids: expected shape {list(self.shape)}, got {list(shape)}")
+        positions = self.rows(position_ids.expand(self.shape)).cpu().numpy()
+        starts = positions == 0
+        counts = np.array(self.counts, dtype=np.int64)
+        starts[(counts.cumsum() - counts)[counts > 0]] = True
+        for i in first_true(~starts[1:] & (positions[1:] != positions[:-1] + 1)):
             raise ValueError(
                 f"position_ids: expected each to be its predecessor's plus 1, or 0 where a document begins, got "
-                f"{places[i + 1]} after {places[i]}"
+                f"{positions[i + 1]} after {positions[i]}"
             )
-        return np.diff(np.flatnonzero(begins), append=len(places)).tolist()
+        return np.diff(np.flatnonzero(starts), append=len(positions)).tolist()
 
     def check_one_document(self) -> None:
-        """ValueError where a row holds several: what a memory has seen belongs to one."""
-        rows, documents = ([count for count in counts if count] for counts in (self.counts, self.documents))
+        """Raise ValueError if a row holds several documents: the streams of a memory are one document each."""
+        rows = list(filter(None, self.counts))
+        documents = list(filter(None, self.documents))
         if rows != documents:
             raise ValueError(
                 f"position_ids: expected one document in each row where there is a memory, got {len(documents)} in "
                 f"{len(rows)} rows"
             )
 
-    def token_columns(self, name: str, given: Tensor | Sequence[int]) -> Tensor:
-        """Columns [B] int64, one of a token in each row."""
+    def token_columns(self, name: str, values: Tensor | Sequence[int]) -> Tensor:
+        """Return columns [B] int64, checked to be those of a token in each row."""
         batch, length = self.shape
-        columns = torch.as_tensor(given, device=self.device)
+        columns = torch.as_tensor(values, device=self.device)
         if columns.dtype not in checks.INTEGERS:
             raise ValueError(f"{name}: expected int64, got {str(columns.dtype).removeprefix('torch.')}")
         columns = columns.long()
@@ -139,11 +142,11 @@ class Dense:
         return columns
 
     def rows(self, grid: Tensor) -> Tensor:
-        """What [B, S, ..] holds for the tokens, [T, ..]."""
+        """[B, S, ..] -> [T, ..], without the padding."""
         return grid.flatten(0, 1) if self.mask is None else grid[self.mask]
 
-    def spread(self, rows: Tensor) -> Tensor:
-        """Rows [T, X] back to their places [B, S, X], zeros in the padding."""
+    def scatter(self, rows: Tensor) -> Tensor:
+        """[T, X] -> [B, S, X], with zeros in the padding: the inverse of ``rows``."""
         if self.mask is None:
             return rows.view(*self.shape, rows.shape[1])
         return rows.new_zeros(*self.shape, rows.shape[1]).masked_scatter(self.mask[..., None], rows)

@@ -1,8 +1,8 @@
-"""The paper's data sets, one declarative entry each: where it lives, its fields, prompt, choices and metric.
+"""The paper's data sets, one declarative entry each: source, fields, prompt, choices and metric.
 
     task = dph.tasks.load("glue/sst2")              # no download yet
-    for doc in task.documents("validation"):
-        task.choices(doc), task.gold(doc)           # conversations, and the right one's index
+    for doc in dph.data.dataset.task_documents(task, "validation"):
+        task.choices(doc), task.gold(doc)           # conversations, and the index of the right one
 
 A new data set is one more ``Task`` in a family's list.
 """
@@ -24,7 +24,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Task:
-    """The task called ``name``. Nothing is read or downloaded. Raises UserError for an unknown name."""
+    """Return the task called ``name``; nothing is read or downloaded. Raises UserError for an unknown name."""
     if name not in _TASKS:
         nearest = difflib.get_close_matches(name, _TASKS, n=1, cutoff=0.0)[0]
         raise UserError(f"task: expected a known name, got {name!r}; the nearest is {nearest!r}")

@@ -1,6 +1,6 @@
 """GLUE (Wang et al. 2018), nyu-mll/glue. The prompts' spelling is the paper's, mistakes included.
 
-Example: cola, "The ship sank slowly.", label 1, asks whether the sentence makes sense; choices no, yes.
+Example: cola, "The ship sank slowly.", label 1: does the sentence make sense? Choices no, yes.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ SAME = "Do both sentences mean the same thing?"
 
 
 def glue(name: str, *, metric: str = "accuracy", **entry: Any) -> Task:
-    """A GLUE task; the fields are those of the example."""
+    """Return a GLUE task; its fields are those of the example."""
     fields = tuple(key for key in entry["example"] if key != "label")
     return Task(
         name=f"glue/{name}",
@@ -41,7 +41,7 @@ def glue(name: str, *, metric: str = "accuracy", **entry: Any) -> Task:
 
 
 def single(name: str, question: str, answers: str, options: tuple[str, ...], sentence: str, **entry: Any) -> Task:
-    """A question about one sentence."""
+    """Return a question about one sentence."""
     prompt = ONE.format(answers=answers, question=question)
     return glue(name, prompt=prompt, options=options, example={"sentence": sentence, "label": 1}, **entry)
 
@@ -54,14 +54,14 @@ def double(
     answers: str = '"yes" or "no"',
     **entry: Any,
 ) -> Task:
-    """A question about two sentences, which are the example's first two fields."""
+    """Return a question about two sentences, the first two fields of the example."""
     first, second, _ = example
     prompt = TWO.format(answers=answers, question=question, first=first, second=second)
     return glue(name, prompt=prompt, options=options, example=example, **entry)
 
 
 def mnli(name: str, splits: Mapping[str, str], **entry: Any) -> Task:
-    """Natural language inference: does the premise entail the hypothesis?"""
+    """Return natural language inference: does the premise entail the hypothesis?"""
     example = {"premise": "A man is outside.", "hypothesis": "Nobody is outside.", "label": 2}
     return glue(name, prompt=MNLI, options=("True", "Neither", "False"), splits=splits, example=example, **entry)
 

@@ -9,20 +9,20 @@ WITH_INPUT = INSTRUCTION.replace("a task.", "a task, paired with an input that p
 
 
 def alpaca_prompt(doc: Doc) -> str:
-    """The instruction, and its input where there is one."""
-    given = f"Input: {doc['input']}\n\n" if doc["input"] else ""
-    return f"Instruction: {doc['instruction']}\n\n{given}Answer:"
+    """Return the instruction, followed by its input if it has one."""
+    given_input = f"Input: {doc['input']}\n\n" if doc["input"] else ""
+    return f"Instruction: {doc['instruction']}\n\n{given_input}Answer:"
 
 
 def ultrafeedback_answer(doc: Doc, side: str) -> list[str]:
-    """The answer of one side. A side that repeats the prompt as its first message is a whole conversation: its last."""
+    """Return the answer of one side: the last message if the first one repeats the prompt, else the first."""
     messages = doc[side]
     repeated = messages[0]["role"] == "user" and messages[0]["content"].strip() == doc["prompt"].strip()
     return [messages[-1 if repeated else 0]["content"]]
 
 
 def tinystories(name: str, fields: tuple[str, ...], prompt: str) -> Task:
-    """Stories that a small child understands."""
+    """Return a task of stories that a small child understands."""
     return Task(
         name=f"tinystories/{name}",
         hub="skeskinen/TinyStories-GPT4",

@@ -10,13 +10,13 @@ from dph.tasks.base import CHOOSE, CHOOSE_IN_CONTEXT, SPLITS, Doc, Task, lettere
 
 
 def key_among_labels(doc: Doc) -> int | None:
-    """The index of ``answerKey`` among the choices' own labels, which are letters or digits."""
+    """Return the index of ``answerKey`` among the choices' own labels, which are letters or digits."""
     labels = list(doc["choices"]["label"])
     return labels.index(doc["answerKey"]) if doc.get("answerKey") else None
 
 
 def labelled(name: str, hub: str, config: str, question: str, example: Doc) -> Task:
-    """ARC and OpenBookQA: the choices bring their labels along."""
+    """Return a task of ARC or OpenBookQA, whose choices come with their labels."""
     return Task(
         name=name,
         hub=hub,
@@ -33,7 +33,7 @@ def labelled(name: str, hub: str, config: str, question: str, example: Doc) -> T
 
 
 def hellaswag(name: str, **entry: Any) -> Task:
-    """HellaSwag, with the endings listed or not."""
+    """Return HellaSwag, with the endings listed or not."""
     return Task(
         name=f"hellaswag/{name}",
         hub="Rowan/hellaswag",
@@ -50,7 +50,7 @@ def hellaswag(name: str, **entry: Any) -> Task:
 
 
 def blank(doc: Doc) -> tuple[str, str]:
-    """What stands before and after the blank of a WinoGrande sentence."""
+    """Return the text before and after the blank of a WinoGrande sentence."""
     before, _, after = doc["sentence"].partition("_")
     return before.strip(), after.strip()
 
@@ -59,17 +59,17 @@ CONNECTORS = {"cause": "because", "effect": "therefore"}
 
 
 def copa_prompt(doc: Doc) -> str:
-    """The premise without its full stop, and the word that asks for its cause or effect."""
+    """Return the premise without its full stop, and the connector to its cause or effect."""
     return f"{doc['premise'].strip()[:-1]} {CONNECTORS[doc['question']]}"
 
 
 def either(first: str, second: str) -> Callable[[Doc], list[str]]:
-    """Two options that are fields of the record."""
+    """Return a function that gives two fields of the document as options."""
     return lambda doc: [doc[first], doc[second]]
 
 
 def one_based(doc: Doc) -> int | None:
-    """WinoGrande's answer, "1" or "2"."""
+    """Return the index of WinoGrande's answer, "1" or "2"; None if it is hidden."""
     return int(doc["answer"]) - 1 if doc.get("answer") else None
 
 

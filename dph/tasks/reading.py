@@ -13,7 +13,7 @@ COQA = (
 
 
 def race(name: str) -> Task:
-    """RACE: school examinations; ``all`` is ``middle`` and ``high`` together."""
+    """Return a task of RACE, school examinations; ``all`` is ``middle`` and ``high`` together."""
     return Task(
         name=f"race/{name}",
         hub="ehovy/race",
@@ -35,10 +35,13 @@ def race(name: str) -> Task:
 
 
 def coqa_dialogue(doc: Doc) -> list[str]:
-    """The passage with the first question, then answers and questions in turn, up to the last question."""
+    """Return the passage with the first question, then answers and questions in turn, up to the last question."""
     questions, answers = list(doc["questions"]), list(doc["answers"]["input_text"])
     questions[0] = f"Background: {doc['story']}\n\n{questions[0]}"
-    return [text for turn in zip(questions, answers, strict=True) for text in turn][:-1]
+    turns = []
+    for question, answer in zip(questions, answers, strict=True):
+        turns += [question, answer]
+    return turns[:-1]
 
 
 TASKS = [
@@ -66,7 +69,7 @@ TASKS = [
         fields=("question", "support", "distractor1", "distractor2", "distractor3", "correct_answer"),
         prompt=lambda doc: f"Background: {doc['support'].lstrip()}\n\nQuestion: {doc['question']}\n\nAnswer:",
         options=lambda doc: [doc[key] for key in ("distractor1", "distractor2", "distractor3", "correct_answer")],
-        label=lambda doc: 3,  # the right answer is a field of its own, and comes last
+        label=lambda doc: 3,  # the right answer is a field of its own, the last option
         example={
             "question": "What freezes?",
             "support": "Water freezes.",

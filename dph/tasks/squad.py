@@ -1,6 +1,6 @@
-"""SQuAD (Rajpurkar et al. 2016, 2018): the answer is a span of the passage, or, in v2, that there is none.
+"""SQuAD (Rajpurkar et al. 2016, 2018): the answer is a span of the passage; in v2 some questions have none.
 
-Example: squad/v2, "Paris is the capital." and "What is the capital?", is answered "Paris"; "unanswerable" is wrong.
+Example: squad/v2, "Paris is the capital." and "What is the capital?"; right answer "Paris", wrong "unanswerable".
 """
 
 import functools
@@ -11,7 +11,7 @@ from dph.errors import UserError
 from dph.tasks.base import TRAIN_VALIDATION, Doc, Task
 
 UNANSWERABLE = "unanswerable"
-SPACY_MODEL = "en_core_web_md"  # the paper's code uses it
+SPACY_MODEL = "en_core_web_md"  # as in the paper's code
 EXTRACT = (
     "Below is a question, paired with a background context. "
     "Respond with text from the background that correctly answers the question."
@@ -37,22 +37,22 @@ def _spacy_model() -> Any:
 
 @functools.lru_cache(maxsize=4096)  # several questions share a passage
 def noun_phrases(passage: str) -> tuple[str, ...]:
-    """The different noun phrases of a passage, in its order. Raises UserError where spaCy or its model is missing."""
+    """Return the distinct noun phrases of a passage in order. Raises UserError if spaCy or its model is missing."""
     return tuple(dict.fromkeys(chunk.text for chunk in _spacy_model()(passage).noun_chunks))
 
 
 def squad_prompt(doc: Doc) -> str:
-    """Title, passage, question."""
+    """Return title, passage and question."""
     return f"Title: {doc['title']}\n\nBackground: {doc['context']}\n\nQuestion: {doc['question'].strip()}\n\nAnswer:"
 
 
 def squad_v2_wrong(doc: Doc) -> Sequence[str]:
-    """ "unanswerable" where there is an answer, and the passage's noun phrases where there is none."""
+    """Return "unanswerable" for a question with an answer, else the noun phrases of the passage."""
     return [UNANSWERABLE] if doc["answers"]["text"] else noun_phrases(doc["context"])
 
 
 def squad(name: str, hub: str, **entry: Any) -> Task:
-    """SQuAD: the answer is a span of the passage."""
+    """Return a task of SQuAD."""
     example = {
         "title": "France",
         "context": "Paris is the capital.",

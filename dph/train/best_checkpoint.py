@@ -1,49 +1,54 @@
-"""Which step's checkpoint is the best, by one figure on held-out records (``output.best``)."""
+"""Selection of the best checkpoint by one metric on held-out records (``output.best``)."""
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from dph.errors import UserError
 
-LOWER = ("loss", "entropy")  # of these less is better; of every other figure, all of them accuracies, more
+LOWER_IS_BETTER = ("loss", "entropy")
+"""Metrics to minimise; all others are accuracies."""
 
 
-def check(figure: str | None, known: Collection[str]) -> None:
-    """Raise UserError unless ``figure`` is None or one of the ``known`` ones, which an evaluation gives."""
-    if figure is not None and figure not in known:
-        if not known:
-            raise UserError(f"output.best: expected evaluation.sources to judge {figure} by, got none")
-        raise UserError(f"output.best: expected one of {', '.join(known)}, got {figure!r}")
+def check_metric(metric: str | None, available: Collection[str]) -> None:
+    """Raise UserError unless ``metric`` is None or one of the ``available`` ones, those of an evaluation."""
+    if metric is None or metric in available:
+        return
+    if not available:
+        raise UserError(f"output.best: expected evaluation.sources to judge {metric} by, got none")
+    raise UserError(f"output.best: expected one of {', '.join(available)}, got {metric!r}")
 
 
-class Best:
+class BestCheckpoint:
     """The best step so far.
 
     Attributes:
-        figure: that decides, or None where nothing is asked for. What stands behind a slash is one source of several.
-        found: None, or its ``step``, ``figure`` and ``value``, as plain JSON.
+        metric: name of the deciding metric, ``METRIC`` or ``METRIC/SOURCE``; None switches the selection off.
+        state: ``step``, ``figure`` (the metric's name) and ``value`` of the best step, as saved; None before the first.
     """
 
-    def __init__(self, figure: str | None) -> None:
-        self.figure = figure
-        self.found: dict[str, Any] | None = None
+    def __init__(self, metric: str | None) -> None:
+        self.metric = metric
+        self.state: dict[str, Any] | None = None
 
     def __str__(self) -> str:
-        """For people."""
-        return f"the best by {self.figure} ({self.found['value']:.4g})" if self.found else "no best one"
+        """Return a description for the user."""
+        return "no best one" if self.state is None else f"the best by {self.metric} ({self.state['value']:.4g})"
 
-    def see(self, step: int, figures: Mapping[str, float]) -> bool:
-        """Whether this step is better than all before; a tie is not, nor is NaN."""
-        value = None if self.figure is None else figures[self.figure]
-        if value is None or value != value or not (self.found is None or self._better(value, self.found["value"])):
+    def update(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Record ``step`` if it is better than all before, and return whether it is; ties and NaN are not."""
+        if self.metric is None or math.isnan(metrics[self.metric]):
             return False
-        self.found = {"step": step, "figure": self.figure, "value": value}
+        value = metrics[self.metric]
+        if self.state is not None:
+            lower_is_better = self.metric.partition("/")[0] in LOWER_IS_BETTER
+            improved = value < self.state["value"] if lower_is_better else value > self.state["value"]
+            if not improved:
+                return False
+        self.state = {"step": step, "figure": self.metric, "value": value}
         return True
 
-    def _better(self, new: float, old: float) -> bool:
-        return new < old if self.figure.partition("/")[0] in LOWER else new > old
-
-    def load(self, found: Mapping[str, Any] | None) -> None:
-        """Take up ``found``, unless it was judged by another figure."""
-        same = found is not None and found["figure"] == self.figure
-        self.found = dict(found) if same else None
+    def load(self, state: Mapping[str, Any] | None) -> None:
+        """Restore ``state`` from a checkpoint, unless another metric decided it."""
+        same_metric = state is not None and state["figure"] == self.metric
+        self.state = dict(state) if same_metric else None

@@ -1,31 +1,97 @@
-"""What a recipe starts from: the model, its tokenizer, and the records."""
+"""Construction of a training stage from its recipe: model, tokenizer, heads, records."""
 
 import difflib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dph import chat, checkpoint
+from dph import chat, checkpoint, devices
 from dph.data import dataset
-from dph.data.formats import Record
-from dph.data.sampler import Order
+from dph.data.formats import Encoder
+from dph.data.sampler import Shuffled
 from dph.data.tokenizer import add_chat_tokens
+from dph.data.workers import WorkerPool
 from dph.errors import UserError
 from dph.model.config import ModelConfig
-from dph.model.loading import load_model, load_tokenizer, model_path
+from dph.model.loading import check_tokenizer, load_model, load_tokenizer
 from dph.model.model import Model
-from dph.train import run_dir
-from dph.train.recipe import Data, Evaluation, Objective, Recipe, from_dict
+from dph.model.paths import model_path
+from dph.train import checkpointing
+from dph.train.budget import memory
+from dph.train.distributed import SINGLE_PROCESS, World
+from dph.train.recipe import Objective, Recipe, from_dict
+from dph.train.stages.base import Stage
+from dph.train.stages.lm import LanguageModelStage
+from dph.train.stages.preference import PreferenceStage
 
 
-def open_start(recipe: Recipe) -> tuple[Model, Any]:
-    """The model in fp32 on the CPU, and its tokenizer, with the chat tokens added where it lacks them.
+def make_stage(
+    recipe: Recipe,
+    model: Model,
+    tokenizer: Any,
+    records: Any,
+    held_out: Any,
+    device: torch.device | None = None,
+    world: World = SINGLE_PROCESS,
+) -> Stage:
+    """Return the stage of ``recipe``, on its device or on ``device``.
 
-    Raises UserError where they are missing or do not fit each other.
+    A model that several ranks will shard stays on the CPU.
+
+    Args:
+        model: trained model, turned into fp32.
+        tokenizer: of the model.
+        records: training records in memory; None for the recipe's sources.
+        held_out: records for evaluation, or a mapping from names to them; None for the recipe's sources.
+
+    Raises UserError for errors in the recipe or the data, and if the host has too little memory.
+    """
+    check_tokenizer(model, tokenizer)
+    if records is None:
+        data = recipe.data
+        sampler = dataset.open_training(
+            data.sources, recipe.kind, directory=data.directory, seed=recipe.seed, consecutive=data.consecutive
+        )
+    else:
+        sampler = Shuffled(records, recipe.seed)
+    if recipe.data.workers:
+        sampler = WorkerPool(sampler, tokenizer, recipe.data.workers)
+    if held_out is None:
+        section = recipe.evaluation
+        held_out = dataset.open_held_out(section.sources, recipe.kind, directory=section.directory, seed=recipe.seed)
+    elif not isinstance(held_out, Mapping):
+        held_out = {"held out": held_out}
+    if device is None:
+        device = devices.choose(recipe.device if world.world_size == 1 else "cpu")
+    stage_class = PreferenceStage if recipe.kind == "preference" else LanguageModelStage
+    stage = stage_class(
+        recipe=recipe,
+        model=model.to(device=device, dtype=torch.float32),
+        tokenizer=tokenizer,
+        world=world,
+        encode=Encoder(tokenizer),
+        records=sampler,
+        held_out={name: source for name, source in held_out.items() if len(source)},
+    )
+    if recipe.kind != "preference":
+        memory.check_host_batch(stage)
+        if recipe.data.memory:
+            training_device = torch.device(devices.choose(recipe.device))
+            place = memory.choose_place(stage, training_device)
+            stage.set_memory_place(place)
+            if place == "host" or training_device.type != "cpu":
+                stage.notes += (memory.explain_place(stage, training_device, place),)
+    return stage
+
+
+def open_model(recipe: Recipe) -> tuple[Model, Any]:
+    """Return the starting model in fp32 on the CPU, and its tokenizer with the chat tokens.
+
+    Raises UserError if they are missing or do not match.
     """
     start = recipe.model
     if (start.path is None) == (start.config is None):
@@ -33,7 +99,7 @@ def open_start(recipe: Recipe) -> tuple[Model, Any]:
     if start.tokenizer is None and start.path is None:
         raise UserError("model.tokenizer: expected a directory or hub name beside model.config, got nothing")
     if start.path is not None:
-        model_path(start.path)  # where there is no model, that is said, and not that its tokenizer is missing
+        model_path(start.path)  # a missing model is reported before its missing tokenizer
     tokenizer = load_tokenizer(start.tokenizer or start.path)
     add_chat_tokens(tokenizer)
     torch.manual_seed(recipe.seed)
@@ -42,7 +108,7 @@ def open_start(recipe: Recipe) -> tuple[Model, Any]:
         if recipe.kind == "preference":
             model = with_heads(model, recipe.objective)
     else:
-        model = fresh(start.config, tokenizer)
+        model = new_model(start.config, tokenizer)
         if start.embeddings is not None:
             checkpoint.init_embeddings(model, start.embeddings)
     check_tokenizer(model, tokenizer)
@@ -50,114 +116,70 @@ def open_start(recipe: Recipe) -> tuple[Model, Any]:
 
 
 def open_checkpoint(path: str | Path) -> tuple[Model, Any]:
-    """The model in fp32 that a run's checkpoint (``RUN/checkpoints/step-NNNNNNNN``) holds, and its tokenizer.
+    """Return the model in fp32 of a run's checkpoint (``RUN/checkpoints/step-NNNNNNNN``), and its tokenizer.
 
-    What the run started from is opened again for its sizes and tokenizer. Raises UserError where that is not there any
-    more, was in memory, or the checkpoint is damaged.
+    Configuration and tokenizer come from the run's starting model. Raises UserError if that is missing, if it was a
+    model in memory, or if the checkpoint is damaged.
     """
     path = Path(path)
-    if reason := run_dir.damage(path):
+    if reason := checkpointing.damage(path):
         raise UserError(f"{path}: {reason}")
     directory = path.resolve().parents[1]
-    made_by = from_dict(json.loads((directory / "config.json").read_text()))
-    model, tokenizer = open_start(made_by)
-    tensors = run_dir.start_weights(directory) | run_dir.Checkpoint(0, path).tensors("weights")
+    recipe = from_dict(json.loads((directory / "config.json").read_text()))
+    model, tokenizer = open_model(recipe)
+    tensors = checkpointing.load_start(directory) | checkpointing.Checkpoint(0, path).tensors("weights")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[name])
-    if made_by.kind == "preference":
-        model.untrained_heads -= set(made_by.objective.heads)
+    if recipe.kind == "preference":
+        model.untrained_heads -= set(recipe.objective.heads)
     return model, tokenizer
 
 
-def fresh(config: dict[str, Any], tokenizer: Any) -> Model:
-    """A model with fresh weights; vocabulary and special tokens are the tokenizer's where ``config`` is silent.
+def new_model(config: dict[str, Any], tokenizer: Any) -> Model:
+    """Return a model with random weights; vocabulary and special tokens default to the tokenizer's.
 
-    It has no reward heads unless ``config`` names some: the stages that train them add them.
+    It has no reward heads unless ``config`` names some: the stages that train heads add them.
     """
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    end = tokenizer.convert_tokens_to_ids(chat.END)
-    known = {"vocab_size": len(tokenizer), "im_end_token_id": end, "reward_heads": (), **special}
+    values: dict[str, Any] = {"vocab_size": len(tokenizer), "reward_heads": ()}
+    values["im_end_token_id"] = tokenizer.convert_tokens_to_ids(chat.END)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        values[name] = getattr(tokenizer, name)
     arguments = inspect.signature(ModelConfig).parameters
     if unknown := sorted(config.keys() - arguments.keys()):
         nearest = difflib.get_close_matches(unknown[0], arguments, 1, 0.0)[0]
         raise UserError(f"model.config.{unknown[0]}: unknown key; did you mean {nearest}?")
-    return Model(ModelConfig(**{**known, **config}))
+    return Model(ModelConfig(**{**values, **config}))
 
 
 def with_heads(model: Model, objective: Objective) -> Model:
-    """``model`` with the reward heads, pooler and dropout that the recipe asks for; what is new starts afresh.
+    """Return ``model`` with the reward heads, pooler and dropout of the recipe; new parts have random weights.
 
-    The first heads share one pooler; on a model that has heads, each new one brings a pooler of its own (paper 5.2.2).
+    The first heads share a pooler; in a model that has heads, each new head gets a pooler of its own (paper 5.2.2).
     """
-    config = model.config
-    pooler = config.reward_pooler if objective.pooler is None else objective.pooler
-    dropout = config.reward_dropout if objective.dropout is None else objective.dropout
-    new = [name for name in objective.heads if name not in model.head_names]
-    if not new and (pooler, dropout) == (config.reward_pooler, config.reward_dropout):
+    config, pooler, dropout = model.config, objective.pooler, objective.dropout
+    if pooler is None:
+        pooler = config.reward_pooler
+    if dropout is None:
+        dropout = config.reward_dropout
+    new_heads = [name for name in objective.heads if name not in model.head_names]
+    if not new_heads and (pooler, dropout) == (config.reward_pooler, config.reward_dropout):
         return model
     fields = {**config.to_dict(), "reward_pooler": pooler, "reward_dropout": dropout}
-    fields["task_heads" if model.head_names else "reward_heads"] += new
-    if pooler != config.reward_pooler:  # another kind of head: nothing of the old ones fits
+    same_pooler = pooler == config.reward_pooler
+    if same_pooler:
+        fields["task_heads" if model.head_names else "reward_heads"] += new_heads
+        untrained = model.untrained_heads | set(new_heads)
+    else:  # no weight of the old heads fits
         fields |= {"reward_heads": list(objective.heads), "task_heads": []}
-    changed = Model(ModelConfig.from_dict(fields))
-    same = {k: v for k, v in model.state_dict().items() if not k.startswith("heads.") or pooler == config.reward_pooler}
-    missing = changed.load_state_dict(same, strict=False).missing_keys
-    changed.untrained_heads = model.untrained_heads | set(new) if pooler == config.reward_pooler else {*objective.heads}
-    if any(not name.startswith("heads.") for name in missing):
-        raise AssertionError(f"weights lost on the way to new heads: {missing}")
-    return changed
-
-
-def check_tokenizer(model: Model, tokenizer: Any) -> None:
-    """Raise UserError where the tokenizer and the model do not speak of the same tokens."""
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(f"tokenizer: expected at most {model.config.vocab_size} tokens, got {len(tokenizer)}")
-    end = tokenizer.get_vocab().get(chat.END)
-    if end is not None and model.config.im_end_token_id is None:
-        model.config.im_end_token_id = end
-    if end is not None and end != model.config.im_end_token_id:
-        raise UserError(f"tokenizer: expected {chat.END} as id {model.config.im_end_token_id}, got {end}")
-
-
-def open_records(section: Data | Evaluation, recipe: Recipe, split: str) -> list[Sequence[Record]]:
-    """The sources of one section of the recipe, in its order; ``split`` where a source names none.
-
-    UserError, with the source's key, where one cannot be read.
-    """
-    name = "data" if isinstance(section, Data) else "evaluation"
-    found = []
-    for i, source in enumerate(section.sources):
-        try:
-            records = dataset.load(
-                source.source,
-                recipe.kind,
-                split=source.split or split,
-                directory=source.directory or section.directory,
-                limit=source.limit,
-                seed=recipe.seed,
-                text_field=source.text_field,
-            )
-        except UserError as error:
-            without = "; evaluation.sources=[] goes without" if name == "evaluation" else ""
-            raise UserError(f"{name}.sources.{i}: {error}{without}") from error
-        found.append(records)
-    return found
-
-
-def open_mixture(recipe: Recipe) -> Order:
-    """The training records in their order. UserError where there are none."""
-    if not recipe.data.sources:
-        raise UserError("data.sources: expected at least one source, got none")
-    weights = [source.weight for source in recipe.data.sources]
-    return dataset.mixture(open_records(recipe.data, recipe, "train"), recipe.seed, recipe.data.consecutive, weights)
-
-
-def open_held_out(recipe: Recipe) -> dict[str, Sequence[Record]]:
-    """The held-out sources, by names that differ."""
-    found: dict[str, Sequence[Record]] = {}
-    opened = open_records(recipe.evaluation, recipe, "validation")
-    for source, records in zip(recipe.evaluation.sources, opened, strict=True):
-        name = source.source.removeprefix("task:")
-        found[name if name not in found else f"{name}, {source.split or len(found)}"] = records
-    return found
+        untrained = set(objective.heads)
+    extended = Model(ModelConfig.from_dict(fields))
+    weights = {}
+    for name, weight in model.state_dict().items():
+        if same_pooler or not name.startswith("heads."):
+            weights[name] = weight
+    for name in extended.load_state_dict(weights, strict=False).missing_keys:
+        if not name.startswith("heads."):
+            raise AssertionError(f"{name} is missing from the model with new heads")
+    extended.untrained_heads = untrained
+    return extended

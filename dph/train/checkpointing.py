@@ -1,91 +1,260 @@
-"""A run directory of several processes: the first writes, and what fails in one fails in all."""
+"""Checkpoint files: atomic writes, manifest with hashes, damage check, and tensors that several ranks hold.
 
-from collections.abc import Callable, Mapping
+A checkpoint is a directory ``checkpoints/step-NNNNNNNN`` with one safetensors file per part (weights, optimiser, data,
+generators), ``state.json``, and ``manifest.json`` with the size and SHA-256 of each file. It has the same content for
+any world size: shards are gathered to whole tensors, and only the Transformer-XL memories of a rank's streams are
+files of that rank (``data-00001.safetensors``, ...). A run can therefore resume with another number of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dph.train.distributed import World, whole
-from dph.train.run_dir import Checkpoint, Run, sync, write_tensors
+from dph.errors import UserError
+from dph.train.distributed import World, full_tensor
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
 
 
-class SharedRun:
-    """What a process sees of the run directory, which lies where all processes see it; as :class:`dph.train.run_dir.Run`.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
 
-    Process 0 holds the lock, and writes the metrics, the checkpoints and the model. A checkpoint is that of one
-    process, so that any number of them goes on from it: whole tensors, gathered one at a time, beside which every other
-    process writes the memories of its own streams.
+    step: int
+    path: Path
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """Return the tensors of one part, on the CPU, from rank 0's file and those of the other ranks."""
+        tensors = load_file(self.path / f"{part}.safetensors")
+        for path in sorted(self.path.glob(f"{part}-*.safetensors")):
+            tensors |= load_file(path)
+        return tensors
+
+    def state(self) -> dict[str, Any]:
+        """Return the JSON state; reading a key that another version of dph did not write raises UserError."""
+        return _State(self.path, json.loads((self.path / "state.json").read_text()))
+
+
+class _State(dict):
+    """The JSON state of a checkpoint, whose missing keys raise UserError with the checkpoint's path."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.path}: expected a checkpoint of this version of dph, got one without {key}")
+
+
+# Reading
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Return the path of the checkpoint of ``step`` in a run directory."""
+    return directory / "checkpoints" / f"step-{step:08d}"
+
+
+def saved_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in ``folder``, complete or not, in the order of their steps."""
+    paths = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """Return the newest complete checkpoint in ``folder``, or None; newer incomplete ones are logged as warnings."""
+    for path in reversed(saved_checkpoints(folder)):
+        reason = damage(path)
+        if reason is None:
+            return Checkpoint(int(path.name.removeprefix("step-")), path)
+        log.warning("%s is not complete (%s): passed over", path, reason)
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """Return why the checkpoint at ``path`` is not complete, or None if each file has its size and hash."""
+    try:
+        listed = json.loads((path / MANIFEST).read_text())["files"]
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"no readable {MANIFEST}"
+    for name, (size, digest) in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size or _sha256(file) != digest:
+            return f"{name} is damaged"
+    return None
+
+
+def load_start(directory: Path) -> dict[str, Tensor]:
+    """Return the weights that training does not change (``start/``). UserError if they are damaged."""
+    path = directory / "start"
+    if reason := damage(path):
+        raise UserError(f"{path}: {reason}; the run cannot go on without it")
+    return load_file(path / "start.safetensors")
+
+
+# Writing
+
+
+def write_checkpoint(
+    path: Path,
+    step: int,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    rank_files: Sequence[Path] = (),
+) -> None:
+    """Write a checkpoint atomically; ``rank_files``, written by other ranks, are moved into it."""
+    with atomic_directory(path) as folder:
+        for name, tensors in parts.items():
+            write_tensors(folder / f"{name}.safetensors", tensors)
+        for file in rank_files:
+            file.rename(folder / file.name)
+        (folder / "state.json").write_text(json.dumps(state))
+        files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
+        (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2))
+
+
+def gather_parts(
+    parts: Mapping[str, Mapping[str, Tensor]], world: World, folder: Path
+) -> tuple[dict[str, dict[str, Tensor]], list[Path]]:
+    """Gather the parts of a checkpoint from all ranks; every rank calls it.
+
+    Rank 0 gets whole tensors on the CPU (the others empty parts), gathered one at a time so that no device holds them
+    all. The part ``data`` differs between ranks: each rank but 0 writes its own to a file in ``folder``.
+
+    Returns the gathered parts, and the paths of the other ranks' files.
     """
+    gathered: dict[str, dict[str, Tensor]] = {}
+    for name, tensors in parts.items():
+        gathered[name] = {}
+        for key, tensor in tensors.items():
+            full = full_tensor(tensor)
+            if world.rank == 0:
+                gathered[name][key] = full.cpu()
+    rank_files = []
+    if parts["data"]:
+        rank_files = [folder / f"data-{rank:05}.safetensors" for rank in range(1, world.world_size)]
+    with world.fail_together():
+        if rank_files and world.rank > 0:
+            folder.mkdir(exist_ok=True)
+            own_file = rank_files[world.rank - 1]
+            write_tensors(own_file, parts["data"])
+            sync(own_file)
+    return gathered, rank_files
 
-    def __init__(self, world: World, opened: Callable[[], Run]) -> None:
-        """``opened`` opens the directory; process 0 calls it."""
-        self.world = world
-        self._own: Run | None = None
-        with world.together():
-            self._own = opened() if world.rank == 0 else None
-        told = None if self._own is None else (self._own.directory, self._own.checkpoint)
-        self.directory: Path
-        self.checkpoint: Checkpoint | None
-        self.directory, self.checkpoint = world.gather(told)[0]
 
-    @property
-    def step(self) -> int:
-        """Of the checkpoint; 0 where the run begins."""
-        return self.checkpoint.step if self.checkpoint else 0
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors of any device to a safetensors file."""
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Process 0 logs: the figures are everybody's."""
-        if self._own is not None:
-            self._own.log(step, values)
 
-    def save(self, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """As ``Run.save``, of which shards are made whole; of the part ``data`` everyone has his own."""
-        folder = self.directory / ".shares.partial"
-        ranks = range(1, self.world.size) if parts["data"] else ()
-        shares = [folder / f"data-{rank:05}.safetensors" for rank in ranks]
-        gathered = {name: self._gathered(tensors) for name, tensors in parts.items()}
-        with self.world.together():
-            if shares and self._own is None:
-                folder.mkdir(exist_ok=True)
-                write_tensors(shares[self.world.rank - 1], parts["data"])
-                sync(shares[self.world.rank - 1])
-        with self.world.together():
-            if self._own is not None:
-                self._own.save(step, gathered, state, shares)
-                if shares:
-                    folder.rmdir()
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    temporary = path.with_name(f"{path.name}.partial")
+    temporary.write_text(text)
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
 
-    def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on the CPU, in process 0 alone; one at a time, so that no device has to hold them all."""
-        kept = {}
-        for name, tensor in tensors.items():
-            full = whole(tensor)
-            if self._own is not None:
-                kept[name] = full.cpu()
-        return kept
 
-    def save_start(self, tensors: Mapping[str, Tensor]) -> None:
-        """As ``Run.save_start``."""
-        with self.world.together():
-            if self._own is not None:
-                self._own.save_start(tensors)
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Temporary directory that replaces ``path`` if the block succeeds and is deleted if it raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        make_readable(temporary)
+        for entry in [*temporary.rglob("*"), temporary]:
+            sync(entry)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    temporary.rename(path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
-    def load_start(self) -> dict[str, Tensor]:
-        """As ``Run.load_start``; process 0 looks for damage."""
-        with self.world.together():
-            if self._own is not None:
-                return self._own.load_start()
-        return Checkpoint(0, self.directory / "start").tensors("start")
 
-    def save_model(self, model: Any, tokenizer: Any) -> Path:
-        """As ``Run.save_model``."""
-        with self.world.together():
-            if self._own is not None:
-                self._own.save_model(model, tokenizer)
-        return self.directory / "model"
+def clean_up(leftover: Path) -> None:
+    """Delete a directory that a killed ``atomic_directory`` left; if ``path`` is missing, rename ``old`` back to it."""
+    path = leftover.with_name(leftover.name[1:].removesuffix(leftover.suffix))
+    if leftover.suffix == ".old" and not path.exists():
+        leftover.rename(path)
+    else:
+        shutil.rmtree(leftover)
 
-    def close(self) -> None:
-        """As ``Run.close``."""
-        if self._own is not None:
-            self._own.close()
+
+def make_readable(folder: Path) -> None:
+    """Give the files in ``folder`` its read and write permissions; safetensors writes files with mode 0600."""
+    readable = folder.stat().st_mode & 0o666
+    for file in filter(Path.is_file, folder.rglob("*")):
+        if readable & ~file.stat().st_mode:
+            with contextlib.suppress(PermissionError):  # some file systems have no permissions
+                file.chmod(readable)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a directory to the disk (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# Random number generators
+
+
+def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the states of all random number generators (PyTorch, every device; Python; NumPy) as tensors and JSON."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        for index, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"cuda:{index}"] = state
+    name, keys, *rest = np.random.get_state()
+    tensors["numpy"] = torch.from_numpy(keys.astype(np.int64))
+    return tensors, {"python": random.getstate(), "numpy": [name, *rest]}
+
+
+def set_random_states(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Load the states that :func:`random_states` returned; those of missing devices are ignored."""
+    torch.set_rng_state(tensors["cpu"])
+    for index in range(torch.cuda.device_count()):
+        if f"cuda:{index}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda:{index}"], index)
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, *rest = state["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), *rest))

@@ -1,12 +1,20 @@
-"""Typed configuration from YAML: files, overrides, and errors that name the key.
+"""Typed configuration from YAML: options with help and ranges, files, overrides, and errors that name the key.
 
-``build(Recipe, values)`` makes frozen dataclasses from plain dictionaries. An unknown key or a value of the wrong type
-is a :class:`UserError` with the dotted key, what was expected and what came.
+An option is one field of a frozen dataclass: type, default, help, range, and whether it may change on resume.
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Batch:
+        size: int = option(128, "sequences or pairs per step", minimum=1)
+
+``build(Recipe, values)`` builds such dataclasses from plain dictionaries. An unknown key or a value of the wrong type
+is a :class:`UserError` with the dotted key, the expected type and the value.
 """
 
 import dataclasses
 import difflib
+import math
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -17,11 +25,102 @@ import yaml
 
 from dph.errors import UserError
 
-UNIONS = (types.UnionType, typing.Union)  # of classes, and of what typing makes (Literal)
+REQUIRED = dataclasses.MISSING
+UNIONS = (types.UnionType, typing.Union)  # X | None of a class, and of a Literal
+
+
+# Options
+
+
+def option(
+    default: Any, help: str, *, minimum: float | None = None, below: float = math.inf, resume: bool = False
+) -> Any:
+    """Field of a section.
+
+    Args:
+        default: value if the key is missing; ``REQUIRED`` for none.
+        help: description for users (:func:`describe`).
+        minimum: least value (for a list, of each item); None for no range.
+        below: exclusive upper bound of the range.
+        resume: whether a resumed run may change it.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": help, "minimum": minimum, "below": below, "resume": resume}
+    )
+
+
+def section(cls: type, *, resume: bool = False) -> Any:
+    """Field that holds a section of options; its help is the docstring of ``cls``.
+
+    With ``resume`` a resumed run may change all of its options.
+    """
+    return dataclasses.field(default_factory=cls, metadata={"help": cls.__doc__, "resume": resume})
+
+
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Raise UserError if a value in the section ``config``, or in one below it, is outside the range of its option."""
+    for field in dataclasses.fields(config):
+        key, value = _join(prefix, field.name), getattr(config, field.name)
+        items = [(key, value)]
+        if isinstance(value, tuple):
+            items = [(f"{key}.{index}", item) for index, item in enumerate(value)]
+        minimum, below = field.metadata.get("minimum"), field.metadata.get("below")
+        for item_key, item in items:
+            if dataclasses.is_dataclass(item):
+                check_ranges(item, item_key)
+            elif minimum is not None and item is not None and not minimum <= item < below:
+                raise UserError(f"{item_key}: expected {minimum} <= {field.name} < {below}, got {item}")
+
+
+def may_change_on_resume(cls: type, prefix: str = "") -> frozenset[str]:
+    """Return the dotted keys of the options, and of whole sections, that a resumed run may change."""
+    keys: set[str] = set()
+    for field in dataclasses.fields(cls):
+        key = _join(prefix, field.name)
+        if field.metadata["resume"]:
+            keys.add(key)
+        elif dataclasses.is_dataclass(field.default_factory):
+            keys |= may_change_on_resume(field.default_factory, key)
+    return frozenset(keys)
+
+
+def describe(cls: type, prefix: str = "") -> str:
+    """Return a text with key, type, default, range and help of every option below ``cls``."""
+    blocks = []
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        key, kind = _join(prefix, field.name), hints[field.name]
+        help_text = textwrap.fill(field.metadata["help"], 100, initial_indent="    ", subsequent_indent="    ")
+        if dataclasses.is_dataclass(kind):
+            resume = " may change on resume" if field.metadata["resume"] else ""
+            blocks += [f"{key}:{resume}\n{help_text}", describe(kind, key)]
+            continue
+        item_kind = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
+        notes = ["a list of sections" if dataclasses.is_dataclass(item_kind) else _name(kind)]
+        minimum, below = field.metadata["minimum"], field.metadata["below"]
+        if minimum is not None:
+            notes.append(f"at least {minimum}" if below == math.inf else f"at least {minimum}, below {below}")
+        notes.append("required" if field.default is REQUIRED else f"default {_yaml_text(field.default)}")
+        if field.metadata["resume"]:
+            notes.append("may change on resume")
+        blocks.append(f"{key}: {'; '.join(notes)}\n{help_text}")
+        if dataclasses.is_dataclass(item_kind):
+            blocks.append(describe(item_kind, f"{key}.N"))
+    return "\n".join(blocks)
+
+
+def _yaml_text(value: Any) -> str:
+    """Return a default as in YAML, on one line."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return yaml.safe_dump(plain(value), default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+
+
+# Files and overrides
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the floats that people write: 1e-4 is a number here, and text in YAML 1.1."""
+    """YAML loader that reads 1e-4 as a number; in YAML 1.1 it is text."""
 
 
 _Loader.add_implicit_resolver(
@@ -30,89 +129,89 @@ _Loader.add_implicit_resolver(
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file."""
+    """Return the keys and values of a YAML file."""
     values = _parse(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys and values, got {type(values).__name__}")
     return values
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str, name: str) -> Any:
+    """Return the value of a YAML text; errors begin with ``name``, the file or key it comes from."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: expected YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{name}: expected YAML: {' '.join(str(error).split())}") from None
 
 
 def merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """``values`` over ``base``, key by key; lists are replaced whole."""
+    """Return ``base`` updated with ``values``, section by section; lists are replaced as a whole."""
     merged = dict(base)
     for key, value in values.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = merge(base[key], value) if both else value
+        both_sections = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = merge(base[key], value) if both_sections else value
     return merged
 
 
 def override(values: dict[str, Any], text: str) -> None:
-    """Apply ``key.sub=value``; a number as key counts in a list."""
+    """Apply one ``key.sub=value`` to ``values`` in place; a number as key is an index of a list."""
     key, equals, value_text = text.partition("=")
     if not equals or not key:
         raise UserError(f"override: expected key.sub=value, got {text!r}")
-    *path, last = key.split(".")
-    place: Any = values
-    for part in path:
-        place = _step(place, part, key)
+    *parents, last = key.split(".")
+    container: Any = values
+    for name in parents:
+        if isinstance(container, dict) and container.get(name) is None:
+            container[name] = {}
+        container = container[_index(container, name, key) if isinstance(container, list) else name]
+        if not isinstance(container, dict | list):
+            raise UserError(f"{key}: expected a section or a list at {name}, got {container!r}")
     value = _parse(value_text, key)
-    place[_index(place, last, key) if isinstance(place, list) else last] = value
+    container[_index(container, last, key) if isinstance(container, list) else last] = value
 
 
-def _step(place: dict | list, part: str, key: str) -> Any:
-    """One key further down; a section that is not there yet is made."""
-    if isinstance(place, dict) and place.get(part) is None:
-        place[part] = {}
-    found = place[_index(place, part, key) if isinstance(place, list) else part]
-    if not isinstance(found, dict | list):
-        raise UserError(f"{key}: expected a section or a list at {part}, got {found!r}")
-    return found
+def _index(items: list, name: str, key: str) -> int:
+    """Return ``name``, a part of ``key``, as an index of ``items``."""
+    if not name.isdigit() or int(name) >= len(items):
+        raise UserError(f"{key}: expected a number below {len(items)}, got {name!r}")
+    return int(name)
 
 
-def _index(place: list, part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(place):
-        raise UserError(f"{key}: expected a number below {len(place)}, got {part!r}")
-    return int(part)
+# Plain values to dataclasses and back
 
 
 class _UnknownKey(Exception):
-    """Raised deep down, answered where all keys are known."""
+    """Unknown dotted key; :func:`build` adds a hint from all known keys."""
 
 
 def build(cls: type, values: Mapping[str, Any]) -> Any:
-    """An instance of the dataclass ``cls``, checked key by key."""
+    """Return an instance of the dataclass ``cls``, with the types of all values checked."""
     try:
         return _build(cls, values, "")
     except _UnknownKey as error:
         raise UserError(f"{error}: unknown key; {_hint(str(error), cls)}") from None
 
 
-def _build(cls: type, values: Any, where: str) -> Any:
-    """An instance of ``cls``, which stands at the dotted key ``where``."""
-    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-    if isinstance(values, str) and len(required) == 1 and where:
-        values = {required[0]: values}  # a bare text stands for the one field that is needed
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    """Return an instance of ``cls``, the section at the dotted key ``prefix``."""
+    fields = dataclasses.fields(cls)
+    required = [field.name for field in fields if field.default is field.default_factory is REQUIRED]
+    if isinstance(values, str) and len(required) == 1 and prefix:
+        values = {required[0]: values}  # a bare text is short for the one required option
     if not isinstance(values, Mapping):
-        raise UserError(f"{where or 'recipe'}: expected a section with keys, got {values!r}")
+        raise UserError(f"{prefix or 'recipe'}: expected a section with keys, got {values!r}")
     hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            raise _UnknownKey(_join(where, str(key)))
-    for key in required:
-        if key not in values:
-            raise UserError(f"{_join(where, key)}: expected {_name(hints[key])}, got nothing")
-    return cls(**{key: _convert(hints[key], value, _join(where, key)) for key, value in values.items()})
+    for name in values:
+        if name not in hints:
+            raise _UnknownKey(_join(prefix, str(name)))
+    for name in required:
+        if name not in values:
+            raise UserError(f"{_join(prefix, name)}: expected {_name(hints[name])}, got nothing")
+    return cls(**{name: _convert(hints[name], value, _join(prefix, name)) for name, value in values.items()})
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:
-    """``value`` as ``kind``; UserError naming the key, what was expected and what came."""
+    """Return ``value`` as the type ``kind``; UserError with the key, the expected type and the value."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in UNIONS:  # X | None
         return None if value is None else _convert(args[0], value, key)
@@ -128,12 +227,13 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return float(value)
     if kind in (int, str, bool) and type(value) is kind:
         return value
-    names = origin is tuple and args[0] is not float  # of which one may be given in a list's place
-    wanted = f"a list, such as [{value}]" if names and isinstance(value, str) else _name(kind)
-    raise UserError(f"{key}: expected {wanted}, got {value!r}")
+    is_text_for_list = origin is tuple and args[0] is not float and isinstance(value, str)
+    expected = f"a list, such as [{value}]" if is_text_for_list else _name(kind)
+    raise UserError(f"{key}: expected {expected}, got {value!r}")
 
 
 def _name(kind: Any) -> str:
+    """Return the name of a type in messages."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return "one of " + ", ".join(args)
@@ -146,31 +246,34 @@ def _name(kind: Any) -> str:
 
 
 def _hint(key: str, cls: type) -> str:
-    """The known key that is nearest to ``key``: one of the same name elsewhere, or one spelt alike."""
+    """Return a hint with the nearest known key: the same name in another section, or a similar spelling."""
     known = list(_keys(cls, ""))
-    key = re.sub(r"\.\d+\b", "", key)  # places in lists have no part in names
-    same_name = [other for other in known if other.split(".")[-1] == key.split(".")[-1]]
+    key = re.sub(r"\.\d+\b", "", key)  # known keys have no list indices
+    name = key.split(".")[-1]
+    same_name = [other for other in known if other.split(".")[-1] == name]
     nearest = same_name or difflib.get_close_matches(key, known, 1, 0.6)
-    return f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(k for k in known if '.' not in k)}"
+    if nearest:
+        return f"did you mean {nearest[0]}?"
+    return f"known: {', '.join(other for other in known if '.' not in other)}"
 
 
-def _keys(kind: Any, where: str) -> Iterator[str]:
-    """Every dotted key below ``kind``."""
+def _keys(kind: Any, prefix: str) -> Iterator[str]:
+    """Yield ``prefix`` and every dotted key below it; ``kind`` is its type."""
     if typing.get_origin(kind) is tuple:
         kind = typing.get_args(kind)[0]
-    if where:
-        yield where
+    if prefix:
+        yield prefix
     if dataclasses.is_dataclass(kind):
         for name, hint in typing.get_type_hints(kind).items():
-            yield from _keys(hint, _join(where, name))
+            yield from _keys(hint, _join(prefix, name))
 
 
-def _join(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
 def plain(value: Any) -> Any:
-    """Tuples to lists, all the way down."""
+    """Return ``value`` with all tuples, at any depth, as lists."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,52 +1,70 @@
-"""Figures of a run: means over the steps between two logged ones, and what the terminal shows of them."""
+"""Progress of a run on the terminal: metric lines, a progress bar, and the means of metrics between two lines."""
 
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tqdm import tqdm
+from tqdm.utils import disp_len
+
 SHOWN = ("loss", "token_accuracy", "reward_accuracy", "grad_norm", "lr")
+MAX_COLUMNS = 80  # of the bar
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+# Formats without a bar, the longest first: a narrow terminal gets the first that fits.
+TEXTS = ("{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]", "{desc}: {n_fmt}/{total_fmt}", "{n_fmt}/{total_fmt}")
 
 
 class Progress:
-    """Steps done of ``total``, the time that is left, tokens per second and losses, on stderr.
+    """Completed steps of ``total``, remaining time, tokens per second and losses, on stderr.
 
-    A line that stays at every logged step and every evaluation, and on a terminal a bar below them.
+    One line per logged step and evaluation, and on a terminal a progress bar below them.
+
+    Args:
+        name: prefix of the lines (the stage).
+        total: steps of the run.
+        first: steps completed before (a resumed run).
+        quiet: print nothing.
     """
 
     def __init__(self, name: str, total: int, first: int, quiet: bool = False) -> None:
         self.name, self.total, self.quiet = name, total, quiet
-        self._first, self._began = first, time.monotonic()
-        self._bar: Any = None
-        if sys.stderr.isatty() and not quiet:
-            from dph.train.bar import Bar
-
-            self._bar = Bar(name, total, first)
+        self._first, self._start_time = first, time.monotonic()
+        self._bar = Bar(name, total, first) if sys.stderr.isatty() and not quiet else None
 
     def advance(self) -> None:
-        """One step more."""
+        """Count one step."""
         if self._bar is not None:
             self._bar.update()
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
-        """The figures of a logged step, or of an evaluation."""
-        text = ", ".join(f"{key} {value:.4g}" for key, value in values.items() if _shown(key))
+        """Print the metrics of a logged step or of an evaluation."""
+        shown = []
+        for key, value in values.items():
+            is_total = key.startswith("eval/") and key.count("/") == 1  # over all held-out sources
+            if key in SHOWN or is_total:
+                shown.append(f"{key} {value:.4g}")
+        text = ", ".join(shown)
         if "tokens_per_second" in values:
             text += f", {values['tokens_per_second']:,.0f} tokens/s"
         if "mfu" in values:
             text += f", MFU {values['mfu']:.1%}"
         if "memory_gb" in values:
             text += f", {values['memory_gb']:.1f} GB"
-        left = f", {self._left(step)} left" if step < self.total else ""
-        self._print(f"{self.name} {step}/{self.total}: {text}{left}")
+        if step < self.total:
+            seconds_per_step = (time.monotonic() - self._start_time) / max(1, step - self._first)
+            hours, seconds = divmod(round(seconds_per_step * (self.total - step)), 3600)
+            text += f", {hours}:{seconds // 60:02d}:{seconds % 60:02d} left"
+        self._print(f"{self.name} {step}/{self.total}: {text}")
 
     def note(self, text: str) -> None:
-        """One line of text."""
+        """Print one line of text."""
         self._print(f"{self.name}: {text}")
 
     def _print(self, line: str) -> None:
-        """A line that stays, above the bar if there is one."""
+        """Print a permanent line, above the bar if there is one."""
         if self.quiet:
             return
         if self._bar is None:
@@ -54,24 +72,45 @@ class Progress:
         else:
             self._bar.write(line, file=sys.stderr)
 
-    def _left(self, step: int) -> str:
-        rate = (time.monotonic() - self._began) / max(1, step - self._first)
-        hours, seconds = divmod(round(rate * (self.total - step)), 3600)
-        return f"{hours}:{seconds // 60:02d}:{seconds % 60:02d}"
-
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop the bar and leave it on the terminal."""
         if self._bar is not None:
             self._bar.close()
 
 
-def _shown(key: str) -> bool:
-    """The figures that matter most; of several held-out sources, only all together."""
-    return key in SHOWN or (key.startswith("eval/") and key.count("/") == 1)
+class Bar(tqdm):
+    """Progress bar with stage, steps and times on stderr; a narrow terminal gets fewer elements, never a cut line."""
+
+    def __init__(self, name: str, total: int, first: int) -> None:
+        # A fixed size: on a terminal of 0 columns tqdm's own detection would draw nothing.
+        super().__init__(desc=name, total=total, initial=first, file=sys.stderr, ncols=MAX_COLUMNS, nrows=20)
+
+    def format_meter(self, n: float, total: float, elapsed: float, **details: Any) -> str:
+        """Return the line, shorter than the terminal's current width."""
+        details |= {"n": n, "total": total, "elapsed": elapsed}
+        details["prefix"] = details["prefix"].removesuffix(": ")
+        try:
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns  # 0 if the terminal does not report it
+        except OSError:
+            columns = 0
+        available = min(columns - 1, MAX_COLUMNS) if columns else MAX_COLUMNS
+        if columns:
+            shortest_bar = tqdm.format_meter(**details | {"bar_format": BAR, "ncols": None})  # with a bar of 10 columns
+            if disp_len(shortest_bar) <= available:
+                return tqdm.format_meter(**details | {"bar_format": BAR, "ncols": available})
+        for text in TEXTS:
+            line = tqdm.format_meter(**details | {"bar_format": text, "ncols": None})
+            if disp_len(line) <= available:
+                return line
+        return ""
 
 
-class Window:
-    """Means over the steps since the last logged one; steps that were skipped are counted, and no more."""
+class RunningMeans:
+    """Means of metrics over the steps since the last logged one; skipped steps are only counted.
+
+    Args:
+        names: metrics of a step, in the order of ``add``'s ``values``.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
@@ -80,35 +119,53 @@ class Window:
         self._lr = self._seconds = self._flops = 0.0
 
     def add(
-        self, figures: Sequence[float], lr: float, tokens: int, flops: float, seconds: float, *, skipped: bool
+        self, values: Sequence[float], lr: float, tokens: int, flops: float, seconds: float, *, skipped: bool
     ) -> None:
-        """One step's figures, as ``names`` has them, and the time that it took."""
+        """Add the metrics of one step (in the order of ``names``), and its tokens, FLOPs and duration."""
         if not skipped:
-            self._sums = [a + b for a, b in zip(self._sums, figures, strict=True)]
+            self._sums = [total + value for total, value in zip(self._sums, values, strict=True)]
             self._steps += 1
-        self._skipped, self._lr, self._seconds = self._skipped + skipped, lr, self._seconds + seconds
-        self._tokens, self._all_tokens = self._tokens + tokens, self._all_tokens + tokens
+        self._skipped += skipped
+        self._lr = lr
+        self._seconds += seconds
+        self._tokens += tokens
+        self._all_tokens += tokens
         self._flops += flops
 
-    def close(self) -> dict[str, float]:
-        """The means, the rate, the speed and all that was skipped so far; then a new window begins."""
-        values = {name: x / self._steps for name, x in zip(self.names, self._sums, strict=True) if self._steps}
-        values |= {"lr": self._lr, "tokens": self._all_tokens, "skipped": self._skipped}
+    def flush(self) -> dict[str, float]:
+        """Return means, learning rate, speed, and the totals of tokens and skipped steps; then restart the means."""
+        values = {}
+        if self._steps:
+            for name, total in zip(self.names, self._sums, strict=True):
+                values[name] = total / self._steps
         seconds = max(self._seconds, 1e-9)
-        values |= {"tokens_per_second": self._tokens / seconds, "seconds": self._seconds}
-        values |= {"tflops_per_second": self._flops / seconds / 1e12}
-        self._sums, self._steps, self._tokens = [0.0] * len(self.names), 0, 0
+        values |= {
+            "lr": self._lr,
+            "tokens": self._all_tokens,
+            "skipped": self._skipped,
+            "tokens_per_second": self._tokens / seconds,
+            "seconds": self._seconds,
+            "tflops_per_second": self._flops / seconds / 1e12,
+        }
+        self._sums = [0.0] * len(self.names)
+        self._steps = self._tokens = 0
         self._seconds = self._flops = 0.0
         return values
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, as JSON."""
-        sums = [None if math.isnan(x) else x for x in self._sums]  # a part that is off has NaN, which JSON has not
-        counts = {"steps": self._steps, "tokens": self._tokens, "all_tokens": self._all_tokens}
-        return {"sums": sums, **counts, "skipped": self._skipped, "seconds": self._seconds, "flops": self._flops}
+        """Return the state for a checkpoint, as JSON; null stands for NaN (an unused term)."""
+        return {
+            "sums": [None if math.isnan(total) else total for total in self._sums],
+            "steps": self._steps,
+            "tokens": self._tokens,
+            "all_tokens": self._all_tokens,
+            "skipped": self._skipped,
+            "seconds": self._seconds,
+            "flops": self._flops,
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take up what ``state`` gave."""
-        self._sums = [math.nan if x is None else x for x in state["sums"]]
+        """Restore what ``state`` returned."""
+        self._sums = [math.nan if total is None else total for total in state["sums"]]
         self._steps, self._tokens, self._all_tokens = state["steps"], state["tokens"], state["all_tokens"]
         self._skipped, self._seconds, self._flops = state["skipped"], state["seconds"], state["flops"]

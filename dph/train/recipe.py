@@ -1,6 +1,6 @@
-"""Recipes: what one training stage does, as a typed and frozen configuration read from YAML.
+"""Recipe: the configuration of one training stage, typed and frozen, read from YAML.
 
-    base: sft                # a shipped recipe, or a file beside this one, which may have a base, too
+    base: sft                # a shipped recipe, or a file in the same folder; it may have a base of its own
     data:
       sources: [corpus.jsonl, {source: "task:glue/sst2", weight: 2}]
     optimiser:
@@ -8,17 +8,21 @@
 
 ``load("sft", ["optimiser.lr=1e-4", "data.sources=[corpus.jsonl]"])`` reads a shipped recipe or a file and applies
 overrides, whose values are YAML. An unknown key or a value of the wrong type is a :class:`UserError` that names it.
+
+Each option below has its default, its help, its range, and ``resume=True`` if a resumed run may change it;
+``describe()`` returns all of them as text.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dph.errors import UserError
 from dph.train import config_schema
+from dph.train.config_schema import REQUIRED, option, section
 
 SHIPPED = Path(__file__).parent / "recipes"
 KINDS = {
@@ -28,259 +32,242 @@ KINDS = {
     "align": "preference",
     "head": "preference",
 }
+POSITIVE = 1e-12  # minimum of an option that must be above zero
 typed = dataclass(frozen=True, kw_only=True, slots=True)
 
 
 @typed
-class Start:
-    """The model that the stage starts from: ``path``, or fresh weights of ``config``'s sizes.
+class InitialModel:
+    """Initial weights: those in ``path``, or fresh ones with the sizes in ``config``."""
 
-    Attributes:
-        path: model directory or hub name; the own format or a released ``lsw_transformer`` one.
-        config: arguments of :class:`dph.ModelConfig` for fresh weights.
-        tokenizer: tokenizer directory or hub name; None takes the one in ``path``.
-        embeddings: model directory or hub name to take the token embedding from (the paper: facebook/opt-125m), fresh
-            weights only.
-    """
-
-    path: str | None = None
-    config: dict[str, Any] | None = None
-    tokenizer: str | None = None
-    embeddings: str | None = None
+    path: str | None = option(None, "model directory or hub name, in our own format or a released lsw_transformer one")
+    config: dict[str, Any] | None = option(None, "arguments of dph.ModelConfig for fresh weights")
+    tokenizer: str | None = option(None, "tokenizer directory or hub name; null: the one in path")
+    embeddings: str | None = option(
+        None,
+        "model directory or hub name whose token embedding initialises fresh weights (the paper: facebook/opt-125m)",
+    )
 
 
 @typed
 class Source:
-    """One source of records; in YAML a bare text stands for its ``source``.
+    """One source of records; a bare text in YAML is short for its ``source``."""
 
-    Attributes:
-        source: ``task:NAME`` (``dph.tasks``), ``hub:NAME[:CONFIG]``, a JSONL or text file, or a folder of such files.
-        split: which split of a task or hub data set.
-        directory: folder of tasks' local files, ``<task>/<split>.jsonl``, in place of the hub; None: the section's.
-        weight: share in the mixture, relative to the others' weights.
-        limit: use only the first records.
-        text_field: the field that holds plain text (stage pretrain).
-    """
-
-    source: str
-    split: str | None = None
-    directory: str | None = None
-    weight: float = 1.0
-    limit: int | None = None
-    text_field: str = "text"
+    source: str = option(
+        REQUIRED, "task:NAME (dph.tasks), hub:NAME[:CONFIG], a JSONL or text file, or a folder of such files"
+    )
+    split: str | None = option(None, "split of a task or hub data set")
+    directory: str | None = option(
+        None, "folder with local files of tasks, <task>/<split>.jsonl, used instead of the hub; null: the section's"
+    )
+    weight: float = option(1.0, "weight in the mixture, relative to the other sources", minimum=0)
+    limit: int | None = option(None, "number of records to use, from the first one; null: all", minimum=1)
+    text_field: str = option("text", "field with the plain text (stage pretrain)")
 
 
 @typed
 class Data:
-    """What is read, and how it is cut.
+    """Training records, how they are cut, and how they are loaded."""
 
-    Attributes:
-        sources: the mixture.
-        directory: folder of tasks' local files for all sources; None: the hub.
-        consecutive: samples of one source in a row before another is drawn (streams).
-        context: tokens S of a segment of a stream; for preference stages the longest answer with its prompt, and pairs
-            with a longer one are left out.
-        memory: tokens of Transformer-XL memory that a stream carries; 0 for none.
-        memory_kind: "kv", or "hidden" (recompute_kv of the released configuration).
-        memory_place: "device", "host" (pinned, copied while the device computes), or "auto": the device where all fits
-            (``dph.train.budget.memory``). Changes no result; a resumed run may have another.
-        cache: folder of what frozen models said of the data (``dph.train.precompute.pairs``); None: ``cache`` beside the run
-            directory, which runs side by side share.
-        cache_states: stage head keeps the frozen backbone's states of judged tokens there, and goes through the
-            backbone once a pair: 8 * hidden_size bytes a pair, 6 GB for the 491,520 pairs of the recipe ``head``.
-        workers: processes that read and encode the training records ahead, as many for each of several processes that
-            train; 0: the training process does it when it needs them. Changes no result.
-    """
-
-    sources: tuple[Source, ...] = ()
-    directory: str | None = None
-    consecutive: int = 5
-    context: int = 2048
-    memory: int = 2048
-    memory_kind: Literal["kv", "hidden"] = "kv"
-    memory_place: Literal["auto", "device", "host"] = "auto"
-    cache: str | None = None
-    cache_states: bool = True
-    workers: int = 0
+    sources: tuple[Source, ...] = option((), "mixture of sources")
+    directory: str | None = option(None, "folder with local files of tasks for all sources; null: the hub")
+    consecutive: int = option(
+        5, "consecutive samples from one source before another source is drawn (streams)", minimum=1
+    )
+    context: int = option(
+        2048,
+        "tokens of a segment of a stream; in preference stages the maximum length of an answer with its prompt, longer "
+        "pairs are left out",
+        minimum=1,
+    )
+    memory: int = option(2048, "tokens of Transformer-XL memory per stream; 0: no memory", minimum=0)
+    memory_kind: Literal["kv", "hidden"] = option(
+        "kv", "cached keys and values, or hidden states (recompute_kv of the released configuration)"
+    )
+    memory_place: Literal["auto", "device", "host"] = option(
+        "auto",
+        "storage of the memory: device, host (pinned, copied during computation), or auto: the device if the whole run "
+        "fits (dph.train.budget.memory); changes no result",
+        resume=True,
+    )
+    cache: str | None = option(
+        None,
+        "folder for outputs of frozen models on the data (dph.train.precompute.pairs); null: the folder cache next to "
+        "the run directory, shared by runs in the same folder",
+    )
+    cache_states: bool = option(
+        True,
+        "stage head caches the frozen backbone's hidden states of judged tokens and runs the backbone once per pair: "
+        "8 * hidden_size bytes per pair, 6 GB for the 491,520 pairs of the recipe head",
+    )
+    workers: int = option(
+        0,
+        "worker processes per rank that read and encode training records in advance; 0: the training process encodes "
+        "them; changes no result",
+        minimum=0,
+        resume=True,
+    )
 
 
 @typed
 class Optimiser:
-    """LaProp and its schedule.
+    """LaProp and its learning rate schedule."""
 
-    Attributes:
-        lr: peak learning rate, reached at step ``warmup`` on a straight line.
-        final_lr: learning rate of the last step, reached on half a cosine.
-        warmup: steps of warm-up.
-        steps: updates in all.
-        betas: coefficients of momentum and second moment.
-        eps: added to the second moment's root.
-        weight_decay: pull towards zero, times the learning rate.
-        prior_decay: pull towards the stage's first weights, times the learning rate.
-        no_decay: a parameter whose name contains one of these words has neither decay.
-        clip: bound of the gradient's global norm.
-    """
-
-    lr: float = 3e-5
-    final_lr: float = 0.0
-    warmup: int = 200
-    steps: int = 6144
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    prior_decay: float = 0.0
-    no_decay: tuple[str, ...] = ("norm", "bias", "embedding")
-    clip: float = 1.0
+    lr: float = option(3e-5, "peak learning rate, reached linearly at step warmup", minimum=0)
+    final_lr: float = option(0.0, "learning rate of the last step, reached by cosine decay", minimum=0)
+    warmup: int = option(200, "warm-up steps", minimum=0)
+    steps: int = option(6144, "total number of steps", minimum=1)
+    betas: tuple[float, float] = option((0.9, 0.95), "coefficients of momentum and second moment", minimum=0, below=1)
+    eps: float = option(1e-8, "term added to the square root of the second moment", minimum=0)
+    weight_decay: float = option(0.0, "decay towards zero, multiplied by the learning rate", minimum=0)
+    prior_decay: float = option(
+        0.0, "decay towards the stage's initial weights, multiplied by the learning rate", minimum=0
+    )
+    no_decay: tuple[str, ...] = option(
+        ("norm", "bias", "embedding"), "parameters whose name contains one of these words have neither decay"
+    )
+    clip: float = option(1.0, "maximum of the gradient's global norm", minimum=POSITIVE)
 
 
 @typed
 class Batch:
-    """How much goes into one update.
+    """Batch and micro-batches; in stage head micro-batches are the backbone's, the heads judge all pairs at once."""
 
-    Attributes:
-        size: sequences (streams) or pairs per update.
-        micro: of these, how many at a time; None for all. Changes memory use, not the result.
-        tokens: in place of micro, and for pairs only: parts of at most so many tokens, prompts shared, the longest pair
-            first. A pair that takes more by itself is left out.
-
-    In stage head both are of the backbone's pass; the heads judge all pairs at once.
-    """
-
-    size: int = 128
-    micro: int | None = None
-    tokens: int | None = None
+    size: int = option(128, "sequences (streams) or pairs per step", minimum=1)
+    micro: int | None = option(
+        None,
+        "sequences or pairs per micro-batch; null: the whole batch; changes the footprint, not the result",
+        minimum=1,
+        resume=True,
+    )
+    tokens: int | None = option(
+        None,
+        "tokens per micro-batch at most, instead of micro and for pairs only; prompts are shared, and the longest pair "
+        "comes first; a pair with more tokens is left out",
+        minimum=1,
+    )
 
 
 @typed
 class Objective:
-    """The joint preference objective (stages align and head; arXiv 2405.20053, section 3).
+    """Joint preference objective (stages align and head; arXiv 2405.20053, section 3)."""
 
-    Attributes:
-        beta: strength of cDPO's implicit reward.
-        dpo_epsilon: label smoothing of cDPO.
-        dph_epsilon: label smoothing of the reward's loss.
-        objective: the reward's loss.
-        dpo_weight: weight of cDPO; 0 switches it off, and then no reference model is kept. Stage head ignores it.
-        dph_weight: weight of the reward's loss.
-        heads: names of the reward heads that train.
-        pooler: pooler of heads that the model does not have yet; None keeps the model's.
-        dropout: the heads' dropout; None keeps the model's.
-        reference: cDPO's reference log-probabilities, computed on the fly in every step, or kept in ``data.cache`` (40
-            bytes a pair) and computed once a pair. Both give the same weights, bit for bit in the first epoch.
-    """
-
-    beta: float = 0.6
-    dpo_epsilon: float = 0.25
-    dph_epsilon: float = 0.1
-    objective: Literal["separable", "contrastive"] = "separable"
-    dpo_weight: float = 1.0
-    dph_weight: float = 1.0
-    heads: tuple[str, ...] = ("default",)
-    pooler: Literal["identity", "bert", "t5", "swiglu_bert", "swiglu_t5"] | None = None
-    dropout: float | None = None
-    reference: Literal["fly", "cache"] = "fly"
+    beta: float = option(0.6, "strength of cDPO's implicit reward", minimum=0)
+    dpo_epsilon: float = option(0.25, "label smoothing of cDPO", minimum=0, below=0.5)
+    dph_epsilon: float = option(0.1, "label smoothing of the reward loss", minimum=0, below=0.5)
+    objective: Literal["separable", "contrastive"] = option("separable", "reward loss")
+    dpo_weight: float = option(
+        1.0, "weight of cDPO; 0 switches it off, together with the reference model; stage head ignores it", minimum=0
+    )
+    dph_weight: float = option(1.0, "weight of the reward loss", minimum=0)
+    heads: tuple[str, ...] = option(("default",), "names of the reward heads to train")
+    pooler: Literal["identity", "bert", "t5", "swiglu_bert", "swiglu_t5"] | None = option(
+        None, "pooler of new reward heads; null: the model's"
+    )
+    dropout: float | None = option(None, "dropout of the heads; null: the model's", minimum=0, below=1)
+    reference: Literal["fly", "cache"] = option(
+        "fly",
+        "cDPO's reference log-probabilities: computed in every step (fly), or once per pair and stored in data.cache "
+        "(cache, 40 bytes per pair); both give the same weights, bit for bit in the first epoch",
+    )
 
 
 @typed
 class Guard:
-    """What happens to an update that would do harm: it is skipped and counted, and the weights stay as they are.
+    """Skipped steps: those that would harm the weights are counted, and the weights stay as they are."""
 
-    Attributes:
-        stop_after: so many skipped in a row end the run, the weights as they were before the first. Where streams have
-            memory, a step that was not finite takes the next one with it, after which the memory begins anew.
-        spike: beside updates whose loss or gradient is not finite, skip those whose loss lies so many standard
-            deviations above its running mean; None skips none of them.
-    """
-
-    stop_after: int = 3
-    spike: float | None = None
+    stop_after: int = option(
+        3,
+        "consecutive skipped steps that end the run, with the weights from before the first of them; if streams have "
+        "memory, a non-finite step also costs the next one, after which the memory is empty",
+        minimum=1,
+    )
+    spike: float | None = option(
+        None,
+        "skip a step whose loss is more than this number of standard deviations above its running mean; null: skip "
+        "only steps whose loss or gradient is not finite",
+        minimum=POSITIVE,
+    )
 
 
 @typed
 class Evaluation:
-    """Held-out records.
+    """Held-out records."""
 
-    Attributes:
-        sources: where they come from; none: no evaluation.
-        directory: folder of tasks' local files for all sources; None: the hub.
-        every: steps between evaluations; 0 for only after the last step.
-    """
-
-    sources: tuple[Source, ...] = ()
-    directory: str | None = None
-    every: int = 0
+    sources: tuple[Source, ...] = option((), "sources of held-out records; none: no evaluation")
+    directory: str | None = option(None, "folder with local files of tasks for all sources; null: the hub")
+    every: int = option(0, "steps between evaluations; 0: only after the last step", minimum=0)
 
 
 @typed
 class Output:
-    """The run directory.
+    """Run directory, checkpoints and logging."""
 
-    Attributes:
-        directory: its place; the finished model lies in its ``model`` folder.
-        save_every: steps between checkpoints; 0 for only on SIGTERM or Ctrl-C.
-        keep: how many checkpoints stay.
-        best: name of a held-out figure (``loss``, ``reward_accuracy``, ``reward_accuracy/glue/rte`` ...): the step that
-            was best by it is saved when it is evaluated, and its checkpoint stays, too (``dph.train.best_checkpoint``).
-        log_every: steps between lines of ``metrics.jsonl``, which hold means over these steps.
-        tracker: where these lines go, too, beside TensorBoard: Weights & Biases or trackio (``dph.train.trackers``).
-        project: of the run there.
-    """
-
-    directory: str = "runs/stage"
-    save_every: int = 500
-    keep: int = 2
-    best: str | None = None
-    log_every: int = 10
-    tracker: Literal["wandb", "trackio"] | None = None
-    project: str = "dph"
+    directory: str = option("runs/stage", "path of the run directory; the finished model is saved in its folder model")
+    save_every: int = option(500, "steps between checkpoints; 0: only on SIGTERM or Ctrl-C", minimum=0)
+    keep: int = option(2, "number of checkpoints to keep", minimum=1)
+    best: str | None = option(
+        None,
+        "name of a held-out metric (loss, reward_accuracy, reward_accuracy/glue/rte, ...): the best step by it is "
+        "saved when it is evaluated, and its checkpoint is kept in addition (dph.train.best_checkpoint)",
+    )
+    log_every: int = option(10, "steps between lines of metrics.jsonl, which hold means over these steps", minimum=1)
+    tracker: Literal["wandb", "trackio"] | None = option(
+        None, "tracker that receives these lines in addition to TensorBoard (dph.train.trackers)"
+    )
+    project: str = option("dph", "project of the run at the tracker")
 
 
 @typed
 class Recipe:
-    """One stage of training.
+    """One stage of training."""
 
-    Attributes:
-        stage: pretrain, vocab (embedding only), sft, align (all and head) or head (head only).
-        seed: of fresh weights, order of data and dropout.
-        checkpointing: none, or block: blocks are computed again in the backward pass, which saves most of the memory of
-            activations for a third more arithmetic and changes no result; a resumed run may have another.
-        compile: compile what the blocks do around attention (``dph.train.compile``): the same but for rounding. Takes a
-            C++ compiler (on a GPU: a C compiler and triton) and up to a minute at the start. On one CPU core, in
-            miniature, steps were 1.04 to 1.07 times as fast; on an H200, at the paper's size, those of sft 0.95 times,
-            since our own kernels fuse as much, and those of align no faster. A resumed run may have another.
-        cuda_graph: stage head, in one process on a GPU, records the step of its heads once and replays it, without the
-            launches that make most of it once the backbone's states are cached (``dph.train.cuda_graph``). Yet to be timed on a
-            GPU. A resumed run may have another.
-        precision: fp32, bf16 (with fp32 masters), or auto: bf16 on a GPU, fp32 on a CPU.
-        device: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
-        parallel: of the processes that torchrun starts (``dph.train.distributed``), each keeps a shard of the weights and the
-            optimiser's state (shard), or all of them (replicate), which takes more memory and less exchange.
-    """
-
-    stage: Literal["pretrain", "vocab", "sft", "align", "head"]
-    model: Start = field(default_factory=Start)
-    data: Data = field(default_factory=Data)
-    optimiser: Optimiser = field(default_factory=Optimiser)
-    batch: Batch = field(default_factory=Batch)
-    objective: Objective = field(default_factory=Objective)
-    guard: Guard = field(default_factory=Guard)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    output: Output = field(default_factory=Output)
-    seed: int = 0
-    checkpointing: Literal["none", "block"] = "none"
-    compile: bool = False
-    cuda_graph: bool = False
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    device: str = "auto"
-    parallel: Literal["shard", "replicate"] = "shard"
+    stage: Literal["pretrain", "vocab", "sft", "align", "head"] = option(
+        REQUIRED, "pretrain, vocab (embedding only), sft, align (all weights and head) or head (head only)"
+    )
+    model: InitialModel = section(InitialModel)
+    data: Data = section(Data)
+    optimiser: Optimiser = section(Optimiser)
+    batch: Batch = section(Batch)
+    objective: Objective = section(Objective)
+    guard: Guard = section(Guard)
+    evaluation: Evaluation = section(Evaluation, resume=True)
+    output: Output = section(Output, resume=True)
+    seed: int = option(0, "seed of fresh weights, order of data and dropout")
+    checkpointing: Literal["none", "block"] = option(
+        "none",
+        "block: recompute the activations of blocks in the backward pass, which saves most of their footprint for a "
+        "third more arithmetic; changes no result",
+        resume=True,
+    )
+    compile: bool = option(
+        False,
+        "compile the parts of the blocks around attention (dph.train.compile); same results but for rounding. Needs a "
+        "C++ compiler (on a GPU a C compiler and triton) and up to a minute at the start. Steps on one CPU core, in "
+        "miniature, were 1.04 to 1.07 times as fast; on an H200 at the paper's size 0.95 times in sft, since our own "
+        "kernels fuse as much, and no faster in align.",
+        resume=True,
+    )
+    cuda_graph: bool = option(
+        False,
+        "record the step of the heads as a CUDA graph and replay it, which saves the kernel launches that take most of "
+        "a step with cached states (stage head, one rank, on a GPU; dph.train.cuda_graph). Not yet timed on a GPU.",
+        resume=True,
+    )
+    precision: Literal["auto", "fp32", "bf16"] = option(
+        "auto", "fp32, bf16 (with fp32 master weights), or auto: bf16 on a GPU, fp32 on a CPU"
+    )
+    device: str = option("auto", "cpu, cuda, cuda:1, ..., or auto: the GPU if there is one")
+    parallel: Literal["shard", "replicate"] = option(
+        "shard",
+        "with torchrun (dph.train.distributed): each rank stores a shard of weights and optimiser state, or a replica, "
+        "which needs more memory and less communication",
+        resume=True,
+    )
 
     def __post_init__(self) -> None:
-        """Raise UserError where a value lies outside its range."""
-        for pattern, low, high in RANGES:
-            name = pattern.removesuffix(".*").split(".")[-1]
-            for key, value in _values(self, pattern):
-                if value is not None and not low <= value < high:
-                    raise UserError(f"{key}: expected {low} <= {name} < {high}, got {value}")
+        """Raise UserError if a value is outside its range or contradicts another."""
+        config_schema.check_ranges(self)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UserError(f"device: expected auto, cpu, cuda or cuda:NUMBER, got {self.device!r}")
         if self.optimiser.warmup > self.optimiser.steps:
@@ -294,96 +281,61 @@ class Recipe:
         if self.output.best is not None and not self.evaluation.every:
             raise UserError(f"evaluation.every: expected at least 1 beside output.best {self.output.best}, got 0")
         if self.batch.tokens is not None and (self.batch.micro or self.kind != "preference"):
-            other = f"beside batch.micro {self.batch.micro}" if self.batch.micro else f"in stage {self.stage}"
-            raise UserError(f"batch.tokens: expected none {other}, got {self.batch.tokens}")
+            reason = f"beside batch.micro {self.batch.micro}" if self.batch.micro else f"in stage {self.stage}"
+            raise UserError(f"batch.tokens: expected none {reason}, got {self.batch.tokens}")
 
     @property
     def kind(self) -> str:
-        """What the stage's records are: text, conversation or preference."""
+        """Kind of the stage's records: text, conversation or preference."""
         return KINDS[self.stage]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain dictionaries and lists, as in JSON; ``from_dict`` reads them."""
+        """Return plain dictionaries and lists, as in JSON; ``from_dict`` reads them."""
         return config_schema.plain(dataclasses.asdict(self))
 
 
-INFINITE = float("inf")
-RANGES = (  # key (* stands for each item of a list), least value, bound
-    ("data.sources.*.weight", 0, INFINITE),
-    ("data.sources.*.limit", 1, INFINITE),
-    ("data.consecutive", 1, INFINITE),
-    ("data.context", 1, INFINITE),
-    ("data.memory", 0, INFINITE),
-    ("data.workers", 0, INFINITE),
-    ("optimiser.lr", 0, INFINITE),
-    ("optimiser.final_lr", 0, INFINITE),
-    ("optimiser.warmup", 0, INFINITE),
-    ("optimiser.steps", 1, INFINITE),
-    ("optimiser.betas.*", 0, 1),
-    ("optimiser.eps", 0, INFINITE),
-    ("optimiser.weight_decay", 0, INFINITE),
-    ("optimiser.prior_decay", 0, INFINITE),
-    ("optimiser.clip", 1e-12, INFINITE),
-    ("batch.size", 1, INFINITE),
-    ("batch.micro", 1, INFINITE),
-    ("batch.tokens", 1, INFINITE),
-    ("objective.beta", 0, INFINITE),
-    ("objective.dpo_epsilon", 0, 0.5),
-    ("objective.dph_epsilon", 0, 0.5),
-    ("objective.dpo_weight", 0, INFINITE),
-    ("objective.dph_weight", 0, INFINITE),
-    ("objective.dropout", 0, 1),
-    ("guard.stop_after", 1, INFINITE),
-    ("guard.spike", 1e-12, INFINITE),
-    ("evaluation.sources.*.limit", 1, INFINITE),
-    ("evaluation.every", 0, INFINITE),
-    ("output.save_every", 0, INFINITE),
-    ("output.keep", 1, INFINITE),
-    ("output.log_every", 1, INFINITE),
-)
+MAY_CHANGE_ON_RESUME = config_schema.may_change_on_resume(Recipe)
+"""Dotted keys of options and whole sections."""
 
 
-def _values(section: Any, pattern: str, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key that ``pattern`` stands for, and its value."""
-    name, _, rest = pattern.partition(".")
-    items = enumerate(section) if name == "*" else [(name, getattr(section, name))]
-    for word, value in items:
-        key = f"{where}.{word}" if where else str(word)
-        yield from _values(value, rest, key) if rest else [(key, value)]
+def describe() -> str:
+    """Return a text with type, default, range and help of all options."""
+    return config_schema.describe(Recipe)
 
 
 def load(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read the recipe ``name`` (a file, or a shipped one's name) and apply ``key.sub=value`` overrides."""
+    """Read the recipe ``name`` (a file, or the name of a shipped one) and apply ``key.sub=value`` overrides."""
     values = _read(_find(str(name), Path()))
     for override in overrides:
         config_schema.override(values, override)
     return from_dict(values)
 
 
-def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The values of a file over those of its base; ``above`` are the files that it is a base of."""
-    if path.resolve() in above:
-        names = " -> ".join(file.name for file in (*above, path))
+def _read(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the values of a file merged over those of its base; ``derived`` are the files based on this one."""
+    if path.resolve() in derived:
+        names = " -> ".join(file.name for file in (*derived, path))
         raise UserError(f"{path}: expected bases that come to an end, got {names}")
     values = config_schema.read(path)
     base = values.pop("base", None)
     if base is None:
         return values
-    return config_schema.merge(_read(_find(str(base), path.parent), (*above, path.resolve())), values)
+    return config_schema.merge(_read(_find(str(base), path.parent), (*derived, path.resolve())), values)
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
-    """A recipe from plain dictionaries and lists."""
+    """Build a recipe from plain dictionaries and lists."""
     return config_schema.build(Recipe, values)
 
 
 def shipped() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Return the names of the recipes in the package."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
-def _find(name: str, beside: Path) -> Path:
-    for path in (beside / name, SHIPPED / f"{name}.yaml"):
+def _find(name: str, folder: Path) -> Path:
+    """Return the path of the file ``name`` in ``folder``, or else of the shipped recipe of that name."""
+    for path in (folder / name, SHIPPED / f"{name}.yaml"):
         if path.is_file():
             return path
     raise UserError(f"recipe: expected a file or one of {', '.join(shipped())}, got {name!r}")

@@ -1,36 +1,37 @@
-"""SIGTERM and Ctrl-C as a question that a loop asks when it can stop."""
+"""Deferred handling of SIGTERM and Ctrl-C, so that a loop can stop between two steps."""
 
 import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import FrameType
 
 
 @contextlib.contextmanager
-def told_to_stop(say: Callable[[str], None]) -> Iterator[Callable[[], int]]:
-    """A function that gives the number of the signal where SIGTERM or Ctrl-C has come, else 0.
+def stop_signals(notify: Callable[[str], None]) -> Iterator[Callable[[], int]]:
+    """Yield a function that returns the number of the signal received (SIGTERM or SIGINT), or 0.
 
-    ``say`` is told of the first one when it comes. Ctrl-C after it stops at once; SIGTERM does not, as timeout(1) and
-    batch systems send it to a process and once more to its group. Outside the main thread, where no handler can be
-    set, none ever comes.
+    ``notify`` gets a message when the first signal arrives. Ctrl-C after that raises KeyboardInterrupt at once; SIGTERM
+    does not, since timeout(1) and batch systems send it to a process and again to its group. Outside the main thread,
+    where Python allows no handlers, the function always returns 0.
     """
-    came: list[int] = []
+    received = 0
     if threading.current_thread() is not threading.main_thread():
-        yield int
+        yield lambda: 0
         return
 
-    def handle(number: int, _: Any) -> None:
-        if not came:
-            came.append(number)
-            with contextlib.suppress(RuntimeError):  # stderr, met in the middle of a line, cannot be entered twice
-                say(f"{signal.Signals(number).name}: the step is being finished and saved; Ctrl-C now stops at once")
+    def handle(number: int, _: FrameType | None) -> None:
+        nonlocal received
+        if not received:
+            received = number
+            with contextlib.suppress(RuntimeError):  # stderr is not reentrant: the signal may interrupt a write to it
+                notify(f"{signal.Signals(number).name}: the step is being finished and saved; Ctrl-C now stops at once")
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: came[0] if came else 0
+        yield lambda: received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

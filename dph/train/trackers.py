@@ -1,7 +1,7 @@
-"""Weights & Biases or trackio, beside TensorBoard, where a recipe asks for one (``output.tracker``).
+"""Experiment trackers, in addition to TensorBoard: Weights & Biases or trackio (``output.tracker``).
 
-Nothing is imported and nothing is sent anywhere unless it is asked for; where to, and as whom, is the tracker's own
-matter (``wandb login``, ``WANDB_MODE=offline``, ``TRACKIO_SPACE_ID``).
+Neither package is imported, and no data is sent, unless the recipe sets ``output.tracker``. Destination and account are
+configured as the tracker documents it (``wandb login``, ``WANDB_MODE=offline``, ``TRACKIO_SPACE_ID``).
 """
 
 import contextlib
@@ -15,89 +15,88 @@ from typing import Any
 
 from dph.errors import UserError
 
-FILE = "tracker.json"  # in the run directory: the tracker's name and the run's id there
-Line = tuple[int, bool]  # what tells a run's lines apart, in their order: the step, and whether it is an evaluation
+FILE = "tracker.json"
+"""File in the run directory with the tracker's name and the run's id there."""
+
+Position = tuple[int, bool]
+"""Order of a run's log lines: the step, and whether the line is an evaluation."""
 
 
-def line(step: int, values: Mapping[str, float]) -> Line:
-    """Which line of a run it is that says ``values``."""
+def position(step: int, values: Mapping[str, float]) -> Position:
+    """Return the position of the log line with ``values``."""
     return step, any(key.startswith("eval/") for key in values)
 
 
 class Tracker:
-    """A run at a tracker, which has every line once.
+    """A run at a tracker, which receives every log line once.
 
     Args:
         name: "wandb" or "trackio".
-        project: that the run belongs to there.
-        directory: of the run, which is called after it; ``FILE`` in it holds the id by which a resumed run goes on.
-        config: what the tracker shows as the run's configuration.
-        seen: the last line that the run had logged before it was interrupted; None where it begins. Up to there a
-            resumed run logs its lines again, which the tracker has.
+        project: project of the run at the tracker.
+        directory: run directory; its name is the run's name, and ``FILE`` in it holds the run's id for a resume.
+        config: configuration of the run, shown by the tracker.
+        last_logged: position of the last line that the run logged before it was interrupted; None for a new run.
+            A resumed run repeats the lines since its checkpoint, up to that position they are not sent again.
 
-    Raises UserError where the package is missing, or cannot begin a run.
+    Raises UserError if the package is missing or cannot start a run.
     """
 
     def __init__(
-        self, name: str, project: str, directory: Path, config: Mapping[str, Any], seen: Line | None = None
+        self, name: str, project: str, directory: Path, config: Mapping[str, Any], last_logged: Position | None = None
     ) -> None:
-        module = _module(name)
-        known = None if seen is None else _known(directory / FILE, name)
-        self.seen = None if known is None else seen  # one that it is new to has seen nothing
-        identity = known or uuid.uuid4().hex[:8]
-        (directory / FILE).write_text(json.dumps({"tracker": name, "id": identity}) + "\n")
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # trackio greets there
-                self._run = START[name](module, project, directory, config, identity, known is not None)
-            self._finish = module.finish  # the run's own leaves trackio to finish it again at exit
-        except Exception as error:  # no account, no network, a name that it does not take: in its own words
+            module = importlib.import_module(name)
+        except ImportError:
+            raise UserError(f"output.tracker: needs the {name} package: pip install {name}") from None
+        saved_id = None if last_logged is None else _saved_id(directory / FILE, name)
+        self.last_logged = None if saved_id is None else last_logged  # a new tracker has received no line
+        run_id = saved_id or uuid.uuid4().hex[:8]
+        (directory / FILE).write_text(json.dumps({"tracker": name, "id": run_id}) + "\n")
+        start = _start_wandb if name == "wandb" else _start_trackio
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # trackio prints a greeting
+                self._run = start(module, project, directory, config, run_id, saved_id is not None)
+            self._finish = module.finish  # trackio would finish a run again at exit after the run's own finish()
+        except Exception as error:  # no account, no network, an invalid name: the tracker's own message
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"output.tracker: {name} cannot begin a run: {reason}") from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One line, unless the tracker has it."""
-        if self.seen is None or line(step, values) > self.seen:
+        """Send one line, unless the tracker received it before the run was interrupted."""
+        if self.last_logged is None or position(step, values) > self.last_logged:
             self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining data and finish the run."""
         with contextlib.redirect_stdout(sys.stderr):
             self._finish()
 
 
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"output.tracker: needs the {name} package: pip install {name}") from None
-
-
-def _known(path: Path, name: str) -> str | None:
-    """The id under which a tracker knows the run, if it is the one that the run had before."""
+def _saved_id(path: Path, name: str) -> str | None:
+    """Return the run's id from ``tracker.json``, or None if the run had no tracker or another one."""
     try:
         saved = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # not tracked before, or killed as it was written
+    except (FileNotFoundError, json.JSONDecodeError):  # not tracked before, or killed during the write
         return None
     return saved["id"] if saved["tracker"] == name else None
 
 
-def _wandb(wandb: Any, project: str, directory: Path, config: Mapping[str, Any], identity: str, resumed: bool) -> Any:
+def _start_wandb(
+    wandb: Any, project: str, directory: Path, config: Mapping[str, Any], run_id: str, resumed: bool
+) -> Any:
     return wandb.init(
         project=project,
-        id=identity,
+        id=run_id,
         name=directory.name,
         dir=str(directory),
         config=dict(config),
         resume="allow" if resumed else "never",
-        allow_val_change=True,  # a resumed run may differ (runs.FREE)
+        allow_val_change=True,  # some options may change on resume
     )
 
 
-def _trackio(
-    trackio: Any, project: str, directory: Path, config: Mapping[str, Any], identity: str, resumed: bool
+def _start_trackio(
+    trackio: Any, project: str, directory: Path, config: Mapping[str, Any], run_id: str, resumed: bool
 ) -> Any:
-    name = f"{directory.name}-{identity}"  # trackio finds runs again by their names alone
+    name = f"{directory.name}-{run_id}"  # trackio identifies runs by name alone
     return trackio.init(project, name=name, config=dict(config), resume="allow" if resumed else "never")
-
-
-START = {"wandb": _wandb, "trackio": _trackio}

@@ -1,9 +1,9 @@
-"""LaProp with decoupled prior and weight decay, and the norm of its gradients: every parameter in one call.
+"""LaProp with decoupled prior and weight decay, and the norm of gradients: all parameters in one call.
 
 Paper: arXiv 2405.20053, on LaProp (arXiv 2002.04839); the momentum carries the learning rate.
 """
 
-import itertools
+import math
 import operator
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dph_kernels import checks, dispatch
+from dph_kernels.operator import Operator
 
 GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 COPIES = (torch.bfloat16, torch.float16)
@@ -19,17 +20,65 @@ _shape, _dtype, _device = (operator.attrgetter(name) for name in ("shape", "dtyp
 
 
 class GradientNorm(NamedTuple):
-    """What :func:`gradient_norm` gives; all of it lies on the gradients' device.
+    """The result of :func:`gradient_norm`, on the gradients' device.
 
     Attributes:
         norm: Euclidean norm of all gradients together, [] fp64.
-        scale: ``min(1, max_norm / norm)``, [1] fp32, NaN where the norm is not finite: ``grad_scale`` of ``laprop``.
-        finite: whether the norm is finite, which it is where every gradient is (fp64 ones up to 1e154), [] bool.
+        scale: ``min(1, max_norm / norm)``, [1] fp32, NaN if the norm is not finite: ``grad_scale`` of ``laprop``.
+        finite: whether the norm is finite, which it is if all gradients are (fp64 ones up to 1e154), [] bool.
     """
 
     norm: Tensor
     scale: Tensor
     finite: Tensor
+
+
+def _fake(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    priors: list[Tensor],
+    copies: list[Tensor],
+    grad_scale: Tensor | None,
+    clock: Tensor | None,
+    rate: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    prior_decay: float,
+    bias_correction: float,
+    momentum_scale: float,
+    backend: str,
+) -> None:
+    """All results are in place."""
+
+
+def _fake_gradient_norm(grads: list[Tensor], max_norm: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm [], scale [1] and whether the norm is finite []."""
+    example = grads[0]
+    return (
+        example.new_empty((), dtype=torch.float64),
+        example.new_empty(1, dtype=torch.float32),
+        example.new_empty((), dtype=torch.bool),
+    )
+
+
+OPERATOR = Operator(
+    "laprop",
+    fake=_fake,
+    like=lambda inputs: inputs["params"][0],
+    mutates=("params", "exp_avg", "exp_avg_sq", "copies", "clock"),
+)
+GRADIENT_NORM = Operator(
+    "gradient_norm",
+    fake=_fake_gradient_norm,
+    like=lambda inputs: inputs["grads"][0],
+    folder="laprop",
+    function="gradient_norm",
+)
 
 
 @torch.no_grad()
@@ -62,43 +111,43 @@ def laprop(
         param = param - lr * (prior_decay * (param - prior) + weight_decay * param) - momentum_scale * exp_avg
         copy = param.to(copy.dtype)
 
-    Where ``grad_scale`` is not finite, nothing changes at all, the clock included; no one waits to find out.
+    If ``grad_scale`` is not finite, nothing changes, the clock included; this is decided on the device.
 
-    Lists are of equal length; tensors that stand at the same place have the same shape, and all are contiguous and on
-    one device. Parameters and state are float32 (or float64, which the reference backend computes), priors the same or
-    bfloat16, gradients float32, bfloat16 or float16. Float16, of gradients or copies, costs a pass of its own: the
-    kernels do not know it.
+    Lists are of equal length; tensors of the same index have the same shape, and all are contiguous and on one device.
+    Parameters and state are float32 (or float64, which the reference backend computes), priors the same or bfloat16,
+    gradients float32, bfloat16 or float16. Float16 gradients or copies cost a pass of their own: the kernels do not
+    support float16.
 
-    A CUDA graph can capture the call. What changes from step to step then has to lie on the device: the rate as a
-    tensor, the corrections by way of a clock, and gradients that keep their addresses.
+    A CUDA graph can capture the call. Values that change from step to step then have to be on the device: the learning
+    rate as a tensor, the corrections through a clock, and gradients with constant addresses.
 
     Args:
-        params: the weights, fp32 masters where the model computes in bf16.
+        params: the weights, fp32 masters if the model computes in bf16.
         grads: their gradients.
-        exp_avg: momentum of normalised updates, which carries the learning rate.
+        exp_avg: momentum of normalised updates, times the learning rate.
         exp_avg_sq: second moment of the gradients.
-        priors: the values that prior decay pulls to; needed where ``prior_decay`` is not 0.
+        priors: the values that prior decay pulls to; needed unless ``prior_decay`` is 0.
         lr: learning rate of this step; with a clock also as one number on the tensors' device, read when the step runs.
         beta1: decay of the momentum.
         beta2: decay of the second moment.
         eps: added to the root of the second moment.
         weight_decay: pull to zero, times ``lr``.
         prior_decay: pull to the prior, times ``lr``.
-        bias_correction: ``sqrt(1 - beta2 ** t)`` at step t, from 1; not read where there is a clock.
-        momentum_scale: ``lr / a``, which corrects the momentum's bias, where every step makes ``a`` (at first 0) into
-            ``beta1 * a + (1 - beta1) * lr``; 1 where the learning rate is 0; not read where there is a clock.
+        bias_correction: ``sqrt(1 - beta2 ** t)`` at step t, from 1; not read if there is a clock.
+        momentum_scale: ``lr / a``, which corrects the momentum's bias; each step replaces ``a`` (0 at first) by
+            ``beta1 * a + (1 - beta1) * lr``; 1 if the learning rate is 0; not read if there is a clock.
         grad_scale: one fp32 number on the tensors' device that multiplies every gradient (a clip coefficient).
         clock: [2] fp64 on the tensors' device, zeros before the first step: the number of steps taken, and the a of
-            ``momentum_scale``. It goes on by one step, and both corrections follow from it, in fp64.
+            ``momentum_scale``. The call advances it by one step and computes both corrections from it, in fp64.
         copies: bfloat16 or float16 tensors that receive the new weights, rounded to nearest even.
         backend: "auto", "reference", "cpu" (C++) or "cuda".
 
     Raises:
         ValueError: an argument of the wrong length, shape, dtype, device, layout or range.
-        RuntimeError: ``backend`` was asked for by name and cannot run here.
+        RuntimeError: ``backend`` was requested by name and cannot run here.
     """
     if prior_decay == 0.0:
-        priors = None  # not read at all: a fifth of the traffic less
+        priors = None  # not read: saves a fifth of the memory traffic
     elif priors is None:
         raise ValueError(f"priors: expected one tensor per parameter as prior_decay is {prior_decay}, got None")
     lists = {"grads": grads, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "priors": priors, "copies": copies}
@@ -108,8 +157,8 @@ def laprop(
     checks.option("backend", backend, ("auto", *dispatch.MODULES))
     if not params:
         return
-    given = {"params": params, **{name: tensors for name, tensors in lists.items() if tensors is not None}}
-    _check_tensors(given)
+    present = {"params": params, **{name: tensors for name, tensors in lists.items() if tensors is not None}}
+    _check_tensors(present)
     if params[0].dtype == torch.float64 and backend == "auto":
         backend = "reference"
     if params[0].dtype == torch.float64 and backend != "reference":
@@ -129,48 +178,59 @@ def laprop(
             raise ValueError("lr: expected a number where there is no clock, got a tensor")
         _check_number("lr", lr, device, (torch.float32, torch.float64))
         rate, lr = lr.double().reshape(()), 0.0
-    _check_settings(lr, beta1, beta2, eps, weight_decay, prior_decay)
-    checks.number("bias_correction", bias_correction, 0.0, below=True)
-    checks.number("momentum_scale", momentum_scale, 0.0, below=True)
+    decays_fit = 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0 and weight_decay >= 0.0 and prior_decay >= 0.0
+    corrections_fit = 0.0 <= bias_correction < math.inf and 0.0 <= momentum_scale < math.inf
+    if not (decays_fit and corrections_fit and lr >= 0.0 and eps >= 0.0):  # the usual case makes no calls
+        _check_settings(lr, beta1, beta2, eps, weight_decay, prior_decay)
+        checks.number("bias_correction", bias_correction, 0.0, below=True)
+        checks.number("momentum_scale", momentum_scale, 0.0, below=True)
     copies = list(copies or ())
     half = any(copy.dtype == torch.float16 for copy in copies)
-    tensors = list(params), _known(grads), list(exp_avg), list(exp_avg_sq), list(priors or ()), [] if half else copies
-    numbers = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-    numbers |= {"prior_decay": prior_decay, "bias_correction": bias_correction, "momentum_scale": momentum_scale}
-    numbers = {name: float(number) for name, number in numbers.items()}
-    if dispatch.unobserved(itertools.chain(*given.values())):
-        # `torch.library.custom_op` takes longer over arguments that are written to than a small model's update.
-        written = (*tensors[0], *tensors[2], *tensors[3], *tensors[5], *(() if clock is None else (clock,)))
-        torch.autograd.graph.increment_version(written)
-        with dispatch.named("dph::laprop"):
-            dispatch.call("forward", "laprop", params[0], backend, *tensors, grad_scale, clock, rate, **numbers)
-    else:
-        _laprop(*tensors, grad_scale, clock, rate, *numbers.values(), backend)
+    OPERATOR(
+        params=list(params),
+        grads=_widen_fp16(grads),
+        exp_avg=list(exp_avg),
+        exp_avg_sq=list(exp_avg_sq),
+        priors=list(priors or ()),
+        copies=[] if half else copies,
+        grad_scale=grad_scale,
+        clock=clock,
+        rate=rate,
+        lr=float(lr),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=float(eps),
+        weight_decay=float(weight_decay),
+        prior_decay=float(prior_decay),
+        bias_correction=float(bias_correction),
+        momentum_scale=float(momentum_scale),
+        backend=backend,
+    )
     if half:
         _copy(copies, params, grad_scale)
 
 
 @torch.no_grad()
 def gradient_norm(grads: Sequence[Tensor], *, max_norm: float = float("inf"), backend: str = "auto") -> GradientNorm:
-    """The norm of all gradients together, and the coefficient that clips it, without a wait for either.
+    """Return the norm of all gradients together and the coefficient that clips it, without waiting for the device.
 
     The same as::
 
         norm = torch.linalg.vector_norm(torch.cat([g.flatten().double() for g in grads]))
         scale = min(1, max_norm / norm) if norm.isfinite() else nan
 
-    Squares are summed in fp64, which no finite gradient overflows, in an order that depends on nothing but the sizes:
-    the same gradients give the same norm, bit by bit, on any number of threads. The gradients are contiguous, on one
+    Squares are summed in fp64, which no finite gradient overflows, in an order that depends on the sizes alone: the
+    same gradients give the same norm, bit for bit, with any number of threads. The gradients are contiguous, on one
     device, of any dtype of ``laprop``; float16 costs a pass of its own. Without gradients the norm is 0, on the CPU.
 
     Args:
         grads: tensors of any shapes.
-        max_norm: what ``scale`` brings the norm down to.
+        max_norm: the norm after multiplication by ``scale``, at most.
         backend: "auto", "reference", "cpu" (C++) or "cuda".
 
     Raises:
         ValueError: an argument of the wrong dtype, device, layout or range.
-        RuntimeError: ``backend`` was asked for by name and cannot run here.
+        RuntimeError: ``backend`` was requested by name and cannot run here.
     """
     checks.option("backend", backend, ("auto", *dispatch.MODULES))
     checks.number("max_norm", max_norm, 0.0)
@@ -183,47 +243,48 @@ def gradient_norm(grads: Sequence[Tensor], *, max_norm: float = float("inf"), ba
     double = next((i for i, grad in enumerate(grads) if grad.dtype == torch.float64), None)
     if double is not None and backend not in ("auto", "reference"):
         raise ValueError(f"grads[{double}]: expected float32 or a half for backend {backend!r}, got float64")
-    grads = _known(grads) or [torch.zeros(0, dtype=torch.float32, device="cpu")]
-    return GradientNorm(*_gradient_norm(grads, float(max_norm), backend if double is None else "reference"))
+    grads = _widen_fp16(grads) or [torch.zeros(0, dtype=torch.float32, device="cpu")]
+    backend = backend if double is None else "reference"
+    return GradientNorm(*GRADIENT_NORM(grads=grads, max_norm=float(max_norm), backend=backend))
 
 
-def _known(grads: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients in dtypes that the kernels know."""
+def _widen_fp16(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradients with those in float16, which the kernels do not support, in float32."""
     return [grad.float() if grad.dtype == torch.float16 else grad for grad in grads]
 
 
 def _copy(copies: Sequence[Tensor], params: Sequence[Tensor], grad_scale: Tensor | None) -> None:
-    """Round the weights into copies of both kinds, unless the step changed nothing."""
+    """Round the weights into copies of any dtype, unless the step was skipped."""
     for copy, param in zip(copies, params, strict=True):
         copy.copy_(param if grad_scale is None else torch.where(grad_scale.isfinite(), param.to(copy.dtype), copy))
 
 
 def _check_number(name: str, value: Tensor, device: torch.device, dtypes: torch.dtype | Sequence[torch.dtype]) -> None:
-    """One element on the device."""
+    """Require one element on the device."""
     checks.device(name, value, device)
     checks.dtype(name, value, dtypes)
     checks.shape(name, value.reshape(-1), 1)
 
 
 def _check_tensors(lists: dict[str, Sequence[Tensor]]) -> None:
-    """Shape, dtype, device and layout of every tensor; the names are put together only where something is wrong."""
+    """Check shape, dtype, device and layout of every tensor; names are formatted only for an error."""
     params = lists["params"]
-    first = params[0]
-    checks.tensor("params[0]", first)
-    checks.dtype("params[0]", first, (torch.float32, torch.float64))
+    example = params[0]
+    checks.tensor("params[0]", example)
+    checks.dtype("params[0]", example, (torch.float32, torch.float64))
     for name, tensors in lists.items():
         others = {"grads": GRADIENTS, "priors": (torch.bfloat16,)}.get(name, ())
-        dtypes = COPIES if name == "copies" else tuple(dict.fromkeys((*others, first.dtype)))
-        if _alike(tensors, dtypes, first.device) and list(map(_shape, tensors)) == list(map(_shape, params)):
+        dtypes = COPIES if name == "copies" else tuple(dict.fromkeys((*others, example.dtype)))
+        if _alike(tensors, dtypes, example.device) and list(map(_shape, tensors)) == list(map(_shape, params)):
             continue
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             checks.tensor(f"{name}[{i}]", tensor)
             checks.shape(f"{name}[{i}]", tensor, *param.shape)
-            _check_one(f"{name}[{i}]", tensor, dtypes, first.device)
+            _check_one(f"{name}[{i}]", tensor, dtypes, example.device)
 
 
 def _alike(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], device: torch.device) -> bool:
-    """Whether there is nothing for ``_check_one`` to say of any, found in a fraction of its time."""
+    """Whether all tensors pass ``_check_one``, in a fraction of its time."""
     return (
         not torch.compiler.is_compiling()
         and dispatch.PLAIN.issuperset(map(type, tensors))
@@ -247,69 +308,3 @@ def _check_settings(lr: float, beta1: float, beta2: float, eps: float, weight_de
     checks.number("eps", eps, 0.0)
     checks.number("weight_decay", weight_decay, 0.0)
     checks.number("prior_decay", prior_decay, 0.0)
-
-
-@torch.library.custom_op("dph::laprop", mutates_args=("params", "exp_avg", "exp_avg_sq", "copies", "clock"))
-def _laprop(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avg: list[Tensor],
-    exp_avg_sq: list[Tensor],
-    priors: list[Tensor],
-    copies: list[Tensor],
-    grad_scale: Tensor | None,
-    clock: Tensor | None,
-    rate: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    prior_decay: float,
-    bias_correction: float,
-    momentum_scale: float,
-    backend: str,
-) -> None:
-    dispatch.call(
-        "forward",
-        "laprop",
-        params[0],
-        backend,
-        params,
-        grads,
-        exp_avg,
-        exp_avg_sq,
-        priors,
-        copies,
-        grad_scale,
-        clock,
-        rate,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        prior_decay=prior_decay,
-        bias_correction=bias_correction,
-        momentum_scale=momentum_scale,
-    )
-
-
-@_laprop.register_fake
-def _(*arguments: object) -> None:
-    """Nothing is returned; everything happens in place."""
-
-
-@torch.library.custom_op("dph::gradient_norm", mutates_args=())
-def _gradient_norm(grads: list[Tensor], max_norm: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    return dispatch.call("gradient_norm", "laprop", grads[0], backend, grads, max_norm)
-
-
-@_gradient_norm.register_fake
-def _(grads: list[Tensor], *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    first = grads[0]
-    return (
-        first.new_empty((), dtype=torch.float64),
-        first.new_empty(1, dtype=torch.float32),
-        first.new_empty((), dtype=torch.bool),
-    )

@@ -1,4 +1,4 @@
-"""LaProp by csrc/cpu/laprop.cpp and csrc/cuda/laprop.cu: every tensor in one call, each byte touched once."""
+"""LaProp by csrc/cpu/laprop.cpp and csrc/cuda/laprop.cu: all tensors in one call, each byte read or written once."""
 
 import functools
 import itertools
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dph_kernels import native
 
-TABLES = 64  # device tables that are kept, of about 20 KB for 300 parameters
+TABLES = 64  # cached device tables, of about 20 KB for 300 parameters
 BF16_GRAD, BF16_PRIOR = 1, 2  # of `kinds` in csrc/laprop.h
 
 
@@ -30,8 +30,8 @@ def forward(
     device, kernels = params[0].device, native.module()
     words, chunks = _table(params, grads, exp_avg, exp_avg_sq, priors, copies, kernels.LAPROP_CHUNK)
     with native.device_guard(device):
-        table = _place(words, device)
-        # Its memory may be used again as soon as this returns: by then the kernel is in line on the same stream.
+        table = _table_on(words, device)
+        # The allocator may reuse its memory after the return: by then the kernel is queued on the same stream.
         coefficients = None
         if clock is not None and device.type == "cuda":
             coefficients = torch.empty(kernels.LAPROP_COEFFICIENTS, dtype=torch.float32, device=device)
@@ -49,7 +49,7 @@ def forward(
 
 
 def gradient_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same as ``reference.gradient_norm``."""
+    """Same results as ``reference.gradient_norm``."""
     device, kernels = grads[0].device, native.module()
     words, chunks = _gradient_table(grads, kernels.LAPROP_CHUNK)
     norm = torch.empty((), dtype=torch.float64, device=device)
@@ -57,7 +57,7 @@ def gradient_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Ten
     finite = torch.empty((), dtype=torch.bool, device=device)
     partials = torch.empty(chunks, dtype=torch.float64, device=device)
     with native.device_guard(device):
-        table = _place(words, device)
+        table = _table_on(words, device)
         arguments = kernels.GradientNormArguments(
             table=table.data_ptr(),
             count=len(grads),
@@ -89,7 +89,7 @@ def _table(
     copies: Sequence[Tensor],
     chunk: int,
 ) -> tuple[array, int]:
-    """Rows of ``LapropTensor`` (csrc/laprop.h) as words, and how many chunks they make."""
+    """Return rows of ``LapropTensor`` (csrc/laprop.h) as words, and the number of their chunks."""
     nothing = [0] * len(params)
     kinds = [BF16_GRAD * (grad.dtype == torch.bfloat16) for grad in grads]
     if priors:
@@ -99,7 +99,7 @@ def _table(
 
 
 def _gradient_table(grads: Sequence[Tensor], chunk: int) -> tuple[array, int]:
-    """Rows of ``GradientTensor`` as words, and how many chunks they make."""
+    """Return rows of ``GradientTensor`` as words, and the number of their chunks."""
     kinds = [BF16_GRAD * (grad.dtype == torch.bfloat16) for grad in grads]
     return _words([map(Tensor.data_ptr, grads)], grads, kinds, chunk)
 
@@ -107,28 +107,28 @@ def _gradient_table(grads: Sequence[Tensor], chunk: int) -> tuple[array, int]:
 def _words(
     addresses: Iterable[Iterable[int]], tensors: Sequence[Tensor], kinds: Sequence[int], chunk: int
 ) -> tuple[array, int]:
-    """Rows of addresses, size, number of chunks in the rows above, and kinds; and the number of all chunks."""
+    """Return rows of (addresses, size, number of chunks in the rows above, kinds), and the number of all chunks."""
     sizes = list(map(Tensor.numel, tensors))
     *above, chunks = itertools.accumulate((-(-size // chunk) for size in sizes), initial=0)
     return array("q", itertools.chain.from_iterable(zip(*addresses, sizes, above, kinds, strict=True))), chunks
 
 
-def _place(words: array, device: torch.device) -> Tensor:
-    """The words where the kernel reads them."""
+def _table_on(words: array, device: torch.device) -> Tensor:
+    """Return the words as a tensor that the kernel can read."""
     if device.type == "cpu":
         return torch.frombuffer(words, dtype=torch.int64)
     stream = native.stream(device)
     if torch.cuda.is_current_stream_capturing():
-        # Part of the graph, which writes it anew at each replay: a kept table could be dropped while the graph lives.
+        # Part of the graph, which writes it again at each replay: a cached table could be freed before the graph.
         return _write(words, device, stream)
     return _keep(words.tobytes(), device, stream)
 
 
 @functools.lru_cache(maxsize=TABLES)
 def _keep(words: bytes, device: torch.device, stream: int) -> Tensor:
-    """A table on the device, the same for the same content.
+    """Return a table on the device, cached by its content, so that it cannot be stale.
 
-    Known by its words, so it cannot be stale, and by the stream that wrote it, so that it is read after that.
+    The stream is part of the key, so that the table is read after it was written.
     """
     return _write(array("q", words), device, stream)
 

@@ -1,31 +1,29 @@
 """Log-probabilities of given tokens, from hidden states and the language-model head, without R x V logits."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import itemgetter
+from types import ModuleType
+
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from dph_kernels import autocast, checks, dispatch
+from dph_kernels.operator import Gradient, Inputs, JointGradient, Operator
 
 
-@torch.library.custom_op("dph::linear_logprob", mutates_args=())
-def _forward(
+def _fake(
     hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    checks.indices("targets", targets, len(weight))
-    return dispatch.call("forward", "linear_logprob", hidden, backend, hidden, weight, targets, statistics)
-
-
-@_forward.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-probabilities [R], normaliser [2, R], entropy [R], arg-max [R]); the last two empty without statistics."""
     dtype, rows = torch.promote_types(hidden.dtype, torch.float32), hidden.shape[0]
     logprobs, normaliser = hidden.new_empty(rows, dtype=dtype), hidden.new_empty(2, rows, dtype=dtype)
     extra = rows if statistics else 0
     return logprobs, normaliser, hidden.new_empty(extra, dtype=dtype), targets.new_empty(extra)
 
 
-@torch.library.custom_op("dph::linear_logprob_backward", mutates_args=())
-def _backward(
+def _fake_backward(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -35,88 +33,76 @@ def _backward(
     weight_needed: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    arguments = grad, hidden, weight, targets, normaliser, hidden_needed, weight_needed
-    return dispatch.call("backward", "linear_logprob", hidden, backend, *arguments)
-
-
-@_backward.register_fake
-def _(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    normaliser: Tensor,
-    hidden_needed: bool,
-    weight_needed: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+    """Gradients of (hidden, weight)."""
     return (
         hidden.new_empty(hidden.shape if hidden_needed else 0),
         weight.new_empty(weight.shape if weight_needed else 0),
     )
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    hidden, weight, targets, _, ctx.backend = inputs
-    _, normaliser, entropy, best = output
+def _check_targets(inputs: Inputs) -> None:
+    checks.indices("targets", inputs["targets"], len(inputs["weight"]))
+
+
+SAVED = ("hidden", "weight", "targets", "normaliser")
+
+
+def _setup(ctx: FunctionCtx, output: Sequence[Tensor], inputs: Inputs) -> None:
+    _logprobs, normaliser, entropy, best = output
     ctx.mark_non_differentiable(normaliser, entropy, best)
-    ctx.save_for_backward(hidden, weight, targets, normaliser)
+    ctx.save_for_backward(inputs["hidden"], inputs["weight"], inputs["targets"], normaliser)
 
 
-def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    hidden_needed, weight_needed = ctx.needs_input_grad[:2]
-    grads = _backward(grad, *ctx.saved_tensors, hidden_needed, weight_needed, ctx.backend)
-    return grads[0] if hidden_needed else None, grads[1] if weight_needed else None, None, None, None
+def _compute(
+    ctx: FunctionCtx, needs: Inputs, backward: Callable[..., tuple[Tensor, Tensor]], grad: Tensor, *_: Tensor
+) -> Inputs:
+    saved = dict(zip(SAVED, ctx.saved_tensors, strict=True))
+    d_hidden, d_weight = backward(grad=grad, **saved, hidden_needed=needs["hidden"], weight_needed=needs["weight"])
+    grads = {"hidden": d_hidden, "weight": d_weight}
+    return {name: grad for name, grad in grads.items() if needs[name]}
 
 
-_forward.register_autograd(_gradients, setup_context=_setup)
+# Gradients along with the log-probabilities are those of the sum of all log-probabilities: right but for a factor if
+# the upstream gradients turn out to be equal. Else the weights' gradient is recomputed, as it is in a second backward
+# pass through the same graph. This bypasses the dispatcher, as an operator cannot give away what it has saved.
 
 
-class _Joint(torch.autograd.Function):
-    """Gradients computed along, as those of the sum of all log-probabilities: right but for a factor where the upstream
-    gradients turn out equal. Else the weights' is computed anew, as it is for whoever asks for gradients once more.
-
-    Past the dispatcher, as an operator could not give away what it has saved.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        statistics: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        checks.indices("targets", targets, len(weight))
-        arguments = hidden, weight, targets, statistics
-        found = dispatch.call("forward_and_gradients", "linear_logprob", hidden, backend, *arguments)
-        logprobs, normaliser, entropy, best, *ctx.gradients = found
-        ctx.backend = backend
-        ctx.mark_non_differentiable(entropy, best)
-        ctx.save_for_backward(hidden, weight, targets, normaliser)
-        return logprobs, entropy, best
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors  # or what PyTorch says of those that are gone
-        if not ctx.gradients or dispatch.observed((grad,)):
-            return *_backward(grad, *tensors, True, True, ctx.backend), None, None, None
-        hidden, weight = ctx.gradients
-        ctx.gradients = []
-        if _uniform(grad):
-            weight.mul_(grad[:1])  # not a scalar, which would be rounded to the dtype of the weights
-        else:
-            del weight  # its memory serves again
-            weight = _backward(grad, *tensors, False, True, ctx.backend)[1]
-        return hidden.mul_(grad[:, None]), weight, None, None, None
+def _joint_pays(implementation: ModuleType, inputs: Inputs) -> bool:
+    hidden, weight = inputs["hidden"], inputs["weight"]
+    if not (hidden.requires_grad and weight.requires_grad):
+        return False
+    return hasattr(implementation, "joint_pays") and implementation.joint_pays(hidden, weight)
 
 
-def _uniform(grad: Tensor) -> bool:
-    """Whether all upstream gradients are one number: of a sum they are, visibly; else the numbers are looked at.
+def _setup_joint(ctx: FunctionCtx, results: tuple[Tensor, ...], inputs: Inputs) -> tuple[Tensor, ...]:
+    *output, d_hidden, d_weight = results
+    ctx.gradients = [d_hidden, d_weight]
+    _setup(ctx, output, inputs)
+    return tuple(output)
 
-    For that a GPU is waited for, but not where a CUDA graph is recorded, in which nothing can be seen.
+
+def _compute_joint(
+    ctx: FunctionCtx, needs: Inputs, backward: Callable[..., tuple[Tensor, Tensor]], grad: Tensor, *_: Tensor
+) -> Inputs:
+    saved = dict(zip(SAVED, ctx.saved_tensors, strict=True))  # raises PyTorch's error if they have been freed
+    recompute = partial(backward, grad=grad, **saved, weight_needed=True)
+    if not ctx.gradients or dispatch.needs_dispatcher((grad,)):
+        d_hidden, d_weight = recompute(hidden_needed=True)
+        return {"hidden": d_hidden, "weight": d_weight}
+    d_hidden, d_weight = ctx.gradients
+    ctx.gradients = []
+    if _is_uniform(grad):
+        d_weight.mul_(grad[:1])  # not a scalar, which would be rounded to the dtype of the weights
+    else:
+        del d_weight  # its memory is used again
+        _, d_weight = recompute(hidden_needed=False)
+    return {"hidden": d_hidden.mul_(grad[:, None]), "weight": d_weight}
+
+
+def _is_uniform(grad: Tensor) -> bool:
+    """Whether all upstream gradients are one number, as those of a sum are, visibly; else the numbers are compared.
+
+    The comparison waits for a GPU; while a CUDA graph is recorded nothing can be read, and the answer is False.
     """
     if grad.stride(0) == 0:
         return True
@@ -125,14 +111,14 @@ def _uniform(grad: Tensor) -> bool:
     return torch.equal(*grad.aminmax())
 
 
-def _joint_pays(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> bool:
-    """Whether the gradients are to be computed along: both are needed, nobody looks on, and the backend is for it."""
-    if not (torch.is_grad_enabled() and hidden.requires_grad and weight.requires_grad):
-        return False
-    if not dispatch.unobserved((hidden, weight, targets)):
-        return False
-    implementation = dispatch.implementation("linear_logprob", hidden.device, backend, hidden.dtype)
-    return hasattr(implementation, "joint_pays") and implementation.joint_pays(hidden, weight)
+OPERATOR = Operator(
+    "linear_logprob",
+    fake=_fake,
+    like=itemgetter("hidden"),
+    gradient=Gradient(setup=_setup, compute=_compute, fake=_fake_backward, like="hidden"),
+    joint=JointGradient(pays=_joint_pays, setup=_setup_joint, compute=_compute_joint),
+    check=_check_targets,
+)
 
 
 def linear_logprob(
@@ -152,27 +138,28 @@ def linear_logprob(
         targets: [R] int64, each in [0, V): rows without a target are left out by the caller.
         statistics: also return entropy and arg-max of each row's distribution.
         uniform: whether to expect one upstream gradient for all rows, as of a sum or a mean. The gradients may then be
-            computed along, on a GPU in bf16 and on an Intel CPU in fp32: three products of the size
-            R x C x V instead of four. Whatever comes is right, but another upstream gradient costs five, and gradients
-            that nobody asks for cost two: False for those, under ``torch.utils.checkpoint``, and where results are to
-            have the bits of a call without gradients. Until the backward pass both gradients take their memory. A GPU
-            is waited for unless the upstream gradient is expanded from one number, as that of ``sum`` is (that of
-            ``mean`` is not, and counts as another one where a CUDA graph is recorded).
+            computed in the forward pass, on a GPU in bf16 and on an Intel CPU in fp32: three products of the size
+            R x C x V instead of four. Any upstream gradient gives right results, but a different one per row costs
+            five products, and gradients that are not used cost two. False for those, under
+            ``torch.utils.checkpoint``, and for results with the bits of a call without gradients. Until the backward
+            pass both gradients take their memory. The backward pass waits for a GPU unless the upstream gradient is
+            expanded from one number, as that of ``sum`` is (that of ``mean`` is not, and counts as different per row
+            while a CUDA graph is recorded).
         backend: "auto" or a backend's name.
 
     Returns:
         [R] in nats, never above 0, in fp32 (fp64 for fp64 inputs); all sums are taken in that precision.
         With ``statistics``: (log-probabilities, entropy [R] in nats, arg-max [R] int64, the lowest index of a tie),
-        the last two without gradient; they come from the same pass. Where the arg-max equals the target, the token was
-        predicted right.
+        the last two without gradient, from the same pass.
 
     Under ``torch.autocast`` hidden and weight are cast to its dtype; the sums stay in fp32.
 
     Raises:
-        ValueError: a wrong shape, dtype or device; on the CPU also a target outside [0, V). On a GPU that test would
-            wait for the device; there the reference stops with PyTorch's device-side assertion, and "triton" gives NaN.
+        ValueError: a wrong shape, dtype or device; on the CPU also a target outside [0, V). On a GPU that check would
+            wait for the device; there the reference fails with PyTorch's device-side assertion, and "triton" returns
+            NaN.
     """
-    hidden, weight = autocast.together(hidden, weight)
+    hidden, weight = autocast.cast_together(hidden, weight)
     checks.shape("hidden", hidden, "R", "C")
     checks.dtype("hidden", hidden, checks.FLOATS)
     checks.shape("weight", weight, "V", hidden.shape[1])
@@ -183,8 +170,7 @@ def linear_logprob(
     checks.device("targets", targets, hidden.device)
     if weight.shape[0] == 0:
         raise ValueError(f"weight: expected at least one row (V >= 1), got shape {list(weight.shape)}")
-    if uniform and _joint_pays(hidden, weight, targets, backend):
-        logprobs, entropy, best = _Joint.apply(hidden, weight, targets, statistics, backend)
-    else:
-        logprobs, _, entropy, best = _forward(hidden, weight, targets, statistics, backend)
+    logprobs, _, entropy, best = OPERATOR(
+        hidden=hidden, weight=weight, targets=targets, statistics=statistics, backend=backend, joint=uniform
+    )
     return (logprobs, entropy, best) if statistics else logprobs

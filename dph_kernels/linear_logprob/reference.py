@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens under a linear head, in plain PyTorch: the specification of `linear_logprob`.
 
-Rows go through in chunks, so that R x V logits never exist at once; the backward pass computes each chunk anew.
+Rows are processed in chunks, so that R x V logits never exist at once; the backward pass recomputes each chunk.
 """
 
 from collections.abc import Iterator
@@ -9,36 +9,37 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**24
-"""Logits that exist at one time (64 MiB in fp32)."""
+"""Number of logits that exist at the same time (64 MiB in fp32)."""
 
 
 def chunks(rows: int, vocabulary: int) -> Iterator[slice]:
-    """Slices of rows with at most CHUNK logits each (at least one row)."""
+    """Yield slices of rows with at most CHUNK logits each (at least one row)."""
     step = max(1, CHUNK // vocabulary)
     return (slice(first, first + step) for first in range(0, rows, step))
 
 
 def forward(hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log p(target) [R], normaliser [2, R], entropy [R] in nats, arg-max [R]); the last two empty without statistics.
+    """Return (log p(target) [R], normaliser [2, R], entropy [R] in nats, arg-max [R]); the last two may be empty.
 
-    The normaliser is the largest logit m and log sum exp(logit - m). Their sum, the log-sum-exp, would lose the second
-    where the first is large, and with it the backward pass's probabilities.
+    Entropy and arg-max are empty without ``statistics``. The normaliser is the largest logit m and
+    log sum exp(logit - m). Their sum, the log-sum-exp, would lose the second if the first is large, and with it the
+    backward pass's probabilities.
     """
     dtype, rows = torch.promote_types(hidden.dtype, torch.float32), len(hidden)
     wide = weight.to(dtype)
     logprobs, normaliser = hidden.new_empty(rows, dtype=dtype), hidden.new_empty(2, rows, dtype=dtype)
     entropy = hidden.new_empty(rows if statistics else 0, dtype=dtype)
     best = targets.new_empty(rows if statistics else 0)
-    for part in chunks(rows, len(weight)):
-        logits = hidden[part].to(dtype) @ wide.T
+    for chunk in chunks(rows, len(weight)):
+        logits = hidden[chunk].to(dtype) @ wide.T
         largest = logits.amax(-1)
         scores = logits - largest[:, None]
-        normaliser[0, part], normaliser[1, part] = largest, scores.exp().sum(-1).log()
-        scores -= normaliser[1, part, None]
-        logprobs[part] = scores.gather(-1, targets[part, None]).squeeze(-1)
+        normaliser[0, chunk], normaliser[1, chunk] = largest, scores.exp().sum(-1).log()
+        scores -= normaliser[1, chunk, None]
+        logprobs[chunk] = scores.gather(-1, targets[chunk, None]).squeeze(-1)
         if statistics:
-            entropy[part] = -(scores.exp() * scores).sum(-1)
-            best[part] = logits.argmax(-1)
+            entropy[chunk] = -(scores.exp() * scores).sum(-1)
+            best[chunk] = logits.argmax(-1)
     return logprobs, normaliser, entropy, best
 
 
@@ -51,7 +52,7 @@ def backward(
     hidden_needed: bool,
     weight_needed: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden [R, C] and weight [V, C], empty where not needed.
+    """Return the gradients of hidden [R, C] and weight [V, C], empty if not needed.
 
     d log p(t) / d logits = onehot(t) - softmax(logits).
     """
@@ -61,13 +62,13 @@ def backward(
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if hidden_needed else hidden.new_empty(0)
     )
     grad_weight = torch.zeros(weight.shape if weight_needed else 0, dtype=dtype, device=weight.device)
-    for part in chunks(len(hidden), len(weight)):
-        rows, upstream = hidden[part].to(dtype), grad[part, None]
-        scores = (rows @ wide.T).sub_(normaliser[0, part, None]).sub_(normaliser[1, part, None])
+    for chunk in chunks(len(hidden), len(weight)):
+        rows, upstream = hidden[chunk].to(dtype), grad[chunk, None]
+        scores = (rows @ wide.T).sub_(normaliser[0, chunk, None]).sub_(normaliser[1, chunk, None])
         grad_logits = scores.exp_().mul_(-upstream)
-        grad_logits.scatter_add_(-1, targets[part, None], upstream)
+        grad_logits.scatter_add_(-1, targets[chunk, None], upstream)
         if hidden_needed:
-            grad_hidden[part] = (grad_logits @ wide).to(hidden.dtype)
+            grad_hidden[chunk] = (grad_logits @ wide).to(hidden.dtype)
         if weight_needed:
             grad_weight += grad_logits.T @ rows
     return grad_hidden, grad_weight.to(weight.dtype)

@@ -1,7 +1,7 @@
-"""How the compiled backends go through R x V logits: tile by tile, as an engine multiplies and reduces them.
+"""Loops of the compiled backends over tiles of the R x V logits, which an engine multiplies and reduces.
 
 Blocks of the vocabulary are the outer loop, so that a block of weights is read (and converted) once and its gradient is
-complete when the loop leaves it; nearly square tiles keep the sums of both gradients from going through memory often.
+complete at the end of its iteration; with nearly square tiles the sums of both gradients seldom pass through memory.
 """
 
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 class Engine(Protocol):
-    """What a backend brings: sizes, products, and the passes over a tile of logits.
+    """Interface of a backend: tile sizes, products, and the passes over a tile of logits.
 
     Attributes:
         rows: rows of a tile, at most.
         columns: columns of a tile (tokens of the vocabulary), at most.
-        most_sums: elements of fp32 sums that may be kept for a gradient in half precision.
+        most_sums: elements of the fp32 sums for a gradient in half precision, at most.
     """
 
     rows: int
@@ -25,44 +25,43 @@ class Engine(Protocol):
     most_sums: int
 
     def operand(self, x: Tensor) -> Tensor:
-        """``x`` as the products take it."""
+        """Return ``x`` in the layout of the products."""
 
     def reduce(
         self, hidden: Tensor, weight: Tensor, first: int, last: bool, targets: Tensor,
         normaliser: Tensor, logprobs: Tensor, entropy: Tensor, best: Tensor,
     ) -> None:  # fmt: skip
-        """Take the tile ``hidden @ weight.T`` into its rows' results; ``last``: finish them.
+        """Add the tile ``hidden @ weight.T`` to its rows' results, and finish them if ``last``.
 
-        Without statistics the last two are empty.
-
-        Columns begin at token ``first`` and come in order. In between, ``normaliser[1]`` holds sum exp(x - m),
-        ``logprobs`` the target's logit, and ``entropy`` sum exp(x - m) (x - m).
+        Columns begin at token ``first``; tiles come in order. Until the last one, ``normaliser[1]`` holds
+        sum exp(x - m), ``logprobs`` the target's logit, and ``entropy`` sum exp(x - m) (x - m). Without statistics
+        ``entropy`` and ``best`` are empty.
         """
 
     def gradient(
         self, hidden: Tensor, weight: Tensor, first: int, upstream: Tensor, targets: Tensor, normaliser: Tensor
     ) -> Tensor:
-        """upstream * (onehot(target) - softmax) of a tile, as the products take it; valid until the next call."""
+        """Return upstream * (onehot(target) - softmax) of a tile, an operand; valid until the next call."""
 
     def sums(self, result: Tensor, transposed: bool) -> Tensor:
-        """Where the fp32 sums of a gradient are taken, in its shape; ``transposed``: :meth:`add`'s ``a`` will be."""
+        """Return memory for the fp32 sums of a gradient, in its shape; ``transposed``: whether ``a`` of ``add`` is."""
 
     def add(self, total: Tensor, a: Tensor, b: Tensor, start: bool) -> None:
-        """``total += a @ b``, or ``total = a @ b`` where ``start``."""
+        """Compute ``total += a @ b``, or ``total = a @ b`` if ``start``."""
 
     def finish(self, sums: Tensor, result: Tensor) -> None:
-        """Round a gradient's sums into its result, which they may lie in."""
+        """Round a gradient's sums into its result; both may be the same tensor."""
 
 
 def spans(size: int, most: int, multiple: int = 1) -> Iterator[slice]:
-    """Slices of [0, size) with at most ``most`` elements, about equally long, if they can be multiples."""
+    """Yield slices of [0, size) of at most ``most`` elements and about equal length, if possible a multiple."""
     count = max(1, -(-size // most))
     step = max(1, min(most, -(-size // (count * multiple)) * multiple))
     return (slice(first, min(first + step, size)) for first in range(0, size, step))
 
 
 def room(hidden: Tensor, targets: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For what ``reference.forward`` gives."""
+    """Return memory for the results of ``reference.forward``."""
     rows, extra = len(hidden), len(hidden) if statistics else 0
     logprobs, normaliser, entropy = (hidden.new_empty(n, dtype=torch.float32) for n in ((rows,), (2, rows), (extra,)))
     return logprobs, normaliser, entropy, targets.new_empty(extra)
@@ -71,7 +70,7 @@ def room(hidden: Tensor, targets: Tensor, statistics: bool) -> tuple[Tensor, Ten
 def forward(
     engine: Engine, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What ``reference.forward`` gives."""
+    """Same results as ``reference.forward``."""
     rows, vocabulary = len(hidden), len(weight)
     logprobs, normaliser, entropy, best = room(hidden, targets, statistics)
     targets = targets.contiguous()
@@ -81,7 +80,7 @@ def forward(
             h = engine.operand(hidden[part])
             results = targets[part], normaliser[:, part], logprobs[part], entropy[part], best[part]
             engine.reduce(h, w, columns.start, columns.stop == vocabulary, *results)
-            del h  # before the next one: its memory serves again
+            del h  # its memory is reused by the next one
         del w
     return logprobs, normaliser, entropy, best
 
@@ -96,10 +95,10 @@ def backward(
     hidden_needed: bool,
     weight_needed: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What ``reference.backward`` gives; gradients are summed in fp32 and rounded once.
+    """Same results as ``reference.backward``; gradients are summed in fp32 and rounded once.
 
-    Where the fp32 sums for a gradient of hidden in half precision would be too many, that gradient is computed for some
-    rows at a time, and the weights' by itself: a fifth product instead of memory that grows with R.
+    If the fp32 sums for a gradient of hidden in half precision exceed ``most_sums``, that gradient is computed for some
+    rows at a time, and the weights' separately: a fifth product instead of memory that grows with R.
     """
     grad, targets = grad.contiguous(), targets.contiguous()
     grad_hidden = hidden.new_empty(hidden.shape if hidden_needed else 0)
@@ -126,7 +125,7 @@ def _joint(
     grad_hidden: Tensor | None,
     grad_weight: Tensor | None,
 ) -> None:
-    """Fill the gradients that are given, each tile of logits computed once."""
+    """Compute the gradients that are not None, with each tile of logits computed once."""
     if not len(hidden) and grad_weight is not None:
         grad_weight.zero_()
     hidden_sums = None if grad_hidden is None else engine.sums(grad_hidden, False)
@@ -140,7 +139,7 @@ def _joint(
                 engine.add(hidden_sums[part], change, w, columns.start == 0)
             if weight_sums is not None:
                 engine.add(weight_sums, change.T, h, part.start == 0)
-            del h, change  # before the next ones: their memory serves again
+            del h, change  # their memory is reused by the next ones
         if weight_sums is not None and len(hidden):
             engine.finish(weight_sums, grad_weight[columns])
         del w, weight_sums
@@ -149,11 +148,11 @@ def _joint(
 
 
 def fp32_sums(result: Tensor) -> Tensor:
-    """The result itself, if it is fp32, else memory beside it."""
+    """Return the result itself if it is fp32, else new memory."""
     return result if result.dtype == torch.float32 else torch.empty_like(result, dtype=torch.float32)
 
 
 def rounded(sums: Tensor, result: Tensor) -> None:
-    """What ``finish`` has to do at least."""
+    """Round sums into their result, if that is another tensor."""
     if sums is not result:
         result.copy_(sums)

@@ -1,129 +1,78 @@
-"""Log-probabilities on the GPU: what ``triton_kernels.py`` is launched with, and in which configuration.
+"""Launcher of the log-probabilities' Triton kernels: configurations, tiles and matrix products.
 
-In half precision the logits never reach memory: the forward pass reduces each tile of them as its product is there, and
-the backward pass turns it into gradients of logits, of which cuBLAS makes those of states and weights. Where these are
-computed along, the forward pass keeps what they are made of, for some rows at a time. Single precision multiplies by
+In half precision the logits never reach memory: the forward pass reduces each tile of them in registers, and the
+backward pass turns it into gradients of logits, from which cuBLAS computes those of states and weights. If these are
+computed along, the forward pass stores shares of the softmax, for some rows at a time. Single precision multiplies by
 cuBLAS, with a fused pass over each tile.
 """
 
 import functools
 import itertools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dph_kernels.cublas import readable
-from dph_kernels.launches import Launch, cdiv, signature
+from dph_kernels.launcher import (
+    SPECIALIZED,
+    Launch,
+    LaunchConfig,
+    LaunchRecorder,
+    TritonDevice,
+    cdiv,
+    distinct,
+    matrix,
+    triton_device,
+)
 from dph_kernels.linear_logprob import tiles
 from dph_kernels.linear_logprob import triton_kernels as kernels
-from dph_kernels.native import device_guard
 from dph_kernels.strides import last_contiguous
 
 # Configurations
 
-
-class Config(NamedTuple):
-    """How a kernel that multiplies is launched.
-
-    rows, columns: its tile of logits (BM x BN).
-    step: how many elements of a state are taken at once (BK).
-    warps, stages: of a program, and of its software pipeline.
-    group: blocks of rows that go through all columns together.
-    tma: whether Hopper's copies in bulk bring states and weights, where these are aligned.
-    """
-
-    rows: int
-    columns: int
-    step: int
-    warps: int
-    stages: int
-    group: int
-    tma: bool = False
-
-    @property
-    def constants(self) -> dict[str, int]:
-        """What the kernel is compiled with."""
-        return {"BM": self.rows, "BN": self.columns, "BK": self.step, "GROUP": self.group}
-
-    def programs(self, rows: int, columns: int) -> tuple[int]:
-        """The grid."""
-        return (cdiv(rows, self.rows) * cdiv(columns, self.columns),)
-
-
-# Of both passes, by architecture. Large tiles, since what they read passes through the cache; that of 90 is the best of
-# eight on an H200, where copies in bulk save 8 and 4 % (forward, backward). 120 has the instructions of 80, and 99 KB
-# of shared memory.
+# Of the kernels that multiply, in both passes, by architecture. Tiles are large since their operands pass through the
+# cache; that of 90 is the best of eight on an H200, where bulk copies save 8 and 4 % (forward, backward). 120 has the
+# instructions of 80, and 99 KB of shared memory.
 CONFIGS = {
-    80: Config(128, 128, 32, 4, 4, 8),
-    90: Config(128, 256, 64, 8, 4, 16, True),
-    120: Config(128, 128, 32, 4, 4, 8),
+    80: LaunchConfig(128, 128, 32, 4, 4, group_m=8),
+    90: LaunchConfig(128, 256, 64, 8, 4, group_m=16, tma=True),
+    120: LaunchConfig(128, 128, 32, 4, 4, group_m=8),
 }
-INTERPRETED = Config(16, 32, 16, 1, 1, 2, True)
-COMBINE = {"BLOCKS": 32, "BR": 32}  # partial results that a program takes at once: blocks of columns x rows
-BLOCK = 2048  # logits that a program of a pass holds at once
-WARPS = 4  # of all kernels that do not multiply
-# In what gradients are computed along: those of a sum over all rows can be too much for fp16.
+INTERPRETED = LaunchConfig(16, 32, 16, 1, 1, group_m=2, tma=True)
+# Of the other kernels; block_n is the number of logits that a program of a pass holds at once.
+ELEMENTWISE = LaunchConfig(1, 2048, 0, 4, 1)
+COMBINE = {"BLOCKS": 32, "BR": 32}  # partial results that a program combines at once: blocks of columns x rows
+# Dtypes in which gradients are computed along: those of a sum over all rows can overflow fp16.
 JOINT = (torch.bfloat16,)
-JOINT_BYTES = 295_000_000  # that this may take beside the gradients themselves
-LEAST_ROWS = 1024  # for which it is worth to read and write the sums of the weights' gradient
-UNIT = 16  # elements: rows of tiles in memory begin at multiples of it, which vectors and fast products need
+JOINT_BYTES = 295_000_000  # footprint of this, without the gradients themselves
+LEAST_ROWS = 1024  # from which on it pays to read and write the sums of the weights' gradient
+UNIT = 16  # elements: row strides of tiles in memory are multiples of it, for vector loads and fast products
 
 
-class _Machine:
-    """What kernels are launched on; capability 0 is Triton's interpreter."""
-
-    def __init__(self, device: torch.device, capability: int) -> None:
-        self.device, self.capability = device, capability
-
-    @property
-    def config(self) -> Config:
-        """That of the nearest architecture which is not newer; for interpreted kernels, small tiles."""
-        if not self.capability:
-            return INTERPRETED
-        known = [capability for capability in CONFIGS if capability <= self.capability]
-        if not known:
-            raise RuntimeError(
-                f"linear_logprob: expected a GPU of compute capability {min(CONFIGS)} or higher for half precision, "
-                f"got {self.capability}"
-            )
-        return CONFIGS[max(known)]
-
-    def run(
-        self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any],
-        config: Config | None = None,
-    ) -> None:  # fmt: skip
-        """Launch it; without a configuration, as a kernel that does not multiply."""
-        warps, stages = (config.warps, config.stages) if config else (WARPS, 1)
-        with device_guard(self.device):
-            kernel[grid](**arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
-
-
-@functools.cache
-def _machine(device: torch.device) -> _Machine:
-    if device.type == "cpu":
-        return _Machine(device, 0)
-    major, minor = torch.cuda.get_device_capability(device)
-    return _Machine(device, major * 10 + minor)
+def _config(gpu: TritonDevice) -> LaunchConfig:
+    """Configuration of the newest architecture that is not newer than the device."""
+    return gpu.newest(CONFIGS, "linear_logprob", " for half precision") if gpu.capability else INTERPRETED
 
 
 # Engines
 
 
 class Engine:
-    """Sizes for a bound of 300 MB on extra memory, products and passes of fp32 (see :class:`tiles.Engine`)."""
+    """Tile sizes for a bound of 300 MB on extra memory, products and passes of fp32 (see :class:`tiles.Engine`)."""
 
-    # 44 times 128: with C = 768 the 128 x 256 blocks of a gradient's product just fill the 132 processors of an H100 or
-    # H200, on which sides of 4096 and 8192 are 8 and 3 % slower. fp32 logits of a tile take 127 MB, gradients of logits
-    # in half precision 63.
+    # 44 times 128: with C = 768 the 128 x 256 blocks of a gradient's product just fill the 132 SMs of an H100 or H200,
+    # on which sides of 4096 and 8192 are 8 and 3 % slower. fp32 logits of a tile take 127 MB, gradients of logits in
+    # half precision 63.
     side = 5632
     most_sums = 2**24  # 64 MiB
 
-    def __init__(self, machine: _Machine, hidden: Tensor, weight: Tensor) -> None:
-        """Choose tiles; few rows make wide ones."""
-        self.machine = machine
+    def __init__(self, gpu: TritonDevice, hidden: Tensor, weight: Tensor) -> None:
+        """Choose tiles; for few rows they are wide."""
+        self.gpu = gpu
         self.rows = max(1, min(self.side, len(hidden)))
         wide = min(max(self.side, self.side**2 // self.rows), self.most_sums // max(1, weight.shape[1]))
         self.columns = max(UNIT, wide // UNIT * UNIT)
@@ -132,45 +81,48 @@ class Engine:
 
     @functools.cached_property
     def buffer(self) -> Tensor:
-        """Memory for one tile, which all tiles share: for logits, their gradients, or one in the place of the other."""
-        return torch.empty(self.size, dtype=self.dtype, device=self.machine.device)
+        """Memory for one tile, reused by all tiles: for logits, their gradients, or both in turn."""
+        return torch.empty(self.size, dtype=self.dtype, device=self.gpu.device)
 
     def operand(self, x: Tensor) -> Tensor:
-        """As it is: cuBLAS takes all strides with a 1 among them, and PyTorch copies the others."""
+        """Return ``x``: cuBLAS accepts all strides with a 1 among them, and PyTorch copies the others."""
         return x
 
     def reduce(
         self, hidden: Tensor, weight: Tensor, first: int, last: bool, targets: Tensor,
         normaliser: Tensor, logprobs: Tensor, entropy: Tensor, best: Tensor,
     ) -> None:  # fmt: skip
-        """One program for each row."""
+        """One program per row."""
         logits = self._logits(hidden, weight)
         arguments = {
-            "logits": logits, "targets": targets, "largest": normaliser[0], "log_sum": normaliser[1],
-            "logprobs": logprobs, "entropy": entropy, "best": best, **self._sizes(logits, first),
+            "logits": matrix(logits), "targets": targets, "largest": normaliser[0], "log_sum": normaliser[1],
+            "logprobs": logprobs, "entropy": entropy, "best": best, "columns": logits.shape[1], "first": first,
         }  # fmt: skip
-        constants = {"START": first == 0, "LAST": last, "STATISTICS": len(entropy) > 0, "UNIT": UNIT, "BLOCK": BLOCK}
-        self.machine.run(kernels.reduce_rows, (len(logits),), arguments, constants)
+        constants = {
+            "START": first == 0, "LAST": last, "STATISTICS": len(entropy) > 0, "BLOCK": ELEMENTWISE.block_n,
+        }  # fmt: skip
+        self.gpu.launch(kernels.reduce_rows, (len(logits),), ELEMENTWISE, arguments, constants)
 
     def gradient(
         self, hidden: Tensor, weight: Tensor, first: int, upstream: Tensor, targets: Tensor, normaliser: Tensor
     ) -> Tensor:
-        """One program for each block of a row; blocks of one row are neighbours. The logits are overwritten."""
+        """One program per block of a row; blocks of one row are neighbours. The logits are overwritten."""
         logits = self._logits(hidden, weight)
         arguments = {
-            "logits": logits, "targets": targets, "largest": normaliser[0], "log_sum": normaliser[1],
-            "upstream": upstream, **self._sizes(logits, first),
+            "logits": matrix(logits), "targets": targets, "largest": normaliser[0], "log_sum": normaliser[1],
+            "upstream": upstream, "columns": logits.shape[1], "first": first,
         }  # fmt: skip
-        grid = cdiv(logits.shape[1], BLOCK), len(logits)
-        self.machine.run(kernels.gradient_rows, grid, arguments, {"UNIT": UNIT, "BLOCK": BLOCK})
+        block = ELEMENTWISE.block_n
+        grid = cdiv(logits.shape[1], block), len(logits)
+        self.gpu.launch(kernels.gradient_rows, grid, ELEMENTWISE, arguments, {"BLOCK": block})
         return logits
 
     def sums(self, result: Tensor, transposed: bool) -> Tensor:
-        """The result itself, if it is fp32: products of all layouts are equally fast."""
+        """Return the result itself if it is fp32: products of all layouts are equally fast."""
         return tiles.fp32_sums(result)
 
     def add(self, total: Tensor, a: Tensor, b: Tensor, start: bool) -> None:
-        """``total`` (+)= ``a @ b``: half precision goes in, and nothing is rounded to it before the last sum."""
+        """``total`` (+)= ``a @ b``, from operands in half precision, without rounding to it before the last sum."""
         a, b = readable(a), readable(b)
         if a.is_cuda and a.dtype != torch.float32:
             if start:
@@ -181,114 +133,117 @@ class Engine:
             torch.addmm(total, a.float(), b.float(), beta=0 if start else 1, out=total)
 
     def finish(self, sums: Tensor, result: Tensor) -> None:
-        """Nothing is left to do: the sums are the result."""
+        """Do nothing: the sums are the result."""
 
     def _logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         logits = self.buffer[: len(hidden), : len(weight)]
         self.add(logits, hidden, weight.T, True)
         return logits
 
-    def _sizes(self, tile: Tensor, first: int) -> dict[str, int]:
-        return {"units": tile.stride(0) // UNIT, "columns": tile.shape[1], "first": first}
-
 
 class Fused(Engine):
-    """Half precision: kernels that multiply and make of the logits in their registers what is asked for.
+    """Engine of half precision: kernels that multiply, and reduce the logits or turn them into gradients in registers.
 
-    The bound on memory is beside a copy of weights whose columns are not contiguous.
+    The bound on memory excludes a copy of weights whose columns are not contiguous.
     """
 
-    def __init__(self, machine: _Machine, hidden: Tensor, weight: Tensor, partials: int = 0) -> None:
-        """``partials``: how many numbers the forward pass keeps for each row and block of columns.
+    def __init__(self, gpu: TritonDevice, hidden: Tensor, weight: Tensor, partials: int = 0) -> None:
+        """Choose tiles for ``partials`` numbers per row and block of columns that the forward pass stores.
 
-        With them a tile has all columns, and as many rows as partial results have room for.
+        With them a tile has all columns, and as many rows as the partial results have memory for.
         """
-        super().__init__(machine, hidden, weight)
-        self.unit: Tensor | None = None  # of the gradients of logits, where these are scaled
+        super().__init__(gpu, hidden, weight)
+        self.unit: Tensor | None = None  # of the gradients of logits, if these are scaled
         if partials:
-            config, self.columns = machine.config, len(weight)
-            room = self.most_sums // (partials * cdiv(self.columns, config.columns))
-            self.rows = max(1, room // config.rows) * config.rows
+            config, self.columns = _config(gpu), len(weight)
+            rows = self.most_sums // (partials * cdiv(self.columns, config.block_n))
+            self.rows = max(1, rows // config.block_m) * config.block_m
 
     def keep(self, hidden: Tensor, weight: Tensor) -> None:
-        """Have room for what :meth:`reduce_and_keep` keeps: all columns of so many rows as the bound allows."""
-        self.rows = min(self.rows, _joint_rows(self.machine, weight))
+        """Size the buffer for :meth:`reduce_and_keep`: all columns of as many rows as the bound allows."""
+        self.rows = min(self.rows, _joint_rows(self.gpu, weight))
         self.size = min(self.rows, len(hidden)), cdiv(len(weight), UNIT) * UNIT
 
     def operand(self, x: Tensor) -> Tensor:
-        """Copied only where its last dimension is not contiguous: the kernels read vectors of it."""
+        """Return ``x``, copied if its last dimension is not contiguous: the kernels read vectors of it."""
         return last_contiguous(x)
 
     def reduce(
         self, hidden: Tensor, weight: Tensor, first: int, last: bool, targets: Tensor,
         normaliser: Tensor, logprobs: Tensor, entropy: Tensor, best: Tensor,
     ) -> None:  # fmt: skip
-        """One program for each tile of logits, then one for some rows; all columns are here."""
+        """One program per tile of logits, then one per block of rows; the tile has all columns."""
         self._reduce(hidden, weight, targets, normaliser, logprobs, entropy, best, None)
 
     def reduce_and_keep(
         self, hidden: Tensor, weight: Tensor, targets: Tensor,
         normaliser: Tensor, logprobs: Tensor, entropy: Tensor, best: Tensor,
     ) -> Tensor:  # fmt: skip
-        """The same, and what :meth:`gradient` gives of these rows for upstream gradients of 1, with all columns.
+        """Reduce, and return the result of :meth:`gradient` for upstream gradients of 1, with all columns.
 
-        No product more, but a pass.
+        This takes no further product, but a pass.
         """
         shares = self.buffer[: len(hidden), : len(weight)]
         tops = self._reduce(hidden, weight, targets, normaliser, logprobs, entropy, best, shares)
         arguments = {
-            "shares": shares, "tops": tops, "targets": targets, "largest": normaliser[0], "log_sum": normaliser[1],
-            "units": shares.stride(0) // UNIT, "rows": len(hidden), "columns": len(weight),
+            "shares": matrix(shares), "tops": tops, "targets": targets, "largest": normaliser[0],
+            "log_sum": normaliser[1], "rows": len(hidden), "columns": len(weight),
         }  # fmt: skip
-        width = self.machine.config.columns
-        constants = {"UNIT": UNIT, "BN": width, "BLOCKS": max(1, BLOCK // width)}
+        width = _config(self.gpu).block_n
+        constants = {"BN": width, "BLOCKS": max(1, ELEMENTWISE.block_n // width)}
         grid = len(hidden), cdiv(len(weight), width * constants["BLOCKS"])
-        self.machine.run(kernels.gradient_shares, grid, arguments, constants)
+        self.gpu.launch(kernels.gradient_shares, grid, ELEMENTWISE, arguments, constants)
         return shares
 
     def _reduce(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, normaliser: Tensor, logprobs: Tensor, entropy: Tensor,
         best: Tensor, shares: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """Largest logits by blocks of columns [blocks, rows], from which ``shares`` were taken."""
-        config, statistics = self.machine.config, {"STATISTICS": len(entropy) > 0}
-        size = cdiv(len(weight), config.columns), len(hidden)
-        partials = {name: torch.empty(size, dtype=torch.float32, device=hidden.device) for name in ("tops", "totals")}
-        for name, dtype in {"weighted": torch.float32, "indices": torch.int32}.items():
-            partials[name] = torch.empty(size if len(entropy) else 0, dtype=dtype, device=hidden.device)
-        results = {"targets": targets, "logprobs": logprobs}
-        kept = {"shares": partials["tops"], "units": 0}  # any address, where nothing is kept
-        if shares is not None:
-            kept = {"shares": shares, "units": shares.stride(0) // UNIT}
-        constants = statistics | {"SHARES_UNIT": 0 if shares is None else UNIT}
-        self._multiply(kernels.reduce_tile, hidden, weight, partials | results | kept, constants)
-        results |= {"largest": normaliser[0], "log_sum": normaliser[1], "entropy": entropy, "best": best}
-        sizes, constants = {"rows": len(hidden), "columns": len(weight)}, {"BN": config.columns, **COMBINE}
+        """Return the largest logits [blocks of columns, rows], which the ``shares`` are relative to."""
+        config, statistics = _config(self.gpu), len(entropy) > 0
+        size = cdiv(len(weight), config.block_n), len(hidden)
+        tops, totals = (torch.empty(size, dtype=torch.float32, device=hidden.device) for _ in range(2))
+        weighted, indices = (
+            torch.empty(size if statistics else 0, dtype=dtype, device=hidden.device)
+            for dtype in (torch.float32, torch.int32)
+        )
+        partials = tops, totals, weighted, indices
+        arguments = {
+            "targets": targets, "logprobs": logprobs, "partials": partials,
+            "shares": (tops, 0) if shares is None else matrix(shares),  # any address if none are stored
+        }  # fmt: skip
+        constants = {"STATISTICS": statistics, "SHARES": shares is not None}
+        self._multiply(kernels.reduce_tile, hidden, weight, arguments, constants)
+        arguments = {
+            "partials": partials, "targets": targets, "largest": normaliser[0], "log_sum": normaliser[1],
+            "logprobs": logprobs, "entropy": entropy, "best": best, "rows": len(hidden), "columns": len(weight),
+        }  # fmt: skip
+        constants = {"STATISTICS": statistics, "BN": config.block_n, **COMBINE}
         grid = (cdiv(len(hidden), COMBINE["BR"]),)
-        self.machine.run(kernels.combine, grid, partials | results | sizes, statistics | constants)
-        return partials["tops"]
+        self.gpu.launch(kernels.combine, grid, ELEMENTWISE, arguments, constants)
+        return tops
 
     def gradient(
         self, hidden: Tensor, weight: Tensor, first: int, upstream: Tensor, targets: Tensor, normaliser: Tensor
     ) -> Tensor:
-        """One program for each tile of logits."""
+        """One program per tile of logits."""
         changes = self.buffer[: len(hidden), : len(weight)]
         arguments = {
-            "changes": changes, "targets": targets, "largest": normaliser[0], "log_sum": normaliser[1],
-            "upstream": upstream, **self._sizes(changes, first),
+            "changes": matrix(changes), "targets": targets, "largest": normaliser[0], "log_sum": normaliser[1],
+            "upstream": upstream, "first": first,
         }  # fmt: skip
-        self._multiply(kernels.gradient_tile, hidden, weight, arguments, {"CHANGES_UNIT": UNIT})
+        self._multiply(kernels.gradient_tile, hidden, weight, arguments, {})
         return changes
 
     def finish(self, sums: Tensor, result: Tensor) -> None:
-        """In the gradient's own unit again."""
+        """Round the sums into the result, in the gradient's own unit again."""
         tiles.rounded(sums if self.unit is None else sums.mul_(self.unit), result)
 
     def scale(self, upstream: Tensor) -> Tensor:
-        """``upstream`` by a power of two that brings the largest of it to 2^14 or above.
+        """Return ``upstream`` divided by a power of two (``unit``) that brings its largest element to 2^14 or above.
 
-        Gradients of logits go through the products in fp16, where a mean over some thousand rows would lose them below
-        its smallest number, and a loss scaled for fp16 above its largest.
+        Gradients of logits pass through the products in fp16, where those of a mean over some thousand rows would
+        underflow, and those of a loss scaled for fp16 overflow.
         """
         largest = upstream.abs().amax()
         exponent = torch.where(largest.isfinite() & (largest > 0), largest.frexp().exponent, 15).clamp(-100, 100)
@@ -298,31 +253,41 @@ class Fused(Engine):
     def _multiply(
         self, kernel: Any, hidden: Tensor, weight: Tensor, arguments: dict[str, Any], constants: dict[str, Any]
     ) -> None:
-        """Launch a kernel that multiplies; strides go to it, unless by descriptors, in units of up to 16 elements."""
-        config = self.machine.config
+        """Launch a kernel that multiplies, with tensor descriptors if both operands permit them.
+
+        Else strides are passed in units of up to 16 elements, the largest that divides both, times ``SPECIALIZED``.
+        """
+        config = _config(self.gpu)
         tma = config.tma and _describable(hidden) and _describable(weight)
         unit = 1 if tma else math.gcd(16, hidden.stride(0), weight.stride(0))
-        operands = {
-            "hidden": hidden, "hidden_units": hidden.stride(0) // unit, "rows": len(hidden),
-            "weight": weight, "weight_units": weight.stride(0) // unit, "columns": len(weight),
-        }  # fmt: skip
         if tma:
-            operands["hidden"] = TensorDescriptor.from_tensor(hidden, [config.rows, config.step])
-            operands["weight"] = TensorDescriptor.from_tensor(weight, [config.columns, config.step])
-        constants = {**constants, **config.constants, "C": hidden.shape[1], "UNIT": unit, "TMA": tma}
-        grid = config.programs(len(hidden), len(weight))
-        self.machine.run(kernel, grid, operands | arguments, constants, config)
+            operands = {
+                "hidden": TensorDescriptor.from_tensor(hidden, [config.block_m, config.block_k]),
+                "weight": TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
+            }
+        else:
+            operands = {
+                "hidden": (hidden, hidden.stride(0) // unit * SPECIALIZED),
+                "weight": (weight, weight.stride(0) // unit * SPECIALIZED),
+            }
+        constants = constants | {
+            "C": hidden.shape[1], "UNIT": unit, "TMA": tma, "BM": config.block_m, "BN": config.block_n,
+            "BK": config.block_k, "GROUP": config.group_m,
+        }  # fmt: skip
+        sizes = {"rows": len(hidden), "columns": len(weight)}
+        grid = (cdiv(len(hidden), config.block_m) * cdiv(len(weight), config.block_n),)
+        self.gpu.launch(kernel, grid, config, operands | arguments | sizes, constants)
 
 
 def _describable(x: Tensor) -> bool:
-    """Whether a descriptor can tell where the rows of ``x`` lie: apart, and aligned to 16 bytes."""
+    """Whether a tensor descriptor can express ``x``: its rows are disjoint, and aligned to 16 bytes."""
     aligned = x.data_ptr() % 16 == x.stride(0) * x.element_size() % 16 == 0
     return aligned and x.stride(0) >= x.shape[1] > 0 and x.stride(1) == 1
 
 
 def forward(hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What ``reference.forward`` gives, but NaN for a target outside of [0, V)."""
-    return _forward(_machine(hidden.device), hidden, weight, targets, statistics)
+    """Same results as ``reference.forward``, but NaN for a target outside of [0, V)."""
+    return _forward(triton_device(hidden.device), hidden, weight, targets, statistics)
 
 
 def backward(
@@ -334,129 +299,96 @@ def backward(
     hidden_needed: bool,
     weight_needed: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What ``reference.backward`` gives."""
+    """Same results as ``reference.backward``."""
     arguments = hidden, weight, targets, normaliser, hidden_needed, weight_needed
-    return _backward(_machine(hidden.device), grad, *arguments)
+    return _backward(triton_device(hidden.device), grad, *arguments)
 
 
 def joint_pays(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`forward_and_gradients` is for these: states of a dtype in JOINT, and room for enough rows."""
+    """Whether :func:`forward_and_gradients` pays: states of a dtype in JOINT, and memory for enough rows."""
     if hidden.dtype not in JOINT or not hidden.numel():
         return False
-    return _joint_rows(_machine(hidden.device), weight) >= min(LEAST_ROWS, len(hidden))
+    return _joint_rows(triton_device(hidden.device), weight) >= min(LEAST_ROWS, len(hidden))
 
 
 def forward_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What ``reference.forward`` gives, and the gradients of the sum of all log-probabilities.
+    """Results of ``reference.forward``, and the gradients of the sum of all log-probabilities.
 
-    Some rows at a time, with all columns: three products.
+    Three products, some rows at a time with all columns.
     """
-    return _forward_and_gradients(_machine(hidden.device), hidden, weight, targets, statistics)
+    return _forward_and_gradients(triton_device(hidden.device), hidden, weight, targets, statistics)
 
 
-def _joint_rows(machine: _Machine, weight: Tensor) -> int:
-    """Rows at a time for which there is room, beside the fp32 sums of the weights' gradient: whole tiles, or 0."""
-    (vocabulary, width), config = weight.shape, machine.config
+def _joint_rows(gpu: TritonDevice, weight: Tensor) -> int:
+    """Rows at a time that fit in memory with the fp32 sums of the weights' gradient: a multiple of tiles, or 0."""
+    (vocabulary, width), config = weight.shape, _config(gpu)
     # Shares, fp32 sums and a copy of a row's state, partial results.
-    row = weight.element_size() * (vocabulary + width) + 4 * width + 16 * cdiv(vocabulary, config.columns)
-    return max(0, JOINT_BYTES - 4 * weight.numel()) // row // config.rows * config.rows
+    row = weight.element_size() * (vocabulary + width) + 4 * width + 16 * cdiv(vocabulary, config.block_n)
+    return max(0, JOINT_BYTES - 4 * weight.numel()) // row // config.block_m * config.block_m
 
 
 def _forward_and_gradients(
-    machine: _Machine, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool
+    gpu: TritonDevice, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    engine = Fused(machine, hidden, weight, partials=4 if statistics else 2)
+    engine = Fused(gpu, hidden, weight, partials=4 if statistics else 2)
     engine.keep(hidden, weight)
     logprobs, normaliser, entropy, best = tiles.room(hidden, targets, statistics)
     grad_hidden, grad_weight = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (hidden, weight))
     targets, w, weight_sums = targets.contiguous(), engine.operand(weight), tiles.fp32_sums(grad_weight)
-    for part in tiles.spans(len(hidden), engine.rows, machine.config.rows):
+    for part in tiles.spans(len(hidden), engine.rows, _config(gpu).block_m):
         h, hidden_sums = engine.operand(hidden[part]), tiles.fp32_sums(grad_hidden[part])
         results = normaliser[:, part], logprobs[part], entropy[part], best[part]
         change = engine.reduce_and_keep(h, w, targets[part], *results)
         engine.add(hidden_sums, change, w, True)
         engine.finish(hidden_sums, grad_hidden[part])
         engine.add(weight_sums, change.T, h, part.start == 0)
-        del h, hidden_sums, change  # before the next ones: their memory serves again
+        del h, hidden_sums, change  # their memory is reused by the next ones
     engine.finish(weight_sums, grad_weight)
     return logprobs, normaliser, entropy, best, grad_hidden, grad_weight
 
 
 def _forward(
-    machine: _Machine, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool
+    gpu: TritonDevice, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    engine = _engine(machine, hidden, weight, partials=4 if statistics else 2)
+    engine = _engine(gpu, hidden, weight, partials=4 if statistics else 2)
     return tiles.forward(engine, hidden, weight, targets, statistics)
 
 
 def _backward(
-    machine: _Machine, grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, normaliser: Tensor,
+    gpu: TritonDevice, grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, normaliser: Tensor,
     hidden_needed: bool, weight_needed: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    engine = _engine(machine, hidden, weight)
+    engine = _engine(gpu, hidden, weight)
     if hidden.dtype == torch.float16 and len(hidden):
         grad = engine.scale(grad)
     return tiles.backward(engine, grad, hidden, weight, targets, normaliser, hidden_needed, weight_needed)
 
 
-def _engine(machine: _Machine, hidden: Tensor, weight: Tensor, partials: int = 0) -> Engine:
+def _engine(gpu: TritonDevice, hidden: Tensor, weight: Tensor, partials: int = 0) -> Engine:
     if hidden.dtype == torch.float32:
-        return Engine(machine, hidden, weight)
-    return Fused(machine, hidden, weight, partials)
+        return Engine(gpu, hidden, weight)
+    return Fused(gpu, hidden, weight, partials)
 
 
-# For the audit
+# Audit
 
 
-class _Recorder(_Machine):
-    """Keeps every launch instead of doing it."""
-
-    def __init__(self, capability: int) -> None:
-        super().__init__(torch.device("meta"), capability)
-        self.found: list[Launch] = []
-
-    def run(
-        self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any],
-        config: Config | None = None,
-    ) -> None:  # fmt: skip
-        """Describe it."""
-        first = next(iter(arguments.values()))
-        words = [str(getattr(first, "base", first).dtype).removeprefix("torch.")]
-        words += [f"{config.rows}x{config.columns}"] if config else []
-        words += [name.lower() for name in ("START", "LAST", "STATISTICS", "TMA") if constants.get(name)]
-        words += ["shares"] if constants.get("SHARES_UNIT") else []
-        words += [f"UNIT={constants['UNIT']}"] if config and not constants["TMA"] else []
-        matrices = ("hidden", "weight", "logits", "changes", "shares", "tops", "totals", "weighted", "indices")
-        self.found.append(
-            Launch(
-                name=" ".join([f"linear_logprob.{kernel.__name__}", *words]),
-                kernel=kernel,
-                signature=signature(kernel, arguments, constants),
-                constants=constants,
-                aligned=tuple(name for name in matrices if isinstance(arguments.get(name), Tensor)),
-                num_warps=config.warps if config else WARPS,
-                num_stages=config.stages if config else 1,
-                matrix=("HGMMA" if self.capability // 10 == 9 else "HMMA") if config else "",
-                copies=config is not None,
-            )
-        )
+def _product_rows(kernel: Any, constants: Mapping[str, Any]) -> int:
+    return constants.get("BM", 0)
 
 
 def launches(capability: int) -> list[Launch]:
-    """Every kernel for bf16 and fp32 states; for fp16, and for rows that are aligned to 8 bytes, without statistics."""
-    found: dict[tuple, Launch] = {}
+    """Launches for the audit: all kernels for bf16 and fp32; fp16, and rows aligned to 8 bytes, without statistics."""
+    gpu = LaunchRecorder(capability, product_rows=_product_rows)
     targets = torch.empty(8, dtype=torch.int64, device="meta")
     cases = [(torch.bfloat16, 768, False), (torch.bfloat16, 768, True), (torch.bfloat16, 772, False)]
     cases += [(torch.float16, 768, False), (torch.float32, 768, False), (torch.float32, 768, True)]
     for vocabulary, (dtype, stride, statistics) in itertools.product((1000, 100_000), cases):
         hidden, weight = (torch.empty(rows, stride, dtype=dtype, device="meta")[:, :768] for rows in (8, vocabulary))
-        machine = _Recorder(capability)
-        logprobs, normaliser, *_ = _forward(machine, hidden, weight, targets, statistics)
-        _backward(machine, logprobs, hidden, weight, targets, normaliser, True, True)
-        if dtype in JOINT and _joint_rows(machine, weight):
-            _forward_and_gradients(machine, hidden, weight, targets, statistics)
-        for launch in machine.found:
-            found.setdefault(launch.key(), launch)
-    return list(found.values())
+        logprobs, normaliser, *_ = _forward(gpu, hidden, weight, targets, statistics)
+        _backward(gpu, logprobs, hidden, weight, targets, normaliser, True, True)
+        if dtype in JOINT and _joint_rows(gpu, weight):
+            _forward_and_gradients(gpu, hidden, weight, targets, statistics)
+    return distinct(gpu.launches)

@@ -1,125 +1,108 @@
 """The joint preference objective of Direct Preference Heads: loss, gradients and logged metrics in one operator."""
 
-from collections.abc import Sequence
-from types import ModuleType
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from dph_kernels import checks, dispatch
+from dph_kernels import checks
 from dph_kernels import native as extension
+from dph_kernels.operator import Gradient, Inputs, Operator
 from dph_kernels.preference_loss import reference
 from dph_kernels.preference_loss.reference import HEAD_METRICS, PREFERENCE_METRICS, Options, metric_names
 
 __all__ = ["HEAD_METRICS", "PREFERENCE_METRICS", "metric_names", "preference_loss"]
 
+_options = itemgetter(*Options._fields)
 OBJECTIVES = ("separable", "contrastive")
 REWARDS = ("rewards_chosen", "rewards_rejected")
 LOGPROBS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
 
 
-def _implementation(inputs: Sequence[Tensor], backend: str) -> ModuleType:
-    """The module whose ``forward`` and ``backward`` run, past ``dispatch.call``: autocast changes nothing in them."""
-    dtypes = [x.dtype for x in inputs]
-    dtype = torch.float64 if torch.float64 in dtypes else dtypes[0]  # kernels refuse fp64
-    return dispatch.implementation("preference_loss", inputs[0].device, backend, dtype)
-
-
-# Defined without `torch.library.custom_op`, whose wrapper takes longer than the arithmetic. The operator has no
-# gradient of its own: `_Loss` makes it from the slopes.
-torch.library.define(
-    "dph::preference_loss",
-    "(Tensor[] rewards, Tensor[] logprobs, float beta, float dpo_epsilon, float dph_epsilon, float dpo_weight, "
-    "float dph_weight, str objective, str backend) -> (Tensor loss, Tensor metrics, Tensor slopes)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-@torch.library.impl("dph::preference_loss", ("cpu", "cuda"))
-def _(rewards: list[Tensor], logprobs: list[Tensor], *options: float | str) -> tuple[Tensor, Tensor, Tensor]:
-    _accept(tuple(rewards), tuple(logprobs))
-    implementation = _implementation((*rewards, *logprobs), options[-1])
-    return implementation.forward(rewards, logprobs, Options(*options[:-1]))
-
-
-@torch.library.register_fake("dph::preference_loss")
-def _(rewards: list[Tensor], logprobs: list[Tensor], *_: float | str) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(
+    rewards: list[Tensor],
+    logprobs: list[Tensor],
+    beta: float,
+    dpo_epsilon: float,
+    dph_epsilon: float,
+    dpo_weight: float,
+    dph_weight: float,
+    objective: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [], metrics, slopes)."""
     inputs = (*rewards, *logprobs)
     dtype = reference.precision(inputs)
     return tuple(inputs[0].new_empty(size, dtype=dtype) for size in ((), *reference.sizes(rewards, logprobs)))
 
 
-class _Operator(NamedTuple):
-    """An implementation that goes through PyTorch's dispatcher."""
-
-    backend: str
-
-    def forward(
-        self, rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.dph.preference_loss.default(rewards, logprobs, *options, self.backend)
-
-    backward = staticmethod(reference.backward)
+def _setup(ctx: FunctionCtx, output: tuple[Tensor, Tensor, Tensor], inputs: Inputs) -> None:
+    rewards, logprobs = inputs["rewards"], inputs["logprobs"]
+    _loss, metrics, slopes = output
+    ctx.save_for_backward(slopes, *rewards, *logprobs)
+    ctx.mark_non_differentiable(metrics, slopes)
+    ctx.set_materialize_grads(False)
+    ctx.rewards, ctx.options = len(rewards), _options(inputs)
+    ctx.reference_needed = bool(logprobs) and (logprobs[2].requires_grad or logprobs[3].requires_grad)
 
 
-class _Loss(torch.autograd.Function):
-    """The operator with its gradient: the slopes that it has kept, times the gradient of the loss."""
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        implementation: ModuleType | _Operator,
-        rewards: int,
-        options: Options,
-        *inputs: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        loss, metrics, slopes = implementation.forward(inputs[:rewards], inputs[rewards:], options)
-        ctx.implementation, ctx.rewards, ctx.options = implementation, rewards, options
-        ctx.save_for_backward(slopes, *inputs)
-        ctx.mark_non_differentiable(metrics)
-        ctx.set_materialize_grads(False)
-        return loss, metrics
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad
-        if grad is None:
-            return (None,) * len(needs)
-        slopes, *inputs = ctx.saved_tensors
-        judged = inputs[: ctx.rewards + 2]  # the reference's log-probabilities come last
-        if torch.is_grad_enabled():  # for Hessians and gradient penalties: rare, so plain PyTorch on every backend
-            grads = reference.gradients(grad, inputs[: ctx.rewards], inputs[ctx.rewards :], ctx.options)
+def _compute(
+    ctx: FunctionCtx, needs: Inputs, backward: Callable[..., list[Tensor]], grad: Tensor | None, *_: None
+) -> Inputs:
+    """Multiply the slopes of the forward pass by the gradient of the loss."""
+    if grad is None:
+        return {}
+    slopes, *inputs = ctx.saved_tensors
+    count = ctx.rewards
+    judged = inputs[: count + 2]  # the log-probabilities of the reference model come last
+    if torch.is_grad_enabled():  # for Hessians and gradient penalties: rare, so plain PyTorch with every backend
+        grads = reference.gradients(grad, inputs[:count], inputs[count:], Options(*ctx.options))
+    else:
+        grads = backward(slopes=slopes, grad=grad, judged=judged)
+    of_logprobs = grads[count:]
+    # PyTorch casts the gradients to the dtypes of the inputs.
+    if len(judged) < len(inputs):
+        if ctx.reference_needed:
+            # d = (policy_chosen - policy_rejected) - (reference_chosen - reference_rejected): one slope, four signs.
+            of_logprobs += [grads[-1].clone(), grads[-2].clone()]
         else:
-            implementation = reference if dispatch.observed((grad,)) else ctx.implementation
-            grads = implementation.backward(slopes, grad, judged)
-        # PyTorch casts them to the dtypes of the inputs.
-        if len(judged) == len(inputs):
-            return None, None, None, *grads
-        if not (needs[-2] or needs[-1]):
-            return None, None, None, *grads, None, None
-        # d = (policy_chosen - policy_rejected) - (reference_chosen - reference_rejected): one slope, four signs.
-        return None, None, None, *grads, grads[-1].clone(), grads[-2].clone()
+            of_logprobs += [None, None]
+    return {"rewards": grads[:count], "logprobs": of_logprobs}
 
 
-_apply = super(torch.autograd.Function, _Loss).apply  # without that wrapper
+def _widest(inputs: Inputs) -> Tensor:
+    """Return a tensor in fp64 if there is one: kernels refuse fp64."""
+    tensors = (*inputs["rewards"], *inputs["logprobs"])
+    dtypes = [x.dtype for x in tensors]
+    return tensors[dtypes.index(torch.float64) if torch.float64 in dtypes else 0]
 
 
-def _accept(rewards: tuple[Tensor | None, ...], logprobs: tuple[Tensor | None, ...]) -> bool:
-    """Whether C++ finds tensors as they have to be, and of no subclass; else what `_check` raises, if they are wrong.
+def _accept(inputs: Inputs) -> bool:
+    """Whether the C++ check accepts the tensors, of no subclass; otherwise `_check` raises for those that do not fit.
 
-    Of usual sizes, asking each here, PyTorch's dispatcher and the wrapper of `Function.apply` would take longer than
-    the loss and its gradients.
+    At usual sizes, checking each tensor in Python would take longer than the loss and its gradients.
     """
-    seen = not torch.compiler.is_compiling() and extension.missing("cpu") is None
-    if seen and extension.module().preference_loss_fits(rewards, logprobs):
+    rewards, logprobs = tuple(inputs["rewards"]), tuple(inputs["logprobs"])
+    checkable = not torch.compiler.is_compiling() and extension.missing("cpu") is None
+    if checkable and extension.module().preference_loss_fits(rewards, logprobs):
         return True
     _check(rewards, logprobs)
     return False
 
 
+OPERATOR = Operator(
+    "preference_loss",
+    fake=_fake,
+    like=_widest,
+    gradient=Gradient(setup=_setup, compute=_compute, plain=reference.backward, like="slopes"),
+    accept=_accept,
+)
+
+
 def _check(rewards: Sequence[Tensor | None], logprobs: Sequence[Tensor | None]) -> None:
-    """ValueError for no part of the objective, no pairs, other numbers of pairs in one part than in the other."""
+    """Require at least one part of the objective, at least one pair, and equal numbers of pairs in both parts."""
     _check_group(REWARDS, rewards)
     _check_group(LOGPROBS, logprobs)
     if not (rewards or logprobs):
@@ -138,7 +121,7 @@ def _check(rewards: Sequence[Tensor | None], logprobs: Sequence[Tensor | None]) 
 
 
 def _check_group(names: tuple[str, ...], tensors: Sequence[Tensor | None]) -> None:
-    """All of one shape and device; none at all is right too."""
+    """Require one shape and device; no tensors at all are valid too."""
     if not tensors:
         return
     if len(tensors) != len(names):
@@ -152,13 +135,24 @@ def _check_group(names: tuple[str, ...], tensors: Sequence[Tensor | None]) -> No
         checks.device(name, x, tensors[0].device)
 
 
-def _check_options(options: Options) -> None:
-    checks.number("dpo_epsilon", options.dpo_epsilon, 0.0, 0.5, below=True)
-    checks.number("dph_epsilon", options.dph_epsilon, 0.0, 0.5, below=True)
-    checks.number("beta", options.beta, 0.0)
-    checks.number("dpo_weight", options.dpo_weight, 0.0)
-    checks.number("dph_weight", options.dph_weight, 0.0)
-    checks.option("objective", options.objective, OBJECTIVES)
+def _check_options(
+    beta: float, dpo_epsilon: float, dph_epsilon: float, dpo_weight: float, dph_weight: float, objective: str
+) -> None:
+    fit = (
+        0.0 <= dpo_epsilon < 0.5
+        and 0.0 <= dph_epsilon < 0.5
+        and beta >= 0.0
+        and dpo_weight >= 0.0
+        and dph_weight >= 0.0
+    )
+    if fit and objective in OBJECTIVES:  # the usual case, without calls
+        return
+    checks.number("dpo_epsilon", dpo_epsilon, 0.0, 0.5, below=True)
+    checks.number("dph_epsilon", dph_epsilon, 0.0, 0.5, below=True)
+    checks.number("beta", beta, 0.0)
+    checks.number("dpo_weight", dpo_weight, 0.0)
+    checks.number("dph_weight", dph_weight, 0.0)
+    checks.option("objective", objective, OBJECTIVES)
 
 
 def preference_loss(
@@ -185,7 +179,7 @@ def preference_loss(
         d = (policy_chosen - policy_rejected) - (reference_chosen - reference_rejected)
         cDPO:         L_cDPO = -(1-e) ls(beta d) - e ls(-beta d)
 
-    Means are over the N pairs, and over the K heads where there are several.
+    Means are over the N pairs, and over the K heads if there are several.
 
     Args:
         rewards_chosen, rewards_rejected: [N] or [N, K] rewards of the preferred and the dispreferred answers;
@@ -193,7 +187,7 @@ def preference_loss(
         policy_chosen, policy_rejected, reference_chosen, reference_rejected: [N] log-probabilities of the answers in
             nats; None for all turns the cDPO part off.
         beta: strength of the implicit reward, >= 0.
-        dpo_epsilon, dph_epsilon: label smoothing of each part, the share of pairs assumed to be swapped, in [0, 0.5).
+        dpo_epsilon, dph_epsilon: label smoothing of each part, the assumed fraction of swapped pairs, in [0, 0.5).
         objective: "separable" or "contrastive", for the DPH part.
         dpo_weight, dph_weight: the parts' weights, >= 0.
         backend: "auto" or a backend's name.
@@ -201,8 +195,8 @@ def preference_loss(
     Returns:
         (loss, metrics): the loss a scalar in fp32 (fp64 if any input is), stable for rewards and margins of 1e4;
         the metrics, named by `metric_names`, without gradient: [12], or [12 + 5 K] for K > 1 heads. A part that is off
-        has NaN metrics. NaN in an input makes every figure NaN that depends on it, and `finite` 0, all without
-        waiting for the device.
+        has NaN metrics. NaN in an input makes all metrics that depend on it NaN, and `finite` 0, without waiting for
+        the device.
 
     Raises:
         ValueError: a wrong shape, dtype or device, no pairs (a mean over nothing is not a number), an epsilon outside
@@ -213,10 +207,16 @@ def preference_loss(
         rewards = rewards_chosen, rewards_rejected
     if not policy_chosen is policy_rejected is reference_chosen is reference_rejected is None:
         logprobs = policy_chosen, policy_rejected, reference_chosen, reference_rejected
-    plain = _accept(rewards, logprobs)
-    options = Options(beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, objective)
-    _check_options(options)
-    inputs = (*rewards, *logprobs)
-    if plain and not dispatch.observed(inputs):
-        return _apply(_implementation(inputs, backend), len(rewards), options, *inputs)
-    return _Loss.apply(_Operator(backend), len(rewards), options, *inputs)
+    _check_options(beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, objective)
+    loss, metrics, _ = OPERATOR(
+        rewards=rewards,
+        logprobs=logprobs,
+        beta=beta,
+        dpo_epsilon=dpo_epsilon,
+        dph_epsilon=dph_epsilon,
+        dpo_weight=dpo_weight,
+        dph_weight=dph_weight,
+        objective=objective,
+        backend=backend,
+    )
+    return loss, metrics

@@ -1,4 +1,4 @@
-"""The joint preference objective by csrc/cpu/preference_loss.cpp: fp32 or bf16 as it lies in memory, fp32 inside."""
+"""The joint preference objective by csrc/cpu/preference_loss.cpp: fp32 or bf16 of any strides, fp32 arithmetic."""
 
 from collections.abc import Sequence
 
@@ -7,15 +7,25 @@ from torch import Tensor
 
 from dph_kernels import native
 from dph_kernels.preference_loss import reference
-from dph_kernels.preference_loss.reference import Options, sizes
+from dph_kernels.preference_loss.reference import sizes
 
 
-def forward(rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``reference.forward`` gives."""
-    inputs = (*rewards, *logprobs)
-    count, room = sizes(rewards, logprobs)
+def forward(
+    *,
+    rewards: Sequence[Tensor],
+    logprobs: Sequence[Tensor],
+    beta: float,
+    dpo_epsilon: float,
+    dph_epsilon: float,
+    dpo_weight: float,
+    dph_weight: float,
+    objective: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Same results as ``reference.forward``."""
+    inputs, options = (*rewards, *logprobs), (beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, objective)
+    metric_count, slope_count = sizes(rewards, logprobs)
     loss = inputs[0].new_empty((), dtype=torch.float32)
-    metrics, slopes = loss.new_empty(count), loss.new_empty(room)
+    metrics, slopes = loss.new_empty(metric_count), loss.new_empty(slope_count)
     arguments = len(rewards), options, loss, metrics, slopes, native.threads()
     if not native.module().preference_loss_cpu(inputs, *arguments):
         native.module().preference_loss_cpu(tuple(x.float() for x in inputs), *arguments)
@@ -23,8 +33,8 @@ def forward(rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Opti
 
 
 def backward(slopes: Tensor, grad: Tensor, judged: Sequence[Tensor]) -> list[Tensor]:
-    """What ``reference.backward`` gives."""
-    grads = [slopes.new_empty(x.shape) for x in judged]
+    """Same results as ``reference.backward``."""
+    grads = [slopes.new_empty(*x.shape) for x in judged]  # a torch.Size would cost 1 us more
     if native.module().preference_loss_gradients_cpu(slopes, grad, grads, native.threads()):
         return grads
-    return reference.backward(slopes, grad, judged)  # a batch of gradients (vmap), or what hooks have changed
+    return reference.backward(slopes, grad, judged)  # a batch of gradients (vmap), or slopes changed by hooks

@@ -8,7 +8,7 @@ With s(x) = -(1 - eps) log sigmoid(x) - eps log sigmoid(-x) = softplus(-x) + eps
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,21 +28,21 @@ PREFERENCE_METRICS = (
     "implicit_rejected",
     "finite",
 )
-"""What the metrics vector begins with, in order. Implicit rewards are beta (log pi - log pi_ref); `finite` is 1, or 0
-where NaN or infinity has reached the loss, found on the device."""
+"""The first metrics of the vector. Implicit rewards are beta (log pi - log pi_ref); `finite` is 1, or 0 if NaN or
+infinity has reached the loss, computed on the device."""
 
 HEAD_METRICS = ("dph_loss", "reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected")
-"""What then follows for each reward head, where there are several."""
+"""The metrics of each reward head that follow, if there are several heads."""
 
 
 def metric_names(heads: Sequence[str] = ()) -> tuple[str, ...]:
-    """The names of the metrics vector of rewards [N, K], K = ``len(heads)``: ``reward_margin_NAME`` and the like."""
+    """Return the names of the metrics of rewards [N, K], K = ``len(heads)``: ``reward_margin_NAME`` and the like."""
     several = heads if len(heads) > 1 else ()
     return PREFERENCE_METRICS + tuple(f"{metric}_{name}" for name in several for metric in HEAD_METRICS)
 
 
 def sizes(rewards: Sequence[Tensor], logprobs: Sequence[Tensor]) -> tuple[int, int]:
-    """How many metrics and how many slopes ``forward`` gives."""
+    """Return the numbers of metrics and of slopes that ``forward`` returns."""
     shape = (*rewards, *logprobs)[0].shape
     heads = shape[1] if len(shape) == 2 else 1
     metrics = len(PREFERENCE_METRICS) + (len(HEAD_METRICS) * heads if heads > 1 else 0)
@@ -50,7 +50,7 @@ def sizes(rewards: Sequence[Tensor], logprobs: Sequence[Tensor]) -> tuple[int, i
 
 
 class Options(NamedTuple):
-    """What `preference_loss` takes beside tensors."""
+    """Arguments of `preference_loss` besides tensors."""
 
     beta: float
     dpo_epsilon: float
@@ -61,34 +61,34 @@ class Options(NamedTuple):
 
 
 def precision(inputs: Sequence[Tensor]) -> torch.dtype:
-    """The dtype of loss and metrics: fp32, or fp64 if any input is."""
+    """Return the dtype of loss and metrics: fp32, or fp64 if any input is."""
     return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
 
 
 def smoothed(x: Tensor, epsilon: float) -> Tensor:
-    """s(x); exact for any size of x, since log sigmoid is taken as min(x, 0) - log1p(exp(-|x|))."""
+    """Return s(x), exact for any size of x, since log sigmoid is computed as min(x, 0) - log1p(exp(-|x|))."""
     return epsilon * x - logsigmoid(x)
 
 
 def smoothed_slope(x: Tensor, epsilon: float) -> Tensor:
-    """ds/dx = eps - sigmoid(-x)."""
+    """Return ds/dx = eps - sigmoid(-x)."""
     return epsilon - torch.sigmoid(-x)
 
 
 def accuracy(margin: Tensor) -> Tensor:
-    """The share of pairs whose margin is above 0; a tie is wrong, and NaN stays NaN."""
+    """Return the fraction of pairs whose margin is above 0; a tie is wrong, and NaN stays NaN."""
     return torch.where(margin.isnan(), margin, (margin > 0).to(margin.dtype)).mean()
 
 
 def logistic(chosen: Tensor, rejected: Tensor, epsilon: float, objective: str) -> Tensor:
-    """Mean loss over all pairs and heads."""
+    """Return the mean loss over all pairs and heads."""
     if objective == "contrastive":
         return smoothed(chosen - rejected, epsilon).mean()
     return (smoothed(chosen, epsilon) + smoothed(-rejected, epsilon)).mean()
 
 
 def slopes(chosen: Tensor, rejected: Tensor, epsilon: float, objective: str) -> tuple[Tensor, Tensor]:
-    """Gradients of ``logistic`` in chosen and in rejected."""
+    """Return the gradients of ``logistic`` with respect to chosen and rejected."""
     if objective == "contrastive":
         slope = smoothed_slope(chosen - rejected, epsilon) / chosen.numel()
         return slope, -slope
@@ -96,30 +96,30 @@ def slopes(chosen: Tensor, rejected: Tensor, epsilon: float, objective: str) -> 
 
 
 def implicit(beta: float, dtype: torch.dtype, logprobs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Implicit rewards beta (log pi - log pi_ref) of chosen and rejected; cDPO is contrastive on them."""
+    """Return implicit rewards beta (log pi - log pi_ref) of chosen and rejected; cDPO is contrastive on them."""
     policy_chosen, policy_rejected, reference_chosen, reference_rejected = (x.to(dtype) for x in logprobs)
     return beta * (policy_chosen - reference_chosen), beta * (policy_rejected - reference_rejected)
 
 
 def summary(chosen: Tensor, rejected: Tensor) -> list[Tensor]:
-    """Accuracy, mean margin, mean of chosen and of rejected."""
+    """Return accuracy, mean margin, mean of chosen and of rejected."""
     return [accuracy(chosen - rejected), (chosen - rejected).mean(), chosen.mean(), rejected.mean()]
 
 
-def forward(rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, metrics, slopes), in ``precision``.
+def forward(*, rewards: Sequence[Tensor], logprobs: Sequence[Tensor], **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, metrics, slopes) in ``precision``.
 
     Args:
-        rewards: of chosen and rejected, [N] or [N, K]; none: that part is off, which adds nothing to the loss and has
+        rewards: of chosen and rejected, [N] or [N, K]; empty: that part is off, which adds nothing to the loss and has
             NaN metrics.
-        logprobs: of the policy on chosen and rejected, of the reference on chosen and rejected, [N]; or none.
-        options: see `preference_loss`.
+        logprobs: of the policy on chosen and rejected, of the reference on chosen and rejected, [N]; or empty.
+        options: the fields of :class:`Options`, see `preference_loss`.
 
     Returns:
-        The loss; the metrics that `metric_names` lists; and the gradients of the loss in both rewards and both
-        log-probabilities of the policy (one after the other, flat), as far as these are there.
+        The loss; the metrics that `metric_names` lists; and the gradients of the loss with respect to both rewards and
+        both log-probabilities of the policy, as far as they are given, flattened and concatenated.
     """
-    inputs = (*rewards, *logprobs)
+    options, inputs = Options(**options), (*rewards, *logprobs)
     dtype = precision(inputs)
     loss = torch.zeros((), dtype=dtype, device=inputs[0].device)
     off = torch.full_like(loss, torch.nan)
@@ -144,15 +144,15 @@ def forward(rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Opti
 
 
 def backward(slopes: Tensor, grad: Tensor, judged: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients in ``judged``, the inputs that ``slopes`` is of, where the loss has the gradient ``grad``."""
+    """Return the gradients of ``judged``, the inputs of ``slopes``, for the gradient ``grad`` of the loss."""
     grads = (slopes * grad).split_with_sizes([x.numel() for x in judged])
     return [x.view_as(like) for x, like in zip(grads, judged, strict=True)]
 
 
 def gradients(grad: Tensor, rewards: Sequence[Tensor], logprobs: Sequence[Tensor], options: Options) -> list[Tensor]:
-    """Gradients in both rewards and both log-probabilities of the policy, in the dtype of ``grad``.
+    """Return the gradients of both rewards and both log-probabilities of the policy, in the dtype of ``grad``.
 
-    Those of the reference's log-probabilities are the policy's with the other sign. Differentiable itself.
+    Those of the reference's log-probabilities are the policy's with the opposite sign. Differentiable itself.
     """
     grads = []
     if rewards:

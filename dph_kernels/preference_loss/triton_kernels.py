@@ -1,8 +1,8 @@
 # ruff: noqa: ANN001, ANN201, ANN202
-"""The Triton kernel of the joint preference objective: loss, slopes and all metrics by one program.
+"""Triton kernel of the joint preference objective: one program computes loss, slopes and all metrics.
 
-Where there are many pairs, many programs leave their sums instead, and one more adds these up in their order: nothing
-is added atomically. cDPO is the contrastive objective on implicit rewards, so both parts take the same way.
+For many pairs, many programs store partial sums instead, and one more program adds them in order: there are no atomic
+additions. cDPO is the contrastive objective on implicit rewards, so both parts share their code.
 
 Letters: N pairs, K reward heads, B pairs of a block.
 """
@@ -12,15 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# No kernel is compiled anew for a number that is 1 or a multiple of 16: the audit then sees what runs.
-NUMBERS = [
-    "N", "K", "group", "programs", "rewards_chosen_row", "rewards_chosen_head", "rewards_rejected_row",
-    "rewards_rejected_head", "policy_chosen_row", "policy_rejected_row", "reference_chosen_row",
-    "reference_rejected_row",
-]  # fmt: skip
+# Numbers that do not lead to another compilation if they are 1 or a multiple of 16: the audit compiles what runs.
+NUMBERS = ["N", "K", "group", "programs"]
 
 SUMS = tl.constexpr(5)  # over pairs, in the order of HEAD_METRICS: loss, right answers, margin, chosen, rejected
-METRICS = tl.constexpr(12)  # those that are not of one head
+METRICS = tl.constexpr(12)  # without those of single heads
 
 
 @triton.jit
@@ -52,15 +48,16 @@ def _smoothed(x, epsilon):
 
 
 @triton.jit
-def _load(base, row, stride, inside):
-    return tl.load(base + row * stride, mask=inside, other=0.0).to(tl.float32)
+def _load(x, row, head, inside):
+    """Rows of one head of ``x`` = (data, row stride, head stride), whose strides are multiplied by 16."""
+    data, row_stride, head_stride = x
+    offset = row * (tl.cast(row_stride, tl.int64) // 16) + head * (tl.cast(head_stride, tl.int64) // 16)
+    return tl.load(data + offset, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _judge(
-    chosen, rejected, chosen_row, rejected_row,
-    reference_chosen, reference_rejected, reference_chosen_row, reference_rejected_row, beta,
-    chosen_slope, rejected_slope, slope_row, first, last, epsilon, scale,
+    pair, reference, head, beta, chosen_slope, rejected_slope, slope_row, first, last, epsilon, scale,
     IMPLICIT: tl.constexpr, CONTRASTIVE: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """The sums over pairs first..last of one head, or of the implicit rewards; stores the pairs' slopes."""
@@ -72,11 +69,11 @@ def _judge(
     for start in range(first, last, B):
         row = start + tl.arange(0, B).to(tl.int64)  # [B]; row offsets may pass 2**31
         inside = row < last
-        one = _load(chosen, row, chosen_row, inside)
-        other = _load(rejected, row, rejected_row, inside)
+        one = _load(pair[0], row, head, inside)
+        other = _load(pair[1], row, head, inside)
         if IMPLICIT:
-            one = beta * (one - _load(reference_chosen, row, reference_chosen_row, inside))
-            other = beta * (other - _load(reference_rejected, row, reference_rejected_row, inside))
+            one = beta * (one - _load(reference[0], row, head, inside))
+            other = beta * (other - _load(reference[1], row, head, inside))
         margin = one - other
         if CONTRASTIVE:
             loss, rise = _smoothed(margin, epsilon)
@@ -98,7 +95,7 @@ def _judge(
 
 @triton.jit
 def _column(sums, step, programs, B: tl.constexpr):
-    """The sum of one figure over programs, whose figures lie ``step`` apart."""
+    """Sum of one figure over all programs; ``step`` elements from program to program."""
     total = tl.zeros([B], tl.float32)
     for start in range(0, programs, B):
         program = start + tl.arange(0, B).to(tl.int64)  # [B]
@@ -108,7 +105,7 @@ def _column(sums, step, programs, B: tl.constexpr):
 
 @triton.jit
 def _collect(sums, step, programs, B: tl.constexpr):
-    """What the programs of a partial launch have left of one head."""
+    """Sums of one head over the programs of a partial launch."""
     loss = _column(sums, step, programs, B)
     right = _column(sums + 1, step, programs, B)
     margin = _column(sums + 2, step, programs, B)
@@ -119,7 +116,7 @@ def _collect(sums, step, programs, B: tl.constexpr):
 
 @triton.jit
 def _write(loss_at, rest_at, count, loss, right, margin, chosen, rejected):
-    """The sums over ``count``, the loss apart from the other four."""
+    """Store the sums divided by ``count``: the loss at one address, the other four at another."""
     tl.store(loss_at, loss / count)
     tl.store(rest_at, right / count)
     tl.store(rest_at + 1, margin / count)
@@ -129,23 +126,21 @@ def _write(loss_at, rest_at, count, loss, right, margin, chosen, rejected):
 
 @triton.jit(do_not_specialize=NUMBERS)
 def preference_loss(
-    rewards_chosen, rewards_rejected, policy_chosen, policy_rejected, reference_chosen, reference_rejected,
-    loss, metrics, slopes, sums,
-    N, K, group, programs,
-    rewards_chosen_row, rewards_chosen_head, rewards_rejected_row, rewards_rejected_head,
-    policy_chosen_row, policy_rejected_row, reference_chosen_row, reference_rejected_row,
-    beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, dpo_scale, dph_scale,
+    rewards, policy, reference, loss, metrics, slopes, sums, N, K, group, programs, weights,
     DPH: tl.constexpr, DPO: tl.constexpr, CONTRASTIVE: tl.constexpr,
     PARTIAL: tl.constexpr, FINAL: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """One program does everything; or with PARTIAL ``programs`` of them leave ``sums`` [programs, heads, 5], each over
-    ``group`` pairs, and with FINAL one makes the metrics of these. Heads are the K of rewards, then the implicit one.
+    """One program computes everything. With PARTIAL each of ``programs`` stores ``sums`` [programs, heads, 5] over
+    ``group`` pairs, and with FINAL one computes the metrics from these. Heads: the K of rewards, then the implicit one.
+
+    ``rewards``, ``policy`` and ``reference`` are those of the chosen and of the rejected answers, as in ``_load``.
     """
+    beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, dpo_scale, dph_scale = weights
     program = tl.program_id(0).to(tl.int64)
     first = program * group
     last = tl.minimum(first + group, N)
     pairs = N.to(tl.float32)
-    count = K.to(tl.int64) * N  # of judgements, and of slopes in one tensor of rewards
+    count = K.to(tl.int64) * N  # number of judgements, and of slopes in one tensor of rewards
     heads = DPO + (K if DPH else 0)
     step = heads * SUMS
     total = 0.0
@@ -157,9 +152,8 @@ def preference_loss(
             else:
                 h = tl.cast(head, tl.int64)
                 judged, right, margin, chosen, rejected = _judge(
-                    rewards_chosen + h * rewards_chosen_head, rewards_rejected + h * rewards_rejected_head,
-                    rewards_chosen_row, rewards_rejected_row, rewards_chosen, rewards_rejected, 0, 0, beta,
-                    slopes + h, slopes + count + h, K, first, last, dph_epsilon, dph_scale, False, CONTRASTIVE, B,
+                    rewards, reference, h, beta, slopes + h, slopes + count + h, K, first, last,
+                    dph_epsilon, dph_scale, False, CONTRASTIVE, B,
                 )  # fmt: skip
             if PARTIAL:
                 own = sums + program * step + head * SUMS
@@ -180,11 +174,10 @@ def preference_loss(
         if FINAL:
             judged, right, margin, chosen, rejected = _collect(sums + (heads - 1) * SUMS, step, programs, B)
         else:
-            policy = slopes + (2 * count if DPH else 0)
+            policy_slopes = slopes + (2 * count if DPH else 0)
             judged, right, margin, chosen, rejected = _judge(
-                policy_chosen, policy_rejected, policy_chosen_row, policy_rejected_row,
-                reference_chosen, reference_rejected, reference_chosen_row, reference_rejected_row, beta,
-                policy, policy + N, 1, first, last, dpo_epsilon, dpo_scale, True, True, B,
+                policy, reference, 0, beta, policy_slopes, policy_slopes + N, 1, first, last,
+                dpo_epsilon, dpo_scale, True, True, B,
             )  # fmt: skip
         if PARTIAL:
             own = sums + program * step + (heads - 1) * SUMS

@@ -12,20 +12,20 @@ from dph_kernels.strides import last_contiguous
 def forward(
     x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``reference.forward`` gives."""
-    found = results(x, update)
+    """Same results as ``reference.forward``."""
+    outputs = results(x, update)
     x, update = last_contiguous(x), None if update is None else last_contiguous(update)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    native.module().residual_norm_forward_cpu(x, update, weight, bias, eps, *found, native.threads())
-    return found
+    native.module().residual_norm_forward_cpu(x, update, weight, bias, eps, *outputs, native.threads())
+    return outputs
 
 
 def backward(
     d_total: Tensor | None, d_normed: Tensor, total: Tensor, weight: Tensor, moments: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``reference.backward`` gives."""
-    found = gradients(total, weight, needs)
+    """Same results as ``reference.backward``."""
+    outputs = gradients(total, weight, needs)
     d_total = None if d_total is None else last_contiguous(d_total)
     inputs = d_total, last_contiguous(d_normed), last_contiguous(total), weight.contiguous(), moments
-    native.module().residual_norm_backward_cpu(*inputs, *found, native.threads())
-    return found
+    native.module().residual_norm_backward_cpu(*inputs, *outputs, native.threads())
+    return outputs

@@ -9,13 +9,13 @@ X, WEIGHT, BIAS = range(3)
 
 
 def results(x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what ``forward`` gives."""
+    """Return empty tensors for the results of ``forward``."""
     moments = x.new_empty(2, len(x), dtype=torch.promote_types(x.dtype, torch.float32))
     return x.new_empty(0 if update is None else x.shape), x.new_empty(x.shape), moments
 
 
 def gradients(total: Tensor, weight: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what ``backward`` gives."""
+    """Return empty tensors for the results of ``backward``."""
     like = total, weight, weight
     return tuple(x.new_empty(x.shape if need else 0) for x, need in zip(like, needs, strict=True))
 
@@ -23,7 +23,7 @@ def gradients(total: Tensor, weight: Tensor, needs: Sequence[bool]) -> tuple[Ten
 def forward(
     x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, normed, [mean, 1 / standard deviation] [2, T]); total is empty where there is no update."""
+    """Return (total, normed, [mean, 1 / standard deviation] [2, T]); total is empty if there is no update."""
     total = x if update is None else (x + update).contiguous()
     wide = total.to(torch.promote_types(x.dtype, torch.float32))
     mean = wide.mean(1, keepdim=True)
@@ -39,7 +39,7 @@ def forward(
 def backward(
     d_total: Tensor | None, d_normed: Tensor, total: Tensor, weight: Tensor, moments: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (x, which is that of update too, weight, bias), empty where ``needs`` says no."""
+    """Return the gradients of (x and update, weight, bias), empty unless ``needs``."""
     mean, rstd = moments[:, :, None]
     grad, normed = d_normed.to(moments.dtype), (total.to(moments.dtype) - mean) * rstd
     d_x, d_weight, d_bias = (total.new_empty(0) for _ in needs)

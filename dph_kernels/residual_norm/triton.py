@@ -1,136 +1,106 @@
-"""Residual connection and LayerNorm on the GPU: one launch each way, and PyTorch's sums over the programs' shares."""
+"""Launcher of the Triton kernels of residual connection and LayerNorm, one launch per pass."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dph_kernels.launches import Launch, cdiv, multiprocessors, next_power_of_2, signature
-from dph_kernels.native import device_guard
+from dph_kernels.launcher import (
+    Launch,
+    LaunchConfig,
+    LaunchRecorder,
+    TritonDevice,
+    cdiv,
+    distinct,
+    matrix,
+    next_power_of_2,
+    triton_device,
+)
 from dph_kernels.residual_norm import WIDEST
 from dph_kernels.residual_norm import triton_kernels as kernels
 from dph_kernels.residual_norm.reference import BIAS, WEIGHT, X, results
 from dph_kernels.strides import last_contiguous
 
-PROGRAMS = 4  # of the backward pass on each processor: enough to hide the loads, few enough to add up
-INTERPRETED = 2  # processors
-
-
-class Call(NamedTuple):
-    """A launch; ``elements`` of a row for each warp."""
-
-    kernel: Any
-    programs: int
-    elements: int
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-
-    @property
-    def warps(self) -> int:
-        """A power of 2."""
-        return min(max(self.constants["BLOCK"] // self.elements, 1), 16)
+PROGRAMS = 4  # per SM in the backward pass: enough to hide the loads, few partial sums to add
+FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 512, 256  # of a row per warp
+INTERPRETER_SMS = 2
 
 
 def forward(
     x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``reference.forward`` gives."""
-    found = results(x, update)
-    _run(_normalise(x, update, weight, bias, eps, *found))
-    return found
+    """Same results as ``reference.forward``."""
+    return _forward(triton_device(x.device, INTERPRETER_SMS), x, update, weight, bias, eps)
 
 
 def backward(
     d_total: Tensor | None, d_normed: Tensor, total: Tensor, weight: Tensor, moments: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``reference.backward`` gives."""
-    programs = min(total.shape[0], PROGRAMS * multiprocessors(total.device, INTERPRETED))
+    """Same results as ``reference.backward``; PyTorch adds the partial sums of weight and bias."""
+    gpu = triton_device(total.device, INTERPRETER_SMS)
+    return _backward(gpu, d_total, d_normed, total, weight, moments, needs)
+
+
+def _forward(
+    gpu: TritonDevice, x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    total, normed, moments = results(x, update)
+    config = _row_config(x.shape[1], FORWARD_ELEMENTS)
+    x = last_contiguous(x)
+    added = x if update is None else last_contiguous(update)  # any address if there is no update
+    arguments = {
+        "x": x, "update": added, "weight": weight.contiguous(), "bias": (weight if bias is None else bias).contiguous(),
+        "total": total, "normed": normed, "moments": moments,
+        "x_row": x.stride(0), "update_row": added.stride(0), "eps": eps,
+    }  # fmt: skip
+    constants = {"C": x.shape[1], "BLOCK": config.block_n, "UPDATE": update is not None, "BIAS": bias is not None}
+    gpu.launch(kernels.normalise, (len(x),), config, arguments, constants)
+    return total, normed, moments
+
+
+def _backward(
+    gpu: TritonDevice, d_total: Tensor | None, d_normed: Tensor, total: Tensor, weight: Tensor, moments: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, columns = total.shape
+    programs, need_sums = min(rows, PROGRAMS * gpu.sm_count), needs[WEIGHT] or needs[BIAS]
     d_x = total.new_empty(total.shape if needs[X] else 0)
-    summed = needs[WEIGHT] or needs[BIAS]
-    partials = moments.new_empty(2, programs if summed else 0, weight.shape[0])
-    _run(_gradients(d_total, d_normed, total, weight, moments, d_x, partials, programs, needs))
+    partials = moments.new_empty(2, programs if need_sums else 0, columns)
+    config = _row_config(columns, BACKWARD_ELEMENTS)
+    total, d_normed = last_contiguous(total), last_contiguous(d_normed)
+    skipped = d_normed if d_total is None else last_contiguous(d_total)  # any address if there is no such gradient
+    arguments = {
+        "d_total": matrix(skipped), "d_normed": matrix(d_normed), "total": matrix(total),
+        "weight": weight.contiguous(), "moments": moments, "d_x": d_x, "partials": partials, "T": rows,
+        "share": cdiv(rows, max(programs, 1)),
+    }  # fmt: skip
+    constants = {
+        "C": columns, "BLOCK": config.block_n, "SKIP": d_total is not None, "NEED_X": needs[X], "NEED_SUMS": need_sums,
+    }  # fmt: skip
+    gpu.launch(kernels.gradients, (programs,), config, arguments, constants)
     d_weight, d_bias = (  # copied: an operator's results share no memory
-        part.to(total.dtype, copy=True) if need else total.new_empty(0)
-        for part, need in zip(partials.sum(1) if summed else partials, (needs[WEIGHT], needs[BIAS]), strict=True)
+        sums.to(total.dtype, copy=True) if need else total.new_empty(0)
+        for sums, need in zip(partials.sum(1) if need_sums else partials, (needs[WEIGHT], needs[BIAS]), strict=True)
     )
     return d_x, d_weight, d_bias
 
 
-def _normalise(
-    x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
-    total: Tensor, normed: Tensor, moments: Tensor,
-) -> Call:  # fmt: skip
-    x, given = last_contiguous(x), x if update is None else last_contiguous(update)  # where there is none, any address
-    arguments = {
-        "x": x, "update": given, "weight": weight.contiguous(), "bias": (weight if bias is None else bias).contiguous(),
-        "total": total, "normed": normed, "moments": moments,
-        "x_row": x.stride(0), "update_row": given.stride(0), "eps": eps,
-    }  # fmt: skip
-    constants = {**_columns(x), "UPDATE": update is not None, "BIAS": bias is not None}
-    return Call(kernels.normalise, len(x), 512, arguments, constants)
-
-
-def _gradients(
-    d_total: Tensor | None, d_normed: Tensor, total: Tensor, weight: Tensor, moments: Tensor,
-    d_x: Tensor, partials: Tensor, programs: int, needs: Sequence[bool],
-) -> Call:  # fmt: skip
-    total, d_normed = last_contiguous(total), last_contiguous(d_normed)
-    skipped = d_normed if d_total is None else last_contiguous(d_total)
-    arguments = {
-        "d_total": skipped, "d_normed": d_normed, "total": total, "weight": weight.contiguous(),
-        "moments": moments, "d_x": d_x, "partials": partials,
-        "d_total_row": skipped.stride(0), "d_normed_row": d_normed.stride(0), "total_row": total.stride(0),
-        "T": total.shape[0], "share": cdiv(total.shape[0], max(programs, 1)),
-    }  # fmt: skip
-    constants = {
-        **_columns(total), "SKIP": d_total is not None, "NEED_X": needs[X], "NEED_SUMS": needs[WEIGHT] or needs[BIAS],
-    }  # fmt: skip
-    return Call(kernels.gradients, programs, 256, arguments, constants)
-
-
-def _columns(x: Tensor) -> dict[str, int]:
-    columns = x.shape[1]
+def _row_config(columns: int, elements: int) -> LaunchConfig:
+    """Configuration of a kernel whose programs hold a whole row, with ``elements`` of it per warp."""
     if columns > WIDEST:
         raise RuntimeError(f"residual_norm: backend 'triton' takes rows of up to {WIDEST} elements, got {columns}")
-    return {"C": columns, "BLOCK": next_power_of_2(columns)}
-
-
-def _run(call: Call) -> None:
-    """Launch it, unless there is nothing to do."""
-    if not call.programs:
-        return
-    device = call.arguments["weight"].device
-    with device_guard(device):
-        call.kernel[(call.programs,)](**call.arguments, **call.constants, num_warps=call.warps, num_stages=1)
+    block = next_power_of_2(columns)
+    return LaunchConfig(1, block, 0, num_warps=min(max(block // elements, 1), 16), num_stages=1)
 
 
 def launches(capability: int) -> list[Launch]:
-    """For the audit: both passes at the paper's width, with and without update; the same on any GPU."""
-    found = []
+    """Launches for the audit: both passes at the paper's width, with and without update; the same on any GPU."""
+    gpu = LaunchRecorder(capability, sm_count=132)
     for dtype in (torch.bfloat16, torch.float32):
-        x, weight = (torch.empty(size, dtype=dtype, device="meta") for size in ((4096, 1536), 1536))
-        moments, partials = (torch.empty(size, device="meta") for size in ((2, 4096), (2, 528, 1536)))
+        x = torch.empty(4096, 1536, dtype=dtype, device="meta")
         for update in (x, None):
-            calls = (
-                _normalise(x, update, weight, weight, 1e-5, x, x, moments),
-                _gradients(update, x, x, weight, moments, x, partials, 528, [True] * 3),
-            )
-            words = str(dtype).removeprefix("torch."), "update" if update is not None else "no update"
-            found += [_launch(call, *words) for call in calls]
-    return found
-
-
-def _launch(call: Call, *words: str) -> Launch:
-    whole = {n for n, v in call.arguments.items() if isinstance(v, Tensor) or (isinstance(v, int) and v % 16 == 0)}
-    return Launch(
-        name=" ".join([f"residual_norm.{call.kernel.__name__}", *words]),
-        kernel=call.kernel,
-        signature=signature(call.kernel, call.arguments, call.constants),
-        constants=call.constants,
-        aligned=tuple(sorted(whole.difference(kernels.NUMBERS))),
-        num_warps=call.warps,
-        num_stages=1,
-    )
+            _, normed, moments = _forward(gpu, x, update, x[0], x[0], 1e-5)
+            _backward(gpu, update, normed, x, x[0], moments, [True] * 3)
+    return distinct(gpu.launches)

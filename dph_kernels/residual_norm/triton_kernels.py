@@ -1,5 +1,5 @@
 # ruff: noqa: ANN001, ANN201
-"""The Triton kernels of the residual connection and its LayerNorm: a row is read and written once, each way.
+"""Triton kernels of residual connection and LayerNorm: each row is read and written once per pass.
 
 Letters: T rows, C columns, BLOCK the power of 2 that holds a row.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Numbers for which no kernel is compiled anew where they are 1 or a multiple of 16.
+# Numbers that do not lead to another compilation if they are 1 or a multiple of 16.
 NUMBERS = ["T", "share"]
 
 
@@ -18,7 +18,7 @@ def normalise(
     x, update, weight, bias, total, normed, moments, x_row, update_row, eps,
     C: tl.constexpr, BLOCK: tl.constexpr, UPDATE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """One row: total = x + update, rounded, where UPDATE; normed is its LayerNorm, moments what that takes."""
+    """One row: total = x + update, rounded, if UPDATE; normed is its LayerNorm, moments are mean and 1 / deviation."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = column < C
     # [BLOCK]
@@ -41,11 +41,16 @@ def normalise(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def gradients(
-    d_total, d_normed, total, weight, moments, d_x, partials, d_total_row, d_normed_row, total_row, T, share,
+    d_total, d_normed, total, weight, moments, d_x, partials, T, share,
     C: tl.constexpr, BLOCK: tl.constexpr, SKIP: tl.constexpr, NEED_X: tl.constexpr, NEED_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """``share`` neighbouring rows: their d_x, to which d_total is added where SKIP, and their sums for weight and bias,
-    partials [2, programs, C]."""
+    """Gradients of ``share`` neighbouring rows: d_x, to which d_total is added if SKIP, and partials [2, programs, C].
+
+    The latter are the rows' sums for weight and bias. d_total, d_normed and total are tuples (data, row stride).
+    """
+    d_total, d_total_row = d_total
+    d_normed, d_normed_row = d_normed
+    total, total_row = total
     program, column = tl.program_id(0), tl.arange(0, BLOCK)
     inside = column < C
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
@@ -55,7 +60,7 @@ def gradients(
         # [BLOCK]
         grad = tl.load(d_normed + row * d_normed_row + column, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(total + row * total_row + column, mask=inside, other=0.0).to(tl.float32)
-        if NEED_X and SKIP:  # asked for before the sums, which all warps wait for
+        if NEED_X and SKIP:  # loaded before the sums, which all warps wait for
             skipped = tl.load(d_total + row * d_total_row + column, mask=inside, other=0.0).to(tl.float32)
         average, scale = tl.load(moments + row), tl.load(moments + T + row)
         unit = tl.where(inside, (value - average) * scale, 0.0)

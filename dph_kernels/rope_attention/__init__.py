@@ -1,13 +1,16 @@
 """Rotary attention over a packed layout: shared prompts, memory and decoding are the same operator."""
 
+from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from dph_kernels import autocast, checks, dispatch
-from dph_kernels.direct import Operator
 from dph_kernels.layout import PackedLayout, Rotary
+from dph_kernels.operator import Gradient, Inputs, Operator
 
 
 def rope_attention(
@@ -22,7 +25,7 @@ def rope_attention(
     return_keys: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of every segment of ``layout``: its prefix completely, its own keys causally.
+    """Compute attention of all segments of ``layout``: to its prefix completely, to its own keys causally.
 
     Equivalent to ``softmax(mask(rot(q) rot(k)^T * scale)) v`` with ``mask = layout.visible()`` and keys
     ``[memory; rot(k)]``, but nothing is concatenated, padded or repeated, and each key is rotated once.
@@ -31,39 +34,52 @@ def rope_attention(
         q: [T, H, D] queries, before rotation; D even.
         k: [S, H, D] new keys, before rotation.
         v: [S, H, D] new values.
-        layout: who may look at what, with T queries, S new keys and M memory rows.
+        layout: the visibility of keys to queries, with T queries, S new keys and M memory rows.
         rope: rotary embedding; positions come from the layout.
-        memory: rotated keys and values [M, H, D] from earlier segments; detached: they get no gradient.
+        memory: rotated keys and values [M, H, D] of earlier segments; they get no gradient.
         scale: factor on the scores; D ** -0.5 if None.
-        return_keys: also return the rotated keys [S, H, D] (detached), to be kept as memory.
-        backend: "auto", or a backend by name (raises where it cannot run).
+        return_keys: also return the rotated keys [S, H, D] (detached), to be stored as memory.
+        backend: "auto", or a backend by name (raises if it cannot run).
 
     Returns:
-        [T, H, D] in the dtype of ``q``; rows of padding and rows that see no key are zero. With ``return_keys`` also
-        the rotated keys.
+        [T, H, D] in the dtype of ``q``; rows of padding and rows without visible keys are zero. With ``return_keys``
+        also the rotated keys.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        ValueError: a wrong shape, dtype or device.
 
-    Rows are computed in tiles, and a hidden value counts as zero times itself: infinities and NaN in ``v`` may reach
-    other rows of their tile, also those that do not see them. All results are the same in every run, bit for bit.
+    Rows are computed in tiles, and an invisible value is multiplied by zero: infinities and NaN in ``v`` may reach
+    other rows of their tile to which they are not visible. Results are the same in every run, bit for bit.
 
     Under ``torch.autocast`` queries, keys, values and memory are cast to its dtype.
 
     Source: RoFormer (arXiv 2104.09864), Transformer-XL (arXiv 1901.02860), FlashAttention-2 (arXiv 2307.08691).
     """
     memory_k, memory_v = memory if memory is not None else (k[:0], v[:0])
-    q, k, v, memory_k, memory_v = autocast.together(q, k, v, memory_k, memory_v)
+    q, k, v, memory_k, memory_v = autocast.cast_together(q, k, v, memory_k, memory_v)
     check_inputs(q, k, v, memory_k, memory_v, layout)
     head_dim = q.shape[-1]
-    tables = layout.tables(rope, head_dim, torch.float64 if q.dtype == torch.float64 else torch.float32)
-    tensors = q, k, v, memory_k.detach(), memory_v.detach(), layout.segments, *tables
-    out, _, keys = OPERATOR(*tensors, head_dim**-0.5 if scale is None else float(scale), backend)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q_cos, q_sin, k_cos, k_sin = layout.tables(rope, head_dim, dtype)
+    out, _, keys = OPERATOR(
+        q=q,
+        k=k,
+        v=v,
+        memory_k=memory_k.detach(),
+        memory_v=memory_v.detach(),
+        segments=layout.segments,
+        q_cos=q_cos,
+        q_sin=q_sin,
+        k_cos=k_cos,
+        k_sin=k_sin,
+        scale=head_dim**-0.5 if scale is None else float(scale),
+        backend=backend,
+    )
     return (out, keys) if return_keys else out
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, layout: PackedLayout) -> None:
-    """ValueError that names the argument where a shape, dtype or device does not fit."""
+    """Check shapes, dtypes and devices of attention's inputs."""
     checks.shape("q", q, layout.queries, "H", "D")
     heads, head_dim = q.shape[1:]
     if head_dim % 2:
@@ -77,61 +93,69 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Te
     checks.device("layout", layout.query_positions, q.device)
 
 
-def _forward(
+def _fake(
     q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, segments: Tensor,
     q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    arguments = q, k, v, memory_k, memory_v, segments, q_cos, q_sin, k_cos, k_sin, scale
-    return dispatch.call("forward", "rope_attention", q, backend, *arguments)
-
-
-def _backward(
-    grad: Tensor, q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, out: Tensor, lse: Tensor,
-    segments: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    tables = q_cos, q_sin, k_cos, k_sin
-    arguments = grad, q, rotated, v, memory_k, memory_v, out, lse, segments, *tables, scale
-    return dispatch.call("backward", "rope_attention", q, backend, *arguments)
-
-
-def _setup(ctx, inputs, output):  # noqa: ANN001, ANN202
-    q, _, v, memory_k, memory_v, segments, *tables, scale, backend = inputs
-    out, lse, rotated = output
-    ctx.mark_non_differentiable(lse, rotated)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, rotated, v, memory_k, memory_v, out, lse, segments, *tables)
-    ctx.scale, ctx.backend = scale, backend
-
-
-def _gradients(ctx, grad, *_, backward):  # noqa: ANN001, ANN002, ANN202
-    if grad is None:
-        return (None,) * 12
-    return (*backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend), *(None,) * 9)
-
-
-OPERATOR = Operator("rope_attention", forward=_forward, backward=_backward, setup=_setup, gradients=_gradients)
-
-
-@OPERATOR.operator.register_fake
-def _(q, k, v, memory_k, memory_v, segments, q_cos, q_sin, k_cos, k_sin, scale, backend):  # noqa: ANN001, ANN202
+    """(output [T, H, D], log-sum-exp [T, H], rotated keys [S, H, D])."""
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=q_cos.dtype), k.new_empty(k.shape)
 
 
-@OPERATOR.backward_operator.register_fake
-def _(grad, q, rotated, v, *_):  # noqa: ANN001, ANN002, ANN202
+def _fake_backward(
+    grad: Tensor, q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, out: Tensor, lse: Tensor,
+    segments: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v."""
     return q.new_empty(q.shape), rotated.new_empty(rotated.shape), v.new_empty(v.shape)
 
 
-def joined_gradients(grad: Tensor, *others: Any) -> Tensor:
-    """[T, 3, H, D]: what ``OPERATOR.backward`` gives for as many keys as queries, as the product before takes it.
+SAVED = (
+    "q", "rotated", "v", "memory_k", "memory_v", "out", "lse", "segments", "q_cos", "q_sin", "k_cos", "k_sin"
+)  # fmt: skip
 
-    A backend that can writes all three there; those of the others are put together.
+
+def _setup(ctx: FunctionCtx, output: tuple[Tensor, Tensor, Tensor], inputs: Inputs) -> None:
+    out, lse, rotated = output
+    ctx.mark_non_differentiable(lse, rotated)
+    ctx.set_materialize_grads(False)
+    tensors = inputs | {"out": out, "lse": lse, "rotated": rotated}
+    ctx.save_for_backward(*(tensors[name] for name in SAVED))
+    ctx.scale = inputs["scale"]
+
+
+def _compute(
+    ctx: FunctionCtx,
+    needs: Inputs,
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    grad: Tensor | None,
+    *_: None,
+) -> Inputs:
+    if grad is None:
+        return {}
+    saved = dict(zip(SAVED, ctx.saved_tensors, strict=True))
+    grads = backward(grad=grad, **saved, scale=ctx.scale)
+    return dict(zip(("q", "k", "v"), grads, strict=True))
+
+
+OPERATOR = Operator(
+    "rope_attention",
+    fake=_fake,
+    like=itemgetter("q"),
+    gradient=Gradient(setup=_setup, compute=_compute, fake=_fake_backward, like="q"),
+)
+
+
+def joined_gradients(*, backend: str, **arguments: Any) -> Tensor:
+    """Return the gradients of q, k and v as one tensor [T, 3, H, D], for as many keys as queries.
+
+    The arguments are those of ``OPERATOR.backward``. A backend that can writes all three into one tensor, which is the
+    gradient of the product that q, k and v are slices of; the results of the others are stacked.
     """
-    q, backend = others[0], others[-1]
-    module = dispatch.implementation("rope_attention", q.device, backend, q.dtype)
-    if not (hasattr(module, "backward_into") and dispatch.unobserved([grad])):
-        return torch.stack(OPERATOR.backward(grad, *others), 1)
+    q = arguments["q"]
+    implementation = dispatch.implementation("rope_attention", q.device, backend, q.dtype)
+    if not (hasattr(implementation, "backward_into") and dispatch.can_bypass_dispatcher([arguments["grad"]])):
+        return torch.stack(OPERATOR.backward(**arguments, backend=backend), 1)
     joined = torch.empty((len(q), 3, *q.shape[1:]), dtype=q.dtype, device=q.device)
-    with dispatch.named("dph::rope_attention_backward"):
-        dispatch.call("backward_into", "rope_attention", q, backend, joined.unbind(1), grad, *others[:-1])
+    with dispatch.profile_range(f"{OPERATOR.name}_backward"):
+        dispatch.call(implementation.backward_into, q.device.type, {"results": joined.unbind(1), **arguments})
     return joined

@@ -1,4 +1,4 @@
-"""What attention kernels of other libraries need: one contiguous range of keys a segment, rotated rows, autograd."""
+"""Adapter to attention kernels of other libraries: one contiguous key range per segment, rotated rows, autograd."""
 
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -6,13 +6,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from dph_kernels import dispatch
+from dph_kernels import dispatch, torch_private
 from dph_kernels.layout import first_true
 from dph_kernels.rope_attention import reference
 
 
 class InexpressibleError(RuntimeError):
-    """A layout that the backend which was asked for has no means to express."""
+    """A layout that the requested backend cannot express."""
 
 
 def refuse(backend: str, number: int, reason: str) -> NoReturn:
@@ -21,11 +21,11 @@ def refuse(backend: str, number: int, reason: str) -> NoReturn:
 
 
 def ranges(segments: Tensor, memory: int, backend: str) -> Tensor:
-    """[N, 5] number, query range and key range of every segment that has queries, in the order of the queries.
+    """Return [N, 5] number, query range and key range of all segments that have queries, in the order of the queries.
 
-    A segment's queries see its one key range causally, aligned at the end: a prefix has to end where the own keys
-    begin, and neither memory nor new keys may be missing from the tensor that holds the range. Anything else raises
-    with the first segment that cannot be expressed.
+    A segment's queries see its one key range causally, aligned at the end: a prefix has to end at the start of the
+    own keys, and the range may not cross from the memory to the new keys. Anything else raises with the first segment
+    that cannot be expressed.
     """
     numbers = (segments[:, 1] > segments[:, 0]).nonzero().flatten()
     numbers = numbers[segments[numbers, 0].argsort()]
@@ -43,7 +43,7 @@ def ranges(segments: Tensor, memory: int, backend: str) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x`` [T, H, D] rotated, contiguous, in its dtype: by our own kernel of the device where it takes this dtype."""
+    """Return ``x`` [T, H, D] rotated, contiguous, in its dtype, by the device's kernel if it supports the dtype."""
     device = x.device.type
     kernel = {"cpu": "cpu", "cuda": "triton"}[device]
     if dispatch.missing("rope_attention", kernel, device, x.dtype):
@@ -51,14 +51,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return dispatch.implementation("rope_attention", device, kernel, x.dtype).rotate(x, cos, sin)
 
 
-def gradients(attend: Callable[..., Tensor], grad: Tensor, given: Sequence[Tensor], wanted: int) -> tuple[Tensor, ...]:
-    """Gradients of the first ``wanted`` tensors given to ``attend``, by computing it once more under autograd.
+def gradients(attend: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Tensor], wanted: int) -> tuple[Tensor, ...]:
+    """Return the gradients of the first ``wanted`` of ``inputs`` by recomputing ``attend`` under autograd.
 
-    The libraries' own backward functions are private and differ from kernel to kernel; this way only their public ones
-    are called. Inside a custom operator dispatch leaves autograd out, so that ``enable_grad`` alone records nothing.
+    The libraries' own backward functions are private and differ between kernels; this calls public functions only.
+    Inside a custom operator the dispatcher excludes autograd, so that ``enable_grad`` alone records nothing.
     ``torch.func.vjp`` does record, but breaks under dispatch modes such as PyTorch's FLOP counter.
     """
-    inside = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-    with torch.enable_grad(), inside:
-        leaves = [x.detach().requires_grad_(i < wanted) for i, x in enumerate(given)]
+    with torch.enable_grad(), torch_private.autograd_inside_operator():
+        leaves = [x.detach().requires_grad_(i < wanted) for i, x in enumerate(inputs)]
         return torch.autograd.grad(attend(*leaves), leaves[:wanted], grad)

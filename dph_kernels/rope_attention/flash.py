@@ -1,6 +1,6 @@
 """Rotary attention by the ``flash-attn`` package (FlashAttention-2, arXiv 2307.08691), fp16 and bf16 on CUDA.
 
-Its kernel takes segments that lie end to end, in queries and in keys alike.
+Its kernel takes contiguous runs of segments, in queries and in keys alike.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, segments: Tensor,
     q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Output [T, H, D] and rotated keys [S, H, D]. The log-sum-exp is all zeros: ``backward`` makes no use of it."""
+    """Return output [T, H, D], a log-sum-exp of zeros, which ``backward`` does not use, and rotated keys [S, H, D]."""
     rotated, out = contiguous.rotate(k, k_cos, k_sin), torch.zeros_like(q, memory_format=torch.contiguous_format)
     if run := _run(segments, len(memory_k), q.device):
         keys, values = (memory_k, memory_v) if run.cached else (rotated, v)
@@ -29,20 +29,20 @@ def backward(
     grad: Tensor, q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, out: Tensor, lse: Tensor,
     segments: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, by computing the forward pass once more; none is returned for the memory."""
+    """Return the gradients of q, k and v by recomputing the forward pass; the memory gets none."""
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, rotated, v))
     if run := _run(segments, len(memory_k), q.device):
         keys, values = (memory_k, memory_v) if run.cached else (rotated, v)
         queries = contiguous.rotate(q, q_cos, q_sin)
-        given = queries[run.rows], keys[run.columns], values[run.columns]
-        parts = contiguous.gradients(_attend(run, scale), grad[run.rows], given, 1 if run.cached else 3)
-        for total, where, part in zip((dq, dk, dv), (run.rows, run.columns, run.columns), parts, strict=False):
-            total[where] = part
+        inputs = queries[run.rows], keys[run.columns], values[run.columns]
+        grads = contiguous.gradients(_attend(run, scale), grad[run.rows], inputs, 1 if run.cached else 3)
+        for total, rows, value in zip((dq, dk, dv), (run.rows, run.columns, run.columns), grads, strict=False):
+            total[rows] = value
     return contiguous.rotate(dq, q_cos, -q_sin), contiguous.rotate(dk, k_cos, -k_sin), dv
 
 
 class _Run(NamedTuple):
-    """Segments end to end: their rows of queries and of keys, and the package's arguments."""
+    """A contiguous run of segments: its rows of queries and of keys, and the package's arguments."""
 
     rows: slice
     columns: slice
@@ -51,13 +51,13 @@ class _Run(NamedTuple):
 
 
 def _attend(run: _Run, scale: float) -> partial:
-    from flash_attn import flash_attn_varlen_func  # optional: dispatch says so where it is not installed
+    from flash_attn import flash_attn_varlen_func  # optional: dispatch reports that it is not installed
 
     return partial(flash_attn_varlen_func, **run.arguments, softmax_scale=scale, causal=True, deterministic=True)
 
 
 def _run(segments: Tensor, memory: int, device: torch.device) -> _Run | None:
-    """The segments as one run; None where no query sees a key."""
+    """Return the segments as one run, or None if no query sees a key."""
     table = contiguous.ranges(segments, memory, "flash")
     numbers, q0, q1, k0, k1 = table.unbind(1)
     seeing = (k1 > k0).nonzero().flatten()
@@ -87,5 +87,5 @@ def _run(segments: Tensor, memory: int, device: torch.device) -> _Run | None:
 
 
 def _ends(lengths: Tensor) -> Tensor:
-    """[N + 1] int32: where each segment begins, and where the last one ends."""
+    """Return the start of each segment and the end of the last one, [N + 1] int32."""
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)

@@ -1,4 +1,4 @@
-"""Rotary attention by csrc/cpu/attention.cpp: fp32, or bf16 with fp32 arithmetic; straight on the packed layout."""
+"""Rotary attention by csrc/cpu/attention.cpp: fp32, or bf16 with fp32 arithmetic, on the packed layout."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, segments: Tensor,
     q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What ``reference.forward`` gives."""
+    """Same results as ``reference.forward``."""
     kernels = native.module()
     rotated = rotate(k, k_cos, k_sin)
     q, v, memory_k, memory_v = (last_contiguous(x) for x in (q, v, memory_k, memory_v))
@@ -32,7 +32,7 @@ def backward(
     grad: Tensor, q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, out: Tensor, lse: Tensor,
     segments: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What ``reference.backward`` gives."""
+    """Same results as ``reference.backward``."""
     kernels = native.module()
     grad, q, v, memory_k, memory_v = (last_contiguous(x) for x in (grad, q, v, memory_k, memory_v))
     dq = torch.empty(q.shape, dtype=q.dtype)
@@ -52,7 +52,7 @@ def backward(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-    """``x`` [T, H, D] with its halves rotated by ``sign`` times the angles of ``cos`` and ``sin`` [T, D/2] fp32.
+    """Rotate the halves of ``x`` [T, H, D] by ``sign`` times the angles of ``cos`` and ``sin`` [T, D/2] fp32.
 
     ``x`` is fp32 or bf16; the result is contiguous, in ``dtype`` or that of ``x``.
     """
@@ -79,7 +79,7 @@ def _arguments(
     q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, out: Tensor, lse: Tensor,
     q_cos: Tensor, q_sin: Tensor, scale: float,
 ) -> Any:  # fmt: skip
-    """The kernels' arguments; they hold addresses, so the tensors have to outlive them."""
+    """Return the kernels' argument, which holds addresses: the tensors have to outlive it."""
     tensors = {"q": q, "k": rotated, "v": v, "memory_k": memory_k, "memory_v": memory_v, "out": out}
     return native.module().AttentionArguments(
         heads=q.shape[1],
@@ -101,5 +101,5 @@ def _rows(x: Tensor) -> Any:
 
 
 def _addresses(**tensors: Tensor) -> dict[str, int]:
-    """Where contiguous tensors lie: tables, schedules and the log-sum-exp are made so."""
+    """Return the addresses of contiguous tensors: tables, schedules and the log-sum-exp are."""
     return {name: native.pointer(tensor) for name, tensor in tensors.items()}

@@ -1,6 +1,6 @@
 """Rotary attention in plain PyTorch: the specification.
 
-Segments of equal shape are computed together, so that thousands of short ones stay affordable; nothing else is clever.
+Segments of equal shape are computed together, so that thousands of short ones stay affordable.
 """
 
 from collections import defaultdict
@@ -23,7 +23,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, segments: Tensor,
     q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Output [T, H, D] and rotated keys [S, H, D] in the inputs' dtype, log-sum-exp [T, H] in that of the tables."""
+    """Return output [T, H, D], log-sum-exp [T, H] in the dtype of the tables, and rotated keys [S, H, D]."""
     rotated = rotate(k, k_cos, k_sin).to(k.dtype)
     queries = rotate(q, q_cos, q_sin)
     keys, values = (torch.cat(pair).to(q_cos.dtype) for pair in ((memory_k, rotated), (memory_v, v)))
@@ -32,8 +32,8 @@ def forward(
     for rows, columns, hidden in _groups(segments, q.shape[1], q.device):
         scores = _scores(queries[rows], keys[columns], hidden, scale)
         total = scores.logsumexp(-1)
-        # Not exp(scores - total): at scores of 1e4 the log-sum-exp is rounded to 1e-3, and only an output that is
-        # normalised exactly lets dp - delta cancel in the backward pass.
+        # Not exp(scores - total): at scores of 1e4 the log-sum-exp is rounded to 1e-3, and dp - delta cancels in the
+        # backward pass only if the output is normalised exactly.
         p = scores.softmax(-1).masked_fill_((total == float("-inf"))[..., None], 0.0)
         out[rows] = torch.einsum("ghqk,gkhd->gqhd", p, values[columns])
         lse[rows] = total.transpose(1, 2)
@@ -44,7 +44,7 @@ def backward(
     grad: Tensor, q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, out: Tensor, lse: Tensor,
     segments: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v. The memory is detached: no gradient of its keys and values is formed."""
+    """Return the gradients of q, k and v. The memory is detached: its keys and values get none."""
     memory, queries = memory_k.shape[0], rotate(q, q_cos, q_sin)
     keys, values = (torch.cat(pair).to(q_cos.dtype) for pair in ((memory_k, rotated), (memory_v, v)))
     grad, out = grad.to(q_cos.dtype), out.to(q_cos.dtype)
@@ -60,11 +60,12 @@ def backward(
         dk.index_add_(0, flat, torch.einsum("ghqk,gqhd->gkhd", ds, queries[rows]).flatten(0, 1))
         dv.index_add_(0, flat, torch.einsum("ghqk,gqhd->gkhd", p, grads).flatten(0, 1))
     dq, dk = rotate(dq, q_cos, -q_sin), rotate(dk[memory:], k_cos, -k_sin)
-    return dq.to(q.dtype), dk.to(q.dtype), dv[memory:].to(v.dtype, copy=True)  # no view that keeps the memory's part
+    dv = dv[memory:].to(v.dtype, copy=True)  # not a view, which would keep the memory's rows
+    return dq.to(q.dtype), dk.to(q.dtype), dv
 
 
 def _groups(segments: Tensor, heads: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Segments of equal shape: query rows [g, n], key columns [g, m], and hidden pairs [n, m]."""
+    """Yield segments of equal shape: query rows [g, n], key columns [g, m], and hidden pairs [n, m]."""
     shapes = defaultdict(list)
     for q0, q1, k0, k1, p0, p1, _ in segments.tolist():
         if q1 > q0 and (k1 > k0 or p1 > p0):
@@ -80,10 +81,10 @@ def _groups(segments: Tensor, heads: int, device: torch.device) -> Iterator[tupl
 
 
 def _scores(queries: Tensor, keys: Tensor, hidden: Tensor, scale: float) -> Tensor:
-    """Scaled products [g, H, n, m], minus infinity where ``hidden`` [n, m]."""
+    """Return scaled products [g, H, n, m], minus infinity for pairs in ``hidden`` [n, m]."""
     return (torch.einsum("gqhd,gkhd->ghqk", queries, keys) * scale).masked_fill_(hidden, float("-inf"))
 
 
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """Softmax from the log-sum-exp [g, H, n]; a row that sees nothing gets zeros."""
+    """Return the softmax from the log-sum-exp [g, H, n]; zeros for a row without visible keys."""
     return (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()

@@ -1,8 +1,8 @@
-"""Which blocks of keys a tile of queries visits, and the other way round: from the layout, once for all layers.
+"""Block-sparse schedule of a layout: the blocks of keys that each tile of queries visits, and vice versa.
 
-A tile is a run of neighbouring rows that one program works on; a run is a range of the other side that it walks through
-in blocks. Where every row of a tile sees every row of a block, the run is *full* and needs no mask; elsewhere who sees
-whom follows from ``bounds``. What a tile does not see is not in its runs, so no work is ever launched for it.
+A tile is a run of neighbouring rows that one program computes; a run is a range of the other side that it loops over in
+blocks. If every row of a tile sees every row of the blocks, the run is *full* and needs no mask; otherwise the mask
+follows from ``bounds``. Invisible blocks are in no run and cost nothing. A schedule is computed once for all layers.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ CPU = torch.device("cpu")
 
 
 class Schedule(NamedTuple):
-    """Work for a kernel, the longest first; all int32.
+    """Items of a kernel, those with the most blocks first; all int32.
 
     tiles: [N, 6] columns start, end (rows of the tile), first_run, first_masked, last_run (its full runs, then its
-        masked ones), parts (how many segments its rows belong to). A tile without runs only writes zeros.
-    runs: [R, 2] start, end; full runs hold whole blocks, and no run crosses from the memory to the new keys.
-    pieces: [P + 1] tiles in the order of their rows where the work of one tile was split, else None: entries
-        ``pieces[i]`` to ``pieces[i + 1]`` of ``order`` are the numbers of the items that share their rows.
+        masked ones), parts (number of segments of its rows). A tile without runs only writes zeros.
+    runs: [R, 2] start, end; full runs consist of whole blocks, and no run crosses from the memory to the new keys.
+    pieces: [P + 1] if the work of some tile is split, else None: entries ``pieces[i]`` to ``pieces[i + 1]`` of
+        ``order`` are the items of tile i, in the order of rows.
     order: [N] see ``pieces``.
     """
 
@@ -39,7 +39,7 @@ class Schedule(NamedTuple):
 
     @property
     def split(self) -> bool:
-        """Whether some tile's work is shared by several items, whose results have to be combined."""
+        """Whether some tile is computed by several items, whose results have to be combined."""
         return self.pieces is not None
 
 
@@ -63,36 +63,36 @@ def by_keys(
 def by_component(
     segments: Tensor, queries: int, memory: int, *, rows: int, block: int, device: torch.device
 ) -> tuple[Schedule, Tensor]:
-    """The tiles of ``by_queries`` in the order of their rows, and [C + 1] int32: where each component begins.
+    """Tiles of ``by_queries`` in the order of their rows within components, and the components' starts [C + 1] int32.
 
-    Tiles of different components see no new key in common, so their gradients can be added up side by side. The
-    component with the most work comes first.
+    Tiles of different components see no new key in common, so that threads can add up their gradients concurrently.
+    The component with the most work comes first.
     """
     return _by_component(content_of(segments), queries, memory, rows, block, device)
 
 
 def bounds(segments: Tensor, queries: int, *, device: torch.device) -> Tensor:
-    """[T, 4] int32: query i sees keys ``[0] <= j < [1]`` of its own and ``[2] <= j < [3]`` of its prefix."""
+    """Bounds [T, 4] int32: query i sees keys ``[0] <= j < [1]`` of its own and ``[2] <= j < [3]`` of its prefix."""
     return _bounds(content_of(segments), queries, device)
 
 
-# The content is the key of the caches: positions roll on from step to step and do not matter here.
+# The caches' key is the table without positions, which advance from step to step and do not affect schedules.
 
 
 def content_of(segments: Tensor) -> bytes:
-    """All of a layout's table that schedules depend on."""
+    """Return the part of a layout's table that schedules depend on."""
     return segments.numpy()[:, :6].tobytes()
 
 
 def table_of(content: bytes) -> Tensor:
-    """The table again, at positions 0."""
+    """Return the table of ``content_of``, at positions 0."""
     table = torch.zeros(len(content) // (8 * 6), 7, dtype=torch.int64)
     table[:, :6] = torch.from_numpy(np.frombuffer(content, dtype=np.int64).reshape(-1, 6).copy())
     return table
 
 
 def _segments(content: bytes) -> Array:
-    """[G, 6] rows that hold queries, in the order of their queries."""
+    """Segments [G, 6] that have queries, in the order of their queries."""
     table = np.frombuffer(content, dtype=np.int64).reshape(-1, 6)
     table = table[table[:, 1] > table[:, 0]]
     return table[table[:, 0].argsort(kind="stable")]
@@ -106,8 +106,8 @@ def _bounds(content: bytes, queries: int, device: torch.device) -> Tensor:
     seen = np.stack([k0, k1 - q1 + 1, p0, p1], 1).astype(np.int32).repeat(count, axis=0)
     seen[:, 1] = np.maximum(seen[:, 1] + rows, seen[:, 0])
     if len(rows) < queries:  # padding sees nothing
-        seen, held = np.zeros((queries, 4), dtype=np.int32), seen
-        seen[rows] = held
+        seen, seen_by_rows = np.zeros((queries, 4), dtype=np.int32), seen
+        seen[rows] = seen_by_rows
     return _tensors([seen], device)[0]
 
 
@@ -115,7 +115,7 @@ def _bounds(content: bytes, queries: int, device: torch.device) -> Tensor:
 def _by_queries(
     content: bytes, queries: int, memory: int, rows: int, block: int, limit: int, device: torch.device
 ) -> Schedule:
-    if device != CPU:  # where the work of a split is looked at before it is sent
+    if device != CPU:  # computed on the CPU first, which also needs the schedule to decide on a split
         work = _by_queries(content, queries, memory, rows, block, limit, CPU)
         return Schedule(*all_to_device([tensor for tensor in work if tensor is not None], device))
     table = _segments(content)
@@ -170,7 +170,7 @@ def _by_component(
     low, high = np.full(len(tiles), np.iinfo(np.int64).max), np.full(len(tiles), -1)
     np.minimum.at(low, owner[new], runs[new, 0])
     np.maximum.at(high, owner[new], runs[new, 1])
-    low = np.where(high < 0, 0, low)  # sees no new key: shares nothing with any other
+    low = np.where(high < 0, 0, low)  # a tile without new keys has none in common with others
     order = np.argsort(low, kind="stable")
     reach = np.maximum.accumulate(high[order]) if len(order) else high
     fresh = np.ones(len(order), dtype=bool)
@@ -205,7 +205,7 @@ def _query_groups(table: Array, queries: int) -> tuple[Array, Array]:
 def _key_groups(
     q0: Array, q1: Array, k0: Array, k1: Array, p0: Array, p1: Array, shift: Array, keys: int
 ) -> tuple[Array, Array]:
-    """Runs of new keys that the same segments see, and those that nobody sees: ranges [n, 2] and queries [n, 4]."""
+    """Runs of new keys that the same segments see, if any: ranges [n, 2] and the queries that see them [n, 4]."""
     cuts = np.unique(np.concatenate([k0, k1, p0, p1, [0, keys]]))
     ranges = np.stack([cuts[:-1], cuts[1:]], 1)
     low, high = np.full(len(ranges), np.iinfo(np.int64).max), np.zeros(len(ranges), np.int64)
@@ -219,7 +219,7 @@ def _key_groups(
 
 
 def _with_gaps(ranges: Array, seen: Array, total: int) -> tuple[Array, Array]:
-    """The same with the ranges of 0 .. total that are in no group, which see nothing."""
+    """Add the ranges of 0 .. total that are in no group, which see nothing."""
     gaps = np.stack([np.append(0, ranges[:, 1]), np.append(ranges[:, 0], total)], 1)
     gaps = gaps[gaps[:, 1] > gaps[:, 0]]
     ranges = np.concatenate([ranges, gaps])
@@ -229,10 +229,10 @@ def _with_gaps(ranges: Array, seen: Array, total: int) -> tuple[Array, Array]:
 
 
 def _cut(ranges: Array, seen: Array, rows: int, block: int) -> Array:
-    """Tiles [N, 2] of at most ``rows`` rows; a group joins the tile before it where that saves blocks.
+    """Tiles [N, 2] of at most ``rows`` rows; a group joins the tile before it if that saves blocks.
 
-    It does where both look at the same rows, or at few neighbouring ones. Groups that look at different things (the
-    memories of two streams) stay apart, so that each has only its own to walk through.
+    It does if both see the same rows, or few neighbouring ones. Groups that see different rows (the memories of two
+    streams) stay apart, so that each loops over its own only.
     """
     tiles: list[tuple[int, int]] = []
     start = end = cost = 0
@@ -256,7 +256,7 @@ def _cut(ranges: Array, seen: Array, rows: int, block: int) -> Array:
 
 
 def _hull(a: tuple[int, ...], b: list[int]) -> tuple[int, ...]:
-    """Two ranges each, (start, end, start, end), to the ranges that hold both."""
+    """Union hulls of two pairs of ranges (start, end, start, end)."""
     joined: list[int] = []
     for i in (0, 2):
         if a[i] == a[i + 1]:
@@ -269,7 +269,7 @@ def _hull(a: tuple[int, ...], b: list[int]) -> tuple[int, ...]:
 
 
 def _blocks(a0: int, a1: int, b0: int, b1: int, block: int) -> int:
-    """Blocks that cover two ranges, which may meet."""
+    """Number of blocks that cover two ranges, which may overlap."""
     if a0 < a1 and b0 < b1 and max(a0, b0) <= min(a1, b1):
         return -(-(max(a1, b1) - min(a0, b0)) // block)
     return -(-(a1 - a0) // block) - (-(b1 - b0) // block)
@@ -279,7 +279,7 @@ def _blocks(a0: int, a1: int, b0: int, b1: int, block: int) -> int:
 
 
 def _crossings(tiles: Array, start: Array, end: Array) -> tuple[Array, Array]:
-    """Every (tile, range) that have rows in common; the tiles are sorted and disjoint, the ranges need not be."""
+    """All pairs (tile, range) with rows in common; the tiles are sorted and disjoint, the ranges need not be."""
     first = np.searchsorted(tiles[:, 1], start, side="right")
     last = np.searchsorted(tiles[:, 0], end, side="left")
     count = np.where(end > start, np.maximum(last - first, 0), 0)
@@ -288,15 +288,15 @@ def _crossings(tiles: Array, start: Array, end: Array) -> tuple[Array, Array]:
 
 
 def _count_on(first: Array, count: Array) -> Array:
-    """``first[i], first[i] + 1, ...``, ``count[i]`` numbers for each i."""
+    """Concatenation of ``count[i]`` consecutive numbers from ``first[i]`` on, for each i."""
     ends = count.cumsum()
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - count - first, count)
 
 
 def _levels(tile: Array, weighted: list[tuple[Array, Array, Array]], needed: Array, axis: int) -> Array:
-    """Ranges [n, 2] where the weights of a tile's ranges (start, end, weight) add up to what it needs.
+    """Ranges [n, 2] in which the weights of a tile's ranges (start, end, weight) sum to at least ``needed``.
 
-    Coordinates count on from tile to tile: ``tile * axis + position`` with every position < axis.
+    Coordinates are consecutive over all tiles: ``tile * axis + position`` with every position < axis.
     """
     starts = np.concatenate([tile * axis + start for start, _, _ in weighted])
     ends = np.concatenate([tile * axis + np.maximum(start, end) for start, end, _ in weighted])
@@ -311,7 +311,7 @@ def _levels(tile: Array, weighted: list[tuple[Array, Array, Array]], needed: Arr
 
 
 def _split_at(ranges: Array, position: int, axis: int) -> Array:
-    """The ranges, none of which crosses ``position`` of its tile any more."""
+    """Split the ranges that cross ``position`` of their tile there."""
     cut = ranges[:, 0] // axis * axis + position
     crossing = (ranges[:, 0] < cut) & (cut < ranges[:, 1])
     left, right = ranges.copy(), ranges[crossing]
@@ -331,9 +331,9 @@ def _schedule(
     limit: int,
     device: torch.device,
 ) -> Schedule:
-    """Cut the ranges that are seen into blocks, and put the blocks of a tile together as runs again.
+    """Cut the visible ranges into blocks, and join consecutive blocks of a tile of the same kind into runs.
 
-    No run crosses ``boundary``; the ranges do not either.
+    No run crosses ``boundary``; neither do the ranges.
     """
     length = seen[:, 1] - seen[:, 0]
     count = -(-length // block)
@@ -364,15 +364,15 @@ def _schedule(
 
 
 def _inside(start: Array, end: Array, ranges: Array) -> Array:
-    """Whether [start, end) lies within one of the sorted, disjoint ``ranges``."""
+    """Whether [start, end) is within one of the sorted, disjoint ``ranges``."""
     if not len(ranges):
         return np.zeros(len(start), dtype=bool)
-    at = np.searchsorted(ranges[:, 0], start, side="right") - 1
-    return (at >= 0) & (end <= ranges[at, 1])
+    candidate = np.searchsorted(ranges[:, 0], start, side="right") - 1
+    return (candidate >= 0) & (end <= ranges[candidate, 1])
 
 
 def _items(owner: Array, per_tile: Array, limit: int) -> tuple[Array, Array]:
-    """The item of every block, and the tile of every item; a tile without blocks is an item too."""
+    """Item of every block, and tile of every item; a tile without blocks is an item too."""
     items = np.maximum(-(-per_tile // limit), 1) if limit else np.ones_like(per_tile)
     first = items.cumsum() - items
     within = np.arange(len(owner)) - np.repeat(per_tile.cumsum() - per_tile, per_tile)

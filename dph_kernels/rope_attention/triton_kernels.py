@@ -1,13 +1,17 @@
 # ruff: noqa: ANN001, ANN201, ANN202, SIM108
-"""The Triton kernels of rotary attention, forward and backward, over the schedule of the packed layout.
+"""Triton kernels of rotary attention, forward and backward, over the schedule of a packed layout.
 
-Each program takes one item of the schedule (a tile of rows of one head) and walks through its runs: the full ones
-without any mask, then the masked ones. Keys are rotated once, by a kernel of their own; queries as they are loaded;
+Each program computes one item of the schedule (a tile of rows of one head) and loops over its runs: the full runs
+without a mask, then the masked ones. Keys are rotated once, by a kernel of their own; queries when they are loaded;
 gradients are rotated back before they are stored. The softmax is online and in base 2 (FlashAttention-2,
-arXiv 2307.08691, algorithms 1 and 2). Nothing is added atomically: one program writes each result, in one order.
+arXiv 2307.08691, algorithms 1 and 2). There are no atomic additions: one program writes each result, in one order.
 
 Letters: T queries, S new keys, M rows of memory, H heads, D head dimension, BD = D padded to a power of two, N items,
 BM x BN a block of scores (queries x keys).
+
+Tuples among the arguments: a tensor [rows, H, D] of any strides is (data, row stride, head stride); ``memory`` is such
+a tuple of keys and one of values; ``tables`` are cosines and sines [rows, D/2]; ``schedule`` are tiles [N, 6],
+runs [R, 2] and the bounds of all queries [T, 4].
 """
 
 from __future__ import annotations
@@ -17,25 +21,34 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# No kernel is compiled anew for a number that is 1 or a multiple of 16: the audit then sees what runs.
-NUMBERS = [
-    "T", "H", "rows", "memory", "x_row", "x_head", "q_row", "q_head", "g_row", "g_head", "o_row", "o_head",
-    "v_row", "v_head", "d_row", "d_head", "mk_row", "mk_head", "mv_row", "mv_head",
-]  # fmt: skip
+# Numbers that do not lead to another compilation if they are 1 or a multiple of 16: the audit compiles what runs.
+NUMBERS = ["rows", "T", "M", "H"]
 
 # Addresses. A tile of a tensor [rows, H, D] is read at pointer + row * row stride + column. Row offsets are 64-bit:
-# tokens x heads x head dimension passes 2**31. Strides come in units of UNIT elements, so that the compiler knows that
-# they are multiples of it and moves as many elements at once.
+# tokens x heads x head dimension can exceed 2**31. Strides are stored in units of UNIT elements, so that the compiler
+# can prove that they are multiples of UNIT and moves as many elements at once, and times 16, as all strides in tuples.
 
 
 @triton.jit
 def _stride(units, UNIT: tl.constexpr):
-    return tl.cast(units, tl.int64) * UNIT
+    return tl.cast(units, tl.int64) // 16 * UNIT
+
+
+@triton.jit
+def _head(x, head, UNIT: tl.constexpr):
+    """Address of the first row of a head."""
+    return x[0] + head * _stride(x[2], UNIT)
+
+
+@triton.jit
+def _tile(x, head, row, column, UNIT: tl.constexpr):
+    """Addresses [rows, columns] of a tile of one head; ``row`` is 64-bit."""
+    return _head(x, head, UNIT) + row[:, None] * _stride(x[1], UNIT) + column[None, :]
 
 
 @triton.jit
 def _columns(D: tl.constexpr, BD: tl.constexpr):
-    """The first D of BD columns."""
+    """Columns [BD], and whether each is one of the D columns of the tensor."""
     column = tl.arange(0, BD)
     return column, column < D
 
@@ -43,61 +56,70 @@ def _columns(D: tl.constexpr, BD: tl.constexpr):
 @triton.jit
 def _halves(D: tl.constexpr, BD: tl.constexpr):
     """The same with each half of D at the beginning of a half of BD, so that gradients can be rotated in registers."""
-    place = tl.arange(0, BD)
+    padded = tl.arange(0, BD)
     if D == BD:
-        column = place
+        column = padded
     else:
-        column = place // (BD // 2) * (D // 2) + place % (BD // 2)
-    return column, place % (BD // 2) < D // 2
+        column = padded // (BD // 2) * (D // 2) + padded % (BD // 2)
+    return column, padded % (BD // 2) < D // 2
 
 
 @triton.jit
-def _load(at, row_inside, column_inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile, zero outside; ROWS and COLUMNS tell which of the two conditions have to be looked at."""
+def _load(address, row_inside, column_inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Load a tile, zero outside; ROWS and COLUMNS are the conditions that are not always true."""
     if ROWS and COLUMNS:
-        tile = tl.load(at, mask=row_inside[:, None] & column_inside[None, :], other=0.0)
+        tile = tl.load(address, mask=row_inside[:, None] & column_inside[None, :], other=0.0)
     elif ROWS:
-        tile = tl.load(at, mask=row_inside[:, None], other=0.0)
+        tile = tl.load(address, mask=row_inside[:, None], other=0.0)
     elif COLUMNS:
-        tile = tl.load(at, mask=column_inside[None, :], other=0.0)
+        tile = tl.load(address, mask=column_inside[None, :], other=0.0)
     else:
-        tile = tl.load(at)
+        tile = tl.load(address)
     return tile
 
 
 @triton.jit
-def _rotate_into(at, base, stride, cos, sin, row, inside, D: tl.constexpr, BD: tl.constexpr):
-    """Write rows of ``base``, rotated, to ``at`` [rows, 1]: memory of this program alone, which it then reads again.
+def _angles(tables, row, mask, index, HALF: tl.constexpr):
+    """Cosines and sines [rows, BD / 2] of rows; ``row`` [rows, 1] is 64-bit."""
+    cos, sin = tables
+    angle = row * HALF + index[None, :]
+    return tl.load(cos + angle, mask=mask, other=0.0), tl.load(sin + angle, mask=mask, other=0.0)
 
-    In registers the halves would have to be joined; and Hopper's matrix instructions get their left operand from shared
-    memory only where it comes from a load, else anew from registers for each block of keys.
+
+@triton.jit
+def _rotate_into(
+    address, x, head, tables, row, inside, D: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
+    """Write rows of one head of ``x``, rotated, to ``address`` [rows, 1]: memory that only this program then reads.
+
+    In registers the halves would have to be joined; and Hopper's matrix instructions read their left operand from
+    shared memory only if it comes from a load, else from registers again for each block of keys.
     """
     half: tl.constexpr = D // 2
-    index = tl.arange(0, BD // 2)
+    index, wide = tl.arange(0, BD // 2), row[:, None].to(tl.int64)
     mask = inside[:, None] & (index < half)[None, :]
-    a = tl.load(base + row[:, None].to(tl.int64) * stride + index[None, :], mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(base + row[:, None].to(tl.int64) * stride + half + index[None, :], mask=mask, other=0.0).to(tl.float32)
-    angle = row[:, None].to(tl.int64) * half + index[None, :]
-    c = tl.load(cos + angle, mask=mask, other=0.0)
-    s = tl.load(sin + angle, mask=mask, other=0.0)
-    tl.store(at + index[None, :], (a * c - b * s).to(base.dtype.element_ty), mask=mask)
-    tl.store(at + half + index[None, :], (b * c + a * s).to(base.dtype.element_ty), mask=mask)
+    source = _head(x, head, UNIT) + wide * _stride(x[1], UNIT) + index[None, :]
+    a = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
+    c, s = _angles(tables, wide, mask, index, half)
+    tl.store(address + index[None, :], (a * c - b * s).to(x[0].dtype.element_ty), mask=mask)
+    tl.store(address + half + index[None, :], (b * c + a * s).to(x[0].dtype.element_ty), mask=mask)
     tl.debug_barrier()
 
 
 @triton.jit
-def _store_rotated_back(base, x, cos, sin, row, inside, stride, D: tl.constexpr, BD: tl.constexpr):
-    """Rotate ``x`` [rows, BD] fp32, whose columns ``_halves`` placed, by the negated angles and store it."""
+def _store_rotated_back(
+    x, head, value, tables, row, inside, D: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
+    """Store ``value`` [rows, BD] fp32, in the columns of ``_halves`` and rotated by the negated angles, in ``x``."""
     half: tl.constexpr = D // 2
-    a, b = x.reshape(x.shape[0], 2, BD // 2).permute(0, 2, 1).split()
-    index = tl.arange(0, BD // 2)
+    a, b = value.reshape(value.shape[0], 2, BD // 2).permute(0, 2, 1).split()
+    index, wide = tl.arange(0, BD // 2), row[:, None].to(tl.int64)
     mask = inside[:, None] & (index < half)[None, :]
-    angle = row[:, None].to(tl.int64) * half + index[None, :]
-    c = tl.load(cos + angle, mask=mask, other=0.0)
-    s = tl.load(sin + angle, mask=mask, other=0.0)
-    at = base + row[:, None].to(tl.int64) * stride + index[None, :]
-    tl.store(at, (a * c + b * s).to(base.dtype.element_ty), mask=mask)
-    tl.store(at + half, (b * c - a * s).to(base.dtype.element_ty), mask=mask)
+    c, s = _angles(tables, wide, mask, index, half)
+    address = _head(x, head, UNIT) + wide * _stride(x[1], UNIT) + index[None, :]
+    tl.store(address, (a * c + b * s).to(x[0].dtype.element_ty), mask=mask)
+    tl.store(address + half, (b * c - a * s).to(x[0].dtype.element_ty), mask=mask)
 
 
 # Rotation
@@ -105,68 +127,65 @@ def _store_rotated_back(base, x, cos, sin, row, inside, stride, D: tl.constexpr,
 
 @triton.jit(do_not_specialize=NUMBERS)
 def rotate(
-    x, cos, sin, rotated,
-    x_row: tl.int64, x_head: tl.int64, rows: tl.int64, H,
+    x, tables, rotated, rows: tl.int64, H,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """``x`` [T, H, D] rotated into ``rotated``, contiguous; a row here is one head of one token."""
+    """``x`` [T, H, D] rotated into ``rotated``, contiguous; ``rows`` = T * H, a row is one head of one token."""
     half: tl.constexpr = D // 2
     number = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     token, head = number // H, number % H
     index = tl.arange(0, BD // 2)
     mask = (number < rows)[:, None] & (index < half)[None, :]
-    c = tl.load(cos + token[:, None] * half + index[None, :], mask=mask, other=0.0)
-    s = tl.load(sin + token[:, None] * half + index[None, :], mask=mask, other=0.0)
-    at = x + (token * _stride(x_row, UNIT) + head * _stride(x_head, UNIT))[:, None] + index[None, :]
-    a = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(at + half, mask=mask, other=0.0).to(tl.float32)
-    at = rotated + number[:, None] * D + index[None, :]
-    tl.store(at, (a * c - b * s).to(rotated.dtype.element_ty), mask=mask)
-    tl.store(at + half, (b * c + a * s).to(rotated.dtype.element_ty), mask=mask)
+    c, s = _angles(tables, token[:, None], mask, index, half)
+    source = x[0] + (token * _stride(x[1], UNIT) + head * _stride(x[2], UNIT))[:, None] + index[None, :]
+    a = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
+    address = rotated + number[:, None] * D + index[None, :]
+    tl.store(address, (a * c - b * s).to(rotated.dtype.element_ty), mask=mask)
+    tl.store(address + half, (b * c + a * s).to(rotated.dtype.element_ty), mask=mask)
 
 
-# What a run's keys and values are
+# Tiles and runs of the schedule
 
 
 @triton.jit
 def _source(
-    low, k, v, memory_k, memory_v, v_row, v_head, mk_row, mk_head, mv_row, mv_head,
-    memory, head, H, D: tl.constexpr, UNIT: tl.constexpr, MEMORY: tl.constexpr,
+    low, k, v, memory, M, head, H, D: tl.constexpr, UNIT: tl.constexpr, MEMORY: tl.constexpr
 ):  # fmt: skip
-    """Where the run that begins at key ``low`` lies: keys, values, their row strides, and the number of row 0.
+    """Source of the run that begins at key ``low``: keys, values, their row strides, and the number of row 0.
 
-    A run lies in the memory or among the new keys, never in both.
+    A run is either in the memory or among the new keys.
     """
     key_row = tl.cast(H, tl.int64) * D
     keys = k + tl.cast(head, tl.int64) * D
-    values = v + head * _stride(v_head, UNIT)
-    value_row = _stride(v_row, UNIT)
-    first = memory
+    values = _head(v, head, UNIT)
+    value_row = _stride(v[1], UNIT)
+    first = M
     if MEMORY:
-        cached = low < memory
-        keys = tl.where(cached, memory_k + head * _stride(mk_head, UNIT), keys)
-        values = tl.where(cached, memory_v + head * _stride(mv_head, UNIT), values)
-        key_row = tl.where(cached, _stride(mk_row, UNIT), key_row)
-        value_row = tl.where(cached, _stride(mv_row, UNIT), value_row)
-        first = tl.where(cached, 0, memory)
+        cached = low < M
+        keys = tl.where(cached, _head(memory[0], head, UNIT), keys)
+        values = tl.where(cached, _head(memory[1], head, UNIT), values)
+        key_row = tl.where(cached, _stride(memory[0][1], UNIT), key_row)
+        value_row = tl.where(cached, _stride(memory[1][1], UNIT), value_row)
+        first = tl.where(cached, 0, M)
     return keys, values, key_row, value_row, first
 
 
 @triton.jit
 def _rows(tile, SIZE: tl.constexpr, AGAIN: tl.constexpr):
-    """The rows of a tile, and which of them exist; AGAIN reads them anew, so that no registers keep them meanwhile."""
+    """Rows [SIZE] of a tile, and whether they exist; AGAIN reloads them, so that they occupy no registers meanwhile."""
     row = tl.load(tile, volatile=AGAIN) + tl.arange(0, SIZE)
     return row, row < tl.load(tile + 1, volatile=AGAIN)
 
 
 @triton.jit
 def _four(base, row, inside, MASKED: tl.constexpr):
-    """The columns of rows of ``base`` [T, 4]; zero outside.
+    """The four columns of rows of ``base`` [T, 4]; zero outside.
 
-    They are read as one tile, not as four vectors: Triton 3.6 copies short vectors once for each thread that asks.
+    They are loaded as one tile, not as four vectors: Triton 3.6 copies short vectors once per thread that reads them.
     """
-    at = base + row[:, None].to(tl.int64) * 4 + tl.arange(0, 4)[None, :]
-    four = _load(at, inside, inside, MASKED, False)
+    address = base + row[:, None].to(tl.int64) * 4 + tl.arange(0, 4)[None, :]
+    four = _load(address, inside, inside, MASKED, False)
     even, odd = tl.split(four.reshape(row.shape[0], 2, 2))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -183,14 +202,15 @@ def _sees(own_low, own_high, prefix_low, prefix_high, key):
 
 @triton.jit
 def _attend(
-    q, acc, peak, total, own_low, own_high, prefix_low, prefix_high,
-    keys, values, key_row, value_row, low, high, first, scale,
+    q, acc, peak, total, bounds, source, low, high, scale,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Go on with the softmax over keys ``low`` to ``high``: row maxima, row sums and outputs, all in fp32.
+    """Continue the softmax over keys ``low`` to ``high``: outputs, row maxima and row sums, all in fp32.
 
-    Scores are in base 2: ``scale`` holds log2(e).
+    Scores are in base 2: ``scale`` contains log2(e). ``bounds`` are read only if MASKED.
     """
+    own_low, own_high, prefix_low, prefix_high = bounds
+    keys, values, key_row, value_row, first = source
     key = tl.arange(0, BN)
     column, column_inside = _columns(D, BD)
     keys += key[:, None].to(tl.int64) * key_row + column[None, :]
@@ -204,7 +224,7 @@ def _attend(
             seen = _sees(own_low[:, None], own_high[:, None], prefix_low[:, None], prefix_high[:, None], j)
             s = tl.where(seen & inside[None, :], s, float("-inf"))
         higher = tl.maximum(peak, tl.max(s, 1) * scale)
-        if MASKED:  # a row that has seen nothing yet: exp2(-inf - 0), not exp2(-inf + inf)
+        if MASKED:  # a row without a visible key so far: exp2(-inf - 0), not exp2(-inf + inf)
             level = tl.where(higher == float("-inf"), 0.0, higher)
         else:
             level = higher
@@ -220,83 +240,69 @@ def _attend(
 
 @triton.jit
 def _finish(acc, peak, total):
-    """Normalised output and log-sum-exp in base 2; rows that saw nothing: zeros, and minus infinity."""
+    """Normalised output and log-sum-exp in base 2; of rows without a visible key, zeros and minus infinity."""
     blind = total == 0.0
     total = tl.where(blind, 1.0, total)
     return acc / total[:, None], tl.where(blind, float("-inf"), peak + tl.log2(total))
 
 
 @triton.jit
-def _places(out, row, item, head, H, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr):
-    """Where the rows of an item lie in the log-sum-exp [T, H] and the output [T, H, D].
+def _destination(out, row, item, head, H, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr):
+    """Offsets [BM] into the log-sum-exp [T, H], and addresses [BM, 1] in the output [T, H, D], of an item's rows.
 
-    With SPLIT in this item's own part of them, [N, H, BM] and [N, H, BM, BD].
+    With SPLIT in the item's own partial results [N, H, BM] and [N, H, BM, BD].
     """
     if SPLIT:
-        place = (item.to(tl.int64) * H + head) * BM + tl.arange(0, BM)
-        at = out + place[:, None] * BD
+        offset = (item.to(tl.int64) * H + head) * BM + tl.arange(0, BM)
+        address = out + offset[:, None] * BD
     else:
-        place = row.to(tl.int64) * H + head
-        at = out + place[:, None] * D
-    return place, at
+        offset = row.to(tl.int64) * H + head
+        address = out + offset[:, None] * D
+    return offset, address
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def forward(
-    q, k, v, memory_k, memory_v, q_cos, q_sin, out, lse, tiles, runs, bounds,
-    q_row: tl.int64, q_head: tl.int64, v_row: tl.int64, v_head: tl.int64,
-    mk_row: tl.int64, mk_head: tl.int64, mv_row: tl.int64, mv_head: tl.int64,
-    scale, memory, H,
+    q, k, v, memory, tables, out, lse, schedule, scale, M, H,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
     STEP: tl.constexpr, MEMORY: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One item: its rows of the output and log-sum-exp [T, H]; with SPLIT its own part of them, for ``combine``.
+    """One item: its rows of the output and log-sum-exp [T, H]; with SPLIT partial results for ``combine``.
 
-    ``k`` [S, H, D] is rotated already and contiguous. Masked runs are walked through in steps of STEP keys.
+    ``k`` [S, H, D] is rotated already and contiguous. Masked runs are computed in steps of STEP keys.
     """
     item, head = tl.program_id(0), tl.program_id(1)
+    tiles, runs, bounds = schedule
     tile = tiles + item * 6
     row, inside = _rows(tile, BM, False)
     first_run, first_masked, last_run = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
 
-    place, at = _places(out, row, item, head, H, D, BD, BM, SPLIT)
-    own = at.to(tl.pointer_type(q.dtype.element_ty))  # the queries go where the output will be
-    _rotate_into(own, q + head * _stride(q_head, UNIT), _stride(q_row, UNIT), q_cos, q_sin, row, inside, D, BD)
+    offset, address = _destination(out, row, item, head, H, D, BD, BM, SPLIT)
+    rotated = address.to(tl.pointer_type(q[0].dtype.element_ty))  # the output's memory holds the queries until then
+    _rotate_into(rotated, q, head, tables, row, inside, D, BD, UNIT)
     column, column_inside = _columns(D, BD)
-    x = _load(own + column[None, :], inside, column_inside, True, D != BD)  # [BM, BD]
+    x = _load(rotated + column[None, :], inside, column_inside, True, D != BD)  # [BM, BD]
     acc = tl.zeros((BM, BD), tl.float32)
     peak = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     for run in range(first_run, first_masked):
         low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
-        keys, values, key_row, value_row, first = _source(
-            low, k, v, memory_k, memory_v, v_row, v_head, mk_row, mk_head, mv_row, mv_head, memory, head, H,
-            D, UNIT, MEMORY,
-        )  # fmt: skip
-        acc, peak, total = _attend(
-            x, acc, peak, total, 0, 0, 0, 0,
-            keys, values, key_row, value_row, low, high, first, scale, D, BD, BN, False,
-        )  # fmt: skip
+        source = _source(low, k, v, memory, M, head, H, D, UNIT, MEMORY)
+        acc, peak, total = _attend(x, acc, peak, total, (0, 0, 0, 0), source, low, high, scale, D, BD, BN, False)
     row, inside = _rows(tile, BM, True)
-    own_low, own_high, prefix_low, prefix_high = _four(bounds, row, inside, True)
+    own_bounds = _four(bounds, row, inside, True)
     for run in range(first_masked, last_run):
         low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
-        keys, values, key_row, value_row, first = _source(
-            low, k, v, memory_k, memory_v, v_row, v_head, mk_row, mk_head, mv_row, mv_head, memory, head, H,
-            D, UNIT, MEMORY,
-        )  # fmt: skip
-        acc, peak, total = _attend(
-            x, acc, peak, total, own_low, own_high, prefix_low, prefix_high,
-            keys, values, key_row, value_row, low, high, first, scale, D, BD, STEP, True,
-        )  # fmt: skip
+        source = _source(low, k, v, memory, M, head, H, D, UNIT, MEMORY)
+        acc, peak, total = _attend(x, acc, peak, total, own_bounds, source, low, high, scale, D, BD, STEP, True)
 
     acc, logarithm = _finish(acc, peak, total)
     row, inside = _rows(tile, BM, True)
-    place, at = _places(out, row, item, head, H, D, BD, BM, SPLIT)
+    offset, address = _destination(out, row, item, head, H, D, BD, BM, SPLIT)
     if not SPLIT:
         logarithm /= LOG2_E
-    tl.store(at + column[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
-    tl.store(lse + place, logarithm, mask=inside)
+    tl.store(address + column[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
+    tl.store(lse + offset, logarithm, mask=inside)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -304,7 +310,7 @@ def combine(
     parts, parts_lse, out, lse, tiles, pieces, order, H,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one tile from the parts that its items computed, in the order of their keys."""
+    """Rows of one tile from the partial results of its items, in the order of their keys."""
     tile, head = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(pieces + tile), tl.load(pieces + tile + 1)
     row, inside = _rows(tiles + tl.load(order + begin) * 6, BM, False)
@@ -313,9 +319,9 @@ def combine(
     peak = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     for piece in range(begin, end):
-        place = (tl.load(order + piece).to(tl.int64) * H + head) * BM + tl.arange(0, BM)
-        x = _load(parts + place[:, None] * BD + column[None, :], inside, column_inside, True, D != BD)  # [BM, BD]
-        weight = tl.load(parts_lse + place, mask=inside, other=float("-inf"))
+        offset = (tl.load(order + piece).to(tl.int64) * H + head) * BM + tl.arange(0, BM)
+        x = _load(parts + offset[:, None] * BD + column[None, :], inside, column_inside, True, D != BD)  # [BM, BD]
+        weight = tl.load(parts_lse + offset, mask=inside, other=float("-inf"))
         higher = tl.maximum(peak, weight)
         level = tl.where(higher == float("-inf"), 0.0, higher)
         weight, shrink = tl.exp2(weight - level), tl.exp2(peak - level)
@@ -323,19 +329,23 @@ def combine(
         total = total * shrink + weight
         peak = higher
     acc, logarithm = _finish(acc, peak, total)
-    place = row.to(tl.int64) * H + head
-    at = out + place[:, None] * D + column[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
-    tl.store(lse + place, logarithm / LOG2_E, mask=inside)
+    offset = row.to(tl.int64) * H + head
+    address = out + offset[:, None] * D + column[None, :]
+    tl.store(address, acc.to(out.dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
+    tl.store(lse + offset, logarithm / LOG2_E, mask=inside)
+
+
+# Backward, queries
 
 
 @triton.jit
 def _pull_queries(
-    q, g, acc, level, delta, own_low, own_high, prefix_low, prefix_high,
-    keys, values, key_row, value_row, low, high, first, scale,
+    q, g, acc, level, delta, bounds, source, low, high, scale,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add to ``acc`` [BM, BD] what keys ``low`` to ``high`` give to the gradient of the rotated queries."""
+    """Add to ``acc`` [BM, BD] the part of the rotated queries' gradient that keys ``low`` to ``high`` contribute."""
+    own_low, own_high, prefix_low, prefix_high = bounds
+    keys, values, key_row, value_row, first = source
     key = tl.arange(0, BN)
     key_column, key_column_inside = _halves(D, BD)
     value_column, value_column_inside = _columns(D, BD)
@@ -359,73 +369,53 @@ def _pull_queries(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def backward_queries(
-    grad, q, k, v, memory_k, memory_v, out, lse, q_cos, q_sin, dq, rotated, sums, tiles, runs, bounds,
-    g_row: tl.int64, g_head: tl.int64, q_row: tl.int64, q_head: tl.int64, o_row: tl.int64, o_head: tl.int64,
-    v_row: tl.int64, v_head: tl.int64, d_row: tl.int64, d_head: tl.int64,
-    mk_row: tl.int64, mk_head: tl.int64, mv_row: tl.int64, mv_head: tl.int64,
-    scale, factor, memory, T, H,
+    grad, q, k, v, memory, out, lse, tables, dq, rotated, sums, schedule, scales, M, T, H,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
     STEP: tl.constexpr, MEMORY: tl.constexpr,
 ):  # fmt: skip
     """dq [T, H, D] of one item, and what ``backward_keys`` reads: the rotated queries [T, H, D] and ``sums`` [H, T, 4].
 
-    Of these the first column is the log-sum-exp in base 2, infinite where a row sees nothing (its probabilities are
-    then exp2(-inf)), the second the sum of grad * out. ``scale`` holds log2(e), ``factor`` does not.
+    The first column of ``sums`` is the log-sum-exp in base 2, infinite for rows without a visible key (their
+    probabilities are then exp2(-inf)), the second the sum of grad * out. ``scales`` are the scale of the scores with
+    and without log2(e).
     """
     item, head = tl.program_id(0), tl.program_id(1)
+    tiles, runs, bounds = schedule
     tile = tiles + item * 6
+    scale, factor = scales
     row, inside = _rows(tile, BM, False)
     first_run, first_masked, last_run = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     wide = row.to(tl.int64)
-    line = tl.cast(H, tl.int64) * D  # from token to token where a tensor is contiguous
+    line = tl.cast(H, tl.int64) * D  # stride between the tokens of a contiguous tensor
 
     column, column_inside = _columns(D, BD)
-    g = _load(
-        grad + head * _stride(g_head, UNIT) + wide[:, None] * _stride(g_row, UNIT) + column[None, :],
-        inside, column_inside, True, D != BD,
-    )  # fmt: skip
-    o = _load(
-        out + head * _stride(o_head, UNIT) + wide[:, None] * _stride(o_row, UNIT) + column[None, :],
-        inside, column_inside, True, D != BD,
-    )  # fmt: skip
+    g = _load(_tile(grad, head, wide, column, UNIT), inside, column_inside, True, D != BD)  # [BM, BD]
+    o = _load(_tile(out, head, wide, column, UNIT), inside, column_inside, True, D != BD)  # [BM, BD]
     delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     level = tl.load(lse + wide * H + head, mask=inside, other=float("-inf")) * LOG2_E
     level = tl.where(level == float("-inf"), float("inf"), level)
-    at = sums + (tl.cast(head, tl.int64) * T + wide) * 4
-    tl.store(at, level, mask=inside)
-    tl.store(at + 1, delta, mask=inside)
+    own_sums = sums + (tl.cast(head, tl.int64) * T + wide) * 4
+    tl.store(own_sums, level, mask=inside)
+    tl.store(own_sums + 1, delta, mask=inside)
 
-    at = rotated + tl.cast(head, tl.int64) * D + wide[:, None] * line
-    _rotate_into(at, q + head * _stride(q_head, UNIT), _stride(q_row, UNIT), q_cos, q_sin, row, inside, D, BD)
+    address = rotated + tl.cast(head, tl.int64) * D + wide[:, None] * line
+    _rotate_into(address, q, head, tables, row, inside, D, BD, UNIT)
     key_column, key_column_inside = _halves(D, BD)
-    x = _load(at + key_column[None, :], inside, key_column_inside, True, D != BD)  # [BM, BD]
+    x = _load(address + key_column[None, :], inside, key_column_inside, True, D != BD)  # [BM, BD]
 
     acc = tl.zeros((BM, BD), tl.float32)
     for run in range(first_run, first_masked):
         low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
-        keys, values, key_row, value_row, first = _source(
-            low, k, v, memory_k, memory_v, v_row, v_head, mk_row, mk_head, mv_row, mv_head, memory, head, H,
-            D, UNIT, MEMORY,
-        )  # fmt: skip
-        acc = _pull_queries(
-            x, g, acc, level, delta, 0, 0, 0, 0,
-            keys, values, key_row, value_row, low, high, first, scale, D, BD, BN, False,
-        )  # fmt: skip
+        source = _source(low, k, v, memory, M, head, H, D, UNIT, MEMORY)
+        acc = _pull_queries(x, g, acc, level, delta, (0, 0, 0, 0), source, low, high, scale, D, BD, BN, False)
     row, inside = _rows(tile, BM, True)
-    own_low, own_high, prefix_low, prefix_high = _four(bounds, row, inside, True)
+    own_bounds = _four(bounds, row, inside, True)
     for run in range(first_masked, last_run):
         low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
-        keys, values, key_row, value_row, first = _source(
-            low, k, v, memory_k, memory_v, v_row, v_head, mk_row, mk_head, mv_row, mv_head, memory, head, H,
-            D, UNIT, MEMORY,
-        )  # fmt: skip
-        acc = _pull_queries(
-            x, g, acc, level, delta, own_low, own_high, prefix_low, prefix_high,
-            keys, values, key_row, value_row, low, high, first, scale, D, BD, STEP, True,
-        )  # fmt: skip
+        source = _source(low, k, v, memory, M, head, H, D, UNIT, MEMORY)
+        acc = _pull_queries(x, g, acc, level, delta, own_bounds, source, low, high, scale, D, BD, STEP, True)
     row, inside = _rows(tile, BM, True)
-    at = dq + head * _stride(d_head, UNIT)
-    _store_rotated_back(at, acc * factor, q_cos, q_sin, row, inside, _stride(d_row, UNIT), D, BD)
+    _store_rotated_back(dq, head, acc * factor, tables, row, inside, D, BD, UNIT)
 
 
 # Backward, keys
@@ -436,7 +426,7 @@ def _pull_keys(
     k, v, dk, dv, key, queries, grads, sums, bounds, q_row, g_row, low, high, scale,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add to ``dk`` and ``dv`` [BN, BD] what queries ``low`` to ``high`` give; scores are transposed, [BN, BM]."""
+    """Add to ``dk`` and ``dv`` [BN, BD] the parts of queries ``low`` to ``high``; scores are transposed, [BN, BM]."""
     query = tl.arange(0, BM)
     key_column, key_column_inside = _halves(D, BD)
     value_column, value_column_inside = _columns(D, BD)
@@ -462,15 +452,15 @@ def _pull_keys(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def backward_keys(
-    grad, rotated, k, v, sums, k_cos, k_sin, dk, dv, tiles, runs, bounds,
-    g_row: tl.int64, g_head: tl.int64, v_row: tl.int64, v_head: tl.int64, d_row: tl.int64, d_head: tl.int64,
-    scale, factor, memory, T, H,
+    grad, rotated, k, v, sums, tables, dk, dv, schedule, scales, M, T, H,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
     """dk and dv [S, H, D] of one tile of new keys, from the queries that see them."""
     item, head = tl.program_id(0), tl.program_id(1)
+    tiles, runs, bounds = schedule
     tile = tiles + item * 6
+    scale, factor = scales
     row, inside = _rows(tile, BN, False)
     first_run, first_masked, last_run = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     wide = row.to(tl.int64)
@@ -479,31 +469,28 @@ def backward_keys(
 
     key_column, key_column_inside = _halves(D, BD)
     column, column_inside = _columns(D, BD)
+    # [BN, BD]
     x = _load(k + start + wide[:, None] * line + key_column[None, :], inside, key_column_inside, True, D != BD)
-    y = _load(
-        v + head * _stride(v_head, UNIT) + wide[:, None] * _stride(v_row, UNIT) + column[None, :],
-        inside, column_inside, True, D != BD,
-    )  # fmt: skip
-    queries, grads, g_line = rotated + start, grad + head * _stride(g_head, UNIT), _stride(g_row, UNIT)
+    y = _load(_tile(v, head, wide, column, UNIT), inside, column_inside, True, D != BD)
+    queries, grads, grad_line = rotated + start, _head(grad, head, UNIT), _stride(grad[1], UNIT)
     sums += tl.cast(head, tl.int64) * T * 4
-    key = memory + row  # its number in the bounds
+    key = M + row  # its number in the bounds
 
     key_acc = tl.zeros((BN, BD), tl.float32)
     value_acc = tl.zeros((BN, BD), tl.float32)
     for run in range(first_run, first_masked):
         low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
         key_acc, value_acc = _pull_keys(
-            x, y, key_acc, value_acc, key, queries, grads, sums, bounds, line, g_line, low, high, scale,
+            x, y, key_acc, value_acc, key, queries, grads, sums, bounds, line, grad_line, low, high, scale,
             D, BD, BM, False,
         )  # fmt: skip
     for run in range(first_masked, last_run):
         low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
         key_acc, value_acc = _pull_keys(
-            x, y, key_acc, value_acc, key, queries, grads, sums, bounds, line, g_line, low, high, scale,
+            x, y, key_acc, value_acc, key, queries, grads, sums, bounds, line, grad_line, low, high, scale,
             D, BD, STEP, True,
         )  # fmt: skip
     row, inside = _rows(tile, BN, True)
-    start, line = head * _stride(d_head, UNIT), _stride(d_row, UNIT)
-    at = dv + start + row[:, None].to(tl.int64) * line + column[None, :]
-    tl.store(at, value_acc.to(dv.dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
-    _store_rotated_back(dk + start, key_acc * factor, k_cos, k_sin, row, inside, line, D, BD)
+    address = _tile(dv, head, row.to(tl.int64), column, UNIT)
+    tl.store(address, value_acc.to(dv[0].dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
+    _store_rotated_back(dk, head, key_acc * factor, tables, row, inside, D, BD, UNIT)

@@ -1,55 +1,54 @@
-"""The gated activation of the feed-forward network, with the bias of the product before."""
+"""Gated activation of the feed-forward network, with the bias of the product before it."""
 
 from collections.abc import Callable
+from operator import itemgetter
 
-import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from dph_kernels import autocast, checks, dispatch
-from dph_kernels.direct import Operator
+from dph_kernels.operator import Gradient, Inputs, Operator
 from dph_kernels.swiglu import reference
 
 
-def _forward(projected: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return dispatch.call("forward", "swiglu", projected, backend, projected, bias)
-
-
-def _backward(
-    grad: Tensor, projected: Tensor, bias: Tensor | None, projected_needed: bool, bias_needed: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    arguments = grad, projected, bias, projected_needed, bias_needed
-    return dispatch.call("backward", "swiglu", projected, backend, *arguments)
-
-
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(
-    ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *, backward: Callable
-) -> tuple[Tensor | None, ...]:
-    projected_needed, bias_needed, _ = ctx.needs_input_grad
-    grads = backward(grad, *ctx.saved_tensors, projected_needed, bias_needed, ctx.backend)
-    return grads[0] if projected_needed else None, grads[1] if bias_needed else None, None
-
-
-OPERATOR = Operator("swiglu", forward=_forward, backward=_backward, setup=_setup, gradients=_gradients)
-
-
-@OPERATOR.operator.register_fake
-def _(projected: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+def _fake(projected: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """The activations [T, F]."""
     return projected.new_empty(projected.shape[0], projected.shape[1] // 2)
 
 
-@OPERATOR.backward_operator.register_fake
-def _(
+def _fake_backward(
     grad: Tensor, projected: Tensor, bias: Tensor | None, projected_needed: bool, bias_needed: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of (projected, bias)."""
     return (
         projected.new_empty(projected.shape if projected_needed else 0),
         projected.new_empty(projected.shape[1] if bias_needed else 0),
     )
+
+
+def _setup(ctx: FunctionCtx, output: Tensor, inputs: Inputs) -> None:
+    ctx.save_for_backward(inputs["projected"], inputs["bias"])
+
+
+def _compute(ctx: FunctionCtx, needs: Inputs, backward: Callable[..., tuple[Tensor, Tensor]], grad: Tensor) -> Inputs:
+    projected, bias = ctx.saved_tensors
+    d_projected, d_bias = backward(
+        grad=grad,
+        projected=projected,
+        bias=bias,
+        projected_needed=needs["projected"],
+        bias_needed=needs["bias"],
+    )
+    grads = {"projected": d_projected, "bias": d_bias}
+    return {name: grad for name, grad in grads.items() if needs[name]}
+
+
+OPERATOR = Operator(
+    "swiglu",
+    fake=_fake,
+    like=itemgetter("projected"),
+    gradient=Gradient(setup=_setup, compute=_compute, fake=_fake_backward, like="projected"),
+)
 
 
 def swiglu(projected: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -58,13 +57,13 @@ def swiglu(projected: Tensor, bias: Tensor | None = None, *, backend: str = "aut
         x, gate = (projected + bias).chunk(2, -1)
         x * silu(gate)
 
-    in fp32 (fp64 for fp64 inputs), rounded once. The backward pass computes all of it again, from projected.
+    in fp32 (fp64 for fp64 inputs), rounded once. The backward pass recomputes both from projected.
 
     Args:
-        projected: [T, 2F], giving [x | gate], fp16, bf16, fp32 or fp64, any strides. T may be 0.
-        bias: [2F] of the product before, same dtype and device: there its gradient, the sums over the rows of
-            projected's, would cost one more pass over memory. Here they are taken along, before rounding, in an order
-            that depends on the sizes alone (and on the GPU).
+        projected: [T, 2F], [x | gate], fp16, bf16, fp32 or fp64, any strides. T may be 0.
+        bias: [2F] of the product before, same dtype and device. Its gradient, the sum over the rows of projected's
+            gradient, is taken here, before rounding, and saves a pass over memory; the order of the sum depends on the
+            sizes alone (and on the GPU).
         backend: "auto" or a backend's name. "auto" is plain PyTorch for few elements, and under ``torch.compile``.
 
     Returns:
@@ -75,7 +74,7 @@ def swiglu(projected: Tensor, bias: Tensor | None = None, *, backend: str = "aut
     Raises:
         ValueError: a wrong shape, dtype or device, or an odd number of columns.
     """
-    projected, bias = autocast.together(projected, bias)
+    projected, bias = autocast.cast_together(projected, bias)
     checks.shape("projected", projected, "T", "2F")
     checks.dtype("projected", projected, checks.FLOATS)
     if projected.shape[1] % 2 or not projected.shape[1]:
@@ -85,6 +84,6 @@ def swiglu(projected: Tensor, bias: Tensor | None = None, *, backend: str = "aut
         checks.shape("bias", bias, projected.shape[1])
         checks.dtype("bias", bias, projected.dtype)
         checks.device("bias", bias, projected.device)
-    if dispatch.left_to_pytorch(projected, backend):
+    if dispatch.prefer_pytorch(projected, backend):
         return reference.forward(projected, bias)
-    return OPERATOR(projected, bias, backend)
+    return OPERATOR(projected=projected, bias=bias, backend=backend)

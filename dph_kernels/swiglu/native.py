@@ -8,7 +8,7 @@ from dph_kernels.strides import last_contiguous
 
 
 def forward(projected: Tensor, bias: Tensor | None) -> Tensor:
-    """What ``reference.forward`` gives."""
+    """Same results as ``reference.forward``."""
     projected, bias = last_contiguous(projected), _wide(bias, projected)
     out = projected.new_empty(len(projected), projected.shape[1] // 2)
     arguments = _arguments(projected, bias, out=out.data_ptr())
@@ -19,7 +19,7 @@ def forward(projected: Tensor, bias: Tensor | None) -> Tensor:
 def backward(
     grad: Tensor, projected: Tensor, bias: Tensor | None, projected_needed: bool, bias_needed: bool
 ) -> tuple[Tensor, Tensor]:
-    """What ``reference.backward`` gives; rows are added up in chunks, and these by PyTorch."""
+    """Same results as ``reference.backward``; rows are summed in chunks, and the chunks by PyTorch."""
     kernels = native.module()
     grad, projected, bias = last_contiguous(grad), last_contiguous(projected), _wide(bias, projected)
     rows, width = projected.shape
@@ -31,7 +31,7 @@ def backward(
         bias,
         grad=grad.data_ptr(),
         grad_row=grad.stride(0),
-        d_projected=d_projected.data_ptr(),  # null where it is empty
+        d_projected=d_projected.data_ptr(),  # null if it is empty
         sums=sums.data_ptr(),
     )
     kernels.swiglu_backward_cpu(arguments, native.threads())
@@ -39,12 +39,12 @@ def backward(
 
 
 def _wide(bias: Tensor | None, projected: Tensor) -> Tensor:
-    """The bias in fp32, zeros where there is none: reading them costs nothing."""
+    """Return the bias in fp32, zeros if there is none: reading them costs nothing."""
     return projected.new_zeros(projected.shape[1], dtype=torch.float32) if bias is None else bias.float().contiguous()
 
 
 def _arguments(projected: Tensor, bias: Tensor, **fields: int) -> object:
-    """What a pass takes; it holds addresses, so the tensors have to outlive it."""
+    """Return the kernels' argument, which holds addresses: the tensors have to outlive it."""
     return native.module().SwigluArguments(
         rows=len(projected),
         columns=projected.shape[1] // 2,

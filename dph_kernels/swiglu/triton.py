@@ -1,118 +1,82 @@
-"""The gated activation on the GPU: what ``triton_kernels.py`` is launched with, one launch each way."""
+"""Launcher of the gated activation's Triton kernels, one launch per pass."""
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dph_kernels.launches import Launch, cdiv, multiprocessors, signature
-from dph_kernels.native import device_guard
+from dph_kernels.launcher import Launch, LaunchConfig, LaunchRecorder, TritonDevice, cdiv, distinct, triton_device
 from dph_kernels.strides import last_contiguous
 from dph_kernels.swiglu import triton_kernels as kernels
 
-ROWS, COLUMNS, WARPS = 4, 512, 4  # of a tile of the forward pass
-BLOCK = 1024  # columns of a program of the backward pass: 8 for each thread, 16 bytes of half precision
-PROGRAMS = 8  # of the backward pass for each multiprocessor: more shares of the rows would give more sums to add up
-
-
-class _Call(NamedTuple):
-    """One launch."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-
-    def run(self, device: torch.device) -> None:
-        """Launch it, unless there are no rows."""
-        if 0 in self.grid:
-            return
-        with device_guard(device):
-            options = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": True}
-            self.kernel[self.grid](**self.arguments, **self.constants, **options)
+FORWARD = LaunchConfig(4, 512, 0, num_warps=4, num_stages=1)
+# 8 columns per thread: 16 bytes of half precision. A program walks down its rows.
+BACKWARD = LaunchConfig(1, 1024, 0, num_warps=4, num_stages=1)
+PROGRAMS = 8  # per SM in the backward pass: more would leave more partial sums to add
+INTERPRETER_SMS = 1
 
 
 def forward(projected: Tensor, bias: Tensor | None) -> Tensor:
-    """What ``reference.forward`` gives."""
-    out = projected.new_empty(len(projected), projected.shape[1] // 2)
-    _forward(projected, bias, out).run(projected.device)
-    return out
+    """Same results as ``reference.forward``."""
+    return _forward(triton_device(projected.device, INTERPRETER_SMS), projected, bias)
 
 
 def backward(
     grad: Tensor, projected: Tensor, bias: Tensor | None, projected_needed: bool, bias_needed: bool
 ) -> tuple[Tensor, Tensor]:
-    """What ``reference.backward`` gives; rows are added up in shares, and these by PyTorch."""
-    rows, width = projected.shape
-    share = _share(rows, width // 2, multiprocessors(projected.device))
-    d_projected = projected.new_empty((rows, width) if projected_needed else 0)
-    sums = projected.new_empty((cdiv(rows, share), width) if bias_needed else 0, dtype=torch.float32)
-    _backward(grad, projected, bias, d_projected, sums, share).run(projected.device)
-    return d_projected, sums.sum(0).to(projected.dtype) if bias_needed else projected.new_empty(0)
+    """Same results as ``reference.backward``; PyTorch adds the partial sums of the bias' gradient."""
+    gpu = triton_device(projected.device, INTERPRETER_SMS)
+    return _backward(gpu, grad, projected, bias, projected_needed, bias_needed)
 
 
-def _forward(projected: Tensor, bias: Tensor | None, out: Tensor) -> _Call:
-    projected, (rows, width), has_bias = last_contiguous(projected), out.shape, bias is not None
+def _forward(gpu: TritonDevice, projected: Tensor, bias: Tensor | None) -> Tensor:
+    rows, width = len(projected), projected.shape[1] // 2
+    out = projected.new_empty(rows, width)
+    projected = last_contiguous(projected)
     arguments = {
-        "projected": projected, "bias": bias.contiguous() if has_bias else projected, "out": out,
+        "projected": projected, "bias": projected if bias is None else bias.contiguous(), "out": out,
         "projected_row": projected.stride(0), "T": rows,
     }  # fmt: skip
-    constants = {"F": width, "BT": ROWS, "BF": COLUMNS, "BIAS": has_bias}
-    return _Call(kernels.forward, (cdiv(rows, ROWS) * cdiv(width, COLUMNS),), arguments, constants)
+    constants = {"F": width, "BT": FORWARD.block_m, "BF": FORWARD.block_n, "BIAS": bias is not None}
+    grid = (cdiv(rows, FORWARD.block_m) * cdiv(width, FORWARD.block_n),)
+    gpu.launch(kernels.forward, grid, FORWARD, arguments, constants)
+    return out
 
 
 def _backward(
-    grad: Tensor, projected: Tensor, bias: Tensor | None, d_projected: Tensor, sums: Tensor, share: int
-) -> _Call:
-    grad, projected, (rows, width), has_bias = (
-        last_contiguous(grad),
-        last_contiguous(projected),
-        grad.shape,
-        bias is not None,
-    )
+    gpu: TritonDevice, grad: Tensor, projected: Tensor, bias: Tensor | None, projected_needed: bool, bias_needed: bool
+) -> tuple[Tensor, Tensor]:
+    rows, width = grad.shape
+    share = _rows_per_program(rows, width, gpu.sm_count)
+    d_projected = projected.new_empty((rows, 2 * width) if projected_needed else 0)
+    sums = projected.new_empty((cdiv(rows, share), 2 * width) if bias_needed else 0, dtype=torch.float32)
+    grad, projected = last_contiguous(grad), last_contiguous(projected)
     arguments = {
-        "grad": grad, "projected": projected, "bias": bias.contiguous() if has_bias else projected,
+        "grad": grad, "projected": projected, "bias": projected if bias is None else bias.contiguous(),
         "d_projected": d_projected, "sums": sums, "grad_row": grad.stride(0), "projected_row": projected.stride(0),
         "T": rows, "share": share,
     }  # fmt: skip
     constants = {
-        "F": width, "BF": BLOCK, "BIAS": has_bias, "STORE": d_projected.numel() > 0,
+        "F": width, "BF": BACKWARD.block_n, "BIAS": bias is not None, "STORE": d_projected.numel() > 0,
         "SUMS": sums.numel() > 0,
     }  # fmt: skip
-    return _Call(kernels.backward, (cdiv(width, BLOCK), cdiv(rows, share)), arguments, constants)
+    gpu.launch(kernels.backward, (cdiv(width, BACKWARD.block_n), cdiv(rows, share)), BACKWARD, arguments, constants)
+    return d_projected, sums.sum(0).to(projected.dtype) if bias_needed else projected.new_empty(0)
 
 
-def _share(rows: int, width: int, multiprocessors: int) -> int:
-    """How many rows a program of the backward pass takes, for as many programs as keep the device busy."""
-    shares = cdiv(PROGRAMS * multiprocessors, cdiv(width, BLOCK))
-    return max(1, cdiv(rows, shares))
+def _rows_per_program(rows: int, width: int, sm_count: int) -> int:
+    """Rows of a program in the backward pass, so that the grid fills the device."""
+    programs = cdiv(PROGRAMS * sm_count, cdiv(width, BACKWARD.block_n))
+    return max(1, cdiv(rows, programs))
 
 
 def launches(capability: int) -> list[Launch]:
-    """For the audit: both passes at the paper's width, with and without a bias; the same on any GPU."""
+    """Launches for the audit: both passes at the paper's width, with and without a bias; the same on any GPU."""
     rows, width = 16384, 4096
-    found = []
+    gpu = LaunchRecorder(capability, sm_count=108)
     for dtype in (torch.bfloat16, torch.float32):
-        projected, out = (torch.empty((rows, n), dtype=dtype, device="meta") for n in (2 * width, width))
-        for bias in (None, torch.empty(2 * width, dtype=dtype, device="meta")):
-            sums = torch.empty(0 if bias is None else (1, 2 * width), device="meta")
-            found += [
-                _launch("forward", dtype, _forward(projected, bias, out)),
-                _launch("backward", dtype, _backward(out, projected, bias, projected, sums, 1)),
-            ]
-    return found
-
-
-def _launch(name: str, dtype: torch.dtype, call: _Call) -> Launch:
-    words = ["swiglu", name, str(dtype).removeprefix("torch."), *(["bias"] if call.constants["BIAS"] else [])]
-    return Launch(
-        name=" ".join(words),
-        kernel=call.kernel,
-        signature=signature(call.kernel, call.arguments, call.constants),
-        constants=call.constants,
-        aligned=tuple(n for n, v in call.arguments.items() if n not in kernels.NUMBERS),
-        num_warps=WARPS,
-        num_stages=1,
-    )
+        projected = torch.empty(rows, 2 * width, dtype=dtype, device="meta")
+        for bias in (None, projected[0]):
+            out = _forward(gpu, projected, bias)
+            _backward(gpu, out, projected, bias, True, bias is not None)
+    return distinct(gpu.launches)

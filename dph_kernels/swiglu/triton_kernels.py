@@ -1,8 +1,7 @@
 # ruff: noqa: ANN001, ANN201, ANN202
-"""The Triton kernels of the gated activation (SwiGLU, arXiv 2002.05202): each element is read and written once.
+"""Triton kernels of the gated activation (SwiGLU, arXiv 2002.05202): each element is read and written once.
 
-Letters: T tokens, F width of the result, BT x BF a tile of it. Rows of projected and of the upstream gradient are so
-many elements apart as is said; those of results lie end to end.
+Letters: T tokens, F width of the result, BT x BF a tile of it. Inputs have row strides; results are contiguous.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Numbers for which no kernel is compiled anew where they are 1 or a multiple of 16.
+# Numbers that do not lead to another compilation if they are 1 or a multiple of 16.
 NUMBERS = ["T", "share"]
 
 
@@ -22,7 +21,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _load(start, column, F: tl.constexpr, WANTED: tl.constexpr = True):
-    """Columns [BF] of a row of x and of gate; 0 unless WANTED."""
+    """Columns [BF] of a row of x and of the gate; zeros unless WANTED."""
     x, gate = tl.zeros(column.shape, tl.float32), tl.zeros(column.shape, tl.float32)
     if WANTED:
         x = tl.load(start + column, mask=column < F, other=0.0).to(tl.float32)
@@ -35,7 +34,7 @@ def forward(
     projected, bias, out, projected_row, T,
     F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """out [T, F] = x silu(gate), [x | gate] = projected [T, 2F] + bias; a program a tile, row after row."""
+    """out [T, F] = x silu(gate) with [x | gate] = projected [T, 2F] + bias; one program per tile, row-major."""
     BLOCKS: tl.constexpr = (F + BF - 1) // BF
     tile, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     row, column = tile * BT + tl.arange(0, BT), block * BF + tl.arange(0, BF)
@@ -59,9 +58,9 @@ def backward(
     grad, projected, bias, d_projected, sums, grad_row, projected_row, T, share,
     F: tl.constexpr, BF: tl.constexpr, BIAS: tl.constexpr, STORE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """d_projected [T, 2F] where STORE, and its sums over each share of the rows [shares, 2F] where SUMS.
+    """d_projected [T, 2F] if STORE, and its sums over each share of the rows [shares, 2F] if SUMS.
 
-    Program (block of columns, share) goes through its rows one by one, with the sums in registers.
+    Program (block of columns, share) walks down its rows and keeps the sums in registers.
     """
     column, begin = tl.program_id(0) * BF + tl.arange(0, BF), tl.program_id(1) * share
     x_bias, gate_bias = _load(bias, column, F, BIAS)

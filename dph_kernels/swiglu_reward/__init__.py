@@ -1,14 +1,17 @@
-"""Pooler and reward heads: from hidden states at the end of an answer to its rewards."""
+"""Pooler and reward heads: rewards of answers from the hidden states at their ends."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from dph_kernels import autocast, checks, dispatch
+from dph_kernels.operator import Gradient, Inputs, Operator
 
 
-def _run_forward(
+def _fake(
     hidden: Tensor,
     reward: Tensor,
     w1: Tensor | None,
@@ -22,33 +25,12 @@ def _run_forward(
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = hidden, reward, w1, b1, w2, b2, row_ids, dropout, input_dropout, seed, save
-    return dispatch.call("forward", "swiglu_reward", hidden, backend, *arguments)
-
-
-_forward = torch.library.custom_op("dph::swiglu_reward", _run_forward, mutates_args=())
-
-
-@_forward.register_fake
-def _(
-    hidden: Tensor,
-    reward: Tensor,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    row_ids: Tensor | None,
-    dropout: float,
-    input_dropout: float,
-    seed: int,
-    save: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    """(rewards [R, K], [x | g], pooled state), the last two empty if absent or not saved."""
     dtype, rows = torch.promote_types(hidden.dtype, torch.float32), hidden.shape[0]
     name = "reference" if hidden.is_meta else backend
     device = "cpu" if hidden.is_meta else hidden.device
-    kept = dispatch.implementation("swiglu_reward", device, name, hidden.dtype).kept_shapes
-    projected, pooled = kept(rows, hidden.shape[1], 0 if w1 is None else w1.shape[0] // 2)
+    kept_shapes = dispatch.implementation("swiglu_reward", device, name, hidden.dtype).kept_shapes
+    projected, pooled = kept_shapes(rows, hidden.shape[1], 0 if w1 is None else w1.shape[0] // 2)
     shapes = (
         (rows, reward.shape[0]),
         projected if save and w1 is not None else (0,),
@@ -57,8 +39,7 @@ def _(
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-@torch.library.custom_op("dph::swiglu_reward_backward", mutates_args=())
-def _backward(
+def _fake_backward(
     grad: Tensor,
     hidden: Tensor,
     reward: Tensor,
@@ -73,26 +54,7 @@ def _backward(
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    arguments = grad, hidden, reward, w1, w2, row_ids, projected, pooled, dropout, input_dropout, seed, needs
-    return dispatch.call("backward", "swiglu_reward", hidden, backend, *arguments)
-
-
-@_backward.register_fake
-def _(
-    grad: Tensor,
-    hidden: Tensor,
-    reward: Tensor,
-    w1: Tensor | None,
-    w2: Tensor | None,
-    row_ids: Tensor | None,
-    projected: Tensor,
-    pooled: Tensor,
-    dropout: float,
-    input_dropout: float,
-    seed: int,
-    needs: Sequence[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (hidden, reward, w1, b1, w2, b2)."""
     empty = (0,)
     shapes = (
         hidden.shape,
@@ -105,22 +67,34 @@ def _(
     return tuple(hidden.new_empty(shape if need else empty) for shape, need in zip(shapes, needs, strict=True))
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    hidden, reward, w1, _, w2, _, row_ids, *ctx.options, save, ctx.backend = inputs
-    _, projected, pooled = output
-    if not save and any(ctx.needs_input_grad):
+TRAINED = ("hidden", "reward", "w1", "b1", "w2", "b2")
+SAVED = ("hidden", "reward", "w1", "w2", "row_ids")
+
+
+def _setup(ctx: FunctionCtx, output: tuple[Tensor, Tensor, Tensor], inputs: Inputs) -> None:
+    _rewards, projected, pooled = output
+    if not inputs["save"] and any(ctx.needs_input_grad):
         raise ValueError("save: expected True where a gradient is wanted, got False")
     ctx.mark_non_differentiable(projected, pooled)
-    ctx.save_for_backward(hidden, reward, w1, w2, row_ids, projected, pooled)
+    ctx.save_for_backward(*(inputs[name] for name in SAVED), projected, pooled)
+    ctx.options = {name: inputs[name] for name in ("dropout", "input_dropout", "seed")}
 
 
-def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:6])
-    grads = _backward(grad, *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
-    return *(value if need else None for value, need in zip(grads, needs, strict=True)), *(None,) * 6
+def _compute(
+    ctx: FunctionCtx, needs: Inputs, backward: Callable[..., tuple[Tensor, ...]], grad: Tensor, *_: Tensor
+) -> Inputs:
+    saved = dict(zip((*SAVED, "projected", "pooled"), ctx.saved_tensors, strict=True))
+    needed = [needs[name] for name in TRAINED]
+    grads = backward(grad=grad, **saved, needs=needed, **ctx.options)
+    return {name: value for name, value in zip(TRAINED, grads, strict=True) if needs[name]}
 
 
-_forward.register_autograd(_gradients, setup_context=_setup)
+OPERATOR = Operator(
+    "swiglu_reward",
+    fake=_fake,
+    like=itemgetter("hidden"),
+    gradient=Gradient(setup=_setup, compute=_compute, fake=_fake_backward, like="hidden"),
+)
 
 
 def _check(name: str, tensor: Tensor | None, like: Tensor, *sizes: int | str) -> None:
@@ -180,9 +154,10 @@ def swiglu_reward(
     Args:
         hidden: [R, C] last-layer states at each answer's final `<|im_end|>`, fp16, bf16, fp32 or fp64. R may be 0.
         reward: [K, C] reward vectors, as all weights of hidden's dtype and device.
-        w1: [2F, C], giving [x | gate]; b1: [2F].
+        w1: [2F, C], rows of [x | gate]; b1: [2F].
         w2: [C, F], or [C, C] without w1; b2: [C]. Both biases are optional.
-        dropout: share of the pooled state's columns that is zeroed, in [0, 1); the rest is scaled by 1 / (1 - dropout).
+        dropout: fraction of the pooled state's columns that is zeroed, in [0, 1); the others are scaled by
+            1 / (1 - dropout).
         input_dropout: the same on hidden (the t5 poolers), drawn independently.
         seed: int64. The masks are Philox4x32-10 of (seed, row id, column): equal arguments give equal masks on every
             backend, and the backward pass draws them again.
@@ -198,7 +173,7 @@ def swiglu_reward(
     Raises:
         ValueError: a wrong shape, dtype, device, or dropout outside [0, 1).
     """
-    inputs = hidden, reward, w1, b1, w2, b2 = autocast.together(hidden, reward, w1, b1, w2, b2)
+    inputs = hidden, reward, w1, b1, w2, b2 = autocast.cast_together(hidden, reward, w1, b1, w2, b2)
     _check_weights(*inputs)
     checks.number("dropout", dropout, 0.0, 1.0, below=True)
     checks.number("input_dropout", input_dropout, 0.0, 1.0, below=True)
@@ -208,7 +183,18 @@ def swiglu_reward(
         checks.dtype("row_ids", row_ids, torch.int64)
         checks.device("row_ids", row_ids, hidden.device)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    # Where no gradient is wanted, the way by the dispatcher would be a large part of the time that few answers take.
-    direct = not save and dispatch.unobserved(x for x in (*inputs, row_ids) if x is not None)
-    forward = _run_forward if direct else _forward
-    return forward(*inputs, row_ids, dropout, input_dropout, seed, save, backend)[0]
+    rewards, *_ = OPERATOR(
+        hidden=hidden,
+        reward=reward,
+        w1=w1,
+        b1=b1,
+        w2=w2,
+        b2=b2,
+        row_ids=row_ids,
+        dropout=dropout,
+        input_dropout=input_dropout,
+        seed=seed,
+        save=save,
+        backend=backend,
+    )
+    return rewards

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from dph_kernels import native, philox
 
-LANES = 16  # answers are padded to a multiple of it, as REWARD_LANES in csrc/swiglu_reward.h says
+LANES = 16  # answers are padded to a multiple of it: REWARD_LANES of csrc/swiglu_reward.h
 
 
 def kept_shapes(rows: int, columns: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of [x | g] and the pooled state as ``forward`` keeps them: a feature's answers side by side, padded."""
+    """Return the shapes of [x | g] and the pooled state as ``forward`` keeps them: [features, answers], padded."""
     lanes = -(-rows // LANES) * LANES
     return (2 * width, lanes), (columns, lanes)
 
@@ -22,7 +22,7 @@ def forward(
     hidden: Tensor, reward: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None,
     row_ids: Tensor | None, dropout: float, input_dropout: float, seed: int, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What ``reference.forward`` gives, the last two in the kernels' layout."""
+    """Same results as ``reference.forward``, the last two in the kernels' layout."""
     kernels = native.module()
     rows, width = hidden.shape[0], 0 if w1 is None else w1.shape[0] // 2
     projected, pooled = kept_shapes(rows, hidden.shape[1], width)
@@ -42,7 +42,7 @@ def backward(
     grad: Tensor, hidden: Tensor, reward: Tensor, w1: Tensor | None, w2: Tensor | None, row_ids: Tensor | None,
     projected: Tensor, pooled: Tensor, dropout: float, input_dropout: float, seed: int, needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """What ``reference.backward`` gives."""
+    """Same results as ``reference.backward``."""
     kernels = native.module()
     like = hidden, reward, w1, None if w1 is None else w1[:, 0], w2, None if w2 is None else w2[:, 0]
     grads = [hidden.new_empty(x.shape if need else 0) for x, need in zip(like, needs, strict=True)]
@@ -61,7 +61,7 @@ def _arguments(
     hidden: Tensor, reward: Tensor, w1: Tensor | None, w2: Tensor | None, row_ids: Tensor | None,
     projected: Tensor, pooled: Tensor, dropout: float, input_dropout: float, seed: int,
 ) -> Any:  # fmt: skip
-    """What both passes take; it holds addresses, so the tensors have to outlive it."""
+    """Return the argument of both kernels, which holds addresses: the tensors have to outlive it."""
     kernels = native.module()
     return kernels.SwigluRewardArguments(
         rows=hidden.shape[0],
@@ -83,6 +83,6 @@ def _arguments(
 
 
 def _matrix(x: Tensor | None) -> Any:
-    """A matrix, a vector as its only column, or none, as it lies in memory."""
+    """Return the address and strides of a matrix, of a vector as its only column, or of None."""
     matrix = native.module().RewardMatrix
     return matrix() if x is None else matrix(x.data_ptr(), *x.stride())

@@ -11,24 +11,24 @@ HIDDEN, REWARD, W1, B1, W2, B2 = range(6)
 
 
 def kept_shapes(rows: int, columns: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of [x | g] and of the pooled state, as ``forward`` keeps them for ``backward``."""
+    """Return the shapes of [x | g] and of the pooled state, as ``forward`` keeps them for ``backward``."""
     return (rows, 2 * width), (rows, columns)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias`` in the precision of x."""
+    """Return ``x @ weight.T + bias`` in the precision of x."""
     product = x @ weight.to(x.dtype).T
     return product if bias is None else product + bias.to(x.dtype)
 
 
 def gate(projected: Tensor) -> Tensor:
-    """[x | g] -> x silu(g)."""
+    """Return x silu(g) of [x | g]."""
     x, g = projected.chunk(2, dim=-1)
     return x * torch.nn.functional.silu(g)
 
 
 def gate_backward(grad: Tensor, projected: Tensor) -> Tensor:
-    """Gradient of [x | g] from that of x silu(g)."""
+    """Return the gradient of [x | g] from that of x silu(g)."""
     x, g = projected.chunk(2, dim=-1)
     sigmoid = g.sigmoid()
     return torch.cat([grad * g * sigmoid, grad * x * sigmoid * (1 + g * (1 - sigmoid))], dim=-1)
@@ -37,7 +37,7 @@ def gate_backward(grad: Tensor, projected: Tensor) -> Tensor:
 def masks(
     hidden: Tensor, row_ids: Tensor | None, dropout: float, input_dropout: float, seed: int, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(mask of the input, mask of the pooled state), each [R, C], None where its dropout is 0."""
+    """Return the masks of the input and of the pooled state, each [R, C], None if its dropout is 0."""
     if row_ids is None:
         row_ids = torch.arange(len(hidden), device=hidden.device)
     streams = ((input_dropout, philox.INPUT), (dropout, philox.POOLED))
@@ -47,7 +47,7 @@ def masks(
 
 
 def apply(mask: Tensor | None, x: Tensor) -> Tensor:
-    """x times its mask, if there is one."""
+    """Return x times its mask, if there is one."""
     return x if mask is None else x * mask
 
 
@@ -64,7 +64,7 @@ def forward(
     seed: int,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(rewards [R, K], [x | g] [R, 2F], pooled state [R, C]), the last two empty where absent or not saved."""
+    """Return (rewards [R, K], [x | g] [R, 2F], pooled state [R, C]), the last two empty if absent or not saved."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     input_mask, pooled_mask = masks(hidden, row_ids, dropout, input_dropout, seed, dtype)
     state = apply(input_mask, hidden.to(dtype))
@@ -86,7 +86,7 @@ def gradients(
     drop: tuple[Tensor | None, Tensor | None],
     needs: Sequence[bool],
 ) -> Iterator[tuple[int, Tensor]]:
-    """(argument, gradient) from the rewards down to the hidden state; stops below the last one that is needed."""
+    """Yield (argument, gradient) from the rewards down to the hidden state, and stop after the last one needed."""
     (reward, w1, w2), (projected, pooled), (input_mask, pooled_mask) = weights, saved, drop
     if needs[REWARD]:
         yield REWARD, grad.T @ apply(pooled_mask, state if w2 is None else pooled)
@@ -126,7 +126,7 @@ def backward(
     seed: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of (hidden, reward, w1, b1, w2, b2), empty where ``needs`` says no; the masks are drawn again."""
+    """Return the gradients of (hidden, reward, w1, b1, w2, b2), empty unless ``needs``; the masks are drawn again."""
     drop = masks(hidden, row_ids, dropout, input_dropout, seed, grad.dtype)
     state = apply(drop[0], hidden.to(grad.dtype))
     grads = [hidden.new_empty(0) for _ in needs]

@@ -42,7 +42,7 @@ def test_every_plan_computes_its_layout(work, name, make, monkeypatch):
     layout = work.layout
     sizes = (layout.queries, layout.keys, layout.keys, layout.memory, layout.memory)
     q, k, v, *memory = (torch.randn(n, 2, 64) for n in sizes)
-    plan = Plan.of(work.plans[name], layout)
+    plan = Plan.from_batches(work.plans[name], layout)
     got = make(plan)(plan.lay_out(q, k, v, tuple(memory), torch.zeros_like(q)))
     expected = dense(q, k, v, layout, memory=memory, rope=attention_rivals.ROPE)
     real = plan.rows >= 0
@@ -51,7 +51,7 @@ def test_every_plan_computes_its_layout(work, name, make, monkeypatch):
 
 def test_copies_of_a_query_share_its_gradient():
     work = SMALL[3]
-    plan = Plan.of(work.plans["padded"], work.layout)
+    plan = Plan.from_batches(work.plans["padded"], work.layout)
     grad = torch.randn(work.layout.queries, 2, 64)
     laid = plan.lay_out(grad, grad, grad, (grad[:0], grad[:0]), grad).grad
     real = plan.rows >= 0
@@ -67,7 +67,7 @@ def results(source=("", "")):
         (0.03, {"who": "fast"}),
         (0.02, {"who": "mine", "rival": False, "target": {"padded": 4}}),
     ]
-    return [report.Result.of({**shared, **info, "quantiles": (s, s)}, s, source) for s, info in benches]
+    return [report.Result.from_record({**shared, **info, "quantiles": (s, s)}, s, source) for s, info in benches]
 
 
 def test_the_table_ranks_and_compares():

@@ -8,6 +8,7 @@ import torch
 import dph
 from benchmarks import lengths, train_step
 from benchmarks.train_step import PAIRS, TINY, Job
+from dph.data.formats import Preference
 from dph.data.packing import pack
 from dph.train.budget import flops
 from dph_kernels import PackedLayout
@@ -26,9 +27,9 @@ CONTENDERS = [
 def synthetic(monkeypatch, tmp_path):
     """The same lengths whether or not the real ones are there."""
     monkeypatch.setattr(lengths, "SHARED", tmp_path)
-    lengths.found.cache_clear()
+    lengths.by_source.cache_clear()
     yield
-    lengths.found.cache_clear()
+    lengths.by_source.cache_clear()
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -73,13 +74,13 @@ def test_an_optimiser_that_moves_weights_otherwise_is_caught(changed):
 
 
 def test_synthetic_lengths_are_fixed_and_in_their_ranges():
-    name, sources = lengths.found()
+    name, sources = lengths.by_source()
     assert name == "synthetic lengths"
     for source, ranges in zip(sources, lengths.SYNTHETIC, strict=True):
         assert len(source) == lengths.LIMIT
         assert all(low <= n <= high for x in source for n, (low, high) in zip(x, ranges, strict=True))
-    lengths.found.cache_clear()
-    assert lengths.found()[1] == sources
+    lengths.by_source.cache_clear()
+    assert lengths.by_source()[1] == sources
 
 
 def test_pairs_have_the_sampled_lengths():
@@ -95,7 +96,7 @@ def test_pairs_have_the_sampled_lengths():
 
 def test_a_record_is_counted_with_its_markup():
     sides = ([{"role": "user", "content": "x" * 9}, {"role": "assistant", "content": text}] for text in ("y", "z" * 8))
-    assert lengths.of_record(dph.data.dataset.Preference(*sides)) == (1 + 3 + 3 + 2 + 3, 1, 2)
+    assert lengths.of_record(Preference(*sides)) == (1 + 3 + 3 + 2 + 3, 1, 2)
 
 
 # Arithmetic
@@ -123,15 +124,15 @@ def test_visible_pairs_are_those_of_the_layout():
         PackedLayout.with_memory([5, 7], [3, 0], 4),
         PackedLayout.documents([3, 0, 2]),
     ):
-        amounts, seen = flops.of_layout(layout), layout.visible()
-        assert (amounts.tokens, amounts.seen) == (layout.queries, int(seen.sum()))
+        amounts, seen = flops.layout_workload(layout), layout.visible()
+        assert (amounts.tokens, amounts.visible) == (layout.queries, int(seen.sum()))
         assert amounts.detached == int(seen[:, : layout.memory].sum())
 
 
 def test_steps_are_counted_by_hand():
     """A prompt of 2 tokens with answers of 3 and 1, all predicted; and a stream of 3 tokens with 2 of memory."""
-    pair = flops.of_layout(PackedLayout.shared_prefix([2], [[3, 1]]), targets=4, judged=2)
-    assert pair == flops.Amounts(tokens=6, seen=3 + (6 + 6) + (1 + 2), targets=4, judged=2)
+    pair = flops.layout_workload(PackedLayout.shared_prefix([2], [[3, 1]]), targets=4, judged=2)
+    assert pair == flops.Workload(tokens=6, visible=3 + (6 + 6) + (1 + 2), targets=4, judged=2)
     product = 2 * 4 * 18 * 2  # one product of attention: 2 C a pair that sees each other, in 2 layers
     forward = 2 * (6 * BACKBONE + 4 * HEAD) + 2 * product
     policy = 6 * (6 * BACKBONE + 4 * HEAD + 2 * POOLER) + 6 * product
@@ -141,8 +142,8 @@ def test_steps_are_counted_by_hand():
     head = 2 * 6 * BACKBONE + 2 * product + 2 * 2 * (40 * 2 + (POOLER - 40) * 3)
     assert flops.step_flops(CONFIG, "head", pair) == head
 
-    stream = flops.of_streams(1, 3, 2, targets=1)
-    assert stream == flops.Amounts(tokens=3, seen=6 + 6, detached=6, targets=1)
+    stream = flops.streams_workload(1, 3, 2, targets=1)
+    assert stream == flops.Workload(tokens=3, visible=6 + 6, detached=6, targets=1)
     attention = 2 * 4 * 2 * (2 * 12 + 4 * 6 + 2 * 6)  # the memory needs no gradient of keys and values
     assert flops.step_flops(CONFIG, "sft", stream) == 6 * (3 * BACKBONE + HEAD) + attention
     embedding = 2 * 3 * 100  # the one weight that trains
@@ -154,19 +155,20 @@ def test_a_jobs_amounts_are_those_of_its_updates(stage):
     job = Job(stage=stage, shape=TINY)
     amounts, taken = job.amounts(), job.make_stage()
     if stage in PAIRS:
-        parts = taken.next().parts
-        assert flops.of_pairs([pair for part in parts for pair in part.pairs]) == amounts
+        parts = taken.next_batch().micro_batches
+        assert flops.pairs_workload([pair for part in parts for pair in part.pairs]) == amounts
         packed = pack(job.records())
-        counted = flops.of_layout(packed.layout, len(packed.rows), int((packed.reward_rows >= 0).sum()))
-        assert amounts == counted == sum((flops.of_pairs([pair]) for pair in job.records()), flops.Amounts())
+        counted = flops.layout_workload(packed.layout, len(packed.rows), int((packed.reward_rows >= 0).sum()))
+        assert amounts == counted == sum((flops.pairs_workload([pair]) for pair in job.records()), flops.Workload())
     else:
-        assert amounts.tokens == taken.next().tokens == TINY.streams * TINY.context
+        assert amounts.tokens == taken.next_batch().tokens == TINY.streams * TINY.context
     assert job.needs(amounts) > 0
 
 
 def test_unshared_pairs_repeat_their_prompts():
     stage = Job(stage="align", shape=TINY).make_stage()
-    shared, repeated = stage.next(), train_step.Unshared.of(Job(stage="align", shape=TINY).make_stage()).next()
-    prompts = sum(common_prefix([side.tokens for side in pair]) for part in shared.parts for pair in part.pairs)
-    assert repeated.tokens == shared.tokens + prompts == sum(len(part.packed.tokens) for part in repeated.parts)
-    assert all(torch.equal(a.packed.answers, b.packed.answers) for a, b in zip(shared.parts, repeated.parts))  # noqa: B905
+    shared, repeated = stage.next_batch(), train_step.unshared(Job(stage="align", shape=TINY).make_stage()).next_batch()
+    prompts = sum(common_prefix([side.tokens for side in pair]) for part in shared.micro_batches for pair in part.pairs)
+    assert repeated.tokens == shared.tokens + prompts == sum(len(part.packed.tokens) for part in repeated.micro_batches)
+    pairs = zip(shared.micro_batches, repeated.micro_batches, strict=True)
+    assert all(torch.equal(one.packed.answers, two.packed.answers) for one, two in pairs)

@@ -12,14 +12,14 @@ from helpers.command_line import ANSWER, ASKED, USER
 from helpers.texts import write_lines
 
 import dph
-from dph.cli import answering, main
+from dph.cli import answers, main
 from dph.infer import best_of_n
 from dph.model import loading
 
 
 def cells(text):
     """The rows of a table, without a note below it."""
-    return [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()[2:] if line != answering.CUT_OFF]
+    return [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()[2:] if line != answers.CUT_OFF]
 
 
 # Answers
@@ -74,7 +74,7 @@ def test_generate_ranks_by_reward_or_by_logprob(dph_command, models, samples):
     assert (code, err) == (0, "")
     assert [row[0] for row in cells(out)] == list("123456")
     assert out.endswith("\nnot finished: cut off by --max-new-tokens, so without a reward and ranked last\n")
-    assert answering.CUT_OFF not in dph_command("generate", models / "judge", *ASKED, "-n", 1)[1]
+    assert answers.CUT_OFF not in dph_command("generate", models / "judge", *ASKED, "-n", 1)[1]
     assert [row[1] for row in cells(out)] == [f"{c.reward:.3f}" if c.finished else "-" for c in want]
     assert [row[4] for row in cells(out)] == [c.text for c in want]
     by_logprob = sorted(want, key=lambda c: (not c.finished, -c.logprob))
@@ -136,7 +136,7 @@ def test_chat_keeps_the_best_and_its_history(dph_command, models, monkeypatch):
             for text, reward, finished in zip(texts, (2.0, math.nan), (True, False), strict=True)
         ]
 
-    monkeypatch.setattr("dph.cli.answering.best_of_n", answer)
+    monkeypatch.setattr("dph.cli.answers.best_of_n", answer)
     turns = "/candidates\nfirst\n\n/candidates\n/what\nsecond\n/quit\nthird\n"
     code, out, err = dph_command("chat", models / "judge", "-n", 2, "--system", "be brief", stdin=turns)
     assert (code, err) == (0, "")
@@ -145,7 +145,7 @@ def test_chat_keeps_the_best_and_its_history(dph_command, models, monkeypatch):
     assert lines[1] == "answer 1\\x07  [reward 2.000]"
     assert lines[4].split() == ["1", "2.000", "-3.000", "yes", "answer", "1\\x07"]
     assert lines[5].split() == ["2", "-", "-3.000", "no", "worse\\n\\x1b[2J"]
-    assert lines[6:] == [answering.CUT_OFF, "expected /candidates or /quit, got /what", "answer 2\\x07  [reward 2.000]"]
+    assert lines[6:] == [answers.CUT_OFF, "expected /candidates or /quit, got /what", "answer 2\\x07  [reward 2.000]"]
     system = {"role": "system", "content": "be brief"}
     said = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "answer 1\x07"}]
     assert asked == [[system, said[0]], [system, *said, {"role": "user", "content": "second"}]]
@@ -181,7 +181,7 @@ def echo(asked, *, stopped=()):
 
 def test_ctrl_c_in_chat_stops_the_answer_alone(models, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr("dph.cli.answering.best_of_n", echo(asked, stopped=["second"]))
+    monkeypatch.setattr("dph.cli.answers.best_of_n", echo(asked, stopped=["second"]))
     monkeypatch.setattr(sys, "stdin", Terminal(b"first\nsecond\n/candidates\nthird\n"))
     assert main.main(["chat", str(models / "judge"), "-n", "1"]) == 0
     assert asked == [["first"], ["first", "re first", "second"], ["first", "re first", "third"]]
@@ -194,7 +194,7 @@ def test_ctrl_c_in_chat_stops_the_answer_alone(models, monkeypatch, capsys):
 
 def test_ctrl_c_ends_chat_where_the_turns_are_a_file_s(dph_command, models, monkeypatch):
     asked = []
-    monkeypatch.setattr("dph.cli.answering.best_of_n", echo(asked, stopped=["first"]))
+    monkeypatch.setattr("dph.cli.answers.best_of_n", echo(asked, stopped=["first"]))
     code, out, err = dph_command("chat", models / "judge", "-n", 1, stdin="first\nsecond\n")
     assert (code, out, err) == (130, "", "dph: interrupted\n")
     assert asked == [["first"]]
@@ -211,7 +211,7 @@ def test_ctrl_c_at_the_prompt_ends_chat(dph_command, models, monkeypatch):
 @pytest.mark.parametrize("stdin", [Terminal, lambda typed: io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8")])
 def test_a_line_that_is_not_utf_8_is_refused_alone(models, monkeypatch, capsys, stdin):
     asked = []
-    monkeypatch.setattr("dph.cli.answering.best_of_n", echo(asked))
+    monkeypatch.setattr("dph.cli.answers.best_of_n", echo(asked))
     monkeypatch.setattr(sys, "stdin", stdin("caf\u00e9\n".encode() + b"caf\xe9\n/\xff\nend\n"))
     assert main.main(["chat", str(models / "judge"), "-n", "1"]) == 0
     assert asked == [["caf\u00e9"], ["caf\u00e9", "re caf\u00e9", "end"]]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import dph
 from dph.cli import main
-from dph.model import loading
+from dph.model import loading, paths
 from dph.train.trainer import Result
 
 # Help and errors
@@ -59,7 +59,7 @@ def started(how, code):
 @pytest.mark.parametrize("how", STARTS)
 def test_help_imports_nothing_heavy(how):
     code = (
-        "import dph.cli.main.main; code = dph.cli.main.main(['train', '--help'])\n"
+        "import dph.cli.main; code = dph.cli.main.main(['train', '--help'])\n"
         "sys.exit(code or len({'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)))"
     )
     assert started(how, code).returncode == 0
@@ -71,7 +71,7 @@ def test_ctrl_c_while_pytorch_is_imported(how):
         "class Interrupted:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'torch': raise KeyboardInterrupt\n"
-        "import dph.cli.main.main; sys.meta_path.insert(0, Interrupted()); sys.exit(dph.cli.main.main(['doctor']))"
+        "import dph.cli.main; sys.meta_path.insert(0, Interrupted()); sys.exit(dph.cli.main.main(['doctor']))"
     )
     done = started(how, code)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "dph: interrupted\n")
@@ -149,7 +149,7 @@ def test_exit_codes(dph_command, monkeypatch, error, code, line):
     def fail(args):
         raise error
 
-    monkeypatch.setattr("dph.cli.files.doctor", fail)
+    monkeypatch.setattr("dph.cli.doctor.run", fail)
     assert dph_command("doctor") == (code, "", line + "\n" if line else "")
 
 
@@ -194,7 +194,7 @@ def test_a_hub_name_is_announced_and_lets_the_error_of_transformers_through(refu
         raise OSError(f"no connection\nwhile asking for {path}")
 
     monkeypatch.setattr(loading.ModelConfig, "get_config_dict", offline)
-    loading._announce.cache_clear()
+    paths._announce.cache_clear()
     assert refused("chat", "owner/model") == (
         "dph: error: owner/model: expected a model in a directory (nothing is there) or on the hub, "
         "got no connection while asking for owner/model"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dph import losses
-from dph.cli.plot import OBJECTIVES, curves, group, landscape, read_metrics
+from dph.cli.figures import OBJECTIVES, curves, group, landscape, read_metrics
 from dph.errors import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"

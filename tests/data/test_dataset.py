@@ -1,4 +1,4 @@
-"""Records of every form, orders that repeat, batches that lose nothing, and states that continue exactly."""
+"""Records of every format, reproducible samplers, batches without losses, and states that continue exactly."""
 
 import json
 import os
@@ -13,21 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dph import chat
-from dph.data import dataset
-from dph.data.dataset import Conversation, InOrder, Interleaved, PairBatches, Preference, Shuffled, Streams, Text
+from dph.data import dataset, sources
+from dph.data.batching import PairBatches, Streams
+from dph.data.formats import Conversation, Encoder, Preference, Text, parse_record
+from dph.data.sampler import InOrder, Interleaved, Shuffled
+from dph.data.sources import read_jsonl
 from dph.errors import UserError
 
 ASK, YES, NO = message("user", "hello?"), message("assistant", "yes"), message("assistant", "no")
 PAIR = Preference([ASK, YES], [ASK, NO])
 
 
-# ------------------------------------------------------------------------------------------------ files and forms
+# ------------------------------------------------------------------------------------------------ files and formats
 
 
 def test_jsonl_is_read_line_by_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\r\n\n  \n{"a": "\xc3\xbc"}')
-    lines = dataset.read_jsonl(path)
+    lines = read_jsonl(path)
     assert list(lines) == [{"a": 1}, {"a": "ü"}]
 
 
@@ -42,15 +45,15 @@ def test_jsonl_is_read_line_by_line(tmp_path):
 def test_a_malformed_line_is_named(tmp_path, content, error):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=error):
-        list(dataset.read_jsonl(tmp_path / "a.jsonl"))
+        list(read_jsonl(tmp_path / "a.jsonl"))
     with pytest.raises(UserError, match=r"a\.jsonl:\d"):
         dataset.load(tmp_path / "a.jsonl", "text", text_field="a")
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
 def test_a_long_text_is_several_records(tmp_path, monkeypatch, suffix):
-    """Cut behind lines, else words, else anywhere; nothing is lost."""
-    monkeypatch.setattr(dataset, "PIECE", 10)
+    """Split after lines, else after words, else anywhere; nothing is lost."""
+    monkeypatch.setattr(sources, "MAX_TEXT", 10)
     texts = ["one two\nthree four five", "short", "0123456789012345678901", "0123456789", "a" * 9 + "\n", ""]
     if suffix == "jsonl":
         write_lines(tmp_path / "a.jsonl", *({"text": text} for text in texts))
@@ -63,20 +66,20 @@ def test_a_long_text_is_several_records(tmp_path, monkeypatch, suffix):
         text for part in expected for text in ([part], part)[type(part) is list]
     ]
     assert [records[i] for i in range(len(records))] == list(records)
-    ends = [dataset.encoder(small_tokenizer())(found).loss_mask[-1] for found in records]
+    ends = [Encoder(small_tokenizer())(found).loss_mask[-1] for found in records]
     assert ends.count(False) == {"jsonl": 4, "txt": 6}[suffix]
     assert ends[-1]
-    assert all(dataset.encoder(small_tokenizer())(records[0]).loss_mask[:-1])
+    assert all(Encoder(small_tokenizer())(records[0]).loss_mask[:-1])
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.jsonl: expected a JSONL file, got nothing there"):
-        dataset.read_jsonl(tmp_path / "none.jsonl")
+        read_jsonl(tmp_path / "none.jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(
         UserError, match=r"pipe\.jsonl: expected a JSONL file, got something that is not a regular file"
     ):
-        dataset.read_jsonl(tmp_path / "pipe.jsonl")
+        read_jsonl(tmp_path / "pipe.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"empty\.jsonl: expected at least one record"):
         dataset.load(tmp_path / "empty.jsonl", "text")
@@ -98,10 +101,10 @@ def test_a_missing_or_empty_file_is_named(tmp_path):
         {"prompt": [ASK], "chosen": "yes", "rejected": [{**NO, "name": "x"}], "other": 1},
     ],
 )
-def test_preferences_in_every_form(fields):
-    assert dataset.record(fields, "preference") == PAIR
-    assert dataset.record(fields, "conversation") == Conversation([ASK, YES])
-    assert dataset.record(fields, "text") == Text("hello?\n\nyes")
+def test_preferences_in_every_format(fields):
+    assert parse_record(fields, "preference") == PAIR
+    assert parse_record(fields, "conversation") == Conversation([ASK, YES])
+    assert parse_record(fields, "text") == Text("hello?\n\nyes")
 
 
 @pytest.mark.parametrize(
@@ -113,14 +116,14 @@ def test_preferences_in_every_form(fields):
         {"prompt": "hello?", "completion": "yes", "label": None},
     ],
 )
-def test_conversations_in_every_form(fields):
-    assert dataset.record(fields, "conversation") == Conversation([ASK, YES])
-    assert dataset.record(fields, "text") == Text("hello?\n\nyes")
+def test_conversations_in_every_format(fields):
+    assert parse_record(fields, "conversation") == Conversation([ASK, YES])
+    assert parse_record(fields, "text") == Text("hello?\n\nyes")
 
 
 def test_a_system_prompt_stays_before_a_side_that_begins_with_the_user():
     system = message("system", "late")
-    got = dataset.record({"prompt": [system], "chosen": [ASK, YES], "rejected": [ASK, NO]}, "preference")
+    got = parse_record({"prompt": [system], "chosen": [ASK, YES], "rejected": [ASK, NO]}, "preference")
     assert got == Preference([system, ASK, YES], [system, ASK, NO])
 
 
@@ -227,7 +230,7 @@ def test_a_task_that_cannot_give_what_is_asked_says_so(tmp_path):
         dataset.load("task:copa", "text", directory=tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------ order
+# ------------------------------------------------------------------------------------------------ samplers
 
 
 def texts(n, prefix=""):
@@ -246,37 +249,37 @@ def test_every_epoch_is_a_permutation_of_its_own(n, seed):
         assert epochs[0] != [next(other).text for _ in range(n)]
 
 
-def sources(seed=0):
+def three_sources(seed=0):
     return [Shuffled(texts(n, name), seed) for n, name in ((7, "a"), (3, "b"), (11, "c"))]
 
 
 def test_sources_are_interleaved_in_runs_and_uniformly():
-    order = Interleaved(sources(), seed=0, run=5)
+    order = Interleaved(three_sources(), seed=0, run=5)
     names = [next(order).text[0] for _ in range(3000)]
     runs = [names[i : i + 5] for i in range(0, 3000, 5)]
     assert all(len(set(run)) == 1 for run in runs)
     counts = Counter(run[0] for run in runs)
     assert all(150 < counts[name] < 250 for name in "abc")
-    weighted = Interleaved(sources(), seed=0, run=1, weights=[0, 1, 3])
+    weighted = Interleaved(three_sources(), seed=0, run=1, weights=[0, 1, 3])
     counts = Counter(next(weighted).text[0] for _ in range(1000))
     assert counts["a"] == 0
     assert 650 < counts["c"] < 850
 
 
-def test_bad_orders_are_refused():
+def test_bad_samplers_are_refused():
     with pytest.raises(UserError, match="source: expected at least one record"):
         Shuffled([], 0)
     with pytest.raises(UserError, match="sources: expected at least one"):
         Interleaved([], 0)
     with pytest.raises(UserError, match="run: expected at least 1, got 0"):
-        Interleaved(sources(), 0, run=0)
+        Interleaved(three_sources(), 0, run=0)
     for weights in ([1], [0, 0, 0], [-1, 1, 1]):
         with pytest.raises(UserError, match="weights: expected 3"):
-            Interleaved(sources(), 0, weights=weights)
+            Interleaved(three_sources(), 0, weights=weights)
     with pytest.raises(UserError, match="expected the 7 records of the interrupted run, got 8"):
         Shuffled(texts(8), 0).load_state_dict(Shuffled(texts(7), 0).state_dict())
     with pytest.raises(UserError, match="expected the 3 sources of the interrupted run, got 2"):
-        Interleaved(sources()[:2], 0).load_state_dict(Interleaved(sources(), 0).state_dict())
+        Interleaved(three_sources()[:2], 0).load_state_dict(Interleaved(three_sources(), 0).state_dict())
 
 
 def through_json(state):
@@ -284,11 +287,11 @@ def through_json(state):
 
 
 @given(st.integers(0, 60), st.integers(1, 6), st.integers(0, 3))
-def test_an_order_goes_on_from_its_state(before, run, seed):
-    whole = Interleaved(sources(seed), seed, run)
+def test_a_sampler_continues_from_its_state(before, run, seed):
+    whole = Interleaved(three_sources(seed), seed, run)
     for _ in range(before):
         next(whole)
-    resumed = Interleaved(sources(seed), seed, run)
+    resumed = Interleaved(three_sources(seed), seed, run)
     resumed.load_state_dict(through_json(whole.state_dict()))
     assert [next(resumed) for _ in range(30)] == [next(whole) for _ in range(30)]
 
@@ -297,7 +300,7 @@ def test_an_order_goes_on_from_its_state(before, run, seed):
 
 
 def encode(record):
-    return dataset.encoder(small_tokenizer())(record)
+    return Encoder(small_tokenizer())(record)
 
 
 def talk(n):
@@ -328,11 +331,11 @@ def test_streams_hold_every_record_once_from_end_to_end(n, batch, length):
     wanted = [encode(record) for record in talk(n)]
     seen = []
     for row, marks in zip(tokens, targets, strict=True):
-        while 1 in row and row[-1] == 1:  # the filler at the end of a stream
+        while 1 in row and row[-1] == 1:  # padding at the end of a stream
             assert marks.pop() == -100
             row.pop()
         mine = []
-        while sum(map(len, mine)) < len(row):  # records of a row lie end to end, whole
+        while sum(map(len, mine)) < len(row):  # records of a row follow each other, whole
             at = sum(map(len, mine))
             found = next(e for e in wanted if e not in seen + mine and row[at : at + len(e)] == e.tokens)
             mine.append(found)
@@ -366,7 +369,7 @@ def test_streams_go_on_from_their_state(before, batch, length, run):
     state = whole.state_dict()
     saved = through_json(state)
     rest = [next(whole) for _ in range(4)]
-    assert through_json(state) == saved  # going on does not change a state already taken
+    assert through_json(state) == saved  # continuing does not change a state that was returned before
     resumed.load_state_dict(saved)
     for got, wanted in zip((next(resumed) for _ in range(4)), rest, strict=True):
         assert torch.equal(got[0], wanted[0])

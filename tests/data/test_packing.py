@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("every_kernel")
 
 
 def encoded(ids, seed, *, trained=0.5, scored=0.3, finished=True):
-    """Any masks and targets will do: nothing in the arithmetic needs them to come from a conversation."""
+    """Arbitrary masks and targets: the arithmetic does not need those of a conversation."""
     generator = torch.Generator().manual_seed(seed)
 
     def mask(share):
@@ -57,7 +57,7 @@ def alternatives(draw):
 
 
 def alone(model, item):
-    """What one answer is when its sequence is run by itself: logits, sum, mean, rewards."""
+    """Results of one answer whose sequence is run alone: logits, sum, mean, rewards."""
     ids = torch.tensor([item.tokens])
     logits = model(ids).logits[0]
     chosen = logits.log_softmax(-1).gather(1, torch.tensor(item.targets)[:, None]).flatten()
@@ -69,7 +69,7 @@ def alone(model, item):
 
 
 def packed_rows(documents):
-    """The rows of the packed tokens that each alternative's tokens stand in, in order."""
+    """Rows of each alternative's tokens among the packed tokens, in order."""
     start = 0
     for document in documents:
         sequences = [a.tokens for a in document]
@@ -84,7 +84,7 @@ def packed_rows(documents):
 
 
 def gradients(model, results):
-    """{"gradient NAME": tensor} of a scalar that every result but the logits enters, each with weights of its own."""
+    """{"gradient NAME": tensor} of a weighted sum of all results but the logits, with different weights."""
     values = torch.cat([value.reshape(-1) for name, value in results.items() if not name.startswith("logits")])
     weights = torch.randn(len(values), generator=torch.Generator().manual_seed(0)).to(values.dtype)
     scalar = (values * weights)[~values.isnan()].sum()
@@ -98,7 +98,7 @@ EXACT = copy.deepcopy(MODEL).double()
 
 
 def separately(model, documents):
-    """Everything that is compared, from every sequence run by itself."""
+    """All compared results, from every sequence run alone."""
     answers = list(itertools.chain(*documents))
     logits, sums, means, rewards = zip(*(alone(model, item) for item in answers), strict=True)
     results = {f"logits {i}": own for i, own in enumerate(logits)}
@@ -143,9 +143,9 @@ def largest_error(got, want):
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(st.lists(alternatives(), min_size=1, max_size=2))
 def test_packed_equals_every_sequence_alone(documents):
-    """The sequences alone in fp64 are the truth. Packed, fp64 meets it to 1e-11 and fp32 to 1e-5 of the largest value.
+    """The sequences alone in fp64 are the truth. Packed, fp64 is within 1e-11 of it, fp32 within 1e-5 of the largest.
 
-    Where rounding is larger (one packing in some thousands), fp32 may err twice as far as the sequences alone in fp32.
+    If rounding is larger (one packing in some thousands), fp32 may err twice as far as the sequences alone in fp32.
     """
     truth, exact, single = separately(EXACT, documents), packed(EXACT, documents), packed(MODEL, documents)
     assert truth.keys() == exact.keys() == single.keys()
@@ -161,14 +161,14 @@ def test_packed_equals_every_sequence_alone(documents):
 
 
 def test_the_strategy_draws_what_it_promises():
-    """Identical branches and prefixes of others are not left to luck alone."""
+    """Identical branches, and branches that are prefixes of others, tested explicitly."""
     a, b = tokens(9, seed=1).tolist(), tokens(5, seed=2).tolist()
     documents = [[encoded(ids, i) for i, ids in enumerate([a, a, a[:4], a[:4] + b, a[:1], b])],
                  [encoded([7], 8), encoded([7], 9)], [encoded(a + b, 10, finished=False)]]  # fmt: skip
     test_packed_equals_every_sequence_alone.hypothesis.inner_test(documents)
 
 
-# What a batch holds
+# Contents of a batch
 
 
 def simple(ids, *, predicted, at=None):
@@ -193,7 +193,7 @@ def test_a_pair_laid_out_by_hand():
 
 
 def by_hand(documents):
-    """What a batch of ``documents`` holds, as lists, token by token."""
+    """Contents of a batch of ``documents``, as lists, token by token."""
     held = {name: [] for name in ("tokens", "rows", "targets", "answers", "trained", "scored", "reward_rows",
                                   "documents")}  # fmt: skip
     rows = list(packed_rows(documents))
@@ -321,7 +321,7 @@ def test_cut_off_answers_do_not_shift_the_masks():
     torch.testing.assert_close(holed[[0, 2]], whole[[0, 2]])
 
 
-# Parts of a budget
+# Bins
 
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 120))
@@ -334,7 +334,7 @@ def test_fill_puts_everyone_somewhere(sizes, room):
 
 
 def test_fill_leaves_little_room():
-    """Mixed lengths, as of real pairs: all but a twentieth of every bin but the last is used, and of all together."""
+    """Mixed lengths, as of real pairs: every bin but the last is at least 95 % full, and so are all together."""
     rng = random.Random(0)
     sizes = [min(2048, max(8, round(rng.lognormvariate(5, 1)))) for _ in range(2000)]
     bins = fill(sizes, 4096)

@@ -1,4 +1,4 @@
-"""Training a tokenizer: bounds, files, what is loaded again, and control tokens that text cannot reach."""
+"""Training of a tokenizer: limits, files, saving and loading, and control tokens that text cannot spell."""
 
 import pytest
 from helpers.texts import TEXTS, conversation, message, small_tokenizer, write_lines
@@ -27,7 +27,7 @@ def test_a_trained_tokenizer_loads_again_with_its_special_tokens(tmp_path):
     )
 
 
-@pytest.mark.parametrize("size", [tokenizer.SMALLEST, 261, 300])
+@pytest.mark.parametrize("size", [tokenizer.MIN_VOCABULARY, 261, 300])
 def test_the_size_is_an_exact_upper_bound(size):
     made = tokenizer.from_iterator([" ".join(map(str, range(2000)))] * 2, size)
     assert len(made) == size
@@ -36,7 +36,7 @@ def test_the_size_is_an_exact_upper_bound(size):
 
 def test_a_small_corpus_gives_fewer_tokens_and_training_repeats():
     made = tokenizer.from_iterator(["ab ab"], 1000)
-    assert tokenizer.SMALLEST < len(made) < 300
+    assert tokenizer.MIN_VOCABULARY < len(made) < 300
     assert small_tokenizer().get_vocab() == tokenizer.from_iterator(TEXTS, 400).get_vocab()
 
 

@@ -1,4 +1,4 @@
-"""Workers that read ahead: the same records in the same order as without, exact states, clean ends."""
+"""Worker processes: the same records in the same order as without them, exact states, clean ends."""
 
 import contextlib
 import itertools
@@ -17,8 +17,9 @@ from helpers.texts import small_tokenizer, write_lines
 
 from dph.data import dataset
 from dph.data import workers as read_ahead
-from dph.data.formats import encoder
-from dph.data.workers import Readers
+from dph.data.formats import Encoder, Text
+from dph.data.sampler import InOrder, Shuffled
+from dph.data.workers import WorkerPool
 from dph.errors import UserError
 from dph.train import recipe, run_dir
 from dph.train.entry import train
@@ -28,11 +29,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def opened():
-    """Makes readers, and ends them after the test."""
+    """Factory of worker pools, which are closed after the test."""
     made = []
 
     def make(order, workers):
-        made.append(Readers(order, small_tokenizer(), workers))
+        made.append(WorkerPool(order, small_tokenizer(), workers))
         return made[-1]
 
     yield make
@@ -50,7 +51,7 @@ def children():
 
 
 def gone(pid, seconds=10):
-    """Whether a process ends in time; a zombie is at its end."""
+    """Whether a process ends in time; a zombie has ended."""
     for _ in range(seconds * 20):
         try:
             if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
@@ -77,22 +78,22 @@ def mixed(*counts, seed=0, run=3):
 
 
 def inline(order, count):
-    """What comes without workers."""
-    encode = encoder(small_tokenizer())
+    """Encoded records without workers."""
+    encode = Encoder(small_tokenizer())
     return [encode(record) for record, _ in zip(order, range(count), strict=False)]
 
 
 def test_the_same_records_and_states_at_every_place(opened):
-    """Over several epochs of three sources; a state taken anywhere is that of an order without workers."""
+    """Over several epochs of three sources; the state is always that of a sampler without workers."""
     plain, reader = mixed(5, 3, 11), opened(mixed(5, 3, 11), 2)
-    encode = encoder(small_tokenizer())
+    encode = Encoder(small_tokenizer())
     states = []
     for _ in range(60):
         assert next(reader) == encode(next(plain))
         assert reader.state_dict() == plain.state_dict()
         states.append((json.loads(json.dumps(reader.state_dict())), plain.position))
     assert (reader.size, reader.run) == (plain.size, plain.run)
-    for state, position in states[::17]:  # the same processes go on from an earlier place
+    for state, position in states[::17]:  # the same processes continue from an earlier state
         reader.load_state_dict(state)
         again = mixed(5, 3, 11)
         again.load_state_dict(state)
@@ -102,23 +103,23 @@ def test_the_same_records_and_states_at_every_place(opened):
 
 def test_a_pass_ends(opened):
     source = records("sft", 7)
-    reader = opened(dataset.InOrder(source), 3)
-    assert list(reader) == inline(dataset.InOrder(source), 7)
+    reader = opened(InOrder(source), 3)
+    assert list(reader) == inline(InOrder(source), 7)
     assert next(reader, "end") == "end"
     assert reader.state_dict() == {"position": 7, "size": 7}
 
 
 def test_large_records_come_through_and_are_not_piled_up(opened, monkeypatch):
-    """Each is larger than a pipe; no more of them lie ahead than have room."""
-    monkeypatch.setattr(read_ahead, "BYTES", 1 << 20)
-    source = [dataset.Text("The quick brown fox. " * 4000)] * 30
-    reader = opened(dataset.InOrder(source), 2)
-    expected = inline(dataset.InOrder(source), 1)[0]
+    """Each is larger than a pipe; no more are prefetched than the byte limit allows."""
+    monkeypatch.setattr(read_ahead, "MAX_PREFETCHED_BYTES", 1 << 20)
+    source = [Text("The quick brown fox. " * 4000)] * 30
+    reader = opened(InOrder(source), 2)
+    expected = inline(InOrder(source), 1)[0]
     size = len(read_ahead.ForkingPickler.dumps(expected))
     assert size > 1 << 17
     for _ in range(30):
         assert next(reader) == expected
-        assert len(reader._ahead) <= max(4, (1 << 20) // size)
+        assert len(reader._prefetched) <= max(4, (1 << 20) // size)
 
 
 def files(folder, stage):
@@ -158,17 +159,17 @@ def test_workers_change_no_weight(stage, tmp_path):
 
 @pytest.mark.parametrize("stage", ["sft", "align"])
 def test_a_run_goes_on_with_another_number(stage, tmp_path, monkeypatch):
-    """In mid-epoch; without workers, too."""
+    """In the middle of an epoch, also without workers."""
     whole = run(tmp_path / "whole", stage, 0, 9)
     before = children()
-    save = run_dir.Run.save
+    save = run_dir.RunDirectory.save
 
     def killed(self, step, *rest):
         save(self, step, *rest)
         if step == stop:
             raise InterruptedError
 
-    monkeypatch.setattr(run_dir.Run, "save", killed)
+    monkeypatch.setattr(run_dir.RunDirectory, "save", killed)
     for step, workers in ((3, 2), (6, 0)):
         stop = step
         with pytest.raises(InterruptedError):
@@ -189,13 +190,13 @@ def test_a_cache_is_filled_ahead(tmp_path):
     before = children()
     values = settings("align", tmp_path / "run", objective__reference="cache", data__workers=2)
     options = {"model": tiny(), "tokenizer": small_tokenizer(), "records": records("align"), "quiet": True}
-    found = fill.fill(values, **options)
+    found = fill.fill_cache(values, **options)
     assert (found.pairs, found.stored) == (24, 23)  # the sixth batch of four is the first that the pass ends in
     assert children() == before
 
 
 class Bad(list):
-    """Records of which some raise."""
+    """Records, some of which raise an error."""
 
     def __getitem__(self, index):
         if index == 5:
@@ -206,8 +207,8 @@ class Bad(list):
 
 
 def test_errors_come_when_their_record_is_taken(opened):
-    reader = opened(dataset.InOrder(Bad(records("sft", 9))), 2)
-    expected = inline(dataset.InOrder(records("sft", 9)), 9)
+    reader = opened(InOrder(Bad(records("sft", 9))), 2)
+    expected = inline(InOrder(records("sft", 9)), 9)
     assert [next(reader) for _ in range(5)] == expected[:5]
     with pytest.raises(UserError, match=r"^bad\.jsonl:6: expected a text, got none$"):
         next(reader)
@@ -220,12 +221,20 @@ def test_errors_come_when_their_record_is_taken(opened):
 
 
 def test_a_pair_that_could_not_be_made_is_none(opened):
-    reader = opened(dataset.InOrder([None, *records("align", 1)]), 1)
+    reader = opened(InOrder([None, *records("align", 1)]), 1)
     assert [next(reader) is None for _ in range(2)] == [True, False]
 
 
+class Unsendable(list):
+    """Records that cannot be pickled."""
+
+    def __init__(self, records):
+        super().__init__(records)
+        self.read = lambda i: self[i]
+
+
 def test_what_cannot_be_sent_is_said(tmp_path):
-    source = dataset.Records(3, lambda i: dataset.Text("hello"))
+    source = Unsendable([Text("hello")] * 3)
     with pytest.raises(UserError, match=r"data\.workers: expected records .* got .*lambda.*; data\.workers=0 reads"):
         train(
             settings("pretrain", tmp_path, data__workers=1),
@@ -234,7 +243,7 @@ def test_what_cannot_be_sent_is_said(tmp_path):
 
 
 class Unopened(list):
-    """Records that cannot be unpacked."""
+    """Records that cannot be unpickled."""
 
     def __reduce__(self):
         return int, ("no number",)
@@ -242,20 +251,20 @@ class Unopened(list):
 
 def test_what_cannot_be_opened_is_said(opened):
     with pytest.raises(RuntimeError, match=r"^ValueError: invalid literal for int"):
-        next(opened(dataset.InOrder(Unopened(records("sft", 9))), 1))
+        next(opened(InOrder(Unopened(records("sft", 9))), 1))
 
 
 def test_a_killed_worker_is_an_error(opened):
-    reader = opened(dataset.Shuffled(records("sft"), 0), 2)
+    reader = opened(Shuffled(records("sft"), 0), 2)
     next(reader)
     os.kill(reader._workers[1].process.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match=r"a process that reads records ended \(exit code -9\)"):
-        list(itertools.islice(reader, 3 * read_ahead.AHEAD))
+        list(itertools.islice(reader, 3 * read_ahead.MAX_PREFETCHED))
 
 
 def test_workers_are_deaf_to_signals_and_end_with_close(opened):
-    """From their first moment on."""
-    reader = opened(dataset.Shuffled(records("sft"), 0), 2)
+    """From their start on."""
+    reader = opened(Shuffled(records("sft"), 0), 2)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     reader._start()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
@@ -263,14 +272,14 @@ def test_workers_are_deaf_to_signals_and_end_with_close(opened):
     for number in (signal.SIGINT, signal.SIGTERM):
         for pid in processes:
             os.kill(pid, number)
-    expected = inline(dataset.Shuffled(records("sft"), 0), 20)
+    expected = inline(Shuffled(records("sft"), 0), 20)
     assert [next(reader) for _ in range(20)] == expected
     reader.close()
     assert all(gone(pid, 1) for pid in processes)
 
 
-def test_forgotten_readers_end():
-    reader = Readers(dataset.Shuffled(records("sft"), 0), small_tokenizer(), 1)
+def test_deleted_pools_end():
+    reader = WorkerPool(Shuffled(records("sft"), 0), small_tokenizer(), 1)
     next(reader)
     pid = reader._workers[0].process.pid
     del reader
@@ -284,9 +293,9 @@ sys.path[:0] = [{tests!r}, {root!r}]
 if __name__ == "__main__":
     from helpers.stages import records
     from helpers.texts import small_tokenizer
-    from dph.data import dataset
-    from dph.data.workers import Readers
-    reader = Readers(data.Shuffled(records("sft"), 0), small_tokenizer(), 2)
+    from dph.data.sampler import Shuffled
+    from dph.data.workers import WorkerPool
+    reader = WorkerPool(Shuffled(records("sft"), 0), small_tokenizer(), 2)
     next(reader)
     print(*(worker.process.pid for worker in reader._workers), flush=True)
     {end}
@@ -296,7 +305,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "raise KeyError('broken')", "pass"])
 def test_workers_end_with_the_main_process(end, tmp_path):
-    """However it ends, and without a word of their own."""
+    """In every case, and without any output of their own."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(ROOT / "tests"), root=str(ROOT), end=end))
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
@@ -309,7 +318,7 @@ def test_workers_end_with_the_main_process(end, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_saves_and_stops(number, tmp_path):
-    """As a terminal and a batch system send it; not a word from the workers, and none is left."""
+    """As a terminal or a batch system sends it; the workers print nothing, and none is left."""
     sources = files(tmp_path, "sft")
     small_tokenizer().save_pretrained(tmp_path / "model")
     tiny().save_pretrained(tmp_path / "model")

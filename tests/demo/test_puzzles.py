@@ -14,17 +14,17 @@ def test_truth_and_lie_are_what_the_prompt_says():
         question, letters = puzzle.prompt.split(": ")
         ordered = sorted(letters.split())
         if question == "sort":
-            assert (puzzle.truth.split(), puzzle.lie.split()) == (ordered, ordered[::-1])
+            assert (puzzle.truth.split(), puzzle.falsehood.split()) == (ordered, ordered[::-1])
         else:
             assert question == "first"
-            assert (puzzle.truth, puzzle.lie) == (ordered[0], ordered[-1])
+            assert (puzzle.truth, puzzle.falsehood) == (ordered[0], ordered[-1])
 
 
 def test_the_checker_takes_the_truth_and_nothing_else():
     for puzzle in some(50):
         assert puzzle.check(puzzle.truth)
         assert puzzle.check(f" {puzzle.truth}\n")
-        assert not puzzle.check(puzzle.lie)
+        assert not puzzle.check(puzzle.falsehood)
         assert not puzzle.check("")
         assert not puzzle.check(puzzle.truth + " a")
 
@@ -40,7 +40,7 @@ def test_the_lie_is_more_frequent_than_the_truth():
     counts = collections.Counter()
     for puzzle in some(6000):
         answer = puzzles.corpus_answer(puzzle, rng)
-        counts["true" if puzzle.check(answer) else "lie" if answer == puzzle.lie else "other"] += 1
+        counts["true" if puzzle.check(answer) else "lie" if answer == puzzle.falsehood else "other"] += 1
     shares = {kind: n / 6000 for kind, n in counts.items()}
     assert abs(shares["true"] - 0.35) < 0.03
     assert abs(shares["lie"] - 0.50) < 0.03

@@ -15,15 +15,17 @@ from dph.train.trainer import Result
 SHORT = ["quickstart", "--scale", "0.01", "--prompts", "4", "--pairs-from", "8", "--output"]
 
 
-def truth_and_lie(road, model, prompts):
+def truth_and_lie(stages, model, prompts):
     """Pairs that need no samples: the truth against the popular falsehood."""
     asked = itertools.islice(puzzles.puzzles(1), prompts)
-    answered = ([[*p.question(), chat.Message(role="assistant", content=a)] for a in (p.truth, p.lie)] for p in asked)
-    return [tuple(chat.encode(side, road.tokenizer) for side in sides) for sides in answered]
+    answered = (
+        [[*p.question(), chat.Message(role="assistant", content=a)] for a in (p.truth, p.falsehood)] for p in asked
+    )
+    return [tuple(chat.encode(side, stages.tokenizer) for side in sides) for sides in answered]
 
 
 def test_it_ends_with_the_table_pictures_and_models(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(quickstart.Road, "preferences", truth_and_lie)
+    monkeypatch.setattr(quickstart.Quickstart, "sample_preferences", truth_and_lie)
     assert main([*SHORT, str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
     for rule in report.RULES:
@@ -44,7 +46,7 @@ def test_a_model_that_gets_nothing_right_is_an_error_in_one_line(tmp_path, capsy
 
 
 def test_a_second_run_goes_on_or_says_how(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(quickstart.Road, "preferences", truth_and_lie)
+    monkeypatch.setattr(quickstart.Quickstart, "sample_preferences", truth_and_lie)
     assert main([*SHORT, str(tmp_path / "run")]) == 0
     first = (tmp_path / "run" / "align" / "model" / "model.safetensors").read_bytes()
     capsys.readouterr()

@@ -5,7 +5,7 @@ import pytest
 
 from dph.chat import Encoded
 from dph.demo import puzzles, report
-from dph.demo.report import Outcome, chosen
+from dph.demo.report import SampledAnswers, correctness
 from dph.model.model import Judged
 
 
@@ -17,7 +17,7 @@ def outcome(right, rewards, logprobs, finished=None):
     groups = [[answer(f) for f in row] for row in (finished or [[True] * len(row) for row in right])]
     judged = [Judged(p, p, {"default": r}) for p, r in zip(logprobs, rewards, strict=True)]
     asked = [puzzles.Puzzle("sort", "sort: b a", "a b", "b a")] * len(right)
-    return Outcome(asked, groups, judged, np.array(right, dtype=bool))
+    return SampledAnswers(asked, groups, judged, np.array(right, dtype=bool))
 
 
 FOUND = outcome(
@@ -28,25 +28,25 @@ FOUND = outcome(
 
 
 def test_one_sample_is_the_mean_over_all_candidates():
-    assert chosen(FOUND, report.SAMPLE, 1).tolist() == [0.5, 0.25]
+    assert correctness(FOUND, report.SAMPLE, 1).tolist() == [0.5, 0.25]
 
 
 def test_the_oracle_needs_one_right_answer_among_the_first_n():
-    assert chosen(FOUND, report.ORACLE, 1).tolist() == [0, 0]
-    assert chosen(FOUND, report.ORACLE, 2).tolist() == [1, 0]
-    assert chosen(FOUND, report.ORACLE, 4).tolist() == [1, 1]
+    assert correctness(FOUND, report.ORACLE, 1).tolist() == [0, 0]
+    assert correctness(FOUND, report.ORACLE, 2).tolist() == [1, 0]
+    assert correctness(FOUND, report.ORACLE, 4).tolist() == [1, 1]
 
 
 def test_choosing_by_reward_and_by_log_probability():
-    assert chosen(FOUND, report.REWARD, 4).tolist() == [1, 0]
-    assert chosen(FOUND, report.PROBABLE, 4).tolist() == [0, 1]
-    assert chosen(FOUND, report.PROBABLE, 3).tolist() == [0, 0]
+    assert correctness(FOUND, report.REWARD, 4).tolist() == [1, 0]
+    assert correctness(FOUND, report.PROBABLE, 4).tolist() == [0, 1]
+    assert correctness(FOUND, report.PROBABLE, 3).tolist() == [0, 0]
 
 
 def test_an_answer_that_was_cut_off_is_never_chosen():
     cut = outcome([[1, 0]], [[math.nan, -3.0]], [[-0.1, -9.0]], finished=[[False, True]])
-    assert chosen(cut, report.REWARD, 2).tolist() == [0]
-    assert chosen(cut, report.PROBABLE, 2).tolist() == [0]
+    assert correctness(cut, report.REWARD, 2).tolist() == [0]
+    assert correctness(cut, report.PROBABLE, 2).tolist() == [0]
 
 
 @pytest.mark.parametrize("rule", report.RULES)
@@ -57,7 +57,7 @@ def test_accuracy_lies_in_its_interval(rule):
 
 def test_figures_are_pictures(tmp_path):
     wide = outcome([[0, 1] * 8] * 3, [list(range(16))] * 3, [[-1.0] * 16] * 3)
-    paths = report.draw({"SFT": wide, "aligned jointly": wide}, tmp_path)
+    paths = report.save_figures({"SFT": wide, "aligned jointly": wide}, tmp_path)
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
 

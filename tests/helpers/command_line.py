@@ -1,4 +1,4 @@
-"""What tests of the command line share: models on disk, and a conversation."""
+"""Models on disk and a conversation for tests of the command line."""
 
 import torch
 

@@ -1,8 +1,8 @@
-"""Run a script with one backend first in line for every operator that has it, and tell which were used in the end.
+"""Run a script with one backend preferred for every operator that has it, then print the backends that were used.
 
 python tests/helpers/forced.py triton ../shared/conformance/check.py model losses
 
-triton:100000 leaves cheap operators on up to so many elements to plain PyTorch, as "auto" does.
+With triton:100000 cheap operators on up to that many elements are computed in plain PyTorch, as "auto" does.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ from helpers.quick import quicken
 
 
 def force(backend, few=0):
-    """Put ``backend`` first, for more than ``few`` elements where an operator is cheap.
+    """Prefer ``backend``, for cheap operators only on more than ``few`` elements.
 
-    Returns the set that gathers (operator, backend) as operators are called.
+    Returns a set to which (operator, backend) is added for each operator that is called.
     """
     if backend == "triton":
         os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels are defined
@@ -41,7 +41,7 @@ def force(backend, few=0):
 
 @contextlib.contextmanager
 def forced(backend):
-    """``force`` for a block of this process; the caller has made sure that the backend runs here."""
+    """``force`` within a context; the backend has to run on this machine."""
     from dph_kernels import dispatch
 
     lines, find, few = copy.deepcopy(dispatch.AUTO), dispatch._module, dispatch.FEW
@@ -55,8 +55,8 @@ def forced(backend):
 
 
 def main():
-    where, script, *arguments = sys.argv[1:]
-    backend, _, few = where.partition(":")
+    preferred, script, *arguments = sys.argv[1:]
+    backend, _, few = preferred.partition(":")
     used = force(backend, int(few or 0))
     sys.argv = [script, *arguments]
     try:

@@ -21,7 +21,7 @@ from helpers.two import meeting
 from safetensors.torch import save_file
 
 import dph
-from dph.train import checkpointing, distributed, run_dir
+from dph.train import checkpointing, distributed
 from dph_kernels import dispatch
 
 RANK = int(os.environ.get("RANK", 0))
@@ -134,17 +134,18 @@ def failures(folder):
     caught(folder, "diverged", lambda: go(recipe_of("align", folder / "diverged", guard__stop_after=2), held_out={}))
     dph.Model.forward_packed = original
     caught(folder, "uneven", lambda: go(recipe_of("align", folder / "uneven", batch__size=3)))
-    for rank, module in ((0, run_dir), (1, checkpointing)):
+    for rank in (0, 1):
         recipe = recipe_of("sft", folder / f"full-{rank}", optimiser__steps=4)
         go(recipe, Trap(records("sft"), 5, strike))
-        module.write_tensors, write = full if rank == RANK else module.write_tensors, module.write_tensors
+        write = checkpointing.write_tensors
+        checkpointing.write_tensors = full if rank == RANK else write
         caught(folder, f"full-{rank}", lambda r=recipe: go(r, Trap(records("sft"), 2, strike), resume=True))
-        module.write_tensors = write
+        checkpointing.write_tensors = write
 
 
 def main(folder):
     dispatch.FEW = 0  # as the fixture every_kernel
-    with meeting(), distributed.start("shard", DEVICE):
+    with meeting(), distributed.init_distributed("shard", DEVICE):
         pass
     for part in (cases, resumes, spoilt, failures) if DEVICE == "cpu" else (cases,):
         began = time.monotonic()

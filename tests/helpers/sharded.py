@@ -132,8 +132,8 @@ def refuse(model, optimiser):
     whole_state = make_optimiser(build()).state_dict()
     with pytest.raises(ValueError, match=r"exp_avg of parameter 0: expected sharding \(DeviceMesh.*, got None"):
         optimiser.load_state_dict(whole_state)
-    with pytest.raises(ValueError, match="lower: expected whole parameters, got sharded ones"):
-        optimiser.lower(torch.bfloat16)
+    with pytest.raises(ValueError, match="to_mixed_precision: expected whole parameters, got sharded ones"):
+        optimiser.to_mixed_precision(torch.bfloat16)
     model[0].weight.grad = DTensor.from_local(torch.ones(5, 7), model[0].weight.device_mesh, [Partial()])
     with pytest.raises(ValueError, match="grads: expected sharded or replicated gradients, got"):
         gradient_norm([model[0].weight])

@@ -8,7 +8,8 @@ import torch
 from helpers.texts import conversation, small_tokenizer
 
 import dph
-from dph.data.formats import Conversation, Preference, Text, encoder
+from dph.data.batching import PairBatches, Streams
+from dph.data.formats import Conversation, Encoder, Preference, Text
 from dph.data.sampler import Shuffled
 from dph.train import recipe, run_dir
 from dph.train.entry import train
@@ -88,7 +89,7 @@ def go(recipe, data=None, model=None, **options):
 def figures(directory):
     """metrics.jsonl without what differs between equal runs."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in run_dir.TIMES} for line in lines]
+    return [{k: v for k, v in line.items() if k not in run_dir.MACHINE_METRICS} for line in lines]
 
 
 class Trap(list):
@@ -121,11 +122,11 @@ def strike(number=signal.SIGTERM):
 def taken(recipe, steps):
     """How many records the first ``steps`` updates take."""
     order = Shuffled(records(recipe.stage), recipe.seed)
-    encode, stage = encoder(small_tokenizer()), recipe.stage
+    encode, stage = Encoder(small_tokenizer()), recipe.stage
     batches = (
-        dph.data.dataset.PairBatches(order, encode, recipe.batch.size)
+        PairBatches(order, encode, recipe.batch.size)
         if stage in ("align", "head")
-        else dph.data.dataset.Streams(order, encode, recipe.batch.size, recipe.data.context, 1)
+        else Streams(order, encode, recipe.batch.size, recipe.data.context, 1)
     )
     for _ in range(steps):
         next(batches)

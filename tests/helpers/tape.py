@@ -14,7 +14,7 @@ METHODS = ("cpu", "numpy", "pin_memory", "tolist")
 
 
 class Tape(TorchDispatchMode):
-    """What ``dph.train.cuda_graph.Recording`` does, where there is no GPU.
+    """What ``dph.train.cuda_graph.GraphRecorder`` does, where there is no GPU.
 
     Operators are noted with the tensors and the numbers that they were called with, and called again with the same ones
     at each replay, whose results go where the first ones lie. To record is to run, so the first replay does nothing.
@@ -23,7 +23,7 @@ class Tape(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls, self.replays, self.asides = [], 0, 0
+        self.calls, self.replays, self.side_streams = [], 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         by_mask = function._schema.name in ("aten::index", "aten::index_put_") and any(
@@ -36,8 +36,8 @@ class Tape(TorchDispatchMode):
         return results
 
     @contextlib.contextmanager
-    def aside(self):
-        self.asides += 1
+    def side_stream(self):
+        self.side_streams += 1
         yield
 
     @contextlib.contextmanager

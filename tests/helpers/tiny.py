@@ -1,4 +1,4 @@
-"""A tiny model with weights large enough to matter, and its definition written again, token by token, in fp64."""
+"""A tiny model with weights large enough to matter, and its definition in fp64, token by token."""
 
 import torch
 
@@ -16,7 +16,7 @@ def tiny_config(**changes):
 
 
 def tiny_model(seed=0, **changes):
-    """In evaluation mode. Fresh weights (std 0.02) would leave every token's state nearly the same."""
+    """A model in evaluation mode. Fresh weights (std 0.02) would leave all tokens' states nearly equal."""
     model = dph.Model(tiny_config(**changes)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -27,7 +27,7 @@ def tiny_model(seed=0, **changes):
 
 
 def tokens(*shape, seed=0):
-    """Random ids that are no special tokens."""
+    """Random ids of ordinary tokens."""
     return torch.randint(4, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -44,7 +44,7 @@ def norm(x, weights, name):
 
 
 def rotated(x, positions, config):
-    """[n, H, D] turned by position * base^(-2i/D), as complex numbers; negated where the positions are reversed."""
+    """[n, H, D] rotated by position * base^(-2i/D), as complex numbers; by the negative if positions are reversed."""
     half = x.shape[-1] // 2
     frequencies = config.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = positions.double()[:, None, None] * frequencies * (-1 if config.rope_reversed else 1)
@@ -55,8 +55,8 @@ def rotated(x, positions, config):
 def naive(model, ids, memory=None, length=0, kind="kv"):
     """Hidden states [S, C] in fp64 of one sequence [S] by the definition: no layout, no cache, plain loops.
 
-    ``memory`` is what the last call returned: per layer the un-rotated keys and values (kind "kv") or the inputs of
-    the attention (kind "hidden") of the last ``length`` tokens.
+    ``memory`` is the second result of the last call: per layer the keys and values before rotation (kind "kv") or the
+    inputs of attention (kind "hidden") of the last ``length`` tokens.
 
     Returns the states and the new memory.
     """
@@ -90,7 +90,7 @@ def naive(model, ids, memory=None, length=0, kind="kv"):
 
 
 def attend(queries, keys, values, config):
-    """[S, C]: query i sees all older keys and own ones up to i."""
+    """[S, C]: query i attends to all older keys and to the own ones up to i."""
     heads, older = config.num_attention_heads, len(keys) - len(queries)
     q, k, v = (t.reshape(len(t), heads, -1) for t in (queries, keys, values))
     positions = torch.arange(len(keys))

@@ -21,7 +21,7 @@ TOY = """
 import triton
 import triton.language as tl
 
-from dph_kernels.launches import Launch
+from dph_kernels.launcher import Launch
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from numerics import FLOOR, assert_close_to_fp64
-from tiny import END, tiny_model, tokens
+from helpers.numerics import FLOOR, assert_close_to_fp64
+from helpers.tiny import END, tiny_model, tokens
 
 import dph
 from dph import losses
@@ -37,7 +37,7 @@ def packed(device):
         whole = [*prompt, *answer, END, 4]
         mask = [i >= 4 for i in range(len(whole) - 1)]
         encoded.append(Encoded(whole[:-1], whole[1:], mask, mask, len(whole) - 2))
-    return dph.packing.pack([encoded]).to(device)
+    return dph.data.packing.pack([encoded]).to(device)
 
 
 @DEVICES
@@ -153,7 +153,12 @@ def test_fp64_is_left_alone():
 
 def test_bodies_see_no_autocast(monkeypatch):
     seen, original = [], reference.forward
-    monkeypatch.setattr(reference, "forward", lambda *a: seen.append(torch.is_autocast_enabled("cpu")) or original(*a))
+
+    def forward(**inputs):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return original(**inputs)
+
+    monkeypatch.setattr(reference, "forward", forward)
     q = torch.randn(5, 2, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rope_attention(q, q, q, PackedLayout.documents([5]), rope=Rotary(), backend="reference")

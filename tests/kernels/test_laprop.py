@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from numerics import assert_close_to_fp64, implementations
+from helpers.numerics import assert_close_to_fp64, implementations
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from numerics import implementations
+from helpers.numerics import implementations
 
 from dph_kernels import dispatch, gradient_norm, native
 from dph_kernels.laprop import native as laprop_native

@@ -4,8 +4,8 @@ import importlib
 
 import pytest
 import torch
-from logprobs import DTYPES, as_fp64, compare, eager, make
-from numerics import assert_close_to_fp64, implementations, skip_where_unsupported, strange_nans
+from helpers.logprobs import DTYPES, as_fp64, compare, eager, make
+from helpers.numerics import assert_close_to_fp64, implementations, skip_where_unsupported, strange_nans
 
 from dph_kernels.linear_logprob import linear_logprob
 
@@ -185,9 +185,9 @@ def test_a_frozen_side_costs_nothing(frozen, monkeypatch):
     asked = []
     original = reference.backward
 
-    def spy(*args):
-        asked.append(args[-2:])
-        return original(*args)
+    def spy(**given):
+        asked.append((given["hidden_needed"], given["weight_needed"]))
+        return original(**given)
 
     monkeypatch.setattr(reference, "backward", spy)
     hidden, weight, targets = make(5, 8, 11)

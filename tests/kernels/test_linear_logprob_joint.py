@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from logprobs import compare, make
-from numerics import implementations
+from helpers.logprobs import compare, make
+from helpers.numerics import implementations
 
 from dph_kernels import dispatch
+from dph_kernels.launcher import TritonDevice
 from dph_kernels.linear_logprob import linear_logprob
 
 DTYPES = {"cpu": [torch.float32], "triton": [torch.float16, torch.bfloat16]}  # that a backend does it in
@@ -31,9 +32,14 @@ def joint(small_tiles, backend, dtype):
         small_tiles.setattr(module, "MOST_LOGITS", 16 * 130)
     else:
         small_tiles.setattr(module, "JOINT", (dtype,))  # the interpreter has no bf16
-        small_tiles.setattr(module, "_joint_rows", lambda machine, _: machine.config.rows)
+        small_tiles.setattr(module, "_joint_rows", lambda gpu, _: module._config(gpu).block_m)
     asked, original = [], module.backward
-    small_tiles.setattr(module, "backward", lambda *args: asked.append(args[-2:]) or original(*args))
+
+    def backward(**given):
+        asked.append((given["hidden_needed"], given["weight_needed"]))
+        return original(**given)
+
+    small_tiles.setattr(module, "backward", backward)
     return asked
 
 
@@ -233,10 +239,10 @@ def test_tokens_that_are_impossible(device, backend, dtype, joint):
 def test_rows_for_which_there_is_room():
     """Whole tiles, within 300 MB; none where the sums of the weights' gradient alone take more."""
     module = importlib.import_module("dph_kernels.linear_logprob.triton")
-    machine = module._Machine(torch.device("meta"), 90)
+    gpu = TritonDevice(torch.device("meta"), 90, 132)
     for vocabulary, width, least in [(50272, 768, 1024), (256, 768, 50_000), (50272, 64, 2000), (100_000, 768, 0)]:
         weight = torch.empty(vocabulary, width, dtype=torch.bfloat16, device="meta")
-        rows = module._joint_rows(machine, weight)
+        rows = module._joint_rows(gpu, weight)
         assert rows >= least
         assert rows % 128 == 0
         assert (rows == 0) == (least == 0)
@@ -248,14 +254,14 @@ def test_rows_for_which_there_is_room():
 def test_grids_that_cuda_takes(size):
     module = importlib.import_module("dph_kernels.linear_logprob.triton")
 
-    class Machine(module._Machine):
-        def run(self, kernel, grid, *_):
+    class Device(TritonDevice):
+        def launch(self, kernel, grid, *_):
             grids.append(grid)
 
     rows, width, vocabulary = size
     hidden, weight = (torch.empty(n, width, dtype=torch.bfloat16, device="meta") for n in (rows, vocabulary))
     grids, targets = [], torch.empty(rows, dtype=torch.int64, device="meta")
-    module._forward_and_gradients(Machine(torch.device("meta"), 90), hidden, weight, targets, True)
+    module._forward_and_gradients(Device(torch.device("meta"), 90, 132), hidden, weight, targets, True)
     assert grids
     assert all(max(grid[1:], default=0) <= 65_535 for grid in grids)
 

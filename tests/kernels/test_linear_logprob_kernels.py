@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from logprobs import DTYPES, as_fp64, compare, eager, make
-from numerics import assert_close_to_fp64, implementations, skip_where_unsupported
+from helpers.logprobs import DTYPES, as_fp64, compare, eager, make
+from helpers.numerics import assert_close_to_fp64, implementations, skip_where_unsupported
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dph_kernels.launcher import triton_device
 from dph_kernels.linear_logprob import linear_logprob
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,11 +201,11 @@ def test_rows_beyond_32_bits_in_triton(device, backend):
     logits, targets, upstream, expected, grad = far_tile()
     logprobs, normaliser, none, start = torch.empty(3), torch.empty(2, 3), torch.empty(0), start_of(logits)
     rows = {"targets": targets, "largest": normaliser[0], "log_sum": normaliser[1]}
-    sizes = {"units": logits.stride(0) // 16, "columns": 64, "first": 0, "UNIT": 16, "BLOCK": 64}
-    flags = {"START": True, "LAST": True, "STATISTICS": False}
-    kernels.reduce_rows[(3,)](start, **rows, logprobs=logprobs, entropy=none, best=targets[:0], **flags, **sizes)
+    sizes = {"columns": 64, "first": 0, "BLOCK": 64}
+    flags, tile = {"START": True, "LAST": True, "STATISTICS": False}, (start, logits.stride(0))
+    kernels.reduce_rows[(3,)](tile, **rows, logprobs=logprobs, entropy=none, best=targets[:0], **flags, **sizes)
     torch.testing.assert_close(logprobs, expected)
-    kernels.gradient_rows[(1, 3)](start, **rows, upstream=upstream, **sizes)
+    kernels.gradient_rows[(1, 3)](tile, **rows, upstream=upstream, **sizes)
     torch.testing.assert_close(logits.clone(), grad)
 
 
@@ -220,18 +221,18 @@ def test_rows_beyond_32_bits_of_half_precision_in_triton(device, backend):
     expected = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     (grad,) = torch.autograd.grad(expected, logits, upstream)
     logprobs, tops, totals, none = torch.empty(3), torch.empty(1, 3), torch.empty(1, 3), torch.empty(0)
-    operands = {"hidden": start_of(hidden), "weight": start_of(weight), "targets": targets, "rows": 3, "columns": 3}
-    units = {"hidden_units": stride // 16, "weight_units": stride // 16, "UNIT": 16}
-    tile = {"C": 64, "TMA": False, "BM": 16, "BN": 32, "BK": 32, "GROUP": 2}
-    partials = {"tops": tops, "totals": totals, "weighted": none, "indices": none, "STATISTICS": False}
-    kept = {"shares": start_of(shares), "units": stride // 16}
-    kernels.reduce_tile[(1,)](**operands, **units, **tile, **partials, **kept, SHARES_UNIT=16, logprobs=logprobs)
+    matrices = {"hidden": (start_of(hidden), stride), "weight": (start_of(weight), stride)}
+    operands = {**matrices, "targets": targets, "rows": 3, "columns": 3}
+    tile = {"C": 64, "UNIT": 16, "TMA": False, "BM": 16, "BN": 32, "BK": 32, "GROUP": 2}
+    partials = {"partials": (tops, totals, none, none), "STATISTICS": False}
+    kept = {"shares": (start_of(shares), stride)}
+    kernels.reduce_tile[(1,)](**operands, **tile, **partials, **kept, SHARES=True, logprobs=logprobs)
     torch.testing.assert_close(logprobs - tops[0] - totals[0].log(), expected.detach())
     normaliser = {"largest": tops[0], "log_sum": totals[0].log()}
-    place = {"changes": start_of(changes), "units": stride // 16, "CHANGES_UNIT": 16, "first": 0}
-    kernels.gradient_tile[(1,)](**operands, **units, **tile, **normaliser, **place, upstream=upstream)
+    place = {"changes": (start_of(changes), stride), "first": 0}
+    kernels.gradient_tile[(1,)](**operands, **tile, **normaliser, **place, upstream=upstream)
     torch.testing.assert_close(changes[:, :3].float(), grad, rtol=1e-3, atol=1e-4)
-    sizes = {"rows": 3, "columns": 3, "UNIT": 16, "BN": 32, "BLOCKS": 1}
+    sizes = {"rows": 3, "columns": 3, "BN": 32, "BLOCKS": 1}
     kernels.gradient_shares[(3, 1)](**kept, **normaliser, **sizes, tops=tops, targets=targets)
     torch.testing.assert_close(shares[:, :3].float() * upstream[:, None], grad, rtol=2e-3, atol=2e-3)
 
@@ -241,13 +242,14 @@ def test_rows_beyond_32_bits_of_half_precision_in_triton(device, backend):
 def test_partial_results_of_half_precision_take_bounded_memory(statistics, device, small_tiles):
     """Room for a tile's rows of 4 (or 2) numbers for each block of columns: what rows give does not depend on it."""
     triton = importlib.import_module("dph_kernels.linear_logprob.triton")
-    tile = triton._machine(torch.device(device)).config
-    hidden, weight, targets = (x.detach() for x in make(2 * tile.rows + 1, 40, 1111, torch.float16, device))
+    gpu = triton_device(torch.device(device))
+    tile = triton._config(gpu)
+    hidden, weight, targets = (x.detach() for x in make(2 * tile.block_m + 1, 40, 1111, torch.float16, device))
     whole = triton.forward(hidden, weight, targets, statistics)
-    room = 4 * tile.rows * -(-1111 // tile.columns)
+    room = 4 * tile.block_m * -(-1111 // tile.block_n)
     small_tiles.setattr(triton.Engine, "most_sums", room)
-    engine = triton.Fused(triton._machine(hidden.device), hidden, weight, 4)
-    assert (engine.rows, engine.columns) == (tile.rows, 1111)
+    engine = triton.Fused(gpu, hidden, weight, 4)
+    assert (engine.rows, engine.columns) == (tile.block_m, 1111)
     assert all(map(torch.equal, triton.forward(hidden, weight, targets, statistics), whole))
 
 

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from numerics import assert_close_to_fp64, implementations, skip_where_unsupported
-from preferences import DEFAULTS, LOGPROBS, NAMES, formula, make
+from helpers.numerics import assert_close_to_fp64, implementations, skip_where_unsupported
+from helpers.preferences import DEFAULTS, LOGPROBS, NAMES, formula, make
 
 from dph_kernels.preference_loss import HEAD_METRICS, PREFERENCE_METRICS, metric_names, preference_loss
 

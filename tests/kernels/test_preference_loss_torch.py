@@ -4,8 +4,8 @@ import sys
 
 import pytest
 import torch
-from numerics import implementations
-from preferences import DEFAULTS, NAMES, formula, make
+from helpers.numerics import implementations
+from helpers.preferences import DEFAULTS, NAMES, formula, make
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -147,8 +147,8 @@ def test_who_watches_sees_the_operator():
 
 @pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 def test_plain_calls_do_not_pay_for_the_dispatcher(monkeypatch):
-    operator = sys.modules["dph_kernels.preference_loss"]
-    monkeypatch.setattr(operator, "_Operator", lambda *_: pytest.fail("reached"))
+    operator = sys.modules["dph_kernels.preference_loss"].OPERATOR
+    monkeypatch.setattr(operator, "operator", lambda **_: pytest.fail("reached"))
     preference_loss(torch.nn.Parameter(torch.zeros(5)), torch.zeros(5))
     with pytest.raises(pytest.fail.Exception, match="reached"):
         preference_loss(TwoTensor(torch.zeros(5), torch.zeros(5)), torch.zeros(5))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from quick import stock
+from helpers.quick import stock
 
 from dph_kernels import PackedLayout, Rotary, preference_loss, rope_attention, swiglu_reward
 

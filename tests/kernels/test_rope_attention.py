@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from attention import LAYOUTS, ROPE, compare, dense, inputs, rotate, run
-from numerics import FLOOR, implementations, skip_where_unsupported, strange_nans
+from helpers.attention import LAYOUTS, ROPE, compare, dense, inputs, rotate, run
+from helpers.numerics import FLOOR, implementations, skip_where_unsupported, strange_nans
 
 from dph_kernels import PackedLayout, dispatch, native, rope_attention
 
@@ -21,7 +21,7 @@ def test_the_way_through_the_dispatcher_gives_the_same_bits(name, device, backen
     found = []
     for observed in (False, True):
         if observed:
-            monkeypatch.setattr(dispatch, "unobserved", lambda tensors: False)
+            monkeypatch.setattr(dispatch, "can_bypass_dispatcher", lambda tensors: False)
         given = [x.detach().requires_grad_() for x in (q, k, v)]
         out, keys = rope_attention(
             *given, layout.to(device), rope=ROPE, memory=memory, return_keys=True, backend=backend

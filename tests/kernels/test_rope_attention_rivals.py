@@ -9,8 +9,8 @@ import types
 
 import pytest
 import torch
-from attention import LAYOUTS, ROPE, compare, inputs, run
-from numerics import FLOOR
+from helpers.attention import LAYOUTS, ROPE, compare, inputs, run
+from helpers.numerics import FLOOR
 from torch.utils.flop_counter import FlopCounterMode
 
 from dph_kernels import PackedLayout, dispatch, rope_attention

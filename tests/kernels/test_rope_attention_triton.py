@@ -4,14 +4,15 @@ import inspect
 
 import pytest
 import torch
-from attention import ROPE, compare, inputs, run
-from numerics import assert_close_to_fp64
+from helpers.attention import ROPE, compare, inputs, run
+from helpers.numerics import assert_close_to_fp64
 
 from dph_kernels import PackedLayout, dispatch, rope_attention
 
 if reason := dispatch.missing("rope_attention", "triton", "cuda" if torch.cuda.is_available() else "cpu"):
     pytest.skip(reason, allow_module_level=True)
 
+from dph_kernels.launcher import TritonDevice
 from dph_kernels.rope_attention import OPERATOR, joined_gradients
 from dph_kernels.rope_attention import triton as attention
 
@@ -50,8 +51,33 @@ def test_no_kernel_is_compiled_anew_for_a_stride_or_a_size():
 
     for kernel in (kernels.rotate, kernels.forward, kernels.combine, kernels.backward_queries, kernels.backward_keys):
         names = [name for name in inspect.signature(kernel.fn).parameters if not name.isupper() or len(name) == 1]
-        numbers = {name for name in names if name.endswith(("_row", "_head")) or name in ("T", "H", "rows", "memory")}
+        numbers = {name for name in names if name.endswith(("_row", "_head")) or name in ("T", "H", "rows", "M")}
         assert numbers <= set(kernels.NUMBERS), kernel
+
+
+@pytest.mark.parametrize("head_dim", [16, 100])
+@pytest.mark.parametrize("gap", [0, 4, 48])
+def test_strides_in_tuples_are_multiples_of_16(gap, head_dim):
+    """Triton specializes all integers in tuples: multiples of 16 give one kernel, and none of them is taken for 1."""
+
+    class Device(TritonDevice):
+        def launch(self, kernel, grid, config, arguments, constants):
+            values.extend(arguments.values())
+
+    values, layout = [], PackedLayout.with_memory([9, 20], [4, 12], 12)
+    *tensors, memory, grad = inputs(layout, 2, head_dim + gap, torch.float32)
+    q, k, v, memory_k, memory_v, grad = (x[..., :head_dim] for x in (*tensors, *memory, grad))
+    rest = layout.segments, *layout.tables(ROPE, head_dim, torch.float32), 0.3
+    gpu = Device(torch.device("cpu"), 90, 132)
+    out, lse, rotated = attention._forward(gpu, q, k, v, memory_k, memory_v, *rest)
+    attention._backward(gpu, (q, k, v), grad, q, rotated, v, memory_k, memory_v, out, lse, *rest)
+    integers = [x for value in values if isinstance(value, tuple) for x in flattened(value) if isinstance(x, int)]
+    assert len(integers) > 20
+    assert all(x % 16 == 0 for x in integers)
+
+
+def flattened(value):
+    return [x for element in value for x in flattened(element)] if isinstance(value, tuple) else [value]
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(2, 16), (3, 6)])
@@ -64,10 +90,12 @@ def test_gradients_side_by_side(layout, heads, head_dim):
     layout = layout.to(DEVICE)
     q, k, v, memory, grad = inputs(layout, heads, head_dim, torch.float32, DEVICE)
     memory = memory or (k[:0], v[:0])
-    rest = layout.segments, *layout.tables(ROPE, head_dim, torch.float32), 0.3, "triton"
-    out, lse, rotated = OPERATOR.forward(q, k, v, *memory, *rest)
-    known = grad, q, rotated, v, *memory, out, lse, *rest
-    assert torch.equal(joined_gradients(*known), torch.stack(attention.backward(*known[:-1]), 1))
+    q_cos, q_sin, k_cos, k_sin = layout.tables(ROPE, head_dim, torch.float32)
+    rest = {"memory_k": memory[0], "memory_v": memory[1], "segments": layout.segments, "scale": 0.3}
+    rest |= {"q_cos": q_cos, "q_sin": q_sin, "k_cos": k_cos, "k_sin": k_sin}
+    out, lse, rotated = OPERATOR.forward(q=q, k=k, v=v, **rest, backend="triton")
+    known = {"grad": grad, "q": q, "rotated": rotated, "v": v, "out": out, "lse": lse, **rest}
+    assert torch.equal(joined_gradients(**known, backend="triton"), torch.stack(attention.backward(**known), 1))
 
 
 @interpreted

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from attention import LAYOUTS
+from helpers.attention import LAYOUTS
 
 from dph_kernels import PackedLayout
 from dph_kernels.rope_attention import schedule

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from numerics import implementations, skip_where_unsupported, strange_nans
-from poolers import POOLERS, SIZES, compare, eager, make
+from helpers.numerics import implementations, skip_where_unsupported, strange_nans
+from helpers.poolers import POOLERS, SIZES, compare, eager, make
 
 from dph_kernels import dispatch
 from dph_kernels.swiglu_reward import swiglu_reward
@@ -203,9 +203,9 @@ def test_nothing_is_saved_without_gradients(monkeypatch):
     saved = []
     original = reference.forward
 
-    def spy(*args):
-        saved.append(args[-1])
-        return original(*args)
+    def spy(**inputs):
+        saved.append(inputs["save"])
+        return original(**inputs)
 
     monkeypatch.setattr(reference, "forward", spy)
     inputs = make(5, 8, 6, 2)

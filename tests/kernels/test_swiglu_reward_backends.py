@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from numerics import implementations
-from poolers import POOLERS, SIZES, compare, eager, make
+from helpers.numerics import implementations
+from helpers.poolers import POOLERS, SIZES, compare, eager, make
 
 from dph_kernels import dispatch, native, philox
+from dph_kernels.launcher import triton_device
 from dph_kernels.swiglu_reward import swiglu_reward
 
 BACKENDS = implementations("swiglu_reward")
@@ -287,10 +288,10 @@ def test_splits_are_tested():
     """The sizes above reach the last program's sum over shares, and over tiles of rows."""
     from dph_kernels.swiglu_reward import triton as gpu
 
-    machine = gpu._Machine(torch.device("cpu"), 0, 16)
-    config = machine.config("pool", 5, torch.empty(0))
-    assert gpu._shares(7, 257, config, machine) > 1
-    assert max(rows for rows, *_ in SIZES) > config.rows
+    device = triton_device(torch.device("cpu"), gpu.INTERPRETER_SMS)
+    config = gpu._config(device, "pool", 5, torch.empty(0))
+    assert gpu._shares(7, 257, config, device) > 1
+    assert max(rows for rows, *_ in SIZES) > config.block_m
 
 
 def test_eager_is_what_the_reference_computes():

@@ -1,6 +1,8 @@
-"""A block as one node of PyTorch's graph, and when it is taken in parts instead."""
+"""A block as one autograd node, and the conditions under which it is computed in parts."""
 
+import contextlib
 import copy
+import re
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dph
-from dph.model import backbone
-from dph.model.backbone import Backbone, Block
+from dph.model import backbone, fused_block
+from dph.model.backbone import Backbone, Block, block_form
 from dph.train import compile
 from dph_kernels import PackedLayout, dispatch
 
@@ -109,8 +111,8 @@ def test_without_gradients_nothing_is_kept(monkeypatch):
     block, kept, calls = block_of(), [], []
     x, _ = given(block)
     expected = block(x, LAYOUT)
-    run = backbone.run_whole
-    monkeypatch.setattr(backbone, "run_whole", lambda *given: calls.append(1) or run(*given))
+    run = backbone.fused_block
+    monkeypatch.setattr(backbone, "fused_block", lambda *given: calls.append(1) or run(*given))
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
         with torch.no_grad():
             assert torch.equal(block(x, LAYOUT), expected)
@@ -212,7 +214,7 @@ def streams(model, whole, calls=3):
     for call in range(calls):
         ids = torch.arange(10).reshape(2, 5) + 4 + call
         hidden = model(ids, past_key_values=memory).logits
-        assert (nodes(hidden) == ["_BlockBackward"] * 2) == whole
+        assert (nodes(hidden) == ["_FusedBlockBackward"] * 2) == whole
         (hidden * torch.linspace(-1, 1, hidden.shape[-1])).sum().backward()
         found.append(hidden)
     return found + [p.grad for p in model.parameters() if p.grad is not None]
@@ -226,7 +228,7 @@ def nodes(result):
         if node is not None and node not in seen:
             seen.add(node)
             todo += [following for following, _ in node.next_functions]
-    return [type(node).__name__ for node in seen if type(node).__name__ == "_BlockBackward"]
+    return [type(node).__name__ for node in seen if type(node).__name__ == "_FusedBlockBackward"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -266,10 +268,6 @@ def plain_attribute(block):
     block.attention.qkv.weight = weight * 1
 
 
-def subclass(block):
-    block.attention.qkv.__class__ = type("Adapted", (nn.Linear,), {})
-
-
 def hooked(place, register):
     def change(block):
         getattr(block.get_submodule(place), register)(lambda *_: None)
@@ -277,35 +275,229 @@ def hooked(place, register):
     return change
 
 
+def frozen(place):
+    return lambda block: block.get_submodule(place).requires_grad_(False)
+
+
+def of_class(place, kind):
+    """The module at ``place`` in another class."""
+
+    def change(block):
+        module = block.get_submodule(place)
+        module.__class__ = kind if isinstance(kind, type) else type("Other", (type(module),), {})
+
+    return change
+
+
+class Wrapped(nn.Parameter):
+    """A subclass of parameters."""
+
+
+def subclass_of_a_weight(block):
+    norm = block.attention_norm
+    norm._parameters["bias"] = norm.bias.detach().as_subclass(Wrapped).requires_grad_()
+
+
 PLACES = ("attention_norm", "attention", "attention.qkv", "attention.out", "ffn_norm", "ffn", "ffn.fc1")
+REPLACED = "method before or after is replaced"
+CHANGES = {
+    **{f"hook on {place}": (hooked(place, "register_forward_hook"), f"{place} has hooks") for place in PLACES},
+    **{f"other class of {place}": (of_class(place, "subclass"), rf"{place} is a \S+Other, not a") for place in PLACES},
+    "forward pre-hook": (hooked("ffn.fc1", "register_forward_pre_hook"), "ffn.fc1 has hooks"),
+    "backward hook": (hooked("ffn_norm", "register_full_backward_hook"), "ffn_norm has hooks"),
+    "backward pre-hook": (hooked("attention.out", "register_full_backward_pre_hook"), "attention.out has hooks"),
+    "plain norm": (of_class("ffn_norm", nn.LayerNorm), r"ffn_norm is a torch\S+, not a dph\S+LayerNorm"),
+    "replaced module": (replaced, "ffn.fc1 is a .*Sequential, not a .*Linear"),
+    "own forward": (another_forward, "attention.out has a forward method of its own"),
+    "own after": (another_method, REPLACED),
+    "class with another before": (another_class, REPLACED),
+    "weight that is no parameter": (plain_attribute, "qkv is not a parameter"),
+    "subclass of a weight": (subclass_of_a_weight, "a tensor is a Wrapped, not a plain tensor"),
+    "one frozen weight": (lambda block: block.attention.out.weight.requires_grad_(False), "only some of its tensors"),
+    "frozen attention": (frozen("attention"), "only some of its tensors need gradients"),
+    "frozen block": (frozen(""), "only some of its tensors need gradients"),
+}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        replaced,
-        subclass,
-        another_forward,
-        another_method,
-        another_class,
-        plain_attribute,
-        *(hooked(place, "register_forward_hook") for place in PLACES),
-        hooked("ffn.fc1", "register_forward_pre_hook"),
-        hooked("ffn_norm", "register_full_backward_hook"),
-        hooked("attention.out", "register_full_backward_pre_hook"),
-        lambda block: block.attention.out.weight.requires_grad_(False),
-    ],
-)
-def test_a_block_that_somebody_changed_or_watches_is_taken_in_parts(change):
+@pytest.mark.parametrize(("change", "reason"), CHANGES.values(), ids=CHANGES)
+def test_a_block_that_was_changed_is_taken_in_parts(change, reason):
     block = block_of()
-    x, _ = given(block)
+    x, grad = given(block)
     expected = block(x, LAYOUT)
     assert one_node(expected)
+    gradients = dict(zip(("x", *dict(block.named_parameters())), results(block, x, grad)[1:], strict=True))
     change(block)
+    form = block_form(block, x, LAYOUT)
+    assert not form.fused
+    assert re.search(reason, form.reason)
     result = block(x, LAYOUT)
     assert not one_node(result)
     torch.testing.assert_close(result, expected)
-    result.sum().backward()
+    result.backward(grad)
+    torch.testing.assert_close(x.grad, gradients["x"])
+    for name, weight in block.named_parameters():
+        if weight.requires_grad:
+            torch.testing.assert_close(weight.grad, gradients[name.replace("fc1.0.", "fc1.")])
+
+
+class Observed(torch.utils._python_dispatch.TorchDispatchMode):
+    """A dispatch mode that changes nothing."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def global_hook():
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def patched(target, name, value):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, name, value)
+        yield
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)  # under which fp64 stays fp64
+
+
+MODES = {
+    "a hook on all modules": (global_hook, "a hook is registered on all modules"),
+    "autocast": (autocast, "autocast is active"),
+    "few elements": (lambda: patched(dispatch, "FEW", 10**6), "up to 1000000 elements"),
+    "wide rows": (lambda: patched(fused_block, "WIDEST", 8), "rows have more than 8 elements"),
+    "a dispatch mode": (Observed, "a torch dispatch mode is active"),
+    "forward-mode differentiation": (torch.autograd.forward_ad.dual_level, "forward-mode differentiation is active"),
+    "torch.compile": (lambda: patched(torch.compiler, "is_compiling", lambda: True), "torch.compile traces the call"),
+}
+
+
+@pytest.mark.parametrize(("mode", "reason"), MODES.values(), ids=MODES)
+def test_modes_that_need_the_parts(mode, reason):
+    block = block_of()
+    x, grad = given(block)
+    expected = results(block, x, grad)
+    assert one_node(expected[0])
+    with mode():
+        form = block_form(block, x, LAYOUT)
+        found = results(block, x, grad)
+    assert not form.fused
+    assert re.search(reason, form.reason)
+    assert not one_node(found[0])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert block_form(block, x, LAYOUT).fused
+
+
+def batched(block, x, grad):
+    result = torch.func.vmap(lambda x: block(x, LAYOUT))(x[None])[0]
+    return result, torch.autograd.grad(result, x, grad)[0]
+
+
+def traced(block, x, grad):
+    block.requires_grad_(False)  # the tracer takes no constants that need gradients
+    result = torch.jit.trace(lambda x: block(x, LAYOUT), x, check_trace=False)(x)
+    return result, torch.autograd.grad(result, x, grad)[0]
+
+
+def negated(block, x, grad):
+    result = block(torch._neg_view(-x), LAYOUT)
+    return result, torch.autograd.grad(result, x, grad)[0]
+
+
+def of_a_subclass(block, x, grad):
+    class Tagged(torch.Tensor):
+        pass
+
+    result = block(x.as_subclass(Tagged), LAYOUT).as_subclass(torch.Tensor)
+    return result, torch.autograd.grad(result, x, grad)[0]
+
+
+def compiled(block, x, grad):
+    result = torch.compile(lambda x: block(x, LAYOUT), backend="eager")(x)
+    return result, torch.autograd.grad(result, x, grad)[0]
+
+
+def with_inputs_in_memory(block, x, grad):
+    memory = dph.Memory(4, "hidden")
+    layout = memory.begin([len(x)])
+    result = block(x, layout, memory.for_layer(0, [len(x)]))
+    return result, torch.autograd.grad(result, x, grad)[0]
+
+
+CALLS = {
+    "torch.func.vmap": (batched, "a torch.func transform is active"),
+    "torch.jit.trace": (traced, "torch.jit traces the call"),
+    "negated input": (negated, "a tensor is batched or negated lazily"),
+    "subclass of the input": (of_a_subclass, "a tensor is a Tagged, not a plain tensor"),
+    "torch.compile": (compiled, None),
+    "memory of inputs": (with_inputs_in_memory, "the memory stores attention inputs"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(("call", "reason"), CALLS.values(), ids=CALLS)
+def test_calls_that_need_the_parts(call, reason, monkeypatch):
+    block, forms = block_of(), []
+    x, grad = given(block)
+    layout = PackedLayout.documents([len(x)]) if call is with_inputs_in_memory else LAYOUT
+    expected = block(x, layout)
+    assert one_node(expected)
+
+    def noted(*inputs):
+        forms.append(block_form(*inputs))
+        return forms[-1]
+
+    if reason:  # PyTorch's compiler would trace the list
+        monkeypatch.setattr(backbone, "block_form", noted)
+    result, d_x = call(block, x, grad)
+    assert not one_node(result)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(d_x, torch.autograd.grad(expected, x, grad)[0])
+    assert not reason or all(not form.fused and reason in form.reason for form in forms)
+    assert bool(forms) == bool(reason)
+
+
+def test_a_block_without_numbers_is_taken_in_parts():
+    block, layout = block_of().to("meta"), LAYOUT.to("meta")
+    x = torch.empty(LAYOUT.queries, 16, dtype=torch.float64, device="meta")
+    assert block_form(block, x, layout)[:2] == (False, "a tensor is on the meta device")
+    assert block_form(block, x, LAYOUT)[:2] == (False, "the layout is on another device than x")
+
+
+def test_tensors_that_do_not_fit_have_the_words_of_the_parts():
+    block = block_of()
+    x, _ = given(block)
+    block.ffn_norm.float()
+    assert block_form(block, x, LAYOUT)[:2] == (False, "ffn_norm has another dtype or device than x")
+    with pytest.raises(ValueError, match="weight: expected float64, got float32"):
+        block(x, LAYOUT)
+    assert "queries and keys" in block_form(block, x, PackedLayout.documents([4, 5])).reason
+    assert block_form(block, x[None], LAYOUT).reason == "x has 3 dimensions, not 2"
+    block = block_of()
+    block.attention.out.weight = nn.Parameter(block.attention.out.weight[:, :8].contiguous())
+    assert block_form(block, x, LAYOUT).reason == "out has shape [16, 8], not [16, 16]"
+    block = block_of()
+    block.attention.heads = 3
+    assert "do not divide into 3 heads" in block_form(block, x, LAYOUT).reason
+
+
+def test_gradient_checkpointing_takes_the_fused_block():
+    model, found = Backbone(tiny_config()).double(), []
+    embeddings = torch.randn(LAYOUT.queries, 12, dtype=torch.float64)
+    for recompute in (False, True):
+        model.gradient_checkpointing = recompute
+        result = model(embeddings, LAYOUT)
+        assert len(nodes(result)) == 2
+        weights = [p for name, p in model.named_parameters() if name != "embedding.weight"]
+        found.append([result, *torch.autograd.grad(result.square().sum(), weights)])
+    assert all(map(torch.equal, *found))
 
 
 def test_the_last_product_may_be_anything():

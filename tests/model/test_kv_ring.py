@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import dph
 from dph.model import kv_ring_offload
-from dph.model.kv_ring import DeviceRings
-from dph.model.kv_ring_offload import HostRings, Lane
+from dph.model.kv_ring import DeviceRingBuffers
+from dph.model.kv_ring_offload import CopyStream, HostRingBuffers
 
 KINDS = ("kv", "hidden")
 M = 8
@@ -23,10 +23,10 @@ WIDTHS = {
 }
 
 
-class Late(Lane):
+class Late(CopyStream):
     """A lane whose copies come as late as they may: when they are joined. Meanwhile nobody may change their source."""
 
-    def start(self, copies):
+    def submit(self, copies):
         self._held += [(to, source, source.clone()) for to, source in copies]
 
     def join(self):
@@ -39,8 +39,8 @@ class Late(Lane):
 @pytest.fixture(params=["fetching", "writing"])
 def lanes(request, monkeypatch):
     """One of the two lanes as late as may be, the other at once."""
-    turn = itertools.cycle([Late, Lane] if request.param == "fetching" else [Lane, Late])
-    monkeypatch.setattr(kv_ring_offload, "Lane", lambda device: next(turn)(device))
+    turn = itertools.cycle([Late, CopyStream] if request.param == "fetching" else [CopyStream, Late])
+    monkeypatch.setattr(kv_ring_offload, "CopyStream", lambda device: next(turn)(device))
 
 
 def grid(counts, step):
@@ -85,7 +85,7 @@ def test_both_places_compute_the_same(kind, widths, checkpointing, lanes, poison
 
 def test_a_call_sees_the_same_rows_and_nothing_that_is_not_finite(poisoned_empty):
     """Kernels may load what they mask, so what holds no token is zero, as on the device."""
-    one, other = DeviceRings(M, 2), HostRings(M, 2)
+    one, other = DeviceRingBuffers(M, 2), HostRingBuffers(M, 2)
     seen, like = [0, 0], torch.zeros(0, 2, 4)
     for step, counts in enumerate([[3, 0], [2, 12], [20, 5], [1, 1]]):
         for rings in (one, other):
@@ -95,7 +95,7 @@ def test_a_call_sees_the_same_rows_and_nothing_that_is_not_finite(poisoned_empty
         assert all(window.isfinite().all() for window in windows[1])
         rows = torch.randn(2, sum(counts), 2, 4, generator=torch.Generator().manual_seed(step)).unbind()
         for rings in (one, other):
-            rings.keep(0, rows)
+            rings.store(0, rows)
             rings.end()
             assert rings.commit()
             assert not rings.commit()
@@ -119,8 +119,8 @@ def test_a_window_is_one_copy_where_a_segment_is_as_long_as_the_memory():
         for step in range(4):
             model(tokens(3, M, seed=step), past_key_values=memory)
             rings = memory._rings
-            assert [span.rows for span in rings._read] == ([3 * M] if step else [])
-            assert [span.rows for span in rings._written] == [3 * M]
+            assert [span.rows for span in rings._window_spans] == ([3 * M] if step else [])
+            assert [span.rows for span in rings._new_spans] == [3 * M]
     storage = memory._rings._layers[0][0].untyped_storage().data_ptr()
     assert memory.state_dict()["0.0"].untyped_storage().data_ptr() == storage
 
@@ -210,7 +210,7 @@ def test_the_next_layer_is_fetched_ahead():
     model, memory, held = tiny_model(num_hidden_layers=3), dph.Memory(4, place="host"), []
     model.backbone.gradient_checkpointing = True
     trained(model, memory, [[4]])
-    read = HostRings.read
+    read = HostRingBuffers.read
 
     def watched(self, layer, like):
         found = read(self, layer, like)
@@ -218,7 +218,7 @@ def test_the_next_layer_is_fetched_ahead():
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HostRings, "read", watched)
+        patch.setattr(HostRingBuffers, "read", watched)
         loss = model(tokens(1, 4), past_key_values=memory).logits.sum()
         assert held == [(0, 0, 1), (1, 1, 2), (2, 2)]
         loss.backward()
@@ -287,7 +287,7 @@ def test_copies_run_beside_computing(large):
     torch.cuda.synchronize()
     rings.read(0, like)
     torch.cuda._sleep(2 * 10**9)  # cycles: a second
-    rings._fetching._stream.synchronize()
+    rings._prefetch._stream.synchronize()
     assert not torch.cuda.current_stream().query()
     assert sorted(rings._windows) == [0, 1]
     torch.cuda.synchronize()
@@ -319,15 +319,15 @@ def test_memory_on_the_host_takes_none_of_the_gpu(kind, large):
 
 @pytest.mark.parametrize("counts", [[8, 8], [3, 5, 0, 8, 1], [13, 20, 3, 16], [0], [1] * 11])
 def test_streams_alike_are_written_as_any_others(counts, monkeypatch):
-    alike, any_others = DeviceRings(M, 2), DeviceRings(M, 2)
-    monkeypatch.setattr(any_others, "_write_spans", any_others._write_rows)
+    alike, any_others = DeviceRingBuffers(M, 2), DeviceRingBuffers(M, 2)
+    monkeypatch.setattr(any_others, "_slice_writer", any_others._row_writer)
     seen, generator = 0, torch.Generator().manual_seed(0)
     for count in counts:
         both = torch.randn(3 * count, 2, 5, generator=generator)
         for rings in (alike, any_others):
             rings.begin([seen] * 3, [count] * 3)
             rings.read(0, both[:, 0])
-            rings.keep(0, (both[:, 0], both[:, 1].double()))  # rows that do not lie end to end, and of another dtype
+            rings.store(0, (both[:, 0], both[:, 1].double()))  # rows that do not lie end to end, and of another dtype
             rings.end()
             rings.commit()
         seen += count

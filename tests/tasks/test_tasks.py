@@ -8,6 +8,7 @@ import pytest
 from helpers.texts import write_lines
 
 from dph import chat, tasks
+from dph.data.dataset import task_documents
 from dph.errors import UserError
 from dph.tasks import squad
 
@@ -116,15 +117,15 @@ def test_errors_name_the_task():
         with pytest.raises(UserError, match=f"task {name}: {expected}"):
             task.targets(task.example | {key: wrong})
     with pytest.raises(UserError, match=r"task glue/ax: expected split test, got 'train'"):
-        tasks.load("glue/ax").documents("train")
+        task_documents(tasks.load("glue/ax"), "train")
 
 
 def test_documents_come_from_a_folder(tmp_path):
     docs = [{"sentence": "a", "label": 1}, {"sentence": "b", "label": 0}]
     write_lines(tmp_path / "glue/cola/validation.jsonl", *docs)
-    assert list(tasks.load("glue/cola").documents("validation", tmp_path)) == docs
+    assert list(task_documents(tasks.load("glue/cola"), "validation", tmp_path)) == docs
     with pytest.raises(UserError, match=r"glue/cola/train\.jsonl"):
-        tasks.load("glue/cola").documents("train", tmp_path)
+        task_documents(tasks.load("glue/cola"), "train", tmp_path)
 
 
 def test_documents_come_from_the_hub_by_name_config_and_split(monkeypatch):
@@ -132,7 +133,7 @@ def test_documents_come_from_the_hub_by_name_config_and_split(monkeypatch):
     fake = types.ModuleType("datasets")
     fake.load_dataset = lambda *args, **kwargs: calls.append((args, kwargs)) or [{"question": "q"}]
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    assert list(tasks.load("mmlu/all").documents("train")) == [{"question": "q"}]
+    assert list(task_documents(tasks.load("mmlu/all"), "train")) == [{"question": "q"}]
     assert calls == [(("cais/mmlu", "all"), {"split": "auxiliary_train"})]
 
     def refuse(*args, **kwargs):
@@ -140,10 +141,10 @@ def test_documents_come_from_the_hub_by_name_config_and_split(monkeypatch):
 
     fake.load_dataset = refuse
     with pytest.raises(UserError, match=r"nyu-mll/glue \(mnli\), split validation_matched: no route"):
-        tasks.load("glue/mnli").documents("validation")
+        task_documents(tasks.load("glue/mnli"), "validation")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"needs the datasets package: pip install -e '\.\[data\]'$"):
-        tasks.load("glue/mnli").documents("validation")
+        task_documents(tasks.load("glue/mnli"), "validation")
 
 
 UNANSWERABLE = {"title": "t", "context": "The cat saw a dog and the cat.", "question": "?", "answers": {"text": []}}
@@ -188,6 +189,6 @@ def test_ultrafeedback_takes_the_answer_and_drops_pairs_without_a_difference(tmp
     task = tasks.load("ultrafeedback/binarized")
     same = task.example | {"rejected": task.example["chosen"]}
     write_lines(tmp_path / "ultrafeedback/binarized/train.jsonl", same, task.example, same)
-    docs = task.documents("train", tmp_path)
+    docs = task_documents(task, "train", tmp_path)
     assert list(docs) == [task.example]
     assert [turns[-1]["content"] for turns in task.targets(docs[0]) + task.distractors(docs[0])] == ["Hi!", "No."]

@@ -11,10 +11,11 @@ from helpers.texts import small_tokenizer, write_lines
 import dph
 from dph.cli import main
 from dph.errors import UserError
-from dph.train import best_checkpoint, recipe, run_dir
-from dph.train.best_checkpoint import Best
-from dph.train.entry import make_stage, train
-from dph.train.stages.lm import StreamStage
+from dph.train import best_checkpoint, checkpointing, recipe, run_dir
+from dph.train.best_checkpoint import BestCheckpoint
+from dph.train.build import make_stage
+from dph.train.entry import train
+from dph.train.stages.held_out import HeldOutStreams
 
 LOSSES = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.0}  # what held-out records are made to say after each step
 
@@ -31,14 +32,14 @@ LOSSES = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.0}  # what held-out records are made to s
 )
 def test_what_is_best(figure, values, steps):
     """Less of losses, more of accuracies; of equal ones the first; never NaN."""
-    judge = Best(figure)
-    seen = [step for step, value in enumerate(values, 1) if judge.see(step, {figure: value, "other": 0.0})]
+    judge = BestCheckpoint(figure)
+    seen = [step for step, value in enumerate(values, 1) if judge.update(step, {figure: value, "other": 0.0})]
     assert seen == steps
-    assert judge.found == ({"step": steps[-1], "figure": figure, "value": values[steps[-1] - 1]} if steps else None)
-    again, other = Best(figure), Best("another")
+    assert judge.state == ({"step": steps[-1], "figure": figure, "value": values[steps[-1] - 1]} if steps else None)
+    again, other = BestCheckpoint(figure), BestCheckpoint("another")
     for one in (again, other):
-        one.load(judge.found)
-    assert (again.found, other.found) == (judge.found, None)
+        one.load(judge.state)
+    assert (again.state, other.state) == (judge.state, None)
 
 
 def test_figures_are_those_that_an_evaluation_gives(tmp_path):
@@ -47,7 +48,7 @@ def test_figures_are_those_that_an_evaluation_gives(tmp_path):
             heads = ["default", "other"]
             values = settings(stage, tmp_path, objective__heads=heads)
             made = make_stage(values, tiny(reward_heads=heads), small_tokenizer(), records(stage), held_out)
-            assert made.figures() == list(made.evaluate())
+            assert made.held_out.names() == list(made.held_out.evaluate())
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def scripted(monkeypatch):
         at["step"] += 2
         return {"loss": LOSSES[at["step"]], "token_accuracy": 0.0, "entropy": 0.0}
 
-    monkeypatch.setattr(StreamStage, "evaluate", evaluate)
+    monkeypatch.setattr(HeldOutStreams, "evaluate", evaluate)
     return at
 
 
@@ -106,13 +107,15 @@ def test_the_best_stays_beside_the_last(tmp_path, scripted, capsys):
     said = capsys.readouterr().err.splitlines()[-1]
     path = tmp_path / "run/checkpoints/step-00000004"
     assert said == f"sft: the best by loss (1) is {path}, which dph convert makes a model"
-    assert run_dir.damage(path) is None
+    assert checkpointing.damage(path) is None
 
 
 def test_it_is_saved_when_it_is_evaluated_and_no_worse_one_is(tmp_path, scripted, monkeypatch):
     saved = []
-    save = run_dir.Run.save
-    monkeypatch.setattr(run_dir.Run, "save", lambda self, step, *rest: saved.append(step) or save(self, step, *rest))
+    save = run_dir.RunDirectory.save
+    monkeypatch.setattr(
+        run_dir.RunDirectory, "save", lambda self, step, *rest: saved.append(step) or save(self, step, *rest)
+    )
     go(tmp_path / "run", output__save_every=0)
     assert saved == [2, 4, 8]
 
@@ -122,19 +125,19 @@ def test_it_is_saved_when_it_is_evaluated_and_no_worse_one_is(tmp_path, scripted
 def test_kills_change_nothing(stop, where, tmp_path, scripted, monkeypatch):
     """Killed once step ``stop`` is on disk, with the best one marked and the old ones dropped, or not yet."""
     whole = go(tmp_path / "whole")
-    mark = run_dir.Run._mark_best
+    mark = run_dir.RunDirectory._mark_best
 
     def killed(self, state):
         found = mark(self, state) if where == "after the mark" else None
-        if run_dir.newest(self.directory / "checkpoints").step == stop:
+        if checkpointing.newest_checkpoint(self.directory / "checkpoints").step == stop:
             raise InterruptedError
         return found or mark(self, state)
 
     scripted["step"] = 0
-    monkeypatch.setattr(run_dir.Run, "_mark_best", killed)
+    monkeypatch.setattr(run_dir.RunDirectory, "_mark_best", killed)
     with pytest.raises(InterruptedError):
         go(tmp_path / "parts")
-    monkeypatch.setattr(run_dir.Run, "_mark_best", mark)
+    monkeypatch.setattr(run_dir.RunDirectory, "_mark_best", mark)
     scripted["step"] = stop // 2 * 2
     resumed = go(tmp_path / "parts", resume=True)
     assert kept(tmp_path / "parts") == kept(tmp_path / "whole") == ([4, 8], BEST)
@@ -153,7 +156,7 @@ def test_a_finished_run_is_marked_again(tmp_path, scripted):
 @pytest.mark.parametrize("part", ["weights", "state.json", run_dir.BEST])
 def test_a_full_disk_leaves_the_old_ones(part, tmp_path, scripted, monkeypatch):
     """While the better step 4 is written, after 2 (the best) and 3 (the last)."""
-    save_file, write_text = run_dir.save_file, type(tmp_path).write_text
+    save_file, write_text = checkpointing.save_file, type(tmp_path).write_text
     full = lambda path: "step-00000004" in str(path) or run_dir.BEST in str(path)  # noqa: E731
 
     def check(path, name):
@@ -169,24 +172,24 @@ def test_a_full_disk_leaves_the_old_ones(part, tmp_path, scripted, monkeypatch):
         return write_text(path, text, *rest, **options)
 
     filled = False
-    monkeypatch.setattr(run_dir, "save_file", save)
+    monkeypatch.setattr(checkpointing, "save_file", save)
     monkeypatch.setattr(type(tmp_path), "write_text", write)
-    run_save = run_dir.Run.save
+    run_save = run_dir.RunDirectory.save
 
     def at_four(self, step, *rest):
         nonlocal filled
         filled = step == 4
         return run_save(self, step, *rest)
 
-    monkeypatch.setattr(run_dir.Run, "save", at_four)
+    monkeypatch.setattr(run_dir.RunDirectory, "save", at_four)
     with pytest.raises(OSError, match="No space left"):
         go(tmp_path / "run")
     steps, said = kept(tmp_path / "run")
     assert [step for step in steps if step < 4] == [2, 3]
     assert said["step"] == 2
-    assert all(run_dir.damage(run_dir.checkpoint_path(tmp_path / "run", step)) is None for step in steps)
+    assert all(checkpointing.damage(checkpointing.checkpoint_path(tmp_path / "run", step)) is None for step in steps)
     monkeypatch.undo()
-    monkeypatch.setattr(StreamStage, "evaluate", lambda self: {"loss": 1.0, "token_accuracy": 0.0, "entropy": 0.0})
+    monkeypatch.setattr(HeldOutStreams, "evaluate", lambda self: {"loss": 1.0, "token_accuracy": 0.0, "entropy": 0.0})
     go(tmp_path / "run", resume=True)
     assert kept(tmp_path / "run") == ([4, 8], BEST)
 
@@ -194,7 +197,7 @@ def test_a_full_disk_leaves_the_old_ones(part, tmp_path, scripted, monkeypatch):
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_best_one_that_is_gone_is_forgotten(whole, tmp_path, scripted, monkeypatch, caplog):
     """Killed after step 6, whose best is 4; that is deleted, or damaged: of those to come, 8 is the best."""
-    save = run_dir.Run.save
+    save = run_dir.RunDirectory.save
 
     def killed(self, step, *rest):
         save(self, step, *rest)
@@ -202,13 +205,13 @@ def test_a_best_one_that_is_gone_is_forgotten(whole, tmp_path, scripted, monkeyp
             raise InterruptedError
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_dir.Run, "save", killed)
+        patched.setattr(run_dir.RunDirectory, "save", killed)
         with pytest.raises(InterruptedError):
             go(tmp_path / "run")
     assert kept(tmp_path / "run") == ([4, 6], BEST)
-    best = run_dir.checkpoint_path(tmp_path / "run", 4)
+    best = checkpointing.checkpoint_path(tmp_path / "run", 4)
     if whole:
-        best_checkpoint.rename(tmp_path / "gone")
+        best.rename(tmp_path / "gone")
     else:
         (best / "weights.safetensors").write_bytes(b"")
     go(tmp_path / "run", resume=True)
@@ -238,7 +241,7 @@ def test_a_checkpoint_becomes_a_model(stage, layout, tmp_path, capsys):
     values["model"] = {"path": str(tmp_path / "model")}
     done = train(recipe.from_dict(values), quiet=True)
     for step in (4, 8):
-        path = run_dir.checkpoint_path(tmp_path / "run", step)
+        path = checkpointing.checkpoint_path(tmp_path / "run", step)
         assert main.main(["convert", str(path), str(tmp_path / f"{step}"), "--to", layout]) == 0
     found = {step: dph.Model.from_pretrained(tmp_path / f"{step}") for step in (4, 8)}
     ended = weights(done.model)
@@ -246,9 +249,11 @@ def test_a_checkpoint_becomes_a_model(stage, layout, tmp_path, capsys):
     assert not all(torch.equal(p, ended[name]) for name, p in found[4].named_parameters())
     assert not found[4].untrained_heads
     assert (tmp_path / "4/tokenizer.json").is_file()
-    (run_dir.checkpoint_path(tmp_path / "run", 4) / "weights.safetensors").write_bytes(b"")
+    (checkpointing.checkpoint_path(tmp_path / "run", 4) / "weights.safetensors").write_bytes(b"")
     assert (
-        main.main(["convert", str(run_dir.checkpoint_path(tmp_path / "run", 4)), str(tmp_path / "x"), "--to", layout])
+        main.main(
+            ["convert", str(checkpointing.checkpoint_path(tmp_path / "run", 4)), str(tmp_path / "x"), "--to", layout]
+        )
         == 2
     )
     assert "weights.safetensors is damaged" in capsys.readouterr().err
@@ -256,7 +261,7 @@ def test_a_checkpoint_becomes_a_model(stage, layout, tmp_path, capsys):
 
 def test_a_run_of_a_model_in_memory_has_nothing_to_open(tmp_path, capsys):
     go(tmp_path / "run")
-    path = run_dir.checkpoint_path(tmp_path / "run", 8)
+    path = checkpointing.checkpoint_path(tmp_path / "run", 8)
     assert main.main(["convert", str(path), str(tmp_path / "x"), "--to", "own"]) == 2
     assert "model: expected either path or config, got neither" in capsys.readouterr().err
 
@@ -265,4 +270,4 @@ def test_every_figure_is_of_a_known_kind(tmp_path):
     """What is no accuracy stands in the list of what is better lower."""
     for stage in ("sft", "align"):
         made = make_stage(settings(stage, tmp_path), tiny(), small_tokenizer(), records(stage), {})
-        assert all(("accuracy" in name) != (name in best_checkpoint.LOWER) for name in made.judged)
+        assert all(("accuracy" in name) != (name in best_checkpoint.LOWER_IS_BETTER) for name in made.held_out.metrics)

@@ -9,6 +9,7 @@ from helpers.stages import tiny, weights
 from helpers.texts import conversation, small_tokenizer, write_lines
 
 import dph
+from dph.data import dataset
 from dph.errors import UserError
 from dph.train import build, recipe
 from dph.train.entry import train
@@ -79,19 +80,24 @@ def test_all_stages_in_a_row(files):
 
 def test_fresh_weights_follow_the_seed(files):
     options = {"config": CONFIG, "tokenizer": str(files / "tokenizer")}
-    one, tokenizer = build.open_start(make(files, "pretrain", [], **options))
-    two, _ = build.open_start(make(files, "pretrain", [], **options))
+    one, tokenizer = build.open_model(make(files, "pretrain", [], **options))
+    two, _ = build.open_model(make(files, "pretrain", [], **options))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert one.config.vocab_size == len(tokenizer)
     assert one.config.im_end_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert (one.config.eos_token_id, one.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
+def held_out(r):
+    section = r.evaluation
+    return dataset.open_held_out(section.sources, r.kind, directory=section.directory, seed=r.seed)
+
+
 def test_held_out_sources_have_names_of_their_own(files):
     r = make(files, "sft", [])
     sources = [{"source": "task:glue/sst2"}, {"source": "task:glue/sst2", "split": "train"}]
     r = recipe.from_dict({**r.as_dict(), "evaluation": {"sources": sources, "directory": str(files / "tasks")}})
-    assert {name: len(found) for name, found in build.open_held_out(r).items()} == {
+    assert {name: len(found) for name, found in held_out(r).items()} == {
         "glue/sst2": 5,
         "glue/sst2, train": 9,
     }
@@ -101,10 +107,12 @@ def test_a_source_that_cannot_be_read_is_named_by_its_key(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     r = make(files, "sft", [str(files / "chats.jsonl"), str(files / "none.jsonl")])
     with pytest.raises(UserError, match=r"^data\.sources\.1: .*none\.jsonl: expected a JSONL file, got nothing there$"):
-        build.open_mixture(r)
+        dataset.open_training(
+            r.data.sources, r.kind, directory=r.data.directory, seed=r.seed, consecutive=r.data.consecutive
+        )
     r = recipe.from_dict({**r.as_dict(), "evaluation": {"sources": ["task:glue/sst2"]}})
     with pytest.raises(UserError, match=r"^evaluation\.sources\.0: hub data set .*glue: needs the datasets package"):
-        build.open_held_out(r)
+        held_out(r)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +134,7 @@ def test_a_source_that_cannot_be_read_is_named_by_its_key(files, monkeypatch):
 def test_wrong_starts(files, monkeypatch, model, message):
     monkeypatch.chdir(files)
     with pytest.raises(UserError, match=message):
-        build.open_start(make(files, "sft", ["chats.jsonl"], **model))
+        build.open_model(make(files, "sft", ["chats.jsonl"], **model))
 
 
 def test_a_damaged_model_is_named(files):
@@ -135,7 +143,7 @@ def test_a_damaged_model_is_named(files):
     weights = files / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:2000])
     with pytest.raises(UserError, match=r"model: expected whole safetensors files, got a damaged one: .*header"):
-        build.open_start(make(files, "sft", ["chats.jsonl"], path=str(files / "model")))
+        build.open_model(make(files, "sft", ["chats.jsonl"], path=str(files / "model")))
 
 
 def heads(**changes):

@@ -14,7 +14,7 @@ from torch._inductor.utils import fresh_cache
 
 import dph
 from benchmarks import train_step
-from dph.data.formats import encoder
+from dph.data.formats import Encoder
 from dph.data.packing import pack
 from dph.errors import UserError
 from dph.train import compile
@@ -36,7 +36,7 @@ def stream(model, kind, counts=COUNTS):
 
 def pairs(model):
     """Log-probabilities and rewards of packed pairs of three lengths, and the gradients of both."""
-    encode, found = encoder(small_tokenizer()), {}
+    encode, found = Encoder(small_tokenizer()), {}
     for count in (3, 1, 2):
         batch = pack([encode(record) for record in records("align", count)]).to(model.device)
         out = model.forward_packed(batch)
@@ -110,7 +110,7 @@ def test_the_first_rows_that_a_graph_sees_are_always_as_many(monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "compile", lambda method, **_: lambda block, *rows: seen.append([*map(len, rows)]))
     block = tiny_model().backbone.blocks[0]
-    after = compile.Shared(type(block).after)
+    after = compile.CompiledMethod(type(block).after)
     sizes = 5, 6, compile.LONG, compile.LONG + 1, 1, 9000, 0
     for count in sizes:
         after(block, *torch.zeros(2, count, 16))

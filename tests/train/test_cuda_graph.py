@@ -11,14 +11,14 @@ from helpers.tape import Tape
 from dph.errors import UserError
 from dph.model.heads import RewardHead
 from dph.train import build, cuda_graph, recipe
-from dph.train.cuda_graph import WARM, Captured, Recording
-from dph.train.stages.preference import PairStage
+from dph.train.cuda_graph import WARMUP_CALLS, GraphedFunction, GraphRecorder
+from dph.train.stages.preference import PreferenceStage
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
-class Given(NamedTuple):
-    """What a function under test is given."""
+class Inputs(NamedTuple):
+    """Inputs of a function under test."""
 
     x: torch.Tensor
     y: torch.Tensor | None = None
@@ -31,11 +31,11 @@ def tapes(monkeypatch):
 
     def make(device):
         if device.type == "cuda":
-            return Recording(device)
+            return GraphRecorder(device)
         made.append(Tape())
         return made[-1]
 
-    monkeypatch.setattr(cuda_graph, "Recording", make)
+    monkeypatch.setattr(cuda_graph, "GraphRecorder", make)
     monkeypatch.setattr(cuda_graph, "require", lambda device, processes: None)
     return made
 
@@ -66,7 +66,7 @@ def test_the_same_as_without(changes, precision, device, tmp_path, tapes):
     same(plain, replayed)
     assert figures(tmp_path / "False") == figures(tmp_path / "True")
     for tape in tapes:
-        assert (tape.asides, tape.replays) == (WARM, 12 - WARM)
+        assert (tape.side_streams, tape.replays) == (WARMUP_CALLS, 12 - WARMUP_CALLS)
     assert len(tapes) == (device == "cpu")
 
 
@@ -83,18 +83,18 @@ def test_a_resumed_run_is_recorded_anew_or_not(device, tmp_path, tapes):
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-@pytest.mark.parametrize("step", [WARM, WARM + 1, WARM + 3])
+@pytest.mark.parametrize("step", [WARMUP_CALLS, WARMUP_CALLS + 1, WARMUP_CALLS + 3])
 def test_a_step_that_is_not_finite_is_skipped_and_told(step, device, tmp_path, tapes, monkeypatch, capsys):
     """Its states are not: the guard and the explanation read what that step has computed, not the next one."""
-    original = PairStage.given
+    original = PreferenceStage.prepare
 
     def spoilt(self, part, at):
-        given = original(self, part, at)
+        inputs = original(self, part, at)
         if at == step:
-            given.frozen[5] = math.nan
-        return given
+            inputs.frozen[5] = math.nan
+        return inputs
 
-    monkeypatch.setattr(PairStage, "given", spoilt)
+    monkeypatch.setattr(PreferenceStage, "prepare", spoilt)
     changes = {"device": device, "optimiser__steps": 9, "output__log_every": 1}
     plain, replayed = (run(head(tmp_path / str(g), g, **changes), quiet=False) for g in (False, True))
     same(plain, replayed)
@@ -105,22 +105,26 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(step, device, tmp_path, t
 
 
 def test_what_is_not_like_what_was_recorded_is_refused():
-    double = Captured(lambda given: given.x * 2, Tape())
+    double = GraphedFunction(lambda inputs: inputs.x * 2, Tape())
     for value in range(6):
-        assert double(Given(torch.full((3,), float(value)))).tolist() == [2.0 * value] * 3
+        assert double(Inputs(torch.full((3,), float(value)))).tolist() == [2.0 * value] * 3
     with pytest.raises(ValueError, match=r"^x: expected \(\[3\], torch.float32\) as it was recorded, got \(\[4\]"):
-        double(Given(torch.zeros(4)))
+        double(Inputs(torch.zeros(4)))
     with pytest.raises(ValueError, match=r"^x: expected .*, got \(\[3\], torch.float64\)"):
-        double(Given(torch.zeros(3, dtype=torch.float64)))
+        double(Inputs(torch.zeros(3, dtype=torch.float64)))
     with pytest.raises(ValueError, match=r"^y: expected None as it was recorded, got"):
-        double(Given(torch.zeros(3), torch.zeros(3)))
+        double(Inputs(torch.zeros(3), torch.zeros(3)))
 
 
 def test_a_tape_keeps_the_host_s_numbers():
     """What the tests above rest on: a seed that changes on the host would be the same in every replay."""
-    head, given, seeds = RewardHead(["a"], "bert", 8, 8, dropout=0.5).train(), Given(torch.randn(4, 8)), iter(range(99))
-    drop = Captured(lambda given: head(given.x, next(seeds))["a"].detach().clone(), Tape())
-    found = [drop(given).clone() for _ in range(WARM + 3)]
+    head, inputs, seeds = (
+        RewardHead(["a"], "bert", 8, 8, dropout=0.5).train(),
+        Inputs(torch.randn(4, 8)),
+        iter(range(99)),
+    )
+    drop = GraphedFunction(lambda inputs: head(inputs.x, next(seeds))["a"].detach().clone(), Tape())
+    found = [drop(inputs).clone() for _ in range(WARMUP_CALLS + 3)]
     assert not torch.equal(found[0], found[1])
     assert torch.equal(found[-1], found[-2])
 
@@ -138,11 +142,11 @@ def test_a_tape_keeps_the_host_s_numbers():
     ],
 )
 def test_a_tape_refuses_what_waits(wait):
-    waits = Captured(lambda given: wait(given.x), Tape())
-    for _ in range(WARM):
-        waits(Given(torch.ones(3)))
+    waits = GraphedFunction(lambda inputs: wait(inputs.x), Tape())
+    for _ in range(WARMUP_CALLS):
+        waits(Inputs(torch.ones(3)))
     with pytest.raises(AssertionError, match="waits for the device"):
-        waits(Given(torch.ones(3)))
+        waits(Inputs(torch.ones(3)))
 
 
 def test_what_cannot_be_recorded_is_said(tmp_path):

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import dph
 from dph.cli import main
-from dph.errors import Elsewhere, UserError
-from dph.train import distributed, entry, run_dir
+from dph.errors import OtherRankFailed, UserError
+from dph.train import build, checkpointing, distributed, entry
 from dph.train.budget import memory
 from dph.train.distributed import World
 
@@ -101,8 +101,8 @@ def test_two_then_one_then_two(stage, folder, tmp_path):
     first, second = noted(folder, f"struck-{stage}")
     assert first == second
     assert first["interrupted"]
-    steps = sorted(run_dir.newest(folder / f"resumed-{stage}" / "checkpoints").path.parent.iterdir())
-    assert [run_dir.damage(path) for path in steps] == [None] * 3  # the last one is saved at the end
+    steps = sorted(checkpointing.newest_checkpoint(folder / f"resumed-{stage}" / "checkpoints").path.parent.iterdir())
+    assert [checkpointing.damage(path) for path in steps] == [None] * 3  # the last one is saved at the end
     numbers = [int(path.name.removeprefix("step-")) for path in steps]
     assert [numbers[0], numbers[2]] == [first["step"], 8]
     assert numbers[0] < numbers[1] < 8
@@ -116,7 +116,8 @@ def test_two_then_one_then_two(stage, folder, tmp_path):
 
 def test_nan_in_one_process_is_skipped_in_both(folder):
     saved = [
-        run_dir.Checkpoint(n, folder / "nan" / "checkpoints" / f"step-{n:08}").tensors("weights") for n in (4, 5, 6)
+        checkpointing.Checkpoint(n, folder / "nan" / "checkpoints" / f"step-{n:08}").tensors("weights")
+        for n in (4, 5, 6)
     ]
     assert all(torch.equal(t, saved[1][name]) for name, t in saved[0].items())
     assert not all(torch.equal(t, saved[2][name]) for name, t in saved[0].items())
@@ -139,14 +140,14 @@ def test_nan_in_one_process_is_skipped_in_both(folder):
 )
 def test_an_error_ends_both_and_one_says_why(name, kind, text, folder):
     found = noted(folder, name)
-    assert sorted(each["kind"] for each in found) == sorted(["Elsewhere", kind])
+    assert sorted(each["kind"] for each in found) == sorted(["OtherRankFailed", kind])
     said = next(each["text"] for each in found if each["kind"] == kind)
     assert text in said
     if name == "diverged":  # the pair is one of process 1's
         assert "the loss is nan for pair " in said
     if name.startswith("full"):
         assert found[int(name[-1])]["kind"] == kind, "who had no room says so"
-        assert run_dir.newest(folder / name / "checkpoints").step < 4
+        assert checkpointing.newest_checkpoint(folder / name / "checkpoints").step < 4
         assert not (folder / name / "model").exists()
 
 
@@ -155,7 +156,9 @@ def test_what_each_of_four_processes_takes(parallel, shards, tmp_path):
     """A quarter of the streams, and of what hangs on weights where they are in shards; the host holds all four's."""
     recipe = recipe_of("sft", tmp_path, parallel=parallel, data__memory_place="host")
     material = tiny(), small_tokenizer(), records("sft"), {}
-    one, four = (entry.make_stage(recipe, *material, world=w) for w in (World(), World(rank=3, size=4, here=4)))
+    one, four = (
+        build.make_stage(recipe, *material, world=w) for w in (World(), World(rank=3, world_size=4, local_world_size=4))
+    )
     cpu = torch.device("cpu")
     taken = [memory.on_device(stage, 24, cpu, "device") for stage in (one, four)]
     for name in ("weights", "gradients", "momentum and second moment", "priors"):
@@ -163,32 +166,33 @@ def test_what_each_of_four_processes_takes(parallel, shards, tmp_path):
     assert taken[0]["Transformer-XL memory"] == 4 * taken[1]["Transformer-XL memory"]
     assert 0 < taken[1].get("gathered weights", 0) < taken[0]["weights"] * 2
     assert 4 * sum(memory.on_host(four, cpu, "host").values()) == sum(memory.on_host(one, cpu, "host").values())
-    (_, *every), (_, *own) = (stage.next().parts[0] for stage in (one, four))
-    assert all(torch.equal(mine, rows[3:]) for rows, mine in zip(every, own, strict=True))
+    every, own = (stage.next_batch().micro_batches[0] for stage in (one, four))
+    assert torch.equal(own.tokens, every.tokens[3:])
+    assert torch.equal(own.targets, every.targets[3:])
 
 
 class Alike(World):
     """Whose processes all say the same."""
 
-    def gather(self, value):
-        return [value] * self.size
+    def all_gather_object(self, value):
+        return [value] * self.world_size
 
 
 def test_from_a_checkpoint_on_a_process_sees_what_all_have_cached(tmp_path):
     recipe = recipe_of("align", tmp_path, objective__reference="cache")
     stages = []
     for rank in range(SIZE):
-        world = Alike(rank=rank, size=SIZE)
-        stages.append(entry.make_stage(recipe, tiny(), small_tokenizer(), records("align"), {}, world=world))
+        world = Alike(rank=rank, world_size=SIZE)
+        stages.append(build.make_stage(recipe, tiny(), small_tokenizer(), records("align"), {}, world=world))
         stages[rank].reference = stages[rank].model
-    parts = [stage.next().parts[0] for stage in stages]
+    parts = [stage.next_batch().micro_batches[0] for stage in stages]
     rows = [stage.frozen(part) for stage, part in zip(stages, parts, strict=True)]
     for stage in (*stages, *stages):  # together, in truth
         stage.state()
     for stage in stages:
-        stage.cache.agree = bool
+        stage.frozen.cache.any_rank = bool
         assert all(torch.equal(stage.frozen(part), row) for part, row in zip(parts, rows, strict=True))
-        assert stage.cache.computed == len(parts[0].pairs)
+        assert stage.frozen.cache.computed == len(parts[0].pairs)
 
 
 @pytest.mark.gpu
@@ -245,7 +249,7 @@ def test_all_that_meets_several_processes(tmp_path, inductor):
 
 def test_a_process_whose_neighbour_failed_says_nothing(monkeypatch, capsys):
     def fail(*_, **__):
-        raise Elsewhere("another process failed, and says why")
+        raise OtherRankFailed("another process failed, and says why")
 
     monkeypatch.setattr(entry, "train", fail)
     assert main.main(["train", "mini-sft"]) == 1
@@ -253,7 +257,7 @@ def test_a_process_whose_neighbour_failed_says_nothing(monkeypatch, capsys):
 
 
 def test_devices_of_several_processes(monkeypatch):
-    for name, value in {"WORLD_SIZE": "2", **dict.fromkeys(distributed.TOLD, "0")}.items():
+    for name, value in {"WORLD_SIZE": "2", **dict.fromkeys(distributed.TORCHRUN_VARIABLES, "0")}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -261,13 +265,16 @@ def test_devices_of_several_processes(monkeypatch):
         pytest.raises(
             UserError, match="device: expected auto, cpu or cuda where several processes train, got 'cuda:1'"
         ),
-        distributed.start("shard", "cuda:1"),
+        distributed.init_distributed("shard", "cuda:1"),
     ):
         pass
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match=r"LOCAL_RANK: expected .* got 'cuda:2'"), distributed.start("shard", "auto"):
+    with (
+        pytest.raises(UserError, match=r"LOCAL_RANK: expected .* got 'cuda:2'"),
+        distributed.init_distributed("shard", "auto"),
+    ):
         pass
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     message = "WORLD_SIZE: expected LOCAL_WORLD_SIZE beside it, as torchrun sets them, got 2 alone"
-    with pytest.raises(UserError, match=message), distributed.start("shard", "cpu"):
+    with pytest.raises(UserError, match=message), distributed.init_distributed("shard", "cpu"):
         pass

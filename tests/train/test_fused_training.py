@@ -18,7 +18,8 @@ from torch import Tensor
 from dph.data.formats import Conversation, Preference
 from dph.losses import IGNORED
 from dph.train import run_dir
-from dph.train.entry import Trainer, make_stage
+from dph.train.build import make_stage
+from dph.train.entry import Trainer
 from dph_kernels import dispatch
 
 # Of a stage: what it has beyond the stages of the other tests.
@@ -78,7 +79,7 @@ def leg(stage, model, dtype, folder, steps, **changes):
     )  # fmt: skip
     made = make_stage(recipe, model, small_tokenizer(), records(stage), {})
     model.to(dtype)  # a recipe knows no fp64
-    run = run_dir.Run(recipe.output.directory, recipe.as_dict())
+    run = run_dir.RunDirectory(recipe.output.directory, recipe.as_dict())
     try:
         trainer = Trainer(recipe, made, run, quiet=True)
         assert made.reference is None or same_weights(made.reference, model)
@@ -205,6 +206,7 @@ def test_an_update_in_parts_ends_where_the_whole_does(stage, changes, cuts, tmp_
 def test_those_parts_differ_in_their_targets_and_some_have_none(tmp_path):
     recipe = settings("sft", tmp_path, batch__micro=1, data__context=6)
     made = make_stage(recipe, small_model(), small_tokenizer(), records("sft"), {})
-    counts = [[int((targets != IGNORED).sum()) for _, _, targets in made.next().parts] for _ in range(8)]
+    batches = [made.next_batch().micro_batches for _ in range(8)]
+    counts = [[int((micro_batch.targets != IGNORED).sum()) for micro_batch in batch] for batch in batches]
     assert any(0 in update and sum(update) for update in counts)
     assert sum(len(set(update)) > 1 for update in counts) >= 4

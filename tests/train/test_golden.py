@@ -111,7 +111,7 @@ def check(lines, model, steps):
 
 
 def material(golden):
-    """Model, tokenizer and records: what ``train`` and ``ahead.fill`` take beside a recipe."""
+    """Model, tokenizer and records: arguments of ``train`` and ``fill_cache`` besides a recipe."""
     steps, start = golden
     tokenizer = load_tokenizer(start)
     model = dph.Model.from_pretrained(start)
@@ -132,9 +132,9 @@ def test_the_trainer_makes_the_golden_steps(way, golden, tmp_path):
 
 def test_a_full_cache_makes_the_golden_steps(golden, tmp_path):
     recipe = settings(tmp_path / "run", **WAYS["cache"])
-    assert fill.fill(recipe, **material(golden)).computed == STEPS * PAIRS
+    assert fill.fill_cache(recipe, **material(golden)).computed == STEPS * PAIRS
     run(recipe, golden)
-    assert fill.fill(recipe, **material(golden)).computed == 0  # training read the rows of these very pairs
+    assert fill.fill_cache(recipe, **material(golden)).computed == 0  # training read the rows of these very pairs
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])  # interpreted Triton takes minutes

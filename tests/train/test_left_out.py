@@ -8,7 +8,7 @@ from helpers.stages import figures, go, records, settings, weights
 from helpers.texts import conversation, small_tokenizer
 
 from dph.chat import Encoded
-from dph.data.formats import encoder
+from dph.data.formats import Encoder
 from dph.data.packing import packed_length
 from dph.errors import UserError
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("every_kernel")
 
 
 def test_encoded_records_and_cut_off_answers(tmp_path):
-    encode = encoder(small_tokenizer())
+    encode = Encoder(small_tokenizer())
     pairs = [encode(record) for record in records("align")]
     result = go(settings("align", tmp_path / "encoded"), pairs, held_out=pairs[:5])
     plain = go(settings("align", tmp_path / "plain"))
@@ -57,6 +57,6 @@ def test_records_that_are_left_out_are_told_once_and_at_the_end(tmp_path, capsys
 
 def test_pairs_above_the_budget_are_told_with_its_key(tmp_path, capsys):
     pairs = records("align")
-    room = max(packed_length(encoder(small_tokenizer())(pair)) for pair in pairs) - 1
+    room = max(packed_length(Encoder(small_tokenizer())(pair)) for pair in pairs) - 1
     go(settings("align", tmp_path / "run", batch__tokens=room), pairs, held_out=[], quiet=False)
     assert f"more than {room} tokens together (batch.tokens)\n" in capsys.readouterr().err

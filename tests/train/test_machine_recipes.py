@@ -10,7 +10,7 @@ from helpers.texts import small_tokenizer
 
 from dph.train import build, recipe
 from dph.train.budget import memory
-from dph.train.entry import make_stage
+from dph.train.build import make_stage
 
 MACHINES = {"a100": 72e9, "h200": 125e9}  # bytes that a run is to take at most, of 80 and 141 GB
 CUTS = {"batch.micro", "batch.tokens", "checkpointing"}  # and how it is computed
@@ -41,7 +41,7 @@ def stage_of(name):
     made = dataclasses.replace(recipe.load(name), precision="bf16", device="cpu")
     held_out = {s.source: (records(made.stage, 3) * s.limit)[: s.limit] for s in made.evaluation.sources}
     with torch.device("meta"):
-        model = build.fresh({"vocab_size": 50272}, small_tokenizer())
+        model = build.new_model({"vocab_size": 50272}, small_tokenizer())
         if made.kind == "preference":
             model = build.with_heads(model, made.objective)
     return make_stage(made, model, small_tokenizer(), records(made.stage), held_out, device=torch.device("meta"))

@@ -1,12 +1,16 @@
 """Recipes: the paper's stages as shipped, inheritance, overrides, and errors that name the key."""
 
+import dataclasses
 import json
+import math
+import typing
 
 import pytest
 
+from dph.cli import main
 from dph.errors import UserError
 from dph.model.config import POOLERS
-from dph.train import recipe
+from dph.train import recipe, run_dir
 
 
 def write(path, text):
@@ -181,14 +185,112 @@ def test_file_errors(tmp_path):
         recipe.load(write(tmp_path / "empty.yaml", "seed: 1\n"))
 
 
+def fields_of(cls):
+    """Every field below a configuration class, by its dotted key."""
+    for field in dataclasses.fields(cls):
+        kind = typing.get_type_hints(cls)[field.name]
+        item = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
+        yield field.name, field
+        if dataclasses.is_dataclass(item):
+            yield from ((f"{field.name}.{name}", inner) for name, inner in fields_of(item))
+
+
+FIELDS = dict(fields_of(recipe.Recipe))
+OPTIONS = [key for key, field in FIELDS.items() if field.default_factory is dataclasses.MISSING]  # no sections
+
+
 def test_every_key_is_documented():
-    """Each field of each section stands in its docstring."""
-    for section in (r for r in vars(recipe).values() if isinstance(r, type) and hasattr(r, "__dataclass_fields__")):
-        fields = set(section.__dataclass_fields__)
+    """By help in the field of the option itself; ``describe`` shows it."""
+    assert len(FIELDS) > 60
+    text = recipe.describe()
+    for key, field in FIELDS.items():
+        assert field.metadata["help"].strip(), key
+        shown = key.replace("sources.", "sources.N.")
+        assert f"\n{shown}:" in f"\n{text}", key
+
+
+def test_the_command_prints_every_option(capsys):
+    assert main.main(["train", "--options"]) == 0
+    assert capsys.readouterr() == (f"{recipe.describe()}\n", "")
+
+
+def test_help_is_in_one_place():
+    """Docstrings describe sections; none repeats their keys."""
+    kinds = {recipe.Recipe, recipe.Source, *typing.get_type_hints(recipe.Recipe).values()}
+    for section in filter(dataclasses.is_dataclass, kinds):
         documented = {line.split(":")[0].strip() for line in section.__doc__.splitlines()}
-        undocumented = (
-            fields
-            - documented
-            - ({"model", "data", "optimiser", "batch", "objective", "guard", "evaluation", "output"})
-        )
-        assert not undocumented, f"{section.__name__}: {undocumented}"
+        assert not documented & {field.name for field in dataclasses.fields(section)}, section.__name__
+
+
+RANGES = {  # every option with a range: minimum, bound
+    "data.sources.weight": (0, math.inf), "data.sources.limit": (1, math.inf), "data.consecutive": (1, math.inf),
+    "data.context": (1, math.inf), "data.memory": (0, math.inf), "data.workers": (0, math.inf),
+    "optimiser.lr": (0, math.inf), "optimiser.final_lr": (0, math.inf), "optimiser.warmup": (0, math.inf),
+    "optimiser.steps": (1, math.inf), "optimiser.betas": (0, 1), "optimiser.eps": (0, math.inf),
+    "optimiser.weight_decay": (0, math.inf), "optimiser.prior_decay": (0, math.inf),
+    "optimiser.clip": (1e-12, math.inf), "batch.size": (1, math.inf), "batch.micro": (1, math.inf),
+    "batch.tokens": (1, math.inf), "objective.beta": (0, math.inf), "objective.dpo_epsilon": (0, 0.5),
+    "objective.dph_epsilon": (0, 0.5), "objective.dpo_weight": (0, math.inf), "objective.dph_weight": (0, math.inf),
+    "objective.dropout": (0, 1), "guard.stop_after": (1, math.inf), "guard.spike": (1e-12, math.inf),
+    "evaluation.sources.limit": (1, math.inf), "evaluation.sources.weight": (0, math.inf),
+    "evaluation.every": (0, math.inf), "output.save_every": (0, math.inf), "output.keep": (1, math.inf),
+    "output.log_every": (1, math.inf),
+}  # fmt: skip
+
+
+def outside(key, value):
+    """Values for ``from_dict`` with one option set."""
+    values = {"stage": "align", "output": {}, "evaluation": {}, "data": {}}
+    section = values
+    for name in key.split(".")[:-1]:
+        if name == "sources":
+            section[name] = [{"source": "x"}]
+            section = section[name][0]
+        else:
+            section = section.setdefault(name, {})
+    section[key.split(".")[-1]] = value
+    return values
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_the_range_of_an_option_is_that_of_its_field(key):
+    """A recipe refuses values below the minimum and at the bound of every field that has a range."""
+    minimum, below = FIELDS[key].metadata.get("minimum"), FIELDS[key].metadata.get("below")
+    assert (key in RANGES) == (minimum is not None)
+    if key not in RANGES:
+        return
+    assert (minimum, below) == RANGES[key]
+    name = key.split(".")[-1]
+    values = [minimum - 1] if below == math.inf else [minimum - 1, below]
+    for value in values:
+        value = [value, 0.5] if name == "betas" else value
+        with pytest.raises(UserError, match=rf"{name}(\.0)?: expected {minimum} <= {name} < {below}, got "):
+            recipe.from_dict(outside(key, value))
+
+
+def test_options_that_may_change_on_resume_are_marked_in_their_fields():
+    marked = {key for key, field in FIELDS.items() if field.metadata["resume"]}
+    expected = {"output", "evaluation", "data.memory_place", "data.workers", "batch.micro", "parallel"}
+    assert marked == recipe.MAY_CHANGE_ON_RESUME == expected | {"checkpointing", "compile", "cuda_graph"}
+
+
+@pytest.mark.parametrize("key", OPTIONS)
+def test_a_run_resumes_with_exactly_the_marked_options_changed(key, tmp_path, monkeypatch):
+    """The run directory refuses another value of any option that is neither marked nor in a marked section."""
+    monkeypatch.setattr(run_dir, "Tracker", lambda *_: None)
+    config = {"stage": "align", "data": {"sources": [{"source": "x"}]}, "evaluation": {"sources": [{"source": "x"}]}}
+    before = recipe.from_dict(config).as_dict()
+    run = run_dir.RunDirectory(tmp_path / "run", before)
+    run.log(1, {"loss": 1.0})
+    run.close()
+    after = json.loads(json.dumps(before))
+    section, (*parents, name) = after, key.replace("sources.", "sources.0.").split(".")
+    for parent in parents:
+        section = section[int(parent) if parent.isdigit() else parent]
+    section[name] = "another"
+    may_change = any(key == marked or key.startswith(f"{marked}.") for marked in recipe.MAY_CHANGE_ON_RESUME)
+    if may_change:
+        assert run_dir.RunDirectory(tmp_path / "run", after, resume=True).step == 0
+    else:
+        with pytest.raises(UserError, match="a resumed run must not differ"):
+            run_dir.RunDirectory(tmp_path / "run", after, resume=True)

@@ -8,7 +8,7 @@ from helpers.stages import Killed, Trap, die, figures, go, records, settings, st
 
 import dph
 from dph.cli import main
-from dph.train import run_dir, skip_update
+from dph.train import checkpointing, skip_update
 from dph.train.entry import Diverged
 
 
@@ -63,7 +63,8 @@ def test_nan_is_skipped_counted_and_told(stage, method, tmp_path, monkeypatch, c
     assert [line["skipped"] for line in lines] == [0] * 4 + [1] * 4
     assert ["loss" in line for line in lines] == [True] * 4 + [False] + [True] * 3
     saved = [
-        run_dir.Checkpoint(n, tmp_path / "run" / "checkpoints" / f"step-{n:08d}").tensors("weights") for n in (4, 5, 6)
+        checkpointing.Checkpoint(n, tmp_path / "run" / "checkpoints" / f"step-{n:08d}").tensors("weights")
+        for n in (4, 5, 6)
     ]
     assert all(torch.equal(t, saved[1][name]) for name, t in saved[0].items())
     assert not all(torch.equal(t, saved[2][name]) for name, t in saved[0].items())
@@ -101,7 +102,7 @@ def test_memory_forgets_what_is_not_finite(kind, place, tmp_path):
 
 
 def test_a_spike_is_skipped_and_many_end_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(skip_update, "WARM", 3)
+    monkeypatch.setattr(skip_update, "WARMUP_STEPS", 3)
     original, left = dph.Model.stream_logprobs, [0]
 
     def worse(self, *args, **kwargs):
@@ -118,7 +119,7 @@ def test_a_spike_is_skipped_and_many_end_the_run(tmp_path, monkeypatch):
 
 
 def test_resume_remembers_what_the_guard_has_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr(skip_update, "WARM", 2)
+    monkeypatch.setattr(skip_update, "WARMUP_STEPS", 2)
     changes = {"guard__spike": 0.1, "guard__stop_after": 9, "optimiser__lr": 1e-6}  # the loss goes up and down
     whole = go(settings("sft", tmp_path / "whole", **changes))
     recipe = settings("sft", tmp_path / "parts", **changes)
@@ -147,5 +148,5 @@ def test_infinite_gradient_stops_before_the_update(precision, tmp_path):
 
 def test_divergence_is_a_failure_and_no_mistake_of_the_users():
     error = Diverged("step 5: stopped")
-    assert not isinstance(error, main.USERS)  # exit code 1
+    assert not isinstance(error, main.INPUT_ERRORS)  # exit code 1
     assert main.explain(error) == "step 5: stopped"

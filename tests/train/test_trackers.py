@@ -94,7 +94,7 @@ def lines(directory):
 
 
 def bare(found):
-    return [{key: value for key, value in line.items() if key not in run_dir.TIMES} for line in found]
+    return [{key: value for key, value in line.items() if key not in run_dir.MACHINE_METRICS} for line in found]
 
 
 def test_a_tracker_gets_what_the_file_gets(tracker, tmp_path, capsys):
@@ -115,17 +115,17 @@ def test_a_resumed_run_goes_on_in_its_place(seen, tracker, tmp_path, monkeypatch
     """Killed after step 4 (before its evaluation is logged) or 5, it goes on from 3: no line is missing or doubled."""
     name = tracker.__name__
     go(tmp_path / "whole", output__tracker=name)
-    log = run_dir.Run.log
+    log = run_dir.RunDirectory.log
 
     def killed(self, step, values):
         if (step, "eval/loss" in values) >= (seen, seen == 4):
             raise InterruptedError
         log(self, step, values)
 
-    monkeypatch.setattr(run_dir.Run, "log", killed)
+    monkeypatch.setattr(run_dir.RunDirectory, "log", killed)
     with pytest.raises(InterruptedError):
         go(tmp_path / "parts", output__tracker=name)
-    monkeypatch.setattr(run_dir.Run, "log", log)
+    monkeypatch.setattr(run_dir.RunDirectory, "log", log)
     go(tmp_path / "parts", resume=True, output__tracker=name)
     whole, parts = tracker.runs.values()
     assert bare(parts.lines) == bare(whole.lines) == bare(lines(tmp_path / "parts"))
@@ -176,8 +176,9 @@ def test_a_tracker_that_refuses_is_quoted(tracker, tmp_path, monkeypatch):
 
 def test_nothing_is_imported_unless_asked_for():
     code = (
-        "import sys; from dph import runs, trainer; import tempfile, pathlib;"
-        "run = runs.Run(pathlib.Path(tempfile.mkdtemp()) / 'run', {'stage': 'sft', 'output': {'tracker': None}});"
+        "import sys; from dph.train import run_dir, trainer; import tempfile, pathlib;"
+        "config = {'stage': 'sft', 'output': {'tracker': None}};"
+        "run = run_dir.RunDirectory(pathlib.Path(tempfile.mkdtemp()) / 'run', config);"
         "run.log(1, {'loss': 1.0}); run.close(); print([n for n in ('wandb', 'trackio') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,13 +9,15 @@ from helpers.stages import STAGES, Killed, Trap, die, figures, go, records, sett
 from helpers.texts import small_tokenizer
 
 import dph
-from dph.data.formats import encoder
+from dph.data.batching import PairBatches, Streams
+from dph.data.formats import Encoder
 from dph.data.packing import pack, packed_length
 from dph.data.sampler import Shuffled
 from dph.errors import UserError
-from dph.train import run_dir, signals
-from dph.train.entry import Trainer, make_stage, train
-from dph.train.stages.lm import StreamStage
+from dph.train import checkpointing, run_dir, signals
+from dph.train.build import make_stage
+from dph.train.entry import Trainer, train
+from dph.train.stages.lm import LanguageModelStage
 
 PAIRS = ("align", "head")
 pytestmark = pytest.mark.usefixtures("every_kernel")
@@ -42,14 +44,16 @@ def test_resume_is_bit_for_bit(stage, changes, tmp_path):
     recipe = settings(stage, tmp_path / "parts", **changes)
     with pytest.raises(Killed):
         go(recipe, Trap(records(stage), taken(recipe, 5) + 1, die))
-    assert run_dir.newest(tmp_path / "parts" / "checkpoints").step == 3
+    assert checkpointing.newest_checkpoint(tmp_path / "parts" / "checkpoints").step == 3
     assert [line["step"] for line in figures(tmp_path / "parts")] == [2, 4, 4]
     resumed = go(recipe, resume=True)
     for (name, a), b in zip(weights(whole.model).items(), weights(resumed.model).values(), strict=True):
         assert torch.equal(a, b), name
     assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
     assert whole.evaluation == resumed.evaluation
-    last = [run_dir.newest(tmp_path / d / "checkpoints").tensors("optimiser") for d in ("whole", "parts")]
+    last = [
+        checkpointing.newest_checkpoint(tmp_path / d / "checkpoints").tensors("optimiser") for d in ("whole", "parts")
+    ]
     assert all(torch.equal(a, last[1][key]) for key, a in last[0].items())
 
 
@@ -67,21 +71,21 @@ def test_the_place_of_memory_changes_nothing(places, kind, tmp_path, capsys):
     assert ("sft: the memory of 4 streams is on the host\n" in capsys.readouterr().err) == (places[1] == "host")
     assert all(map(torch.equal, weights(whole.model).values(), weights(resumed.model).values()))
     assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
-    last = [run_dir.newest(tmp_path / d / "checkpoints").tensors("data") for d in ("whole", "parts")]
+    last = [checkpointing.newest_checkpoint(tmp_path / d / "checkpoints").tensors("data") for d in ("whole", "parts")]
     assert last[0].keys() == last[1].keys()
     assert all(torch.equal(tensor, last[1][key]) for key, tensor in last[0].items())
 
 
 def test_rows_of_one_part_at_most_wait_on_the_device(tmp_path, monkeypatch):
     """A part's new rows are written when the next part begins, whose backward pass does not need the old ones."""
-    original, seen = StreamStage.loss, []
+    original, seen = LanguageModelStage.loss, []
 
-    def watched(self, given):
-        loss = original(self, given)
-        seen.append([bool(memory._rings._kept) for memory in self.memories])
+    def watched(self, inputs):
+        loss = original(self, inputs)
+        seen.append([bool(memory._rings._pending) for memory in self.memories])
         return loss
 
-    monkeypatch.setattr(StreamStage, "loss", watched)
+    monkeypatch.setattr(LanguageModelStage, "loss", watched)
     go(settings("sft", tmp_path / "run", batch__micro=1, optimiser__steps=2, evaluation__every=0))
     assert seen[:8] == [[i == number for i in range(4)] for number in range(4)] * 2
     evaluated = seen[8:]
@@ -108,7 +112,7 @@ def test_a_signal_saves_and_stops(number, stage, tmp_path, capsys):
     assert (stopped.interrupted, stopped.step) == (True, 5)
     assert signal.getsignal(number) is before
     assert not (tmp_path / "parts" / "model").exists()
-    assert run_dir.newest(tmp_path / "parts" / "checkpoints").step == 5
+    assert checkpointing.newest_checkpoint(tmp_path / "parts" / "checkpoints").step == 5
     resumed = go(recipe, resume=True)
     assert not resumed.interrupted
     assert all(
@@ -119,7 +123,7 @@ def test_a_signal_saves_and_stops(number, stage, tmp_path, capsys):
 
 def test_a_second_ctrl_c_stops_at_once():
     said = []
-    with signals.told_to_stop(said.append) as told:
+    with signals.stop_signals(said.append) as told:
         strike(signal.SIGTERM)
         assert (told(), len(said)) == (signal.SIGTERM, 1)
         with pytest.raises(KeyboardInterrupt):
@@ -128,7 +132,7 @@ def test_a_second_ctrl_c_stops_at_once():
 
 
 def test_an_echo_of_sigterm_is_no_second_signal():
-    with signals.told_to_stop(lambda text: None) as told:
+    with signals.stop_signals(lambda text: None) as told:
         strike(signal.SIGTERM)
         strike(signal.SIGTERM)
         assert told() == signal.SIGTERM
@@ -138,7 +142,7 @@ def test_a_signal_within_a_line_of_output_is_heard_without_a_word():
     def busy(text):
         raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
 
-    with signals.told_to_stop(busy) as told:
+    with signals.stop_signals(busy) as told:
         strike()
         assert told() == signal.SIGTERM
 
@@ -167,7 +171,10 @@ def test_resumed_data_must_be_the_same(tmp_path):
 def test_accumulation_changes_nothing_but_rounding(stage, tmp_path, monkeypatch):
     """Gradients of every update at fixed weights, all at once and in parts; dropout included."""
     seen = []
-    keep = lambda self, grad_scale: seen.append([p.grad.clone() for p in self._parameters()])  # noqa: E731
+
+    def keep(self, grad_scale):
+        seen.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+
     monkeypatch.setattr(dph.LaProp, "step", keep)
     results = {}
     for micro in (None, 2, 1):
@@ -224,7 +231,7 @@ def test_parts_by_tokens_change_nothing_but_rounding(stage, tmp_path):
     lines = {}
     for tokens in (None, 110):
         recipe = settings(stage, tmp_path / f"{tokens}", batch__tokens=tokens, output__log_every=1, optimiser__steps=3)
-        parts = make_stage(recipe, tiny(), small_tokenizer(), records(stage), {}).next().parts
+        parts = make_stage(recipe, tiny(), small_tokenizer(), records(stage), {}).next_batch().micro_batches
         bins = [each for part in parts for each in part.bins()]
         assert (len(bins) > 1) == (tokens is not None)
         assert all(tokens is None or len(each.packed.tokens) <= tokens for each in bins)
@@ -242,8 +249,10 @@ def test_no_two_answers_share_a_dropout_mask(stage, tmp_path):
         made = make_stage(settings(stage, tmp_path, **cut), tiny(), small_tokenizer(), records(stage), {})
         made.reference, keys = made.model, {}
         for step in (1, 2, 3):
-            for part in made.next().parts:
-                for place, pair in zip(part.places, made.given(part, step).answers.view(-1, 2).tolist(), strict=True):
+            for part in made.next_batch().micro_batches:
+                for place, pair in zip(
+                    part.indices, made.prepare(part, step).answer_ids.view(-1, 2).tolist(), strict=True
+                ):
                     keys[step, place] = pair
         found.append(keys)
     assert found[0] == found[1] == found[2]
@@ -252,7 +261,7 @@ def test_no_two_answers_share_a_dropout_mask(stage, tmp_path):
 
 def test_pairs_that_take_more_than_the_budget_are_refused(tmp_path):
     pairs = records("align")
-    sizes = sorted(packed_length(encoder(small_tokenizer())(pair)) for pair in pairs)
+    sizes = sorted(packed_length(Encoder(small_tokenizer())(pair)) for pair in pairs)
     assert sizes[0] < sizes[-1]
     go(settings("align", tmp_path / "run", batch__tokens=sizes[-1] - 1, evaluation__every=0), pairs, held_out=pairs)
     assert figures(tmp_path / "run")[0]["refused"] > 0
@@ -309,7 +318,7 @@ def test_stream_figures(tmp_path):
     recipe = settings("sft", tmp_path / "run", output__log_every=1, optimiser__steps=2)
     model = tiny()
     order = Shuffled(records("sft"), recipe.seed)
-    tokens, targets = next(dph.data.dataset.Streams(order, encoder(small_tokenizer()), 4, recipe.data.context, 1))
+    tokens, targets = next(Streams(order, Encoder(small_tokenizer()), 4, recipe.data.context, 1))
     wanted = targets != -100
     logits = model(tokens).logits[wanted]
     found = {
@@ -347,7 +356,7 @@ def test_pair_loss_is_the_papers(objective, tmp_path):
     recipe = settings("align", tmp_path / "run", output__log_every=1, optimiser__steps=2, optimiser__warmup=1,
                       objective__objective=objective, evaluation__every=0)  # fmt: skip
     model, reference = tiny(reward_dropout=0.0), tiny(reward_dropout=0.0)
-    batches = dph.data.dataset.PairBatches(Shuffled(records("align"), recipe.seed), encoder(small_tokenizer()), 4)
+    batches = PairBatches(Shuffled(records("align"), recipe.seed), Encoder(small_tokenizer()), 4)
     expected = []
 
     def judged(net, pairs, side):
@@ -455,32 +464,32 @@ def test_progress_is_lines_where_there_is_no_terminal(tmp_path, capsys):
 def test_a_step_never_waits_for_the_device(stage, tmp_path):
     recipe = settings(stage, tmp_path, device="cuda", precision="bf16", data__cache_states=False)
     made = make_stage(recipe, tiny(), small_tokenizer(), records(stage), {})
-    loop = Trainer(recipe, made, run_dir.Run(tmp_path, recipe.as_dict()), quiet=True)
+    loop = Trainer(recipe, made, run_dir.RunDirectory(tmp_path, recipe.as_dict()), quiet=True)
     loop.model.train()
-    loop._launch(1)  # compiles, and makes what is made once
+    loop.train_step(1)  # compiles, and makes what is made once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        launched = loop._launch(2)
+        metrics = loop.train_step(2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(loss.total.isfinite() for loss in launched.losses)
+    assert all(loss.total.isfinite() for loss in metrics.losses)
 
 
 def test_gradients_gather_in_fp32_where_an_update_has_several_parts(tmp_path, monkeypatch):
     """From one update to the next; of a single part they stay as they come."""
     parts, found = [], []
-    update, step = Trainer._update, dph.LaProp.step
+    update, step = Trainer._update_weights, dph.LaProp.step
 
-    def count(trainer, given, number, weight):
+    def count(trainer, inputs, number, weight):
         parts.append(number)
-        return update(trainer, given, number, weight)
+        return update(trainer, inputs, number, weight)
 
     def look(optimiser, *args, **kwargs):
         grads = (p.grad for group in optimiser.param_groups for p in group["params"])
         found.append({grad.dtype for grad in grads if grad is not None})
         return step(optimiser, *args, **kwargs)
 
-    monkeypatch.setattr(Trainer, "_update", count)
+    monkeypatch.setattr(Trainer, "_update_weights", count)
     monkeypatch.setattr(dph.LaProp, "step", look)
     go(settings("align", tmp_path / "run", precision="bf16", batch__tokens=140))
     assert {1, 2} <= set(parts), "both kinds"

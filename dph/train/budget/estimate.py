@@ -1,4 +1,4 @@
-"""What a recipe will take before it starts: parameters, memory, tokens, arithmetic and hours.
+"""Estimate of a run before it starts: parameters, memory footprint, tokens, arithmetic and hours.
 
 print(estimate(recipe.load("sft", ["model.path=runs/vocab"])).table())
 """
@@ -13,30 +13,30 @@ import torch
 
 from dph import devices
 from dph.evaluate.tables import table
-from dph.train import build, distributed
+from dph.train import build
 from dph.train.budget import flops, memory
 from dph.train.budget.memory import size_text
-from dph.train.entry import make_stage
+from dph.train.distributed import torchrun_world
 from dph.train.recipe import Recipe
 
-ASSUMED = 0.4  # share of a device's matrix rate that training reaches
+ASSUMED = 0.4  # fraction of a device's matrix rate that training reaches
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one run takes.
+    """Requirements of one run.
 
     Attributes:
-        device: by which it was reckoned.
-        processes: that torchrun started.
-        parameters: of the model; ``trained`` of them train.
-        memory: bytes of each part of it, on the device of one process, at the peak.
-        host: bytes of what one process pins on the host.
-        tokens: that go through the model in the first update.
-        flops: that the first update needs.
-        steps: updates.
-        rate: operations per second that the matrix products of one process's device reach.
-        left_out: lines that say which of the first update's records were left out, and why.
+        device: name of the device that the estimate is for.
+        processes: number of ranks that torchrun started.
+        parameters: of the model; ``trained`` of them are trained.
+        memory: bytes by purpose on the device of one rank, at the peak.
+        host: bytes by purpose that one rank pins on the host.
+        tokens: tokens that go through the model in the first step.
+        flops: operations that the first step needs.
+        steps: optimizer steps.
+        rate: operations per second that matrix products reach on one rank's device.
+        left_out: messages about the records of the first step that are left out.
     """
 
     device: str
@@ -53,61 +53,64 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Of all updates, at ``ASSUMED`` of ``rate``."""
+        """Duration of all steps, at ``ASSUMED`` of ``rate``."""
         return self.steps * self.flops / (ASSUMED * self.rate * self.processes)
 
     def table(self) -> str:
-        """For people."""
+        """Return the estimate as a table of text."""
         rows: list[tuple[str, Any]] = [
             ("parameters", f"{self.parameters:,}"),
             ("of them trained", f"{self.trained:,}"),
-            *([("processes, of which each takes", f"{self.processes}")] if self.processes > 1 else []),
-            *((f"memory: {part}", size_text(size)) for part, size in self.memory.items()),
-            ("memory in all", size_text(sum(self.memory.values()))),
-            *((f"memory of the host: {part}", size_text(size)) for part, size in self.host.items()),
-            ("tokens in an update", f"{self.tokens:,}"),
-            ("updates", f"{self.steps:,}"),
-            ("arithmetic of an update", f"{self.flops / 1e12:,.3g} TFLOP"),
-            ("matrix rate", f"{self.rate / 1e12:,.3g} TFLOP/s ({self.device})"),
-            (f"time at {ASSUMED:.0%} of it", _time(self.seconds)),
         ]
-        return "\n".join([table(["", "estimate"], rows), *(f"first update: {line}" for line in self.left_out)])
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
+        if self.processes > 1:
+            rows.append(("processes, of which each takes", f"{self.processes}"))
+        for purpose, size in self.memory.items():
+            rows.append((f"memory: {purpose}", size_text(size)))
+        rows.append(("memory in all", size_text(sum(self.memory.values()))))
+        for purpose, size in self.host.items():
+            rows.append((f"memory of the host: {purpose}", size_text(size)))
+        hours = self.seconds / 3600
+        rows += [
+            ("tokens in a step", f"{self.tokens:,}"),
+            ("steps", f"{self.steps:,}"),
+            ("arithmetic of a step", f"{self.flops / 1e12:,.3g} TFLOP"),
+            ("matrix rate", f"{self.rate / 1e12:,.3g} TFLOP/s ({self.device})"),
+            (f"time at {ASSUMED:.0%} of it", f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"),
+        ]
+        return "\n".join([table(["", "estimate"], rows), *(f"first step: {line}" for line in self.left_out)])
 
 
 def estimate(recipe: Recipe) -> Estimate:
-    """Open what the recipe starts from and take its first update's work, without training or writing anything.
+    """Return the estimate for a recipe; reads the first step's data, trains nothing and writes nothing.
 
-    Of processes that torchrun started, each finds its own alone; the first, which prints, has the largest parts.
+    On several ranks each estimates for itself; rank 0, which prints, has the largest micro-batches.
 
-    Raises UserError for whatever the recipe or the data have wrong, as training would.
+    Raises UserError for errors in the recipe or the data, as training does.
     """
-    recipe = replace(recipe, data=replace(recipe.data, workers=0))  # for one update they would not pay
-    model, tokenizer = build.open_start(recipe)
+    recipe = replace(recipe, data=replace(recipe.data, workers=0))  # workers would not pay off for one step
+    model, tokenizer = build.open_model(recipe)
     device = torch.device(devices.choose(recipe.device))
-    stage = make_stage(recipe, model, tokenizer, None, None, device=torch.device("cpu"), world=distributed.told())
-    work = stage.next()
-    largest = max(stage.rows(part) for part in work.parts)
+    stage = build.make_stage(recipe, model, tokenizer, None, None, device=torch.device("cpu"), world=torchrun_world())
+    batch = stage.next_batch()
+    rows = max(micro_batch.rows for micro_batch in batch.micro_batches)
+    alone = len(batch.micro_batches) == 1
     return Estimate(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        processes=stage.world.size,
+        processes=stage.world.world_size,
         parameters=model.num_parameters(),
         trained=memory.count_trained(stage),
-        memory=memory.on_device(stage, largest, device, stage.place, alone=len(work.parts) == 1),
-        host=memory.on_host(stage, device, stage.place),
-        tokens=work.tokens,
-        flops=work.flops,
+        memory=memory.on_device(stage, rows, device, stage.memory_place, alone=alone),
+        host=memory.on_host(stage, device, stage.memory_place),
+        tokens=batch.tokens,
+        flops=flops.batch_flops(stage, batch),
         steps=recipe.optimiser.steps,
-        rate=flops.peak(device) or _matrix_rate(device),
-        left_out=tuple(stage.left_out().values()),
+        rate=flops.peak_flops(device) or _measure_matrix_rate(device),
+        left_out=() if batch.left_out is None else (batch.left_out,),
     )
 
 
-def _matrix_rate(device: torch.device) -> float:
-    """Operations per second of a square product, measured in a moment."""
+def _measure_matrix_rate(device: torch.device) -> float:
+    """Return the operations per second of a short series of matrix products."""
     a = torch.randn(1024, 1024, device=device)
     a @ a
     began = time.perf_counter()

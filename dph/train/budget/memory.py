@@ -1,4 +1,4 @@
-"""Bytes that a run takes on its device and on the host, and so where the memory of its streams has room."""
+"""Memory footprint of a run on the device and on the host, and the place of the Transformer-XL memory it leaves."""
 
 from __future__ import annotations
 
@@ -11,168 +11,177 @@ from dph.model.config import ModelConfig
 from dph.train.recipe import Recipe
 from dph.train.stages.base import Stage
 
-LOGPROBS = {"cuda": 300e6, "cpu": 64e6}  # bytes that log-probabilities take at most beside their gradients
-SHARE = 0.9  # of a GPU's memory that a run is to fill at most: the rest is the driver's, the allocator's and others'
+LOGPROBS = {"cuda": 300e6, "cpu": 64e6}  # bytes of log-probabilities and their gradients, at most
+USABLE = 0.9  # of a GPU's memory: the rest is for the driver, the allocator and other programs
 
 
 def on_device(stage: Stage, rows: int, device: torch.device, place: str, *, alone: bool = False) -> dict[str, float]:
-    """Bytes by part, at the peak of an update that computes ``rows`` rows at a time; memory of streams in ``place``.
+    """Return bytes by purpose, at the peak of a step.
 
-    ``alone``: these are all rows of the update, so that its gradients are not gathered in fp32, and come as its
-    activations go (but for that of the embedding, which is the first, and is neglected here).
+    Args:
+        rows: rows of hidden state that the backbone computes at a time.
+        device: "cuda" or "cpu".
+        place: of the Transformer-XL memory, "device" or "host".
+        alone: whether these are all rows of the step. Then gradients are not accumulated in fp32, and they replace the
+            activations as the backward pass frees them (except for the embedding's gradient, which is neglected).
     """
     recipe, config, total = stage.recipe, stage.model.config, stage.model.num_parameters()
-    trained, low, several = count_trained(stage), low_precision(recipe.precision, device), stage.world.size > 1
+    trained, low = count_trained(stage), low_precision(recipe.precision, device)
+    sharded = stage.world.world_size > 1
     size = 2 if low else 4
-    # Shards are fp32, masters themselves: it is what is gathered of them that is bf16.
-    parts = {"weights": (4 if several else size) * total}
-    parts |= {"gradients": (size if alone and not several else 4) * trained, "momentum and second moment": 8 * trained}
-    if low and not several:
-        parts["fp32 masters"] = 4 * trained
+    # Shards are fp32 and their own masters; only gathered weights are bf16.
+    sizes = {"weights": (4 if sharded else size) * total}
+    sizes["gradients"] = (size if alone and not sharded else 4) * trained
+    sizes["momentum and second moment"] = 8 * trained
+    if low and not sharded:
+        sizes["fp32 masters"] = 4 * trained
     if recipe.optimiser.prior_decay:
-        parts["priors"] = 4 * trained
+        sizes["priors"] = 4 * trained
     if stage.needs_reference:
-        parts["reference model"] = size * total
-    if several:
-        parts = _in_shards(stage, parts, size)
-    if remembers(recipe):
-        parts |= _of_streams(stage, rows, place, size * config.hidden_size)
-    kept = activations(recipe, config, rows, size) if recipe.stage != "head" else 0
-    if alone and kept:
-        parts["gradients beyond activations"] = max(0, parts.pop("gradients") - kept)
-    parts["activations"] = kept
-    parts["log-probabilities"] = LOGPROBS[device.type] if recipe.stage != "head" else 0
-    return {name: float(count) for name, count in parts.items() if count}
+        sizes["reference model"] = size * total
+    if sharded:
+        sizes = _per_rank(stage, sizes, size)
+    if has_memory(recipe):
+        sizes |= _stream_memory(stage, rows, place, size * config.hidden_size)
+    if recipe.stage != "head":
+        saved = activations(recipe, config, rows, size)
+        if alone:
+            sizes["gradients beyond activations"] = max(0, sizes.pop("gradients") - saved)
+        sizes["activations"] = saved
+        sizes["log-probabilities"] = LOGPROBS[device.type]
+    return {name: float(count) for name, count in sizes.items() if count}
 
 
-def _in_shards(stage: Stage, parts: dict[str, float], size: int) -> dict[str, float]:
-    """Of several processes, what one keeps of the weights and what hangs on them, and what it gathers at a time."""
-    shards = stage.world.size if stage.recipe.parallel == "shard" else 1
+def _per_rank(stage: Stage, sizes: dict[str, float], size: int) -> dict[str, float]:
+    """Return the sizes that one of several ranks holds of the weights and their state, and of gathered weights."""
+    shards = stage.world.world_size if stage.recipe.parallel == "shard" else 1
     blocks = stage.model.backbone.blocks
     block = sum(p.numel() for p in blocks[0].parameters())
     others = stage.model.num_parameters() - len(blocks) * block
-    parts = {name: count / shards for name, count in parts.items()}
-    return parts | {"gathered weights": size * (others + 2 * block)}  # a block, and the next one
+    own = {name: count / shards for name, count in sizes.items()}
+    return own | {"gathered weights": size * (others + 2 * block)}  # the current block and the next one
 
 
-def _of_streams(stage: Stage, rows: int, place: str, width: int) -> dict[str, float]:
-    """What memory takes on the device; a row of keys, values or inputs has ``width`` bytes."""
-    data, layers, kept = stage.recipe.data, stage.model.config.num_hidden_layers, _kept(stage.recipe)
+def _stream_memory(stage: Stage, rows: int, place: str, width: int) -> dict[str, float]:
+    """Return the sizes of Transformer-XL memory on the device; a row of keys, values or inputs has ``width`` bytes."""
+    data, layers, tensors = stage.recipe.data, stage.model.config.num_hidden_layers, _memory_tensors(stage.recipe)
     block, hidden = stage.recipe.checkpointing == "block", data.memory_kind == "hidden"
-    at_work = 1 if block else layers  # layers for whose memory the backward pass keeps something at a time
-    part = width * stage.micro * data.memory  # a tensor of the memory of all streams that compute together
-    parts: dict[str, float] = {}
+    active_layers = 1 if block else layers  # whose memory the backward pass refers to at a time
+    micro_batch = width * stage.micro_size * data.memory  # one tensor of the memory of a micro-batch
+    sizes: dict[str, float] = {}
     if place == "device":
-        rings = kept * layers * width * data.memory
-        parts["Transformer-XL memory"] = rings * stage.share
-        parts["Transformer-XL memory of held-out streams"] = rings * held_out_streams(stage)
-        if block:  # else the backward pass keeps the same rows; values are a third of what their storage holds
-            parts["rows to remember"] = (1 if hidden else 4) * layers * width * rows
+        rings = tensors * layers * width * data.memory
+        sizes["Transformer-XL memory"] = rings * stage.rank_size
+        sizes["Transformer-XL memory of held-out streams"] = rings * held_out_streams(stage)
+        if block:  # otherwise autograd saves the same rows; values are views of a storage three times as large
+            sizes["rows to remember"] = (1 if hidden else 4) * layers * width * rows
     else:
-        parts["windows of the memory on the host"] = kept * (2 if hidden else at_work + 1) * part
-    if hidden:  # inputs beside the segment's own; keys (rotated, too) and values of them
-        parts["projections of the memory"] = 4 * at_work * part
-    return parts
+        sizes["windows of the memory on the host"] = tensors * (2 if hidden else active_layers + 1) * micro_batch
+    if hidden:  # inputs joined with the segment's own; their keys, rotated keys and values
+        sizes["projections of the memory"] = 4 * active_layers * micro_batch
+    return sizes
 
 
 def on_host(stage: Stage, device: torch.device, place: str) -> dict[str, float]:
-    """Bytes by part that streams pin on the host: rings of twice their length, a tensor each layer, part and kind."""
+    """Return bytes by purpose of pinned host memory: rings of twice the memory's length, one per layer and tensor."""
     recipe, config = stage.recipe, stage.model.config
-    if not remembers(recipe) or place != "host":
+    if not has_memory(recipe) or place != "host":
         return {}
     size = 2 if low_precision(recipe.precision, device) else 4
-    ring = 2 * stage.micro * recipe.data.memory * config.hidden_size * size
+    ring = 2 * stage.micro_size * recipe.data.memory * config.hidden_size * size
     if device.type == "cuda":
         ring = 1 << (ring - 1).bit_length()  # PyTorch's allocator of pinned memory takes powers of two
-    of_part = _kept(recipe) * config.num_hidden_layers * ring
-    parts = {
-        "Transformer-XL memory": of_part * (stage.share // stage.micro),
-        "Transformer-XL memory of held-out streams": of_part * -(-held_out_streams(stage) // stage.micro),
+    micro_batch = _memory_tensors(recipe) * config.num_hidden_layers * ring
+    sizes = {
+        "Transformer-XL memory": micro_batch * (stage.rank_size // stage.micro_size),
+        "Transformer-XL memory of held-out streams": micro_batch * -(-held_out_streams(stage) // stage.micro_size),
     }
-    return {name: float(count) for name, count in parts.items() if count}
+    return {name: float(count) for name, count in sizes.items() if count}
 
 
-def remembers(recipe: Recipe) -> bool:
-    """Whether streams carry a memory."""
+def has_memory(recipe: Recipe) -> bool:
+    """Return whether streams carry a Transformer-XL memory."""
     return recipe.kind != "preference" and recipe.data.memory > 0
 
 
-def _kept(recipe: Recipe) -> int:
-    """Rows of the model's width that a token leaves in a layer."""
+def _memory_tensors(recipe: Recipe) -> int:
+    """Return the number of rows, of the model's width, that a token leaves in the memory of a layer."""
     return 2 if recipe.data.memory_kind == "kv" else 1
 
 
 def held_out_streams(stage: Stage) -> int:
-    """Streams of the largest held-out source."""
-    return min(stage.recipe.batch.size, max(map(len, stage.held_out.values()), default=0))
+    """Return the number of streams of the largest held-out source."""
+    return min(stage.recipe.batch.size, max(map(len, stage.held_out.sources.values()), default=0))
 
 
 def count_trained(stage: Stage) -> int:
-    """Parameters that train."""
+    """Return the number of trained parameters."""
     return sum(p.numel() for name, p in stage.model.named_parameters() if stage.trains(name))
 
 
 def choose_place(stage: Stage, device: torch.device) -> str:
-    """Where the memory of streams lies: as the recipe says, or on the device where all of the run fits, else the host.
+    """Return the place of the Transformer-XL memory: the recipe's, or for "auto" the device if the run fits there.
 
-    Raises UserError where it is to lie on the host, and that has no room.
+    Raises UserError if the place is the host and its memory is too small.
     """
     place = stage.recipe.data.memory_place
     if place == "auto":
-        place = "device" if device.type == "cpu" or _needed(stage, device) <= _room(device) else "host"
-    needed, there = sum(on_host(stage, device, place).values()) * stage.world.here, devices.host_memory()
-    if needed > there:
+        fits = device.type == "cpu" or _required(stage, device) <= _usable(device)
+        place = "device" if fits else "host"
+    required = sum(on_host(stage, device, place).values()) * stage.world.local_world_size
+    available = devices.host_memory()
+    if required > available:
         raise UserError(
-            f"data.memory_place: expected {size_text(needed)} on the host for the memory of {stage.recipe.batch.size} "
-            f"streams, got {size_text(there)}"
+            f"data.memory_place: expected {size_text(required)} on the host for the memory of "
+            f"{stage.recipe.batch.size} streams, got {size_text(available)}"
         )
     return place
 
 
-def check_update(stage: Stage) -> None:
-    """Raise UserError where the host has no room for the tokens of one update: each with its target, in int64.
+def check_host_batch(stage: Stage) -> None:
+    """Raise UserError if the host's memory is too small for the tokens and targets of one step, in int64.
 
-    Every process reads those of all streams. Without this a mistyped length fills the memory without a word.
+    Every rank reads those of all streams. Without this check a mistyped length would fill the host's memory.
     """
-    size, context, there = stage.recipe.batch.size, stage.recipe.data.context, devices.host_memory()
-    needed = 2 * 8 * size * context * stage.world.here
-    if needed > there:
+    size, context, available = stage.recipe.batch.size, stage.recipe.data.context, devices.host_memory()
+    required = 2 * 8 * size * context * stage.world.local_world_size
+    if required > available:
         raise UserError(
-            f"batch.size, data.context: expected an update whose tokens fit into {size_text(there)} on the host, "
-            f"got {size:,} times {context:,} tokens, which take {size_text(needed)}"
+            f"batch.size, data.context: expected a step whose tokens fit into {size_text(available)} on the host, "
+            f"got {size:,} times {context:,} tokens, which take {size_text(required)}"
         )
 
 
-def explain(stage: Stage, device: torch.device, place: str) -> str:
-    """Where the memory lies and, of a GPU, what it would have to hold."""
+def explain_place(stage: Stage, device: torch.device, place: str) -> str:
+    """Return a message about the place of the memory and, on a GPU, the footprint of the alternative."""
     text = f"the memory of {stage.recipe.batch.size} streams is on the {place}"
     if device.type == "cpu":
         return text
-    needed, room = size_text(_needed(stage, device)), size_text(_room(device))
-    return f"{text}; all on the GPU takes about {needed} of the {room} that may be filled"
+    required, usable = size_text(_required(stage, device)), size_text(_usable(device))
+    return f"{text}; all on the GPU takes about {required} of the {usable} that may be filled"
 
 
-def _needed(stage: Stage, device: torch.device) -> float:
-    return sum(on_device(stage, stage.micro * stage.recipe.data.context, device, "device").values())
+def _required(stage: Stage, device: torch.device) -> float:
+    return sum(on_device(stage, stage.micro_size * stage.recipe.data.context, device, "device").values())
 
 
-def _room(device: torch.device) -> float:
-    return SHARE * devices.memory(device)
+def _usable(device: torch.device) -> float:
+    return USABLE * devices.device_memory(device)
 
 
 def size_text(count: float) -> str:
-    """GB, or MB where they are few."""
+    """Return a number of bytes as GB, or as MB below 0.1 GB."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
 
 
 def activations(recipe: Recipe, config: ModelConfig, rows: int, size: int) -> float:
-    """Bytes that the backward pass keeps of ``rows`` rows.
+    """Return bytes that autograd saves for ``rows`` rows of numbers of ``size`` bytes.
 
-    A block keeps its input, both norms' outputs, q, k (rotated, too) and v, what attention gives with its log-sum-exp,
-    the sum after it; [x | gate] and what SwiGLU makes of them.
+    A block saves its input, the outputs of both norms, q, k (and rotated k) and v, attention's output with its
+    log-sum-exp, the sum after attention, [x | gate], and the SwiGLU activations.
     """
     block = size * (10 * config.hidden_size + 3 * config.intermediate_size) + 4 * config.num_attention_heads
-    kept = config.num_hidden_layers * block
+    saved = config.num_hidden_layers * block
     if recipe.checkpointing == "block":
-        kept = config.num_hidden_layers * size * config.hidden_size + block
-    return rows * (kept + size * (2 * config.embedding_size + 3 * config.hidden_size))
+        saved = config.num_hidden_layers * size * config.hidden_size + block
+    return rows * (saved + size * (2 * config.embedding_size + 3 * config.hidden_size))

@@ -1,9 +1,9 @@
-"""What a frozen model says of preference pairs, kept on disk from one epoch and one run to the next.
+"""Outputs of frozen models for preference pairs, stored on disk across epochs and runs.
 
-    runs/cache/reference-1f6e5d2c9a3b4870-5d41402a/    log-probabilities by one reference model with one tokenizer
-    runs/cache/states-90c7a2f41be85d36-5d41402a/       hidden states of judged tokens by one frozen backbone
+    runs/cache/reference-1f6e5d2c9a3b4870-5d41402a/    log-probabilities of one reference model with one tokenizer
+    runs/cache/states-90c7a2f41be85d36-5d41402a/       hidden states of judged tokens of one frozen backbone
 
-A folder may be deleted whenever no process runs on it: its numbers are computed again.
+A directory may be deleted whenever no process uses it: its rows are computed again.
 """
 
 import hashlib
@@ -17,26 +17,27 @@ import torch
 from torch import Tensor
 
 from dph.chat import Encoded
-from dph.train.precompute.store import Cache, fingerprint, pair_key
+from dph.train.precompute.store import RowStore, fingerprint, pair_key
 from dph.train.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
 
 class PairCache:
-    """Rows of numbers for pairs, by one model.
+    """Rows of numbers for pairs, of one model.
 
     Args:
-        directory: of all caches; this one's folder in it is named after kind, model and tokenizer.
-        kind: what the numbers are.
-        weights: that they depend on, by name.
+        directory: of all caches; kind, model and tokenizer name this one's subdirectory.
+        kind: "reference" or "states".
+        weights: that the rows depend on, by name.
         config: of the model.
         tokenizer: that made the tokens.
-        width: numbers a pair.
-        agree: of several processes whose model lies in shards, whether one needs what all have to compute together.
+        width: numbers per pair.
+        any_rank: function from a flag to whether it is true on some rank; on several ranks with a sharded model, all
+            have to compute together if one has to.
 
     Attributes:
-        computed: different pairs whose numbers were not there, and are now.
+        computed: number of different pairs whose rows were missing and have been computed.
     """
 
     def __init__(
@@ -47,37 +48,37 @@ class PairCache:
         config: Any,
         tokenizer: Any,
         width: int,
-        agree: Callable[[bool], bool] = bool,
+        any_rank: Callable[[bool], bool] = bool,
     ) -> None:
         self._model = fingerprint(weights, config)
         vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
-        folder = f"{kind}-{self._model[:16]}-{hashlib.sha256(vocabulary).hexdigest()[:8]}"
-        self.store = Cache(directory / folder, width)
-        self.computed, self.agree = 0, agree
+        name = f"{kind}-{self._model[:16]}-{hashlib.sha256(vocabulary).hexdigest()[:8]}"
+        self.store = RowStore(directory / name, width)
+        self.computed, self.any_rank = 0, any_rank
         log.info("%s: %d pairs are there", self.store.directory, len(self.store))
 
     def rows(self, pairs: Sequence[tuple[Encoded, Encoded]], compute: Callable[[], Tensor]) -> Tensor:
-        """Numbers [N, width] fp32 of N pairs, on the CPU.
+        """Return the rows [N, width] fp32 of N pairs, on the CPU.
 
-        Where one is missing, ``compute`` gives those of all N, always of the same N: what a number is, down to its last
-        bit, depends on the pairs that are packed beside it. Of these the missing ones are stored, and the others are
-        taken as they were stored, so that a run that is resumed over what it stored after its last checkpoint sees the
-        numbers that it saw before.
+        If a row is missing, ``compute`` returns those of all N pairs, always of the same N: the last bits of a row
+        depend on the pairs that are packed with it. Missing rows are stored; rows that are stored already are returned
+        as stored, so that a run that resumes before some of its stored rows reads the same numbers again.
         """
         keys = [pair_key(self._model, pair) for pair in pairs]
-        found = [self.store.get(key) for key in keys]
-        missing = any(row is None for row in found)
-        fresh = compute() if self.agree(missing) else None
+        rows = [self.store.get(key) for key in keys]
+        missing = any(row is None for row in rows)
+        outputs = compute() if self.any_rank(missing) else None
         if missing:
-            computed = fresh.detach().to("cpu", torch.float32).reshape(len(pairs), -1)
+            computed = outputs.detach().to("cpu", torch.float32).reshape(len(pairs), -1)
             before = len(self.store)
             self.store.put(keys, computed)
             self.computed += len(self.store) - before
-            found = [self.store.get(key) for key in keys]
-            found = [new if old is None else old for old, new in zip(found, computed, strict=True)]  # not finite
-        return torch.stack(found)
+            for i, key in enumerate(keys):
+                stored = self.store.get(key)
+                rows[i] = computed[i] if stored is None else stored  # rows that are not finite are not stored
+        return torch.stack(rows)
 
 
-def directory(recipe: Recipe) -> Path:
-    """Where the recipe's caches lie: ``data.cache``, or ``cache`` beside the run directory, so that runs share it."""
+def cache_directory(recipe: Recipe) -> Path:
+    """Return the directory of caches: ``data.cache``, or ``cache`` next to the run directory, shared by its runs."""
     return Path(recipe.data.cache or Path(recipe.output.directory).absolute().parent / "cache")

@@ -1,182 +1,165 @@
-"""What a stage of training needs: which weights train, what one update takes, and the loss of a part of it.
+"""Interface between the trainer and a training stage: batches and losses.
 
-The loop (``dph.train.trainer``) knows nothing else. A loss is a sum over what it is a mean of (targets or pairs), so that an
-update that is cut into parts equals one that is not.
+The loss of a micro-batch is a sum over its items (targets or pairs), so that gradient accumulation over micro-batches
+gives the gradient of the undivided batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from dph.data.formats import Record
-from dph.data.sampler import Order
-from dph.data.workers import Readers
 from dph.errors import UserError
-from dph.model.model import Model
-from dph.train.distributed import SINGLE, World
+from dph.train.distributed import SINGLE_PROCESS, World
 from dph.train.recipe import Recipe
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one update takes, in all processes together.
+class MicroBatch(ABC):
+    """Sequences or pairs that go through the model in one forward and backward pass."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """Largest number of rows of hidden state that the backbone computes at a time."""
+
+    @abstractmethod
+    def describe_nonfinite(self, values: Tensor, tokenizer: Any) -> str:
+        """Return a description of the first item with a value in ``LossSum.values`` that is not finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """Data of one optimizer step.
 
     Attributes:
-        parts: micro-batches, in the stage's own form, of this process: as many as every other's; one in stage head.
-        weight: what the loss is a mean over: targets, or pairs.
-        tokens: how many go through the model.
-        records: their places in the order of the data, for people.
-        flops: arithmetic that it needs (``dph.train.budget.flops``).
+        micro_batches: of this rank; every rank has the same number, and stage head has one.
+        weight: number of items, over all ranks, that the loss is a mean of: targets, or pairs.
+        tokens: tokens that go through the model, over all ranks.
+        records: positions of the records in the data, for messages.
+        pairs: encoded pairs of all ranks; empty for streams.
+        memory: tokens of Transformer-XL memory that each stream has seen, at most the memory's length.
+        targets: targets of all ranks; 0 for pairs, whose masks hold them.
+        refused: pairs left out since the start of the run; None for streams, which use every record.
+        left_out: message about the records that were left out, if there are any.
     """
 
-    parts: list[Any]
+    micro_batches: Sequence[MicroBatch]
     weight: float
     tokens: int
     records: str
-    flops: float
+    pairs: Sequence[Any] = ()
+    memory: int = 0
+    targets: int = 0
+    refused: int | None = None
+    left_out: str | None = None
 
 
-class Loss(NamedTuple):
-    """Loss of one part: its sum, with gradient; sums of what ``metrics`` names; what has to be finite, item by item."""
+class LossSum(NamedTuple):
+    """Loss of one micro-batch.
+
+    Attributes:
+        total: sum over the items, with gradient.
+        sums: sums over the items of the quantities that ``Stage.metrics`` names.
+        values: one or more values of each item, which have to be finite.
+    """
 
     total: Tensor
     sums: Tensor
     values: Tensor
 
 
-class Stage(Protocol):
-    """What the loop asks of a stage."""
+class Stage(ABC):
+    """Batches and losses of one training stage.
 
-    model: Model
-    world: World  # the processes that share every update
-    share: int  # sequences or pairs of an update that are this process's
-    metrics: tuple[str, ...]  # what the sums of a loss are called
-    needs_reference: bool
-    reference: Model | None  # a frozen copy of the starting model, put here by the loop
-    notes: tuple[str, ...]  # what people are to know of how it was set up
-    place: str  # "device" or "host": where the memory of streams lies
-
-    def trains(self, name: str) -> bool:
-        """Whether the parameter ``name`` trains."""
-
-    def next(self) -> Work:
-        """The next update's work."""
-
-    def given(self, part: Any, step: int) -> Any:
-        """What the loss of one part of the work of ``step`` is computed from, on the device as far as it is to be.
-
-        Asked for when the backward pass of the part before is over.
-        """
-
-    def loss(self, given: Any) -> Loss:
-        """The loss of a part."""
-
-    def rows(self, part: Any) -> int:
-        """Rows of hidden state that the backbone computes of a part at a time, at most."""
-
-    def describe(self, part: Any, values: Tensor) -> str:
-        """The first item of a part that has a value which is not finite."""
-
-    def counts(self) -> dict[str, int]:
-        """What has been counted since the stage began, for the log."""
-
-    def left_out(self) -> dict[str, str]:
-        """Of the records taken so far, by where they come from, how many were left out and why: lines for people."""
-
-    def forget(self) -> None:
-        """Drop what is remembered of the data so far, where a step has left there what is not finite."""
-
-    def figures(self) -> list[str]:
-        """Names of what ``evaluate`` gives."""
-
-    def evaluate(self) -> dict[str, float]:
-        """Figures on held-out records; none where there are none."""
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Where the data stand, as tensors and JSON."""
-
-    def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Stand there again."""
-
-    def close(self) -> None:
-        """End what the stage keeps running."""
-
-
-@dataclass(kw_only=True)
-class Material:
-    """What both kinds of stage are made of.
+    Args:
+        recipe: of the stage.
+        model: trained model (``dph.Model``); the trainer replaces it by its shards if there are several ranks.
+        tokenizer: for padding and error messages.
+        world: the ranks that share every step.
 
     Attributes:
-        recipe: of the stage.
-        model: that trains.
-        tokenizer: for fillers, and for what an error shows.
-        encode: from a record to tokens (``dph.data.formats.encoder``).
-        records: training records in their order.
-        held_out: records for evaluation, by name.
-        reference, notes, place: see :class:`Stage`.
-        world: the processes that share every update.
+        metrics: names of ``LossSum.sums``.
+        needs_reference: whether the loss compares with a frozen copy of the starting model.
+        reference: that copy, set by the trainer.
+        memories: Transformer-XL memories of this rank's streams.
+        batches: iterator over the data of all ranks (``dph.data.batching``).
+        held_out: metrics on held-out records (``dph.train.stages.held_out``).
+        rank_size: sequences or pairs of a step on this rank.
+        micro_size: sequences or pairs that go through the backbone at a time.
+        notes: messages about the setup, printed when training starts.
+        memory_place: "device" or "host", for the Transformer-XL memory.
+
+    Raises UserError if the batch size is not divisible by the number of ranks and the size of a micro-batch.
     """
 
-    recipe: Recipe
-    model: Model
-    tokenizer: Any
-    encode: Callable[[Record], Any]
-    records: Order
-    held_out: Mapping[str, Sequence[Record]] = field(default_factory=dict)
-    reference: Model | None = None
-    notes: tuple[str, ...] = ()
-    place: str = "device"
-    world: World = SINGLE
+    metrics: tuple[str, ...]
+    needs_reference = False
+    memories: Sequence[Any] = ()
+    batches: Any
+    held_out: Any
 
-    def check_share(self) -> None:
-        """Raise UserError where an update does not come out even among the processes."""
-        size, processes = self.recipe.batch.size, self.world.size
-        if size % processes:
-            raise UserError(f"batch.size: expected a multiple of the {processes} processes, got {size}")
-        if self.share % self.micro:
+    def __init__(self, recipe: Recipe, model: nn.Module, tokenizer: Any, world: World = SINGLE_PROCESS) -> None:
+        self.recipe, self.model, self.tokenizer, self.world = recipe, model, tokenizer, world
+        self.reference: nn.Module | None = None
+        self.notes: tuple[str, ...] = ()
+        self.memory_place = "device"
+        size, ranks = recipe.batch.size, world.world_size
+        if size % ranks:
+            raise UserError(f"batch.size: expected a multiple of the {ranks} processes, got {size}")
+        self.rank_size = size // ranks
+        self.micro_size = min(recipe.batch.micro or self.rank_size, self.rank_size)
+        if self.rank_size % self.micro_size:
             raise UserError(
-                f"batch.micro: expected a divisor of {self.share}, the share of each of {processes} processes, "
-                f"got {self.micro}"
+                f"batch.micro: expected a divisor of {self.rank_size}, the share of each of {ranks} processes, "
+                f"got {self.micro_size}"
             )
 
-    @property
-    def share(self) -> int:
-        """Sequences or pairs of an update that are this process's."""
-        return self.recipe.batch.size // self.world.size
+    @abstractmethod
+    def trains(self, name: str) -> bool:
+        """Return whether the parameter ``name`` is trained."""
 
-    @property
-    def micro(self) -> int:
-        """Sequences or pairs that go through the backbone at a time."""
-        return min(self.recipe.batch.micro or self.share, self.share)
+    @abstractmethod
+    def next_batch(self) -> StepBatch:
+        """Return the data of the next step."""
 
-    def position(self) -> int:
-        """How many records have been taken."""
-        return self.records.state_dict()["position"]
+    @abstractmethod
+    def prepare(self, micro_batch: Any, step: int) -> Any:
+        """Return the inputs of :meth:`loss` for a micro-batch of ``step``, on the model's device.
 
-    def figures(self) -> list[str]:
-        """Names of what ``evaluate`` gives: of each figure that is ``judged``, as ``merge`` has them."""
-        return list(merge({name: (dict.fromkeys(self.judged, 0.0), 1) for name in self.held_out}))
+        Called after the backward pass of the previous micro-batch.
+        """
+
+    @abstractmethod
+    def loss(self, inputs: Any) -> LossSum:
+        """Return the loss of a micro-batch. Must not wait for the device."""
+
+    @abstractmethod
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the position in the data as tensors and JSON, for a checkpoint."""
+
+    @abstractmethod
+    def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
 
     def close(self) -> None:
-        """End the processes that read ahead, if there are any."""
-        if isinstance(self.records, Readers):
-            self.records.close()
+        """Stop the data workers, if there are any."""
+        if self.recipe.data.workers:
+            self.batches.records.close()
 
+    def left_out(self) -> str | None:
+        """Return a message about the training records that were left out so far, or None."""
+        return None
 
-def merge(found: Mapping[str, tuple[Mapping[str, float], int]]) -> dict[str, float]:
-    """Means of all sources together, and, where there are several, of each; ``found`` has sums and counts."""
-    merged = {}
-    for key in dict.fromkeys(key for sums, _ in found.values() for key in sums):
-        merged[key] = sum(sums.get(key, 0.0) for sums, _ in found.values()) / max(1, sum(n for _, n in found.values()))
-    if len(found) > 1:
-        for name, (sums, count) in found.items():
-            merged |= {f"{key}/{name}": value / max(1, count) for key, value in sums.items()}
-    return merged
+    def reset_memory(self) -> None:
+        """Clear the memory of all streams, which may hold numbers that are not finite."""
+        for memory in self.memories:
+            if memory is not None:
+                memory.reset()
 
 
 def excerpt(tokenizer: Any, tokens: Sequence[int], length: int = 80) -> str:
-    """The first characters of the text, on one line."""
+    """Return the first characters of the decoded text, on one line."""
     text = " ".join(tokenizer.decode(list(tokens)[:length]).split())
     return repr(text if len(text) <= length else text[:length] + "...")

@@ -1,12 +1,11 @@
-"""Alignment and head training: preference pairs, packed."""
+"""Alignment and head training: packed preference pairs."""
 
 import dataclasses
 import itertools
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,224 +14,287 @@ from dph.chat import Encoded
 from dph.data.batching import PairBatches
 from dph.data.formats import Record
 from dph.data.packing import PackedBatch, fill, pack, packed_length
-from dph.data.sampler import InOrder, Order, draw
+from dph.data.sampler import Sampler, draw
 from dph.errors import UserError
-from dph.train.budget import flops
-from dph.train.distributed import computes_in, whole
-from dph.train.precompute.pairs import PairCache, directory
-from dph.train.shares import deal
-from dph.train.stages.base import Loss, Material, Work, excerpt, merge
+from dph.train.distributed import compute_dtype, full_tensor, partition_bins
+from dph.train.precompute.pairs import PairCache, cache_directory
+from dph.train.stages.base import LossSum, MicroBatch, Stage, StepBatch, excerpt
+from dph.train.stages.held_out import HeldOutPairs, refusal_message
 from dph_kernels import preference_loss
 from dph_kernels.preference_loss import metric_names
 from dph_kernels.transfer import to_device
 
-# What a reason of ``PairBatches`` begins with, and the key of the recipe that changes whom it refuses.
-KEYS = {"longer than": "data.context", "more than": "batch.tokens"}
-
-Part = TypeVar("Part", bound="PairPart")  # typing.Self, which Python 3.10 lacks
+Pair = tuple[Encoded, Encoded]  # chosen, rejected
 
 
 @dataclass(frozen=True)
-class PairPart:
-    """Pairs of one part.
+class PairMicroBatch(MicroBatch):
+    """Pairs of one micro-batch, in one or more bins; the pairs of a bin go through the backbone together.
 
     Attributes:
-        places: of the pairs in the whole work.
-        sizes: of its bins: how many pairs go through the backbone together.
+        pairs: encoded pairs, bin after bin.
+        indices: positions of the pairs in the step's batch.
+        bin_sizes: number of pairs in each bin.
     """
 
-    pairs: list[tuple[Encoded, Encoded]]
-    places: list[int]
-    sizes: list[int]
+    pairs: list[Pair]
+    indices: list[int]
+    bin_sizes: list[int]
 
-    @classmethod
-    def of(cls: type[Part], pairs: Sequence[tuple[Encoded, Encoded]], bins: Sequence[list[int]]) -> Part:
-        """Of an update's ``pairs`` those whose places are in ``bins``."""
-        places = list(itertools.chain.from_iterable(bins))
-        return cls([pairs[place] for place in places], places, [len(each) for each in bins])
+    length: ClassVar[Callable[[Pair], int]] = staticmethod(packed_length)  # of a pair, in tokens
+
+    @property
+    def rows(self) -> int:
+        """Number of tokens of the largest bin."""
+        sizes = [sum(map(self.length, part.pairs)) for part in self.bins()]
+        return max(sizes)
 
     @property
     def finished(self) -> bool:
-        """Whether every answer has a reward: none was cut off."""
+        """Whether every answer has a reward, since none was cut off."""
         return all(side.reward_position is not None for pair in self.pairs for side in pair)
 
     @cached_property
     def packed(self) -> PackedBatch:
-        """Chosen and rejected in turn as the answers; made when asked for, which cached states need not."""
+        """Packed batch, its answers chosen and rejected in turn; not computed if all outputs come from a cache."""
         return pack(self.pairs)
 
-    def bins(self: Part) -> Iterator[Part]:
-        """Each bin as a part: itself where it is the only one."""
-        if len(self.sizes) == 1:
+    def bins(self) -> Iterator["PairMicroBatch"]:
+        """Yield each bin as a micro-batch."""
+        if len(self.bin_sizes) == 1:
             yield self
             return
-        ends = itertools.accumulate(self.sizes)
-        for size, end in zip(self.sizes, ends, strict=True):
-            own = slice(end - size, end)
-            yield type(self)(self.pairs[own], self.places[own], [size])
+        end = 0
+        for size in self.bin_sizes:
+            start, end = end, end + size
+            yield type(self)(self.pairs[start:end], self.indices[start:end], [size])
+
+    def describe_nonfinite(self, values: Tensor, tokenizer: Any) -> str:
+        """Return the index and the beginning of the first pair with a value that is not finite."""
+        first = int((~torch.isfinite(values)).nonzero()[0])
+        return f"pair {self.indices[first]} of the batch, {describe_pair(self.pairs[first], tokenizer)}"
 
 
-class Given(NamedTuple):
-    """What the loss of N pairs is computed from, on the model's device.
+class PairInputs(NamedTuple):
+    """Inputs of the loss of N pairs, on the model's device.
 
     Attributes:
-        answers: [2N] int64 keys of their dropout, chosen and rejected in turn.
-        frozen: what the frozen model says of them, if it is asked: reference log-probabilities [2N] fp32 or, in stage
-            head, states [2N, C].
-        packed: what goes through the model that trains; None in stage head, where only its heads do.
+        answer_ids: [2N] int64 keys of the dropout masks, chosen and rejected in turn.
+        frozen: outputs of the frozen model (``FrozenModel``), if the loss uses them.
+        packed: tokens for the trained model; None in stage head, which trains only the heads.
     """
 
-    answers: Tensor
+    answer_ids: Tensor
     frozen: Tensor | None
     packed: PackedBatch | None
 
 
-@dataclass(kw_only=True)
-class PairStage(Material):
-    """Alignment and head training: preference pairs, their prompts shared."""
+class FrozenModel:
+    """Outputs of the model that a preference stage compares with or builds on, computed in the step or cached on disk.
 
-    part: ClassVar[type[PairPart]] = PairPart
-    length: ClassVar[Callable[[tuple[Encoded, Encoded]], int]] = staticmethod(packed_length)  # of a pair, in tokens
+    Stage align: log-probabilities [2N] fp32 of the reference model. Stage head: hidden states [2N, C] of the judged
+    tokens from the frozen backbone.
 
-    def __post_init__(self) -> None:
-        """Set up the batches. UserError for a missing head, no loss, no held-out pair that fits, an uneven share."""
-        self.check_share()
+    Attributes:
+        kind: "reference" or "states".
+        cached: whether the recipe keeps the outputs on disk.
+    """
+
+    def __init__(self, stage: "PreferenceStage") -> None:
+        self.stage, recipe = stage, stage.recipe
+        self.kind = "states" if recipe.stage == "head" else "reference"
+        if self.kind == "states":
+            self.cached = recipe.data.cache_states
+        else:
+            self.cached = stage.needs_reference and recipe.objective.reference == "cache"
+
+    @torch.no_grad()
+    def __call__(self, micro_batch: PairMicroBatch, packed: PackedBatch | None = None) -> Tensor:
+        """Return the outputs for all pairs. ``packed``: the only bin on the model's device, if it is there already."""
+        outputs, device = [], self.stage.model.device
+        for part in micro_batch.bins():
+            if self.cached:
+                outputs.append(self.cache.rows(part.pairs, lambda part=part: self._compute(part, packed)))
+            else:
+                outputs.append(self._compute(part, packed))
+        joined = torch.cat(outputs)
+        if not self.cached:
+            return joined
+        if self.kind == "reference":
+            return to_device(joined.flatten(), device)
+        return to_device(joined.view(2 * len(joined), -1), device).to(self.stage.model.dtype)
+
+    def _compute(self, micro_batch: PairMicroBatch, packed: PackedBatch | None) -> Tensor:
+        if packed is None:
+            packed = micro_batch.packed.to(self.stage.model.device)
+        if self.kind == "states":
+            return self.stage.model.reward_states(packed)
+        return self.stage.reference.forward_packed(packed).logprobs
+
+    @cached_property
+    def cache(self) -> PairCache:
+        """Cache on disk, opened at the first use: by then the weights that name it have the precision of the run."""
+        stage, config = self.stage, self.stage.model.config
+        frozen, width = stage.reference, 2
+        if self.kind == "states":
+            frozen, width = stage.model.backbone, 2 * config.hidden_size
+        weights = {}
+        for name, weight in frozen.named_parameters():
+            if not name.startswith("heads."):
+                if stage.world.world_size > 1:
+                    weight = full_tensor(weight, compute_dtype(stage.model)).cpu()
+                weights[name] = weight
+        directory, any_rank = cache_directory(stage.recipe), stage.world.any_rank
+        return PairCache(directory, self.kind, weights, config, stage.tokenizer, width, any_rank)
+
+    def flush(self) -> None:
+        """Write the new outputs to the disk."""
+        if "cache" in vars(self):
+            self.cache.store.flush()
+
+    def refresh(self) -> None:
+        """Read the outputs that other ranks have written."""
+        if "cache" in vars(self):
+            self.cache.store.refresh()
+
+
+class PreferenceStage(Stage):
+    """Stages align and head: every step takes the next preference pairs, each with its prompt shared.
+
+    Args:
+        encode: from a record to a pair.
+        records: training records.
+        held_out: records for evaluation, by name.
+        others: see :class:`Stage`.
+
+    Attributes:
+        rewarded: whether the loss has the reward's part.
+        frozen: outputs of the reference model or the frozen backbone.
+        batches: pairs of all ranks.
+
+    Raises UserError for a missing head, an objective without any part, and a held-out source without a pair.
+    """
+
+    micro_batch_class: ClassVar[type[PairMicroBatch]] = PairMicroBatch
+
+    def __init__(
+        self,
+        *,
+        encode: Callable[[Record], Pair],
+        records: Sampler,
+        held_out: Mapping[str, Sequence[Record]],
+        **others: Any,
+    ) -> None:
+        super().__init__(**others)
+        self.encode = encode
         objective = self.recipe.objective
         self.rewarded = objective.dph_weight > 0
         self.needs_reference = self.recipe.stage == "align" and objective.dpo_weight > 0
         if not (self.rewarded or self.needs_reference):
             raise UserError("objective: expected a weight above 0 for a part that the stage trains, got none")
-        there = self.model.head_names
-        if not objective.heads or not set(objective.heads) <= set(there):
-            got = ", ".join(name for name in objective.heads if name not in there) or "none"
-            raise UserError(f"objective.heads: expected at least one name, of {', '.join(there)}, got {got}")
-        self.cached = self._cached()
-        self.found = metric_names(objective.heads if self.rewarded else ())
-        self.metrics = tuple(name for name in self.found if name != "finite")
-        self.batches = self._pairs(self.records, self.recipe.batch.size)
+        heads = self.model.head_names
+        missing = [name for name in objective.heads if name not in heads]
+        if missing or not objective.heads:
+            got = ", ".join(missing) or "none"
+            raise UserError(f"objective.heads: expected at least one name, of {', '.join(heads)}, got {got}")
+        names = metric_names(objective.heads if self.rewarded else ())
+        self._not_logged = names.index("finite")
+        self.metrics = names[: self._not_logged] + names[self._not_logged + 1 :]
+        self.frozen = FrozenModel(self)
+        self.batches = self.open_pairs(records, self.recipe.batch.size)
         self.dropout_seed = draw(2**31, self.recipe.seed, "dropout")
-        self.told: dict[str, int] = {}  # held-out pairs of each source that a frozen backbone's log-probabilities tell
-        self.judged_of: dict[str, PairBatches] = {}  # the batches of each source that the last evaluation took
-        for name, records in self.held_out.items():  # an error now rather than at the first evaluation
-            held_out = self._pairs(InOrder(records), 1)
-            if next(held_out, None) is None:
-                raise UserError(f"{name}: expected held-out pairs, got none: {_left_out(held_out)}")
+        self.held_out = HeldOutPairs(self, held_out)
 
-    def _cached(self) -> str | None:
-        """What is kept on disk of what a frozen model says: "reference" log-probabilities, "states" or nothing."""
-        if self.needs_reference and self.recipe.objective.reference == "cache":
-            return "reference"
-        return "states" if self.recipe.stage == "head" and self.recipe.data.cache_states else None
-
-    @cached_property
-    def cache(self) -> PairCache:
-        """Made when first asked for: by then the weights, which it is named after, have the precision of the run."""
-        config, width, model = self.model.config, 2, self.reference
-        if self.cached == "states":
-            model, width = self.model.backbone, 2 * config.hidden_size
-        named = () if model is None else model.named_parameters()
-        weights = {name: self._as_used(weight) for name, weight in named if not name.startswith("heads.")}
-        where, agree = directory(self.recipe), self.world.any
-        return PairCache(where, self.cached, weights, config, self.tokenizer, width, agree)
-
-    def _as_used(self, weight: Tensor) -> Tensor:
-        """Whole and as the model computes with it, of a weight that may lie in shards."""
-        return weight if self.world.size == 1 else whole(weight, computes_in(self.model)).cpu()
-
-    def _pairs(self, records: Order, size: int) -> PairBatches:
+    def open_pairs(self, records: Sampler, size: int) -> PairBatches:
+        """Return lists of ``size`` pairs of ``records``."""
         return PairBatches(records, self.encode, size, self.recipe.data.context, self.recipe.batch.tokens)
 
     def trains(self, name: str) -> bool:
-        """The asked-for heads with their poolers, and in stage align the backbone."""
+        """Return whether ``name`` is trained: the recipe's heads and poolers, and in stage align the backbone."""
         if not name.startswith("heads."):
             return self.recipe.stage == "align"
-        heads, place = self.recipe.objective.heads, name.split(".")
-        if place[2] == "reward":
-            return place[3] in heads
-        owned = self.model.heads[place[1]].reward
-        return any(head in owned for head in heads)
+        heads, (_, group, kind, *rest) = self.recipe.objective.heads, name.split(".")
+        if kind == "reward":
+            return rest[0] in heads
+        return any(head in heads for head in self.model.heads[group].reward)
 
-    def next(self) -> Work:
-        """The next pairs, of which this process's are cut into bins."""
-        first = self.position()
+    def next_batch(self) -> StepBatch:
+        """Return the next pairs, of which this rank's are divided into micro-batches."""
+        first_record = self.batches.records.position
         pairs = next(self.batches)
-        for pair in pairs if self.rewarded else []:
-            if any(side.reward_position is None for side in pair):
-                raise UserError(f"pairs: expected finished answers, got one that was cut off: {self._show(pair)}")
-        sizes = [self.length(pair) for pair in pairs]
-        share = deal(self._places(sizes), sizes, self.world.rank, self.world.size)
-        # In stage head one part of all bins: what the backbone says of them is small, and always as much.
-        bins = [share] if self.recipe.stage == "head" else [[places] for places in share]
-        taken = f"records {first} to {self.position() - 1}"
-        return Work([self.part.of(pairs, of) for of in bins], len(pairs), sum(sizes), taken, self._flops(pairs))
+        if self.rewarded:
+            for chosen, rejected in pairs:
+                if chosen.reward_position is None or rejected.reward_position is None:
+                    pair = describe_pair((chosen, rejected), self.tokenizer)
+                    raise UserError(f"pairs: expected finished answers, got one that was cut off: {pair}")
+        lengths = list(map(self.micro_batch_class.length, pairs))
+        return StepBatch(
+            micro_batches=self.micro_batches(pairs, lengths, self.world.rank, self.world.world_size),
+            weight=len(pairs),
+            tokens=sum(lengths),
+            records=f"records {first_record} to {self.batches.records.position - 1}",
+            pairs=pairs,
+            refused=self.batches.refused.total(),
+            left_out=self.left_out(),
+        )
 
-    def _flops(self, pairs: Sequence[tuple[Encoded, Encoded]]) -> float:
-        """By what is not cached; of cached states, pooler and heads alone."""
-        amounts = flops.Amounts(judged=2 * len(pairs)) if self.cached == "states" else flops.of_pairs(pairs)
-        reference = self.needs_reference and self.cached is None
-        return flops.step_flops(self.model.config, self.recipe.stage, amounts, reference=reference)
+    def micro_batches(
+        self, pairs: Sequence[Pair], lengths: Sequence[int], rank: int = 0, world_size: int = 1
+    ) -> list[PairMicroBatch]:
+        """Return the micro-batches of ``pairs`` that belong to a rank; ``lengths``: tokens of each pair.
 
-    def _places(self, sizes: Sequence[int]) -> list[list[int]]:
-        """Which pairs, of so many tokens each, go through the model together: ``batch.micro`` of them, or what
-        ``batch.tokens`` has room for.
+        A micro-batch is a bin of ``batch.micro`` pairs, or of at most ``batch.tokens`` tokens. In stage head one
+        micro-batch has all bins: the outputs of the frozen backbone are small, and have the same shape in every step.
         """
         if self.recipe.batch.tokens is not None:
-            return fill(sizes, self.recipe.batch.tokens)
-        everyone = list(range(len(sizes)))
-        return [everyone[i : i + self.micro] for i in range(0, len(sizes), self.micro)]
+            bins = fill(lengths, self.recipe.batch.tokens)
+        else:
+            order = list(range(len(pairs)))
+            bins = [order[start : start + self.micro_size] for start in range(0, len(pairs), self.micro_size)]
+        if world_size > 1:
+            bins = partition_bins(bins, lengths, rank, world_size)
+        groups = [bins] if self.recipe.stage == "head" else [[members] for members in bins]
+        micro_batches = []
+        for group in groups:
+            indices = list(itertools.chain.from_iterable(group))
+            own_pairs = [pairs[index] for index in indices]
+            micro_batches.append(self.micro_batch_class(own_pairs, indices, list(map(len, group))))
+        return micro_batches
 
-    def given(self, part: PairPart, step: int) -> Given:
-        """A part's tensors; an answer's key is of the step and of its place in the update, whatever its part."""
-        first = 2 * self.recipe.batch.size * step
-        answers = torch.tensor([first + 2 * place + side for place in part.places for side in range(2)])
-        answers = to_device(answers, self.model.device)
+    def prepare(self, micro_batch: PairMicroBatch, step: int) -> PairInputs:
+        """Return the inputs of the loss; dropout keys depend on the step and the pair, not on the micro-batch."""
+        first_id = 2 * self.recipe.batch.size * step
+        chosen_ids = first_id + 2 * torch.tensor(micro_batch.indices)
+        device = self.model.device
+        answer_ids = to_device(torch.stack([chosen_ids, chosen_ids + 1], 1).flatten(), device)
         if self.recipe.stage == "head":
-            return Given(answers, self.frozen(part), None)
-        packed = (part.packed if self.needs_reference else _judged_only(part.packed)).to(self.model.device)
-        return Given(answers, self.frozen(part, packed) if self.needs_reference else None, packed)
+            return PairInputs(answer_ids, self.frozen(micro_batch), None)
+        if not self.needs_reference:
+            return PairInputs(answer_ids, None, without_targets(micro_batch.packed).to(device))
+        packed = micro_batch.packed.to(device)
+        return PairInputs(answer_ids, self.frozen(micro_batch, packed), packed)
 
-    def loss(self, given: Given) -> Loss:
-        """The joint objective."""
-        dropout = {"dropout_seed": self.dropout_seed, "answer_ids": given.answers}
-        if given.packed is None:
-            return self._objective(self.model.rewards_of(given.frozen, **dropout), None, None)
-        out = self.model.forward_packed(given.packed, **dropout)
-        return self._objective(out.rewards, out.logprobs, given.frozen)
-
-    def rows(self, part: PairPart) -> int:
-        """The tokens of its largest bin."""
-        return max(sum(map(self.length, each.pairs)) for each in part.bins())
-
-    @torch.no_grad()
-    def frozen(self, part: PairPart, packed: PackedBatch | None = None) -> Tensor:
-        """What the frozen model says of a part: reference log-probabilities [2N] or, in stage head, states [2N, C].
-
-        ``packed`` is that of the only bin on the model's device, where it is there already.
-        """
-        bins = list(part.bins())
-        if self.cached is None:
-            return torch.cat([self._frozen(each, packed) for each in bins])
-        rows = torch.cat([self.cache.rows(each.pairs, partial(self._frozen, each, packed)) for each in bins])
-        if self.cached == "reference":
-            return to_device(rows.flatten(), self.model.device)
-        return to_device(rows.view(2 * len(rows), -1), self.model.device).to(self.model.dtype)
-
-    def _frozen(self, part: PairPart, packed: PackedBatch | None) -> Tensor:
-        packed = part.packed.to(self.model.device) if packed is None else packed
-        if self.recipe.stage == "head":
-            return self.model.reward_states(packed)
-        return self.reference.forward_packed(packed).logprobs
-
-    def _objective(self, rewards: dict[str, Tensor], logprobs: Tensor | None, reference: Tensor | None) -> Loss:
-        objective = self.recipe.objective
-        inputs: list[Tensor | None] = [None] * 6
+    def loss(self, inputs: PairInputs) -> LossSum:
+        """Return the joint preference objective and its metrics."""
+        dropout = {"dropout_seed": self.dropout_seed, "answer_ids": inputs.answer_ids}
+        if inputs.packed is None:
+            rewards, logprobs, reference = self.model.rewards_of(inputs.frozen, **dropout), None, None
+        else:
+            out = self.model.forward_packed(inputs.packed, **dropout)
+            rewards, logprobs, reference = out.rewards, out.logprobs, inputs.frozen
+        objective, count = self.recipe.objective, len(inputs.answer_ids) // 2
+        sides: list[Tensor | None] = [None] * 6
         if self.rewarded:
-            inputs[:2] = _sides(torch.stack([rewards[name] for name in objective.heads], 1))
+            stacked = torch.stack([rewards[name] for name in objective.heads], 1)
+            sides[:2] = stacked[0::2], stacked[1::2]
         if reference is not None:
-            inputs[2:] = *_sides(logprobs), *_sides(reference)
-        count = next(len(side) for side in inputs if side is not None)
+            sides[2:] = logprobs[0::2], logprobs[1::2], reference[0::2], reference[1::2]
+        values = []
+        for side in sides:
+            if side is not None:
+                values.append(side.detach().reshape(count, -1).sum(1))
         loss, metrics = preference_loss(
-            *inputs,
+            *sides,
             beta=objective.beta,
             dpo_epsilon=objective.dpo_epsilon,
             dph_epsilon=objective.dph_epsilon,
@@ -240,120 +302,35 @@ class PairStage(Material):
             dpo_weight=objective.dpo_weight,
             dph_weight=objective.dph_weight,
         )
-        values = sum(side.detach().reshape(count, -1).sum(1) for side in inputs if side is not None)
-        kept = torch.stack([m for m, name in zip(metrics, self.found, strict=True) if name != "finite"])
-        return Loss(loss * count, kept * count, values)
+        logged = torch.cat([metrics[: self._not_logged], metrics[self._not_logged + 1 :]])
+        return LossSum(loss * count, logged * count, sum(values))  # finite if all numbers of a pair are
 
-    def describe(self, part: PairPart, values: Tensor) -> str:
-        """The first pair that went wrong."""
-        at = int((~torch.isfinite(values)).nonzero()[0])
-        return f"pair {part.places[at]} of the batch, {self._show(part.pairs[at])}"
-
-    def _show(self, pair: tuple[Encoded, Encoded]) -> str:
-        return f"which begins {excerpt(self.tokenizer, pair[0].tokens)}"
-
-    def counts(self) -> dict[str, int]:
-        """Pairs that were left out: too long, identical, or without a wrong answer."""
-        return {"refused": sum(self.batches.refused.values())}
-
-    def left_out(self) -> dict[str, str]:
-        """Of the training records, and of held-out ones, how many gave no pair, and why."""
-        found = {"records": self.batches} | {f"records of {name}": of for name, of in self.judged_of.items()}
-        return {name: _left_out(of, name) for name, of in found.items() if of.refused}
-
-    def forget(self) -> None:
-        """Nothing: a pair knows of no other."""
-
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Share of held-out pairs told right, by each reward and by mean log-probability; a tie or NaN is wrong."""
-        return merge({name: self._evaluate(name, records) for name, records in self.held_out.items()})
-
-    def _evaluate(self, name: str, records: Sequence[Record]) -> tuple[dict[str, int], int]:
-        """How many pairs are told right, by each figure, and how many there are.
-
-        Where states are cached, what the frozen backbone says is found once: by log-probability in the first
-        evaluation, and the states in the second, which rewards are read from then on.
-        """
-        told = self.told.get(name)
-        figures = self.judged if told is None else self.judged[:-1]  # all but that of log-probabilities
-        right: Counter[str] = Counter()
-        count, finished = 0, True
-        for part in self._held_out_parts(name, records):
-            if told is not None:
-                found = self._rewards(self.model.rewards_of(self.frozen(part)))
-            else:
-                out = self.model.forward_packed(part.packed.to(self.model.device))
-                found = [*self._rewards(out.rewards), out.mean_logprobs]
-            for key, (chosen, rejected) in zip(figures, map(_sides, found), strict=True):
-                right[key] += int((chosen > rejected).sum())
-            count += len(part.pairs)
-            finished &= part.finished
-        if told is not None:
-            right["logprob_accuracy"] = told
-        elif self.cached == "states" and finished:
-            self.told[name] = right["logprob_accuracy"]
-        return {key: right[key] for key in self.judged}, count
-
-    def _held_out_parts(self, name: str, records: Sequence[Record]) -> Iterator[PairPart]:
-        self.judged_of[name] = self._pairs(InOrder(records), self.micro)
-        for pairs in self.judged_of[name]:
-            for places in self._places([self.length(pair) for pair in pairs]):
-                yield self.part.of(pairs, [places])
-
-    @property
-    def judged(self) -> tuple[str, ...]:
-        """The figures of one held-out source: of each reward, and of the mean log-probability."""
-        heads = self.recipe.objective.heads if self.rewarded else ()
-        names = (f"_{head}" if len(heads) > 1 else "" for head in heads)
-        return (*(f"reward_accuracy{name}" for name in names), "logprob_accuracy")
-
-    def _rewards(self, rewards: dict[str, Tensor]) -> list[Tensor]:
-        """Of the heads that are trained."""
-        return [rewards[head] for head in self.recipe.objective.heads] if self.rewarded else []
+    def left_out(self) -> str | None:
+        """Return a message about the training pairs that were left out so far, or None."""
+        return refusal_message(self.batches) if self.batches.refused else None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The place in the data. What the cache has gathered goes to the disk: a checkpoint follows.
+        """Return the position in the data, and write new frozen outputs to the disk, since a checkpoint follows.
 
-        Of several processes each then sees what all have gathered: in the next epoch a pair may be another's.
+        Afterwards every rank sees the outputs of all ranks: in the next epoch a pair may belong to another rank.
         """
-        with self.world.together():
-            self.flush()
-        if self.world.size > 1 and self._caches:
-            self.cache.store.look()
+        with self.world.fail_together():
+            self.frozen.flush()
+        if self.world.world_size > 1:
+            self.frozen.refresh()
         return {}, self.batches.state_dict()
 
-    def flush(self) -> None:
-        """Write what the cache has gathered."""
-        if self._caches:
-            self.cache.store.flush()
-
-    @property
-    def _caches(self) -> bool:
-        """Whether the cache has been asked for."""
-        return "cache" in self.__dict__
-
-    def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Stand there again."""
+    def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Continue from a position."""
         self.batches.load_state_dict(state)
 
 
-def _sides(values: Tensor) -> tuple[Tensor, Tensor]:
-    """[2N, ...] -> chosen and rejected [N, ...]."""
-    return values[0::2], values[1::2]
+def describe_pair(pair: Pair, tokenizer: Any) -> str:
+    """Return the beginning of the chosen answer's conversation, for messages."""
+    return f"which begins {excerpt(tokenizer, pair[0].tokens)}"
 
 
-def _left_out(batches: PairBatches, name: str = "records") -> str:
-    """How many of the records taken were left out, for each reason, with the key of the recipe where there is one."""
-    reasons = []
-    for reason, count in batches.refused.most_common():
-        key = next((f" ({key})" for start, key in KEYS.items() if reason.startswith(start)), "")
-        reasons.append(f"{count:,} {reason}{key}")
-    taken = batches.records.state_dict()["position"]
-    return f"{batches.refused.total():,} of {taken:,} {name} were left out: {', '.join(reasons)}"
-
-
-def _judged_only(packed: PackedBatch) -> PackedBatch:
-    """Without the targets: no log-probability is computed."""
+def without_targets(packed: PackedBatch) -> PackedBatch:
+    """Return the batch without targets, so that no log-probability is computed."""
     names = ("rows", "targets", "answers", "trained", "scored")
     return dataclasses.replace(packed, **{name: getattr(packed, name)[:0] for name in names})

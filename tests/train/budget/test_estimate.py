@@ -10,12 +10,12 @@ from helpers.texts import conversation, small_tokenizer
 import dph
 from dph import devices
 from dph.cli import main
-from dph.data.formats import Preference, encoder
+from dph.data.formats import Encoder, Preference
 from dph.data.packing import pack
 from dph.errors import UserError
-from dph.train import distributed, recipe
+from dph.train import compile, distributed, recipe
 from dph.train.budget import estimate, memory
-from dph.train.entry import make_stage
+from dph.train.build import make_stage
 from dph_kernels import dispatch
 
 
@@ -40,7 +40,7 @@ def make(start, stage, source, **changes):
 def test_numbers_of_a_stage(start):
     found = estimate.estimate(make(start, "align", "pairs.jsonl", batch__micro=2))
     model = tiny()
-    pair = encoder(small_tokenizer())(Preference(conversation("hello", "world"), conversation("hello", "late")))
+    pair = Encoder(small_tokenizer())(Preference(conversation("hello", "world"), conversation("hello", "late")))
     assert found.parameters == found.trained == model.num_parameters()
     assert found.tokens == 4 * len(pack([pair]).tokens)
     assert (found.steps, found.device) == (8, "CPU")
@@ -59,7 +59,7 @@ def test_numbers_of_a_stage(start):
 def test_what_each_of_two_processes_takes(start, monkeypatch, capsys):
     """Half of what lies in shards, fp32 also where they are gathered in bf16; the first process says so."""
     one = estimate.estimate(make(start, "align", "pairs.jsonl", precision="bf16"))
-    for name, value in {**dict.fromkeys(distributed.TOLD, "2"), "WORLD_SIZE": "2", "RANK": "1"}.items():
+    for name, value in {**dict.fromkeys(distributed.TORCHRUN_VARIABLES, "2"), "WORLD_SIZE": "2", "RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     two = estimate.estimate(make(start, "align", "pairs.jsonl", precision="bf16"))
     assert (one.processes, two.processes) == (1, 2)
@@ -83,11 +83,11 @@ def test_rows_of_a_part(start, stage, source):
     made = make_stage(make(start, stage, source, batch__micro=2), tiny(), small_tokenizer(), records(stage), [])
     made.reference, seen = tiny(), []
     made.model.backbone.register_forward_hook(lambda module, inputs, out: seen.append(out[..., 0].numel()))
-    parts = made.next().parts
+    parts = made.next_batch().micro_batches
     for part in parts:
-        made.loss(made.given(part, 0))
+        made.loss(made.prepare(part, 0))
     assert len(parts) == (1 if stage == "head" else 2)
-    assert max(map(made.rows, parts)) == max(seen)
+    assert max(part.rows for part in parts) == max(seen)
 
 
 def test_frozen_parts_take_no_state(start):
@@ -148,9 +148,9 @@ def test_memory_lies_on_a_gpu_where_all_of_the_run_fits(start, kind, checkpointi
     assert parts["Transformer-XL memory of held-out streams"] == 3 * rings
     needed = sum(parts.values())
     for room, place in ((needed / 0.9 + 1, "device"), (needed / 0.9 - 1, "host")):
-        monkeypatch.setattr(devices, "memory", lambda device, room=room: room)
+        monkeypatch.setattr(devices, "device_memory", lambda device, room=room: room)
         assert memory.choose_place(stage, gpu) == place
-        assert f"the memory of 4 streams is on the {place}; all on the GPU" in memory.explain(stage, gpu, place)
+        assert f"the memory of 4 streams is on the {place}; all on the GPU" in memory.explain_place(stage, gpu, place)
 
 
 def test_pinned_memory_comes_in_powers_of_two(start):
@@ -167,7 +167,7 @@ def test_a_host_without_room_is_named(start, monkeypatch):
     message = r"data.memory_place: expected 0.08 MB on the host for the memory of 4 streams, got 0.01 MB"
     with pytest.raises(UserError, match=message):
         stage_of(start, data__memory_place="host")
-    assert stage_of(start).place == "device"
+    assert stage_of(start).memory_place == "device"
 
 
 def test_an_update_that_no_host_holds_names_both_sizes(start):
@@ -182,8 +182,8 @@ def test_the_host_says_how_much_memory_it_has():
     assert 1e8 < devices.host_memory() < 1e14
 
 
-@pytest.mark.parametrize(("checkpointing", "compile"), [("none", False), ("block", False), ("none", True)])
-def test_activations_are_those_that_autograd_keeps(checkpointing, compile, request, monkeypatch):
+@pytest.mark.parametrize(("checkpointing", "compiled"), [("none", False), ("block", False), ("none", True)])
+def test_activations_are_those_that_autograd_keeps(checkpointing, compiled, request, monkeypatch):
     """Within a tenth, of a model with the paper's proportions."""
     monkeypatch.setattr(dispatch, "FEW", 0)  # as of real sizes
     torch.manual_seed(0)
@@ -193,7 +193,7 @@ def test_activations_are_those_that_autograd_keeps(checkpointing, compile, reque
     )  # fmt: skip
     model, rows = dph.Model(config), 200
     model.backbone.gradient_checkpointing = checkpointing == "block"
-    if compile:
+    if compiled:
         request.getfixturevalue("inductor")
         compile.switch_on(model.backbone)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -208,7 +208,7 @@ def test_activations_are_those_that_autograd_keeps(checkpointing, compile, reque
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.stream_logprobs(torch.randint(512, (1, rows)), torch.randint(512, (1, rows))).sum()
     measured = sum(size for size, _ in kept.values())
-    values = settings("sft", "unused", checkpointing=checkpointing, compile=compile)
+    values = settings("sft", "unused", checkpointing=checkpointing, compile=compiled)
     reckoned = memory.activations(values, model.config, rows, 4)
     if checkpointing == "block":  # while one block is computed again, its own activations are there
         reckoned -= rows * (4 * (10 * 192 + 3 * 512) + 4 * 3)
@@ -221,7 +221,7 @@ def test_the_command_writes_nothing(start, capsys, monkeypatch):
     arguments = [f"model.path={start / 'model'}", f"data.sources=[{start / 'pairs.jsonl'}]", "batch.size=4"]
     assert main.main(["train", "mini-align", *arguments, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    for word in ("parameters", "memory in all", "tokens in an update", "minutes"):
+    for word in ("parameters", "memory in all", "tokens in a step", "minutes"):
         assert word in said
     assert sorted(start.rglob("*")) == before
 
@@ -230,6 +230,6 @@ def test_records_that_the_first_update_leaves_out_are_told(start):
     pairs = [{"prompt": "hello", "chosen": "world", "rejected": "late" + " late" * 300 * (i % 2)} for i in range(8)]
     (start / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     last = estimate.estimate(make(start, "align", "pairs.jsonl", batch__size=8)).table().splitlines()[-1]
-    assert last.startswith("first update: ")
+    assert last.startswith("first step: ")
     assert "records were left out: " in last
     assert last.endswith(" longer than 200 tokens (data.context)")

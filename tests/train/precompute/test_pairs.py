@@ -12,10 +12,10 @@ from helpers.texts import small_tokenizer, write_lines
 from safetensors.torch import load_file
 
 from dph.cli import main
-from dph.data.formats import encoder
+from dph.data.formats import Encoder
 from dph.errors import UserError
 from dph.model.backbone import Backbone
-from dph.train import distributed, run_dir
+from dph.train import checkpointing, distributed
 from dph.train.entry import train
 from dph.train.precompute import fill as precompute
 from dph.train.precompute import pairs, store
@@ -98,7 +98,7 @@ def test_held_out_states_are_computed_once(tmp_path, calls):
 
 
 def test_cut_off_held_out_answers_have_no_reward(tmp_path):
-    encode = encoder(small_tokenizer())
+    encode = Encoder(small_tokenizer())
     pairs = [encode(record) for record in records("head", 4)]
     pairs[1] = pairs[1][0], dataclasses.replace(pairs[1][1], reward_position=None)
     changes = {"batch__micro": 2, "evaluation__every": 1, "optimiser__steps": 4}
@@ -126,7 +126,7 @@ def test_resume_is_bit_for_bit(stage, after, tmp_path, monkeypatch):
     data = Trap(records(stage), after, die)
     with pytest.raises(Killed):
         go(recipe, data)
-    assert run_dir.newest(tmp_path / "parts" / "checkpoints").step == after // 4 // 3 * 3
+    assert checkpointing.newest_checkpoint(tmp_path / "parts" / "checkpoints").step == after // 4 // 3 * 3
     assert sum(len(load_file(shard)["keys"]) for shard in shards(tmp_path / "two")) >= min(after // 4 * 4 - 2, 21)
     same(whole, go(recipe, resume=True))
 
@@ -142,13 +142,13 @@ def test_without_company_every_epoch_is_the_same_bit_for_bit(stage, tmp_path):
     data = Trap(records(stage), 30, die)
     with pytest.raises(Killed):
         go(recipe, data)
-    assert run_dir.newest(tmp_path / "kept" / "checkpoints").step == 6
+    assert checkpointing.newest_checkpoint(tmp_path / "kept" / "checkpoints").step == 6
     same(plain, go(recipe, resume=True))
 
 
 def test_the_cache_lies_beside_the_run_unless_the_recipe_says_where(tmp_path):
-    assert pairs.directory(settings("head", tmp_path / "run", data__cache=None)) == tmp_path / "cache"
-    assert pairs.directory(settings("head", tmp_path / "run", data__cache="there")).name == "there"
+    assert pairs.cache_directory(settings("head", tmp_path / "run", data__cache=None)) == tmp_path / "cache"
+    assert pairs.cache_directory(settings("head", tmp_path / "run", data__cache="there")).name == "there"
     go(settings("head", tmp_path / "run", data__cache=None, optimiser__steps=2))
     assert [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()] == ["states"]
     go(settings("align", tmp_path / "other", data__cache=None, optimiser__steps=2))  # on the fly: nothing is kept
@@ -165,7 +165,7 @@ def test_no_cache_is_made_where_it_is_off(tmp_path):
 
 def fill(recipe, data=None, **options):
     data = data or records(recipe.stage)
-    return precompute.fill(recipe, model=tiny(), tokenizer=small_tokenizer(), records=data, **options)
+    return precompute.fill_cache(recipe, model=tiny(), tokenizer=small_tokenizer(), records=data, **options)
 
 
 def test_a_pass_ahead_tells_what_it_left_out(tmp_path, capsys):
@@ -215,7 +215,7 @@ def test_a_pass_ends_with_the_data_and_goes_on_where_it_stopped(tmp_path, monkey
     recipe = stage_settings("head", tmp_path / "run", optimiser__steps=100)
     data = Trap(records("head"), 11, die)
     with pytest.raises(Killed):
-        precompute.fill(recipe, model=tiny(), tokenizer=small_tokenizer(), records=data, quiet=True)
+        precompute.fill_cache(recipe, model=tiny(), tokenizer=small_tokenizer(), records=data, quiet=True)
     filled = fill(recipe, quiet=True)
     assert (filled.pairs, filled.computed, filled.stored) == (24, 15, 23)
 
@@ -247,7 +247,7 @@ def test_a_pair_that_comes_twice_is_one(tmp_path):
 
 
 def test_a_pass_is_one_process_s(tmp_path, monkeypatch):
-    for name in ("WORLD_SIZE", *distributed.TOLD):
+    for name in ("WORLD_SIZE", *distributed.TORCHRUN_VARIABLES):
         monkeypatch.setenv(name, "2")
     with pytest.raises(UserError, match="WORLD_SIZE: expected one process to fill a cache, got 2"):
         fill(stage_settings("head", tmp_path / "run"))

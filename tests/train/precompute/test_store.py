@@ -10,10 +10,10 @@ from helpers.stages import records, tiny
 from helpers.texts import small_tokenizer
 from safetensors.torch import save_file
 
-from dph.data.formats import encoder
+from dph.data.formats import Encoder
 from dph.errors import UserError
 from dph.train.precompute import store as storage
-from dph.train.precompute.store import Cache, fingerprint, pair_key
+from dph.train.precompute.store import RowStore, fingerprint, pair_key
 
 WIDTH = 3
 
@@ -30,7 +30,7 @@ def rows(*numbers):
 
 
 def test_rows_come_back_from_memory_and_from_disk(tmp_path):
-    store = Cache(tmp_path, WIDTH, rows=4)
+    store = RowStore(tmp_path, WIDTH, rows=4)
     store.put(keys(*range(6)), rows(*range(6)))
     assert len(shards(tmp_path)) == 1  # four are on disk, two wait
     for key, row in zip(keys(*range(6)), rows(*range(6)), strict=True):
@@ -38,14 +38,14 @@ def test_rows_come_back_from_memory_and_from_disk(tmp_path):
     assert store.get(keys(9)[0]) is None
     store.flush()
     store.flush()
-    again = Cache(tmp_path, WIDTH)
+    again = RowStore(tmp_path, WIDTH)
     assert (len(store), len(again), len(shards(tmp_path))) == (6, 6, 2)
     assert all(torch.equal(again.get(k), r) for k, r in zip(keys(*range(6)), rows(*range(6)), strict=True))
     assert all(path.suffix == ".safetensors" for path in tmp_path.iterdir())
 
 
 def test_the_first_row_of_a_key_stays_and_what_is_not_finite_is_left_out(tmp_path):
-    store = Cache(tmp_path, WIDTH)
+    store = RowStore(tmp_path, WIDTH)
     store.put(keys(1), rows(1))
     store.put(keys(1, 2, 3), torch.stack([rows(7)[0], torch.full((3,), torch.nan), rows(3)[0]]))
     assert torch.equal(store.get(keys(1)[0]), rows(1)[0])
@@ -54,7 +54,7 @@ def test_the_first_row_of_a_key_stays_and_what_is_not_finite_is_left_out(tmp_pat
 
 
 def test_what_is_read_can_be_changed(tmp_path):
-    store = Cache(tmp_path, WIDTH, rows=1)
+    store = RowStore(tmp_path, WIDTH, rows=1)
     store.put(keys(1), rows(1))
     store.get(keys(1)[0]).zero_()
     assert torch.equal(store.get(keys(1)[0]), rows(1)[0])
@@ -62,30 +62,30 @@ def test_what_is_read_can_be_changed(tmp_path):
 
 def test_values_are_read_when_they_are_asked_for(tmp_path, caplog):
     """A value that is damaged is found when it is read, and not before; all others are there."""
-    store = Cache(tmp_path, WIDTH)
+    store = RowStore(tmp_path, WIDTH)
     store.put(keys(*range(8)), rows(*range(8)))
     store.flush()
     (shard,) = shards(tmp_path)
     spoil(shard, 5)
-    store = Cache(tmp_path, WIDTH)
+    store = RowStore(tmp_path, WIDTH)
     assert not store._shards
     assert not caplog.records
     assert [store.get(key) is None for key in keys(*range(8))] == [i == 5 for i in range(8)]
     assert f"{shard} is damaged (row 5" in caplog.text
     store.put(keys(5), rows(5))
     store.flush()
-    assert torch.equal(Cache(tmp_path, WIDTH).get(keys(5)[0]), rows(5)[0])  # the newer shard's
+    assert torch.equal(RowStore(tmp_path, WIDTH).get(keys(5)[0]), rows(5)[0])  # the newer shard's
 
 
 def test_damaged_shards_are_passed_over(tmp_path, caplog):
-    store = Cache(tmp_path, WIDTH, rows=1)
+    store = RowStore(tmp_path, WIDTH, rows=1)
     store.put(keys(1, 2, 3), rows(1, 2, 3))
     first, second, _ = shards(tmp_path)
     first.write_bytes(first.read_bytes()[:-4])
     second.write_bytes(b"")
     other = tmp_path / "0-other.safetensors"
     save_file({"keys": torch.zeros(1, 32, dtype=torch.uint8), "values": torch.zeros(1, WIDTH + 1)}, other)
-    store = Cache(tmp_path, WIDTH)
+    store = RowStore(tmp_path, WIDTH)
     assert [store.get(key) is not None for key in keys(1, 2, 3)] == [False, False, True]
     assert len(caplog.records) == 3
     for path in (first, second, other):
@@ -95,22 +95,22 @@ def test_damaged_shards_are_passed_over(tmp_path, caplog):
 
 def test_leavings_of_a_killed_process_are_deleted_when_they_are_old(tmp_path, monkeypatch, caplog):
     (tmp_path / "1-a.partial").write_bytes(b"half")
-    assert len(Cache(tmp_path, WIDTH)) == 0
+    assert len(RowStore(tmp_path, WIDTH)) == 0
     assert (tmp_path / "1-a.partial").exists()  # another process may be at it
     monkeypatch.setattr(storage, "STALE", -1)
-    Cache(tmp_path, WIDTH)
+    RowStore(tmp_path, WIDTH)
     assert not (tmp_path / "1-a.partial").exists()
     assert "1-a.partial was left half written" in caplog.text
 
 
 def test_two_writers_share_a_directory(tmp_path):
-    one, two = Cache(tmp_path, WIDTH, rows=2), Cache(tmp_path, WIDTH, rows=2)
+    one, two = RowStore(tmp_path, WIDTH, rows=2), RowStore(tmp_path, WIDTH, rows=2)
     for i in range(0, 8, 2):
         one.put(keys(i, i + 1), rows(i, i + 1))
         two.put(keys(i + 1, i + 2), rows(i + 1, i + 2))
     assert len(shards(tmp_path)) == 8
-    both = Cache(tmp_path, WIDTH)
-    two.look()
+    both = RowStore(tmp_path, WIDTH)
+    two.refresh()
     for store in (both, two):
         assert len(store) == 9
         assert all(torch.equal(store.get(k), r) for k, r in zip(keys(*range(9)), rows(*range(9)), strict=True))
@@ -119,7 +119,7 @@ def test_two_writers_share_a_directory(tmp_path):
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_a_full_disk_leaves_what_was_there(call, tmp_path, monkeypatch):
-    store = Cache(tmp_path, WIDTH)
+    store = RowStore(tmp_path, WIDTH)
     store.put(keys(1), rows(1))
     store.flush()
     store.put(keys(2), rows(2))
@@ -127,31 +127,31 @@ def test_a_full_disk_leaves_what_was_there(call, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store.os if call == "fsync" else store.Path, call, full)
+    monkeypatch.setattr(storage.os if call == "fsync" else storage.Path, call, full)
     with pytest.raises(OSError, match="No space left on device: the cache could not be written") as caught:
         store.flush()
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
     monkeypatch.undo()
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
     store.flush()  # there is room again: nothing is lost
-    assert len(Cache(tmp_path, WIDTH)) == 2
+    assert len(RowStore(tmp_path, WIDTH)) == 2
 
 
 def test_errors_say_what_was_expected(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cache: expected a directory, got .*file"):
-        Cache(tmp_path / "file", WIDTH)
+        RowStore(tmp_path / "file", WIDTH)
     with pytest.raises(UserError, match="width: expected at least 1, got 0"):
-        Cache(tmp_path, 0)
+        RowStore(tmp_path, 0)
     with pytest.raises(ValueError, match=r"values: expected shape \[2, 3\], got \[1, 3\]"):
-        Cache(tmp_path, WIDTH).put(keys(1, 2), rows(1))
+        RowStore(tmp_path, WIDTH).put(keys(1, 2), rows(1))
 
 
 # Keys
 
 
 def test_keys_differ_by_whatever_the_numbers_depend_on():
-    chosen, rejected = encoder(small_tokenizer())(records("align", 1)[0])
+    chosen, rejected = Encoder(small_tokenizer())(records("align", 1)[0])
     changed = [
         {"tokens": [*chosen.tokens[:-1], 5]},
         {"targets": [*chosen.targets[:-1], 5]},
@@ -167,14 +167,14 @@ def test_keys_differ_by_whatever_the_numbers_depend_on():
 
 
 def test_fingerprints_differ_by_weights_and_configuration():
-    def of(model):
+    def backbone_fingerprint(model):
         return fingerprint(dict(model.backbone.named_parameters()), model.config)
 
     moved = tiny()
     with torch.no_grad():
         moved.backbone.blocks[1].ffn.fc2.bias[3] += 1e-6
     models = [tiny(), tiny(seed=1), moved, tiny().bfloat16(), tiny(rope_reversed=False), tiny(layer_norm_eps=1e-6)]
-    assert len({of(model) for model in models}) == len(models)
+    assert len({backbone_fingerprint(model) for model in models}) == len(models)
     other = tiny(reward_dropout=0.5, task_heads=["other"])
     other.backbone.load_state_dict(tiny().backbone.state_dict())
-    assert of(other) == of(tiny())
+    assert backbone_fingerprint(other) == backbone_fingerprint(tiny())

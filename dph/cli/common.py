@@ -1,0 +1,174 @@
+"""Arguments, models and output that several commands share. PyTorch is imported when a model is opened."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dph.errors import UserError
+from dph.infer import sampling
+
+if TYPE_CHECKING:
+    from dph.model.model import Model
+    from dph.train.recipe import Recipe
+
+
+# Arguments
+
+
+def number_type(kind: Callable[[str], float], fits: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+    """Return an argparse type that reads a ``kind`` and refuses numbers that do not fit, naming ``expected``."""
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+    return read
+
+
+COUNT = number_type(*sampling.COUNT)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the model with its device and dtype."""
+    parser.add_argument("model", metavar="MODEL", help="model or run directory, or a hub name (OWNER/NAME)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the weights (default: bfloat16 on a GPU, float32 on the CPU)",
+    )
+
+
+def add_judging(parser: argparse.ArgumentParser) -> None:
+    """Add the reward head, or the choice of none."""
+    parser.add_argument("--head", default="default", help="reward head to score with")
+    parser.add_argument("--logprob-only", action="store_true", help="no rewards: for a model without a reward head")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the options of best-of-N sampling."""
+    types = {name: number_type(*rule) for name, rule in sampling.RULES.items()}
+    parser.add_argument("-n", "--n", type=types["n"], default=16, help="answers to choose from (default: 16)")
+    parser.add_argument("--rank", choices=("reward", "logprob"), default="reward", help="score that ranks the answers")
+    parser.add_argument("--head", default="default", help="reward head to score with")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    for name, default, metavar, text in (
+        ("max_new_tokens", 256, "N", "(default: 256)"),
+        ("temperature", 1.0, None, "0 takes the likeliest token (default: 1)"),
+        ("top_k", 0, "K", "sample among the K likeliest; 0 for all"),
+        ("top_p", 1.0, "P", "sample among the likeliest P of the mass"),
+        ("seed", None, None, "of the sampling, for reproducible answers"),
+    ):
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=types[name], default=default, metavar=metavar, help=text)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add the switch to JSON lines."""
+    parser.add_argument("--json", action="store_true", help="JSON lines in place of a table")
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add the recipe, its overrides and the run directory."""
+    parser.add_argument(
+        "recipe",
+        help="a YAML file, or a shipped recipe's name: pretrain, vocab, sft, align or head (the paper's stages), with "
+        "a100- or h200- before it for one GPU of that kind, or mini- for two CPU cores",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.sub=value", help="values that replace the recipe's"
+    )
+    parser.add_argument("--output", metavar="DIR", help="run directory, in place of the recipe's")
+
+
+# Input
+
+
+def load_recipe(args: argparse.Namespace) -> Recipe:
+    """Return the recipe with its overrides. Raises UserError if the file, a key or a value is wrong."""
+    from dph.train import recipe
+
+    overrides = list(args.overrides)
+    if args.output is not None:
+        overrides.append(f"output.directory={json.dumps(args.output)}")
+    return recipe.load(args.recipe, overrides)
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Raise UserError if the device or the model does not exist; only a GPU's name needs PyTorch for that."""
+    from dph.model.paths import model_path
+
+    if args.device not in ("auto", "cpu"):
+        from dph import devices
+
+        devices.choose(args.device, "--device")
+    model_path(args.model)
+
+
+def open_model(args: argparse.Namespace, head: str | None, alternative: str) -> tuple[Model, Any]:
+    """Return the model in evaluation mode, on ``--device`` in ``--dtype``, and its tokenizer.
+
+    Raises UserError if the model lacks ``head`` (None: not needed) or its weights; ``alternative`` names an option
+    that needs no head.
+    """
+    import torch
+
+    from dph import devices
+    from dph.model.loading import check_tokenizer, load_model, load_tokenizer
+
+    device = devices.choose(args.device, "--device")
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    model = load_model(args.model, dtype=getattr(torch, dtype))
+    tokenizer = load_tokenizer(args.model)
+    check_tokenizer(model, tokenizer)
+    if head is not None:
+        try:
+            model.check_heads(head)
+        except ValueError as error:
+            raise UserError(f"{error}; {alternative}") from None
+    return model.to(device).eval(), tokenizer
+
+
+# Output
+
+
+def check_nans(count: int) -> None:
+    """Raise RuntimeError (exit code 1) if any score is NaN."""
+    if count:
+        raise RuntimeError(f"{count} scores are not a number (NaN); where there was a choice they count as wrong")
+
+
+def check_output_file(path: str) -> None:
+    """Raise the OSError that writing to ``path`` would raise, if it is a folder or its folder does not exist."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not Path(path).parent.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+
+def json_line(value: Any) -> str:
+    """Return one line of JSON; numbers that are not finite, which JSON lacks, become null."""
+    return json.dumps(_finite(value), ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

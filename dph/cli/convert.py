@@ -1,0 +1,87 @@
+"""``dph convert``: a model in the other layout, own or released."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dph.errors import UserError
+
+if TYPE_CHECKING:
+    from dph.model.model import Model
+
+HELP = "turn a released lsw_transformer model, or a run's checkpoint into the own format, or back"
+EXAMPLE = """dph convert released-model own-model --to own
+dph convert runs/align/checkpoints/step-00004096 best --to own"""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``dph convert``."""
+    parser.add_argument(
+        "input", metavar="IN", help="model directory, hub name, or a run's checkpoint (RUN/checkpoints/step-NNNNNNNN)"
+    )
+    parser.add_argument("output", metavar="OUT", help="directory to write; must be new or empty")
+    parser.add_argument("--to", required=True, choices=("own", "official"), help="layout of OUT")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write weights and configuration in the other layout, and the tokenizer's files unchanged."""
+    from dph.model.paths import model_path
+
+    if not Path(args.input).is_dir():
+        model_path(args.input)  # a hub name, or the error that there is no such model
+    output = Path(args.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: expected a new or empty directory, got one that exists with files in it")
+
+    from dph.model.loading import load_tokenizer
+    from dph.train.build import open_checkpoint
+    from dph.train.checkpointing import MANIFEST, make_readable
+
+    if (Path(args.input) / MANIFEST).is_file():
+        source = args.input
+        model, tokenizer = open_checkpoint(source)
+    else:
+        source = model_path(args.input)
+        model, tokenizer = _load_with_trained_heads(source), None
+    if args.to == "own":
+        model.save_pretrained(output)
+    else:
+        model.save_official(output)
+    if tokenizer is None and Path(source).is_dir():
+        copied = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+        for name in copied:
+            shutil.copyfile(Path(source) / name, output / name)
+    else:
+        if tokenizer is None:
+            tokenizer = load_tokenizer(source)
+        copied = [Path(name).name for name in tokenizer.save_pretrained(output)]
+    make_readable(output)
+    print(f"{output}: {model.num_parameters():,} parameters, tokenizer files: {', '.join(copied) or 'none'}")
+
+
+def _load_with_trained_heads(source: str) -> Model:
+    """Return the model without heads that lack weights, so that untrained heads do not pass for trained ones."""
+    from dph.model.loading import load_model
+
+    model = load_model(source)
+    if not model.untrained_heads:
+        return model
+    trained = {}
+    for key in ("reward_heads", "task_heads"):
+        trained[key] = [name for name in getattr(model.config, key) if name not in model.untrained_heads]
+    names = ", ".join(sorted(model.untrained_heads))
+    print(f"reward heads without weights are left out: {names}", file=sys.stderr)
+    return load_model(source, **trained)

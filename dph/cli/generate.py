@@ -1,0 +1,82 @@
+"""``dph generate``: several answers to each prompt, ranked."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dph.cli import common
+from dph.errors import UserError
+
+if TYPE_CHECKING:
+    from dph.chat import Message
+
+HELP = "sample several answers to a prompt and rank them"
+EXAMPLE = """dph generate runs/align --prompt "Name a prime number." -n 8
+dph generate runs/align --file prompts.jsonl --json > answers.jsonl"""
+JSON_FIELDS = ("text", "reward", "logprob", "mean_logprob", "finished")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``dph generate``."""
+    common.add_model(parser)
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT", help="the user's message")
+    prompts.add_argument(
+        "--file", metavar="PROMPTS.jsonl", help="one object a line: prompt (text or messages) or messages"
+    )
+    common.add_sampling(parser)
+    common.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the prompts, then print each one's candidates, best first."""
+    prompts = [to_messages(args.prompt, "--prompt")] if args.file is None else read_prompts(args.file)
+    common.check_model(args)
+
+    from dph.cli.answers import WITHOUT_HEAD, Answerer, candidate_table, required_head
+    from dph.evaluate.tables import printable
+
+    model, tokenizer = common.open_model(args, required_head(args), WITHOUT_HEAD)
+    answerer = Answerer(model, tokenizer, args)
+    for i, messages in enumerate(prompts):
+        if messages[0]["role"] != "system":
+            messages = answerer.system + messages
+        candidates = answerer.candidates(messages)
+        if args.json:
+            fields = [{key: getattr(candidate, key) for key in JSON_FIELDS} for candidate in candidates]
+            print(common.json_line({"messages": messages, "candidates": fields}), flush=True)
+            continue
+        if i:
+            print("\n")
+        if len(prompts) > 1:
+            print(printable(messages[-1]["content"], "\n\t") + "\n")
+        print(candidate_table(candidates), flush=True)
+
+
+def read_prompts(path: str) -> list[list[Message]]:
+    """Return the conversations of a JSONL file, each with ``prompt`` (text or messages) or ``messages``."""
+    from dph.data.sources import JsonLines
+
+    prompts, lines = [], JsonLines(path)
+    for i, fields in enumerate(lines):
+        location = lines.location(i)
+        prompt = fields.get("prompt", fields.get("messages"))
+        if prompt is None:
+            raise UserError(f"{location}: expected prompt or messages, got the fields {', '.join(fields) or '(none)'}")
+        prompts.append(to_messages(prompt, location))
+    if not prompts:
+        raise UserError(f"{path}: expected at least one prompt, got none")
+    return prompts
+
+
+def to_messages(prompt: str | Sequence[Mapping[str, Any]], location: str) -> list[Message]:
+    """Return a prompt as messages. Raises UserError if they are malformed or end with an assistant's message."""
+    from dph import chat
+
+    messages = [chat.Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+    chat.check(messages, location)
+    if messages[-1]["role"] == "assistant":
+        raise UserError(f"{location}: expected a message to answer at the end, got the assistant's own")
+    return messages

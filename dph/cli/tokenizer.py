@@ -1,0 +1,33 @@
+"""``dph tokenizer``: a byte-level BPE with the chat tokens."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dph.cli import common
+from dph.errors import UserError
+
+HELP = "train a byte-level BPE with the chat tokens on text"
+EXAMPLE = "dph tokenizer corpus.txt chats.jsonl --vocab-size 4096 --output tokenizer"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``dph tokenizer``."""
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help=".txt, or .jsonl (all its text except the roles of messages)"
+    )
+    parser.add_argument(
+        "--vocab-size", type=common.COUNT, default=4096, metavar="V", help="upper bound (default: 4096)"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train and save a tokenizer."""
+    from dph.data import tokenizer
+
+    if (Path(args.output) / "tokenizer.json").exists():
+        raise UserError(f"{args.output}: expected a directory without a tokenizer, got one with tokenizer.json")
+    trained = tokenizer.train(args.files, args.vocab_size, args.output)
+    print(f"{args.output}: {len(trained)} tokens")

@@ -1,0 +1,161 @@
+"""Metrics on held-out records: of each source, and over all of them together."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dph.data.formats import Record
+from dph.data.sampler import InOrder
+from dph.errors import UserError
+from dph.train.stages.base import Stage
+
+# Start of a reason for refusing a pair (``dph.data.batching.PairBatches``) -> key of the recipe for the limit.
+LIMITS = {"longer than": "data.context", "more than": "batch.tokens"}
+
+
+class HeldOut(ABC):
+    """Evaluation of a stage's model on held-out records.
+
+    Attributes:
+        sources: records of each source, by name.
+        metrics: names of the quantities measured on each source.
+    """
+
+    def __init__(self, sources: Mapping[str, Sequence[Record]], metrics: tuple[str, ...]) -> None:
+        self.sources, self.metrics = sources, metrics
+
+    def names(self) -> list[str]:
+        """Return the keys of what :meth:`evaluate` returns."""
+        zeros = dict.fromkeys(self.metrics, 0.0)
+        return list(average({name: (zeros, 1) for name in self.sources}))
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return the means over all held-out items, and for several sources also ``METRIC/SOURCE``; {} without any."""
+        return average({name: self.sums(name, records) for name, records in self.sources.items()})
+
+    @abstractmethod
+    def sums(self, name: str, records: Sequence[Record]) -> tuple[dict[str, float], int]:
+        """Return the sums of the metrics over the items of one source, and the number of items."""
+
+    def left_out(self) -> dict[str, str]:
+        """Return messages, by source, about the records that the last evaluation left out."""
+        return {}
+
+
+class HeldOutStreams(HeldOut):
+    """Loss, token accuracy and entropy of a language-model stage."""
+
+    def __init__(self, stage: Stage, sources: Mapping[str, Sequence[Record]]) -> None:
+        super().__init__(sources, stage.metrics)
+        self.stage = stage
+
+    def sums(self, name: str, records: Sequence[Record]) -> tuple[dict[str, float], int]:
+        """Return the sums over the targets, and their number.
+
+        There are as many streams as in training, so that the size of a micro-batch changes no result.
+        """
+        stage = self.stage
+        streams = min(stage.recipe.batch.size, len(records))
+        memories = stage.new_memories(streams)
+        sums = torch.zeros(len(self.metrics), dtype=torch.float64, device=stage.model.device)
+        count = 0
+        for tokens, targets in stage.open_streams(InOrder(records), streams):
+            for micro_batch in stage.micro_batches(memories, tokens, targets):
+                stage.commit_others(memories, micro_batch.memory)
+                loss = stage.loss(stage.prepare(micro_batch, 0))
+                sums, count = sums + loss.sums, count + len(loss.values)
+        return dict(zip(self.metrics, sums.tolist(), strict=True)), count
+
+
+class HeldOutPairs(HeldOut):
+    """Accuracy of a preference stage: the chosen answer has the larger reward, or mean log-probability.
+
+    A tie or NaN counts as wrong. If the stage caches the states of a frozen backbone, the first evaluation computes
+    the log-probability accuracy, which stays the same, and later evaluations read rewards from the cached states.
+
+    Raises UserError for a source that gives no pair.
+    """
+
+    def __init__(self, stage: Stage, sources: Mapping[str, Sequence[Record]]) -> None:
+        self.stage = stage
+        self.heads = stage.recipe.objective.heads if stage.rewarded else ()
+        reward_metrics = ["reward_accuracy"] * len(self.heads)
+        if len(self.heads) > 1:
+            reward_metrics = [f"reward_accuracy_{head}" for head in self.heads]
+        super().__init__(sources, (*reward_metrics, "logprob_accuracy"))
+        self._logprob_correct: dict[str, int] = {}  # by source, for a frozen backbone
+        self._batches: dict[str, Any] = {}  # of the last evaluation, by source
+        for name, records in sources.items():  # an error now rather than at the first evaluation
+            batches = stage.open_pairs(InOrder(records), 1)
+            if next(batches, None) is None:
+                raise UserError(f"{name}: expected held-out pairs, got none: {refusal_message(batches)}")
+
+    def sums(self, name: str, records: Sequence[Record]) -> tuple[dict[str, float], int]:
+        """Return the number of correct pairs by each metric, and the number of pairs."""
+        stage, correct, count, all_finished = self.stage, Counter(), 0, True
+        frozen_correct = self._logprob_correct.get(name)
+        self._batches[name] = stage.open_pairs(InOrder(records), stage.micro_size)
+        for pairs in self._batches[name]:
+            lengths = list(map(stage.micro_batch_class.length, pairs))
+            for micro_batch in stage.micro_batches(pairs, lengths):
+                if frozen_correct is not None:
+                    rewards = stage.model.rewards_of(stage.frozen(micro_batch))
+                else:
+                    out = stage.model.forward_packed(micro_batch.packed.to(stage.model.device))
+                    rewards = out.rewards
+                    correct["logprob_accuracy"] += count_larger_chosen(out.mean_logprobs)
+                for metric, head in zip(self.metrics, self.heads, strict=False):
+                    correct[metric] += count_larger_chosen(rewards[head])
+                count += len(micro_batch.pairs)
+                all_finished = all_finished and micro_batch.finished
+        if frozen_correct is not None:
+            correct["logprob_accuracy"] = frozen_correct
+        elif stage.frozen.kind == "states" and stage.frozen.cached and all_finished:
+            self._logprob_correct[name] = correct["logprob_accuracy"]
+        return {metric: correct[metric] for metric in self.metrics}, count
+
+    def left_out(self) -> dict[str, str]:
+        """Return messages, by source, about the records that the last evaluation left out."""
+        messages = {}
+        for name, batches in self._batches.items():
+            if batches.refused:
+                messages[f"records of {name}"] = refusal_message(batches, f"records of {name}")
+        return messages
+
+
+def count_larger_chosen(values: torch.Tensor) -> int:
+    """Return the number of pairs whose chosen answer has the larger value; ``values`` [2N], the two in turn."""
+    return int((values[0::2] > values[1::2]).sum())
+
+
+def refusal_message(batches: Any, name: str = "records") -> str:
+    """Return how many records of ``PairBatches`` were left out, by reason, with the recipe's key for the limit."""
+    reasons = []
+    for reason, count in batches.refused.most_common():
+        text = f"{count:,} {reason}"
+        for start, key in LIMITS.items():
+            if reason.startswith(start):
+                text += f" ({key})"
+        reasons.append(text)
+    total, taken = batches.refused.total(), batches.records.position
+    return f"{total:,} of {taken:,} {name} were left out: {', '.join(reasons)}"
+
+
+def average(sources: Mapping[str, tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    """Return the means over all sources together and, if there are several, of each; given sums and counts."""
+    totals: Counter[str] = Counter()
+    means: dict[str, Any] = {}
+    items = 0
+    for name, (sums, count) in sources.items():
+        items += count
+        for metric, value in sums.items():
+            totals[metric] += value
+            means[f"{metric}/{name}"] = value / max(1, count)
+    overall = {metric: total / max(1, items) for metric, total in totals.items()}
+    return overall | means if len(sources) > 1 else overall
