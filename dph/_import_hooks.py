@@ -9,7 +9,7 @@
 transformers has no entry point for third-party models: its registry takes classes, and these derive from its own
 classes, which need PyTorch. Registering at ``import dph`` would therefore cost seconds. The hooks cost a dictionary
 lookup per imported module; after ``import dph``, the first import of an Auto class also imports ``dph.model`` (about
-one second of CPU). If an Auto class has been imported before, ``import dph`` registers at once.
+two seconds of CPU). If an Auto class has been imported before, ``import dph`` registers at once.
 """
 
 import importlib

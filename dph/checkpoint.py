@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from dph.chat import END
-
 RELEASED = "lsw_transformer"
 """Model type of the released directories."""
+IM_END = "<|im_end|>"  # in the released tokenizers; ``dph.chat.END`` is the same
 
 # Official name -> own name; {} stands for a block number, a reward head's name or a pooler's index.
 RENAMED = {
@@ -136,7 +135,7 @@ def end_token(path: str | os.PathLike, **hub: Any) -> int | None:
     file = cached_file(path, "tokenizer.json", **hub, **optional)
     if file is not None:
         for token in json.loads(Path(file).read_text())["added_tokens"]:
-            if token["content"] == END:
+            if token["content"] == IM_END:
                 return token["id"]
     return None
 

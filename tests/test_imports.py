@@ -29,12 +29,20 @@ def module_name(path, root):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(path, root):
-    """Every dotted name that the file imports, at any depth; for ``from a import b`` both ``a`` and ``a.b``."""
+def imported(path, root, at_runtime=False):
+    """Every dotted name that the file imports, at any depth; for ``from a import b`` both ``a`` and ``a.b``.
+
+    ``at_runtime``: without what stands below ``if TYPE_CHECKING``.
+    """
     package = module_name(path, root).split(".")
     if path.name != "__init__.py":
         package = package[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    typing_only = {node for block in blocks for statement in block.body for node in ast.walk(statement)}
+    for node in ast.walk(tree):
+        if at_runtime and node in typing_only:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -90,9 +98,12 @@ def floor_rules(importer):
 
 
 def graph(root, package):
-    """Module -> modules of the package that it imports, at any depth; without the package's own ``__init__``."""
+    """Module -> modules of the package that it imports at run time; without the package's own ``__init__``."""
     paths = {module_name(path, root): path for path in (root / package).rglob("*.py")}
-    edges = {name: {other for other in imported(path, root) if other in paths} for name, path in paths.items()}
+    edges = {
+        name: {other for other in imported(path, root, at_runtime=True) if other in paths}
+        for name, path in paths.items()
+    }
     del edges[package]
     return {name: others - {name, package} for name, others in edges.items()}
 

@@ -13,9 +13,9 @@ from hashlib import blake2b
 from itertools import accumulate
 from typing import Any, Protocol
 
-from dph.data.formats import Record
 from dph.errors import UserError
 
+Record = Any  # an item of a source, of any kind
 RecordIndex = tuple[int, int]  # number of the source, index of the record in it
 
 

@@ -5,25 +5,22 @@ Dense batches, preference pairs, streams with memory and decoding differ only in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 
-from dph.model.config import ModelConfig
-from dph.model.fused_block import BlockShape, BlockWeights, fused_block
+from dph.model.fused_block import BlockMemory, BlockShape, BlockWeights, fused_block
 from dph_kernels import autocast, dispatch
 from dph_kernels.layout import PackedLayout
 from dph_kernels.residual_norm import residual_norm
 from dph_kernels.rope_attention import rope_attention
 from dph_kernels.swiglu import swiglu
-
-if TYPE_CHECKING:
-    from dph.model.memory import LayerMemory, Memory
 
 
 class LayerNorm(nn.LayerNorm):
@@ -38,13 +35,13 @@ class LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Rotary multi-head attention over a packed layout, with or without memory; the block applies the two products."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.heads, self.rope = config.num_attention_heads, config.rope
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, projected: Tensor, layout: PackedLayout, memory: LayerMemory | None = None) -> Tensor:
+    def forward(self, projected: Tensor, layout: PackedLayout, memory: BlockMemory | None = None) -> Tensor:
         """Queries, keys and values [T, 3C], and a memory of keys and values -> [T, C]."""
         q, k, v = projected.unflatten(1, (3, self.heads, -1)).unbind(1)
         if memory is None:
@@ -53,7 +50,7 @@ class Attention(nn.Module):
         memory.keep(keys, v)
         return attended.flatten(1)
 
-    def forward_inputs(self, x: Tensor, layout: PackedLayout, memory: LayerMemory) -> Tensor:
+    def forward_inputs(self, x: Tensor, layout: PackedLayout, memory: BlockMemory) -> Tensor:
         """Inputs [T, C] and a memory of inputs -> [T, C].
 
         Keys and values are projected from the stored inputs, so that W_k and W_v get gradients from memory rows too.
@@ -73,7 +70,7 @@ class FeedForward(nn.Module):
     The bias of ``fc1`` is added by the gate's kernel, unless ``fc1`` was replaced or has hooks.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, 2 * config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
@@ -92,14 +89,14 @@ class Block(nn.Module):
     ``before`` and ``after`` are functions of rows alone, all but attention itself; ``dph.train.compile`` replaces them.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.attention_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.ffn = FeedForward(config)
 
-    def forward(self, x: Tensor, layout: PackedLayout, memory: LayerMemory | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: PackedLayout, memory: BlockMemory | None = None) -> Tensor:
         """[T, C] -> [T, C]."""
         memory_kind = None if memory is None else memory.kind
         form = block_form(self, x, layout, memory_kind)
@@ -222,7 +219,7 @@ class Backbone(nn.Module):
 
     gradient_checkpointing = False
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
         self.input_proj = nn.Linear(config.embedding_size, config.hidden_size, bias=False)
@@ -234,16 +231,14 @@ class Backbone(nn.Module):
         self,
         tokens: Tensor,
         layout: PackedLayout,
-        memory: Memory | None = None,
-        counts: Sequence[int] = (),
+        memory: Callable[[int], BlockMemory] | None = None,
         states: list[Tensor] | None = None,
     ) -> Tensor:
         """Tokens [T] int64, or their embeddings [T, E], -> [T, C].
 
         Args:
             tokens, layout: rows and their layout.
-            memory: read and updated.
-            counts: [B] tokens of each stream of ``memory``.
+            memory: maps the number of a block to its memory, which the call reads and updates.
             states: a list to which the input [T, C] of each block and the result are appended.
         """
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
@@ -251,7 +246,7 @@ class Backbone(nn.Module):
         for i, block in enumerate(self.blocks):
             if states is not None:
                 states.append(x)
-            layer_memory = None if memory is None else memory.for_layer(i, counts)
+            layer_memory = None if memory is None else memory(i)
             if recompute:  # without the state of random generators: a block draws nothing
                 x = checkpoint(block, x, layout, layer_memory, use_reentrant=False, preserve_rng_state=False)
             else:

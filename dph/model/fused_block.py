@@ -10,7 +10,7 @@ them. Here one node stands for seven, each of which has checks of its own. The n
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,26 @@ from dph_kernels.rope_attention import OPERATOR as ATTENTION
 from dph_kernels.rope_attention import check_inputs, joined_gradients
 from dph_kernels.swiglu import OPERATOR as GATE
 
-if TYPE_CHECKING:
-    from dph.model.memory import LayerMemory
-
 AUTO = "auto"
+
+
+class BlockMemory(Protocol):
+    """Interface of the memory of one layer (``dph.model.memory.LayerMemory``).
+
+    Attributes:
+        kind: "kv", rotated keys and values, or "hidden", attention inputs.
+    """
+
+    kind: str
+
+    def read(self, like: Tensor) -> tuple[Tensor, ...]:
+        """Return the stored rows [M, ...], of the shape of the rows of ``like`` [*, ...]."""
+
+    def keep(self, *rows: Tensor) -> None:
+        """Store the call's rows."""
+
+    def concat_inputs(self, inputs: Tensor) -> Tensor:
+        """Return stored and new attention inputs, oldest first, stream after stream (kind "hidden")."""
 
 
 class BlockShape(NamedTuple):
@@ -114,7 +130,7 @@ class _Saved(NamedTuple):
 
 
 def fused_block(
-    x: Tensor, layout: PackedLayout, memory: LayerMemory | None, shape: BlockShape, weights: BlockWeights
+    x: Tensor, layout: PackedLayout, memory: BlockMemory | None, shape: BlockShape, weights: BlockWeights
 ) -> tuple[Tensor, Tensor]:
     """Compute a block up to ``fc2``, with gradients; ``block_form`` has made sure that the arguments fit.
 
@@ -137,7 +153,7 @@ def fused_block(
 class _FusedBlock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, layout: PackedLayout, memory: LayerMemory | None, shape: BlockShape, *weights: Any
+        ctx: FunctionCtx, x: Tensor, layout: PackedLayout, memory: BlockMemory | None, shape: BlockShape, *weights: Any
     ) -> tuple[Tensor, Tensor]:
         total, activations, saved = _forward(x, layout, memory, shape, BlockWeights(*weights))
         ctx.save_for_backward(*saved)
@@ -169,7 +185,7 @@ class _FirstOrderOnly(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor, layout: PackedLayout, memory: LayerMemory | None, shape: BlockShape, weights: BlockWeights
+    x: Tensor, layout: PackedLayout, memory: BlockMemory | None, shape: BlockShape, weights: BlockWeights
 ) -> tuple[Tensor, Tensor, _Saved]:
     """Return the two results of ``fused_block`` and the tensors for ``_backward``."""
     _, normed, moments = NORM.forward(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dph import devices
 from dph.model.kv_ring import RingBuffers, Rows
 
 
@@ -212,9 +212,10 @@ def pinned(size: Sequence[int], dtype: torch.dtype) -> Tensor:
             return torch.zeros(size, dtype=dtype, pin_memory=torch.cuda.is_available())
     except RuntimeError as error:
         needed = math.prod(size) * dtype.itemsize
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         raise MemoryError(
             f"memory: expected {needed / 1e9:,.2f} GB of the host's memory for a layer's ring, got "
-            f"{devices.host_memory() / 1e9:,.2f} GB at most ({str(error).splitlines()[0]})"
+            f"{physical / 1e9:,.2f} GB at most ({str(error).splitlines()[0]})"
         ) from error
 
 

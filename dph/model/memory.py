@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,9 +79,9 @@ class Memory(Cache):
             first.append(seen - stored)
         return PackedLayout.aligned(counts, keys, first)
 
-    def for_layer(self, layer: int, counts: Sequence[int]) -> LayerMemory:
-        """Return the view of one layer for the call that has begun, with ``counts`` [B] tokens."""
-        return LayerMemory(self, layer, list(counts), self.seen, self.version)
+    def by_layer(self, counts: Sequence[int]) -> Callable[[int], LayerMemory]:
+        """Return a function from a layer's number to its view for the current call, of ``counts`` [B] tokens."""
+        return lambda layer: LayerMemory(self, layer, list(counts), self.seen, self.version)
 
     def read(self, layer: int, like: Tensor) -> Rows:
         """Return the rows [B * M, ...] of a layer; at first zeros of the shape of the rows of ``like`` [*, ...]."""

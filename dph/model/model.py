@@ -278,7 +278,7 @@ class Model(PreTrainedModel, GenerationMixin):
         if memory.columns and len(memory) != layers:
             raise ValueError(f"past_key_values: expected a memory of {layers} layers, got one of {len(memory)}")
         layout = memory.begin(padded.counts).to(rows.device)
-        hidden = self.backbone(rows, layout, memory, padded.counts, states)
+        hidden = self.backbone(rows, layout, memory.by_layer(padded.counts), states)
         memory.end(padded.counts, padded.shape[1])
         return hidden
 

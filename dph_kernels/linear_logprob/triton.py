@@ -35,7 +35,7 @@ from dph_kernels.strides import last_contiguous
 # Configurations
 
 # Of the kernels that multiply, in both passes, by architecture. Tiles are large since their operands pass through the
-# cache; that of 90 is the best of eight on an H200, where bulk copies save 8 and 4 % (forward, backward). 120 has the
+# cache; that of 90 is the best of eight on an H200, with bulk copies that save 8 and 4 % (both passes). 120 has the
 # instructions of 80, and 99 KB of shared memory.
 CONFIGS = {
     80: LaunchConfig(128, 128, 32, 4, 4, group_m=8),
@@ -242,8 +242,8 @@ class Fused(Engine):
     def scale(self, upstream: Tensor) -> Tensor:
         """Return ``upstream`` divided by a power of two (``unit``) that brings its largest element to 2^14 or above.
 
-        Gradients of logits pass through the products in fp16, where those of a mean over some thousand rows would
-        underflow, and those of a loss scaled for fp16 overflow.
+        Gradients of logits pass through the products in fp16: those of a mean over some thousand rows would
+        underflow, and those of a loss scaled for fp16 overflow without it.
         """
         largest = upstream.abs().amax()
         exponent = torch.where(largest.isfinite() & (largest > 0), largest.frexp().exponent, 15).clamp(-100, 100)

@@ -9,6 +9,8 @@ from dph_kernels import native
 from dph_kernels.preference_loss import reference
 from dph_kernels.preference_loss.reference import sizes
 
+SCALAR = torch.empty((), dtype=torch.float32, device="cpu")  # torch.empty_like takes half the time of new_empty
+
 
 def forward(
     *,
@@ -24,7 +26,7 @@ def forward(
     """Same results as ``reference.forward``."""
     inputs, options = (*rewards, *logprobs), (beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, objective)
     metric_count, slope_count = sizes(rewards, logprobs)
-    loss = inputs[0].new_empty((), dtype=torch.float32)
+    loss = torch.empty_like(SCALAR)
     metrics, slopes = loss.new_empty(metric_count), loss.new_empty(slope_count)
     arguments = len(rewards), options, loss, metrics, slopes, native.threads()
     if not native.module().preference_loss_cpu(inputs, *arguments):

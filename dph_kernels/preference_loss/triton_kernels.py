@@ -34,7 +34,7 @@ def _smoothed(x, epsilon):
     e = _exp(-tl.abs(x))
     inverse = 1.0 / (1.0 + e)
     slope = epsilon - tl.where(x < 0.0, inverse, e * inverse)
-    # log(1 + e) = 2 artanh(u), u = e / (2 + e) <= 1/3: log itself would lose e where it is small.
+    # log(1 + e) = 2 artanh(u), u = e / (2 + e) <= 1/3: log itself would lose e if it is small.
     u = e / (2.0 + e)
     square = u * u
     p = square * (1.0 / 15.0) + 1.0 / 13.0

@@ -1,6 +1,5 @@
 """Pooler and reward heads by csrc/cpu/swiglu_reward.cpp: fp32, or bf16 with fp32 arithmetic."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,13 +25,12 @@ def forward(
     kernels = native.module()
     rows, width = hidden.shape[0], 0 if w1 is None else w1.shape[0] // 2
     projected, pooled = kept_shapes(rows, hidden.shape[1], width)
-    empty = functools.partial(hidden.new_empty, dtype=torch.float32)
-    rewards = empty((rows, reward.shape[0]))
-    projected = empty(projected if save and w1 is not None else 0)
-    pooled = empty(pooled if save and w2 is not None else 0)
+    rewards = hidden.new_empty(rows, reward.shape[0], dtype=torch.float32)
+    projected = rewards.new_empty(projected if save and w1 is not None else 0)
+    pooled = rewards.new_empty(pooled if save and w2 is not None else 0)
     row_ids = None if row_ids is None else row_ids.contiguous()
     arguments = _arguments(hidden, reward, w1, w2, row_ids, projected, pooled, dropout, input_dropout, seed)
-    arguments.b1, arguments.b2 = _matrix(b1), _matrix(b2)
+    arguments.b1, arguments.b2 = _matrix(b1, kernels.RewardMatrix), _matrix(b2, kernels.RewardMatrix)
     arguments.rewards = rewards.data_ptr()
     kernels.swiglu_reward_forward_cpu(arguments, native.threads())
     return rewards, projected, pooled
@@ -63,16 +61,17 @@ def _arguments(
 ) -> Any:  # fmt: skip
     """Return the argument of both kernels, which holds addresses: the tensors have to outlive it."""
     kernels = native.module()
+    matrix = kernels.RewardMatrix
     return kernels.SwigluRewardArguments(
         rows=hidden.shape[0],
         columns=hidden.shape[1],
         width=0 if w1 is None else w1.shape[0] // 2,
         heads=reward.shape[0],
         bf16=hidden.dtype == torch.bfloat16,
-        hidden=_matrix(hidden),
-        reward=_matrix(reward),
-        w1=_matrix(w1),
-        w2=_matrix(w2),
+        hidden=_matrix(hidden, matrix),
+        reward=_matrix(reward, matrix),
+        w1=_matrix(w1, matrix),
+        w2=_matrix(w2, matrix),
         row_ids=native.pointer(row_ids),
         seed=seed % 2**64,
         input=kernels.RewardDropout(philox.threshold(input_dropout), philox.INPUT, 1 - input_dropout),
@@ -82,7 +81,6 @@ def _arguments(
     )
 
 
-def _matrix(x: Tensor | None) -> Any:
+def _matrix(x: Tensor | None, matrix: type) -> Any:
     """Return the address and strides of a matrix, of a vector as its only column, or of None."""
-    matrix = native.module().RewardMatrix
     return matrix() if x is None else matrix(x.data_ptr(), *x.stride())

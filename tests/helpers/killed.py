@@ -1,6 +1,6 @@
 """Kills training with SIGKILL at random moments, resumes it each time, and compares it with an undisturbed run.
 
-    python tests/helpers/killed.py --kills 20 FOLDER            # a run of the quickstart's size, with Transformer-XL memory
+    python tests/helpers/killed.py --kills 20 FOLDER    # a run of the quickstart's size, with Transformer-XL memory
 
 Exits with 0 where every weight is the same, bit for bit.
 """

@@ -1,7 +1,7 @@
-"""Triton's interpreter without what it does over and over: for tests, which it takes most of the time of.
+"""A faster interpreter of Triton for tests.
 
-At every call of a function within a kernel it puts its own operators into triton.language anew, although they are
-there since the launch: a third of all its time.
+At every call of a function within a kernel the interpreter patches triton.language again, although the launch has
+patched it already: a third of its time.
 """
 
 import contextlib
@@ -9,12 +9,12 @@ import functools
 import inspect
 import threading
 
-_launch = threading.local()  # .patched: modules that the launch under way has patched; None where there is none
+_launch = threading.local()  # .patched: modules that the current launch has patched; None outside of launches
 
 
 @functools.cache
 def quicken():
-    """Let a launch patch each language module once; calls outside of launches stay as they are."""
+    """Let a launch patch each language module once; calls outside of launches are unchanged."""
     try:
         from triton.runtime import interpreter
     except ImportError:
@@ -32,7 +32,7 @@ def quicken():
         if patched is None:
             return patch(function)
         if patched and seen_by(function) <= patched:
-            return None  # to a call within a kernel, which restores nothing
+            return None  # for a call within a kernel, which restores nothing
         patched |= seen_by(function)
         return patch(function)
 
@@ -48,7 +48,7 @@ def quicken():
 
 @contextlib.contextmanager
 def stock():
-    """A block whose launches patch all over again."""
+    """Context in which launches patch at every call, as Triton does."""
     _launch.stock = True
     try:
         yield

@@ -35,6 +35,11 @@ def product(a, b, c, K, row_a, row_b, row_c, BM: tl.constexpr, BN: tl.constexpr,
     tl.store(c + m[:, None] * row_c + n[None, :], total.to(c.dtype.element_ty))
 
 
+@triton.jit
+def grouped(a, b, c, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, P: tl.constexpr):
+    product(a[0], b[0], c[0], K, a[1], b[1], c[1], BM, BN, BK, P)
+
+
 TENSORS, SIZES, CONSTANTS = ("a", "b", "c"), ("K", "row_a", "row_b", "row_c"), ("BM", "BN", "BK", "P")
 
 
@@ -42,6 +47,12 @@ def launch(name, tile, dtype="*bf16", warps=4, stages=2, aligned=TENSORS + SIZES
     types = dict.fromkeys(TENSORS, dtype) | dict.fromkeys(SIZES, "i32") | dict.fromkeys(CONSTANTS, "constexpr")
     values = dict(zip(CONSTANTS, (*tile, precision)))
     return Launch(name, product, types, values, aligned, warps, stages, **needs)
+
+
+def launch_grouped(name, tile, **needs):
+    types = dict.fromkeys(TENSORS, ("*bf16", "i32")) | {"K": "i32"} | dict.fromkeys(CONSTANTS, "constexpr")
+    aligned = ("K", *(f"{tensor}.{i}" for tensor in TENSORS for i in range(2)))
+    return Launch(name, grouped, types, dict(zip(CONSTANTS, (*tile, "ieee"))), aligned, 4, 2, **needs)
 
 
 def launches(capability):
@@ -56,6 +67,7 @@ def launches(capability):
         launch("deep", (64, 64, 128), warps=8, stages=9),
         launch("odd", (16, 16, 24)),
         launch("misnamed", (16, 16, 16), aligned=("z",)),
+        launch_grouped("grouped", (64, 64, 32), matrix=matrix, copies=True),
     ]
 """
 
@@ -159,6 +171,13 @@ def test_budget_and_limits(toys):
     assert rows["narrow", 90]["problems"] == ["no HGMMA (wgmma) instruction"]  # HMMA will not do
     assert rows["narrow", 90]["hmma"] > 0
     assert "well (" not in done.stdout.splitlines()[-1]
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90])
+def test_arguments_in_tuples_keep_their_alignment(toys, arch):
+    _, rows = toys
+    assert rows["grouped", arch] | {"kernel": "well"} == rows["well", arch]
 
 
 @needs_triton

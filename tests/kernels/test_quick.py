@@ -1,4 +1,4 @@
-"""Triton's interpreter, quickened for tests, computes what it computes as it comes."""
+"""The faster interpreter of tests computes the same results as Triton's own, bit for bit."""
 
 import pytest
 import torch

@@ -427,7 +427,7 @@ def compiled(block, x, grad):
 def with_inputs_in_memory(block, x, grad):
     memory = dph.Memory(4, "hidden")
     layout = memory.begin([len(x)])
-    result = block(x, layout, memory.for_layer(0, [len(x)]))
+    result = block(x, layout, memory.by_layer([len(x)])(0))
     return result, torch.autograd.grad(result, x, grad)[0]
 
 

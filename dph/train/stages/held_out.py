@@ -5,14 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dph.data.formats import Record
 from dph.data.sampler import InOrder
 from dph.errors import UserError
-from dph.train.stages.base import Stage
+
+if TYPE_CHECKING:
+    from dph.train.stages.base import Stage
 
 # Start of a reason for refusing a pair (``dph.data.batching.PairBatches``) -> key of the recipe for the limit.
 LIMITS = {"longer than": "data.context", "more than": "batch.tokens"}
