@@ -179,7 +179,8 @@ def test_errors_do_not_grow_with_the_keys(queries, device, backend):
     given = q, k, v.abs()
     got = rope_attention(*given, layout.to(device), rope=ROPE, backend=backend)
     truth = dense(*(x.double() for x in given), layout.to(device))
-    allowed = 3e-6 if (device, backend) == ("cuda", "sdpa") else 2e-6  # PyTorch's own kernel is at 2.02e-6
+    # Others sum in the order of their library: PyTorch's kernel is at 2.02e-6 on a GPU, MKL at 4.2e-6 on an AMD EPYC.
+    allowed = {("cuda", "sdpa"): 3e-6, ("cpu", "sdpa"): 6e-6, ("cpu", "reference"): 6e-6}.get((device, backend), 2e-6)
     assert (got - truth).abs().max() <= allowed * truth.abs().max()
 
 
