@@ -1,7 +1,8 @@
-"""Builds ``dph_kernels._native`` from csrc/ where a C++ compiler is found, with CUDA kernels where nvcc is found.
+"""Build ``dph_kernels._native`` from csrc/ if a C++ compiler is found, with CUDA kernels if nvcc is found.
 
-Both are optional: without a compiler the package installs as pure Python, without nvcc for the CPU only. What was left
-out, and why, is printed here (``pip install -v``) and by ``dph doctor`` afterwards. PyTorch is not needed to build.
+Both are optional: without a compiler the package installs as pure Python, without nvcc for the CPU only. Skipped
+components and the reasons are printed here (``pip install -v``) and later by ``dph doctor``. The build does not require
+PyTorch.
 """
 
 import copy
@@ -30,11 +31,11 @@ CUDA_TARGETS = [
     "-gencode=arch=compute_90,code=compute_90",
 ]
 CUDA_LIBRARIES = ["cudart_static", "dl", "rt", "pthread"]
-FAILURES = (BaseError, CCompilerError)  # everything that setuptools raises where a compiler or linker fails
+FAILURES = (BaseError, CCompilerError)  # all exceptions that setuptools raises if a compiler or linker fails
 
 
 class CudaUnavailable(Exception):
-    """Why the CUDA kernels are left out."""
+    """Reason why the CUDA kernels are not built."""
 
 
 def say(message):
@@ -46,7 +47,7 @@ def sources(suffix):
 
 
 def digest():
-    """Digest of csrc/, compiled in, so that a module built from older sources is noticed (dph_kernels/native.py)."""
+    """Digest of csrc/, compiled into the module to detect one built from older sources (dph_kernels/native.py)."""
     total = hashlib.sha256()
     for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp", ".cu")):
         total.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
@@ -54,7 +55,7 @@ def digest():
 
 
 def run(command):
-    """Run a compiler; CudaUnavailable with the end of its output where it fails."""
+    """Run a compiler and return its output; raise CudaUnavailable with the end of the output if it fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     except OSError as error:
@@ -75,10 +76,10 @@ def find_nvcc():
 
 
 def build_cuda(folder):
-    """Compile csrc/**/*.cu; return the object files and the folders of the CUDA runtime library."""
+    """Compile csrc/**/*.cu; return the object files and the directories of the CUDA runtime library."""
     nvcc = find_nvcc()
     folder.mkdir(parents=True, exist_ok=True)
-    # nvcc may be a wrapper script, so it is asked where its libraries are.
+    # nvcc may be a wrapper script, so the library directories are read from its dry run.
     plan = run([nvcc, "--dryrun", "-c", sources(".cu")[0], "-o", str(folder / "unused.o")])
     libraries = re.findall(r'"-L([^"]+)"', next((line for line in plan.splitlines() if "LIBRARIES=" in line), ""))
     objects = [str(folder / (Path(name).stem + ".cu.o")) for name in sources(".cu")]
@@ -93,7 +94,7 @@ def build_cuda(folder):
 
 class BuildNative(build_ext):
     def build_extension(self, ext):
-        """Build with CUDA, else for the CPU, else raise (setuptools then goes on: the extension is optional)."""
+        """Build with CUDA, else for the CPU, else raise (setuptools then continues: the extension is optional)."""
         openmp = self.probe()
         flags = {"compile": [*COMPILE, *openmp], "link": openmp}
         try:
@@ -104,7 +105,7 @@ class BuildNative(build_ext):
             self.build(ext, flags)
 
     def probe(self):
-        """The OpenMP flag where the compiler knows it; raises where there is no working compiler."""
+        """Return the OpenMP flag if the compiler supports it; raise if there is no working compiler."""
         source = Path(self.build_temp).resolve() / "probe.cpp"
         source.parent.mkdir(parents=True, exist_ok=True)
         source.write_text("#include <cstdint>\nint probe() { return 0; }\n")
@@ -117,9 +118,9 @@ class BuildNative(build_ext):
             self.compiler.compile([str(source)], output_dir=self.build_temp, extra_postargs=COMPILE)
         except FAILURES as error:
             say(f"no working C++ compiler ({error}), so this installs as pure Python, without the C++ and CUDA kernels")
-            say("to get them: install g++ (apt install g++), then run `pip install -e .` again")
+            say("to build them, install g++ (apt install g++) and run `pip install -e .` again")
             raise
-        say("the compiler has no OpenMP: the C++ kernels will use one core")
+        say("the compiler does not support OpenMP: the C++ kernels will use one core")
         return []
 
     def build(self, ext, flags, cuda_objects=(), cuda_folders=()):
@@ -154,5 +155,5 @@ native = Extension(
     optional=True,
 )
 
-# What is at hand decides what is built, so a build is never taken for up to date.
+# The result depends on the compilers that are installed, so the extension is always rebuilt.
 setup(ext_modules=[native], cmdclass={"build_ext": BuildNative}, options={"build_ext": {"force": True}})

@@ -207,7 +207,7 @@ def flex(plan: Plan) -> Run:
         def seen(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return j <= i + (m - n)
     else:
-        bounds = schedule.bounds(plan.layout.segments, n, device=device).T.contiguous()
+        bounds = schedule.bounds(schedule.content_of(plan.layout.segments), n, device=device).T.contiguous()
 
         def seen(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return ((bounds[0, i] <= j) & (j < bounds[1, i])) | ((bounds[2, i] <= j) & (j < bounds[3, i]))

@@ -1,4 +1,4 @@
-// Rotary attention over a packed layout on the CPU: what dph_kernels/rope_attention/native.py hands over.
+// Rotary attention over a packed layout on the CPU: arguments passed by dph_kernels/rope_attention/native.py.
 #pragma once
 
 #include "common.h"
@@ -12,12 +12,12 @@ struct AttentionRows {
   int64_t head = 0;
 };
 
-// The work, as dph_kernels/rope_attention/schedule.py describes it.
+// Tile schedule; dph_kernels/rope_attention/schedule.py documents the format.
 struct AttentionSchedule {
   const int32_t* tiles = nullptr;   // [count, 6]: start, end, first_run, first_masked, last_run, parts
-  const int32_t* runs = nullptr;    // [.., 2]: start, end; memory rows come before new keys
+  const int32_t* runs = nullptr;    // [.., 2]: start, end; memory rows precede new keys
   const int32_t* bounds = nullptr;  // [T, 4]: own start, own end, prefix start, prefix end
-  const int32_t* tasks = nullptr;   // [task_count + 1]: tiles that one thread takes, in order; null: each tile is one
+  const int32_t* tasks = nullptr;   // [task_count + 1]: first tile of each task (one thread); null: one task per tile
   int64_t count = 0;
   int64_t task_count = 0;
 };
@@ -26,29 +26,29 @@ struct AttentionArguments {
   AttentionSchedule work;
   int64_t heads = 0;
   int64_t head_dim = 0;
-  int64_t memory = 0;  // keys below are rows of memory_k and memory_v
+  int64_t memory = 0;  // keys [0, memory) are rows of memory_k and memory_v
   double scale = 1.0;
-  bool bf16 = false;  // of q, k, v, memory, out and grad; all else is float
+  bool bf16 = false;  // q, k, v, memory, out, grad and dq are bf16; all other tensors are float
   AttentionRows q, k, v, memory_k, memory_v, out;  // k holds rotated keys
   const float* q_cos = nullptr;                    // [T, D/2]
   const float* q_sin = nullptr;
   float* lse = nullptr;  // [T, heads], natural logarithm
-  // Backward only. dq is in the dtype of q; dk (of the rotated keys) and dv are float and start as zeros.
+  // Backward only. dq has the dtype of q; dk (of the rotated keys) and dv are float and must be zeroed by the caller.
   AttentionRows grad, dq, dk, dv;
 };
 
-constexpr int64_t ATTENTION_ROWS = 64;   // queries in a tile
-constexpr int64_t ATTENTION_BLOCK = 64;  // keys in a block
+constexpr int64_t ATTENTION_ROWS = 64;   // queries per tile
+constexpr int64_t ATTENTION_BLOCK = 64;  // keys per block
 
-// Use vectors of at most ``most`` floats from now on; returns what the processor has of them. For tests.
+// Limits the vector width to ``most`` floats and returns the width selected for this CPU. For tests.
 int attention_lanes(int most);
 
 void attention_forward_cpu(const AttentionArguments& arguments, int threads);
 
-// A task's tiles share their new keys with no other task's, so nothing is added to by two threads.
+// Tiles of different tasks share no new keys, so no two threads accumulate into the same elements of dk and dv.
 void attention_backward_cpu(const AttentionArguments& arguments, int threads);
 
-// out[t, h] = in[t, h] with its halves rotated by the angles whose cosines and (sign *) sines are given.
+// out[t, h] = in[t, h] with its two halves rotated by the angles given as cos and sign * sin.
 struct RotateArguments {
   AttentionRows in, out;
   const float* cos = nullptr;  // [T, D/2]

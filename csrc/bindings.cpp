@@ -1,5 +1,5 @@
-// The only file that knows Python. Pointers arrive as integers, of tensors that the callers in dph_kernels have checked;
-// or as tensors, where asking these in Python for all that a kernel needs would take longer than the kernel does.
+// Python bindings; no other file depends on Python. Tensors, checked by the callers in dph_kernels, are passed as
+// integer pointers, or as tensors if reading their metadata in Python would take longer than the kernel.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -99,7 +99,7 @@ dph::AttentionRows attention_rows(intptr_t data, int64_t row, int64_t head) {
   return {reinterpret_cast<void*>(data), row, head};
 }
 
-// Every field by its name: a field that a caller misspells is an error there.
+// Sets each field by name; an unknown field raises AttributeError.
 template <class T>
 T from_fields(const py::kwargs& fields) {
   T result;
@@ -190,7 +190,7 @@ void bind_linear_logprob(py::module_& module) {
   module.def("linear_logprob_both_cpu", &linear_logprob_both_cpu, "tile"_a, "threads"_a, released);
 }
 
-// PyTorch's functions for what its tensors hold.
+// DLPack function table of torch.Tensor.
 const DLPackExchangeAPI& exchange() {
   static const DLPackExchangeAPI* known = nullptr;
   if (!known) {
@@ -206,9 +206,10 @@ const DLPackExchangeAPI& exchange() {
   return *known;
 }
 
-// What a tensor holds; false for a subclass but a parameter, and for one without memory (of vmap, say, or of zeros).
+// Reads a tensor's metadata. Returns false for subclasses other than Parameter, and for tensors without storage (e.g.
+// batched tensors of vmap, or efficient zero tensors).
 bool peek(py::handle tensor, DLTensor& found) {
-  static PyObject *plain = nullptr, *parameter = nullptr;  // classes, which live as long as Python does
+  static PyObject *plain = nullptr, *parameter = nullptr;  // classes, alive until the interpreter exits
   if (!parameter) {
     const py::module_ torch = py::module_::import("torch");
     plain = torch.attr("Tensor").ptr();
@@ -225,14 +226,14 @@ bool peek(py::handle tensor, DLTensor& found) {
   return true;
 }
 
-// The same where it has to be one with memory.
+// Like ``peek``, but throws if the tensor is a subclass or has no storage.
 DLTensor look(py::handle tensor) {
   DLTensor found;
-  if (!peek(tensor, found)) throw std::invalid_argument("expected a plain tensor with memory, got another");
+  if (!peek(tensor, found)) throw std::invalid_argument("expected a Tensor or Parameter with storage, got another");
   return found;
 }
 
-// Whether these are fp32 values end to end, as many as told.
+// Whether x is a contiguous fp32 vector of ``count`` elements.
 bool dense(const DLTensor& x, int64_t count) {
   return x.dtype.code == kDLFloat && x.dtype.bits == 32 && x.ndim == 1 && x.shape[0] == count &&
          (count < 2 || x.strides[0] == 1);
@@ -240,12 +241,13 @@ bool dense(const DLTensor& x, int64_t count) {
 
 float* floats(py::handle tensor) { return static_cast<float*>(look(tensor).data); }
 
-// Whether each part of the objective is there whole or not at all, and one of them is.
+// Whether each part of the objective has all or none of its inputs, and at least one part is present.
 bool complete(size_t rewards, size_t logprobs) {
   return (rewards == 0 || rewards == 2) && (logprobs == 0 || logprobs == 4) && rewards + logprobs > 0;
 }
 
-// Whether these are floating-point tensors on one device, not empty, the rewards all [N] or [N, K], the others [N].
+// Whether the inputs are non-empty floating-point tensors on one device, the rewards all [N] or all [N, K], the
+// log-probabilities [N].
 bool preference_loss_fits(const py::tuple& rewards, const py::tuple& logprobs) {
   if (!complete(rewards.size(), logprobs.size())) return false;
   DLTensor first{};
@@ -270,8 +272,8 @@ bool preference_loss_fits(const py::tuple& rewards, const py::tuple& logprobs) {
   return first.shape[0] > 0 && (first.ndim < 2 || first.shape[1] > 0);
 }
 
-// False where an input is neither fp32 nor bf16. ``options`` in the order of reference.Options. Positional, as names
-// would take longer to pass than the arithmetic.
+// Returns false if an input is neither fp32 nor bf16. ``options`` is in the order of reference.Options. Arguments are
+// positional, because keyword arguments would take longer than the arithmetic.
 bool preference_loss(const py::tuple& inputs, size_t rewards, const py::tuple& options, py::handle loss,
                      py::handle metrics, py::handle slopes, int threads) {
   const size_t logprobs = inputs.size() - rewards;
@@ -305,7 +307,8 @@ bool preference_loss(const py::tuple& inputs, size_t rewards, const py::tuple& o
   return true;
 }
 
-// False where ``slopes`` or ``grad`` are not as the forward pass makes them, and autograd the other: hooks may see to that.
+// Returns false if ``slopes`` is not as saved by the forward pass, or ``grad`` is not the fp32 scalar that autograd
+// passes; hooks can change both.
 bool preference_loss_gradients(py::handle slopes, py::handle grad, const py::list& results, int threads) {
   if (results.size() > 4) throw std::invalid_argument("expected at most 4 gradients");
   dph::PreferenceGradient found[4];
@@ -333,7 +336,7 @@ void bind_preference_loss(py::module_& module) {
   module.def("preference_loss_gradients_cpu", &preference_loss_gradients);
 }
 
-// What a tensor holds; no data where there is none, or no element in it.
+// Reads a tensor's metadata; data is null if the tensor is None or has no elements.
 DLTensor describe(py::handle tensor) {
   DLTensor found{};
   if (tensor.is_none()) return found;
@@ -360,7 +363,8 @@ dph::ResidualNorm residual_norm(py::handle total, py::handle weight, py::handle 
   return a;
 }
 
-// Tensors that the caller has checked and laid out, positional: names would take longer to pass than few rows take.
+// The caller has checked the tensors and their layouts. Arguments are positional, because keyword arguments would take
+// longer than a few rows.
 void residual_norm_forward(py::handle x, py::handle update, py::handle weight, py::handle bias, float eps,
                            py::handle total, py::handle normed, py::handle moments, int threads) {
   dph::ResidualNorm a = residual_norm(update.is_none() ? x : total, weight, moments);
@@ -373,7 +377,7 @@ void residual_norm_forward(py::handle x, py::handle update, py::handle weight, p
   dph::residual_norm_forward_cpu(a, threads);
 }
 
-// Gradients that are not wanted are empty.
+// Gradients that are not requested are passed as empty tensors.
 void residual_norm_backward(py::handle d_total, py::handle d_normed, py::handle total, py::handle weight,
                             py::handle moments, py::handle d_x, py::handle d_weight, py::handle d_bias, int threads) {
   dph::ResidualNorm a = residual_norm(total, weight, moments);
@@ -464,13 +468,13 @@ void bind_swiglu_reward(py::module_& module) {
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "C++ and CUDA kernels of dph_kernels";
-  module.attr("source") = DPH_SOURCE;  // digest of csrc when this was built
+  module.attr("source") = DPH_SOURCE;  // digest of csrc at build time
   module.attr("compiler") = __VERSION__;
   module.def("prefer_huge_pages", [](intptr_t data, int64_t bytes) {
     dph::prefer_huge_pages(reinterpret_cast<void*>(data), bytes);
   });
 #if defined(__x86_64__) && defined(__GNUC__)
-  module.attr("intel") = __builtin_cpu_is("intel") != 0;  // the processor
+  module.attr("intel") = __builtin_cpu_is("intel") != 0;  // CPU vendor
 #else
   module.attr("intel") = false;
 #endif

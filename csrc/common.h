@@ -1,18 +1,18 @@
-// What every kernel here may use. No Python and no PyTorch: raw pointers in, error codes out.
+// Helpers shared by all kernels. Independent of Python and PyTorch: raw pointers in, error codes out.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-// Arithmetic that the CPU and the CUDA kernel of an operator share.
+// Inline functions shared by the CPU and CUDA kernels of an operator.
 #ifdef __CUDACC__
 #define DPH_INLINE __host__ __device__ __forceinline__
 #else
 #define DPH_INLINE inline __attribute__((always_inline))
 #endif
 
-// One function, compiled for AVX-512, AVX2 and the baseline; the loader takes the best one that the processor has.
-// The body must reach its helpers by inlining (DPH_INLINE), or they stay at the baseline.
+// Compiles a function for AVX-512, AVX2 and the baseline; the dynamic loader selects the best version that the CPU
+// supports. Helpers must be inlined (DPH_INLINE); otherwise they are compiled for the baseline only.
 #if defined(__x86_64__) && defined(__linux__) && !defined(__CUDACC__)
 #define DPH_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -42,10 +42,10 @@ DPH_INLINE uint16_t bf16_from_float(float value) {
   return static_cast<uint16_t>(value != value ? (bits >> 16) | 0x40u : rounded);
 }
 
-// e^x to 1 unit in the last place for x in [-87, 88], exactly 1 at 0; x beyond counts as the nearer end. NaN stays NaN,
-// since it is multiplied: added to the exponent, whatever a NaN has in its low bits would make a number of it.
+// e^x to 1 ulp for x in [-87, 88], exactly 1 at 0; x is clamped to that range. The last step multiplies by 2^n so that
+// NaN is propagated: an integer addition to the exponent bits could turn NaN into a number.
 DPH_INLINE float exp_of(float x) {
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
+  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, stored in the low bits
   const float above = x < -87.0f ? -87.0f : x, clamped = above > 88.0f ? 88.0f : above;
   const float shifted = clamped * 1.44269504f + magic, n = shifted - magic;
   const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: n times the first is exact

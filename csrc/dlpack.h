@@ -1,5 +1,6 @@
-// The part of DLPack's C interface, version 1 (https://dmlc.github.io/dlpack), by which PyTorch tells what a tensor
-// holds without a call of Python. Names and layouts are the standard's, but that a header's fields stand where it does.
+// Subset of DLPack's C interface, version 1 (https://dmlc.github.io/dlpack), to read tensor metadata from PyTorch
+// without calling into Python. Names and layouts follow the standard, except that the fields of the header of
+// DLPackExchangeAPI are declared inline.
 #pragma once
 
 #include <cstdint>
@@ -34,14 +35,14 @@ struct DLTensor {
   uint64_t byte_offset;
 };
 
-// Functions of a type of tensors, in the capsule that is its attribute __dlpack_c_exchange_api__.
+// Function table of a tensor type, stored in the capsule in its attribute __dlpack_c_exchange_api__.
 struct DLPackExchangeAPI {
   DLPackVersion version;
   DLPackExchangeAPI* prev_api;
   void* managed_tensor_allocator;
   void* managed_tensor_from_py_object_no_sync;
   void* managed_tensor_to_py_object_no_sync;
-  int (*dltensor_from_py_object_no_sync)(void* tensor, DLTensor* found);  // the tensor still owns what is found
+  int (*dltensor_from_py_object_no_sync)(void* tensor, DLTensor* found);  // borrowed: the tensor keeps ownership
   void* current_work_stream;
 };
 

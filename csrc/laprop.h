@@ -1,5 +1,5 @@
-// LaProp with decoupled prior and weight decay and the norm that its gradients are clipped by: what the CPU
-// and the CUDA kernels share.
+// LaProp with decoupled prior and weight decay, and the gradient norm for clipping: declarations and arithmetic shared
+// by the CPU and CUDA kernels.
 #pragma once
 
 #include "common.h"
@@ -9,23 +9,23 @@
 
 namespace dph {
 
-// One row of the table that describes a call; dph_kernels/laprop/native.py writes it as int64 words in this order.
+// One row of the tensor table of a call; dph_kernels/laprop/native.py writes it as int64 words in this order.
 struct LapropTensor {
   float* param;
   float* exp_avg;
   float* exp_avg_sq;
-  const void* grad;    // float, or bf16 where kinds has LAPROP_BF16_GRAD
-  const void* prior;   // float, or bf16 where kinds has LAPROP_BF16_PRIOR; null: no prior decay
+  const void* grad;    // float, or bf16 if kinds has LAPROP_BF16_GRAD
+  const void* prior;   // float, or bf16 if kinds has LAPROP_BF16_PRIOR; null: no prior decay
   uint16_t* copy;      // bf16 copy of the parameter to refresh, or null
   int64_t size;        // elements
-  int64_t first_chunk; // number of chunks in the rows above
+  int64_t first_chunk; // number of chunks in the preceding rows
   int64_t kinds;
 };
 static_assert(sizeof(LapropTensor) == 9 * sizeof(int64_t), "native.py writes nine words to a row");
 
 constexpr int64_t LAPROP_BF16_GRAD = 1, LAPROP_BF16_PRIOR = 2;  // as in native.py
 
-// The same for the norm.
+// One row of the tensor table of a gradient norm call.
 struct GradientTensor {
   const void* grad;
   int64_t size;
@@ -34,10 +34,10 @@ struct GradientTensor {
 };
 static_assert(sizeof(GradientTensor) == 4 * sizeof(int64_t), "native.py writes four words to a row");
 
-// Elements in one piece of work: small enough that many small tensors and a huge one both spread over all cores.
+// Elements per work item, small enough to balance both many small tensors and one huge tensor over all cores.
 constexpr int64_t LAPROP_CHUNK = 16384;
 
-// What a caller says, in double: 1 - beta and lr * decay lose digits in float.
+// Hyper-parameters in double, because 1 - beta and lr * decay lose precision in float.
 struct LapropSettings {
   double lr;
   double beta1;
@@ -49,19 +49,19 @@ struct LapropSettings {
   double momentum_scale;
 };
 
-// What an element's update reads.
+// Precomputed coefficients of the element-wise update.
 struct LapropCoefficients {
   float beta1;
   float beta2;
   float square;          // 1 - beta2
   float step;            // (1 - beta1) * lr * sqrt(1 - beta2^t)
   float eps;
-  float prior_decay;     // times lr
-  float weight_decay;    // times lr
+  float prior_decay;     // multiplied by lr
+  float weight_decay;    // multiplied by lr
   float momentum_scale;  // 1 / c
 };
 
-// Steps done, and the average of their rates: 1 / c is lr over it.
+// Number of completed steps and moving average of their learning rates; 1 / c = lr / rate_average.
 struct LapropClock {
   double step;
   double rate_average;
@@ -72,10 +72,10 @@ struct LapropArguments {
   int64_t count;
   int64_t chunks;
   LapropSettings settings;
-  const float* grad_scale;           // null: 1. Where it is not finite, the call changes nothing
-  LapropClock* clock;                // null: the corrections are those of settings; else it goes on by one step
+  const float* grad_scale;           // null: 1. If it is not finite, the call has no effect
+  LapropClock* clock;                // null: use the corrections in settings; else advanced by one step
   const double* rate;                // null: settings.lr
-  LapropCoefficients* coefficients;  // CUDA with a clock: room for what the clock gives
+  LapropCoefficients* coefficients;  // CUDA with a clock: output buffer of the clock kernel
 };
 
 struct GradientNormArguments {
@@ -85,7 +85,7 @@ struct GradientNormArguments {
   double max_norm;
   double* partials;  // one sum of squares per chunk
   double* norm;
-  float* scale;      // min(1, max_norm / norm), NaN where the norm is not finite
+  float* scale;      // min(1, max_norm / norm), NaN if the norm is not finite
   bool* finite;
 };
 
@@ -102,7 +102,7 @@ DPH_INLINE LapropCoefficients laprop_coefficients(const LapropSettings& s) {
   return k;
 }
 
-// The clock goes on by one step; the coefficients are those of the step that it then shows.
+// Advances the clock by one step and returns the coefficients of the new step.
 DPH_INLINE LapropCoefficients laprop_advance(LapropSettings s, const double* rate, LapropClock& clock) {
   if (rate) s.lr = *rate;
   clock.step += 1.0;
@@ -117,7 +117,7 @@ DPH_INLINE bool laprop_finite(float scale) { return fabsf(scale) <= FLT_MAX; }
 DPH_INLINE float laprop_load(const float* values, int64_t i) { return values[i]; }
 DPH_INLINE float laprop_load(const uint16_t* values, int64_t i) { return float_from_bf16(values[i]); }
 
-// The update of one element. prior is the parameter itself where there is none.
+// Updates one element. Without prior decay, prior is the parameter itself.
 DPH_INLINE void laprop_element(const LapropCoefficients& k, float grad, float prior, float& param, float& exp_avg,
                                float& exp_avg_sq) {
   exp_avg_sq = k.beta2 * exp_avg_sq + k.square * (grad * grad);
@@ -126,7 +126,7 @@ DPH_INLINE void laprop_element(const LapropCoefficients& k, float grad, float pr
   param -= decay + k.momentum_scale * exp_avg;
 }
 
-// Norm, coefficient and finite check from the sum of all squares. In double no finite gradient overflows it.
+// Norm, clipping coefficient and finite flag from the sum of squares. In double, finite gradients cannot overflow it.
 DPH_INLINE void gradient_norm_result(const GradientNormArguments& a, double squares) {
   const double norm = sqrt(squares);
   const bool finite = norm <= DBL_MAX;
@@ -135,7 +135,7 @@ DPH_INLINE void gradient_norm_result(const GradientNormArguments& a, double squa
   *a.finite = finite;
 }
 
-// The row that holds a chunk: the last one whose first_chunk is not above it (which also steps over empty tensors).
+// Index of the row that contains a chunk: the last row with first_chunk <= chunk, which also skips empty tensors.
 template <class Row>
 DPH_INLINE int64_t laprop_row(const Row* tensors, int64_t count, int64_t chunk) {
   int64_t low = 0, high = count - 1;
@@ -150,11 +150,11 @@ DPH_INLINE int64_t laprop_row(const Row* tensors, int64_t count, int64_t chunk) 
   return low;
 }
 
-// All pointers are host memory.
+// All pointers refer to host memory.
 void laprop_cpu(const LapropArguments& arguments, int threads);
 void gradient_norm_cpu(const GradientNormArguments& arguments, int threads);
 
-// All pointers are device memory; these return a cudaError_t.
+// All pointers refer to device memory; both functions return a cudaError_t.
 int laprop_cuda(const LapropArguments& arguments, void* stream);
 int gradient_norm_cuda(const GradientNormArguments& arguments, void* stream);
 

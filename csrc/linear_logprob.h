@@ -1,39 +1,39 @@
-// Log-probabilities on the CPU: the passes over one tile of logits that dph_kernels/linear_logprob/native.py asks for
-// between the matrix products.
+// Log-probabilities on the CPU: passes over one tile of logits, called by dph_kernels/linear_logprob/native.py between
+// the matrix products.
 #pragma once
 
 #include "common.h"
 
 namespace dph {
 
-// Logits of some rows and some neighbouring columns of the vocabulary, in float, with what belongs to the rows.
+// A tile of float logits (a block of rows and a contiguous range of the vocabulary) and the state of its rows.
 struct LogprobTile {
   float* logits = nullptr;
   int64_t rows = 0;
   int64_t columns = 0;
-  int64_t stride = 0;  // elements from a row to the next; columns are contiguous
-  int64_t first = 0;   // the first column's index in the vocabulary
-  bool last = false;   // whether the vocabulary ends with this tile
-  const int64_t* targets = nullptr;  // [rows], indices in the vocabulary
+  int64_t stride = 0;  // row stride in elements; columns are contiguous
+  int64_t first = 0;   // vocabulary index of the first column
+  bool last = false;   // whether this is the last tile of the vocabulary
+  const int64_t* targets = nullptr;  // [rows], vocabulary indices
 
-  // [rows] each. Tiles of the same rows come in the order of the vocabulary; until the last one of them, log_sum holds
-  // the sum itself, logprobs the target's logit, and entropy the sum of exp(x - largest) * (x - largest).
+  // [rows] each. Tiles of the same rows must be processed in vocabulary order. Before the last one, log_sum holds the
+  // sum itself, logprobs the target's logit, and entropy the sum of exp(x - largest) * (x - largest).
   float* largest = nullptr;
   float* log_sum = nullptr;
   float* logprobs = nullptr;
-  float* entropy = nullptr;  // null, and best with it: not wanted
+  float* entropy = nullptr;  // null, like best, if not requested
   int64_t* best = nullptr;
 
-  const float* upstream = nullptr;  // [rows], gradients only
+  const float* upstream = nullptr;  // [rows], gradient passes only
 };
 
-// Takes a tile into largest, log_sum, logprobs, entropy and best.
+// Updates largest, log_sum, logprobs, entropy and best with one tile.
 void linear_logprob_reduce_cpu(const LogprobTile& tile, int threads);
 
-// Turns logits into their gradients, in place: upstream * (onehot(target) - exp(logit - largest - log_sum)).
+// Replaces the logits by their gradients, in place: upstream * (onehot(target) - exp(logit - largest - log_sum)).
 void linear_logprob_gradient_cpu(const LogprobTile& tile, int threads);
 
-// Both, for a tile that is the whole vocabulary: a row is read from memory once.
+// Both passes, for a tile that spans the whole vocabulary: each row is read from memory once.
 void linear_logprob_both_cpu(const LogprobTile& tile, int threads);
 
 }  // namespace dph

@@ -1,4 +1,4 @@
-// The joint preference objective (arXiv 2405.20053, section 3): loss, its slopes and all metrics in one pass.
+// Joint preference objective (arXiv 2405.20053, section 3): loss, slopes (its derivatives) and all metrics in one pass.
 #pragma once
 
 #include "common.h"
@@ -13,13 +13,13 @@ struct PreferenceInput {
   bool bf16;
 };
 
-// Figures of the metrics vector: of all, then of each head where there are several
-// (dph_kernels/preference_loss/__init__.py names them).
+// Length of the metrics vector: overall metrics, then those of each head if there are several (named in
+// dph_kernels/preference_loss/reference.py).
 constexpr int64_t PREFERENCE_METRICS = 12;
 constexpr int64_t PREFERENCE_HEAD_METRICS = 5;
 
 struct PreferenceArguments {
-  const PreferenceInput* rewards;   // chosen, rejected; null: that part is off
+  const PreferenceInput* rewards;   // chosen, rejected; null disables the DPH part
   const PreferenceInput* logprobs;  // policy chosen, policy rejected, reference chosen, reference rejected; or null
   int64_t pairs;                    // N
   int64_t heads;                    // K
@@ -28,13 +28,13 @@ struct PreferenceArguments {
   float dph_epsilon;
   float dpo_weight;
   float dph_weight;
-  bool contrastive;  // the DPH part; else separable
+  bool contrastive;  // DPH part: contrastive, else separable
   float* loss;
   float* metrics;
-  float* slopes;  // of both rewards [N, K], then of both log-probabilities of the policy [N], of the parts that are on
+  float* slopes;  // enabled parts only: both rewards [N, K] each, then both policy log-probabilities [N] each
 };
 
-// One of the gradients, end to end.
+// One contiguous gradient.
 struct PreferenceGradient {
   float* data;
   int64_t size;
@@ -42,7 +42,7 @@ struct PreferenceGradient {
 
 void preference_loss_cpu(const PreferenceArguments& arguments, int threads);
 
-// The slopes times the gradient of the loss, in the order of the slopes.
+// gradients = grad * slopes, in the order of the slopes; grad is the gradient of the loss.
 void preference_loss_gradients_cpu(const float* slopes, float grad, const PreferenceGradient* gradients, int64_t count,
                                    int threads);
 

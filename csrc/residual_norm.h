@@ -1,4 +1,4 @@
-// Residual connection and LayerNorm on the CPU: a row is read from memory and written to it once, each way.
+// Residual connection and LayerNorm on the CPU: each row is read and written once in the forward and the backward pass.
 #pragma once
 
 #include "common.h"
@@ -7,17 +7,17 @@ namespace dph {
 
 // Rows of contiguous elements, float or bf16.
 struct NormRows {
-  void* data = nullptr;  // null: not there
-  int64_t row = 0;       // elements from a row to the next
+  void* data = nullptr;  // null if absent
+  int64_t row = 0;       // row stride in elements
 };
 
 struct ResidualNorm {
   int64_t rows = 0;
   int64_t columns = 0;
-  bool bf16 = false;  // elements, but for mean and rstd
+  bool bf16 = false;  // dtype of all tensors except mean and rstd
   float eps = 0.0f;
 
-  // What is normalised: the sum that the forward pass writes, or its first input where there is no update.
+  // Input of the normalisation: the sum written by the forward pass, or x if there is no update.
   NormRows total;
   const void* weight = nullptr;  // [columns]
   float* mean = nullptr;         // [rows]
@@ -30,11 +30,11 @@ struct ResidualNorm {
   NormRows normed;
 
   // Backward.
-  NormRows d_total;  // or null: the sum is not used elsewhere
+  NormRows d_total;  // null if the sum is not used elsewhere
   NormRows d_normed;
-  NormRows d_x;              // or null: not wanted
-  void* d_weight = nullptr;  // [columns], or null
-  void* d_bias = nullptr;    // [columns], or null
+  NormRows d_x;              // null if not requested
+  void* d_weight = nullptr;  // [columns], or null if not requested
+  void* d_bias = nullptr;    // [columns], or null if not requested
 };
 
 void residual_norm_forward_cpu(const ResidualNorm& a, int threads);

@@ -1,19 +1,19 @@
-// The gated activation of the feed-forward network on the CPU, in one pass each way.
+// SwiGLU activation of the feed-forward network on the CPU, with one pass over memory each for forward and backward.
 #pragma once
 
 #include "common.h"
 
 namespace dph {
 
-constexpr int64_t SWIGLU_CHUNK = 32;  // rows whose gradients are added up together, whatever the number of threads
+constexpr int64_t SWIGLU_CHUNK = 32;  // rows per partial sum of gradients, independent of the number of threads
 
-// Matrices are of float, or of bfloat16 where bf16 says so; their columns are contiguous, their rows so many elements
-// apart as is said, or end to end.
+// Matrices are float, or bfloat16 if bf16 is set, with contiguous columns. Rows of projected and grad are projected_row
+// and grad_row elements apart; rows of all other matrices are contiguous.
 struct SwigluArguments {
   int64_t rows = 0;
-  int64_t columns = 0;  // of the result
+  int64_t columns = 0;  // of out
   bool bf16 = false;
-  const void* projected = nullptr;  // [rows, 2 columns], giving [x | gate]
+  const void* projected = nullptr;  // [rows, 2 columns], [x | gate] before the bias
   int64_t projected_row = 0;
   const float* bias = nullptr;  // [2 columns]
   void* out = nullptr;          // [rows, columns], forward only
@@ -21,8 +21,8 @@ struct SwigluArguments {
   // Backward only.
   const void* grad = nullptr;  // [rows, columns]
   int64_t grad_row = 0;
-  void* d_projected = nullptr;  // [rows, 2 columns]; null: not wanted
-  float* sums = nullptr;        // [chunks, 2 columns], of each chunk's rows of d_projected; null: not wanted
+  void* d_projected = nullptr;  // [rows, 2 columns]; null if not requested
+  float* sums = nullptr;        // [chunks, 2 columns], sums over the chunk's rows of d_projected; null if not requested
 };
 
 void swiglu_forward_cpu(const SwigluArguments& arguments, int threads);

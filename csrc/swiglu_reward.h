@@ -1,20 +1,20 @@
-// Pooler and reward heads on the CPU (paper, section 3.1): what dph_kernels/swiglu_reward/native.py hands over.
+// Pooler and reward heads on the CPU (paper, section 3.1): arguments passed by dph_kernels/swiglu_reward/native.py.
 #pragma once
 
 #include "common.h"
 
 namespace dph {
 
-// A matrix or (column = 0) a vector in the dtype of the hidden states; strides in elements. data null: there is none.
+// A matrix, or a vector if column = 0, in the dtype of the hidden states; strides in elements. data is null if absent.
 struct RewardMatrix {
   void* data = nullptr;
   int64_t row = 0;
   int64_t column = 0;
 };
 
-// One of the two dropouts: an element is kept where its Philox word >= threshold, and is then divided by keep.
+// One of the two dropouts: an element is kept if its Philox word >= threshold, and is then divided by keep.
 struct RewardDropout {
-  uint32_t threshold = 0;  // 0: nothing drops
+  uint32_t threshold = 0;  // 0: nothing is dropped
   uint32_t stream = 0;
   float keep = 1.0f;
 };
@@ -24,7 +24,7 @@ struct SwigluRewardArguments {
   int64_t columns = 0;  // C
   int64_t width = 0;    // F; 0: no w1
   int64_t heads = 0;    // K
-  bool bf16 = false;    // of hidden, all weights and all their gradients; all else is float
+  bool bf16 = false;    // hidden, all weights and their gradients are bf16; all other tensors are float
 
   RewardMatrix hidden;  // [R, C]
   RewardMatrix reward;  // [K, C]
@@ -36,11 +36,11 @@ struct SwigluRewardArguments {
   RewardDropout input, pooled;
 
   float* rewards = nullptr;  // [R, K]
-  // Kept for the backward pass, or null: R, padded to whole lanes, floats for each of the 2F and of the C features.
+  // Saved for the backward pass, or null: 2F and C features, each of R floats padded to a multiple of REWARD_LANES.
   float* kept_projected = nullptr;
   float* kept_pooled = nullptr;
 
-  // Backward only. The gradients are contiguous, and null where they are not wanted.
+  // Backward only. The results are contiguous, and null if not requested.
   const float* grad = nullptr;  // [R, K]
   int64_t grad_row = 0;
   int64_t grad_column = 0;
@@ -52,9 +52,9 @@ struct SwigluRewardArguments {
   void* d_b2 = nullptr;
 };
 
-constexpr int64_t REWARD_LANES = 16;  // rows are padded to a multiple of it
+constexpr int64_t REWARD_LANES = 16;  // the number of rows is padded to a multiple of this
 
-// Use vectors of at most ``most`` floats from now on; returns what the processor has of them. For tests.
+// Limits the vector width to ``most`` floats and returns the width selected for this CPU. For tests.
 int swiglu_reward_lanes(int most);
 
 void swiglu_reward_forward_cpu(const SwigluRewardArguments& arguments, int threads);

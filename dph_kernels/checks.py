@@ -1,6 +1,10 @@
-"""Argument checks. Errors have the form "name: expected X, got Y"."""
+"""Checks, casts under `torch.autocast` and memory layout of an operator's inputs.
+
+Errors have the form "name: expected X, got Y".
+"""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +25,11 @@ def shape(name: str, value: Tensor, *expected: int | str) -> None:
     sizes = value.shape
     if sizes == expected:  # the usual case, without a loop
         return
-    if len(sizes) != len(expected) or any(isinstance(e, int) and e != s for e, s in zip(expected, sizes, strict=True)):
-        wanted = ", ".join(str(e) for e in expected)
-        raise ValueError(f"{name}: expected shape [{wanted}], got {list(sizes)}")
+    fits = len(sizes) == len(expected)
+    for size, wanted in zip(sizes, expected, strict=False):
+        fits = fits and (not isinstance(wanted, int) or wanted == size)
+    if not fits:
+        raise ValueError(f"{name}: expected shape [{', '.join(map(str, expected))}], got {list(sizes)}")
 
 
 def dtype(name: str, tensor: Tensor, expected: torch.dtype | Iterable[torch.dtype]) -> None:
@@ -69,3 +75,48 @@ def option(name: str, value: str, allowed: Iterable[str]) -> None:
     allowed = tuple(allowed)
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+# Casts
+
+
+def autocast_active(x: Tensor) -> bool:
+    """Whether PyTorch's autocast is on for the device of ``x``."""
+    kind = x.device.type
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
+def cast_together(first: Any, *others: Any) -> tuple[Any, ...]:
+    """Cast floating-point tensors to the dtype of the autocast context that is active for the first, if there is one.
+
+    fp64 tensors are not cast, as in PyTorch's own rules, and other values are returned as they are. The casts are part
+    of the graph: each tensor's gradient has the tensor's own dtype.
+    """
+    if not isinstance(first, Tensor) or not autocast_active(first):
+        return first, *others
+    dtype = torch.get_autocast_dtype(first.device.type)
+    cast = []
+    for value in (first, *others):
+        is_cast = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        cast.append(value.to(dtype) if is_cast else value)
+    return tuple(cast)
+
+
+# Memory layout
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """Return ``x``, copied unless the stride of its last dimension is 1, for kernels that read vectors of a row.
+
+    The other strides may be any.
+    """
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def readable_by_cublas(x: Tensor) -> Tensor:
+    """Return ``x``, copied if its elements span 2**31 or more, which overflows the 32-bit offsets of cuBLAS.
+
+    Seen with PyTorch 2.11 on an H200: an illegal access in a product of fp16 rows 2**30 elements apart.
+    """
+    span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.contiguous() if x.is_cuda and span >= 2**31 else x

@@ -7,6 +7,7 @@ a backend that is requested by name and cannot run raises with the reason.
 import functools
 import importlib
 import importlib.util
+import itertools
 import operator
 import os
 from collections.abc import Callable, Sequence
@@ -108,7 +109,7 @@ class Choice:
 
 def implemented(operator: str) -> tuple[str, ...]:
     """The backends that ``operator`` has code for, on any device."""
-    return tuple(dict.fromkeys(name for line in AUTO[operator].values() for name in line))
+    return tuple(dict.fromkeys(itertools.chain(*AUTO[operator].values())))
 
 
 @functools.cache
@@ -170,17 +171,11 @@ def choose(operator: str, device: str, backend: str = "auto", dtype: torch.dtype
     raise RuntimeError(f"{operator}: no backend can run on {device}: {'; '.join(passed_over)}")
 
 
-def implementation(
-    operator: str, device: torch.device | str, backend: str = "auto", dtype: torch.dtype | None = None
-) -> ModuleType:
-    """Return the module that implements ``operator``, ``dph_kernels.<operator>.<file>``; ``device`` may be a type."""
-    choice = choose(operator, device if isinstance(device, str) else device.type, backend, dtype)
-    return _module(operator, choice.backend)
-
-
 @functools.cache
-def _module(operator: str, backend: str) -> ModuleType:
-    return importlib.import_module(f"dph_kernels.{operator}.{MODULES[backend]}")
+def implementation(operator: str, device: str, backend: str = "auto", dtype: torch.dtype | None = None) -> ModuleType:
+    """Return the module of the backend that :func:`choose` returns, ``dph_kernels.<operator>.<file>``."""
+    file = MODULES[choose(operator, device, backend, dtype).backend]
+    return importlib.import_module(f"dph_kernels.{operator}.{file}")
 
 
 def call(function: Callable[..., Any], device: str, arguments: dict[str, Any]) -> Any:
@@ -205,14 +200,22 @@ def needs_dispatcher(tensors: Sequence[Tensor]) -> bool:
     It has to under tracing, dispatch modes, torch.func and forward-mode differentiation, and with tensors that are
     batched (``is_grads_batched``) or lazily negated.
     """
-    return torch.compiler.is_compiling() or torch_private.intercepts_calls() or _are_deferred(tensors)
+    return (
+        torch.compiler.is_compiling()
+        or torch_private.is_in_torch_dispatch_mode()
+        or torch_private.are_functorch_transforms_active()
+        or torch_private.forward_mode_level() >= 0
+        or torch_private.get_tracing_state() is not None
+        or any(map(torch_private.is_legacy_batchedtensor, tensors))
+        or any(map(Tensor.is_neg, tensors))
+    )
 
 
 def can_bypass_dispatcher(tensors: Sequence[Tensor]) -> bool:
     """Whether a call does not need the dispatcher, and its tensors are of no subclass and not on the meta device."""
     if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, tensors)):
         return False
-    return not (torch_private.intercepts_calls() or _are_deferred(tensors) or any(map(_is_meta, tensors)))
+    return not (needs_dispatcher(tensors) or any(map(_is_meta, tensors)))
 
 
 def bypass_obstacle(tensors: Sequence[Tensor]) -> str | None:
@@ -224,12 +227,9 @@ def bypass_obstacle(tensors: Sequence[Tensor]) -> str | None:
             return "a tensor is on the meta device"
     if torch.compiler.is_compiling():
         return "torch.compile traces the call"
-    return torch_private.interception() or ("a tensor is batched or negated lazily" if _are_deferred(tensors) else None)
-
-
-def _are_deferred(tensors: Sequence[Tensor]) -> bool:
-    """Whether any of the tensors is batched, or negated when it is read."""
-    return any(map(torch_private.is_legacy_batchedtensor, tensors)) or any(map(Tensor.is_neg, tensors))
+    if reason := torch_private.interception():
+        return reason
+    return "a tensor is batched or negated lazily" if needs_dispatcher(tensors) else None
 
 
 def profile_range(name: str) -> AbstractContextManager:

@@ -102,11 +102,18 @@ class PackedLayout:
             )
         columns = table.numpy().T
         self._check_bounds(*columns)
-        queries, keys = self._positions_of_queries(*columns), self._positions_of_keys(*columns)
-        positions = torch.from_numpy(queries)
-        object.__setattr__(self, "query_positions", positions)
+        q0, q1, k0, k1, p0, p1, position = columns
+        queries = _positions(self.queries, q0, q1, position)
+        own = position + (q1 - q0) - (k1 - k0)  # position of the first own key
+        start, end = np.concatenate([k0, p0]), np.concatenate([k1, p1])
+        first = np.concatenate([own, own - (p1 - p0)])
+        new = np.maximum(start, self.memory)  # memory is rotated already
+        shift = new - start
+        keys = _positions(self.keys, new - self.memory, np.maximum(end, new) - self.memory, first + shift)
+        query_positions = torch.from_numpy(queries)
+        object.__setattr__(self, "query_positions", query_positions)
         same = np.array_equal(queries, keys)
-        object.__setattr__(self, "key_positions", positions if same else torch.from_numpy(keys))
+        object.__setattr__(self, "key_positions", query_positions if same else torch.from_numpy(keys))
 
     def _check_bounds(self, q0: Array, q1: Array, k0: Array, k1: Array, p0: Array, p1: Array, position: Array) -> None:
         total = self.memory + self.keys
@@ -125,26 +132,6 @@ class PackedLayout:
         for i in first_true(q0[numbers[1:]] < q1[numbers[:-1]]):
             first, second = numbers[i], numbers[i + 1]
             raise ValueError(f"segments {first} and {second}: expected disjoint queries, both hold query {q0[second]}")
-
-    def _positions_of_queries(self, q0: Array, q1: Array, *others: Array) -> Array:
-        positions = np.zeros(self.queries, dtype=np.int64)
-        rows, values = _expand(q0, q1, others[-1])
-        positions[rows] = values
-        return positions
-
-    def _positions_of_keys(
-        self, q0: Array, q1: Array, k0: Array, k1: Array, p0: Array, p1: Array, position: Array
-    ) -> Array:
-        own = position + (q1 - q0) - (k1 - k0)  # position of the first own key
-        start, end, first = map(np.concatenate, ([k0, p0], [k1, p1], [own, own - (p1 - p0)]))
-        new = np.maximum(start, self.memory)  # memory is rotated already
-        rows, values = _expand(new - self.memory, np.maximum(end, new) - self.memory, first + new - start)
-        positions = np.zeros(self.keys, dtype=np.int64)
-        positions[rows] = values
-        for i in first_true(positions[rows] != values):
-            both = sorted((int(values[i]), int(positions[rows[i]])))
-            raise ValueError(f"new key {rows[i]}: expected one position, got {both[0]} and {both[1]}")
-        return positions
 
     # Constructors
 
@@ -260,6 +247,8 @@ class PackedLayout:
 
     def to(self, device: torch.device | str) -> PackedLayout:
         """Return the same layout with its positions on ``device``; the segment table stays on the CPU."""
+        if self.query_positions.device == torch.device(device):
+            return self
         return self.placed(*all_to_device((self.query_positions, self.key_positions), device))
 
     def placed(self, query_positions: Tensor, key_positions: Tensor) -> PackedLayout:
@@ -274,19 +263,17 @@ class PackedLayout:
 
     def tables(self, rope: Rotary, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return cosines and sines of queries and new keys, [T, D/2] and [S, D/2], computed once for all layers."""
-        if torch.compiler.is_compiling():
-            return self._make_tables(rope, head_dim, dtype)
+        if torch.compiler.is_compiling():  # nothing is cached
+            of_queries = rope.tables(self.query_positions, head_dim, dtype)
+            return *of_queries, *rope.tables(self.key_positions, head_dim, dtype)
         key = (rope, head_dim, dtype)
         if key not in self._tables:
             with torch.inference_mode(False):  # a layout first used in inference mode may be used in training later
-                self._tables[key] = self._make_tables(rope, head_dim, dtype)
+                of_queries = of_keys = rope.tables(self.query_positions, head_dim, dtype)
+                if self.key_positions is not self.query_positions:
+                    of_keys = rope.tables(self.key_positions, head_dim, dtype)
+            self._tables[key] = *of_queries, *of_keys
         return self._tables[key]
-
-    def _make_tables(self, rope: Rotary, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        of_queries = rope.tables(self.query_positions, head_dim, dtype)
-        if self.key_positions is self.query_positions:
-            return *of_queries, *of_queries
-        return *of_queries, *rope.tables(self.key_positions, head_dim, dtype)
 
     def visible(self) -> Tensor:
         """Return [T, M + S] bool, whether a key is visible to a query. For tests: the kernels never build it."""
@@ -333,12 +320,21 @@ def _check_counts(**arguments: Sequence) -> None:
             raise ValueError(f"{name}: expected {len(expected)} entries, as many as {reference}, got {len(values)}")
 
 
-def _expand(start: Array, end: Array, first: Array) -> tuple[Array, Array]:
-    """Return all rows of the ranges [start, end), and for each ``first`` plus its offset in its range."""
+def _positions(rows: int, start: Array, end: Array, first: Array) -> Array:
+    """Return positions [rows], counted from ``first`` in each range of rows [start, end), and 0 outside of them.
+
+    Ranges of new keys may overlap, if they agree.
+    """
     lengths = end - start
     before = lengths.cumsum() - lengths
-    rows = np.arange(lengths.sum()) + np.repeat(start - before, lengths)
-    return rows, rows + np.repeat(first - start, lengths)
+    covered = np.arange(lengths.sum()) + np.repeat(start - before, lengths)
+    values = covered + np.repeat(first - start, lengths)
+    positions = np.zeros(rows, dtype=np.int64)
+    positions[covered] = values
+    for i in first_true(positions[covered] != values):
+        both = sorted((int(values[i]), int(positions[covered[i]])))
+        raise ValueError(f"new key {covered[i]}: expected one position, got {both[0]} and {both[1]}")
+    return positions
 
 
 def first_true(wrong: Array | Tensor) -> list[int]:

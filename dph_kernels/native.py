@@ -23,6 +23,7 @@ except ImportError as error:
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 REBUILD = "`pip install --no-deps -e .` in the source folder"
+threads = torch.get_num_threads  # of a CPU kernel
 CAPABILITY = (8, 0)  # the oldest GPU that setup.py compiles for
 
 
@@ -104,8 +105,9 @@ def _stale() -> bool:
 def source_digest(folder: Path) -> str:
     """Return the digest of the C++ and CUDA sources, as setup.py computes and compiles it in."""
     total = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".h", ".cpp", ".cu")):
-        total.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".h", ".cpp", ".cu"):
+            total.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return total.hexdigest()[:16]
 
 
@@ -129,11 +131,6 @@ def _missing_cuda() -> str | None:
 def pointer(tensor: Tensor | None) -> int:
     """Return the address of a tensor's data; 0 for no tensor."""
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def threads() -> int:
-    """Return the number of threads of a CPU kernel, that of ``torch.set_num_threads``."""
-    return torch.get_num_threads()
 
 
 def stream(device: torch.device) -> int:

@@ -5,7 +5,7 @@ GPU waits for it. A call bypasses both when no tracing, mode or transform is act
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -124,10 +124,15 @@ class Operator:
     def __call__(self, *, backend: str, joint: bool = False, **inputs: Any) -> Any:
         """Return the outputs, with gradients; ``joint``: these may be computed along with the outputs."""
         plain = self._accept(inputs) if self._accept else None
-        values = [inputs[name] for name in self._tensors]
+        values = list(map(inputs.get, self._tensors))
         for name in self._lists:
             values += inputs[name]
-        tensors = [x for x in values if x is not None] if self._optional else values
+        tensors = values
+        if self._optional:
+            tensors = []
+            for value in values:
+                if value is not None:
+                    tensors.append(value)
         if plain is None:
             bypass = dispatch.can_bypass_dispatcher(tensors)
         else:
@@ -160,8 +165,8 @@ class Operator:
     def _choose(self, inputs: Inputs, backend: str) -> tuple[ModuleType, str]:
         """Return the module that implements the operator, and the type of the inputs' device."""
         like = self._like(inputs)
-        device = like.device
-        return dispatch.implementation(self._folder, device, backend, like.dtype), device.type
+        device = like.device.type
+        return dispatch.implementation(self._folder, device, backend, like.dtype), device
 
     def _run(self, inputs: Inputs, backend: str) -> Any:
         implementation, device = self._choose(inputs, backend)
@@ -171,12 +176,19 @@ class Operator:
 
     def _run_backward(self, *, backend: str, **arguments: Any) -> Any:
         like = arguments[self._gradient.like]
-        implementation = dispatch.implementation(self._folder, like.device, backend, like.dtype)
-        return dispatch.call(implementation.backward, like.device.type, arguments)
+        device = like.device.type
+        implementation = dispatch.implementation(self._folder, device, backend, like.dtype)
+        return dispatch.call(implementation.backward, device, arguments)
 
     def _forward(self, inputs: Inputs, backend: str) -> Any:
         if self._mutates:
-            torch.autograd.graph.increment_version(_tensors(inputs[name] for name in self._mutates))
+            written = []
+            for value in map(inputs.get, self._mutates):
+                if isinstance(value, Tensor):
+                    written.append(value)
+                elif value is not None:
+                    written += value
+            torch.autograd.graph.increment_version(written)
         with dispatch.profile_range(self.name):
             return self._run(inputs, backend)
 
@@ -227,7 +239,10 @@ class Operator:
 
         def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Any, ...]:
             backward, device, backend = ctx.call
-            upstream = [grad for grad in grads if grad is not None]
+            upstream = []
+            for grad in grads:
+                if grad is not None:
+                    upstream.append(grad)
             # With gradients enabled, gradients of gradients are wanted, which the operator refuses.
             if torch.is_grad_enabled() or not dispatch.can_bypass_dispatcher(upstream):
                 backward = partial(self.backward_operator, backend=backend)
@@ -260,14 +275,3 @@ def _register(
     defined = torch.library.custom_op(name, kernel, mutates_args=mutates, schema=schema)
     defined.register_fake(fake)
     return defined
-
-
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """Return the tensors among ``values`` and in the lists among them, without None."""
-    tensors = []
-    for value in values:
-        if isinstance(value, Tensor):
-            tensors.append(value)
-        elif value is not None:
-            tensors += value
-    return tensors

@@ -4,6 +4,7 @@ Importing this module never fails: a name that PyTorch lacks is replaced by a fu
 and :func:`missing` lists it.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -23,6 +24,7 @@ NAMES = {
     "torch._C._profiler._RecordFunctionFast": "a named range in a profile",
     "torch.autograd._profiler_enabled": "whether a profile is being recorded",
     "torch.autograd.forward_ad._current_level": "whether forward-mode differentiation is active",
+    "torch.nn.modules.module._has_any_global_hook": "whether a hook is registered on all modules",
     "torch.ops.mkldnn._linear_pointwise": "oneDNN's product of fp32 matrices",
     "torch.utils._python_dispatch.is_in_torch_dispatch_mode": "whether a dispatch mode is active",
 }
@@ -52,32 +54,26 @@ def function(name: str) -> Callable[..., Any]:
     return find(name) or absent
 
 
+are_functorch_transforms_active = function("torch._C._are_functorch_transforms_active")
+forward_mode_level = functools.partial(getattr, forward_ad, "_current_level")
+"""The level of forward-mode differentiation, negative if it is not active."""
+get_tracing_state = function("torch._C._get_tracing_state")
+"""The state of torch.jit.trace, None if it does not trace."""
+is_in_torch_dispatch_mode = function("torch.utils._python_dispatch.is_in_torch_dispatch_mode")
+has_any_global_hook = function("torch.nn.modules.module._has_any_global_hook")
 is_legacy_batchedtensor = function("torch._C._functorch.is_legacy_batchedtensor")
 linear_pointwise = function("torch.ops.mkldnn._linear_pointwise")
 profiler_enabled = function("torch.autograd._profiler_enabled")
 record_function = function("torch._C._profiler._RecordFunctionFast")
-_are_functorch_transforms_active = function("torch._C._are_functorch_transforms_active")
-_get_tracing_state = function("torch._C._get_tracing_state")
-_is_in_torch_dispatch_mode = function("torch.utils._python_dispatch.is_in_torch_dispatch_mode")
-
-
-def intercepts_calls() -> bool:
-    """Whether a dispatch mode, a transform of torch.func, forward-mode differentiation or torch.jit.trace is active."""
-    return (
-        _is_in_torch_dispatch_mode()
-        or _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or _get_tracing_state() is not None
-    )
 
 
 def interception() -> str | None:
-    """Return in words what makes :func:`intercepts_calls` True, None if nothing does."""
+    """Return in words the mode or transform that every call goes through, None if there is none."""
     reasons = {
-        "a torch dispatch mode is active": _is_in_torch_dispatch_mode(),
-        "a torch.func transform is active": _are_functorch_transforms_active(),
-        "forward-mode differentiation is active": forward_ad._current_level >= 0,
-        "torch.jit traces the call": _get_tracing_state() is not None,
+        "a torch dispatch mode is active": is_in_torch_dispatch_mode(),
+        "a torch.func transform is active": are_functorch_transforms_active(),
+        "forward-mode differentiation is active": forward_mode_level() >= 0,
+        "torch.jit traces the call": get_tracing_state() is not None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

@@ -1,4 +1,4 @@
-// Rotary attention on the CPU: threads over tiles and heads, and the kernels for the processor that is found.
+// Rotary attention on the CPU: parallel loops over tiles and heads, with kernels selected by the CPU's instruction set.
 #include "../attention.h"
 #include "instruction_sets.h"
 #include "threads.h"
@@ -21,7 +21,7 @@ namespace baseline {
 #undef DPH_LANES
 }  // namespace baseline
 
-// Explicit targets instead of target_clones: vector types have to be as wide as the instruction set's registers.
+// Explicit targets instead of target_clones: vector types must match the register width of the instruction set.
 #ifdef DPH_X86
 namespace avx2 {
 #define DPH_TARGET DPH_AVX2
@@ -47,7 +47,7 @@ struct Kernels {
   void (*rotate)(const RotateArguments&, int64_t, float*) = baseline::rotate_rows;
 };
 
-// For vectors of so many floats.
+// Kernels for vectors of ``lanes`` floats.
 Kernels pick(int lanes) {
 #ifdef DPH_X86
   if (lanes == 16) return {16, avx512::forward_tile, avx512::backward_tile, avx512::rotate_rows};
@@ -58,7 +58,7 @@ Kernels pick(int lanes) {
 
 Kernels kernels = pick(vector_floats());
 
-// Memory for each of the threads, taken before they start: a failure is then an exception that somebody can catch.
+// Memory of each thread, allocated before the parallel region so that the caller can catch an allocation failure.
 class Scratch {
  public:
   Scratch(int64_t floats, int threads) : size_((floats + 15) / 16 * 16) {
@@ -75,7 +75,7 @@ class Scratch {
   std::unique_ptr<float, Free> data_;
 };
 
-constexpr int64_t WORTH_THREADS = 16384;  // elements to rotate: below, starting threads costs more than the work
+constexpr int64_t WORTH_THREADS = 16384;  // elements to rotate; below this, starting threads costs more than the work
 
 }  // namespace
 
@@ -88,7 +88,7 @@ void attention_forward_cpu(const AttentionArguments& a, int threads) {
   const int64_t items = a.work.count * a.heads;
   const Scratch scratch(baseline::forward_floats(a.head_dim), threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (items > 1)
-  for (int64_t item = 0; item < items; ++item) {  // longest first; a tile's heads lie side by side in memory
+  for (int64_t item = 0; item < items; ++item) {  // longest first; the heads of a tile are adjacent in memory
     kernels.forward(a, item / a.heads, item % a.heads, scratch.of(thread_number()));
   }
 }

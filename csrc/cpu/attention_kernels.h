@@ -1,13 +1,14 @@
-// The attention kernels for one instruction set; attention.cpp includes this once for each, in a namespace of its own,
-// with DPH_TARGET (the function attribute) and DPH_LANES (floats in a vector) defined. No include guard: that is why.
+// Attention kernels for one instruction set. attention.cpp includes this file once per instruction set, each time in a
+// separate namespace, with DPH_TARGET (function attribute) and DPH_LANES (vector width in floats) defined; hence there
+// is no include guard.
 //
-// Queries lie along the lanes of vectors: scores are K Qt with keys as rows, so that keys and values are read as they
-// lie (their elements are broadcast) and softmax needs no reduction across lanes.
+// Vector lanes are queries: scores are K Q^T with keys as rows, so that keys and values are read in their original
+// layout (their elements are broadcast) and softmax needs no reduction across lanes.
 
 #define DPH_FN DPH_TARGET static inline __attribute__((always_inline))
 
 constexpr int64_t W = DPH_LANES;
-constexpr int64_t MR = 8;  // rows of a micro-tile; with two vectors 16 accumulators, which hides the latency of FMA
+constexpr int64_t MR = 8;  // rows of a micro-tile; with two vectors 16 accumulators, which hides FMA latency
 constexpr int64_t BM = ATTENTION_ROWS;
 constexpr int64_t BN = ATTENTION_BLOCK;
 static_assert(BM % (2 * W) == 0 && BN % MR == 0, "tiles are whole micro-tiles");
@@ -23,13 +24,13 @@ DPH_FN void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
 DPH_FN Vec splat(float x) { return x - Vec{}; }
 DPH_FN Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-// 2^x to 1e-7; 0 below 2^-125, NaN stays NaN. x is at most about 0 here.
+// 2^x to 1e-7; 0 for results below 2^-125, NaN stays NaN. Inputs are at most about 0.
 DPH_FN Vec exp2(Vec x) {
-  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, stored in the low bits
   const Vec low = splat(-125.0f);
   const Vec clamped = x < low ? low : x;
   const Vec shifted = clamped + magic;
-  const Vec f = clamped - (shifted - magic);  // within 1/2
+  const Vec f = clamped - (shifted - magic);  // in [-1/2, 1/2]
   Vec p = splat(1.535336150e-04f);               // minimax polynomial on [-1/2, 1/2]
   p = p * f + 1.339887499e-03f;
   p = p * f + 9.618437364e-03f;
@@ -38,14 +39,14 @@ DPH_FN Vec exp2(Vec x) {
   p = p * f + 6.931472029e-01f;
   p = p * f + 1.0f;
   const Int exponent = (reinterpret_cast<Int>(shifted) << 23) + 0x3f800000;
-  return x < low ? Vec{} : p * reinterpret_cast<Vec>(exponent);  // times: a NaN's low bits are not to end in its exponent
+  return x < low ? Vec{} : p * reinterpret_cast<Vec>(exponent);  // a product keeps NaN, an exponent addition may not
 }
 
 enum class Into { Set, Add, Rescale };
 
-// C [m, n] = A B, += A B, or = C diag(alpha) + A B. A's element (i, k) is at A[i * rs + k * cs], B is [depth, n] and C
-// [m, n] with rows ldb and ldc apart; m is a multiple of MR, n of W. The product is summed apart from C: over many
-// blocks errors grow with the number of blocks, not of keys.
+// C [m, n] = A B, += A B, or = C diag(alpha) + A B. Element (i, k) of A is at A[i * rs + k * cs]; B is [depth, n] and C
+// [m, n] with row strides ldb and ldc; m is a multiple of MR, n of W. The product has separate accumulators and is
+// added to C at the end, so rounding errors grow with the number of blocks, not with the number of keys.
 template <int NV, Into INTO>
 DPH_FN void micro(int64_t depth, const float* A, int64_t rs, int64_t cs, const float* B, int64_t ldb, float* C,
                   int64_t ldc, const float* alpha) {
@@ -115,7 +116,7 @@ DPH_FN void rotate_row(float* x, const float* cos, const float* sin, float sign,
   }
 }
 
-// Keys or values [start, end) as contiguous rows, padded with zeros to whole micro-tiles.
+// Copies keys or values [start, end) to contiguous float rows, zero-padded to whole micro-tiles.
 DPH_FN void load_block(float* to, const AttentionArguments& a, const AttentionRows& memory, const AttentionRows& fresh,
                        int64_t start, int64_t end, int64_t head, int64_t width) {
   const AttentionRows& rows = start < a.memory ? memory : fresh;
@@ -129,7 +130,7 @@ DPH_FN void load_block(float* to, const AttentionArguments& a, const AttentionRo
   memset(to + filled * width, 0, (whole - filled) * width * sizeof(float));
 }
 
-// [rows, width] to [width, lanes].
+// Transposes [rows, width] to [width, lanes], with zeros in the padding lanes.
 DPH_FN void transpose(float* to, const float* from, int64_t rows, int64_t width, int64_t lanes) {
   for (int64_t d = 0; d < width; ++d) {
     float* line = to + d * lanes;
@@ -138,12 +139,12 @@ DPH_FN void transpose(float* to, const float* from, int64_t rows, int64_t width,
   }
 }
 
-// One tile of queries: its sizes, and who may look at what.
+// One tile of queries: its sizes and the keys visible to each query.
 struct Tile {
-  int64_t start, rows, lanes;  // lanes: rows, rounded up to whole vectors
+  int64_t start, rows, lanes;  // lanes: rows rounded up to whole vectors
   const int32_t *runs, *first_masked, *last_run;
-  bool thin;                         // few rows of many segments: lanes would mostly idle
-  alignas(64) int32_t bound[4][BM];  // by lane; lanes without a row see nothing
+  bool thin;                         // few rows per segment: most lanes would be masked
+  alignas(64) int32_t bound[4][BM];  // per lane; no keys are visible to padding lanes
 };
 
 DPH_FN void open_tile(Tile& t, const AttentionArguments& a, int64_t number) {
@@ -160,7 +161,7 @@ DPH_FN void open_tile(Tile& t, const AttentionArguments& a, int64_t number) {
   }
 }
 
-// Scores [keys, lanes] of what a query may not see become minus infinity.
+// Sets scores [keys, lanes] to minus infinity if the key is not visible to the query.
 DPH_FN void mask_scores(float* scores, const Tile& t, int64_t start, int64_t end) {
   for (int64_t i = 0; i < t.lanes; i += W) {
     const Int own = load(t.bound[0] + i), own_end = load(t.bound[1] + i);
@@ -174,7 +175,7 @@ DPH_FN void mask_scores(float* scores, const Tile& t, int64_t start, int64_t end
   }
 }
 
-// The lanes added up, by halves.
+// Sum over the lanes, by successive halves.
 DPH_FN float sum(Vec x) {
   typedef float Half __attribute__((vector_size(2 * DPH_LANES)));
   typedef float Quarter __attribute__((vector_size(DPH_LANES)));
@@ -189,10 +190,10 @@ DPH_FN float sum(Vec x) {
   return result;
 }
 
-// Rounded up to what every instruction set divides into whole vectors and micro-tiles.
+// Head dimension rounded up to whole vectors and micro-tiles of every instruction set.
 constexpr int64_t padded(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
-// Where a tile's forward pass keeps what it works on.
+// Scratch buffers of the forward pass of one tile.
 struct Buffers {
   float *rows, *queries, *keys, *values, *out, *out_rows, *scores, *peak, *total, *decay;
 
@@ -200,22 +201,23 @@ struct Buffers {
 
   Buffers(float* at, int64_t width) {
     auto take = [&at](int64_t size) { return (at += size) - size; };
-    rows = take(BM * width);     // [rows, width] the queries, rotated and scaled
-    queries = take(BM * width);  // [width, lanes] the same
+    rows = take(BM * width);     // [rows, width], rotated and scaled queries
+    queries = take(BM * width);  // [width, lanes], the transpose of rows
     keys = take(BN * width);
     values = take(BN * width);
     out = take(BM * width);
     out_rows = take(BM * width);
     scores = take(BN * BM);
-    peak = take(BM);   // largest score
-    total = take(BM);  // sum of exponentials below it
+    peak = take(BM);   // maximum score so far
+    total = take(BM);  // sum of exponentials relative to the maximum
     decay = take(BM);
   }
 };
 
 DPH_TARGET inline int64_t forward_floats(int64_t head_dim) { return Buffers::floats(padded(head_dim)); }
 
-// Rows [start, end) of keys or values and the distance between them: where they lie, or as float in ``buffer``.
+// Returns rows [start, end) of keys or values and their stride: the original rows if these are float and need no
+// padding, else a float copy in ``buffer``.
 DPH_FN const float* view_block(int64_t& stride, float* buffer, const AttentionArguments& a, const AttentionRows& memory,
                                const AttentionRows& fresh, int64_t start, int64_t end, int64_t head) {
   if (a.bf16 || a.head_dim != padded(a.head_dim)) {
@@ -229,8 +231,8 @@ DPH_FN const float* view_block(int64_t& stride, float* buffer, const AttentionAr
   return static_cast<const float*>(rows.data) + row * rows.row + head * rows.head;
 }
 
-// out = decay * out + scores values, for NV vectors of the head dimension; even and odd keys apart, to hide latency,
-// and both apart from what there was, as in ``micro``.
+// out = decay * out + scores values, for NV vectors of the head dimension. Even and odd keys have separate accumulators
+// to hide latency, and both are added to out at the end, as in ``micro``.
 template <int NV>
 DPH_FN void add_values(float* out, float decay, const float* scores, const float* values, int64_t stride,
                        int64_t count) {
@@ -250,8 +252,8 @@ DPH_FN void add_values(float* out, float decay, const float* scores, const float
   }
 }
 
-// One query on ``count`` keys: keys lie along the lanes of the scores, the head dimension along those of
-// the output, which is not yet divided by ``total``.
+// Attention of one query to ``count`` keys. Vector lanes are keys for the scores and head dimensions for the output,
+// which is not yet divided by ``total``.
 DPH_FN void attend_one(const float* query, const float* keys, int64_t key_stride, const float* values,
                        int64_t value_stride, int64_t count, int64_t width, float* scores, float* out, float& peak,
                        float& total) {
@@ -280,7 +282,8 @@ DPH_FN void attend_one(const float* query, const float* keys, int64_t key_stride
   for (; d < width; d += W) add_values<1>(out + d, decay, scores, values + d, value_stride, count);
 }
 
-// Runs [run, last) where few rows of a tile see a key, so that lanes of queries would idle. ``out`` is [rows, width].
+// Processes runs [run, last) whose keys are visible to few rows of the tile, so that most lanes of queries would be
+// masked. ``out`` is [rows, width].
 DPH_FN void forward_thin(const AttentionArguments& a, const Tile& t, const int32_t* run, const int32_t* last,
                          int64_t head, const float* queries, const Buffers& b) {
   const int64_t width = padded(a.head_dim);
@@ -303,7 +306,7 @@ DPH_FN void forward_thin(const AttentionArguments& a, const Tile& t, const int32
   }
 }
 
-// Runs [run, last) with queries along the lanes. ``out`` is [width, lanes].
+// Processes runs [run, last) with queries along the lanes. ``out`` is [width, lanes].
 DPH_FN void forward_wide(const AttentionArguments& a, const Tile& t, const int32_t* run, const int32_t* last,
                          int64_t head, const float* queries, const Buffers& b) {
   const int64_t width = padded(a.head_dim), lanes = t.lanes;
@@ -341,7 +344,7 @@ DPH_TARGET inline void forward_tile(const AttentionArguments& a, int64_t number,
   open_tile(t, a, number);
   const int64_t width = padded(a.head_dim), half = a.head_dim / 2;
   Buffers b(workspace, width);
-  const float scale = static_cast<float>(a.scale * 1.4426950408889634);  // exponentials are powers of two
+  const float scale = static_cast<float>(a.scale * 1.4426950408889634);  // log2(e), as exponentials are powers of two
   for (int64_t i = 0; i < t.rows; ++i) {
     float* row = b.rows + i * width;
     load_row(row, a.q, t.start + i, head, a.head_dim, a.bf16);
@@ -351,7 +354,7 @@ DPH_TARGET inline void forward_tile(const AttentionArguments& a, int64_t number,
   }
   memset(b.out, 0, t.lanes * width * sizeof(float));
   for (int64_t i = 0; i < t.lanes; ++i) b.peak[i] = -INFINITY, b.total[i] = 0.0f;
-  // Candidates: lanes for the prompt that all of them see, then each one's own keys.
+  // Candidates of a prompt: queries along the lanes for the shared prompt, then the separate keys of each candidate.
   const int32_t* wide_end = !t.thin ? t.last_run : t.rows < MR ? t.runs : t.first_masked;
   float* out = b.out;
   if (wide_end > t.runs) {
@@ -363,7 +366,7 @@ DPH_TARGET inline void forward_tile(const AttentionArguments& a, int64_t number,
   b.out = out;
   forward_thin(a, t, wide_end, t.last_run, head, b.rows, b);
   for (int64_t i = 0; i < t.rows; ++i) {
-    const bool blind = b.total[i] == 0.0f;  // not by its peak: a row of NaN has that of a blind one
+    const bool blind = b.total[i] == 0.0f;  // not from peak, which is -inf for a row of NaN too
     const float inverse = blind ? 0.0f : 1.0f / b.total[i];
     float* row = b.out + i * width;
     for (int64_t d = 0; d < a.head_dim; ++d) row[d] = blind ? 0.0f : row[d] * inverse;
@@ -385,20 +388,20 @@ DPH_FN void add_rows(const AttentionRows& to, int64_t first, int64_t head, const
   }
 }
 
-// dq of a tile, and what its queries add to dk and dv of the new keys that they see.
+// Computes dq of a tile and adds the contributions of its queries to dk and dv of the new keys visible to them.
 DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number, int64_t head, float* workspace) {
   Tile t;
   open_tile(t, a, number);
   const int64_t width = padded(a.head_dim), half = a.head_dim / 2, lanes = t.lanes;
   const float scale = static_cast<float>(a.scale * 1.4426950408889634);
-  float* query = workspace;                 // [rows, width], scaled: what dk multiplies
-  float* query_lanes = query + BM * width;  // [width, lanes], in base 2
+  float* query = workspace;                 // [rows, width], scaled, for dk
+  float* query_lanes = query + BM * width;  // [width, lanes], scaled for base 2
   float* grad = query_lanes + BM * width;
   float* grad_lanes = grad + BM * width;
   float* dq = grad_lanes + BM * width;  // [width, lanes]
   float* keys = dq + BM * width;
   float* values = keys + BN * width;
-  float* sums = values + BN * width;  // what is added to dk or dv
+  float* sums = values + BN * width;  // contribution to dk or dv
   float* p = sums + BN * width;       // [keys, lanes]
   float* ds = p + BN * BM;
   float* lse = ds + BN * BM;
@@ -409,16 +412,16 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
     rotate_row(query + i * width, a.q_cos + row * half, a.q_sin + row * half, 1.0f, half);
     for (int64_t d = 0; d < a.head_dim; ++d) query[i * width + d] *= scale;
     load_row(grad + i * width, a.grad, row, head, a.head_dim, a.bf16);
-    load_row(keys, a.out, row, head, a.head_dim, a.bf16);  // keys serves as scratch here
+    load_row(keys, a.out, row, head, a.head_dim, a.bf16);  // keys is used as scratch here
     for (int64_t d = a.head_dim; d < width; ++d) query[i * width + d] = grad[i * width + d] = keys[d] = 0.0f;
     Vec products = {};
     for (int64_t d = 0; d < width; d += W) products += load(keys + d) * load(grad + i * width + d);
     delta[i] = sum(products);
     const float kept = a.lse[row * a.heads + head];
-    lse[i] = kept == -INFINITY ? INFINITY : kept * 1.4426950408889634f;  // who sees nothing gets p = 0
+    lse[i] = kept == -INFINITY ? INFINITY : kept * 1.4426950408889634f;  // p = 0 for a query without keys
   }
   for (int64_t i = t.rows; i < lanes; ++i) lse[i] = INFINITY, delta[i] = 0.0f;
-  transpose(query_lanes, query, t.rows, width, lanes);  // the very scores of the forward pass come from these
+  transpose(query_lanes, query, t.rows, width, lanes);  // reproduces the forward pass's scores exactly
   for (int64_t i = 0; i < t.rows * width; ++i) query[i] *= 0.6931471805599453f;
   transpose(grad_lanes, grad, t.rows, width, lanes);
   memset(dq, 0, width * lanes * sizeof(float));
@@ -439,7 +442,7 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
         }
       }
       multiply<Into::Add>(width, lanes, count, keys, 1, width, ds, lanes, dq, lanes);
-      if (start < a.memory) continue;  // detached
+      if (start < a.memory) continue;  // memory is detached
       memset(p + count * lanes, 0, (whole - count) * lanes * sizeof(float));
       memset(ds + count * lanes, 0, (whole - count) * lanes * sizeof(float));
       multiply<Into::Set>(whole, width, t.rows, p, lanes, 1, grad, width, sums, width);

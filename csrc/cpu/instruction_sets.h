@@ -1,5 +1,6 @@
-// Which vectors the processor has. Not by target_clones (common.h) where it matters: its AVX2 has no fused multiply-add,
-// and its AVX-512 neither the instructions for 16-bit numbers nor the leave to use the whole width.
+// Vector instruction sets of the CPU. Performance-critical kernels use these targets instead of target_clones
+// (common.h), whose AVX2 has no fused multiply-add and whose AVX-512 has neither 16-bit instructions nor a preferred
+// width of 512.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -11,8 +12,8 @@
 
 namespace dph {
 
-// Floats in the widest vector that the processor has, of at most ``most``: 16 by what DPH_AVX512 asks for, 8 by what
-// DPH_AVX2 does, 4 by the baseline.
+// Vector width in floats, at most ``most``: 16 if the CPU supports DPH_AVX512, 8 if it supports DPH_AVX2, else 4 (the
+// baseline).
 inline int vector_floats(int most = 16) {
 #ifdef DPH_X86
   if (most >= 16 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

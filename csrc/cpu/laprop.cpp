@@ -1,4 +1,4 @@
-// LaProp on the CPU: one pass over memory, all cores, in one call for any number of tensors.
+// LaProp on the CPU: one multithreaded pass over memory, in one call for any number of tensors.
 #include "../laprop.h"
 #include "instruction_sets.h"
 
@@ -11,7 +11,8 @@
 namespace dph {
 namespace {
 
-// Moments that no gradient feeds decay into subnormal numbers, which are many times slower; zero serves as well.
+// Flushes subnormals to zero: moments without gradients decay to subnormal numbers, which are many times slower, while
+// zero serves equally well.
 class FlushSubnormals {
  public:
 #if defined(__SSE__)
@@ -48,8 +49,8 @@ DPH_INLINE void update(const LapropTensor& t, const LapropCoefficients& k, float
   }
 }
 
-// How many neighbouring chunks a core takes at a time. It asks for more when it is done, so that a core which something
-// else has slowed down takes fewer; but several at a time, as memory is faster where each core reads long runs.
+// Number of adjacent chunks per dynamic scheduling step. Dynamic scheduling assigns fewer chunks to a core that is
+// slowed down by other load; several chunks per step, because memory bandwidth is higher if each core reads long runs.
 int64_t run_length(int64_t chunks, int threads) {
   return std::clamp<int64_t>(chunks / (8 * std::max(threads, 1)), 1, 16);
 }
@@ -72,7 +73,7 @@ DPH_INLINE void chunk(const LapropTensor& t, const LapropCoefficients& k, float 
   }
 }
 
-// The twelve loops for every instruction set.
+// The twelve loops, instantiated for every instruction set.
 #define DPH_CHUNK(name)                                                                                        \
   void name(const LapropTensor& t, const LapropCoefficients& k, float scale, int64_t begin, int64_t size) {    \
     chunk(t, k, scale, begin, size);                                                                           \
@@ -114,7 +115,7 @@ void laprop_cpu(const LapropArguments& a, int threads) {
 
 namespace {
 
-// Sixteen sums side by side, which add up in one order on every instruction set.
+// Sixteen independent accumulators, which are added in the same order on every instruction set.
 template <class Grad>
 DPH_INLINE double squares(const Grad* grad, int64_t size) {
   constexpr int LANES = 16;

@@ -1,4 +1,4 @@
-// Log-probabilities on the CPU: each logit of a tile is read from memory once, rows are spread over the cores.
+// Log-probabilities on the CPU: each logit of a tile is read from memory once, with parallel loops over rows.
 #include "../linear_logprob.h"
 
 #include <math.h>
@@ -8,18 +8,18 @@
 namespace dph {
 namespace {
 
-constexpr int64_t BLOCK = 1024;  // columns that stay in the first-level cache between finding their maximum and exp
-constexpr float LOWEST = -87.0f;  // exp of less is no normal number
+constexpr int64_t BLOCK = 1024;  // columns per block, which stays in the L1 cache between maximum and exp
+constexpr float LOWEST = -87.0f;  // exp is subnormal below this
 
 // e^x for x <= 0, 0 below LOWEST.
 DPH_INLINE float exp_negative(float x) { return x < LOWEST ? 0.0f : exp_of(x); }
 
-// What one row has come to: sum of e^(x - largest), and of e^(x - largest) (x - largest).
+// Running state of one row: sums of e^(x - largest) and of e^(x - largest) (x - largest).
 struct State {
   float largest;
   float sum;
   float weighted;
-  int64_t best;  // column of the tile where the block begins that brought the largest, or -1: before this tile
+  int64_t best;  // first column of the block that contains the largest, or -1 if that is in an earlier tile
 };
 
 template <bool STATISTICS>
@@ -31,19 +31,19 @@ DPH_INLINE void add_block(State& state, const float* __restrict x, int64_t begin
     state = {largest, 0.0f, 0.0f, begin};
   } else if (largest > state.largest) {
     const float shift = state.largest - largest, factor = exp_negative(shift);
-    // Where the factor is 0, what went before counts for nothing; the shift may then be infinite.
+    // If the factor is 0, the previous sums vanish; the shift may then be infinite.
     state.weighted = factor > 0.0f ? factor * (state.weighted + shift * state.sum) : 0.0f;
     state.sum *= factor;
     state.largest = largest;
     state.best = begin;
   }
-  const float origin = state.largest > -INFINITY ? state.largest : 0.0f;  // nothing but minus infinity (or NaN) so far
+  const float origin = state.largest > -INFINITY ? state.largest : 0.0f;  // else only minus infinity (or NaN) so far
   float sum = 0.0f, weighted = 0.0f;
 #pragma omp simd reduction(+ : sum, weighted)
   for (int64_t i = 0; i < size; ++i) {
     const float shifted = x[i] - origin, e = exp_negative(shifted);
     sum += e;
-    // A logit of minus infinity has no part in the entropy.
+    // A logit of minus infinity contributes nothing to the entropy.
     if (STATISTICS) weighted += e * (shifted < LOWEST ? LOWEST : shifted);
   }
   state.sum += sum;
@@ -61,7 +61,7 @@ DPH_INLINE void reduce(const LogprobTile& tile, int64_t row) {
   }
   if (STATISTICS && state.best >= 0) {
     int64_t column = state.best;
-    while (column < tile.columns - 1 && !(x[column] == state.largest)) ++column;  // NaN: any column will do
+    while (column < tile.columns - 1 && !(x[column] == state.largest)) ++column;  // with NaN, any column is valid
     tile.best[row] = tile.first + column;
   }
   const int64_t target = tile.targets[row] - tile.first;
@@ -70,7 +70,7 @@ DPH_INLINE void reduce(const LogprobTile& tile, int64_t row) {
   tile.log_sum[row] = state.sum;
   if (STATISTICS) tile.entropy[row] = state.weighted;
   if (!tile.last) return;
-  // The sum is at least 1, as it holds e^0, and the target's logit is not above the largest: never above 0.
+  // The sum includes e^0, so it is at least 1, and no target's logit exceeds the largest: the result is never positive.
   const float log_sum = logf(state.sum);
   tile.log_sum[row] = log_sum;
   tile.logprobs[row] = (tile.logprobs[row] - state.largest) - log_sum;
@@ -96,9 +96,9 @@ DPH_CLONES void linear_logprob_gradient_row(const LogprobTile& tile, int64_t row
 #pragma omp simd
   for (int64_t i = 0; i < tile.columns; ++i) {
     const float gradient = -upstream * exp_negative((x[i] - largest) - log_sum);
-    x[i] = fabsf(gradient) < 1.17549435e-38f ? 0.0f : gradient;  // subnormal numbers slow the products down
+    x[i] = fabsf(gradient) < 1.17549435e-38f ? 0.0f : gradient;  // subnormal numbers slow down the matrix products
   }
-  if (here) x[target] = -upstream * expm1f(logprob);  // 1 - p without loss where p is near 1
+  if (here) x[target] = -upstream * expm1f(logprob);  // 1 - p without cancellation for p near 1
 }
 
 void linear_logprob_reduce_cpu(const LogprobTile& tile, int threads) {

@@ -1,5 +1,5 @@
-// The joint preference objective on the CPU. cDPO is the contrastive objective on implicit rewards, so there is one
-// loop. Partial sums belong to fixed groups of pairs and are added in their order: results do not depend on threads.
+// Joint preference objective on the CPU. cDPO is the contrastive objective on implicit rewards, so one loop serves
+// both. Partial sums over fixed groups of pairs are added in order, so results do not depend on the number of threads.
 #include "../preference_loss.h"
 
 #include <math.h>
@@ -10,11 +10,11 @@
 namespace dph {
 namespace {
 
-constexpr int64_t BLOCK = 256;   // pairs that are worked on at once, in the first-level cache
-constexpr int64_t GROUP = 4096;  // pairs between two additions in double
-constexpr int64_t LEAST = 8;     // groups that are worth waking another core for
-// Judgements, of all heads and the policy, from which on wide vectors are worth it: a processor that has been without
-// them may take tens of microseconds to power them up, longer than the loss of few pairs.
+constexpr int64_t BLOCK = 256;   // pairs processed at a time, within the L1 cache
+constexpr int64_t GROUP = 4096;  // pairs per partial sum in double
+constexpr int64_t LEAST = 8;     // minimum number of groups to use several threads
+// Minimum number of judgements (pairs times heads, including the policy) to use wide vectors: a CPU that has not used
+// them recently may take tens of microseconds to power them up, longer than the loss of few pairs.
 constexpr int64_t WIDE = 4096;
 
 // One part of the objective: pairs of rewards, explicit or implicit.
@@ -25,8 +25,8 @@ struct Part {
   float beta;
   float epsilon;
   bool contrastive;
-  bool wide;        // by the widest vectors that the processor has
-  float scale;      // of the slopes
+  bool wide;        // use the widest vectors of the CPU
+  float scale;      // factor of the slopes
   float* chosen;    // slopes [N, K]
   float* rejected;
 };
@@ -94,7 +94,7 @@ float value(const PreferenceInput& input, int64_t at) {
                     : static_cast<const float*>(input.data)[at];
 }
 
-// Where the values lie end to end: they themselves; else copied to ``room``.
+// Returns the values in place if they are contiguous fp32, else copied to ``room`` as fp32.
 const float* gather(const PreferenceInput& input, int64_t begin, int64_t size, int64_t head, float* room) {
   const int64_t start = begin * input.row + head * input.head;
   if (!input.bf16 && input.row == 1) return static_cast<const float*>(input.data) + start;
@@ -166,7 +166,7 @@ Sums total(const Part& part, int64_t pairs, int64_t head, int threads) {
   return sums;
 }
 
-// Means in the order of HEAD_METRICS; returns that of the loss.
+// Writes the means in the order of HEAD_METRICS and returns the mean loss.
 double describe(const Sums& sums, double count, float* loss, float* summary) {
   *loss = static_cast<float>(sums.loss / count);
   summary[0] = static_cast<float>(sums.right / count);

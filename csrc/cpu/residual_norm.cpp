@@ -1,5 +1,5 @@
-// Residual connection and LayerNorm on the CPU: rows are spread over the cores and stay in the first-level cache between
-// the passes over them. Partial sums belong to fixed chunks of rows, so results do not depend on threads.
+// Residual connection and LayerNorm on the CPU: parallel loops over rows, which stay in the L1 cache between the passes
+// over them. Partial sums are over fixed chunks of rows, so results do not depend on the number of threads.
 #include "../residual_norm.h"
 #include "instruction_sets.h"
 
@@ -11,10 +11,10 @@
 namespace dph {
 namespace {
 
-constexpr int64_t LEAST_ROWS = 16;   // of a chunk
-constexpr int64_t MOST_CHUNKS = 64;  // so that adding them up takes little beside the rest
-constexpr int64_t BLOCK = 256;       // columns that a core adds up at a time
-constexpr int64_t SMALL = 16384;     // elements for which waking another core does not pay
+constexpr int64_t LEAST_ROWS = 16;   // minimum rows per chunk
+constexpr int64_t MOST_CHUNKS = 64;  // limits the cost of adding the partial sums
+constexpr int64_t BLOCK = 256;       // columns that a thread reduces at a time
+constexpr int64_t SMALL = 16384;     // elements up to which a second thread does not pay off
 
 int64_t chunk_rows(int64_t rows) { return std::max(LEAST_ROWS, (rows + MOST_CHUNKS - 1) / MOST_CHUNKS); }
 int64_t chunk_count(int64_t rows) { return (rows + chunk_rows(rows) - 1) / chunk_rows(rows); }
@@ -124,7 +124,7 @@ DPH_INLINE void forward(const ResidualNorm& a, int64_t row) {
   }
 }
 
-// ``partials`` [chunks, 2, columns], or null: sums over each chunk's rows, for the gradients of weight and bias.
+// ``partials`` [chunks, 2, columns], or null: sums over the rows of each chunk, for the gradients of weight and bias.
 DPH_INLINE void backward(const ResidualNorm& a, int64_t chunk, float* partials) {
   switch ((a.bf16 ? 2 : 0) + (a.d_total.data ? 1 : 0)) {
     case 0: return backward_chunk<float, false>(a, chunk, partials);
@@ -134,7 +134,7 @@ DPH_INLINE void backward(const ResidualNorm& a, int64_t chunk, float* partials) 
   }
 }
 
-// Both passes for every instruction set.
+// Both passes, instantiated for every instruction set.
 #define DPH_PASSES(target, name)                                                      \
   target void name##_forward(const ResidualNorm& a, int64_t row) { forward(a, row); } \
   target void name##_backward(const ResidualNorm& a, int64_t chunk, float* partials) { backward(a, chunk, partials); }
@@ -160,7 +160,7 @@ Passes pick() {
 
 const Passes passes = pick();
 
-// The sums [columns] over all chunks, in their order, of what begins at ``partials`` in the first one.
+// result [columns] = partial sums added over all chunks, in order; ``partials`` points to those of the first chunk.
 void add_up(const ResidualNorm& a, const float* partials, void* result, int threads) {
   const int64_t chunks = chunk_count(a.rows);
 #pragma omp parallel for schedule(static) num_threads(threads) if (chunks * a.columns > SMALL)

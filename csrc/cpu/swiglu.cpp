@@ -1,4 +1,4 @@
-// SwiGLU on the CPU: each element is read and written once each way, rows are spread over the cores.
+// SwiGLU on the CPU: each element is read and written once per pass, with parallel loops over rows.
 #include "../swiglu.h"
 #include "instruction_sets.h"
 
@@ -14,7 +14,7 @@ DPH_INLINE float value(uint16_t bf16) { return float_from_bf16(bf16); }
 DPH_INLINE void put(float& to, float x) { to = x; }
 DPH_INLINE void put(uint16_t& to, float x) { to = bf16_from_float(x); }
 
-// Exactly 0 from -87 down, so that minus infinity times it is NaN, as in PyTorch's silu.
+// Exactly 0 below -87, so that minus infinity times the result is NaN, as in PyTorch's silu.
 DPH_INLINE float sigmoid(float x) {
   const float size = fabsf(x), e = size > 87.0f ? 0.0f : exp_of(-size);
   return (x < 0.0f ? e : 1.0f) / (1.0f + e);
@@ -69,7 +69,7 @@ DPH_INLINE void backward(const SwigluArguments& a, int64_t chunk) {
   backward<T, true, true>(a, chunk);
 }
 
-// Forward a row and backward a chunk of rows, for every instruction set.
+// Forward pass of a row and backward pass of a chunk of rows, instantiated for every instruction set.
 struct Kernels {
   void (*forward)(const SwigluArguments&, int64_t row);
   void (*backward)(const SwigluArguments&, int64_t chunk);

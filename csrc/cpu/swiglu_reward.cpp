@@ -1,4 +1,4 @@
-// Pooler and reward heads on the CPU: buffers, threads over blocks of features, and the kernels for the processor.
+// Pooler and reward heads on the CPU: buffers, parallel loops over blocks of features, and selection of the kernels.
 #include "../swiglu_reward.h"
 #include "instruction_sets.h"
 #include "pages.h"
@@ -14,28 +14,28 @@
 namespace dph {
 namespace {
 
-constexpr int64_t BLOCK = 32;   // features that one thread takes at a time
-constexpr int64_t SPAN = 128;   // and at most where it reads weights by columns: the longer their runs, the better
-constexpr int64_t PANEL = 32;   // columns that lie together
-constexpr int64_t CHUNK = 256;  // columns of a product that a thread works on at a time
-constexpr int64_t DEPTH = 128;  // and features: a panel of them takes half of the first-level cache
-constexpr int FEW = 8;          // answers up to which features are what lies along the lanes, in the forward pass
+constexpr int64_t BLOCK = 32;   // features per work item
+constexpr int64_t SPAN = 128;   // maximum features per work item if weights are read by columns: long runs are faster
+constexpr int64_t PANEL = 32;   // columns per panel
+constexpr int64_t CHUNK = 256;  // columns of a product computed at a time
+constexpr int64_t DEPTH = 128;  // features reduced at a time: a panel of them fills half of the L1 cache
+constexpr int FEW = 8;          // maximum number of answers for a forward pass with features along the lanes
 static_assert(BLOCK == PANEL && CHUNK % PANEL == 0 && DEPTH % PANEL == 0, "blocks are whole panels");
 
 int64_t blocks(int64_t size, int64_t block = BLOCK) { return (size + block - 1) / block; }
-// For how many answers there are kernels.
+// Number of answers rounded up to the next one with a kernel in swiglu_reward_few.h.
 int64_t few_lanes(int64_t rows) { return rows > 4 ? FEW : rows > 2 ? 4 : rows; }
 int64_t padded(int64_t size) { return (size + REWARD_LANES - 1) / REWARD_LANES * REWARD_LANES; }
 
-// A matrix [features, lanes] as panels of 32 columns, the last one narrower where that is enough.
+// A matrix [features, lanes] stored as panels of 32 columns; the last panel may be narrower.
 struct Panels {
   float* data = nullptr;
   int64_t features = 0;
-  int64_t lanes = 0;  // columns, a multiple of 16, or those of few answers
+  int64_t lanes = 0;  // columns: a multiple of 16, or ``few_lanes`` of the rows
 
   DPH_INLINE int64_t width(int64_t column) const { return std::min(PANEL, lanes - column / PANEL * PANEL); }
 
-  // Element (feature, column); the rest of its row in the panel follows.
+  // Address of element (feature, column), followed by the rest of its row in the panel.
   DPH_INLINE float* row(int64_t feature, int64_t column) const {
     return data + column / PANEL * PANEL * features + feature * width(column) + column % PANEL;
   }
@@ -55,22 +55,22 @@ Buffer<T> buffer(int64_t size) {
   return memory;
 }
 
-// What a thread works in.
+// Buffers of one thread.
 struct Scratch {
   Buffer<float> sums = buffer(SPAN * CHUNK), packed = buffer(SPAN * (DEPTH + 16));
 };
 
-// A call with its intermediate results; ``lanes`` is R, padded: to whole vectors, or to `few_lanes`.
+// One call and its intermediate results; ``lanes`` is R padded to whole vectors or to ``few_lanes``.
 struct Job {
   const SwigluRewardArguments& a;
   int64_t lanes;
   int64_t span = BLOCK;
   Buffer<float> reward = buffer(a.heads * a.columns);  // [K, C]
   Buffer<uint32_t> row_low = buffer<uint32_t>(lanes), row_high = buffer<uint32_t>(lanes);
-  Buffer<float> parts;                                   // [blocks of C, K, lanes] of the rewards, or [C, K] of d_reward
+  Buffer<float> parts;                                   // rewards: [blocks of C, K, lanes]; d_reward: [C, K]
   Buffer<float> grad;                                    // [K, lanes]
   Panels hidden, projected, gated, pooled;               // answers along the columns
-  Panels d_pooled, d_projected;                          // before tanh; of [x | g]
+  Panels d_pooled, d_projected;                          // gradients before tanh, and of [x | g]
   Panels hidden_rows, gated_rows;                        // features along the columns
   std::unique_ptr<Buffer<float>[]> owned{new Buffer<float>[8]};
   int held = 0;
@@ -93,7 +93,7 @@ struct Job {
     pooled = {a.kept_pooled, a.columns, padded(a.rows)};
   }
 
-  // How many answers lie together from ``lane`` on, the first of its panel.
+  // Width of the panel whose first column is ``lane``.
   DPH_INLINE int64_t width(int64_t lane) const { return std::min(PANEL, lanes - lane); }
 
   Panels make(int64_t features, int64_t columns) {
@@ -110,7 +110,7 @@ namespace baseline {
 #undef DPH_LANES
 }  // namespace baseline
 
-// Explicit targets instead of target_clones: vector types have to be as wide as the instruction set's registers.
+// Explicit targets instead of target_clones: vector types must match the register width of the instruction set.
 #ifdef DPH_X86
 namespace avx2 {
 #define DPH_TARGET DPH_AVX2
@@ -144,7 +144,7 @@ struct Kernels {
         set::hidden_backward_block, set::weight_backward_block                                           \
   }
 
-// For vectors of so many floats.
+// Kernels for vectors of ``lanes`` floats.
 Kernels pick(int lanes) {
 #ifdef DPH_X86
   if (lanes == 16) return DPH_KERNELS(16, avx512);
@@ -155,8 +155,8 @@ Kernels pick(int lanes) {
 
 Kernels kernels = pick(vector_floats());
 
-// run(block, scratch) for all blocks, on all threads. Their memory is taken before they start: a failure is then an
-// exception that somebody can catch.
+// Calls run(block, scratch) for all blocks on all threads. Scratch memory is allocated before the parallel region so
+// that the caller can catch an allocation failure.
 template <class Run>
 void each(int64_t count, int threads, const Run& run) {
   std::vector<Scratch> scratch(std::min<int64_t>(threads, std::max<int64_t>(count, 1)));
@@ -168,7 +168,7 @@ void each(int64_t count, int threads, const Job& job, Stage stage) {
   each(count, threads, [&](int64_t block, Scratch& scratch) { stage(job, block, scratch); });
 }
 
-// Whether features are to lie along the lanes: there are enough of them, and weights lie by rows.
+// Whether to put features along the lanes: few answers, row-major weights and enough features for a vector.
 bool are_few(const SwigluRewardArguments& a) {
   const bool lies = a.w2.column == 1 && (!a.width || a.w1.column == 1);
   const bool wide = a.columns >= kernels.lanes && (!a.width || a.width >= kernels.lanes);
@@ -213,7 +213,7 @@ void swiglu_reward_backward_cpu(const SwigluRewardArguments& a, int threads) {
       job.grad.get()[k * job.lanes + r] = r < a.rows ? a.grad[r * a.grad_row + k * a.grad_column] : 0.0f;
     }
   }
-  void* wide = a.width ? a.d_w1 : a.d_w2;  // the gradient that sums over hidden
+  void* wide = a.width ? a.d_w1 : a.d_w2;  // weight gradient that is computed from hidden
   if (wide || !a.w2.data) each(blocks(a.columns), threads, job, kernels.take_hidden);
   if (a.w2.data) job.d_pooled = job.make(a.columns, job.lanes);
   each(blocks(a.columns), threads, job, kernels.pool_backward);
@@ -223,7 +223,7 @@ void swiglu_reward_backward_cpu(const SwigluRewardArguments& a, int threads) {
   if (below) job.d_projected = job.make(2 * a.width, job.lanes);
   if (a.width && a.d_w2) {
     job.gated_rows = job.make(a.rows, padded(a.width));
-    const int64_t last = (a.width - 1) / PANEL * PANEL;  // its panel may be wider than what is left of F
+    const int64_t last = (a.width - 1) / PANEL * PANEL;  // the last panel may extend beyond F
     memset(job.gated_rows.row(0, last), 0, a.rows * job.gated_rows.width(last) * sizeof(float));
   }
   auto spans = [&](int64_t features, Stage stage) {

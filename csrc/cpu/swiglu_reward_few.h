@@ -1,11 +1,11 @@
-// Forward pass of few answers: swiglu_reward_kernels.h includes this, for one instruction set, within its
-// namespace. No include guard.
+// Forward pass for few answers on one instruction set. swiglu_reward_kernels.h includes this file in the namespace of
+// the instruction set; hence there is no include guard.
 //
-// Features lie along the lanes of vectors: weights are loaded, not broadcast, and meet as many answers as there are (of
-// which job.lanes lie side by side), where those of `product` meet a whole vector of them. Every number is taken as there,
-// to the bit.
+// Vector lanes are features: weights are loaded as vectors, not broadcast, and multiplied by job.lanes answers
+// (adjacent in memory), whereas ``product`` multiplies each weight by a whole vector of answers. Results are
+// bit-identical to those of ``product``.
 
-// What lies where elements of 16 bits may: as Loose, but for its alignment.
+// Like Loose, but with the alignment of 16-bit elements.
 typedef float Anywhere __attribute__((vector_size(4 * DPH_LANES), aligned(2), may_alias));
 
 // Transposes W vectors: each round interleaves the two halves.
@@ -30,11 +30,11 @@ DPH_FN void turn(Vec* v) {
   }
 }
 
-// W words of 32 bits from each of W rows, from column k on: one float, or two of bf16. Rows are reached from every fourth
-// one and three multiples of the stride: sixteen addresses would not fit the processor's registers.
+// Loads W 32-bit words (one float or two bf16 each) from each of W rows, starting at column k. Row addresses are
+// computed from every fourth row and three multiples of the stride: sixteen addresses would not fit the registers.
 template <class Element>
 DPH_FN void load_rows(Vec* words, const Element* const* fourths, int64_t ld, int64_t k) {
-  constexpr int64_t ahead = 256 / sizeof(Element);  // that far the memory is asked early
+  constexpr int64_t ahead = 256 / sizeof(Element);  // prefetch distance in elements
 #pragma GCC unroll 16
   for (int r = 0; r < W; ++r) {
     const Element* from = fourths[r / 4] + r % 4 * ld + k;
@@ -43,7 +43,7 @@ DPH_FN void load_rows(Vec* words, const Element* const* fourths, int64_t ld, int
   }
 }
 
-// The element at a place in words.
+// Element ``place`` of each word, as float.
 template <class Element>
 DPH_FN Vec element(Vec words, int place) {
   if (sizeof(Element) == sizeof(float)) return words;
@@ -52,7 +52,7 @@ DPH_FN Vec element(Vec words, int place) {
   return reinterpret_cast<Vec>((place == 1) == little_endian ? bits & 0xffff0000u : bits << 16);
 }
 
-// sums [N, W] = W rows of a matrix, ``ld`` apart, times N answers.
+// sums [N, W] = W rows of a matrix with row stride ``ld``, times N answers.
 template <class Element, int N>
 DPH_FN void multiply_few(float* sums, const Element* rows, int64_t ld, const Panels& answers) {
   constexpr int places = sizeof(float) / sizeof(Element);
@@ -114,8 +114,8 @@ DPH_TARGET static void project_few(float* sums, const RewardMatrix& weights, con
   }
 }
 
-// Keep lanes [from, W) of values [N, W] for the backward pass, as features [first + from, first + W); the rest of a
-// feature's answers are zeros.
+// Saves lanes [from, W) of values [N, W] for the backward pass, as features [first + from, first + W), with zeros for
+// the padding answers.
 DPH_FN void keep_few(const Panels& kept, int64_t first, int64_t from, const float* values, int64_t answers) {
   for (int64_t l = from; l < W; ++l) {
     float* to = kept.row(first + l, 0);
@@ -123,7 +123,7 @@ DPH_FN void keep_few(const Panels& kept, int64_t first, int64_t from, const floa
   }
 }
 
-// x silu(g) of one block of F. The last vector of a matrix begins where it ends with it: some of its lanes are not new.
+// x * silu(g) for one block of F. The last vector ends with the matrix, so its lanes may overlap the previous one.
 DPH_TARGET inline void gate_few(const Job& job, int64_t block, Scratch&) {
   const SwigluRewardArguments& a = job.a;
   for (int64_t f = block * BLOCK; f < std::min((block + 1) * BLOCK, a.width); f += W) {
@@ -144,7 +144,7 @@ DPH_TARGET inline void gate_few(const Job& job, int64_t block, Scratch&) {
   }
 }
 
-// What one block of C adds to the rewards.
+// Contribution of one block of C to the rewards.
 DPH_TARGET inline void reward_few(const Job& job, int64_t block, Scratch&) {
   const SwigluRewardArguments& a = job.a;
   float* parts = job.parts.get() + block * a.heads * job.lanes;

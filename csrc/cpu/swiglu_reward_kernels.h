@@ -1,10 +1,11 @@
-// The pooler's kernels for one instruction set; swiglu_reward.cpp includes this once for each, in a namespace of its
-// own, with DPH_TARGET (the function attribute) and DPH_LANES (floats in a vector) defined. No include guard: that is
-// why.
+// Pooler kernels for one instruction set. swiglu_reward.cpp includes this file once per instruction set, each time in a
+// separate namespace, with DPH_TARGET (function attribute) and DPH_LANES (vector width in floats) defined; hence there
+// is no include guard.
 //
-// Answers lie along the lanes of vectors (but for few: swiglu_reward_few.h) and features along the rows, so that a weight matrix is the left factor of
-// every product: it is read once, as it lies, and its elements are broadcast. Sums run over a row's own features in one
-// fixed order, so that a row's rewards do not depend on its batch.
+// Vector lanes are answers, i.e. rows of hidden (for few answers see swiglu_reward_few.h), and matrix rows are
+// features, so that a weight matrix is the left factor of every product: it is read once, in its original layout, and
+// its elements are broadcast. Features of an answer are summed in a fixed order, so that its rewards do not depend on
+// the batch.
 
 #define DPH_FN DPH_TARGET static inline __attribute__((always_inline))
 
@@ -44,7 +45,7 @@ DPH_FN void put(void* data, int64_t at, float value, bool bf16) {
 
 #include "swiglu_reward_products.h"
 
-// Elementwise functions, written for one element: the loops over lanes around them become vectors.
+// Element-wise functions of scalars; the compiler vectorises the loops over lanes that call them.
 
 DPH_FN float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
@@ -77,7 +78,7 @@ DPH_FN uint32_t philox(uint64_t seed, uint32_t column, uint32_t stream, uint32_t
   return c0;
 }
 
-// The factors of a dropout for one column and ``count`` answers from ``row`` on.
+// Dropout factors of one column for answers [row, row + count).
 DPH_FN void draw(float* factors, const Job& job, const RewardDropout& dropout, int64_t column, int64_t row,
                  int64_t count) {
   const float kept = 1.0f / dropout.keep;
@@ -94,9 +95,9 @@ DPH_FN void draw(float* factors, const Job& job, const RewardDropout& dropout, i
   }
 }
 
-// Stages. Each takes a block of features, for all answers: BLOCK of them, or job.span where weights are read by columns.
+// Stages. Each processes a block of BLOCK features for all answers, or of job.span if weights are read by columns.
 
-// Columns [32 block, ..) of the hidden states, times their dropout, with answers along the lanes.
+// Loads columns [32 * block, ..) of the hidden states, times their dropout factors, with answers along the lanes.
 DPH_TARGET inline void take_hidden(const Job& job, int64_t block, Scratch&) {
   const SwigluRewardArguments& a = job.a;
   const int64_t first = block * BLOCK, last = std::min(first + BLOCK, a.columns);
@@ -114,7 +115,7 @@ DPH_TARGET inline void take_hidden(const Job& job, int64_t block, Scratch&) {
   }
 }
 
-// Columns [32 block, ..) of the same with features along the lanes, as the gradient of a weight matrix takes them.
+// Transposes columns [32 * block, ..) of the same to features along the lanes, as required by the weight gradients.
 DPH_TARGET inline void turn_hidden(const Job& job, int64_t block, Scratch&) {
   const int64_t first = block * PANEL, width = job.hidden_rows.width(first);
   for (int64_t r = 0; r < job.a.rows; ++r) {
@@ -123,7 +124,7 @@ DPH_TARGET inline void turn_hidden(const Job& job, int64_t block, Scratch&) {
   }
 }
 
-// x silu(g) of one block of F.
+// x * silu(g) for one block of F.
 DPH_TARGET inline void gate_block(const Job& job, int64_t block, Scratch& s) {
   const SwigluRewardArguments& a = job.a;
   const int64_t first = block * BLOCK, count = std::min(BLOCK, a.width - first);
@@ -154,7 +155,7 @@ DPH_TARGET inline void gate_block(const Job& job, int64_t block, Scratch& s) {
   }
 }
 
-// What one block of C adds to the rewards: pooled state, dropout and the dot product with each reward vector.
+// Contribution of one block of C to the rewards: pooled state, dropout and dot product with each reward vector.
 DPH_TARGET inline void reward_block(const Job& job, int64_t block, Scratch& s) {
   const SwigluRewardArguments& a = job.a;
   const int64_t first = block * BLOCK, count = std::min(BLOCK, a.columns - first);
@@ -191,7 +192,7 @@ DPH_TARGET inline void reward_block(const Job& job, int64_t block, Scratch& s) {
   }
 }
 
-// One feature's gradients, with answers along the lanes from j on, times the input's dropout and turned back to rows.
+// Stores one column of d_hidden for the panel of answers at j: gradients times the input dropout, in row-major order.
 DPH_FN void put_hidden(const Job& job, int64_t column, int64_t j, const float* values) {
   const SwigluRewardArguments& a = job.a;
   const int64_t filled = std::min(job.width(j), a.rows - j);
@@ -200,7 +201,8 @@ DPH_FN void put_hidden(const Job& job, int64_t column, int64_t j, const float* v
   for (int64_t l = 0; l < filled; ++l) put(a.d_hidden, (j + l) * a.columns + column, values[l] * factors[l], a.bf16);
 }
 
-// Gradients before tanh, of the reward vectors and of b2, for one block of C; of hidden where there is no pooler.
+// Gradients before tanh, of the reward vectors and of b2 for one block of C; without a pooler, gradients of hidden
+// instead of those before tanh.
 DPH_TARGET inline void pool_backward_block(const Job& job, int64_t block, Scratch&) {
   const SwigluRewardArguments& a = job.a;
   const int64_t first = block * BLOCK, last = std::min(first + BLOCK, a.columns);
@@ -242,7 +244,7 @@ DPH_TARGET inline void pool_backward_block(const Job& job, int64_t block, Scratc
   }
 }
 
-// Gradients of [x | g] and of b1 for one block of F; and x silu(g) again, with features along the lanes.
+// Gradients of [x | g] and of b1 for one block of F; also recomputes x * silu(g), with features along the lanes.
 DPH_TARGET inline void gate_backward_block(const Job& job, int64_t block, Scratch& s) {
   const SwigluRewardArguments& a = job.a;
   const int64_t first = block * job.span, count = std::min(job.span, a.width - first);
@@ -290,7 +292,7 @@ DPH_TARGET inline void gate_backward_block(const Job& job, int64_t block, Scratc
   }
 }
 
-// Gradient of one block of hidden's columns.
+// Gradient of one block of columns of hidden.
 DPH_TARGET inline void hidden_backward_block(const Job& job, int64_t block, Scratch& s) {
   const SwigluRewardArguments& a = job.a;
   const int64_t first = block * job.span, count = std::min(job.span, a.columns - first);
@@ -308,14 +310,14 @@ DPH_TARGET inline void hidden_backward_block(const Job& job, int64_t block, Scra
   }
 }
 
-// BLOCK rows of a weight's gradient: features of ``left`` against those of ``right``, summed over the answers.
+// BLOCK rows of a weight gradient: products of features of ``left`` and ``right``, summed over the answers.
 DPH_TARGET inline void weight_backward_block(const Panels& left, const Panels& right, int64_t columns, void* out,
                                              bool bf16, int64_t block, Scratch& s) {
   const int64_t first = block * BLOCK, count = std::min(BLOCK, left.features - first);
   const Left a = {nullptr, 0, 0, false, left};
   for (int64_t begin = 0; begin < right.lanes; begin += CHUNK) {
     const int64_t end = std::min(begin + CHUNK, right.lanes), whole = std::min(end, columns / PANEL * PANEL);
-    // Whole panels of floats go where they belong, the rest by way of a buffer.
+    // Whole panels of floats are written directly to the output, the rest through a buffer.
     const int64_t direct = bf16 ? begin : std::max(begin, whole);
     float* place = static_cast<float*>(out) + first * columns + begin;
     if (direct > begin) product(place, columns, a, first, count, right, begin, direct, s.packed.get());

@@ -1,24 +1,25 @@
-// Products of the pooler: swiglu_reward_kernels.h includes this, for one instruction set, within its namespace. The right
-// factor lies in panels; the left one is a matrix of weights as it lies, or panels too. No include guard.
+// Matrix products of the pooler for one instruction set. swiglu_reward_kernels.h includes this file in the namespace of
+// the instruction set; hence there is no include guard. The right factor is stored in panels; the left factor is a
+// weight matrix in its original layout, or panels too.
 
-// The left factor [.., depth] of a product.
+// Left factor [.., depth] of a product.
 struct Left {
   const void* data;
-  int64_t row, column;  // strides, of a matrix
+  int64_t row, column;  // strides of the matrix
   bool bf16;
-  Panels panels;  // of whose features the factor is made instead, where data is null
+  Panels panels;  // used if data is null; its features are the rows of the factor
 };
 
-// Packed tiles of MR rows are this far apart: not by a power of two, as they would share few of the cache's sets.
+// Distance of packed tiles of MR rows, in elements: not a power of two, which would map them to few cache sets.
 constexpr int64_t tile_step(int64_t depth) { return MR * depth + 16; }
 
-// Row r of those that are not turned.
+// Row r of packed tiles that are not transposed.
 DPH_FN float* packed_row(float* packed, int64_t r, int64_t depth) {
   return packed + r / MR * tile_step(depth) + r % MR * depth;
 }
 
-// Rows [i, i + count) of the left factor at depths [k, k + depth) as float, padded with zeros to whole tiles. In a tile,
-// element (r, d) is at r * depth + d, or where ``turned`` at d * MR + r.
+// Packs rows [i, i + count) of the left factor at depths [k, k + depth) as float, zero-padded to whole tiles. In a
+// tile, element (r, d) is at r * depth + d, or at d * MR + r if ``turned`` (transposed).
 template <class Element>
 DPH_FN void pack_matrix(float* to, const Left& a, int64_t i, int64_t count, int64_t k, int64_t depth, bool turned) {
   const Element* from = static_cast<const Element*>(a.data) + i * a.row + k * a.column;
@@ -31,7 +32,7 @@ DPH_FN void pack_matrix(float* to, const Left& a, int64_t i, int64_t count, int6
   }
   for (int64_t d = 0; d < depth; ++d, from += a.column) {
     float* place = to + d * MR;
-    if (count % MR == 0 && a.row == 1) {  // a run of whole cache lines
+    if (count % MR == 0 && a.row == 1) {  // whole cache lines
       for (int64_t r = 0; r < count; r += 16) __builtin_prefetch(from + 8 * a.column + r);
       for (int64_t r = 0; r < count; r += MR, place += tile_step(depth)) {
         for (int64_t t = 0; t < MR; ++t) place[t] = value(from[r + t]);
@@ -62,8 +63,8 @@ DPH_FN void pack(float* to, const Left& a, int64_t i, int64_t count, int64_t k, 
   }
 }
 
-// C [MR, NV vectors] = A B, or += A B. A's element (r, k) is at A[r * rs + k * cs]; B's and C's rows are ldb and ldc
-// apart. A sum starts at zero and is added to C as one, which keeps the rounding of long ones small.
+// C [MR, NV vectors] = A B, or += A B. Element (r, k) of A is at A[r * rs + k * cs]; ldb and ldc are the row strides of
+// B and C. The product is accumulated from zero and then added to C, which limits the rounding error of long sums.
 template <int NV>
 DPH_FN void micro(int64_t depth, const float* A, int64_t rs, int64_t cs, const float* B, int64_t ldb, float* C,
                   int64_t ldc, int64_t count, bool add) {
@@ -96,7 +97,7 @@ DPH_FN void micro(int64_t depth, const float* A, int64_t rs, int64_t cs, const f
   }
 }
 
-// One tile of rows times one panel, whose features meet the tile's ``depth``.
+// One tile of rows times one panel; the reduction is over ``depth`` features of the panel.
 DPH_FN void multiply_tile(float* out, int64_t ld, const float* A, int64_t rs, bool turned, int64_t count, const float* B,
                           int64_t width, int64_t depth, bool add) {
   for (int64_t n = 0; n < width;) {
@@ -118,7 +119,7 @@ DPH_FN void multiply_tile(float* out, int64_t ld, const float* A, int64_t rs, bo
 DPH_TARGET static void product(float* out, int64_t ld, const Left& a, int64_t first, int64_t count, const Panels& b,
                                int64_t begin, int64_t end, float* packed) {
   const bool turned = a.data && a.column != 1;
-  const int64_t direct = a.data && !turned && !a.bf16 ? count / MR * MR : 0;  // rows that are multiplied as they lie
+  const int64_t direct = a.data && !turned && !a.bf16 ? count / MR * MR : 0;  // rows that need no packing
   for (int64_t i = 0; b.features == 0 && i < count; ++i) memset(out + i * ld, 0, (end - begin) * sizeof(float));
   for (int64_t k = 0; k < b.features; k += DEPTH) {
     const int64_t depth = std::min(DEPTH, b.features - k);

@@ -1,4 +1,4 @@
-// Threads of OpenMP, where the compiler has it.
+// OpenMP thread index, if the compiler supports OpenMP.
 #pragma once
 
 #if defined(_OPENMP)
@@ -7,7 +7,7 @@
 
 namespace dph {
 
-// Which of the threads of a parallel loop this is.
+// Index of the calling thread in the parallel region; 0 without OpenMP.
 inline int thread_number() {
 #if defined(_OPENMP)
   return omp_get_thread_num();

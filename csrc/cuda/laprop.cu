@@ -1,4 +1,4 @@
-// LaProp on the GPU: one launch for any number of tensors, each byte touched once; and the norm of their gradients.
+// LaProp on the GPU: one launch and one pass over memory for any number of tensors; and the norm of their gradients.
 #include "../laprop.h"
 
 #include <cuda_runtime.h>
@@ -7,7 +7,7 @@ namespace dph {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int WIDTH = 4;       // elements that a thread moves at a time: 128-bit loads of float
+constexpr int WIDTH = 4;       // vector width in elements: 128-bit loads of float
 constexpr int SUM_THREADS = 1024;
 constexpr unsigned ALL = 0xffffffffu;
 
@@ -15,7 +15,7 @@ DPH_INLINE bool aligned(const void* pointer, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-// A pointer that was read from memory: the compiler has to be told that it is none to shared memory.
+// Declares that a pointer refers to global memory, which the compiler cannot infer for a pointer loaded from memory.
 template <class T>
 __device__ __forceinline__ T* global(T* pointer) {
   __builtin_assume(__isGlobal(pointer));
@@ -51,7 +51,7 @@ __device__ __forceinline__ float4 prior_four(const Prior* prior, int64_t i, floa
   return load_four(global(prior) + i);
 }
 
-// Elements begin to end of one tensor, by one block.
+// Updates elements [begin, end) of one tensor with one block.
 template <class Grad, class Prior, bool COPY>
 __device__ __forceinline__ void update(const LapropTensor& t, const LapropCoefficients& k, float scale, int64_t begin,
                                        int64_t end) {
@@ -64,7 +64,7 @@ __device__ __forceinline__ void update(const LapropTensor& t, const LapropCoeffi
   const bool vectors = aligned(param, 16) && aligned(exp_avg, 16) && aligned(exp_avg_sq, 16) && aligned(copy, 8) &&
                        aligned(grad, WIDTH * sizeof(Grad)) && aligned(prior, WIDTH * sizeof(Prior));
   const int64_t vector_end = vectors ? begin + (end - begin) / WIDTH * WIDTH : begin;
-#pragma unroll 1  // five loads are in flight as it is, and more registers would leave fewer threads
+#pragma unroll 1  // five loads are already in flight; more registers would reduce occupancy
   for (int64_t i = begin + threadIdx.x * WIDTH; i < vector_end; i += THREADS * WIDTH) {
     float4 p = load_four(param + i), m = load_four(exp_avg + i), v = load_four(exp_avg_sq + i);
     const float4 g = load_four(grad + i), anchor = prior_four(prior, i, p);
@@ -87,13 +87,13 @@ __device__ __forceinline__ void update(const LapropTensor& t, const LapropCoeffi
   }
 }
 
-// One thread: the clock goes on, once for all blocks of the launch that follows.
+// One thread: advances the clock once for all blocks of the following launch.
 __global__ void laprop_clock_kernel(const LapropArguments a) {
   const float scale = a.grad_scale ? *a.grad_scale : 1.0f;
   if (laprop_finite(scale)) *a.coefficients = laprop_advance(a.settings, a.rate, *a.clock);
 }
 
-// One block to a chunk.
+// One block per chunk.
 __global__ void __launch_bounds__(THREADS) laprop_kernel(const LapropArguments a, const LapropCoefficients fixed) {
   const float scale = a.grad_scale ? *a.grad_scale : 1.0f;
   if (!laprop_finite(scale)) return;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(THREADS) laprop_kernel(const LapropArguments a
   }
 }
 
-// The sum over a block of N threads, in one order: valid in thread 0.
+// Sum over a block of N threads in a fixed order; valid in thread 0 only.
 template <int N>
 __device__ __forceinline__ double block_sum(double value) {
   __shared__ double warps[N / 32];
@@ -134,12 +134,12 @@ __device__ __forceinline__ double block_sum(double value) {
 
 DPH_INLINE double squared(float value) { return static_cast<double>(value) * value; }
 
-// A thread's share of the squares of elements begin to end.
+// The calling thread's partial sum of the squares of elements [begin, end).
 template <class Grad>
 __device__ __forceinline__ double squares(const void* values, int64_t begin, int64_t end) {
   const Grad* grad = global(static_cast<const Grad*>(values));
   const int64_t vector_end = aligned(grad, WIDTH * sizeof(Grad)) ? begin + (end - begin) / WIDTH * WIDTH : begin;
-  double x = 0.0, y = 0.0, z = 0.0, w = 0.0;  // four sums, so that none waits for the other
+  double x = 0.0, y = 0.0, z = 0.0, w = 0.0;  // four independent accumulators, to hide latency
 #pragma unroll 4
   for (int64_t i = begin + threadIdx.x * WIDTH; i < vector_end; i += THREADS * WIDTH) {
     const float4 g = load_four(grad + i);
@@ -152,7 +152,7 @@ __device__ __forceinline__ double squares(const void* values, int64_t begin, int
   return (x + y) + (z + w);
 }
 
-// One block to a chunk, one partial sum each: no atomics, so the same sum every time.
+// One block and one partial sum per chunk. No atomics, so the sum is deterministic.
 __global__ void __launch_bounds__(THREADS) gradient_squares_kernel(const GradientNormArguments a) {
   const int64_t chunk = blockIdx.x;
   const GradientTensor t = a.tensors[laprop_row(a.tensors, a.count, chunk)];
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(THREADS) gradient_squares_kernel(const Gradien
   if (threadIdx.x == 0) a.partials[chunk] = sum;
 }
 
-// One block: the partial sums, then what is made of their sum.
+// One block: reduces the partial sums and writes norm, scale and finite flag.
 __global__ void __launch_bounds__(SUM_THREADS) gradient_norm_kernel(const GradientNormArguments a) {
   double mine = 0.0;
   for (int64_t chunk = threadIdx.x; chunk < a.chunks; chunk += SUM_THREADS) mine += a.partials[chunk];

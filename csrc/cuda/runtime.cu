@@ -7,7 +7,7 @@
 namespace dph {
 namespace {
 
-constexpr int WORDS = 500;  // arguments of a launch may take 4 KB
+constexpr int WORDS = 500;  // kernel arguments are limited to 4 KB
 
 struct Words {
   int64_t words[WORDS];
@@ -24,7 +24,7 @@ int cuda_runtime_version() { return CUDART_VERSION; }
 int cuda_probe() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
-  cudaGetLastError();  // a failed probe must not show up in the next launch
+  cudaGetLastError();  // clear the error, so that the next launch does not report it
   return static_cast<int>(error == cudaSuccess && count == 0 ? cudaErrorNoDevice : error);
 }
 

@@ -107,7 +107,7 @@ def load_recipe(args: argparse.Namespace) -> Recipe:
 
 def check_model(args: argparse.Namespace) -> None:
     """Raise UserError if the device or the model does not exist; only a GPU's name needs PyTorch for that."""
-    from dph.model.paths import model_path
+    from dph.model.directories import model_path
 
     if args.device not in ("auto", "cpu"):
         from dph import devices

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write weights and configuration in the other layout, and the tokenizer's files unchanged."""
-    from dph.model.paths import model_path
+    from dph.model.directories import model_path
 
     if not Path(args.input).is_dir():
         model_path(args.input)  # a hub name, or the error that there is no such model

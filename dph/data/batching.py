@@ -1,8 +1,7 @@
-"""Batches for training: segments of parallel streams, and preference pairs. Both continue exactly from plain JSON."""
+"""Batches of language modelling: segments of parallel streams, which continue exactly from plain JSON."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from dph.chat import Encoded
 from dph.data.formats import Record
-from dph.data.packing import packed_length
 from dph.data.sampler import Sampler
 from dph.errors import UserError
 from dph.losses import IGNORED
@@ -78,77 +76,3 @@ class Streams:
         self.records.load_state_dict(state["records"])
         self._tokens = [list(stream) for stream in state["tokens"]]
         self._targets = [list(stream) for stream in state["targets"]]
-
-
-class PairBatches:
-    """Lists of N encoded pairs (chosen, rejected); the last one is shorter if the records end.
-
-    A pair is left out, and counted in ``refused`` by its reason, if a side is longer than ``max_length`` tokens (a cut
-    answer has no reward), if the pair takes more than ``max_tokens`` with its prompt shared, if both sides are the
-    same, or if the record has no wrong answer.
-    """
-
-    def __init__(
-        self,
-        records: Sampler,
-        encode: Callable[[Record], tuple[Encoded, Encoded]],
-        pairs: int,
-        max_length: int | None = None,
-        max_tokens: int | None = None,
-    ) -> None:
-        if pairs < 1:
-            raise UserError(f"pairs: expected at least 1, got {pairs}")
-        self.records, self.encode, self.pairs = records, encode, pairs
-        self.max_length, self.max_tokens = max_length, max_tokens
-        self.refused: Counter[str] = Counter()
-
-    def __iter__(self) -> Iterator[list[tuple[Encoded, Encoded]]]:
-        """Return the iterator itself."""
-        return self
-
-    def __next__(self) -> list[tuple[Encoded, Encoded]]:
-        """Return the next N pairs. Raises UserError if two whole passes over the records give no pair."""
-        batch, refused_in_a_row = [], 0
-        while len(batch) < self.pairs:
-            try:
-                record = next(self.records)
-            except StopIteration:
-                break
-            pair = None if record is None else self.encode(record)
-            reason = self._reason_to_refuse(pair)
-            if reason is None:
-                batch.append(pair)
-                refused_in_a_row = 0
-                continue
-            self.refused[reason] += 1
-            refused_in_a_row += 1
-            if refused_in_a_row > 2 * self.records.size:
-                reasons = ", ".join(f"{reason} ({count})" for reason, count in self.refused.items())
-                raise UserError(f"pairs: expected some to train on, got none in two passes over the records: {reasons}")
-        if not batch:
-            raise StopIteration
-        return batch
-
-    def _reason_to_refuse(self, pair: tuple[Encoded, Encoded] | None) -> str | None:
-        """Return the reason why a pair is left out, or None."""
-        if pair is None:
-            return "no wrong answer"
-        chosen, rejected = pair[0].tokens, pair[1].tokens
-        if chosen == rejected:
-            return "identical"
-        if self.max_length is not None and max(len(chosen), len(rejected)) > self.max_length:
-            return f"longer than {self.max_length} tokens"
-        # The common prefix is searched only if both sides in full exceed the limit.
-        limit = self.max_tokens
-        if limit is not None and len(chosen) + len(rejected) > limit and packed_length(pair) > limit:
-            return f"more than {limit} tokens together"
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the sampler's state and the counts of refused pairs."""
-        return {"records": self.records.state_dict(), "refused": dict(self.refused)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state."""
-        self.records.load_state_dict(state["records"])
-        self.refused = Counter(state["refused"])

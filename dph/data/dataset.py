@@ -4,7 +4,8 @@
     batches = PairBatches(Shuffled(records, seed=0), Encoder(tokenizer), pairs=64, max_length=2048)
     state = batches.state_dict()                                         # plain JSON, continues exactly
 
-Records are defined in ``dph.data.formats``, samplers in ``dph.data.sampler``, batches in ``dph.data.batching``.
+Records are defined in ``dph.data.formats``, samplers in ``dph.data.sampler``, batches of streams and of pairs in
+``dph.data.batching`` and ``dph.data.packing``.
 """
 
 from __future__ import annotations

@@ -1,24 +1,31 @@
-"""Packing of documents into a PackedBatch: tokens end to end, common prefixes once, and the rows of each answer."""
+"""Batches of preference pairs, and the packing of documents into a PackedBatch.
+
+A packed batch has tokens end to end, common prefixes once, and the rows of each answer.
+"""
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dph.errors import UserError
 from dph_kernels import PackedLayout
 from dph_kernels.layout import common_prefix
 from dph_kernels.transfer import all_to_device
 
 if TYPE_CHECKING:
     from dph.chat import Encoded
+    from dph.data.formats import Record
+    from dph.data.sampler import Sampler
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +56,8 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the same batch on ``device``."""
+        if self.tokens.device == torch.device(device):
+            return self
         names, tensors = [], []
         for field in dataclasses.fields(self):
             if field.name != "layout":
@@ -175,3 +184,77 @@ def batches(documents: Iterable[Sequence[Encoded]], max_tokens: int) -> Iterator
         room -= size
     if batch:
         yield batch
+
+
+class PairBatches:
+    """Lists of N encoded pairs (chosen, rejected); the last one is shorter if the records end.
+
+    A pair is left out, and counted in ``refused`` by its reason, if a side is longer than ``max_length`` tokens (a cut
+    answer has no reward), if the pair takes more than ``max_tokens`` with its prompt shared, if both sides are the
+    same, or if the record has no wrong answer.
+    """
+
+    def __init__(
+        self,
+        records: Sampler,
+        encode: Callable[[Record], tuple[Encoded, Encoded]],
+        pairs: int,
+        max_length: int | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        if pairs < 1:
+            raise UserError(f"pairs: expected at least 1, got {pairs}")
+        self.records, self.encode, self.pairs = records, encode, pairs
+        self.max_length, self.max_tokens = max_length, max_tokens
+        self.refused: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[list[tuple[Encoded, Encoded]]]:
+        """Return the iterator itself."""
+        return self
+
+    def __next__(self) -> list[tuple[Encoded, Encoded]]:
+        """Return the next N pairs. Raises UserError if two whole passes over the records give no pair."""
+        batch, refused_in_a_row = [], 0
+        while len(batch) < self.pairs:
+            try:
+                record = next(self.records)
+            except StopIteration:
+                break
+            pair = None if record is None else self.encode(record)
+            reason = self._reason_to_refuse(pair)
+            if reason is None:
+                batch.append(pair)
+                refused_in_a_row = 0
+                continue
+            self.refused[reason] += 1
+            refused_in_a_row += 1
+            if refused_in_a_row > 2 * self.records.size:
+                reasons = ", ".join(f"{reason} ({count})" for reason, count in self.refused.items())
+                raise UserError(f"pairs: expected some to train on, got none in two passes over the records: {reasons}")
+        if not batch:
+            raise StopIteration
+        return batch
+
+    def _reason_to_refuse(self, pair: tuple[Encoded, Encoded] | None) -> str | None:
+        """Return the reason why a pair is left out, or None."""
+        if pair is None:
+            return "no wrong answer"
+        chosen, rejected = pair[0].tokens, pair[1].tokens
+        if chosen == rejected:
+            return "identical"
+        if self.max_length is not None and max(len(chosen), len(rejected)) > self.max_length:
+            return f"longer than {self.max_length} tokens"
+        # The common prefix is searched only if both sides in full exceed the limit.
+        limit = self.max_tokens
+        if limit is not None and len(chosen) + len(rejected) > limit and packed_length(pair) > limit:
+            return f"more than {limit} tokens together"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sampler's state and the counts of refused pairs."""
+        return {"records": self.records.state_dict(), "refused": dict(self.refused)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
+        self.records.load_state_dict(state["records"])
+        self.refused = Counter(state["refused"])

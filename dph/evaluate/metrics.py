@@ -39,9 +39,11 @@ def matthews(predicted: np.ndarray, gold: np.ndarray) -> float:
 
 
 def pearson(predicted: np.ndarray, gold: np.ndarray) -> float:
-    """Pearson correlation; 0 if either array is constant, for which scipy returns NaN."""
+    """Pearson correlation; 0 if either array is constant, for which scipy returns NaN, and NaN if either has a NaN."""
     from scipy.stats import pearsonr
 
+    if np.isnan(predicted).any() or np.isnan(gold).any():
+        return math.nan
     if _is_constant(predicted) or _is_constant(gold):
         return 0.0
     return float(pearsonr(predicted, gold).statistic)

@@ -11,16 +11,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 from dph.model.fused_block import BlockMemory, BlockShape, BlockWeights, fused_block
-from dph_kernels import autocast, dispatch
+from dph_kernels import checks, dispatch
 from dph_kernels.layout import PackedLayout
 from dph_kernels.residual_norm import residual_norm
 from dph_kernels.rope_attention import rope_attention
 from dph_kernels.swiglu import swiglu
+from dph_kernels.torch_private import has_any_global_hook
 
 
 class LayerNorm(nn.LayerNorm):
@@ -148,7 +148,7 @@ def block_form(block: Block, x: Tensor, layout: PackedLayout, memory_kind: str |
         return Form(False, "torch.compile traces the call")
     if memory_kind == "hidden":
         return Form(False, "the memory stores attention inputs, whose keys and values are projected in each call")
-    if autocast.active(x):
+    if checks.autocast_active(x):
         return Form(False, "autocast is active")
     if x.ndim != 2:
         return Form(False, f"x has {x.ndim} dimensions, not 2")
@@ -159,7 +159,7 @@ def block_form(block: Block, x: Tensor, layout: PackedLayout, memory_kind: str |
     if layout.query_positions.device != x.device:
         return Form(False, "the layout is on another device than x")
 
-    if _has_any_global_hook():
+    if has_any_global_hook():
         return Form(False, "a hook is registered on all modules")
     replaced = "before" in vars(block) or "after" in vars(block)
     if replaced or type(block).before is not Block.before or type(block).after is not Block.after:

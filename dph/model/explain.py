@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dph.model.backbone import Attention, Backbone, Block, FeedForward, LayerNorm, block_form
-from dph_kernels import autocast, dispatch
+from dph_kernels import checks, dispatch
 from dph_kernels.dispatch import Choice
 from dph_kernels.layout import PackedLayout
 from dph_kernels.residual_norm import WIDEST
@@ -51,7 +51,7 @@ def _choose(operator: str, x: Tensor, modules: dict[nn.Module, type[nn.Module]])
         if not isinstance(module, kind):
             return Choice(type(module).__name__, f"the module is not a {kind.__module__}.{kind.__name__}")
     device, dtype = x.device.type, x.dtype
-    if autocast.active(x) and dtype != torch.float64:
+    if checks.autocast_active(x) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     try:
         return dispatch.choose(operator, device, "auto", dtype)
@@ -66,7 +66,7 @@ def _in_parts(block: Block, x: Tensor, norm: Choice, gate: Choice) -> tuple[Choi
         return replaced, replaced
     few = Choice("PyTorch", f"for up to {dispatch.FEW} elements its operations are as fast")
     if isinstance(block.attention_norm, LayerNorm) and isinstance(block.ffn_norm, LayerNorm):
-        if autocast.active(x):
+        if checks.autocast_active(x):
             norm = Choice("PyTorch", "under autocast its rules decide the dtypes")
         elif dispatch.prefer_pytorch(x, "auto"):
             norm = few

@@ -12,7 +12,7 @@ from dph.checkpoint import RELEASED
 from dph.errors import UserError
 from dph.model.config import ModelConfig
 from dph.model.model import Model
-from dph.model.paths import model_path, tokenizer_path
+from dph.model.directories import model_path, tokenizer_path
 
 KINDS = (ModelConfig.model_type, RELEASED)
 

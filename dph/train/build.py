@@ -19,7 +19,7 @@ from dph.errors import UserError
 from dph.model.config import ModelConfig
 from dph.model.loading import check_tokenizer, load_model, load_tokenizer
 from dph.model.model import Model
-from dph.model.paths import model_path
+from dph.model.directories import model_path
 from dph.train import checkpointing
 from dph.train.budget import memory
 from dph.train.distributed import SINGLE_PROCESS, World

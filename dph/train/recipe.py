@@ -315,7 +315,7 @@ def _read(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the values of a file merged over those of its base; ``derived`` are the files based on this one."""
     if path.resolve() in derived:
         names = " -> ".join(file.name for file in (*derived, path))
-        raise UserError(f"{path}: expected bases that come to an end, got {names}")
+        raise UserError(f"{path}: expected no circular base, got {names}")
     values = config_schema.read(path)
     base = values.pop("base", None)
     if base is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dph_kernels import checks, dispatch
-from dph_kernels.operator import Operator
+from dph_kernels.operator import Inputs, Operator
 
 GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 COPIES = (torch.bfloat16, torch.float16)
@@ -66,16 +66,20 @@ def _fake_gradient_norm(grads: list[Tensor], max_norm: float, backend: str) -> t
     )
 
 
+def _first_gradient(inputs: Inputs) -> Tensor:
+    return inputs["grads"][0]
+
+
 OPERATOR = Operator(
     "laprop",
     fake=_fake,
-    like=lambda inputs: inputs["params"][0],
+    like=_first_gradient,
     mutates=("params", "exp_avg", "exp_avg_sq", "copies", "clock"),
 )
 GRADIENT_NORM = Operator(
     "gradient_norm",
     fake=_fake_gradient_norm,
-    like=lambda inputs: inputs["grads"][0],
+    like=_first_gradient,
     folder="laprop",
     function="gradient_norm",
 )
@@ -151,13 +155,16 @@ def laprop(
     elif priors is None:
         raise ValueError(f"priors: expected one tensor per parameter as prior_decay is {prior_decay}, got None")
     lists = {"grads": grads, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "priors": priors, "copies": copies}
+    present = {"params": params}
     for name, tensors in lists.items():
-        if tensors is not None and len(tensors) != len(params):
+        if tensors is None:
+            continue
+        if len(tensors) != len(params):
             raise ValueError(f"{name}: expected {len(params)} tensors as in params, got {len(tensors)}")
+        present[name] = tensors
     checks.option("backend", backend, ("auto", *dispatch.MODULES))
     if not params:
         return
-    present = {"params": params, **{name: tensors for name, tensors in lists.items() if tensors is not None}}
     _check_tensors(present)
     if params[0].dtype == torch.float64 and backend == "auto":
         backend = "reference"
@@ -185,14 +192,16 @@ def laprop(
         checks.number("bias_correction", bias_correction, 0.0, below=True)
         checks.number("momentum_scale", momentum_scale, 0.0, below=True)
     copies = list(copies or ())
-    half = any(copy.dtype == torch.float16 for copy in copies)
+    has_fp16_copy = False
+    for copy in copies:
+        has_fp16_copy = has_fp16_copy or copy.dtype == torch.float16
     OPERATOR(
         params=list(params),
         grads=_widen_fp16(grads),
         exp_avg=list(exp_avg),
         exp_avg_sq=list(exp_avg_sq),
         priors=list(priors or ()),
-        copies=[] if half else copies,
+        copies=[] if has_fp16_copy else copies,
         grad_scale=grad_scale,
         clock=clock,
         rate=rate,
@@ -206,7 +215,7 @@ def laprop(
         momentum_scale=float(momentum_scale),
         backend=backend,
     )
-    if half:
+    if has_fp16_copy:
         _copy(copies, params, grad_scale)
 
 
@@ -240,17 +249,22 @@ def gradient_norm(grads: Sequence[Tensor], *, max_norm: float = float("inf"), ba
         if not _alike(grads, dtypes, grads[0].device):
             for i, grad in enumerate(grads):
                 _check_one(f"grads[{i}]", grad, dtypes, grads[0].device)
-    double = next((i for i, grad in enumerate(grads) if grad.dtype == torch.float64), None)
-    if double is not None and backend not in ("auto", "reference"):
-        raise ValueError(f"grads[{double}]: expected float32 or a half for backend {backend!r}, got float64")
+    for i, grad in enumerate(grads):
+        if grad.dtype == torch.float64:
+            if backend not in ("auto", "reference"):
+                raise ValueError(f"grads[{i}]: expected float32 or a half for backend {backend!r}, got float64")
+            backend = "reference"
     grads = _widen_fp16(grads) or [torch.zeros(0, dtype=torch.float32, device="cpu")]
-    backend = backend if double is None else "reference"
     return GradientNorm(*GRADIENT_NORM(grads=grads, max_norm=float(max_norm), backend=backend))
 
 
 def _widen_fp16(grads: Sequence[Tensor]) -> list[Tensor]:
     """Return the gradients with those in float16, which the kernels do not support, in float32."""
-    return [grad.float() if grad.dtype == torch.float16 else grad for grad in grads]
+    widened = list(grads)
+    for i, grad in enumerate(grads):
+        if grad.dtype == torch.float16:
+            widened[i] = grad.float()
+    return widened
 
 
 def _copy(copies: Sequence[Tensor], params: Sequence[Tensor], grad_scale: Tensor | None) -> None:

@@ -28,7 +28,8 @@ def forward(
 ) -> None:
     """One step, in place; the settings are those of ``reference.forward``."""
     device, kernels = params[0].device, native.module()
-    words, chunks = _table(params, grads, exp_avg, exp_avg_sq, priors, copies, kernels.LAPROP_CHUNK)
+    columns = params, exp_avg, exp_avg_sq, grads, priors, copies
+    words, chunks = _table(columns, grads, priors, kernels.LAPROP_CHUNK)
     with native.device_guard(device):
         table = _table_on(words, device)
         # The allocator may reuse its memory after the return: by then the kernel is queued on the same stream.
@@ -51,7 +52,7 @@ def forward(
 def gradient_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
     """Same results as ``reference.gradient_norm``."""
     device, kernels = grads[0].device, native.module()
-    words, chunks = _gradient_table(grads, kernels.LAPROP_CHUNK)
+    words, chunks = _table([grads], grads, [], kernels.LAPROP_CHUNK)
     norm = torch.empty((), dtype=torch.float64, device=device)
     scale = torch.empty(1, dtype=torch.float32, device=device)
     finite = torch.empty((), dtype=torch.bool, device=device)
@@ -81,36 +82,30 @@ def _run(name: str, arguments: object, device: torch.device) -> None:
 
 
 def _table(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avg: Sequence[Tensor],
-    exp_avg_sq: Sequence[Tensor],
-    priors: Sequence[Tensor],
-    copies: Sequence[Tensor],
-    chunk: int,
+    columns: Sequence[Sequence[Tensor]], grads: Sequence[Tensor], priors: Sequence[Tensor], chunk: int
 ) -> tuple[array, int]:
-    """Return rows of ``LapropTensor`` (csrc/laprop.h) as words, and the number of their chunks."""
-    nothing = [0] * len(params)
-    kinds = [BF16_GRAD * (grad.dtype == torch.bfloat16) for grad in grads]
-    if priors:
-        kinds = [kind + BF16_PRIOR * (prior.dtype == torch.bfloat16) for kind, prior in zip(kinds, priors, strict=True)]
-    columns = (map(Tensor.data_ptr, x) if x else nothing for x in (params, exp_avg, exp_avg_sq, grads, priors, copies))
-    return _words(columns, params, kinds, chunk)
+    """Return rows of ``LapropTensor`` or ``GradientTensor`` (csrc/laprop.h) as words, and the number of all chunks.
 
-
-def _gradient_table(grads: Sequence[Tensor], chunk: int) -> tuple[array, int]:
-    """Return rows of ``GradientTensor`` as words, and the number of their chunks."""
-    kinds = [BF16_GRAD * (grad.dtype == torch.bfloat16) for grad in grads]
-    return _words([map(Tensor.data_ptr, grads)], grads, kinds, chunk)
-
-
-def _words(
-    addresses: Iterable[Iterable[int]], tensors: Sequence[Tensor], kinds: Sequence[int], chunk: int
-) -> tuple[array, int]:
-    """Return rows of (addresses, size, number of chunks in the rows above, kinds), and the number of all chunks."""
-    sizes = list(map(Tensor.numel, tensors))
-    *above, chunks = itertools.accumulate((-(-size // chunk) for size in sizes), initial=0)
-    return array("q", itertools.chain.from_iterable(zip(*addresses, sizes, above, kinds, strict=True))), chunks
+    A row holds an address of each of ``columns`` (0 for an empty list), the size, the number of chunks in the rows
+    above, and the dtypes of gradient and prior.
+    """
+    count = len(grads)
+    kinds, chunks_above, chunks = [0] * count, [], 0
+    for i, grad in enumerate(grads):
+        if grad.dtype == torch.bfloat16:
+            kinds[i] = BF16_GRAD
+    for i, prior in enumerate(priors):
+        if prior.dtype == torch.bfloat16:
+            kinds[i] += BF16_PRIOR
+    sizes = list(map(Tensor.numel, grads))
+    for size in sizes:
+        chunks_above.append(chunks)
+        chunks += -(-size // chunk)
+    words: list[Iterable[int]] = []
+    for tensors in columns:
+        words.append(map(Tensor.data_ptr, tensors) if tensors else [0] * count)
+    rows = zip(*words, sizes, chunks_above, kinds, strict=True)
+    return array("q", itertools.chain.from_iterable(rows)), chunks
 
 
 def _table_on(words: array, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from dph_kernels import autocast, checks, dispatch
+from dph_kernels import checks, dispatch
 from dph_kernels.operator import Gradient, Inputs, JointGradient, Operator
 
 
@@ -17,10 +17,7 @@ def _fake(
     hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-probabilities [R], normaliser [2, R], entropy [R], arg-max [R]); the last two empty without statistics."""
-    dtype, rows = torch.promote_types(hidden.dtype, torch.float32), hidden.shape[0]
-    logprobs, normaliser = hidden.new_empty(rows, dtype=dtype), hidden.new_empty(2, rows, dtype=dtype)
-    extra = rows if statistics else 0
-    return logprobs, normaliser, hidden.new_empty(extra, dtype=dtype), targets.new_empty(extra)
+    return empty_results(hidden, targets, statistics)
 
 
 def _fake_backward(
@@ -38,6 +35,24 @@ def _fake_backward(
         hidden.new_empty(hidden.shape if hidden_needed else 0),
         weight.new_empty(weight.shape if weight_needed else 0),
     )
+
+
+def empty_results(hidden: Tensor, targets: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return memory for log-probabilities, normaliser, entropy and arg-max, in the precision of the sums."""
+    dtype, rows = torch.promote_types(hidden.dtype, torch.float32), hidden.shape[0]
+    logprobs, normaliser = hidden.new_empty(rows, dtype=dtype), hidden.new_empty(2, rows, dtype=dtype)
+    extra = rows if statistics else 0
+    return logprobs, normaliser, hidden.new_empty(extra, dtype=dtype), targets.new_empty(extra)
+
+
+def spans(size: int, most: int, multiple: int = 1) -> list[slice]:
+    """Return slices of [0, size) of at most ``most`` elements and about equal length, if possible a multiple."""
+    count = max(1, -(-size // most))
+    step = max(1, min(most, -(-size // (count * multiple)) * multiple))
+    slices = []
+    for start in range(0, size, step):
+        slices.append(slice(start, min(start + step, size)))
+    return slices
 
 
 def _check_targets(inputs: Inputs) -> None:
@@ -58,8 +73,12 @@ def _compute(
 ) -> Inputs:
     saved = dict(zip(SAVED, ctx.saved_tensors, strict=True))
     d_hidden, d_weight = backward(grad=grad, **saved, hidden_needed=needs["hidden"], weight_needed=needs["weight"])
-    grads = {"hidden": d_hidden, "weight": d_weight}
-    return {name: grad for name, grad in grads.items() if needs[name]}
+    grads = {}
+    if needs["hidden"]:
+        grads["hidden"] = d_hidden
+    if needs["weight"]:
+        grads["weight"] = d_weight
+    return grads
 
 
 # Gradients along with the log-probabilities are those of the sum of all log-probabilities: right but for a factor if
@@ -159,7 +178,7 @@ def linear_logprob(
             wait for the device; there the reference fails with PyTorch's device-side assertion, and "triton" returns
             NaN.
     """
-    hidden, weight = autocast.cast_together(hidden, weight)
+    hidden, weight = checks.cast_together(hidden, weight)
     checks.shape("hidden", hidden, "R", "C")
     checks.dtype("hidden", hidden, checks.FLOATS)
     checks.shape("weight", weight, "V", hidden.shape[1])

@@ -1,86 +1,44 @@
 """Log-probabilities on the CPU: products by PyTorch or oneDNN, the passes between by csrc/cpu/linear_logprob.cpp.
 
 fp32 arithmetic, subject to the precision of PyTorch's products (``torch.set_float32_matmul_precision``); bf16 and fp16
-are converted block by block.
+are converted block by block. Blocks of the vocabulary are the outer loop, so that a block of weights is read (and
+converted) once and its gradient is complete at the end of its iteration.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dph_kernels import native, torch_private
-from dph_kernels.linear_logprob import tiles
+from dph_kernels.linear_logprob import empty_results, spans
+
+# Tiles of the R x V logits, within 64 MB of extra memory.
+MOST_ROWS, MOST_COLUMNS = 2048, 1024  # at most 8 MiB of logits
+MOST_OPERAND = 3 * 2**18  # elements of states, and of weights: 3 MiB
+MOST_SUMS = 2**22  # elements of the fp32 sums for a gradient in half precision: 16 MiB
 
 MOST_LOGITS = 13_100_000  # and elements of states, per block of rows with joint gradients: 52 MB
 LEAST_ROWS = 64  # per block that make reading all weights twice worthwhile
 
 
-class Engine:
-    """Products and passes on the CPU (see :class:`tiles.Engine`), within 64 MB of extra memory."""
-
-    most_rows, most_columns = 2048, 1024  # at most 8 MiB of logits
-    most_operand = 3 * 2**18  # 3 MiB of states, and of weights
-    most_sums = 2**22  # 16 MiB
-
-    def __init__(self, width: int) -> None:
-        """Choose tiles for states of ``width`` elements."""
-        most = max(16, self.most_operand // max(1, width))
-        self.rows, self.columns = min(self.most_rows, most), min(self.most_columns, most)
-        self.logits = torch.empty(0)
-
-    def operand(self, x: Tensor) -> Tensor:
-        """Return ``x`` in fp32 and contiguous, copied only if needed."""
-        return x.float().contiguous()
-
-    def reduce(
-        self, hidden: Tensor, weight: Tensor, first: int, last: bool, targets: Tensor,
-        normaliser: Tensor, logprobs: Tensor, entropy: Tensor, best: Tensor,
-    ) -> None:  # fmt: skip
-        """Reduce a tile of logits in one pass, each row on one core."""
-        logits = self._product(hidden, weight)
-        tile = _tile(logits, first, targets, normaliser, last=last, **_result_addresses(logprobs, entropy, best))
-        native.module().linear_logprob_reduce_cpu(tile, native.threads())
-
-    def gradient(
-        self, hidden: Tensor, weight: Tensor, first: int, upstream: Tensor, targets: Tensor, normaliser: Tensor
-    ) -> Tensor:
-        """Return the gradient of a tile of logits, in the memory of the logits."""
-        logits = self._product(hidden, weight)
-        tile = _tile(logits, first, targets, normaliser, upstream=upstream.data_ptr())
-        native.module().linear_logprob_gradient_cpu(tile, native.threads())
-        return logits
-
-    def _product(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Return logits; those of MKL reuse one buffer, as new ones would fragment memory between MKL's own."""
-        if not mkl_is_faster():
-            return product(hidden, weight)
-        size = len(hidden), len(weight)
-        if self.logits.numel() < size[0] * size[1]:
-            self.logits = hidden.new_empty(size[0] * size[1])
-        return torch.mm(hidden, weight.T, out=self.logits[: size[0] * size[1]].view(size))
-
-    def sums(self, result: Tensor, transposed: bool) -> Tensor:
-        """Return memory for fp32 sums, column-major if oneDNN's first factor is transposed: see :meth:`add`."""
-        by_columns = transposed and not mkl_is_faster()
-        return result.new_empty(result.shape[::-1], dtype=torch.float32).T if by_columns else tiles.fp32_sums(result)
-
-    def add(self, total: Tensor, a: Tensor, b: Tensor, start: bool) -> None:
-        """Compute ``total`` (+)= ``a @ b``, transposed if oneDNN would copy a transposed ``a``."""
-        if mkl_is_faster():
-            torch.mm(a, b, out=total) if start else total.addmm_(a, b)
-            return
-        if a.stride(1) != 1:
-            total, a, b = total.T, b.T, a.T
-        result = product(a, b.T)
-        total.copy_(result) if start else total.add_(result)
-
-    def finish(self, sums: Tensor, result: Tensor) -> None:
-        """Round the sums into the result."""
-        tiles.rounded(sums, result)
-
-
 def forward(hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Same results as ``reference.forward``."""
-    return tiles.forward(Engine(hidden.shape[1]), hidden, weight, targets, statistics)
+    """Same results as ``reference.forward``; a tile is reduced in one pass, each row on one core."""
+    logprobs, normaliser, entropy, best = empty_results(hidden, targets, statistics)
+    row_blocks, column_blocks, buffer = _tiles(hidden, weight)
+    targets = targets.contiguous()
+    for columns in column_blocks:
+        w = weight[columns].float().contiguous()
+        for rows in row_blocks:
+            h = hidden[rows].float().contiguous()
+            logits = _product(h, w, buffer)
+            results = logprobs[rows], entropy[rows], best[rows]
+            is_last = columns.stop == len(weight)
+            tile = _tile(logits, columns.start, targets[rows], normaliser[:, rows], results, last=is_last)
+            native.module().linear_logprob_reduce_cpu(tile, native.threads())
+            del h, logits  # their memory is reused by the next ones
+        del w
+    return logprobs, normaliser, entropy, best
 
 
 def backward(
@@ -92,9 +50,55 @@ def backward(
     hidden_needed: bool,
     weight_needed: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Same results as ``reference.backward``."""
-    arguments = grad, hidden, weight, targets, normaliser, hidden_needed, weight_needed
-    return tiles.backward(Engine(hidden.shape[1]), *arguments)
+    """Same results as ``reference.backward``; gradients are summed in fp32 and rounded once.
+
+    If the fp32 sums for a gradient of hidden in half precision exceed MOST_SUMS, that gradient is computed for some
+    rows at a time, and the weights' separately: a fifth product instead of memory that grows with R.
+    """
+    grad_hidden = hidden.new_empty(hidden.shape if hidden_needed else 0)
+    grad_weight = weight.new_empty(weight.shape if weight_needed else 0)
+    most_rows = max(1, MOST_SUMS // max(1, hidden.shape[1]))
+    if hidden_needed and hidden.dtype != torch.float32 and len(hidden) > most_rows:
+        for rows in spans(len(hidden), most_rows, 16):
+            inputs = grad[rows], hidden[rows], weight, targets[rows], normaliser[:, rows]
+            grad_hidden[rows] = backward(*inputs, True, False)[0]
+        _, grad_weight = backward(grad, hidden, weight, targets, normaliser, False, weight_needed)
+        return grad_hidden, grad_weight
+    if not hidden_needed and not weight_needed:
+        return grad_hidden, grad_weight
+
+    row_blocks, column_blocks, buffer = _tiles(hidden, weight)
+    grad, targets = grad.contiguous(), targets.contiguous()
+    hidden_sums = grad_hidden if hidden.dtype == torch.float32 else torch.empty_like(grad_hidden, dtype=torch.float32)
+    if not len(hidden):
+        grad_weight.zero_()
+        column_blocks = []
+    for columns in column_blocks:
+        w = weight[columns].float().contiguous()
+        if weight_needed:
+            weight_result = weight_sums = grad_weight[columns]
+            if buffer is None:  # column-major: oneDNN computes the transpose, see _add
+                weight_sums = w.new_empty(w.shape[::-1]).T
+            elif weight.dtype != torch.float32:
+                weight_sums = torch.empty_like(weight_result, dtype=torch.float32)
+        for rows in row_blocks:
+            h = hidden[rows].float().contiguous()
+            logits = _product(h, w, buffer)
+            upstream = grad[rows].data_ptr()
+            tile = _tile(logits, columns.start, targets[rows], normaliser[:, rows], upstream=upstream)
+            native.module().linear_logprob_gradient_cpu(tile, native.threads())
+            grad_logits = logits  # overwritten
+            if hidden_needed:
+                _add(hidden_sums[rows], grad_logits, w, columns.start == 0, buffer is not None)
+            if weight_needed:
+                _add(weight_sums, grad_logits.T, h, rows.start == 0, buffer is not None)
+            del h, logits, grad_logits  # their memory is reused by the next ones
+        if weight_needed and weight_sums is not weight_result:
+            weight_result.copy_(weight_sums)
+        del w
+    if hidden_sums is not grad_hidden:
+        grad_hidden.copy_(hidden_sums)
+    return grad_hidden, grad_weight
 
 
 def joint_pays(hidden: Tensor, weight: Tensor) -> bool:
@@ -115,17 +119,18 @@ def forward_and_gradients(
     Blocks of rows with all of their logits: three products.
     """
     rows, upstream = len(hidden), hidden.new_ones(len(hidden))
-    logprobs, normaliser, entropy, best = tiles.room(hidden, targets, statistics)
+    logprobs, normaliser, entropy, best = empty_results(hidden, targets, statistics)
     grad_hidden, grad_weight = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (hidden, weight))
     targets, logits = targets.contiguous(), hidden.new_empty(min(rows, _block(weight)), len(weight))
     for large in (logits, grad_weight):
         native.module().prefer_huge_pages(large.data_ptr(), 4 * large.numel())
-    for block in tiles.spans(rows, len(logits), 16):
+    for block in spans(rows, len(logits), 16):
         h, x = hidden[block].contiguous(), logits[: block.stop - block.start]
-        for columns in tiles.spans(len(weight), 2048, 16):  # for all columns at once MKL would allocate a packed copy
+        for columns in spans(len(weight), 2048, 16):  # for all columns at once MKL would allocate a packed copy
             torch.mm(h, weight[columns].T, out=x[:, columns])
-        results = _result_addresses(logprobs[block], entropy[block], best[block])
-        tile = _tile(x, 0, targets[block], normaliser[:, block], last=True, upstream=upstream.data_ptr(), **results)
+        results = logprobs[block], entropy[block], best[block]
+        fields = {"last": True, "upstream": upstream.data_ptr()}
+        tile = _tile(x, 0, targets[block], normaliser[:, block], results, **fields)
         native.module().linear_logprob_both_cpu(tile, native.threads())
         torch.mm(x, weight, out=grad_hidden[block])
         torch.mm(x.T, h, out=grad_weight) if block.start == 0 else grad_weight.addmm_(x.T, h)
@@ -147,21 +152,52 @@ def mkl_is_faster() -> bool:
     return native.module().intel or not onednn
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b.T`` of ``a`` [m, k] and ``b`` [n, k] in fp32."""
-    if mkl_is_faster() or not a.shape[1]:
+def _tiles(hidden: Tensor, weight: Tensor) -> tuple[list[slice], list[slice], Tensor | None]:
+    """Return blocks of rows, blocks of columns (tokens of the vocabulary), and memory for a tile of logits.
+
+    The logits of MKL share this memory, as new ones would fragment memory between MKL's own; None: oneDNN multiplies.
+    """
+    most = max(16, MOST_OPERAND // max(1, hidden.shape[1]))
+    most_rows, most_columns = min(MOST_ROWS, most), min(MOST_COLUMNS, most)
+    buffer = None
+    if mkl_is_faster():
+        size = min(len(hidden), most_rows) * min(len(weight), most_columns)
+        buffer = hidden.new_empty(size, dtype=torch.float32)
+    return spans(len(hidden), most_rows, 16), spans(len(weight), most_columns, 16), buffer
+
+
+def _product(a: Tensor, b: Tensor, buffer: Tensor | None) -> Tensor:
+    """Return ``a @ b.T`` of ``a`` [m, k] and ``b`` [n, k] in fp32, by MKL in ``buffer`` or by oneDNN."""
+    if buffer is not None:
+        return torch.mm(a, b.T, out=buffer[: len(a) * len(b)].view(len(a), len(b)))
+    if not a.shape[1]:
         return a @ b.T
     return torch_private.linear_pointwise(a, b, None, "none", [], "")  # as PyTorch's compiler calls it
 
 
-def _result_addresses(logprobs: Tensor, entropy: Tensor, best: Tensor) -> dict[str, int]:
-    """Return the addresses of a reduction's results; the last two are empty without statistics."""
-    addresses = {"logprobs": logprobs.data_ptr()}
-    return addresses | {"entropy": entropy.data_ptr(), "best": best.data_ptr()} if len(entropy) else addresses
+def _add(total: Tensor, a: Tensor, b: Tensor, start: bool, mkl: bool) -> None:
+    """Compute ``total += a @ b``, or ``total = a @ b`` if ``start``; oneDNN would copy a transposed ``a``."""
+    if mkl:
+        torch.mm(a, b, out=total) if start else total.addmm_(a, b)
+        return
+    if a.stride(1) != 1:
+        total, a, b = total.T, b.T, a.T
+    result = _product(a, b.T, None)
+    total.copy_(result) if start else total.add_(result)
 
 
-def _tile(logits: Tensor, first: int, targets: Tensor, normaliser: Tensor, **fields: int) -> object:
-    """Return the kernels' argument, which holds addresses: the tensors have to outlive it."""
+def _tile(
+    logits: Tensor, first: int, targets: Tensor, normaliser: Tensor, results: Sequence[Tensor] = (), **fields: int
+) -> object:
+    """Return the kernels' argument, which holds addresses: the tensors have to outlive it.
+
+    ``results``: log-probabilities, entropy and arg-max of a reduction, the last two empty without statistics.
+    """
+    if results:
+        logprobs, entropy, best = results
+        fields["logprobs"] = logprobs.data_ptr()
+        if len(entropy):
+            fields |= {"entropy": entropy.data_ptr(), "best": best.data_ptr()}
     return native.module().LogprobTile(
         logits=logits.data_ptr(),
         rows=logits.shape[0],

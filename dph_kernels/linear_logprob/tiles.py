@@ -1,18 +1,19 @@
-"""Loops of the compiled backends over tiles of the R x V logits, which an engine multiplies and reduces.
+"""Loops of the Triton launcher over tiles of the R x V logits, which an engine multiplies and reduces.
 
 Blocks of the vocabulary are the outer loop, so that a block of weights is read (and converted) once and its gradient is
 complete at the end of its iteration; with nearly square tiles the sums of both gradients seldom pass through memory.
 """
 
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dph_kernels.linear_logprob import empty_results, spans
+
 
 class Engine(Protocol):
-    """Interface of a backend: tile sizes, products, and the passes over a tile of logits.
+    """Tile sizes, products, and the passes over a tile of logits: single precision, and half precision.
 
     Attributes:
         rows: rows of a tile, at most.
@@ -43,9 +44,6 @@ class Engine(Protocol):
     ) -> Tensor:
         """Return upstream * (onehot(target) - softmax) of a tile, an operand; valid until the next call."""
 
-    def sums(self, result: Tensor, transposed: bool) -> Tensor:
-        """Return memory for the fp32 sums of a gradient, in its shape; ``transposed``: whether ``a`` of ``add`` is."""
-
     def add(self, total: Tensor, a: Tensor, b: Tensor, start: bool) -> None:
         """Compute ``total += a @ b``, or ``total = a @ b`` if ``start``."""
 
@@ -53,26 +51,12 @@ class Engine(Protocol):
         """Round a gradient's sums into its result; both may be the same tensor."""
 
 
-def spans(size: int, most: int, multiple: int = 1) -> Iterator[slice]:
-    """Yield slices of [0, size) of at most ``most`` elements and about equal length, if possible a multiple."""
-    count = max(1, -(-size // most))
-    step = max(1, min(most, -(-size // (count * multiple)) * multiple))
-    return (slice(first, min(first + step, size)) for first in range(0, size, step))
-
-
-def room(hidden: Tensor, targets: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return memory for the results of ``reference.forward``."""
-    rows, extra = len(hidden), len(hidden) if statistics else 0
-    logprobs, normaliser, entropy = (hidden.new_empty(n, dtype=torch.float32) for n in ((rows,), (2, rows), (extra,)))
-    return logprobs, normaliser, entropy, targets.new_empty(extra)
-
-
 def forward(
     engine: Engine, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Same results as ``reference.forward``."""
     rows, vocabulary = len(hidden), len(weight)
-    logprobs, normaliser, entropy, best = room(hidden, targets, statistics)
+    logprobs, normaliser, entropy, best = empty_results(hidden, targets, statistics)
     targets = targets.contiguous()
     for columns in spans(vocabulary, engine.columns, 16):
         w = engine.operand(weight[columns])
@@ -128,10 +112,10 @@ def _joint(
     """Compute the gradients that are not None, with each tile of logits computed once."""
     if not len(hidden) and grad_weight is not None:
         grad_weight.zero_()
-    hidden_sums = None if grad_hidden is None else engine.sums(grad_hidden, False)
+    hidden_sums = None if grad_hidden is None else fp32_sums(grad_hidden)
     for columns in spans(len(weight), engine.columns, 16):
         w = engine.operand(weight[columns])
-        weight_sums = None if grad_weight is None else engine.sums(grad_weight[columns], True)
+        weight_sums = None if grad_weight is None else fp32_sums(grad_weight[columns])
         for part in spans(len(hidden), engine.rows, 16):
             h = engine.operand(hidden[part])
             change = engine.gradient(h, w, columns.start, grad[part], targets[part], normaliser[:, part])

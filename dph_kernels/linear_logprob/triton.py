@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dph_kernels.cublas import readable
+from dph_kernels.checks import last_contiguous, readable_by_cublas
 from dph_kernels.launcher import (
     SPECIALIZED,
     Launch,
@@ -28,9 +28,8 @@ from dph_kernels.launcher import (
     matrix,
     triton_device,
 )
-from dph_kernels.linear_logprob import tiles
+from dph_kernels.linear_logprob import empty_results, spans, tiles
 from dph_kernels.linear_logprob import triton_kernels as kernels
-from dph_kernels.strides import last_contiguous
 
 # Configurations
 
@@ -117,13 +116,9 @@ class Engine:
         self.gpu.launch(kernels.gradient_rows, grid, ELEMENTWISE, arguments, {"BLOCK": block})
         return logits
 
-    def sums(self, result: Tensor, transposed: bool) -> Tensor:
-        """Return the result itself if it is fp32: products of all layouts are equally fast."""
-        return tiles.fp32_sums(result)
-
     def add(self, total: Tensor, a: Tensor, b: Tensor, start: bool) -> None:
         """``total`` (+)= ``a @ b``, from operands in half precision, without rounding to it before the last sum."""
-        a, b = readable(a), readable(b)
+        a, b = readable_by_cublas(a), readable_by_cublas(b)
         if a.is_cuda and a.dtype != torch.float32:
             if start:
                 torch.mm(a, b, out_dtype=torch.float32, out=total)
@@ -334,10 +329,10 @@ def _forward_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     engine = Fused(gpu, hidden, weight, partials=4 if statistics else 2)
     engine.keep(hidden, weight)
-    logprobs, normaliser, entropy, best = tiles.room(hidden, targets, statistics)
+    logprobs, normaliser, entropy, best = empty_results(hidden, targets, statistics)
     grad_hidden, grad_weight = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (hidden, weight))
     targets, w, weight_sums = targets.contiguous(), engine.operand(weight), tiles.fp32_sums(grad_weight)
-    for part in tiles.spans(len(hidden), engine.rows, _config(gpu).block_m):
+    for part in spans(len(hidden), engine.rows, _config(gpu).block_m):
         h, hidden_sums = engine.operand(hidden[part]), tiles.fp32_sums(grad_hidden[part])
         results = normaliser[:, part], logprobs[part], entropy[part], best[part]
         change = engine.reduce_and_keep(h, w, targets[part], *results)

@@ -1,7 +1,7 @@
 """The joint preference objective of Direct Preference Heads: loss, gradients and logged metrics in one operator."""
 
 from collections.abc import Callable, Sequence
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from dph_kernels.preference_loss.reference import HEAD_METRICS, PREFERENCE_METRI
 
 __all__ = ["HEAD_METRICS", "PREFERENCE_METRICS", "metric_names", "preference_loss"]
 
-_options = itemgetter(*Options._fields)
+_options, _dtype = itemgetter(*Options._fields), attrgetter("dtype")
 OBJECTIVES = ("separable", "contrastive")
 REWARDS = ("rewards_chosen", "rewards_rejected")
 LOGPROBS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
@@ -75,7 +75,7 @@ def _compute(
 def _widest(inputs: Inputs) -> Tensor:
     """Return a tensor in fp64 if there is one: kernels refuse fp64."""
     tensors = (*inputs["rewards"], *inputs["logprobs"])
-    dtypes = [x.dtype for x in tensors]
+    dtypes = list(map(_dtype, tensors))
     return tensors[dtypes.index(torch.float64) if torch.float64 in dtypes else 0]
 
 
@@ -138,15 +138,6 @@ def _check_group(names: tuple[str, ...], tensors: Sequence[Tensor | None]) -> No
 def _check_options(
     beta: float, dpo_epsilon: float, dph_epsilon: float, dpo_weight: float, dph_weight: float, objective: str
 ) -> None:
-    fit = (
-        0.0 <= dpo_epsilon < 0.5
-        and 0.0 <= dph_epsilon < 0.5
-        and beta >= 0.0
-        and dpo_weight >= 0.0
-        and dph_weight >= 0.0
-    )
-    if fit and objective in OBJECTIVES:  # the usual case, without calls
-        return
     checks.number("dpo_epsilon", dpo_epsilon, 0.0, 0.5, below=True)
     checks.number("dph_epsilon", dph_epsilon, 0.0, 0.5, below=True)
     checks.number("beta", beta, 0.0)
@@ -207,7 +198,10 @@ def preference_loss(
         rewards = rewards_chosen, rewards_rejected
     if not policy_chosen is policy_rejected is reference_chosen is reference_rejected is None:
         logprobs = policy_chosen, policy_rejected, reference_chosen, reference_rejected
-    _check_options(beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, objective)
+    epsilons_fit = 0.0 <= dpo_epsilon < 0.5 and 0.0 <= dph_epsilon < 0.5
+    weights_fit = beta >= 0.0 and dpo_weight >= 0.0 and dph_weight >= 0.0
+    if not (epsilons_fit and weights_fit and objective in OBJECTIVES):  # the usual case makes no calls
+        _check_options(beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, objective)
     loss, metrics, _ = OPERATOR(
         rewards=rewards,
         logprobs=logprobs,

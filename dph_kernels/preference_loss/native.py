@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dph_kernels import native
 from dph_kernels.preference_loss import reference
-from dph_kernels.preference_loss.reference import sizes
+from dph_kernels.preference_loss.reference import HEAD_METRICS, PREFERENCE_METRICS
 
 SCALAR = torch.empty((), dtype=torch.float32, device="cpu")  # torch.empty_like takes half the time of new_empty
 
@@ -25,7 +25,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Same results as ``reference.forward``."""
     inputs, options = (*rewards, *logprobs), (beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, objective)
-    metric_count, slope_count = sizes(rewards, logprobs)
+    pairs, *more = inputs[0].shape
+    heads = more[0] if more else 1
+    metric_count = len(PREFERENCE_METRICS) + (len(HEAD_METRICS) * heads if heads > 1 else 0)
+    slope_count = pairs * (len(rewards) * heads + len(logprobs) // 2)
     loss = torch.empty_like(SCALAR)
     metrics, slopes = loss.new_empty(metric_count), loss.new_empty(slope_count)
     arguments = len(rewards), options, loss, metrics, slopes, native.threads()
@@ -36,7 +39,9 @@ def forward(
 
 def backward(slopes: Tensor, grad: Tensor, judged: Sequence[Tensor]) -> list[Tensor]:
     """Same results as ``reference.backward``."""
-    grads = [slopes.new_empty(*x.shape) for x in judged]  # a torch.Size would cost 1 us more
+    grads = []
+    for x in judged:
+        grads.append(slopes.new_empty(*x.shape))  # a torch.Size would cost 1 us more
     if native.module().preference_loss_gradients_cpu(slopes, grad, grads, native.threads()):
         return grads
     return reference.backward(slopes, grad, judged)  # a batch of gradients (vmap), or slopes changed by hooks

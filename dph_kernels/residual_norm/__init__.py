@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from dph_kernels import autocast, checks, dispatch
+from dph_kernels import checks, dispatch
 from dph_kernels.operator import Gradient, Inputs, Operator
 from dph_kernels.residual_norm import reference
 
@@ -117,9 +117,9 @@ def residual_norm(
         ValueError: a wrong shape, dtype or device, or eps below 0.
         RuntimeError: "triton" with rows of more than 16384 elements.
     """
-    if backend == "auto" and autocast.active(x):
+    if backend == "auto" and checks.autocast_active(x):
         return _plain(x, update, weight, bias, eps)
-    x, update, weight, bias = autocast.cast_together(x, update, weight, bias)
+    x, update, weight, bias = checks.cast_together(x, update, weight, bias)
     checks.shape("x", x, "T", "C")
     checks.dtype("x", x, checks.FLOATS)
     columns = x.shape[1]

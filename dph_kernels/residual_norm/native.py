@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dph_kernels import native
+from dph_kernels.checks import last_contiguous
 from dph_kernels.residual_norm.reference import gradients, results
-from dph_kernels.strides import last_contiguous
 
 
 def forward(

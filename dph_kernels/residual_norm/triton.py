@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dph_kernels.checks import last_contiguous
 from dph_kernels.launcher import (
     Launch,
     LaunchConfig,
@@ -21,7 +22,6 @@ from dph_kernels.launcher import (
 from dph_kernels.residual_norm import WIDEST
 from dph_kernels.residual_norm import triton_kernels as kernels
 from dph_kernels.residual_norm.reference import BIAS, WEIGHT, X, results
-from dph_kernels.strides import last_contiguous
 
 PROGRAMS = 4  # per SM in the backward pass: enough to hide the loads, few partial sums to add
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 512, 256  # of a row per warp

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from dph_kernels import autocast, checks, dispatch
+from dph_kernels import checks, dispatch
 from dph_kernels.layout import PackedLayout, Rotary
 from dph_kernels.operator import Gradient, Inputs, Operator
 
@@ -56,7 +56,7 @@ def rope_attention(
     Source: RoFormer (arXiv 2104.09864), Transformer-XL (arXiv 1901.02860), FlashAttention-2 (arXiv 2307.08691).
     """
     memory_k, memory_v = memory if memory is not None else (k[:0], v[:0])
-    q, k, v, memory_k, memory_v = autocast.cast_together(q, k, v, memory_k, memory_v)
+    q, k, v, memory_k, memory_v = checks.cast_together(q, k, v, memory_k, memory_v)
     check_inputs(q, k, v, memory_k, memory_v, layout)
     head_dim = q.shape[-1]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -119,7 +119,7 @@ def _setup(ctx: FunctionCtx, output: tuple[Tensor, Tensor, Tensor], inputs: Inpu
     ctx.mark_non_differentiable(lse, rotated)
     ctx.set_materialize_grads(False)
     tensors = inputs | {"out": out, "lse": lse, "rotated": rotated}
-    ctx.save_for_backward(*(tensors[name] for name in SAVED))
+    ctx.save_for_backward(*map(tensors.get, SAVED))
     ctx.scale = inputs["scale"]
 
 
@@ -152,7 +152,7 @@ def joined_gradients(*, backend: str, **arguments: Any) -> Tensor:
     gradient of the product that q, k and v are slices of; the results of the others are stacked.
     """
     q = arguments["q"]
-    implementation = dispatch.implementation("rope_attention", q.device, backend, q.dtype)
+    implementation = dispatch.implementation("rope_attention", q.device.type, backend, q.dtype)
     if not (hasattr(implementation, "backward_into") and dispatch.can_bypass_dispatcher([arguments["grad"]])):
         return torch.stack(OPERATOR.backward(**arguments, backend=backend), 1)
     joined = torch.empty((len(q), 3, *q.shape[1:]), dtype=q.dtype, device=q.device)

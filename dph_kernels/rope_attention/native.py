@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dph_kernels import native
+from dph_kernels.checks import last_contiguous
 from dph_kernels.rope_attention import schedule
-from dph_kernels.strides import last_contiguous
 
 
 def forward(
@@ -15,15 +15,23 @@ def forward(
     q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Same results as ``reference.forward``."""
-    kernels = native.module()
+    kernels, content = native.module(), schedule.content_of(segments)
     rotated = rotate(k, k_cos, k_sin)
-    q, v, memory_k, memory_v = (last_contiguous(x) for x in (q, v, memory_k, memory_v))
+    q, v = last_contiguous(q), last_contiguous(v)
+    memory_k, memory_v = last_contiguous(memory_k), last_contiguous(memory_v)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
-    work = schedule.by_queries(segments, len(q), len(memory_k), **_sizes(kernels))
-    bounds = schedule.bounds(segments, len(q), device=q.device)
+    work = schedule.by_queries(
+        content, len(q), len(memory_k), rows=kernels.ATTENTION_ROWS, block=kernels.ATTENTION_BLOCK, device=q.device
+    )
+    bounds = schedule.bounds(content, len(q), device=q.device)
     arguments = _arguments(q, rotated, v, memory_k, memory_v, out, lse, q_cos, q_sin, scale)
-    arguments.schedule(count=len(work.tiles), **_addresses(tiles=work.tiles, runs=work.runs, bounds=bounds))
+    arguments.schedule(
+        count=len(work.tiles),
+        tiles=work.tiles.data_ptr(),
+        runs=work.runs.data_ptr(),
+        bounds=bounds.data_ptr(),
+    )
     kernels.attention_forward_cpu(arguments, native.threads())
     return out, lse, rotated
 
@@ -33,19 +41,25 @@ def backward(
     segments: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Same results as ``reference.backward``."""
-    kernels = native.module()
-    grad, q, v, memory_k, memory_v = (last_contiguous(x) for x in (grad, q, v, memory_k, memory_v))
+    kernels, content = native.module(), schedule.content_of(segments)
+    grad, q, v = last_contiguous(grad), last_contiguous(q), last_contiguous(v)
+    memory_k, memory_v = last_contiguous(memory_k), last_contiguous(memory_v)
     dq = torch.empty(q.shape, dtype=q.dtype)
-    dk, dv = (torch.zeros(v.shape, dtype=torch.float32) for _ in range(2))  # the kernel adds to them
-    work, tasks = schedule.by_component(segments, len(q), len(memory_k), **_sizes(kernels))
-    bounds = schedule.bounds(segments, len(q), device=q.device)
+    dk = torch.zeros(v.shape, dtype=torch.float32)  # the kernel adds to dk and dv
+    dv = torch.zeros(v.shape, dtype=torch.float32)
+    work, tasks = schedule.by_component(
+        content, len(q), len(memory_k), rows=kernels.ATTENTION_ROWS, block=kernels.ATTENTION_BLOCK, device=q.device
+    )
+    bounds = schedule.bounds(content, len(q), device=q.device)
     arguments = _arguments(q, rotated, v, memory_k, memory_v, out, lse, q_cos, q_sin, scale)
-    for name, tensor in {"grad": grad, "dq": dq, "dk": dk, "dv": dv}.items():
-        setattr(arguments, name, _rows(tensor))
+    arguments.grad, arguments.dq, arguments.dk, arguments.dv = _rows(grad), _rows(dq), _rows(dk), _rows(dv)
     arguments.schedule(
         count=len(work.tiles),
         task_count=len(tasks) - 1,
-        **_addresses(tiles=work.tiles, runs=work.runs, bounds=bounds, tasks=tasks),
+        tiles=work.tiles.data_ptr(),
+        runs=work.runs.data_ptr(),
+        bounds=bounds.data_ptr(),
+        tasks=tasks.data_ptr(),
     )
     kernels.attention_backward_cpu(arguments, native.threads())
     return dq, rotate(dk, k_cos, k_sin, sign=-1.0, dtype=v.dtype), dv.to(v.dtype)
@@ -69,7 +83,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float = 1.0, dtype: tor
         sign=sign,
         source_bf16=x.dtype == torch.bfloat16,
         target_bf16=rotated.dtype == torch.bfloat16,
-        **_addresses(cos=cos, sin=sin),
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
     )
     kernels.rotate_cpu(arguments, native.threads())
     return rotated
@@ -80,26 +95,23 @@ def _arguments(
     q_cos: Tensor, q_sin: Tensor, scale: float,
 ) -> Any:  # fmt: skip
     """Return the kernels' argument, which holds addresses: the tensors have to outlive it."""
-    tensors = {"q": q, "k": rotated, "v": v, "memory_k": memory_k, "memory_v": memory_v, "out": out}
     return native.module().AttentionArguments(
         heads=q.shape[1],
         head_dim=q.shape[2],
         memory=len(memory_k),
         scale=scale,
         bf16=q.dtype == torch.bfloat16,
-        **{name: _rows(tensor) for name, tensor in tensors.items()},
-        **_addresses(q_cos=q_cos, q_sin=q_sin, lse=lse),
+        q=_rows(q),
+        k=_rows(rotated),
+        v=_rows(v),
+        memory_k=_rows(memory_k),
+        memory_v=_rows(memory_v),
+        out=_rows(out),
+        q_cos=q_cos.data_ptr(),
+        q_sin=q_sin.data_ptr(),
+        lse=lse.data_ptr(),
     )
-
-
-def _sizes(kernels: Any) -> dict[str, Any]:
-    return {"rows": kernels.ATTENTION_ROWS, "block": kernels.ATTENTION_BLOCK, "device": torch.device("cpu")}
 
 
 def _rows(x: Tensor) -> Any:
     return native.module().AttentionRows(x.data_ptr(), x.stride(0), x.stride(1))
-
-
-def _addresses(**tensors: Tensor) -> dict[str, int]:
-    """Return the addresses of contiguous tensors: tables, schedules and the log-sum-exp are."""
-    return {name: native.pointer(tensor) for name, tensor in tensors.items()}

@@ -43,55 +43,15 @@ class Schedule(NamedTuple):
         return self.pieces is not None
 
 
-def by_queries(
-    segments: Tensor, queries: int, memory: int, *, rows: int, block: int, limit: int = 0, device: torch.device
-) -> Schedule:
-    """Tiles of up to ``rows`` queries and the keys that they see (memory first), in blocks of ``block``.
-
-    ``limit`` > 0 splits a tile's work into items of at most that many blocks (few queries on many keys).
-    """
-    return _by_queries(content_of(segments), queries, memory, rows, block, limit, device)
-
-
-def by_keys(
-    segments: Tensor, queries: int, keys: int, memory: int, *, rows: int, block: int, device: torch.device
-) -> Schedule:
-    """Tiles of up to ``rows`` new keys (numbered without the memory) and the queries that see them."""
-    return _by_keys(content_of(segments), queries, keys, memory, rows, block, device)
-
-
-def by_component(
-    segments: Tensor, queries: int, memory: int, *, rows: int, block: int, device: torch.device
-) -> tuple[Schedule, Tensor]:
-    """Tiles of ``by_queries`` in the order of their rows within components, and the components' starts [C + 1] int32.
-
-    Tiles of different components see no new key in common, so that threads can add up their gradients concurrently.
-    The component with the most work comes first.
-    """
-    return _by_component(content_of(segments), queries, memory, rows, block, device)
-
-
-def bounds(segments: Tensor, queries: int, *, device: torch.device) -> Tensor:
-    """Bounds [T, 4] int32: query i sees keys ``[0] <= j < [1]`` of its own and ``[2] <= j < [3]`` of its prefix."""
-    return _bounds(content_of(segments), queries, device)
-
-
-# The caches' key is the table without positions, which advance from step to step and do not affect schedules.
-
-
 def content_of(segments: Tensor) -> bytes:
-    """Return the part of a layout's table that schedules depend on."""
+    """Return the part of a layout's table that schedules depend on, by which they are cached.
+
+    Positions, which advance from step to step, are not in it.
+    """
     return segments.numpy()[:, :6].tobytes()
 
 
-def table_of(content: bytes) -> Tensor:
-    """Return the table of ``content_of``, at positions 0."""
-    table = torch.zeros(len(content) // (8 * 6), 7, dtype=torch.int64)
-    table[:, :6] = torch.from_numpy(np.frombuffer(content, dtype=np.int64).reshape(-1, 6).copy())
-    return table
-
-
-def _segments(content: bytes) -> Array:
+def segments_of(content: bytes) -> Array:
     """Segments [G, 6] that have queries, in the order of their queries."""
     table = np.frombuffer(content, dtype=np.int64).reshape(-1, 6)
     table = table[table[:, 1] > table[:, 0]]
@@ -99,8 +59,9 @@ def _segments(content: bytes) -> Array:
 
 
 @functools.lru_cache(maxsize=256)
-def _bounds(content: bytes, queries: int, device: torch.device) -> Tensor:
-    q0, q1, k0, k1, p0, p1 = _segments(content).T
+def bounds(content: bytes, queries: int, *, device: torch.device) -> Tensor:
+    """Bounds [T, 4] int32: query i sees keys ``[0] <= j < [1]`` of its own and ``[2] <= j < [3]`` of its prefix."""
+    q0, q1, k0, k1, p0, p1 = segments_of(content).T
     count = q1 - q0
     rows = _count_on(q0, count)
     seen = np.stack([k0, k1 - q1 + 1, p0, p1], 1).astype(np.int32).repeat(count, axis=0)
@@ -112,34 +73,37 @@ def _bounds(content: bytes, queries: int, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _by_queries(
-    content: bytes, queries: int, memory: int, rows: int, block: int, limit: int, device: torch.device
+def by_queries(
+    content: bytes, queries: int, memory: int, *, rows: int, block: int, limit: int = 0, device: torch.device
 ) -> Schedule:
+    """Tiles of up to ``rows`` queries and the keys that they see (memory first), in blocks of ``block``.
+
+    ``limit`` > 0 splits a tile's work into items of at most that many blocks (few queries on many keys).
+    """
     if device != CPU:  # computed on the CPU first, which also needs the schedule to decide on a split
-        work = _by_queries(content, queries, memory, rows, block, limit, CPU)
+        work = by_queries(content, queries, memory, rows=rows, block=block, limit=limit, device=CPU)
         return Schedule(*all_to_device([tensor for tensor in work if tensor is not None], device))
-    table = _segments(content)
-    q0, q1, k0, k1, p0, p1 = table.T
+    table = segments_of(content)
     tiles = _cut(*_query_groups(table, queries), rows, block)
-    tile, owner = _crossings(tiles, q0, q1)
-    first, last = np.maximum(tiles[tile, 0], q0[owner]), np.minimum(tiles[tile, 1], q1[owner])
-    q1, k0, k1, p0, p1 = (x[owner] for x in (q1, k0, k1, p0, p1))
-    for_all, for_any = (np.maximum(k1 - q1 + 1 + row, k0) for row in (first, last - 1))
+    tile, owner = _crossings(tiles, table[:, 0], table[:, 1])
+    q0, q1, k0, k1, p0, p1 = table[owner].T
+    first, last = np.maximum(tiles[tile, 0], q0), np.minimum(tiles[tile, 1], q1)
+    for_all, for_any = np.maximum(k1 - q1 + 1 + first, k0), np.maximum(k1 - q1 + last, k0)
     count = last - first
+    one = np.ones_like(count)
     axis = int(max(k1.max(initial=0), p1.max(initial=0), memory)) + 1
-    seen = _levels(
-        tile, [(p0, p1, np.ones_like(count)), (k0, for_any, np.ones_like(count))], np.ones(len(tiles), np.int64), axis
-    )
+    seen = _levels(tile, [(p0, p1, one), (k0, for_any, one)], np.ones(len(tiles), np.int64), axis)
     full = _levels(tile, [(p0, p1, count), (k0, for_all, count)], tiles[:, 1] - tiles[:, 0], axis)
     seen, full = _split_at(seen, memory, axis), _split_at(full, memory, axis)
     return _schedule(tiles, seen, full, np.bincount(tile, minlength=len(tiles)), block, axis, memory, limit, device)
 
 
 @functools.lru_cache(maxsize=256)
-def _by_keys(
-    content: bytes, queries: int, keys: int, memory: int, rows: int, block: int, device: torch.device
+def by_keys(
+    content: bytes, queries: int, keys: int, memory: int, *, rows: int, block: int, device: torch.device
 ) -> Schedule:
-    table = _segments(content)
+    """Tiles of up to ``rows`` new keys (numbered without the memory) and the queries that see them."""
+    table = segments_of(content)
     q0, q1, *ranges = table.T
     k0, k1, p0, p1 = (np.maximum(x - memory, 0) for x in ranges)
     shift = ranges[1] - memory - q1  # the first query that sees own key j is j - shift
@@ -159,10 +123,15 @@ def _by_keys(
 
 
 @functools.lru_cache(maxsize=256)
-def _by_component(
-    content: bytes, queries: int, memory: int, rows: int, block: int, device: torch.device
+def by_component(
+    content: bytes, queries: int, memory: int, *, rows: int, block: int, device: torch.device
 ) -> tuple[Schedule, Tensor]:
-    work = _by_queries(content, queries, memory, rows, block, 0, CPU)
+    """Tiles of ``by_queries`` in the order of their rows within components, and the components' starts [C + 1] int32.
+
+    Tiles of different components see no new key in common, so that threads can add up their gradients concurrently.
+    The component with the most work comes first.
+    """
+    work = by_queries(content, queries, memory, rows=rows, block=block, device=CPU)
     tiles, runs = work.tiles.numpy().astype(np.int64), work.runs.numpy().astype(np.int64)
     owner = np.repeat(np.arange(len(tiles)), tiles[:, 4] - tiles[:, 2])
     runs = runs[_count_on(tiles[:, 2], tiles[:, 4] - tiles[:, 2])]
@@ -195,11 +164,18 @@ def _query_groups(table: Array, queries: int) -> tuple[Array, Array]:
     follows = np.zeros(len(table), dtype=bool)
     follows[1:] = (q0[1:] == q1[:-1]) & (p0[1:] == p0[:-1]) & (p1[1:] == p1[:-1]) & (p1[1:] > p0[1:])
     heads = np.flatnonzero(~follows)
-    if not len(heads):
-        return _with_gaps(np.empty((0, 2), np.int64), np.empty((0, 4), np.int64), queries)
-    tails = np.append(heads[1:], len(table)) - 1
-    seen = np.stack([p0[heads], p1[heads], np.minimum.reduceat(k0, heads), np.maximum.reduceat(k1, heads)], 1)
-    return _with_gaps(np.stack([q0[heads], q1[tails]], 1), seen, queries)
+    if len(heads):
+        tails = np.append(heads[1:], len(table)) - 1
+        ranges = np.stack([q0[heads], q1[tails]], 1)
+        seen = np.stack([p0[heads], p1[heads], np.minimum.reduceat(k0, heads), np.maximum.reduceat(k1, heads)], 1)
+    else:
+        ranges, seen = np.empty((0, 2), np.int64), np.empty((0, 4), np.int64)
+    gaps = np.stack([np.append(0, ranges[:, 1]), np.append(ranges[:, 0], queries)], 1)
+    gaps = gaps[gaps[:, 1] > gaps[:, 0]]  # padding, which sees nothing
+    ranges = np.concatenate([ranges, gaps])
+    seen = np.concatenate([seen, np.zeros((len(gaps), 4), np.int64)])
+    order = ranges[:, 0].argsort(kind="stable")
+    return ranges[order], seen[order]
 
 
 def _key_groups(
@@ -216,16 +192,6 @@ def _key_groups(
         np.maximum.at(high, piece, q1[owner])
     low = np.minimum(low, high)
     return ranges, np.stack([low, high, high, high], 1)
-
-
-def _with_gaps(ranges: Array, seen: Array, total: int) -> tuple[Array, Array]:
-    """Add the ranges of 0 .. total that are in no group, which see nothing."""
-    gaps = np.stack([np.append(0, ranges[:, 1]), np.append(ranges[:, 0], total)], 1)
-    gaps = gaps[gaps[:, 1] > gaps[:, 0]]
-    ranges = np.concatenate([ranges, gaps])
-    seen = np.concatenate([seen, np.zeros((len(gaps), 4), np.int64)])
-    order = ranges[:, 0].argsort(kind="stable")
-    return ranges[order], seen[order]
 
 
 def _cut(ranges: Array, seen: Array, rows: int, block: int) -> Array:
@@ -247,9 +213,10 @@ def _cut(ranges: Array, seen: Array, rows: int, block: int) -> Array:
                 continue
         if end > start:
             tiles.append((start, end))
-        whole = max(-(-(high - low) // rows) - 1, 0)
-        tiles += [(low + i * rows, low + (i + 1) * rows) for i in range(whole)]
-        start, end, view, cost = low + whole * rows, high, tuple(mine), mine_cost
+        while high - low > rows:
+            tiles.append((low, low + rows))
+            low += rows
+        start, end, view, cost = low, high, tuple(mine), mine_cost
     if end > start:
         tiles.append((start, end))
     return np.array(tiles, dtype=np.int64).reshape(-1, 2)
@@ -298,13 +265,16 @@ def _levels(tile: Array, weighted: list[tuple[Array, Array, Array]], needed: Arr
 
     Coordinates are consecutive over all tiles: ``tile * axis + position`` with every position < axis.
     """
-    starts = np.concatenate([tile * axis + start for start, _, _ in weighted])
-    ends = np.concatenate([tile * axis + np.maximum(start, end) for start, end, _ in weighted])
-    weights = np.concatenate([weight for _, _, weight in weighted])
-    places, index = np.unique(np.concatenate([starts, ends]), return_inverse=True)
+    starts, ends, weights = [], [], []
+    for start, end, weight in weighted:
+        starts.append(tile * axis + start)
+        ends.append(tile * axis + np.maximum(start, end))
+        weights.append(weight)
+    places, index = np.unique(np.concatenate(starts + ends), return_inverse=True)
     if not len(places):
         return np.empty((0, 2), np.int64)
-    steps = np.bincount(index.ravel(), np.concatenate([weights, -weights]).astype(np.float64), len(places))
+    rises = np.concatenate(weights).astype(np.float64)
+    steps = np.bincount(index.ravel(), np.concatenate([rises, -rises]), len(places))
     enough = steps.cumsum().astype(np.int64) >= needed[places // axis]
     edges = np.flatnonzero(np.diff(enough, prepend=False, append=False))
     return places[np.minimum(edges, len(places) - 1)].reshape(-1, 2)
@@ -339,12 +309,20 @@ def _schedule(
     count = -(-length // block)
     start = _count_on(np.zeros_like(count), count) * block + np.repeat(seen[:, 0], count)
     end = np.minimum(start + block, np.repeat(seen[:, 1], count))
-    masked = ~_inside(start, end, full) | (end - start < block)
+    masked = np.ones(len(start), dtype=bool)
+    if len(full):  # a whole block within one of the full ranges, which are sorted and disjoint, needs no mask
+        candidate = np.searchsorted(full[:, 0], start, side="right") - 1
+        masked = (end - start < block) | (candidate < 0) | (end > full[candidate, 1])
     owner = start // axis
     order = np.lexsort((start, masked, owner))
     start, end, masked, owner = start[order], end[order], masked[order], owner[order]
-    per_tile = np.bincount(owner, minlength=len(tiles))
-    item, owners = _items(owner, per_tile, limit)
+    item, owners = owner, np.arange(len(tiles))  # item of every block, and tile of every item
+    if limit:  # a tile without blocks is an item too
+        per_tile = np.bincount(owner, minlength=len(tiles))
+        items = np.maximum(-(-per_tile // limit), 1)
+        within = np.arange(len(owner)) - np.repeat(per_tile.cumsum() - per_tile, per_tile)
+        item = (items.cumsum() - items)[owner] + within // limit
+        owners = np.repeat(owners, items)
     fresh = np.ones(len(start), dtype=bool)
     fresh[1:] = (start[1:] != end[:-1]) | (masked[1:] != masked[:-1]) | (item[1:] != item[:-1])
     fresh |= start % axis == boundary
@@ -363,21 +341,9 @@ def _schedule(
     return Schedule(*_tensors(arrays, device))
 
 
-def _inside(start: Array, end: Array, ranges: Array) -> Array:
-    """Whether [start, end) is within one of the sorted, disjoint ``ranges``."""
-    if not len(ranges):
-        return np.zeros(len(start), dtype=bool)
-    candidate = np.searchsorted(ranges[:, 0], start, side="right") - 1
-    return (candidate >= 0) & (end <= ranges[candidate, 1])
-
-
-def _items(owner: Array, per_tile: Array, limit: int) -> tuple[Array, Array]:
-    """Item of every block, and tile of every item; a tile without blocks is an item too."""
-    items = np.maximum(-(-per_tile // limit), 1) if limit else np.ones_like(per_tile)
-    first = items.cumsum() - items
-    within = np.arange(len(owner)) - np.repeat(per_tile.cumsum() - per_tile, per_tile)
-    return first[owner] + (within // limit if limit else 0), np.repeat(np.arange(len(per_tile)), items)
-
-
 def _tensors(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
-    return all_to_device([torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)) for array in arrays], device)
+    """Return int32 tensors of ``arrays`` on ``device``."""
+    tensors = []
+    for array in arrays:
+        tensors.append(torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)))
+    return tensors if device == CPU else all_to_device(tensors, device)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dph_kernels.checks import last_contiguous
 from dph_kernels.launcher import (
     SPECIALIZED,
     Launch,
@@ -25,7 +26,6 @@ from dph_kernels.layout import PackedLayout, Rotary
 from dph_kernels.rope_attention import schedule
 from dph_kernels.rope_attention import triton_kernels as kernels
 from dph_kernels.rope_attention.schedule import Schedule
-from dph_kernels.strides import last_contiguous
 
 # Configurations
 
@@ -207,8 +207,8 @@ def _plan(
     dtype: torch.dtype,
 ) -> _Plan:  # fmt: skip
     """Plan of the kernel "forward" ("few" if all segments are short), "queries" or "keys"."""
-    segments, device = schedule.table_of(content), gpu.device
-    if kernel == "forward" and _longest(segments) <= FEW:
+    device = gpu.device
+    if kernel == "forward" and _longest(content) <= FEW:
         kernel = "few"
     config = _config(gpu, kernel, head_dim, dtype)
     constants = {
@@ -216,17 +216,17 @@ def _plan(
     }  # fmt: skip
     if kernel == "keys":
         sizes = {"rows": config.block_n, "block": config.block_m}
-        work = schedule.by_keys(segments, queries, keys, memory, **sizes, device=device)
+        work = schedule.by_keys(content, queries, keys, memory, **sizes, device=device)
     else:
         constants["MEMORY"] = memory > 0
         sizes, limit = {"rows": config.block_m, "block": config.block_n}, 0
         if kernel != "queries":
-            whole = schedule.by_queries(segments, queries, memory, **sizes, device=CPU)
+            whole = schedule.by_queries(content, queries, memory, **sizes, limit=0, device=CPU)
             limit = _limit(whole, heads, config, gpu)
-        work = schedule.by_queries(segments, queries, memory, **sizes, limit=limit, device=device)
+        work = schedule.by_queries(content, queries, memory, **sizes, limit=limit, device=device)
     if kernel in ("forward", "few"):
         constants["SPLIT"] = work.split
-    bounds = schedule.bounds(segments, queries, device=device)
+    bounds = schedule.bounds(content, queries, device=device)
     return _Plan(config, work, (work.tiles, work.runs, bounds), constants)
 
 
@@ -308,8 +308,9 @@ def _padded(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
-def _longest(segments: Tensor) -> int:
-    return int((segments[:, 1] - segments[:, 0]).max()) if len(segments) else 0
+def _longest(content: bytes) -> int:
+    segments = schedule.segments_of(content)
+    return int((segments[:, 1] - segments[:, 0]).max(initial=0))
 
 
 def _limit(work: Schedule, heads: int, config: LaunchConfig, gpu: TritonDevice) -> int:

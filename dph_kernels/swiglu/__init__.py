@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from operator import itemgetter
 
+import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from dph_kernels import autocast, checks, dispatch
+from dph_kernels import checks, dispatch
 from dph_kernels.operator import Gradient, Inputs, Operator
-from dph_kernels.swiglu import reference
 
 
 def _fake(projected: Tensor, bias: Tensor | None, backend: str) -> Tensor:
@@ -51,6 +51,13 @@ OPERATOR = Operator(
 )
 
 
+def _plain(projected: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = torch.promote_types(projected.dtype, torch.float32)
+    wide = projected.to(dtype)
+    x, gate = (wide if bias is None else wide + bias.to(dtype)).chunk(2, -1)
+    return (x * torch.nn.functional.silu(gate)).to(projected.dtype)
+
+
 def swiglu(projected: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """SwiGLU (arXiv 2002.05202) in one pass each way::
 
@@ -74,7 +81,7 @@ def swiglu(projected: Tensor, bias: Tensor | None = None, *, backend: str = "aut
     Raises:
         ValueError: a wrong shape, dtype or device, or an odd number of columns.
     """
-    projected, bias = autocast.cast_together(projected, bias)
+    projected, bias = checks.cast_together(projected, bias)
     checks.shape("projected", projected, "T", "2F")
     checks.dtype("projected", projected, checks.FLOATS)
     if projected.shape[1] % 2 or not projected.shape[1]:
@@ -85,5 +92,5 @@ def swiglu(projected: Tensor, bias: Tensor | None = None, *, backend: str = "aut
         checks.dtype("bias", bias, projected.dtype)
         checks.device("bias", bias, projected.device)
     if dispatch.prefer_pytorch(projected, backend):
-        return reference.forward(projected, bias)
+        return _plain(projected, bias)
     return OPERATOR(projected=projected, bias=bias, backend=backend)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dph_kernels import native
-from dph_kernels.strides import last_contiguous
+from dph_kernels.checks import last_contiguous
 
 
 def forward(projected: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dph_kernels.checks import last_contiguous
 from dph_kernels.launcher import Launch, LaunchConfig, LaunchRecorder, TritonDevice, cdiv, distinct, triton_device
-from dph_kernels.strides import last_contiguous
 from dph_kernels.swiglu import triton_kernels as kernels
 
 FORWARD = LaunchConfig(4, 512, 0, num_warps=4, num_stages=1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from dph_kernels import autocast, checks, dispatch
+from dph_kernels import checks, dispatch
 from dph_kernels.operator import Gradient, Inputs, Operator
 
 
@@ -28,7 +28,7 @@ def _fake(
     """(rewards [R, K], [x | g], pooled state), the last two empty if absent or not saved."""
     dtype, rows = torch.promote_types(hidden.dtype, torch.float32), hidden.shape[0]
     name = "reference" if hidden.is_meta else backend
-    device = "cpu" if hidden.is_meta else hidden.device
+    device = "cpu" if hidden.is_meta else hidden.device.type
     kept_shapes = dispatch.implementation("swiglu_reward", device, name, hidden.dtype).kept_shapes
     projected, pooled = kept_shapes(rows, hidden.shape[1], 0 if w1 is None else w1.shape[0] // 2)
     shapes = (
@@ -76,17 +76,21 @@ def _setup(ctx: FunctionCtx, output: tuple[Tensor, Tensor, Tensor], inputs: Inpu
     if not inputs["save"] and any(ctx.needs_input_grad):
         raise ValueError("save: expected True where a gradient is wanted, got False")
     ctx.mark_non_differentiable(projected, pooled)
-    ctx.save_for_backward(*(inputs[name] for name in SAVED), projected, pooled)
-    ctx.options = {name: inputs[name] for name in ("dropout", "input_dropout", "seed")}
+    ctx.save_for_backward(*map(inputs.get, SAVED), projected, pooled)
+    ctx.options = {"dropout": inputs["dropout"], "input_dropout": inputs["input_dropout"], "seed": inputs["seed"]}
 
 
 def _compute(
     ctx: FunctionCtx, needs: Inputs, backward: Callable[..., tuple[Tensor, ...]], grad: Tensor, *_: Tensor
 ) -> Inputs:
     saved = dict(zip((*SAVED, "projected", "pooled"), ctx.saved_tensors, strict=True))
-    needed = [needs[name] for name in TRAINED]
-    grads = backward(grad=grad, **saved, needs=needed, **ctx.options)
-    return {name: value for name, value in zip(TRAINED, grads, strict=True) if needs[name]}
+    needed = list(map(needs.get, TRAINED))
+    values = backward(grad=grad, **saved, needs=needed, **ctx.options)
+    grads = {}
+    for name, value in zip(TRAINED, values, strict=True):
+        if needs[name]:
+            grads[name] = value
+    return grads
 
 
 OPERATOR = Operator(
@@ -173,7 +177,7 @@ def swiglu_reward(
     Raises:
         ValueError: a wrong shape, dtype, device, or dropout outside [0, 1).
     """
-    inputs = hidden, reward, w1, b1, w2, b2 = autocast.cast_together(hidden, reward, w1, b1, w2, b2)
+    inputs = hidden, reward, w1, b1, w2, b2 = checks.cast_together(hidden, reward, w1, b1, w2, b2)
     _check_weights(*inputs)
     if not (0.0 <= dropout < 1.0 and 0.0 <= input_dropout < 1.0 and -(2**63) <= seed < 2**63):  # usually no calls
         checks.number("dropout", dropout, 0.0, 1.0, below=True)
@@ -183,7 +187,10 @@ def swiglu_reward(
         checks.shape("row_ids", row_ids, hidden.shape[0])
         checks.dtype("row_ids", row_ids, torch.int64)
         checks.device("row_ids", row_ids, hidden.device)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    save = False
+    if torch.is_grad_enabled():
+        for x in inputs:
+            save = save or (x is not None and x.requires_grad)
     rewards, *_ = OPERATOR(
         hidden=hidden,
         reward=reward,

@@ -43,7 +43,9 @@ def backward(
     """Same results as ``reference.backward``."""
     kernels = native.module()
     like = hidden, reward, w1, None if w1 is None else w1[:, 0], w2, None if w2 is None else w2[:, 0]
-    grads = [hidden.new_empty(x.shape if need else 0) for x, need in zip(like, needs, strict=True)]
+    grads = []
+    for x, need in zip(like, needs, strict=True):
+        grads.append(hidden.new_empty(x.shape if need else 0))
     row_ids = None if row_ids is None else row_ids.contiguous()
     arguments = _arguments(hidden, reward, w1, w2, row_ids, projected, pooled, dropout, input_dropout, seed)
     arguments.grad = grad.data_ptr()
@@ -62,6 +64,10 @@ def _arguments(
     """Return the argument of both kernels, which holds addresses: the tensors have to outlive it."""
     kernels = native.module()
     matrix = kernels.RewardMatrix
+    dropouts = []
+    for fraction, stream in ((input_dropout, philox.INPUT), (dropout, philox.POOLED)):
+        threshold = philox.threshold(fraction) if fraction else 0  # keeps every column
+        dropouts.append(kernels.RewardDropout(threshold, stream, 1 - fraction))
     return kernels.SwigluRewardArguments(
         rows=hidden.shape[0],
         columns=hidden.shape[1],
@@ -74,8 +80,8 @@ def _arguments(
         w2=_matrix(w2, matrix),
         row_ids=native.pointer(row_ids),
         seed=seed % 2**64,
-        input=kernels.RewardDropout(philox.threshold(input_dropout), philox.INPUT, 1 - input_dropout),
-        pooled=kernels.RewardDropout(philox.threshold(dropout), philox.POOLED, 1 - dropout),
+        input=dropouts[0],
+        pooled=dropouts[1],
         kept_projected=projected.data_ptr(),
         kept_pooled=pooled.data_ptr(),
     )

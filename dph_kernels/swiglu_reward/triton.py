@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dph_kernels import philox
-from dph_kernels.cublas import readable
+from dph_kernels.checks import last_contiguous, readable_by_cublas
 from dph_kernels.launcher import (
     Launch,
     LaunchConfig,
@@ -26,7 +26,6 @@ from dph_kernels.launcher import (
     strided,
     triton_device,
 )
-from dph_kernels.strides import last_contiguous
 from dph_kernels.swiglu_reward import triton_kernels as kernels
 from dph_kernels.swiglu_reward.reference import B1, B2, HIDDEN, REWARD, W1, W2, kept_shapes
 
@@ -239,13 +238,13 @@ def _backward(
         above, need_input = below, need_hidden or need_w1 or need_b1
         below, gated, bias = _gate_backward(gpu, above, w2, projected, need_input, need_w2)
         if need_w1:
-            grads[W1] = below.T @ readable(state)
+            grads[W1] = below.T @ readable_by_cublas(state)
         if need_b1:
             grads[B1] = bias.sum(0).to(hidden.dtype)
         if need_w2:
             grads[W2] = above.T @ gated
     elif need_w2:
-        grads[W2] = below.T @ readable(state)
+        grads[W2] = below.T @ readable_by_cublas(state)
     if need_hidden:
         factor = w2 if w1 is None else w1
         grads[HIDDEN] = _drop(gpu, below if factor is None else below @ factor, dropouts)

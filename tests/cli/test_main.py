@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import dph
 from dph.cli import main
-from dph.model import loading, paths
+from dph.model import directories, loading
 from dph.train.trainer import Result
 
 # Help and errors
@@ -194,7 +194,7 @@ def test_a_hub_name_is_announced_and_lets_the_error_of_transformers_through(refu
         raise OSError(f"no connection\nwhile asking for {path}")
 
     monkeypatch.setattr(loading.ModelConfig, "get_config_dict", offline)
-    paths._announce.cache_clear()
+    directories._announce.cache_clear()
     assert refused("chat", "owner/model") == (
         "dph: error: owner/model: expected a model in a directory (nothing is there) or on the hub, "
         "got no connection while asking for owner/model"

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from dph import chat
 from dph.data import dataset, sources
-from dph.data.batching import PairBatches, Streams
+from dph.data.batching import Streams
 from dph.data.formats import Conversation, Encoder, Preference, Text, parse_record
+from dph.data.packing import PairBatches
 from dph.data.sampler import InOrder, Interleaved, Shuffled
 from dph.data.sources import read_jsonl
 from dph.errors import UserError

@@ -104,3 +104,4 @@ def test_a_nan_is_a_wrong_prediction(metric, want):
 
 def test_pearson_of_a_nan_is_nan():
     assert math.isnan(pearson(*arrays([1, math.nan, 0], [1, 1, 0])))
+    assert math.isnan(pearson(*arrays([1, math.nan, 0], [1, 1, 1])))

@@ -29,13 +29,13 @@ def force(backend, few=0):
             if backend in dispatch.implemented(operator):
                 devices[device] = {backend: "forced", "reference": line["reference"]}
     dispatch.FEW = few
-    used, find = set(), dispatch._module
+    used, find = set(), dispatch.implementation
 
-    def noted(operator, backend):
-        used.add((operator, backend))
-        return find(operator, backend)
+    def noted(operator, device, backend="auto", dtype=None):
+        used.add((operator, dispatch.choose(operator, device, backend, dtype).backend))
+        return find(operator, device, backend, dtype)
 
-    dispatch._module = noted
+    dispatch.implementation = noted
     return used
 
 
@@ -44,14 +44,16 @@ def forced(backend):
     """``force`` within a context; the backend has to run on this machine."""
     from dph_kernels import dispatch
 
-    lines, find, few = copy.deepcopy(dispatch.AUTO), dispatch._module, dispatch.FEW
+    lines, find, few = copy.deepcopy(dispatch.AUTO), dispatch.implementation, dispatch.FEW
     dispatch.choose.cache_clear()
+    find.cache_clear()
     try:
         yield force(backend)
     finally:
         dispatch.AUTO.update(lines)
-        dispatch._module, dispatch.FEW = find, few
+        dispatch.implementation, dispatch.FEW = find, few
         dispatch.choose.cache_clear()
+        find.cache_clear()
 
 
 def main():

@@ -8,8 +8,9 @@ import torch
 from helpers.texts import conversation, small_tokenizer
 
 import dph
-from dph.data.batching import PairBatches, Streams
+from dph.data.batching import Streams
 from dph.data.formats import Conversation, Encoder, Preference, Text
+from dph.data.packing import PairBatches
 from dph.data.sampler import Shuffled
 from dph.train import recipe, run_dir
 from dph.train.entry import train

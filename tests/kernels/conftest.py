@@ -13,8 +13,8 @@ def small_tiles(monkeypatch):
         importlib.import_module(f"dph_kernels.linear_logprob.{name}") for name in ("reference", "native")
     )
     monkeypatch.setattr(reference, "CHUNK", 32)
-    monkeypatch.setattr(native.Engine, "most_rows", 16)
-    monkeypatch.setattr(native.Engine, "most_columns", 32)
+    monkeypatch.setattr(native, "MOST_ROWS", 16)
+    monkeypatch.setattr(native, "MOST_COLUMNS", 32)
     if importlib.util.find_spec("triton"):
         triton = importlib.import_module("dph_kernels.linear_logprob.triton")
         monkeypatch.setattr(triton.Engine, "side", 16)

@@ -279,8 +279,8 @@ def test_offsets_beyond_two_to_the_31_in_the_kernel():
 
 def test_table_counts_beyond_two_to_the_31():
     huge, small = torch.zeros(1).expand(2**31 + 5), torch.zeros(10)
-    columns = [[huge, small]] * 4
-    words, chunks = laprop_native._table(*columns, [], [], 16384)
+    tensors = [huge, small]
+    words, chunks = laprop_native._table([*[tensors] * 4, [], []], tensors, [], 16384)
     assert [words[at + 6 : at + 8].tolist() for at in (0, 9)] == [[2**31 + 5, 0], [10, 2**17 + 1]]
     assert chunks == 2**17 + 2
 

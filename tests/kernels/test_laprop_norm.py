@@ -145,7 +145,7 @@ def test_offsets_beyond_two_to_the_31_in_the_kernel():
 
 def test_table_counts_beyond_two_to_the_31():
     huge, small = torch.zeros(1).expand(2**31 + 5), torch.zeros(10, dtype=torch.bfloat16)
-    words, chunks = laprop_native._gradient_table([huge, small], 16384)
+    words, chunks = laprop_native._table([[huge, small]], [huge, small], [], 16384)
     assert [words[at + 1 : at + 4].tolist() for at in (0, 4)] == [[2**31 + 5, 0, 0], [10, 2**17 + 1, 1]]
     assert chunks == 2**17 + 2
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dph_kernels.launcher import triton_device
 from dph_kernels.linear_logprob import linear_logprob
+from dph_kernels.native import module
 
 ROOT = Path(__file__).resolve().parents[2]
 reference = importlib.import_module("dph_kernels.linear_logprob.reference")
@@ -57,8 +58,9 @@ def test_sums_in_half_precision_that_would_be_too_large_are_taken_by_rows(needs,
     module = importlib.import_module(f"dph_kernels.linear_logprob.{'native' if backend == 'cpu' else 'triton'}")
     logprobs, normaliser, *_ = module.forward(hidden, weight, targets, False)
     grad, results = torch.randn_like(logprobs), []
+    bound = (module, "MOST_SUMS") if backend == "cpu" else (module.Engine, "most_sums")
     for most in (2**20, 20 * 16):
-        small_tiles.setattr(module.Engine, "most_sums", most)
+        small_tiles.setattr(*bound, most)
         results.append(module.backward(grad, hidden, weight, targets, normaliser, *needs))
     for whole, by_rows, needed in zip(*results, needs, strict=True):
         assert (whole.numel() > 0) == needed
@@ -179,14 +181,15 @@ def far_tile():
 
 
 @pytest.mark.parametrize(("device", "backend"), NATIVE)
-def test_rows_beyond_32_bits_in_cpp(device, backend, monkeypatch):
+def test_rows_beyond_32_bits_in_cpp(device, backend):
     logits, targets, upstream, expected, grad = far_tile()
-    engine, logprobs, normaliser = native.Engine(1), torch.empty(3), torch.empty(2, 3)
-    monkeypatch.setattr(engine, "_product", lambda hidden, weight: logits)
-    tile = torch.empty(3, 1), torch.empty(64, 1), 0
-    engine.reduce(*tile, True, targets, normaliser, logprobs, torch.empty(0), targets[:0])
+    kernels, logprobs, normaliser = module(), torch.empty(3), torch.empty(2, 3)
+    results = logprobs, torch.empty(0), targets[:0]
+    kernels.linear_logprob_reduce_cpu(native._tile(logits, 0, targets, normaliser, results, last=True), 1)
     torch.testing.assert_close(logprobs, expected)
-    torch.testing.assert_close(engine.gradient(*tile, upstream, targets, normaliser).clone(), grad)
+    tile = native._tile(logits, 0, targets, normaliser, upstream=upstream.data_ptr())
+    kernels.linear_logprob_gradient_cpu(tile, 1)
+    torch.testing.assert_close(logits.clone(), grad)
 
 
 def start_of(numbers):

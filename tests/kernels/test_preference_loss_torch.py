@@ -161,6 +161,7 @@ def test_without_the_extension_nothing_changes(monkeypatch):
     monkeypatch.setattr(native, "missing", lambda _: "not built")
     monkeypatch.setattr(dispatch, "missing", dispatch.missing.__wrapped__)
     monkeypatch.setattr(dispatch, "choose", dispatch.choose.__wrapped__)
+    monkeypatch.setattr(dispatch, "implementation", dispatch.implementation.__wrapped__)
     got = preference_loss(**inputs)
     assert torch.equal(got[0], expected[0])
     assert all(map(torch.equal, torch.autograd.grad(got[0], inputs.values()), grads))

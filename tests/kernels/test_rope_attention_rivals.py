@@ -159,9 +159,11 @@ def flash_attn(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     missing = dispatch.missing
     monkeypatch.setattr(dispatch, "missing", lambda *given: None if given[1] == "flash" else missing(*given))
-    dispatch.choose.cache_clear()
+    for cached in (dispatch.choose, dispatch.implementation):
+        cached.cache_clear()
     yield
-    dispatch.choose.cache_clear()
+    for cached in (dispatch.choose, dispatch.implementation):
+        cached.cache_clear()
 
 
 @pytest.mark.usefixtures("flash_attn", "poisoned_empty")

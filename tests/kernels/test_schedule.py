@@ -9,6 +9,7 @@ from helpers.attention import LAYOUTS
 
 from dph_kernels import PackedLayout
 from dph_kernels.rope_attention import schedule
+from dph_kernels.rope_attention.schedule import content_of
 
 CPU = torch.device("cpu")
 
@@ -45,10 +46,10 @@ def visits(work, mask, rows, block, boundary=0):
 
 def check(layout, rows, block, limit=0):
     mask = layout.visible()
-    bounds = schedule.bounds(layout.segments, layout.queries, device=CPU)
+    bounds = schedule.bounds(content_of(layout.segments), layout.queries, device=CPU)
     assert torch.equal(seen_from_bounds(bounds, mask.shape[1]), mask)
     work = schedule.by_queries(
-        layout.segments, layout.queries, layout.memory, rows=rows, block=block, limit=limit, device=CPU
+        content_of(layout.segments), layout.queries, layout.memory, rows=rows, block=block, limit=limit, device=CPU
     )
     counts, owners = visits(work, mask, rows, block, layout.memory)
     assert torch.equal(counts, mask.int())
@@ -62,7 +63,7 @@ def check(layout, rows, block, limit=0):
         for group in groups:
             assert len(work.tiles[group.long(), :2].unique(dim=0)) == 1
     work = schedule.by_keys(
-        layout.segments, layout.queries, layout.keys, layout.memory, rows=rows, block=block, device=CPU
+        content_of(layout.segments), layout.queries, layout.keys, layout.memory, rows=rows, block=block, device=CPU
     )
     counts, owners = visits(work, mask[:, layout.memory :].T, rows, block)
     assert torch.equal(counts, mask[:, layout.memory :].T.int())
@@ -72,8 +73,8 @@ def check(layout, rows, block, limit=0):
 def check_components(layout, mask, rows, block):
     """Every tile in one task, and no new key in two: threads add to the gradients of keys side by side."""
     sizes = {"rows": rows, "block": block, "device": CPU}
-    work, tasks = schedule.by_component(layout.segments, layout.queries, layout.memory, **sizes)
-    whole = schedule.by_queries(layout.segments, layout.queries, layout.memory, **sizes)
+    work, tasks = schedule.by_component(content_of(layout.segments), layout.queries, layout.memory, **sizes)
+    whole = schedule.by_queries(content_of(layout.segments), layout.queries, layout.memory, **sizes)
     assert sorted(work.tiles.tolist()) == sorted(whole.tiles.tolist())
     assert (tasks[0], tasks[-1]) == (0, len(work.tiles))
     visited = torch.zeros(mask.shape[1] - layout.memory, dtype=torch.int32)
@@ -96,7 +97,9 @@ def test_a_device_gets_what_the_cpu_has(device, limit):
     layout = PackedLayout.shared_prefix([70, 3], [[40, 9], [30]])
     sizes = {"rows": 16, "block": 16, "limit": limit}
     here, there = (
-        schedule.by_queries(layout.segments, layout.queries, layout.memory, **sizes, device=torch.device(each))
+        schedule.by_queries(
+            content_of(layout.segments), layout.queries, layout.memory, **sizes, device=torch.device(each)
+        )
         for each in ("cpu", device)
     )
     assert here.split == there.split == (limit > 0)
@@ -149,7 +152,7 @@ def test_no_run_crosses_from_a_full_memory_to_the_new_keys(filled):
 def test_branches_share_the_tiles_of_their_prompt():
     """16 candidates of 4 tokens on a prompt of 256: one tile of queries, which walks through the prompt once."""
     layout = PackedLayout.shared_prefix([256], [[4] * 16])
-    work = schedule.by_queries(layout.segments, layout.queries, 0, rows=64, block=64, device=CPU)
+    work = schedule.by_queries(content_of(layout.segments), layout.queries, 0, rows=64, block=64, device=CPU)
     assert sorted(work.tiles[:, :2].tolist()) == [[0, 64], [64, 128], [128, 192], [192, 256], [256, 320]]
     last = max(work.tiles.tolist())
     assert work.runs[last[2] : last[3]].tolist() == [[0, 256]]
@@ -158,7 +161,7 @@ def test_branches_share_the_tiles_of_their_prompt():
 
 def test_a_key_of_the_prompt_hears_from_its_branches_in_one_run():
     layout = PackedLayout.shared_prefix([64], [[30, 50, 48]])
-    work = schedule.by_keys(layout.segments, layout.queries, layout.keys, 0, rows=64, block=64, device=CPU)
+    work = schedule.by_keys(content_of(layout.segments), layout.queries, layout.keys, 0, rows=64, block=64, device=CPU)
     (first,) = (t for t in work.tiles.tolist() if t[0] == 0)
     assert work.runs[first[2] : first[3]].tolist() == [[64, 192]]
     assert work.runs[first[3] : first[4]].tolist() == [[0, 64]]
@@ -167,20 +170,22 @@ def test_a_key_of_the_prompt_hears_from_its_branches_in_one_run():
 def test_streams_keep_their_tiles_apart():
     """One new token each on four memories: a program each, instead of one that walks through all of them."""
     layout = PackedLayout.with_memory([1] * 4, [500] * 4, 512)
-    work = schedule.by_queries(layout.segments, layout.queries, layout.memory, rows=64, block=64, device=CPU)
+    work = schedule.by_queries(
+        content_of(layout.segments), layout.queries, layout.memory, rows=64, block=64, device=CPU
+    )
     assert sorted(work.tiles[:, :2].tolist()) == [[i, i + 1] for i in range(4)]
 
 
 def test_short_documents_share_a_tile():
     layout = PackedLayout.documents([10] * 6)
-    work = schedule.by_queries(layout.segments, layout.queries, 0, rows=64, block=64, device=CPU)
+    work = schedule.by_queries(content_of(layout.segments), layout.queries, 0, rows=64, block=64, device=CPU)
     assert work.tiles[:, :2].tolist() == [[0, 60]]
 
 
 def test_positions_do_not_matter_and_nothing_is_computed_twice():
     """Streams roll on: the same schedule, the same tensors."""
     a, b = (PackedLayout.with_memory([8], [16], 16, [seen]) for seen in (16, 24))
-    works = [schedule.by_queries(x.segments, 8, 16, rows=64, block=64, device=CPU) for x in (a, b)]
+    works = [schedule.by_queries(content_of(x.segments), 8, 16, rows=64, block=64, device=CPU) for x in (a, b)]
     assert works[0] is works[1]
 
 
@@ -189,6 +194,6 @@ def test_a_large_layout_does_not_take_long():
     best = float("inf")
     for queries in (layout.queries, layout.queries + 1):  # another key of the cache
         start = time.perf_counter()
-        schedule.by_queries(layout.segments, queries, 0, rows=128, block=64, device=CPU)
+        schedule.by_queries(content_of(layout.segments), queries, 0, rows=128, block=64, device=CPU)
         best = min(best, time.perf_counter() - start)
     assert best < 0.5

@@ -9,9 +9,9 @@ from helpers.stages import STAGES, Killed, Trap, die, figures, go, records, sett
 from helpers.texts import small_tokenizer
 
 import dph
-from dph.data.batching import PairBatches, Streams
+from dph.data.batching import Streams
 from dph.data.formats import Encoder
-from dph.data.packing import pack, packed_length
+from dph.data.packing import PairBatches, pack, packed_length
 from dph.data.sampler import Shuffled
 from dph.errors import UserError
 from dph.train import checkpointing, run_dir, signals

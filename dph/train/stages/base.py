@@ -84,7 +84,7 @@ class Stage(ABC):
         needs_reference: whether the loss compares with a frozen copy of the starting model.
         reference: that copy, set by the trainer.
         memories: Transformer-XL memories of this rank's streams.
-        batches: iterator over the data of all ranks (``dph.data.batching``).
+        batches: iterator over the data of all ranks (``Streams`` or ``PairBatches`` of ``dph.data``).
         held_out: metrics on held-out records (``dph.train.stages.held_out``).
         rank_size: sequences or pairs of a step on this rank.
         micro_size: sequences or pairs that go through the backbone at a time.

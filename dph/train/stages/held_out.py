@@ -16,7 +16,7 @@ from dph.errors import UserError
 if TYPE_CHECKING:
     from dph.train.stages.base import Stage
 
-# Start of a reason for refusing a pair (``dph.data.batching.PairBatches``) -> key of the recipe for the limit.
+# Start of a reason for refusing a pair (``dph.data.packing.PairBatches``) -> key of the recipe for the limit.
 LIMITS = {"longer than": "data.context", "more than": "batch.tokens"}
 
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from dph.chat import Encoded
-from dph.data.batching import PairBatches
 from dph.data.formats import Record
-from dph.data.packing import PackedBatch, fill, pack, packed_length
+from dph.data.packing import PackedBatch, PairBatches, fill, pack, packed_length
 from dph.data.sampler import Sampler, draw
 from dph.errors import UserError
 from dph.train.distributed import compute_dtype, full_tensor, partition_bins
@@ -250,23 +249,35 @@ class PreferenceStage(Stage):
             bins = fill(lengths, self.recipe.batch.tokens)
         else:
             order = list(range(len(pairs)))
-            bins = [order[start : start + self.micro_size] for start in range(0, len(pairs), self.micro_size)]
+            bins = []
+            for start in range(0, len(pairs), self.micro_size):
+                bins.append(order[start : start + self.micro_size])
         if world_size > 1:
             bins = partition_bins(bins, lengths, rank, world_size)
-        groups = [bins] if self.recipe.stage == "head" else [[members] for members in bins]
+        groups = []
+        if self.recipe.stage == "head":
+            groups.append(bins)
+        else:
+            for members in bins:
+                groups.append([members])
         micro_batches = []
         for group in groups:
             indices = list(itertools.chain.from_iterable(group))
-            own_pairs = [pairs[index] for index in indices]
+            own_pairs = []
+            for index in indices:
+                own_pairs.append(pairs[index])
             micro_batches.append(self.micro_batch_class(own_pairs, indices, list(map(len, group))))
         return micro_batches
 
     def prepare(self, micro_batch: PairMicroBatch, step: int) -> PairInputs:
         """Return the inputs of the loss; dropout keys depend on the step and the pair, not on the micro-batch."""
-        first_id = 2 * self.recipe.batch.size * step
-        chosen_ids = first_id + 2 * torch.tensor(micro_batch.indices)
-        device = self.model.device
-        answer_ids = to_device(torch.stack([chosen_ids, chosen_ids + 1], 1).flatten(), device)
+        first_id, device = 2 * self.recipe.batch.size * step, self.model.device
+        ids: list[int] = []
+        for index in micro_batch.indices:
+            ids += (first_id + 2 * index, first_id + 2 * index + 1)
+        # Pinned, so that the copy does not wait for the GPU's earlier work.
+        host_ids = torch.tensor(ids, dtype=torch.int64, pin_memory=device.type == "cuda")
+        answer_ids = host_ids.to(device, non_blocking=True)
         if self.recipe.stage == "head":
             return PairInputs(answer_ids, self.frozen(micro_batch), None)
         if not self.needs_reference:
@@ -285,7 +296,10 @@ class PreferenceStage(Stage):
         objective, count = self.recipe.objective, len(inputs.answer_ids) // 2
         sides: list[Tensor | None] = [None] * 6
         if self.rewarded:
-            stacked = torch.stack([rewards[name] for name in objective.heads], 1)
+            head_rewards = []
+            for name in objective.heads:
+                head_rewards.append(rewards[name])
+            stacked = torch.stack(head_rewards, 1)
             sides[:2] = stacked[0::2], stacked[1::2]
         if reference is not None:
             sides[2:] = logprobs[0::2], logprobs[1::2], reference[0::2], reference[1::2]
