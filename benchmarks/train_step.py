@@ -325,11 +325,11 @@ def check(contender: Contender, job: Job, steps: int = 3) -> None:
 @contextlib.contextmanager
 def _kernels() -> Iterator[None]:
     """Compute a tiny model with the kernels of a large one instead of plain PyTorch."""
-    few, dispatch.FEW = dispatch.FEW, 0
+    few, dispatch.SMALL_ELEMENTS = dispatch.SMALL_ELEMENTS, 0
     try:
         yield
     finally:
-        dispatch.FEW = few
+        dispatch.SMALL_ELEMENTS = few
 
 
 # Relative tolerances. A GPU's fp32 products in attention split numbers into 11 bits, whose rounding the layers amplify

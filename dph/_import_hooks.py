@@ -14,7 +14,8 @@ two seconds of CPU). If an Auto class has been imported before, ``import dph`` r
 
 import importlib
 import sys
-from importlib.machinery import ModuleSpec, PathFinder
+import warnings
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -36,7 +37,10 @@ class HookFinder:
         """Return the ordinary spec with a hook around the module's execution; None for any other module."""
         if name != "torch" and name not in REGISTRATIONS:
             return None
-        spec = PathFinder.find_spec(name, path, target)
+        spec = None
+        for finder in sys.meta_path:
+            if finder is not HookFinder and spec is None:
+                spec = finder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
@@ -47,10 +51,19 @@ class HookFinder:
                     execute(module)
             else:
                 execute(module)
-                importlib.import_module(REGISTRATIONS[name])
+                _register(REGISTRATIONS[name])
 
         spec.loader.exec_module = exec_module  # the loader belongs to this spec alone
         return spec
+
+
+def _register(module: str) -> None:
+    """Import a module that registers classes; an error is a warning, as the caller imports transformers, not us."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        message = f"dph: transformers' Auto classes do not open our models, as {module} failed: {error!r}"
+        warnings.warn(message, stacklevel=2)
 
 
 def install() -> None:

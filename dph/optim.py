@@ -20,7 +20,7 @@ CLOCK = ("step", "rate_average")  # values of a group's clock: t and a of LaProp
 class LaProp(torch.optim.Optimizer):
     """LaProp (Ziyin et al., arXiv 2002.04839) as the DPH paper uses it, with decay towards the starting weights.
 
-    Per parameter θ with gradient g, prior θ₀ (its value when the optimiser is built), rate η, step t from 1::
+    Per parameter θ with gradient g, prior θ₀ (its value when the optimizer is built), rate η, step t from 1::
 
         v ← β₂ v + (1 − β₂) g²
         m ← β₁ m + (1 − β₁) η · g / (√v + eps) · √(1 − β₂ᵗ)
@@ -135,7 +135,7 @@ class LaProp(torch.optim.Optimizer):
                     if anchored:
                         if "prior" not in state:
                             raise ValueError(
-                                "prior_decay: was 0 when the optimiser was built, so there is no prior to decay towards"
+                                "prior_decay: was 0 when the optimizer was built, so there is no prior to decay towards"
                             )
                         priors.append(local_shard(state["prior"]))
                 dph_kernels.laprop(
@@ -197,10 +197,10 @@ class LaProp(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state in the layout of PyTorch's optimisers: tensors per parameter, and numbers per group.
+        """Return the state in the layout of PyTorch's optimizers: tensors per parameter, and numbers per group.
 
         t is the ``step`` of every parameter and a the ``rate_average`` of its group: copies, on the CPU. The other
-        tensors are the optimiser's own.
+        tensors are the optimizer's own.
         """
         packed = super().state_dict()
         for group, clock in zip(packed["param_groups"], self._clocks, strict=True):
@@ -263,7 +263,7 @@ class LaProp(torch.optim.Optimizer):
         if own_params != saved_params:
             different = sorted(set().union(*own_params) ^ set().union(*saved_params))
             got = different[:4] or own_params
-            raise ValueError(f"optimiser state: expected this model's parameter groups, got others: {got}")
+            raise ValueError(f"optimizer state: expected this model's parameter groups, got others: {got}")
         state: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             name, kind = key.rsplit("/", 1)
@@ -279,7 +279,7 @@ class _SavedGroup:
     """One group of a saved state.
 
     Attributes:
-        settings: entries of the optimiser's group.
+        settings: entries of the optimizer's group.
         tensors: state of each parameter, without its clock.
         clock: t and a.
     """
@@ -298,7 +298,7 @@ class _SavedGroup:
             self.clock.append(numbers.pop() if numbers else 0.0)
 
     def check(self, group: dict) -> None:
-        """Raise ValueError unless the tensors fit the parameters of the optimiser's ``group``."""
+        """Raise ValueError unless the tensors fit the parameters of the optimizer's ``group``."""
         for i, (p, tensors) in enumerate(zip(group["params"], self.tensors, strict=False)):
             if missing := {"exp_avg", "exp_avg_sq"} - tensors.keys():
                 raise ValueError(f"state_dict: expected {' and '.join(sorted(missing))} of parameter {i}, got none")

@@ -1,4 +1,4 @@
-"""Fused operators of Direct Preference Heads: attention, norm, gate, log-probabilities, rewards, loss, optimiser."""
+"""Fused operators of Direct Preference Heads: attention, norm, gate, log-probabilities, rewards, loss, optimizer."""
 
 from dph_kernels.laprop import GradientNorm, gradient_norm, laprop
 from dph_kernels.layout import PackedLayout, Rotary

@@ -324,7 +324,7 @@ def plan(
         notes.append("Triton's kernels are left out: triton is not installed (pip install triton)")
     if modules is None:
         if not native.CSRC.is_dir():
-            notes.append("the CUDA kernels are left out: csrc/ is not beside the package")
+            notes.append("the CUDA kernels are left out: csrc/ is not next to the package")
         elif native.nvcc() is None:
             notes.append("the CUDA kernels are left out: nvcc was not found (on the PATH or in CUDA_HOME/bin)")
         else:

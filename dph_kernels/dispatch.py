@@ -68,7 +68,7 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _NO_RANGE = nullcontext()
 _is_meta = operator.attrgetter("is_meta")
-FEW = 2**17  # elements up to which PyTorch's own operations take about as long as a kernel with its Python
+SMALL_ELEMENTS = 2**17  # elements up to which PyTorch's own operations take about as long as a kernel with its Python
 
 # The dtypes that a backend computes in, if not in all of them.
 UP_TO_FP32 = (torch.float32, torch.bfloat16, torch.float16)
@@ -244,7 +244,7 @@ def prefer_pytorch(x: Tensor, backend: str) -> bool:
     few elements, as in decoding token by token, the Python before a kernel takes several times as long as all of the
     arithmetic. The choice does not depend on gradients, so that calls with and without them give the same bits.
     """
-    return backend == "auto" and (torch.compiler.is_compiling() or x.numel() <= FEW)
+    return backend == "auto" and (torch.compiler.is_compiling() or x.numel() <= SMALL_ELEMENTS)
 
 
 def toolchain() -> dict[str, str]:

@@ -94,7 +94,7 @@ def _not_built() -> str:
         return f"the C++ module cannot be loaded ({_import_error}): run {REBUILD}"
     if compiler() is None:
         return f"the C++ module is not built: no C++ compiler; install g++ (apt install g++), then run {REBUILD}"
-    return f"the C++ module is not built, though {compiler()} is here: run {REBUILD} (with -v to see what it says)"
+    return f"the C++ module is not built, though {compiler()} is here: run {REBUILD} (with -v for its output)"
 
 
 def _stale() -> bool:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
-from torch.autograd import forward_ad
 
 TESTED = ("2.11", "2.13")
 """Versions of PyTorch that the tests have passed with: 2.11 with CUDA, 2.13 on the CPU."""
@@ -55,7 +54,10 @@ def function(name: str) -> Callable[..., Any]:
 
 
 are_functorch_transforms_active = function("torch._C._are_functorch_transforms_active")
-forward_mode_level = functools.partial(getattr, forward_ad, "_current_level")
+_LEVEL = "torch.autograd.forward_ad._current_level"
+forward_mode_level = function(_LEVEL)
+if find(_LEVEL) is not None:  # a number that changes, read at each call
+    forward_mode_level = functools.partial(getattr, find("torch.autograd.forward_ad"), "_current_level")
 """The level of forward-mode differentiation, negative if it is not active."""
 get_tracing_state = function("torch._C._get_tracing_state")
 """The state of torch.jit.trace, None if it does not trace."""
@@ -86,4 +88,5 @@ def unwrapped_apply(function: type[torch.autograd.Function]) -> Callable[..., An
 def autograd_inside_operator() -> Any:
     """Return a context manager in which an operator's implementation, called by the dispatcher, records autograd."""
     guard = function("torch._C._SetExcludeDispatchKeyGuard")
-    return guard(torch._C.DispatchKey.AutogradFunctionality, False)
+    key = find("torch._C.DispatchKey.AutogradFunctionality")
+    return guard(key, False) if key is not None else function("torch._C.DispatchKey.AutogradFunctionality")()

@@ -105,7 +105,7 @@ def every_kernel():
     from dph_kernels import dispatch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "FEW", 0)
+        patch.setattr(dispatch, "SMALL_ELEMENTS", 0)
         yield
 
 

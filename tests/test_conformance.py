@@ -17,6 +17,9 @@ WITH_MEMORY = ("memory", "gradients")  # which SDPA cannot read where it lies
 USED = {"rope_attention", "swiglu_reward", "preference_loss", "laprop"}  # by these sections
 CHEAP = {"residual_norm", "swiglu"}  # and these, where they are not left to plain PyTorch
 TESTS = Path(__file__).parent
+# LaProp divides by a gradient's own size, so that rounding decides the sign of the smallest updates: MKL's fastest path
+# on some AMD processors moves a weight of section align by 2.3e-4 (allowed: 1.8e-4). This path is the same on all.
+REPRODUCIBLE = {"MKL_CBWR": "COMPATIBLE"}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def run(*arguments):
     path = os.pathsep.join(filter(None, [str(TESTS.parent), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=600,
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": path} | REPRODUCIBLE,
     )  # fmt: skip
     parts = re.split(r"^== (\w+)$", done.stdout, flags=re.MULTILINE)[1:]
     assert parts, done.stderr
@@ -65,7 +68,7 @@ def test_section(section, report):
         pytest.param("cpu", COMPUTED, 0, id="cpu"),
         pytest.param("sdpa", [s for s in COMPUTED if s not in WITH_MEMORY], 0, id="sdpa"),
         pytest.param("triton", [s for s in COMPUTED if s != "align"], 0, id="triton"),
-        pytest.param("triton", ["align"], dispatch.FEW, id="triton-align"),
+        pytest.param("triton", ["align"], dispatch.SMALL_ELEMENTS, id="triton-align"),
     ],
 )
 def test_forced_backend(backend, sections, few, script):

@@ -97,7 +97,7 @@ def pip(python, tree, env, *arguments):
 
 
 def install(python, tree, env):
-    """Install the copy; return pip's output, and the backends that one step of the optimiser reports."""
+    """Install the copy; return pip's output, and the backends that one step of the optimizer reports."""
     output = pip(python, tree, env, "install", "-v", "--no-deps", "--no-cache-dir", "-e", ".")
     assert (python.parent / "dph").exists(), "the dph command is missing"
     code, said = run([python, "-c", STEP], tree.parent, env)

@@ -120,7 +120,7 @@ def test_no_prior_is_kept_where_there_is_no_prior_decay():
     assert "prior" not in optimiser.state[p]
     optimiser.param_groups[0]["prior_decay"] = 0.5
     p.grad = numbers(3)
-    with pytest.raises(ValueError, match="prior_decay: was 0 when the optimiser was built"):
+    with pytest.raises(ValueError, match="prior_decay: was 0 when the optimizer was built"):
         optimiser.step()
 
 
@@ -279,7 +279,7 @@ def test_a_cuda_graph_captures_clipping_and_step():
 
 
 def test_a_group_in_two_precisions_counts_each_step_once():
-    """One optimiser over fp32, bf16 and fp64 parameters, and one for each of them."""
+    """One optimizer over fp32, bf16 and fp64 parameters, and one for each of them."""
     kinds = (torch.float32, torch.bfloat16, torch.float64)
     params, others = ([nn.Parameter(numbers(6, seed=1).to(kind)) for kind in kinds] for _ in range(2))
     run(LaProp(params, lr=1.0, prior_decay=0.5), params, 6)

@@ -13,7 +13,7 @@ from dph.optim import LaProp
 
 
 def go_on(state, params, optimiser, dtype=torch.float32, **settings):
-    """Load ``state`` into a fresh optimiser over copies; both continue for four steps, bit for bit."""
+    """Load ``state`` into a fresh optimizer over copies; both continue for four steps, bit for bit."""
     others = two(dtype)
     for p, q in zip(params, others, strict=True):
         q.data.copy_(p)

@@ -88,11 +88,22 @@ def files(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("quickstart --output .", ".: is there already"),
+        ("quickstart --output .", ".: exists already"),
         ("quickstart --scale nan", "--scale: expected a finite number above 0, got nan"),
         ("train nothing.yaml", "recipe: expected a file or one of"),
         ("train sft optimiser.steps=0", "optimiser.steps: expected 1 <= steps"),
         ("cache nothing.yaml", "recipe: expected a file or one of"),
+        ("train mini-sft model.path=nowhere", "nowhere: expected the directory of a model"),
+        ("train mini-pretrain model.tokenizer=nowhere", "nowhere: expected the directory of a tokenizer"),
+        ("cache mini-head model.path=nowhere", "nowhere: expected the directory of a model"),
+        (
+            "train mini-pretrain model.tokenizer=. data.sources=[rows.jsonl,nothing.jsonl]",
+            "data.sources.1: nothing.jsonl: expected a JSONL file, got nothing there",
+        ),
+        (
+            "train mini-pretrain model.tokenizer=. data.sources=[rows.jsonl] evaluation.sources=[nothing.jsonl]",
+            "evaluation.sources.0: nothing.jsonl: expected a JSONL file, got nothing there",
+        ),
         ("evaluate nowhere --task glue/sst", "the nearest is 'glue/sst2'"),
         ("evaluate nowhere --task glue/cola --directory .", "expected a JSONL file, got nothing there"),
         ("evaluate nowhere --task glue/sst2 --directory .", "nowhere: expected the directory of a model"),

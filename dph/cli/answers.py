@@ -12,7 +12,7 @@ from dph.evaluate.tables import table
 from dph.infer.best_of_n import Candidate, best_of_n
 from dph.model.model import Model
 
-WITHOUT_HEAD = "--rank logprob, or -n 1, does without rewards"
+WITHOUT_HEAD = "--rank logprob, or -n 1, needs no rewards"
 CUT_OFF = "not finished: cut off by --max-new-tokens, so without a reward and ranked last"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dph.cli.common import add_recipe, load_recipe
+from dph.cli.common import add_recipe, check_recipe_paths, load_recipe
 
 HELP = "precompute outputs of a frozen model for stage align (reference log-probabilities) or head (hidden states)"
 EXAMPLE = """dph cache align model.path=runs/sft objective.reference=cache --output runs/align
@@ -16,6 +16,7 @@ add_arguments = add_recipe
 def run(args: argparse.Namespace) -> None:
     """Compute the outputs that the cache lacks."""
     recipe = load_recipe(args)
+    check_recipe_paths(recipe)
 
     from dph.train.precompute.fill import fill_cache
 

@@ -8,7 +8,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from dph.infer import sampling
 
 if TYPE_CHECKING:
     from dph.model.model import Model
-    from dph.train.recipe import Recipe
+    from dph.train.recipe import Recipe, Source
 
 
 # Arguments
@@ -105,6 +105,37 @@ def load_recipe(args: argparse.Namespace) -> Recipe:
     return recipe.load(args.recipe, overrides)
 
 
+def check_recipe_paths(recipe: Recipe) -> None:
+    """Raise UserError, as training would, if the recipe's model, tokenizer or a data file does not exist.
+
+    Of several ranks each would report it, so there the check is left to training.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return
+    from dph.data import dataset
+    from dph.model.directories import model_path, tokenizer_path
+
+    if recipe.model.path is not None:
+        model_path(recipe.model.path)
+    if recipe.model.tokenizer is not None:
+        tokenizer_path(recipe.model.tokenizer)
+    data, evaluation = recipe.data, recipe.evaluation
+    if _lacks_file(data.sources):
+        dataset.open_training(
+            data.sources, recipe.kind, directory=data.directory, seed=recipe.seed, consecutive=data.consecutive
+        )
+    if _lacks_file(evaluation.sources):
+        dataset.open_held_out(evaluation.sources, recipe.kind, directory=evaluation.directory, seed=recipe.seed)
+
+
+def _lacks_file(sources: Sequence[Source]) -> bool:
+    """Whether one of the sources is a file or folder that does not exist."""
+    for source in sources:
+        if not source.source.startswith(("task:", "hub:")) and not Path(source.source).exists():
+            return True
+    return False
+
+
 def check_model(args: argparse.Namespace) -> None:
     """Raise UserError if the device or the model does not exist; only a GPU's name needs PyTorch for that."""
     from dph.model.directories import model_path
@@ -148,7 +179,7 @@ def open_model(args: argparse.Namespace, head: str | None, alternative: str) -> 
 def check_nans(count: int) -> None:
     """Raise RuntimeError (exit code 1) if any score is NaN."""
     if count:
-        raise RuntimeError(f"{count} scores are not a number (NaN); where there was a choice they count as wrong")
+        raise RuntimeError(f"{count} scores are not a number (NaN); in comparisons they count as wrong")
 
 
 def check_output_file(path: str) -> None:

@@ -38,23 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write weights and configuration in the other layout, and the tokenizer's files unchanged."""
-    from dph.model.directories import model_path
+    from dph.model.directories import MANIFEST, model_path
 
-    if not Path(args.input).is_dir():
-        model_path(args.input)  # a hub name, or the error that there is no such model
+    is_checkpoint = (Path(args.input) / MANIFEST).is_file()
+    source = args.input if is_checkpoint else model_path(args.input)
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: expected a new or empty directory, got one that exists with files in it")
 
     from dph.model.loading import load_tokenizer
     from dph.train.build import open_checkpoint
-    from dph.train.checkpointing import MANIFEST, make_readable
+    from dph.train.checkpointing import make_readable
 
-    if (Path(args.input) / MANIFEST).is_file():
-        source = args.input
+    if is_checkpoint:
         model, tokenizer = open_checkpoint(source)
     else:
-        source = model_path(args.input)
         model, tokenizer = _load_with_trained_heads(source), None
     if args.to == "own":
         model.save_pretrained(output)

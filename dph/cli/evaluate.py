@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 HELP = "answer a task's questions by log-probability and by reward"
 EXAMPLE = "dph evaluate runs/align --task glue/sst2 --directory data --limit 500"
-WITHOUT_HEAD = "--logprob-only does without rewards"
+WITHOUT_HEAD = "--logprob-only needs no rewards"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

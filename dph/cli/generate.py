@@ -79,4 +79,4 @@ def to_messages(prompt: str | Sequence[Mapping[str, Any]], location: str) -> lis
     chat.check(messages, location)
     if messages[-1]["role"] == "assistant":
         raise UserError(f"{location}: expected a message to answer at the end, got the assistant's own")
-    return messages
+    return [chat.Message(role=message["role"], content=message["content"]) for message in messages]

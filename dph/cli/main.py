@@ -117,7 +117,3 @@ def explain(error: Exception) -> str:
     if isinstance(error, ValueError | OSError | RuntimeError | ImportError) and text:
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dph.errors import UserError
 
-HELP = "train a small model that tells truth from a popular falsehood, and show the results"
+HELP = "train a small model that distinguishes truth from a popular falsehood, and show the results"
 EXAMPLE = "dph quickstart"
 
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
         if not 0 < value < math.inf:
             raise UserError(f"--{option}: expected a finite number above 0, got {value}")
     if Path(args.output).exists() and not args.resume:
-        raise UserError(f"{args.output}: is there already; --resume goes on with it, --output takes another place")
+        raise UserError(f"{args.output}: exists already; give --resume to continue it, or another --output")
 
     from dph.demo import quickstart
 

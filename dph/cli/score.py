@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HELP = "rewards and log-probabilities of conversations, and how often they prefer the chosen answer of a pair"
 EXAMPLE = """dph score runs/align conversations.jsonl --json
 dph score runs/align preferences.jsonl --output scores.jsonl"""
-WITHOUT_HEAD = "--logprob-only does without rewards"
+WITHOUT_HEAD = "--logprob-only needs no rewards"
 SIDES = ("chosen", "rejected")
 TITLES = {"reward": "reward", "logprob": "log-probability (sum)", "mean_logprob": "log-probability (mean)"}
 

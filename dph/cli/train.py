@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dph.cli.common import add_recipe, load_recipe
+from dph.cli.common import add_recipe, check_recipe_paths, load_recipe
 
 HELP = "train one stage from a recipe"
 EXAMPLE = """dph train align model.path=runs/sft optimiser.steps=200 --output runs/align
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; the exit code is 143 after SIGTERM and 130 after Ctrl-C, with a checkpoint written."""
     recipe = load_recipe(args)
+    check_recipe_paths(recipe)
     if args.dry_run:
         from dph.train import distributed
         from dph.train.budget.estimate import estimate

@@ -203,7 +203,9 @@ def open_held_out(
         try:
             records = _open_source(source, kind, "validation", directory, seed)
         except UserError as error:
-            raise UserError(f"evaluation.sources.{i}: {error}; evaluation.sources=[] goes without") from error
+            raise UserError(
+                f"evaluation.sources.{i}: {error}; evaluation.sources=[] trains without evaluation"
+            ) from error
         name = source.source.removeprefix("task:")
         if name in held_out:
             name = f"{name}, {source.split or len(held_out)}"

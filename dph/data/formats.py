@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Plain text. Every token is a target, and so is the end of the document unless another record ``goes_on``."""
+    """Plain text. Every token is a target.
+
+    The end of the document is a target too, unless the text continues in the next record.
+    """
 
     text: str
-    goes_on: bool = False
+    continues: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ def parse_record(fields: Mapping[str, Any], kind: str, where: str = "record", te
     if kind != "preference" and fields.get("prompt") is not None and fields.get("completion") is not None:
         # In TRL's unpaired preferences, false marks a bad answer.
         if fields.get("label") is not None and fields["label"] is not True:
-            raise UserError(f"{where}: label: expected true beside a completion to learn, got {fields['label']!r}")
+            raise UserError(f"{where}: label: expected true with a completion to learn, got {fields['label']!r}")
         messages = _messages(fields, "prompt", "user", where) + _messages(fields, "completion", "assistant", where)
         return from_messages(messages, kind, where)
     present = ", ".join(key if value is not None else f"{key} (null)" for key, value in fields.items())
@@ -100,7 +103,7 @@ def _conversation(fields: Mapping[str, Any], name: str, where: str) -> list[Mess
     """
     prompt = _messages(fields, "prompt", "user", where) if fields.get("prompt") else []
     if isinstance(fields[name], str) and not prompt:
-        raise UserError(f"{where}: {name}: expected a prompt beside an answer in plain text, got none")
+        raise UserError(f"{where}: {name}: expected a prompt with an answer in plain text, got none")
     side = _messages(fields, name, "assistant", where)
     last_role = side[-1]["role"]
     if last_role != "assistant":
@@ -129,5 +132,5 @@ class Encoder:
         if isinstance(record, Conversation):
             return chat.encode(record.messages, self.tokenizer)
         tokens = self._encode_text(record.text)
-        mask = [True] * len(tokens) + [not record.goes_on]
+        mask = [True] * len(tokens) + [not record.continues]
         return Encoded([self._eos, *tokens], [*tokens, self._eos], mask, mask, None)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from dph.errors import UserError
 
-Record = Any  # an item of a source, of any kind
+Item = Any  # an element of a data set, of any kind
 RecordIndex = tuple[int, int]  # number of the source, index of the record in it
 
 
@@ -32,7 +32,7 @@ class Sampler(Protocol):
     run: int  # consecutive records of one source
     position: int  # records taken so far
 
-    def __next__(self) -> Record | None:
+    def __next__(self) -> Item | None:
         """Return the next record; None is a pair without a wrong answer."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class IndexSampler(Sampler, Protocol):
     """Sampler that draws the index of the next record without reading the record, so that it can be prefetched."""
 
     @property
-    def datasets(self) -> list[Sequence[Record]]:
+    def datasets(self) -> list[Sequence[Item]]:
         """Records of each source."""
 
     def next_index(self) -> RecordIndex:
@@ -61,19 +61,19 @@ class InOrder:
 
     run = 1
 
-    def __init__(self, source: Sequence[Record]) -> None:
+    def __init__(self, source: Sequence[Item]) -> None:
         self.source, self.size, self.position = source, len(source), 0
 
-    def __iter__(self) -> Iterator[Record | None]:
+    def __iter__(self) -> Iterator[Item | None]:
         """Return the sampler itself."""
         return self
 
-    def __next__(self) -> Record | None:
+    def __next__(self) -> Item | None:
         """Return the next record. Raises StopIteration after the last."""
         return self.source[self.next_index()[1]]
 
     @property
-    def datasets(self) -> list[Sequence[Record]]:
+    def datasets(self) -> list[Sequence[Item]]:
         """The one source."""
         return [self.source]
 
@@ -98,7 +98,7 @@ class InOrder:
 class Shuffled(InOrder):
     """Endless epochs over ``source``, each in an order of its own; the state is one counter. Not thread-safe."""
 
-    def __init__(self, source: Sequence[Record], seed: int) -> None:
+    def __init__(self, source: Sequence[Item], seed: int) -> None:
         if not len(source):
             raise UserError("source: expected at least one record, got none")
         super().__init__(source)
@@ -139,17 +139,17 @@ class Interleaved:
         self.size = sum(source.size for source in sources)
         self._cumulative_weights = list(accumulate(weights))
 
-    def __iter__(self) -> Iterator[Record | None]:
+    def __iter__(self) -> Iterator[Item | None]:
         """Return the sampler itself."""
         return self
 
-    def __next__(self) -> Record | None:
+    def __next__(self) -> Item | None:
         """Return the next record."""
         number, index = self.next_index()
         return self.sources[number].source[index]
 
     @property
-    def datasets(self) -> list[Sequence[Record]]:
+    def datasets(self) -> list[Sequence[Item]]:
         """Records of each source."""
         return [source.source for source in self.sources]
 

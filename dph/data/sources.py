@@ -177,7 +177,7 @@ def split_text(text: str) -> list[Text]:
             if position > start:
                 end = position + 1
                 break
-        records.append(Text(text[start:end], goes_on=True))
+        records.append(Text(text[start:end], continues=True))
         start = end
     return [*records, Text(text[start:])]
 

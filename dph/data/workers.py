@@ -58,7 +58,7 @@ class WorkerPool:
 
     Args:
         sampler: used by this object alone from now on.
-        tokenizer: of the encoder.
+        tokenizer: the encoder's tokenizer.
         workers: number of processes, at least 1. They ignore SIGINT and SIGTERM, and end with the main process in
             every case.
 

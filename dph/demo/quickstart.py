@@ -108,7 +108,7 @@ class Quickstart:
             model = build.with_heads(model, stage_recipe.objective)
         result = train(stage_recipe, model=model, tokenizer=self.tokenizer, records=records, resume=self.resume)
         if result.interrupted:
-            print(f"stopped in stage {name}; {self.resume_command} goes on", file=sys.stderr)
+            print(f"stopped in stage {name}; {self.resume_command} continues it", file=sys.stderr)
             sys.exit(result.exit_code)
         return result.model
 

@@ -152,8 +152,8 @@ def block_form(block: Block, x: Tensor, layout: PackedLayout, memory_kind: str |
         return Form(False, "autocast is active")
     if x.ndim != 2:
         return Form(False, f"x has {x.ndim} dimensions, not 2")
-    if x.numel() <= dispatch.FEW:
-        return Form(False, f"up to {dispatch.FEW} elements PyTorch's own operations are as fast")
+    if x.numel() <= dispatch.SMALL_ELEMENTS:
+        return Form(False, f"PyTorch's own operations are as fast for up to {dispatch.SMALL_ELEMENTS} elements")
     if not layout.queries == layout.keys == len(x):
         return Form(False, "the layout's queries and keys are not as many as the rows of x")
     if layout.query_positions.device != x.device:

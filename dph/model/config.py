@@ -102,7 +102,7 @@ class ModelConfig(PretrainedConfig):
         if not self.rope_base > 0:
             raise ValueError(f"rope_base: expected a number above 0, got {self.rope_base}")
         if not 0 <= self.reward_dropout < 1:
-            raise ValueError(f"reward_dropout: expected a share in [0, 1), got {self.reward_dropout}")
+            raise ValueError(f"reward_dropout: expected a probability in [0, 1), got {self.reward_dropout}")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size: expected a multiple of 2 * num_attention_heads = {2 * self.num_attention_heads}, "

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from dph.errors import UserError
 
+MANIFEST = "manifest.json"  # of a run's checkpoint: sizes and hashes of its files
 log = logging.getLogger(__name__)
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")  # a tokenizer's directory has one of them
+TOKENIZER_MARKERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json")  # a tokenizer's directory has one of them
 
 
 def model_path(name: str) -> str:
@@ -24,7 +25,7 @@ def model_path(name: str) -> str:
 
 def tokenizer_path(name: str) -> str:
     """Return the directory of a tokenizer (a model's or its own), or a hub name; otherwise as :func:`model_path`."""
-    return _resolve(name, "a tokenizer", TOKENIZER_FILES)
+    return _resolve(name, "a tokenizer", TOKENIZER_MARKERS)
 
 
 def _resolve(name: str, kind: str, files: tuple[str, ...]) -> str:

@@ -64,7 +64,7 @@ def _in_parts(block: Block, x: Tensor, norm: Choice, gate: Choice) -> tuple[Choi
     if {"before", "after"} & vars(block).keys():
         replaced = Choice("replaced", "computed by the method in place of before or after")
         return replaced, replaced
-    few = Choice("PyTorch", f"for up to {dispatch.FEW} elements its operations are as fast")
+    few = Choice("PyTorch", f"its operations are as fast for up to {dispatch.SMALL_ELEMENTS} elements")
     if isinstance(block.attention_norm, LayerNorm) and isinstance(block.ffn_norm, LayerNorm):
         if checks.autocast_active(x):
             norm = Choice("PyTorch", "under autocast its rules decide the dtypes")

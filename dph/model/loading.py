@@ -11,8 +11,8 @@ from dph.chat import END
 from dph.checkpoint import RELEASED
 from dph.errors import UserError
 from dph.model.config import ModelConfig
-from dph.model.model import Model
 from dph.model.directories import model_path, tokenizer_path
+from dph.model.model import Model
 
 KINDS = (ModelConfig.model_type, RELEASED)
 

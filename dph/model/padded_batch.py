@@ -113,7 +113,7 @@ class PaddedBatch:
         starts[(counts.cumsum() - counts)[counts > 0]] = True
         for i in first_true(~starts[1:] & (positions[1:] != positions[:-1] + 1)):
             raise ValueError(
-                f"position_ids: expected each to be its predecessor's plus 1, or 0 where a document begins, got "
+                f"position_ids: expected each to be its predecessor's plus 1, or 0 at the start of a document, got "
                 f"{positions[i + 1]} after {positions[i]}"
             )
         return np.diff(np.flatnonzero(starts), append=len(positions)).tolist()
@@ -124,7 +124,7 @@ class PaddedBatch:
         documents = list(filter(None, self.documents))
         if rows != documents:
             raise ValueError(
-                f"position_ids: expected one document in each row where there is a memory, got {len(documents)} in "
+                f"position_ids: expected one document in each row with a memory, got {len(documents)} in "
                 f"{len(rows)} rows"
             )
 

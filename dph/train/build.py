@@ -17,9 +17,9 @@ from dph.data.tokenizer import add_chat_tokens
 from dph.data.workers import WorkerPool
 from dph.errors import UserError
 from dph.model.config import ModelConfig
+from dph.model.directories import model_path
 from dph.model.loading import check_tokenizer, load_model, load_tokenizer
 from dph.model.model import Model
-from dph.model.directories import model_path
 from dph.train import checkpointing
 from dph.train.budget import memory
 from dph.train.distributed import SINGLE_PROCESS, World
@@ -97,7 +97,7 @@ def open_model(recipe: Recipe) -> tuple[Model, Any]:
     if (start.path is None) == (start.config is None):
         raise UserError("model: expected either path or config, got " + ("neither" if start.path is None else "both"))
     if start.tokenizer is None and start.path is None:
-        raise UserError("model.tokenizer: expected a directory or hub name beside model.config, got nothing")
+        raise UserError("model.tokenizer: expected a directory or hub name with model.config, got nothing")
     if start.path is not None:
         model_path(start.path)  # a missing model is reported before its missing tokenizer
     tokenizer = load_tokenizer(start.tokenizer or start.path)

@@ -26,11 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dph.errors import UserError
+from dph.model.directories import MANIFEST
 from dph.train.distributed import World, full_tensor
 
 log = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
         reason = damage(path)
         if reason is None:
             return Checkpoint(int(path.name.removeprefix("step-")), path)
-        log.warning("%s is not complete (%s): passed over", path, reason)
+        log.warning("%s is not complete (%s): ignored", path, reason)
     return None
 
 
@@ -107,7 +106,7 @@ def load_start(directory: Path) -> dict[str, Tensor]:
     """Return the weights that training does not change (``start/``). UserError if they are damaged."""
     path = directory / "start"
     if reason := damage(path):
-        raise UserError(f"{path}: {reason}; the run cannot go on without it")
+        raise UserError(f"{path}: {reason}; the run cannot continue without it")
     return load_file(path / "start.safetensors")
 
 

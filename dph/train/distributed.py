@@ -139,7 +139,9 @@ def torchrun_world() -> World:
     if size == 1:
         return SINGLE_PROCESS
     if missing := [name for name in TORCHRUN_VARIABLES if name not in os.environ]:
-        raise UserError(f"WORLD_SIZE: expected {', '.join(missing)} beside it, as torchrun sets them, got {size} alone")
+        raise UserError(
+            f"WORLD_SIZE: expected {', '.join(missing)} together with it, as torchrun sets them, got {size} alone"
+        )
     return World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
@@ -182,7 +184,7 @@ def _select_device(name: str) -> str:
     """Return the type of the ranks' devices, and select this rank's GPU."""
     kind = devices.choose(name)
     if ":" in kind:
-        raise UserError(f"device: expected auto, cpu or cuda where several processes train, got {name!r}")
+        raise UserError(f"device: expected auto, cpu or cuda when several processes train, got {name!r}")
     if kind == "cuda":
         torch.cuda.set_device(devices.choose(f"cuda:{os.environ['LOCAL_RANK']}", "LOCAL_RANK"))
     return kind

@@ -32,9 +32,9 @@ def train(
     """Train one stage; with torchrun, on all ranks together (``dph.train.distributed``).
 
     Args:
-        recipe: of the stage (``dph.train.recipe``).
+        recipe: the stage's recipe (``dph.train.recipe``).
         model: model in memory instead of ``recipe.model``; trained in place, and turned into fp32.
-        tokenizer: of ``model``.
+        tokenizer: the tokenizer of ``model``.
         records: records in memory instead of ``recipe.data.sources``: ``dph.data.dataset`` records, or encoded ones
             (``Encoded``; for preference stages a pair of them).
         held_out: the same for evaluation.
@@ -56,7 +56,7 @@ def train(
                     model, tokenizer = build.open_model(recipe)
                 stage = build.make_stage(recipe, model, tokenizer, records, held_out, world=world)
             if resume and run.checkpoint is None:
-                stage.notes += (f"{run.directory} holds no checkpoint to resume, so the run begins",)
+                stage.notes += (f"{run.directory} holds no checkpoint to resume, starting from the beginning",)
             with contextlib.closing(stage):
                 return Trainer(recipe, stage, run, quiet or world.rank > 0).train()
         finally:

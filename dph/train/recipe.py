@@ -260,7 +260,7 @@ class Recipe:
     device: str = option("auto", "cpu, cuda, cuda:1, ..., or auto: the GPU if there is one")
     parallel: Literal["shard", "replicate"] = option(
         "shard",
-        "with torchrun (dph.train.distributed): each rank stores a shard of weights and optimiser state, or a replica, "
+        "with torchrun (dph.train.distributed): each rank stores a shard of weights and optimizer state, or a replica, "
         "which needs more memory and less communication",
         resume=True,
     )
@@ -279,9 +279,9 @@ class Recipe:
         if self.cuda_graph and self.stage != "head":
             raise UserError(f"cuda_graph: expected false in stage {self.stage}, whose steps differ in shape, got true")
         if self.output.best is not None and not self.evaluation.every:
-            raise UserError(f"evaluation.every: expected at least 1 beside output.best {self.output.best}, got 0")
+            raise UserError(f"evaluation.every: expected at least 1 with output.best {self.output.best}, got 0")
         if self.batch.tokens is not None and (self.batch.micro or self.kind != "preference"):
-            reason = f"beside batch.micro {self.batch.micro}" if self.batch.micro else f"in stage {self.stage}"
+            reason = f"with batch.micro {self.batch.micro}" if self.batch.micro else f"in stage {self.stage}"
             raise UserError(f"batch.tokens: expected none {reason}, got {self.batch.tokens}")
 
     @property

@@ -48,7 +48,7 @@ class Result:
 
     Attributes:
         model: trained model in fp32; gathered on the CPU if several ranks trained shards.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         run: run directory; its ``model`` opens with ``Model.from_pretrained``.
         step: optimizer steps done.
         interrupted: whether SIGTERM or Ctrl-C stopped the run: a checkpoint was saved, no model; ``resume=True``
@@ -78,7 +78,7 @@ class StepMetrics:
         step: number of the step.
         lr: learning rate.
         batch: data of the step.
-        losses: of this rank's micro-batches, without gradient.
+        losses: losses of this rank's micro-batches, without gradient.
         loss: mean over the step's items [].
     """
 
@@ -104,7 +104,8 @@ class StepMetrics:
 class Trainer:
     """One run of one stage.
 
-    The constructor loads the run's checkpoint, if there is one, shards or lowers the model, and creates the optimizer.
+    The constructor loads the run's checkpoint, if there is one, shards the model or casts it to bf16, and creates the
+    optimizer.
     """
 
     def __init__(self, recipe: Recipe, stage: Stage, run: RunDirectory, quiet: bool = False) -> None:
@@ -192,7 +193,7 @@ class Trainer:
         """Forward, backward, clip and step the optimizer; a CUDA graph records this function.
 
         Args:
-            inputs: of ``count`` micro-batches.
+            inputs: the data of ``count`` micro-batches.
             weight: number of items of the step, over which the loss is a mean.
 
         Returns:
@@ -328,7 +329,7 @@ class Trainer:
                 path = checkpointing.checkpoint_path(self.run.directory, self.best.state["step"])
                 progress.note(f"{self.best} is {path}, which dph convert makes a model")
         else:
-            progress.note(f"stopped after step {stopped}, which is saved; a resumed run goes on from there")
+            progress.note(f"stopped after step {stopped}, which is saved; a resumed run continues from it")
         return Result(
             model=self.model,
             tokenizer=self.stage.tokenizer,

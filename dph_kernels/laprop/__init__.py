@@ -182,7 +182,7 @@ def laprop(
     rate = None
     if isinstance(lr, Tensor):
         if clock is None:
-            raise ValueError("lr: expected a number where there is no clock, got a tensor")
+            raise ValueError("lr: expected a number without a clock, got a tensor")
         _check_number("lr", lr, device, (torch.float32, torch.float64))
         rate, lr = lr.double().reshape(()), 0.0
     decays_fit = 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0 and weight_decay >= 0.0 and prior_decay >= 0.0

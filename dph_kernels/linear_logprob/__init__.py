@@ -81,9 +81,10 @@ def _compute(
     return grads
 
 
-# Gradients along with the log-probabilities are those of the sum of all log-probabilities: right but for a factor if
-# the upstream gradients turn out to be equal. Else the weights' gradient is recomputed, as it is in a second backward
-# pass through the same graph. This bypasses the dispatcher, as an operator cannot give away what it has saved.
+# Gradients along with the log-probabilities are those of the sum of all log-probabilities. If all upstream gradients
+# are equal, the gradients are correct up to that factor; otherwise the weight gradient is recomputed, as it is in a
+# second backward pass through the same graph. A registered operator may not modify saved tensors, so this path bypasses
+# the dispatcher.
 
 
 def _joint_pays(implementation: ModuleType, inputs: Inputs) -> bool:

@@ -23,7 +23,7 @@ from dph_kernels.residual_norm import WIDEST
 from dph_kernels.residual_norm import triton_kernels as kernels
 from dph_kernels.residual_norm.reference import BIAS, WEIGHT, X, results
 
-PROGRAMS = 4  # per SM in the backward pass: enough to hide the loads, few partial sums to add
+PROGRAMS_PER_SM = 4  # in the backward pass: enough to hide the loads, few partial sums to add
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 512, 256  # of a row per warp
 INTERPRETER_SMS = 2
 
@@ -65,7 +65,7 @@ def _backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows, columns = total.shape
-    programs, need_sums = min(rows, PROGRAMS * gpu.sm_count), needs[WEIGHT] or needs[BIAS]
+    programs, need_sums = min(rows, PROGRAMS_PER_SM * gpu.sm_count), needs[WEIGHT] or needs[BIAS]
     d_x = total.new_empty(total.shape if needs[X] else 0)
     partials = moments.new_empty(2, programs if need_sums else 0, columns)
     config = _row_config(columns, BACKWARD_ELEMENTS)
@@ -74,7 +74,7 @@ def _backward(
     arguments = {
         "d_total": matrix(skipped), "d_normed": matrix(d_normed), "total": matrix(total),
         "weight": weight.contiguous(), "moments": moments, "d_x": d_x, "partials": partials, "T": rows,
-        "share": cdiv(rows, max(programs, 1)),
+        "rows_per_program": cdiv(rows, max(programs, 1)),
     }  # fmt: skip
     constants = {
         "C": columns, "BLOCK": config.block_n, "SKIP": d_total is not None, "NEED_X": needs[X], "NEED_SUMS": need_sums,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 # Numbers that do not lead to another compilation if they are 1 or a multiple of 16.
-NUMBERS = ["T", "share"]
+NUMBERS = ["T", "rows_per_program"]
 
 
 @triton.jit
@@ -41,10 +41,10 @@ def normalise(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def gradients(
-    d_total, d_normed, total, weight, moments, d_x, partials, T, share,
+    d_total, d_normed, total, weight, moments, d_x, partials, T, rows_per_program,
     C: tl.constexpr, BLOCK: tl.constexpr, SKIP: tl.constexpr, NEED_X: tl.constexpr, NEED_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of ``share`` neighbouring rows: d_x, to which d_total is added if SKIP, and partials [2, programs, C].
+    """Gradients of ``rows_per_program`` neighbouring rows: d_x, plus d_total if SKIP, and partials [2, programs, C].
 
     The latter are the rows' sums for weight and bias. d_total, d_normed and total are tuples (data, row stride).
     """
@@ -55,7 +55,7 @@ def gradients(
     inside = column < C
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     to_weight, to_bias = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for i in range(program * share, tl.minimum((program + 1) * share, T)):
+    for i in range(program * rows_per_program, tl.minimum((program + 1) * rows_per_program, T)):
         row = tl.cast(i, tl.int64)
         # [BLOCK]
         grad = tl.load(d_normed + row * d_normed_row + column, mask=inside, other=0.0).to(tl.float32)

@@ -33,7 +33,7 @@ def ranges(segments: Tensor, memory: int, backend: str) -> Tensor:
     own, prefix = k1 > k0, p1 > p0
     start, end = torch.where(prefix, p0, k0), torch.where(own | ~prefix, k1, p1)
     for i in first_true((start < memory) & (memory < end)):
-        refuse(backend, int(numbers[i]), f"its keys lie on both sides of row {memory}, where the memory ends")
+        refuse(backend, int(numbers[i]), f"its keys are on both sides of row {memory}, the end of the memory")
     for i in first_true(own & prefix & (p1 != k0)):
         refuse(backend, int(numbers[i]), f"its prefix ends at key {p1[i]}, and its own keys begin at {k0[i]}")
     for i in first_true(prefix & (q1 - q0 > k1 - k0 + 1)):

@@ -32,10 +32,10 @@ from dph_kernels.rope_attention.schedule import Schedule
 # block_m x block_n is the block of scores (queries x keys, BM x BN), block_k the step along the inner side in masked
 # runs (STEP).
 # For half precision, by architecture, kernel and head dimension; RAGGED: all that are not 16, 32, 64 or 128. "few" is
-# the forward kernel if no segment has more than FEW queries. Chosen by the compiler's output (Triton 3.6 and 3.9):
-# no spills in the forward pass and, if possible, two programs or more per SM, so that one computes its softmax while
-# another multiplies. "forward" and "queries" of 64 on 90 are measured on an H200: with 128 rows documents and pairs are
-# up to 22 and 8 % slower, and with 128 keys everything is.
+# the forward kernel if no segment has more than SHORT_SEGMENT queries. Chosen by the compiler's output (Triton 3.6 and
+# 3.9): no spills in the forward pass and, if possible, two programs or more per SM, so that one computes its softmax
+# while another multiplies. "forward" and "queries" of 64 on 90 are measured on an H200: with 128 rows documents and
+# pairs are up to 22 and 8 % slower, and with 128 keys everything is.
 RAGGED = 0
 CONFIGS: dict[int, dict[str, dict[int, LaunchConfig]]] = {
     80: {
@@ -99,10 +99,10 @@ INTERPRETED = {
     "forward": LaunchConfig(32, 32, 16, 1, 1), "few": LaunchConfig(16, 32, 16, 1, 1),
     "queries": LaunchConfig(32, 32, 16, 1, 1), "keys": LaunchConfig(32, 32, 16, 1, 1),
 }  # fmt: skip
-FEW = 16
+SHORT_SEGMENT = 16
 ROTATE = LaunchConfig(64, 0, 0, 4, 1)
-LEAST = 4  # blocks of an item if the work of a tile is split
-PROGRAMS = 2  # per SM: with fewer, work is split
+MIN_BLOCKS = 4  # blocks of an item if the work of a tile is split
+PROGRAMS_PER_SM = 2  # with fewer, work is split
 SPILLS = 64  # bytes that the backward kernels may spill, outside of their inner loops
 TINY = 1e-30
 PLANS = 64  # size of the caches
@@ -145,34 +145,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _rotate(triton_device(x.device), x, cos, sin)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, segments: Tensor,
-    q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Same results as ``reference.forward``."""
-    tensors = q, k, v, memory_k, memory_v, segments, q_cos, q_sin, k_cos, k_sin
-    return _forward(triton_device(q.device), *tensors, scale)
+def forward(**inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Same arguments and results as ``reference.forward``."""
+    return _forward(triton_device(inputs["q"].device), **inputs)
 
 
-def backward(
-    grad: Tensor, q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, out: Tensor, lse: Tensor,
-    segments: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Same results as ``reference.backward``."""
+def backward(**inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Same arguments and results as ``reference.backward``."""
+    q, v = inputs["q"], inputs["v"]
     results = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, v, v))
-    tensors = grad, q, rotated, v, memory_k, memory_v, out, lse, segments, q_cos, q_sin, k_cos, k_sin
-    backward_into(results, *tensors, scale)
+    backward_into(results, **inputs)
     return results
 
 
-def backward_into(
-    results: Sequence[Tensor],
-    grad: Tensor, q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, out: Tensor, lse: Tensor,
-    segments: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
-) -> None:  # fmt: skip
+def backward_into(results: Sequence[Tensor], **inputs: Any) -> None:
     """Write the results of ``backward`` into ``results``, which have equal strides, that of the last dimension 1."""
-    tensors = grad, q, rotated, v, memory_k, memory_v, out, lse, segments, q_cos, q_sin, k_cos, k_sin
-    _backward(triton_device(q.device), results, *tensors, scale)
+    _backward(triton_device(inputs["q"].device), results, **inputs)
 
 
 def _rotate(gpu: TritonDevice, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -208,7 +196,7 @@ def _plan(
 ) -> _Plan:  # fmt: skip
     """Plan of the kernel "forward" ("few" if all segments are short), "queries" or "keys"."""
     device = gpu.device
-    if kernel == "forward" and _longest(content) <= FEW:
+    if kernel == "forward" and _longest(content) <= SHORT_SEGMENT:
         kernel = "few"
     config = _config(gpu, kernel, head_dim, dtype)
     constants = {
@@ -315,13 +303,13 @@ def _longest(content: bytes) -> int:
 
 def _limit(work: Schedule, heads: int, config: LaunchConfig, gpu: TritonDevice) -> int:
     """Blocks of keys that an item may have, so that there are programs for all SMs; 0 if there are without a limit."""
-    shares = PROGRAMS * gpu.sm_count // max(len(work.tiles) * heads, 1)
-    if shares < 2 or not len(work.tiles):
+    splits = PROGRAMS_PER_SM * gpu.sm_count // max(len(work.tiles) * heads, 1)
+    if splits < 2 or not len(work.tiles):
         return 0
     first, _, last = work.tiles[0, 2:5].tolist()  # the tile with the most work comes first
     low, high = work.runs[first:last].unbind(1)
     blocks = int(((high - low + config.block_n - 1) // config.block_n).sum())
-    limit = max(cdiv(blocks, shares), LEAST)
+    limit = max(cdiv(blocks, splits), MIN_BLOCKS)
     return limit if limit < blocks else 0
 
 
@@ -365,12 +353,15 @@ def _record(capability: int, dtype: torch.dtype, head_dim: int) -> list[Launch]:
     ):
         for sm_count in (0, 1 << 20):
             gpu = LaunchRecorder(capability, sm_count, _product_rows, budgets)
-            q, k, v, memory_k, memory_v = (
-                torch.empty(n, 4, head_dim, dtype=dtype, device=gpu.device)
-                for n in (layout.queries, layout.keys, layout.keys, layout.memory, layout.memory)
-            )
-            rest = layout.segments, *layout.to(gpu.device).tables(Rotary(), head_dim, torch.float32), 1.0
-            out, lse, rotated = _forward(gpu, q, k, v, memory_k, memory_v, *rest)
-            _backward(gpu, (q, k, v), out, q, rotated, v, memory_k, memory_v, out, lse, *rest)
+            rows = {"q": layout.queries, "k": layout.keys, "v": layout.keys}
+            rows |= {"memory_k": layout.memory, "memory_v": layout.memory}
+            inputs: dict[str, Any] = {"segments": layout.segments, "scale": 1.0}
+            for name, count in rows.items():
+                inputs[name] = torch.empty(count, 4, head_dim, dtype=dtype, device=gpu.device)
+            tables = layout.to(gpu.device).tables(Rotary(), head_dim, torch.float32)
+            inputs |= zip(("q_cos", "q_sin", "k_cos", "k_sin"), tables, strict=True)
+            out, lse, rotated = _forward(gpu, **inputs)
+            results = inputs["q"], inputs.pop("k"), inputs["v"]
+            _backward(gpu, results, grad=out, rotated=rotated, out=out, lse=lse, **inputs)
             recorded += gpu.launches
     return recorded

@@ -12,7 +12,7 @@ from dph_kernels.swiglu import triton_kernels as kernels
 FORWARD = LaunchConfig(4, 512, 0, num_warps=4, num_stages=1)
 # 8 columns per thread: 16 bytes of half precision. A program walks down its rows.
 BACKWARD = LaunchConfig(1, 1024, 0, num_warps=4, num_stages=1)
-PROGRAMS = 8  # per SM in the backward pass: more would leave more partial sums to add
+PROGRAMS_PER_SM = 8  # in the backward pass: more would leave more partial sums to add
 INTERPRETER_SMS = 1
 
 
@@ -47,26 +47,28 @@ def _backward(
     gpu: TritonDevice, grad: Tensor, projected: Tensor, bias: Tensor | None, projected_needed: bool, bias_needed: bool
 ) -> tuple[Tensor, Tensor]:
     rows, width = grad.shape
-    share = _rows_per_program(rows, width, gpu.sm_count)
+    rows_per_program = _rows_per_program(rows, width, gpu.sm_count)
     d_projected = projected.new_empty((rows, 2 * width) if projected_needed else 0)
-    sums = projected.new_empty((cdiv(rows, share), 2 * width) if bias_needed else 0, dtype=torch.float32)
+    sums = projected.new_empty((cdiv(rows, rows_per_program), 2 * width) if bias_needed else 0, dtype=torch.float32)
     grad, projected = last_contiguous(grad), last_contiguous(projected)
     arguments = {
         "grad": grad, "projected": projected, "bias": projected if bias is None else bias.contiguous(),
         "d_projected": d_projected, "sums": sums, "grad_row": grad.stride(0), "projected_row": projected.stride(0),
-        "T": rows, "share": share,
+        "T": rows, "rows_per_program": rows_per_program,
     }  # fmt: skip
     constants = {
         "F": width, "BF": BACKWARD.block_n, "BIAS": bias is not None, "STORE": d_projected.numel() > 0,
         "SUMS": sums.numel() > 0,
     }  # fmt: skip
-    gpu.launch(kernels.backward, (cdiv(width, BACKWARD.block_n), cdiv(rows, share)), BACKWARD, arguments, constants)
+    gpu.launch(
+        kernels.backward, (cdiv(width, BACKWARD.block_n), cdiv(rows, rows_per_program)), BACKWARD, arguments, constants
+    )
     return d_projected, sums.sum(0).to(projected.dtype) if bias_needed else projected.new_empty(0)
 
 
 def _rows_per_program(rows: int, width: int, sm_count: int) -> int:
     """Rows of a program in the backward pass, so that the grid fills the device."""
-    programs = cdiv(PROGRAMS * sm_count, cdiv(width, BACKWARD.block_n))
+    programs = cdiv(PROGRAMS_PER_SM * sm_count, cdiv(width, BACKWARD.block_n))
     return max(1, cdiv(rows, programs))
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 # Numbers that do not lead to another compilation if they are 1 or a multiple of 16.
-NUMBERS = ["T", "share"]
+NUMBERS = ["T", "rows_per_program"]
 
 
 @triton.jit
@@ -55,17 +55,17 @@ def _store(start, column, to_x, to_gate, F: tl.constexpr):
 
 @triton.jit(do_not_specialize=NUMBERS)
 def backward(
-    grad, projected, bias, d_projected, sums, grad_row, projected_row, T, share,
+    grad, projected, bias, d_projected, sums, grad_row, projected_row, T, rows_per_program,
     F: tl.constexpr, BF: tl.constexpr, BIAS: tl.constexpr, STORE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """d_projected [T, 2F] if STORE, and its sums over each share of the rows [shares, 2F] if SUMS.
+    """d_projected [T, 2F] if STORE, and its sums over the rows of each program [programs, 2F] if SUMS.
 
-    Program (block of columns, share) walks down its rows and keeps the sums in registers.
+    Program (block of columns, run of ``rows_per_program`` rows) walks down its rows and keeps the sums in registers.
     """
-    column, begin = tl.program_id(0) * BF + tl.arange(0, BF), tl.program_id(1) * share
+    column, begin = tl.program_id(0) * BF + tl.arange(0, BF), tl.program_id(1) * rows_per_program
     x_bias, gate_bias = _load(bias, column, F, BIAS)
     x_sums, gate_sums = tl.zeros([BF], tl.float32), tl.zeros([BF], tl.float32)
-    for row in range(begin, min(begin + share, T)):
+    for row in range(begin, min(begin + rows_per_program, T)):
         at = tl.cast(row, tl.int64)
         x, gate = _load(projected + at * projected_row, column, F)
         d = tl.load(grad + at * grad_row + column, mask=column < F, other=0.0).to(tl.float32)

@@ -74,7 +74,7 @@ SAVED = ("hidden", "reward", "w1", "w2", "row_ids")
 def _setup(ctx: FunctionCtx, output: tuple[Tensor, Tensor, Tensor], inputs: Inputs) -> None:
     _rewards, projected, pooled = output
     if not inputs["save"] and any(ctx.needs_input_grad):
-        raise ValueError("save: expected True where a gradient is wanted, got False")
+        raise ValueError("save: expected True if a gradient is needed, got False")
     ctx.mark_non_differentiable(projected, pooled)
     ctx.save_for_backward(*map(inputs.get, SAVED), projected, pooled)
     ctx.options = {"dropout": inputs["dropout"], "input_dropout": inputs["input_dropout"], "seed": inputs["seed"]}
@@ -119,9 +119,9 @@ def _check_weights(
         raise ValueError(f"reward: expected at least one reward vector (K >= 1), got shape {list(reward.shape)}")
     for weight, bias, name in ((w1, b1, "1"), (w2, b2, "2")):
         if weight is None and bias is not None:
-            raise ValueError(f"b{name}: expected None where w{name} is None, got a tensor")
+            raise ValueError(f"b{name}: expected None if w{name} is None, got a tensor")
     if w1 is not None and w2 is None:
-        raise ValueError("w2: expected a tensor [C, F] where w1 is given, got None")
+        raise ValueError("w2: expected a tensor [C, F] with w1, got None")
     width = columns
     if w1 is not None:
         _check("w1", w1, hidden, "2F", columns)

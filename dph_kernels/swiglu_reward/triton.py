@@ -64,7 +64,7 @@ WIDE = {"gate": LaunchConfig(128, 64, 64, 8, 4), "pool": LaunchConfig(128, 64, 6
 ELEMENTWISE = LaunchConfig(32, 64, 0, 4, 1)
 BLOCK_BACKWARD = LaunchConfig(32, 32, 0, 4, 1)
 INTERPRETED = LaunchConfig(32, 16, 16, 1, 1)
-LEAST = 2  # steps of a share of a sum
+MIN_STEPS = 2  # along the depth in a split of a sum
 INTERPRETER_SMS = 16
 PRECISION = "tf32x3"  # fp32 products as three on tensor cores, with the error of fp32; half precision is exact
 
@@ -108,7 +108,7 @@ class _Dropouts:
 
     Args:
         row_ids: [R] int64, or None for the numbers of the rows.
-        dropout, input_dropout: shares that are dropped, of the pooled state and of hidden.
+        dropout, input_dropout: probabilities of dropping elements of the pooled state and of hidden.
         seed: int64.
     """
 
@@ -155,7 +155,7 @@ def _forward(
         return _score(gpu, state, reward, dropouts), torch.empty(0, **like), torch.empty(0, **like)
     config = _config(gpu, "pool", rows, w2)
     tiles, blocks = cdiv(rows, config.block_m), cdiv(columns, config.block_n)
-    shares = _shares(tiles * blocks, w2.shape[1], config, gpu)
+    splits = _splits(tiles * blocks, w2.shape[1], config, gpu)
     counted = tiles * (blocks + 1)
     if w1 is None:
         projected = torch.empty(0, **like)
@@ -165,7 +165,7 @@ def _forward(
         state, projected = _gate(gpu, state, w1, b1, counters, save)
 
     w2 = last_contiguous(w2)
-    parts = torch.empty((shares, rows, columns) if shares > 1 else 0, **like)
+    parts = torch.empty((splits, rows, columns) if splits > 1 else 0, **like)
     scores = torch.empty((blocks, rows, len(reward)), **like)
     rewards = torch.empty((rows, len(reward)), **like)
     pooled = torch.empty((rows, columns) if save else 0, **like)
@@ -176,11 +176,11 @@ def _forward(
     }  # fmt: skip
     constants = {
         "C": columns, "DEPTH": w2.shape[1], "K": len(reward), "BR": config.block_m, "BC": config.block_n,
-        "BK": config.block_k, "BP": next_power_of_2(blocks), "SHARES": shares, "BIAS": b2 is not None,
+        "BK": config.block_k, "BP": next_power_of_2(blocks), "SPLITS": splits, "BIAS": b2 is not None,
         "DROP": dropouts.dropped[philox.POOLED] > 0, "SAVE": save, "PRECISION": PRECISION,
         **dropouts.constants(philox.POOLED),
     }  # fmt: skip
-    gpu.launch(kernels.pool, (tiles, blocks, shares), config, arguments, constants)
+    gpu.launch(kernels.pool, (tiles, blocks, splits), config, arguments, constants)
     return rewards, projected, pooled
 
 
@@ -303,10 +303,10 @@ def _gate_backward(
     return d_projected, gated, d_bias
 
 
-def _shares(programs: int, depth: int, config: LaunchConfig, gpu: TritonDevice) -> int:
-    """Number of shares that the sums of ``programs`` tiles are split into, so that there are programs for all SMs."""
+def _splits(programs: int, depth: int, config: LaunchConfig, gpu: TritonDevice) -> int:
+    """Number of splits of the sums of ``programs`` tiles, so that there are programs for all SMs."""
     concurrent = gpu.sm_count * (2 if config.block_m <= 64 else 1)  # two programs of small tiles fit on an SM
-    return max(1, min(concurrent // max(programs, 1), cdiv(depth, config.block_k) // LEAST))
+    return max(1, min(concurrent // max(programs, 1), cdiv(depth, config.block_k) // MIN_STEPS))
 
 
 # Audit

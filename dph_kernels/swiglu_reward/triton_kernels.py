@@ -174,30 +174,30 @@ def pool(
     state, w2, b2, reward, row_ids, workspace, pooled, rewards, R,
     seed_low: tl.uint32, seed_high: tl.uint32, threshold: tl.uint32, kept: tl.float32,
     C: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-    BP: tl.constexpr, SHARES: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr, NUMBERED: tl.constexpr,
+    BP: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr, NUMBERED: tl.constexpr,
     SAVE: tl.constexpr, STREAM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rewards [R, K] = drop(tanh(state @ w2.T + b2)) @ reward.T; the pooled state [R, C] is stored if SAVE.
 
-    Program (row tile, block of columns, share) sums its share of the depth into parts [SHARES, R, C]; the last one of a
-    tile adds the shares and continues. ``workspace`` is (parts, scores [blocks, R, K], counters).
+    Program (row tile, block of columns, split) sums its part of the depth into parts [SPLITS, R, C]; the last one of a
+    tile adds the splits and continues. ``workspace`` is (parts, scores [blocks, R, K], counters).
     """
     parts, scores, counters = workspace
-    tile, block, share, blocks = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    tile, block, split, blocks = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     row, column = tile * BR + tl.arange(0, BR), block * BC + tl.arange(0, BC)
     inside = (row < R)[:, None] & (column < C)[None, :]
     at = row[:, None].to(tl.int64) * C + column[None, :]
-    STEPS: tl.constexpr = (DEPTH + BK * SHARES - 1) // (BK * SHARES)
-    begin = share * (STEPS * BK)
+    STEPS: tl.constexpr = (DEPTH + BK * SPLITS - 1) // (BK * SPLITS)
+    begin = split * (STEPS * BK)
     sums = _product(state, w2, row, column, R, begin, C, DEPTH, STEPS, PRECISION, BR, BC, BK)
     done = True
-    if SHARES > 1:
-        tl.store(parts + share.to(tl.int64) * R * C + at, sums, mask=inside)
-        done = _last(counters + tl.num_programs(0) + tile * blocks + block, SHARES)
+    if SPLITS > 1:
+        tl.store(parts + split.to(tl.int64) * R * C + at, sums, mask=inside)
+        done = _last(counters + tl.num_programs(0) + tile * blocks + block, SPLITS)
     if done:
-        if SHARES > 1:
+        if SPLITS > 1:
             sums = tl.zeros([BR, BC], tl.float32)
-            for other in range(SHARES):
+            for other in range(SPLITS):
                 part = parts + tl.cast(other, tl.int64) * R * C + at
                 sums += tl.load(part, mask=inside, other=0.0, cache_modifier=".cg")
         if BIAS:
@@ -319,14 +319,14 @@ def gate_backward(
             d = tl.dot(a, b, d, input_precision=PRECISION)
     x = tl.load(projected + first + wide, mask=inside, other=0.0)
     g = tl.load(projected + first + F + wide, mask=inside, other=0.0)
-    share = _sigmoid(g)
+    sigmoid = _sigmoid(g)
     if NEED_GATED:
-        tl.store(gated + first + narrow, (x * (g * share)).to(gated.dtype.element_ty), mask=inside)
+        tl.store(gated + first + narrow, (x * (g * sigmoid)).to(gated.dtype.element_ty), mask=inside)
     if NEED_INPUT:
         if not MULTIPLY:
             d = tl.load(grad + first + narrow, mask=inside, other=0.0).to(tl.float32)
-        dx = tl.where(inside, d * (g * share), 0.0)
-        dg = tl.where(inside, d * x * share * (1.0 + g * (1.0 - share)), 0.0)
+        dx = tl.where(inside, d * (g * sigmoid), 0.0)
+        dg = tl.where(inside, d * x * sigmoid * (1.0 + g * (1.0 - sigmoid)), 0.0)
         tl.store(d_projected + first + wide, dx.to(d_projected.dtype.element_ty), mask=inside)
         tl.store(d_projected + first + F + wide, dg.to(d_projected.dtype.element_ty), mask=inside)
         sums = d_bias + tile.to(tl.int64) * (2 * F) + column

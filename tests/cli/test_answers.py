@@ -309,7 +309,7 @@ def test_scores_that_are_no_number_are_an_error(dph_command, models, tmp_path, c
     code, _, err = dph_command("score", tmp_path / "broken", rows)
     assert code == 1
     nans = 3 if content else 2
-    assert f"dph: error: {nans} scores are not a number (NaN); where there was a choice they count as wrong\n" in err
+    assert f"dph: error: {nans} scores are not a number (NaN); in comparisons they count as wrong\n" in err
 
 
 def test_malformed_files_name_the_line(refused, models, tmp_path):

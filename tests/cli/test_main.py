@@ -312,10 +312,11 @@ def test_doctor(dph_command):
 # Training
 
 
-def test_train_hands_over_recipe_overrides_and_output(dph_command, monkeypatch, tmp_path):
+def test_train_hands_over_recipe_overrides_and_output(dph_command, monkeypatch, models, tmp_path):
     calls, result = [], [Result(None, None, tmp_path, 7, False, 0, {})]
     monkeypatch.setattr("dph.train.entry.train", lambda recipe, resume: calls.append((recipe, resume)) or result[0])
     argv = ["train", "sft", "optimiser.steps=7", "--output", tmp_path / "a b: c", "optimiser.warmup=0", "--resume"]
+    argv.append(f"model.path={models / 'judge'}")  # a missing model would be refused before training
     code, _, err = dph_command(*argv, "seed=5")
     assert (code, err) == (0, "")
     ((recipe, resume),) = calls

@@ -137,7 +137,7 @@ def test_a_system_prompt_stays_before_a_side_that_begins_with_the_user():
             r"x\.jsonl:1: expected a preference: prompt, chosen.*fields messages$",
         ),
         ("preference", {"prompt": "a", "chosen": "b"}, "got the fields prompt, chosen$"),
-        ("preference", {"chosen": "a", "rejected": "b"}, "chosen: expected a prompt beside an answer in plain text"),
+        ("preference", {"chosen": "a", "rejected": "b"}, "chosen: expected a prompt with an answer in plain text"),
         (
             "preference",
             {"chosen": [ASK], "rejected": [ASK, NO]},

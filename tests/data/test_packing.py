@@ -125,7 +125,7 @@ def packed(model, documents):
 @pytest.mark.parametrize("few", [0, 2**17])
 def test_a_policy_and_its_reference_begin_with_the_same_bits(few, monkeypatch):
     """Log-probabilities with gradients and without them, by kernels and by plain PyTorch."""
-    monkeypatch.setattr(dispatch, "FEW", few)
+    monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", few)
     model = tiny_model()
     batch = dph.pack([[encoded(list(range(3, 3 + n)), seed=n) for n in (7, 12)] for _ in range(3)])
     policy = model.forward_packed(batch)

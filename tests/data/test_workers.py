@@ -335,6 +335,6 @@ def test_a_signal_to_the_whole_group_saves_and_stops(number, tmp_path):
     os.killpg(process.pid, number)
     rest = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == 128 + number
-    assert "is saved; a resumed run goes on" in rest[-1]
+    assert "is saved; a resumed run continues" in rest[-1]
     assert all(line.startswith("sft") for line in rest), rest
     assert emptied(process.pid)

@@ -62,7 +62,7 @@ def test_a_stopped_run_names_the_command_that_goes_on_with_it(tmp_path, capsys, 
     for argv in ([*SHORT, output, "--seed", "-3"], [*SHORT, output, "--seed", "-3", "--resume"]):
         assert main(argv) == 130
         line = capsys.readouterr().err.splitlines()[-1]
-        hint = line.removeprefix("stopped in stage pretrain; ").removesuffix(" goes on")
+        hint = line.removeprefix("stopped in stage pretrain; ").removesuffix(" continues it")
         command, *argv = shlex.split(hint)
         assert (command, argv[-1], hint.count(f"'{output}'")) == ("dph", "--resume", 1)
         args = parse(argv)

@@ -10,8 +10,7 @@ import copy
 import os
 import runpy
 import sys
-
-from helpers.quick import quicken
+from pathlib import Path
 
 
 def force(backend, few=0):
@@ -20,6 +19,8 @@ def force(backend, few=0):
     Returns a set to which (operator, backend) is added for each operator that is called.
     """
     if backend == "triton":
+        from helpers.quick import quicken
+
         os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels are defined
         quicken()
     from dph_kernels import dispatch
@@ -28,7 +29,7 @@ def force(backend, few=0):
         for device, line in devices.items():
             if backend in dispatch.implemented(operator):
                 devices[device] = {backend: "forced", "reference": line["reference"]}
-    dispatch.FEW = few
+    dispatch.SMALL_ELEMENTS = few
     used, find = set(), dispatch.implementation
 
     def noted(operator, device, backend="auto", dtype=None):
@@ -44,19 +45,20 @@ def forced(backend):
     """``force`` within a context; the backend has to run on this machine."""
     from dph_kernels import dispatch
 
-    lines, find, few = copy.deepcopy(dispatch.AUTO), dispatch.implementation, dispatch.FEW
+    lines, find, few = copy.deepcopy(dispatch.AUTO), dispatch.implementation, dispatch.SMALL_ELEMENTS
     dispatch.choose.cache_clear()
     find.cache_clear()
     try:
         yield force(backend)
     finally:
         dispatch.AUTO.update(lines)
-        dispatch.implementation, dispatch.FEW = find, few
+        dispatch.implementation, dispatch.SMALL_ELEMENTS = find, few
         dispatch.choose.cache_clear()
         find.cache_clear()
 
 
 def main():
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     preferred, script, *arguments = sys.argv[1:]
     backend, _, few = preferred.partition(":")
     used = force(backend, int(few or 0))

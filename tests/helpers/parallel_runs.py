@@ -144,7 +144,7 @@ def failures(folder):
 
 
 def main(folder):
-    dispatch.FEW = 0  # as the fixture every_kernel
+    dispatch.SMALL_ELEMENTS = 0  # as the fixture every_kernel
     with meeting(), distributed.init_distributed("shard", DEVICE):
         pass
     for part in (cases, resumes, spoilt, failures) if DEVICE == "cpu" else (cases,):

@@ -132,7 +132,7 @@ ON_META = CHEAP | {"linear_logprob": lambda x: linear_logprob(x, x, torch.arange
 @pytest.mark.parametrize("gradients", [False, True])
 def test_tensors_without_numbers(operator, gradients, monkeypatch):
     """Give results without numbers, however many elements there would be."""
-    monkeypatch.setattr(dispatch, "FEW", 0)
+    monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", 0)
     x = torch.empty(5, 8, device="meta", requires_grad=gradients)
     with torch.set_grad_enabled(gradients):
         got = ON_META[operator](x)
@@ -149,7 +149,7 @@ def test_cheap_operators_leave_few_elements_to_pytorch(operator, few, monkeypatc
     """With and without gradients, whose results have to be the same bits: those of a policy and its reference."""
     called, original = [], dispatch.call
     monkeypatch.setattr(dispatch, "call", lambda *args: called.append(args[0].__name__) or original(*args))
-    monkeypatch.setattr(dispatch, "FEW", few)
+    monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", few)
     x = torch.randn(5, 8, requires_grad=True)
     got = CHEAP[operator](x)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""LaProp: every backend against fp64, the paper's own numbers, and what other optimisers got wrong."""
+"""LaProp: every backend against fp64, the paper's own numbers, and what other optimizers got wrong."""
 
 import contextlib
 import math

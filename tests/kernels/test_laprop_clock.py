@@ -158,7 +158,7 @@ def test_bfloat16_priors_over_ten_thousand_steps(device, backend):
 
 
 BAD = {
-    "rate": ({"lr": torch.ones(1)}, "lr: expected a number where there is no clock, got a tensor"),
+    "rate": ({"lr": torch.ones(1)}, "lr: expected a number without a clock, got a tensor"),
     "rate shape": ({"lr": torch.ones(2), "clock": new_clock()}, r"lr: expected shape \[1\], got \[2\]"),
     "rate dtype": ({"lr": torch.ones(1).half(), "clock": new_clock()}, "lr: expected float32 or float64, got float16"),
     "rate device": ({"lr": torch.ones(1, device="meta"), "clock": new_clock()}, "lr: expected a tensor on cpu, got"),

@@ -303,7 +303,7 @@ def test_compiles_as_one_graph(without, device, backend):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_autocast_by_pytorchs_rules(device, monkeypatch):
     """On a GPU the stream and its norm stay in fp32, though what is added is not."""
-    monkeypatch.setattr(dispatch, "FEW", 0)
+    monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", 0)
     given = make(5, 64, device=device)
     given["update"] = given["update"].detach().bfloat16()
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -315,7 +315,7 @@ def test_autocast_by_pytorchs_rules(device, monkeypatch):
 def test_rows_that_no_program_holds(monkeypatch):
     monkeypatch.setattr(dispatch, "call", None)
     given = make(8, 16385)
-    assert given["x"].numel() > dispatch.FEW
+    assert given["x"].numel() > dispatch.SMALL_ELEMENTS
     torch.testing.assert_close(residual_norm(**given), eager(**given))
 
 

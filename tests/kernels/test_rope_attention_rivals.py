@@ -58,8 +58,8 @@ def test_sdpa_expresses_what_has_contiguous_keys_and_nothing_else():
     ("layout", "reason"),
     [
         (LAYOUTS["branches"], "segment 2: its prefix ends at key 7, and its own keys begin at 10"),
-        (LAYOUTS["full-memory"], "segment 0: its keys lie on both sides of row 128, where the memory ends"),
-        (table((0, 4, 0, 9, 0, 0, 5), queries=4, keys=1, memory=8), "segment 0: its keys lie on both sides of row 8"),
+        (LAYOUTS["full-memory"], "segment 0: its keys are on both sides of row 128, the end of the memory"),
+        (table((0, 4, 0, 9, 0, 0, 5), queries=4, keys=1, memory=8), "segment 0: its keys are on both sides of row 8"),
         (table((0, 5, 3, 6, 0, 3, 3), queries=5, keys=6), "segment 0: with 5 queries and 3 own keys, alignment"),
         (
             table((0, 0, 5, 6, 0, 2, 0), (1, 3, 0, 2, 4, 6, 6), queries=3, keys=0, memory=6),

@@ -230,7 +230,7 @@ def test_gradcheck(pooler, dropout):
 
 def test_the_bare_operator_refuses_to_lose_gradients():
     inputs = make(5, 8, 6, 2)
-    with pytest.raises(ValueError, match="save: expected True where a gradient is wanted, got False"):
+    with pytest.raises(ValueError, match="save: expected True if a gradient is needed, got False"):
         torch.ops.dph.swiglu_reward(*inputs.values(), None, 0.0, 0.0, 0, False, "auto")
 
 
@@ -258,10 +258,10 @@ def test_compiles_as_one_graph_for_every_seed():
         ({"w1": torch.zeros(12, 7)}, r"w1: expected shape \[2F, 8\], got \[12, 7\]"),
         ({"w1": torch.zeros(13, 8)}, r"w1: expected an even, positive number of rows \(\[x \| gate\], 2F\), got 13"),
         ({"w1": torch.zeros(12, 8).half()}, "w1: expected float32, got float16"),
-        ({"w1": None}, "b1: expected None where w1 is None, got a tensor"),
+        ({"w1": None}, "b1: expected None if w1 is None, got a tensor"),
         ({"w1": None, "b1": None}, r"w2: expected shape \[8, 8\], got \[8, 6\]"),
-        ({"w2": None, "b2": None}, r"w2: expected a tensor \[C, F\] where w1 is given, got None"),
-        ({"w2": None}, "b2: expected None where w2 is None, got a tensor"),
+        ({"w2": None, "b2": None}, r"w2: expected a tensor \[C, F\] with w1, got None"),
+        ({"w2": None}, "b2: expected None if w2 is None, got a tensor"),
         ({"reward": torch.zeros(0, 8)}, r"reward: expected at least one reward vector \(K >= 1\), got shape \[0, 8\]"),
         ({"w2": torch.zeros(8, 7)}, r"w2: expected shape \[8, 6\], got \[8, 7\]"),
         ({"b1": torch.zeros(6)}, r"b1: expected shape \[12\], got \[6\]"),

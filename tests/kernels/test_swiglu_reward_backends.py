@@ -285,12 +285,12 @@ def test_the_layout_agrees_with_the_kernels():
 
 
 def test_splits_are_tested():
-    """The sizes above reach the last program's sum over shares, and over tiles of rows."""
+    """The sizes above reach the last program's sum over splits, and over tiles of rows."""
     from dph_kernels.swiglu_reward import triton as gpu
 
     device = triton_device(torch.device("cpu"), gpu.INTERPRETER_SMS)
     config = gpu._config(device, "pool", 5, torch.empty(0))
-    assert gpu._shares(7, 257, config, device) > 1
+    assert gpu._splits(7, 257, config, device) > 1
     assert max(rows for rows, *_ in SIZES) > config.block_m
 
 

@@ -43,7 +43,7 @@ def test_one_line_a_block_and_one_a_reason(capsys):
 
 
 def test_it_names_the_backends_that_run(monkeypatch):
-    monkeypatch.setattr(dispatch, "FEW", 0)
+    monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", 0)
     model = tiny_model()
     used, _ = used_by(model)
     for report in report_blocks(model.backbone, TOKENS):
@@ -51,16 +51,16 @@ def test_it_names_the_backends_that_run(monkeypatch):
 
 
 def test_few_elements_are_left_to_pytorch(monkeypatch):
-    monkeypatch.setattr(dispatch, "FEW", TOKENS * 16)
+    monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", TOKENS * 16)
     (report, _) = report_blocks(tiny_model().backbone, TOKENS)
     backends = report.attention.backend, report.norm.backend, report.gate.backend
     assert (report.fused, *backends) == (False, "cpu", "PyTorch", "cpu")  # the gate has more columns
-    monkeypatch.setattr(dispatch, "FEW", TOKENS * 48)
+    monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", TOKENS * 48)
     assert report_blocks(tiny_model().backbone, TOKENS)[0].gate.backend == "PyTorch"
 
 
 def test_its_forms_are_those_of_the_call(monkeypatch):
-    monkeypatch.setattr(dispatch, "FEW", 0)
+    monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", 0)
     model = tiny_model(num_hidden_layers=4)
     model.backbone.blocks[0].requires_grad_(False)
     model.backbone.blocks[2].ffn_norm = nn.LayerNorm(16)
@@ -77,7 +77,7 @@ def test_its_forms_are_those_of_the_call(monkeypatch):
 
 def test_frozen_parts_and_modes(monkeypatch):
     """A block with frozen weights is fused unless its input needs a gradient."""
-    monkeypatch.setattr(dispatch, "FEW", 0)
+    monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", 0)
     model = tiny_model().requires_grad_(False)
     assert [r.fused for r in report_blocks(model.backbone, TOKENS)] == [True, True]
     model.backbone.input_norm.requires_grad_(True)

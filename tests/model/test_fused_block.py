@@ -370,7 +370,7 @@ def autocast():
 MODES = {
     "a hook on all modules": (global_hook, "a hook is registered on all modules"),
     "autocast": (autocast, "autocast is active"),
-    "few elements": (lambda: patched(dispatch, "FEW", 10**6), "up to 1000000 elements"),
+    "few elements": (lambda: patched(dispatch, "SMALL_ELEMENTS", 10**6), "up to 1000000 elements"),
     "wide rows": (lambda: patched(fused_block, "WIDEST", 8), "rows have more than 8 elements"),
     "a dispatch mode": (Observed, "a torch dispatch mode is active"),
     "forward-mode differentiation": (torch.autograd.forward_ad.dual_level, "forward-mode differentiation is active"),
@@ -532,9 +532,9 @@ def test_autocast_takes_it_in_parts():
 def test_few_elements_are_left_to_pytorch(monkeypatch):
     block = block_of()
     x, _ = given(block)
-    monkeypatch.setattr(dispatch, "FEW", x.numel())
+    monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", x.numel())
     assert not one_node(block(x, LAYOUT))
-    monkeypatch.setattr(dispatch, "FEW", x.numel() - 1)
+    monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", x.numel() - 1)
     assert one_node(block(x, LAYOUT))
 
 

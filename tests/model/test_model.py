@@ -73,7 +73,7 @@ def test_fresh_weights():
         ({"num_attention_heads": 0}, "num_attention_heads: expected at least 1, got 0"),
         ({"num_hidden_layers": -1}, "num_hidden_layers: expected at least 0, got -1"),
         ({"rope_base": 0.0}, "rope_base: expected a number above 0, got 0"),
-        ({"reward_dropout": 1.0}, r"reward_dropout: expected a share in \[0, 1\), got 1"),
+        ({"reward_dropout": 1.0}, r"reward_dropout: expected a probability in \[0, 1\), got 1"),
     ],
 )
 def test_configurations_that_cannot_be(change, text):

@@ -54,7 +54,7 @@ def test_positions_that_begin_anew_divide_a_row_into_documents():
 @pytest.mark.parametrize(
     ("positions", "text"),
     [
-        ([[0, 1, 1, 2]], r"predecessor's plus 1, or 0 where a document begins, got 1 after 1"),
+        ([[0, 1, 1, 2]], r"predecessor's plus 1, or 0 at the start of a document, got 1 after 1"),
         ([[0, 1, 2, 4]], "got 4 after 2"),
         ([[3, 2, 1, 0]], "got 2 after 3"),
         ([[0, 1, 2]], r"position_ids: expected shape \[2, 4\], got \[1, 3\]"),
@@ -69,7 +69,7 @@ def test_positions_that_cannot_be(positions, text):
 
 def test_documents_do_not_share_a_memory():
     model, ids, several = tiny_model().eval(), tokens(2, 4), torch.tensor([[0, 1, 0, 1]])
-    text = "position_ids: expected one document in each row where there is a memory, got 4 in 2 rows"
+    text = "position_ids: expected one document in each row with a memory, got 4 in 2 rows"
     for arguments in ({"use_cache": True}, {"past_key_values": dph.Memory(8)}):
         with pytest.raises(ValueError, match=text):
             model(ids, position_ids=several, **arguments)

@@ -65,7 +65,7 @@ def test_wrong_figures_are_said_before_training(changes, held_out, message, tmp_
 
 
 def test_without_evaluations_there_is_no_best(tmp_path):
-    with pytest.raises(UserError, match=r"evaluation\.every: expected at least 1 beside output\.best loss, got 0"):
+    with pytest.raises(UserError, match=r"evaluation\.every: expected at least 1 with output\.best loss, got 0"):
         settings("sft", tmp_path, output__best="loss", evaluation__every=0)
 
 

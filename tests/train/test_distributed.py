@@ -221,7 +221,7 @@ def test_torchrun(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("sft")]
     assert [line.split(":")[0] for line in lines] == ["sft", "sft 3/6", "sft 6/6", "sft"]
-    assert lines[0].endswith("run holds no checkpoint to resume, so the run begins")
+    assert lines[0].endswith("run holds no checkpoint to resume, starting from the beginning")
     dph.Model.from_pretrained(tmp_path / "run" / "model")
 
 
@@ -252,6 +252,7 @@ def test_a_process_whose_neighbour_failed_says_nothing(monkeypatch, capsys):
         raise OtherRankFailed("another process failed, and says why")
 
     monkeypatch.setattr(entry, "train", fail)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert main.main(["train", "mini-sft"]) == 1
     assert capsys.readouterr() == ("", "")
 
@@ -262,9 +263,7 @@ def test_devices_of_several_processes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with (
-        pytest.raises(
-            UserError, match="device: expected auto, cpu or cuda where several processes train, got 'cuda:1'"
-        ),
+        pytest.raises(UserError, match="device: expected auto, cpu or cuda when several processes train, got 'cuda:1'"),
         distributed.init_distributed("shard", "cuda:1"),
     ):
         pass
@@ -275,6 +274,6 @@ def test_devices_of_several_processes(monkeypatch):
     ):
         pass
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    message = "WORLD_SIZE: expected LOCAL_WORLD_SIZE beside it, as torchrun sets them, got 2 alone"
+    message = "WORLD_SIZE: expected LOCAL_WORLD_SIZE together with it, as torchrun sets them, got 2 alone"
     with pytest.raises(UserError, match=message), distributed.init_distributed("shard", "cpu"):
         pass

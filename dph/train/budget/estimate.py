@@ -60,15 +60,15 @@ class Estimate:
         """Return the estimate as a table of text."""
         rows: list[tuple[str, Any]] = [
             ("parameters", f"{self.parameters:,}"),
-            ("of them trained", f"{self.trained:,}"),
+            ("trained parameters", f"{self.trained:,}"),
         ]
         if self.processes > 1:
-            rows.append(("processes, of which each takes", f"{self.processes}"))
+            rows.append(("processes (figures are per process)", f"{self.processes}"))
         for purpose, size in self.memory.items():
-            rows.append((f"memory: {purpose}", size_text(size)))
-        rows.append(("memory in all", size_text(sum(self.memory.values()))))
+            rows.append((f"footprint: {purpose}", size_text(size)))
+        rows.append(("total footprint", size_text(sum(self.memory.values()))))
         for purpose, size in self.host.items():
-            rows.append((f"memory of the host: {purpose}", size_text(size)))
+            rows.append((f"host footprint: {purpose}", size_text(size)))
         hours = self.seconds / 3600
         rows += [
             ("tokens in a step", f"{self.tokens:,}"),

@@ -6,7 +6,7 @@ the forward pass, 4 in the backward pass).
 
 Not counted: the embedding's look-up, padding, second copies of a prompt, logits of rows without a target, invisible
 pairs of query and key, gradients of frozen weights and of the detached memory, recomputation; and everything that is no
-product: norms, activations, softmax, the optimiser.
+product: norms, activations, softmax, the optimizer.
 """
 
 from __future__ import annotations

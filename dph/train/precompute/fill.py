@@ -33,7 +33,7 @@ class CacheSummary:
     """Result of a pass.
 
     Attributes:
-        directory: of the cache.
+        directory: the cache's directory.
         pairs: number of pairs in the pass.
         computed: number of different pairs that were missing and have been computed.
         stored: number of pairs in the cache.

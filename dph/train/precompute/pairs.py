@@ -27,11 +27,11 @@ class PairCache:
     """Rows of numbers for pairs, of one model.
 
     Args:
-        directory: of all caches; kind, model and tokenizer name this one's subdirectory.
+        directory: parent of all caches; kind, model and tokenizer name this one's subdirectory.
         kind: "reference" or "states".
-        weights: that the rows depend on, by name.
-        config: of the model.
-        tokenizer: that made the tokens.
+        weights: weights that the rows depend on, by name.
+        config: the model's configuration.
+        tokenizer: the tokenizer that made the tokens.
         width: numbers per pair.
         any_rank: function from a flag to whether it is true on some rank; on several ranks with a sharded model, all
             have to compute together if one has to.
@@ -55,7 +55,7 @@ class PairCache:
         name = f"{kind}-{self._model[:16]}-{hashlib.sha256(vocabulary).hexdigest()[:8]}"
         self.store = RowStore(directory / name, width)
         self.computed, self.any_rank = 0, any_rank
-        log.info("%s: %d pairs are there", self.store.directory, len(self.store))
+        log.info("%s: %d stored pairs", self.store.directory, len(self.store))
 
     def rows(self, pairs: Sequence[tuple[Encoded, Encoded]], compute: Callable[[], Tensor]) -> Tensor:
         """Return the rows [N, width] fp32 of N pairs, on the CPU.

@@ -166,7 +166,7 @@ class RowStore:
 
     def _report_damage(self, path: Path, reason: str) -> None:
         if path not in self._reported:
-            log.warning("%s is damaged (%s): passed over; it can be deleted", path, " ".join(reason.split()))
+            log.warning("%s is damaged (%s): ignored; it can be deleted", path, " ".join(reason.split()))
         self._reported.add(path)
 
     def _delete_stale(self) -> None:
@@ -174,7 +174,7 @@ class RowStore:
         for path in self.directory.glob("*.partial"):
             with contextlib.suppress(OSError):  # another process may delete it first
                 if time.time() - path.stat().st_mtime > STALE:
-                    log.warning("%s was left half written: deleted", path)
+                    log.warning("%s is incomplete: deleted", path)
                     path.unlink()
 
 

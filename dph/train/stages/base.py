@@ -74,7 +74,7 @@ class Stage(ABC):
     """Batches and losses of one training stage.
 
     Args:
-        recipe: of the stage.
+        recipe: the stage's recipe.
         model: trained model (``dph.Model``); the trainer replaces it by its shards if there are several ranks.
         tokenizer: for padding and error messages.
         world: the ranks that share every step.
@@ -112,7 +112,7 @@ class Stage(ABC):
         self.micro_size = min(recipe.batch.micro or self.rank_size, self.rank_size)
         if self.rank_size % self.micro_size:
             raise UserError(
-                f"batch.micro: expected a divisor of {self.rank_size}, the share of each of {ranks} processes, "
+                f"batch.micro: expected a divisor of {self.rank_size}, the batch of each of {ranks} ranks, "
                 f"got {self.micro_size}"
             )
 
@@ -145,7 +145,7 @@ class Stage(ABC):
 
     def close(self) -> None:
         """Stop the data workers, if there are any."""
-        if self.recipe.data.workers:
+        if hasattr(self.batches.records, "close"):  # a pool of workers
             self.batches.records.close()
 
     def left_out(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -55,7 +56,7 @@ class HeldOutStreams(HeldOut):
 
     def __init__(self, stage: Stage, sources: Mapping[str, Sequence[Record]]) -> None:
         super().__init__(sources, stage.metrics)
-        self.stage = stage
+        self.stage = weakref.proxy(stage)  # without a cycle, the model is freed with the stage
 
     def sums(self, name: str, records: Sequence[Record]) -> tuple[dict[str, float], int]:
         """Return the sums over the targets, and their number.
@@ -85,7 +86,7 @@ class HeldOutPairs(HeldOut):
     """
 
     def __init__(self, stage: Stage, sources: Mapping[str, Sequence[Record]]) -> None:
-        self.stage = stage
+        self.stage = weakref.proxy(stage)
         self.heads = stage.recipe.objective.heads if stage.rewarded else ()
         reward_metrics = ["reward_accuracy"] * len(self.heads)
         if len(self.heads) > 1:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,7 +101,8 @@ class FrozenModel:
     """
 
     def __init__(self, stage: "PreferenceStage") -> None:
-        self.stage, recipe = stage, stage.recipe
+        self.stage = weakref.proxy(stage)  # without a cycle, the models are freed with the stage
+        recipe = stage.recipe
         self.kind = "states" if recipe.stage == "head" else "reference"
         if self.kind == "states":
             self.cached = recipe.data.cache_states

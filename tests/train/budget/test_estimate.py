@@ -73,7 +73,7 @@ def test_what_each_of_two_processes_takes(start, monkeypatch, capsys):
     for rank, lines in (("1", 0), ("0", 1)):
         monkeypatch.setenv("RANK", rank)
         assert main.main(asked) == 0
-        assert capsys.readouterr().out.count("processes, of which each takes  ") == lines
+        assert capsys.readouterr().out.count("processes (figures are per process)  ") == lines
 
 
 @pytest.mark.parametrize(("stage", "source"), [("align", "pairs.jsonl"), ("head", "pairs.jsonl"),
@@ -129,7 +129,7 @@ def test_memory_of_streams_on_the_host(start):
     assert found["hidden"].host == {"Transformer-XL memory": 2 * ring}
     assert "Transformer-XL memory" not in found["kv"].memory
     assert found["kv"].memory["windows of the memory on the host"] == 2 * 2 * 2 * 20 * 16 * 4
-    assert "memory of the host: Transformer-XL memory  " in found["kv"].table()
+    assert "host footprint: Transformer-XL memory  " in found["kv"].table()
 
 
 def stage_of(start, **changes):
@@ -185,7 +185,7 @@ def test_the_host_says_how_much_memory_it_has():
 @pytest.mark.parametrize(("checkpointing", "compiled"), [("none", False), ("block", False), ("none", True)])
 def test_activations_are_those_that_autograd_keeps(checkpointing, compiled, request, monkeypatch):
     """Within a tenth, of a model with the paper's proportions."""
-    monkeypatch.setattr(dispatch, "FEW", 0)  # as of real sizes
+    monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", 0)  # as of real sizes
     torch.manual_seed(0)
     config = dph.ModelConfig(
         vocab_size=512, embedding_size=96, hidden_size=192, intermediate_size=512, num_hidden_layers=6,
@@ -221,7 +221,7 @@ def test_the_command_writes_nothing(start, capsys, monkeypatch):
     arguments = [f"model.path={start / 'model'}", f"data.sources=[{start / 'pairs.jsonl'}]", "batch.size=4"]
     assert main.main(["train", "mini-align", *arguments, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    for word in ("parameters", "memory in all", "tokens in a step", "minutes"):
+    for word in ("parameters", "total footprint", "tokens in a step", "minutes"):
         assert word in said
     assert sorted(start.rglob("*")) == before
 

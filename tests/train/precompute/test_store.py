@@ -1,4 +1,4 @@
-"""The cache on disk: what comes back, what is passed over, and what keys depend on."""
+"""The cache on disk: what comes back, what is ignored, and what keys depend on."""
 
 import errno
 from dataclasses import replace
@@ -100,7 +100,7 @@ def test_leavings_of_a_killed_process_are_deleted_when_they_are_old(tmp_path, mo
     monkeypatch.setattr(storage, "STALE", -1)
     RowStore(tmp_path, WIDTH)
     assert not (tmp_path / "1-a.partial").exists()
-    assert "1-a.partial was left half written" in caplog.text
+    assert "1-a.partial is incomplete" in caplog.text
 
 
 def test_two_writers_share_a_directory(tmp_path):
