@@ -1,10 +1,14 @@
 """What a recipe starts from: files, tokenizer, model and heads; and all stages in a row by recipe alone."""
 
+import gc
 import json
 import sys
+import weakref
 
 import pytest
 import torch
+from helpers.stages import records as stage_records
+from helpers.stages import settings as stage_settings
 from helpers.stages import tiny, weights
 from helpers.texts import conversation, small_tokenizer, write_lines
 
@@ -192,3 +196,20 @@ def test_another_pooler_is_another_head():
     assert all(torch.equal(weights(model)[name], weights(changed)[name]) for name in backbone)
     assert not same(changed, model, "heads.shared.reward")
     assert changed.untrained_heads == {"default"}
+
+
+@pytest.mark.parametrize("stage", ["sft", "align", "head"])
+def test_a_stage_is_freed_without_the_cyclic_collector(stage, tmp_path):
+    """Reference models and memories take gigabytes: they go when the stage goes."""
+    data, held_out = stage_records(stage), stage_records(stage, 3)
+    made = build.make_stage(stage_settings(stage, tmp_path / "run"), tiny(), small_tokenizer(), data, held_out)
+    made.next_batch()
+    made.held_out.evaluate()
+    freed = weakref.ref(made)
+    gc.collect()
+    gc.disable()
+    try:
+        del made
+        assert freed() is None
+    finally:
+        gc.enable()

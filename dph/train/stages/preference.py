@@ -251,23 +251,14 @@ class PreferenceStage(Stage):
             bins = fill(lengths, self.recipe.batch.tokens)
         else:
             order = list(range(len(pairs)))
-            bins = []
-            for start in range(0, len(pairs), self.micro_size):
-                bins.append(order[start : start + self.micro_size])
+            bins = [order[start : start + self.micro_size] for start in range(0, len(pairs), self.micro_size)]
         if world_size > 1:
             bins = partition_bins(bins, lengths, rank, world_size)
-        groups = []
-        if self.recipe.stage == "head":
-            groups.append(bins)
-        else:
-            for members in bins:
-                groups.append([members])
+        groups = [bins] if self.recipe.stage == "head" else [[members] for members in bins]
         micro_batches = []
         for group in groups:
             indices = list(itertools.chain.from_iterable(group))
-            own_pairs = []
-            for index in indices:
-                own_pairs.append(pairs[index])
+            own_pairs = [pairs[index] for index in indices]
             micro_batches.append(self.micro_batch_class(own_pairs, indices, list(map(len, group))))
         return micro_batches
 
@@ -298,17 +289,11 @@ class PreferenceStage(Stage):
         objective, count = self.recipe.objective, len(inputs.answer_ids) // 2
         sides: list[Tensor | None] = [None] * 6
         if self.rewarded:
-            head_rewards = []
-            for name in objective.heads:
-                head_rewards.append(rewards[name])
-            stacked = torch.stack(head_rewards, 1)
+            stacked = torch.stack([rewards[name] for name in objective.heads], 1)
             sides[:2] = stacked[0::2], stacked[1::2]
         if reference is not None:
             sides[2:] = logprobs[0::2], logprobs[1::2], reference[0::2], reference[1::2]
-        values = []
-        for side in sides:
-            if side is not None:
-                values.append(side.detach().reshape(count, -1).sum(1))
+        values = [side.detach().reshape(count, -1).sum(1) for side in sides if side is not None]
         loss, metrics = preference_loss(
             *sides,
             beta=objective.beta,
