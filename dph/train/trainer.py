@@ -13,7 +13,6 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +178,7 @@ class Trainer:
         batch = self.stage.next_batch()
         if self.graph is None:
             # Lazily: the inputs of a micro-batch are prepared after the previous one's backward pass.
-            inputs = map(partial(self.stage.prepare, step=step), batch.micro_batches)
+            inputs = (self.stage.prepare(micro_batch, step) for micro_batch in batch.micro_batches)
             losses, loss, values = self._update_weights(inputs, len(batch.micro_batches), batch.weight)
         else:
             (micro_batch,) = batch.micro_batches

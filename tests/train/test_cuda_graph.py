@@ -91,7 +91,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(step, device, tmp_path, t
     def spoilt(self, part, at):
         inputs = original(self, part, at)
         if at == step:
-            inputs.frozen[5] = math.nan
+            inputs.frozen_outputs[5] = math.nan
         return inputs
 
     monkeypatch.setattr(PreferenceStage, "prepare", spoilt)

@@ -46,7 +46,7 @@ class PairMicroBatch(MicroBatch):
     @property
     def rows(self) -> int:
         """Number of tokens of the largest bin."""
-        sizes = [sum(map(self.length, part.pairs)) for part in self.bins()]
+        sizes = [sum(map(self.length, bin_batch.pairs)) for bin_batch in self.bins()]
         return max(sizes)
 
     @property
@@ -80,12 +80,12 @@ class PairInputs(NamedTuple):
 
     Attributes:
         answer_ids: [2N] int64 keys of the dropout masks, chosen and rejected in turn.
-        frozen: outputs of the frozen model (``FrozenModel``), if the loss uses them.
+        frozen_outputs: of the frozen model (:class:`FrozenModel`), if the loss uses them.
         packed: tokens for the trained model; None in stage head, which trains only the heads.
     """
 
     answer_ids: Tensor
-    frozen: Tensor | None
+    frozen_outputs: Tensor | None
     packed: PackedBatch | None
 
 
@@ -113,11 +113,11 @@ class FrozenModel:
     def __call__(self, micro_batch: PairMicroBatch, packed: PackedBatch | None = None) -> Tensor:
         """Return the outputs for all pairs. ``packed``: the only bin on the model's device, if it is there already."""
         outputs, device = [], self.stage.model.device
-        for part in micro_batch.bins():
+        for bin_batch in micro_batch.bins():
             if self.cached:
-                outputs.append(self.cache.rows(part.pairs, lambda part=part: self._compute(part, packed)))
+                outputs.append(self.cache.rows(bin_batch.pairs, lambda pairs=bin_batch: self._compute(pairs, packed)))
             else:
-                outputs.append(self._compute(part, packed))
+                outputs.append(self._compute(bin_batch, packed))
         joined = torch.cat(outputs)
         if not self.cached:
             return joined
@@ -169,11 +169,11 @@ class PreferenceStage(Stage):
         others: see :class:`Stage`.
 
     Attributes:
-        rewarded: whether the loss has the reward's part.
+        rewarded: whether the loss has a reward term.
         frozen: outputs of the reference model or the frozen backbone.
         batches: pairs of all ranks.
 
-    Raises UserError for a missing head, an objective without any part, and a held-out source without a pair.
+    Raises UserError for a missing head, an objective without any term, and a held-out source without a pair.
     """
 
     micro_batch_class: ClassVar[type[PairMicroBatch]] = PairMicroBatch
@@ -192,7 +192,7 @@ class PreferenceStage(Stage):
         self.rewarded = objective.dph_weight > 0
         self.needs_reference = self.recipe.stage == "align" and objective.dpo_weight > 0
         if not (self.rewarded or self.needs_reference):
-            raise UserError("objective: expected a weight above 0 for a part that the stage trains, got none")
+            raise UserError("objective: expected a weight above 0 for a term that the stage trains, got none")
         heads = self.model.head_names
         missing = [name for name in objective.heads if name not in heads]
         if missing or not objective.heads:
@@ -282,10 +282,10 @@ class PreferenceStage(Stage):
         """Return the joint preference objective and its metrics."""
         dropout = {"dropout_seed": self.dropout_seed, "answer_ids": inputs.answer_ids}
         if inputs.packed is None:
-            rewards, logprobs, reference = self.model.rewards_of(inputs.frozen, **dropout), None, None
+            rewards, logprobs, reference = self.model.rewards_of(inputs.frozen_outputs, **dropout), None, None
         else:
             out = self.model.forward_packed(inputs.packed, **dropout)
-            rewards, logprobs, reference = out.rewards, out.logprobs, inputs.frozen
+            rewards, logprobs, reference = out.rewards, out.logprobs, inputs.frozen_outputs
         objective, count = self.recipe.objective, len(inputs.answer_ids) // 2
         sides: list[Tensor | None] = [None] * 6
         if self.rewarded:
