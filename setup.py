@@ -118,7 +118,7 @@ class BuildNative(build_ext):
             self.compiler.compile([str(source)], output_dir=self.build_temp, extra_postargs=COMPILE)
         except FAILURES as error:
             say(f"no working C++ compiler ({error}), so this installs as pure Python, without the C++ and CUDA kernels")
-            say("to build them, install g++ (apt install g++) and run `pip install -e .` again")
+            say("to build them, install g++ (apt install g++), then run `pip install -e .` again")
             raise
         say("the compiler does not support OpenMP: the C++ kernels will use one core")
         return []
