@@ -39,8 +39,10 @@ class HookFinder:
             return None
         spec = None
         for finder in sys.meta_path:
-            if finder is not HookFinder and spec is None:
+            if finder is not HookFinder:
                 spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                break
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

@@ -79,7 +79,10 @@ class StepMetrics:
         batch: data of the step.
         losses: losses of this rank's micro-batches, without gradient.
         loss: mean over the step's items [].
+        left_out: message about the records that were left out so far; None without any, and if it is not logged.
     """
+
+    left_out: str | None = None
 
     def __init__(
         self, step: int, lr: float, batch: StepBatch, losses: list[LossSum], loss: Tensor, values: Tensor
@@ -186,7 +189,10 @@ class Trainer:
             # Copies, since the next replay overwrites the outputs.
             losses = [LossSum(*map(torch.clone, micro_loss)) for micro_loss in losses]
             loss, values = loss.clone(), values.clone()
-        return StepMetrics(step, lr, batch, losses, loss, values)
+        metrics = StepMetrics(step, lr, batch, losses, loss, values)
+        if self._is_logged(step):  # now, before the next batch is read
+            metrics.left_out = self.stage.left_out()
+        return metrics
 
     def _update_weights(self, inputs: Iterable[Any], count: int, weight: float) -> tuple[list[LossSum], Tensor, Tensor]:
         """Forward, backward, clip and step the optimizer; a CUDA graph records this function.
@@ -252,7 +258,7 @@ class Trainer:
                 # The memory may hold numbers that are not finite. The next step may have started, and is lost as well;
                 # a resumed run skips it, too.
                 self._memory_reset_step = step + 2
-        if step == self.settings.steps or step % self.recipe.output.log_every == 0:
+        if self._is_logged(step):
             averages = self.means.flush()
             if peak := flops.peak_flops(self.model.device):
                 averages["mfu"] = averages["tflops_per_second"] * 1e12 / (peak * self.world.world_size)
@@ -261,8 +267,11 @@ class Trainer:
             if batch.refused is not None:
                 averages["refused"] = batch.refused
             self._log(step, progress, averages)
-            if batch.left_out is not None:
-                self._report_left_out({"records": batch.left_out}, progress)
+            if metrics.left_out is not None:
+                self._report_left_out({"records": metrics.left_out}, progress)
+
+    def _is_logged(self, step: int) -> bool:
+        return step == self.settings.steps or step % self.recipe.output.log_every == 0
 
     def _report_skipped(self, metrics: StepMetrics, norm: float, in_a_row: int, progress: Progress) -> None:
         """Show why a step was skipped; raise Diverged if it was one too many."""

@@ -92,6 +92,7 @@ def estimate(recipe: Recipe) -> Estimate:
     device = torch.device(devices.choose(recipe.device))
     stage = build.make_stage(recipe, model, tokenizer, None, None, device=torch.device("cpu"), world=torchrun_world())
     batch = stage.next_batch()
+    left_out = stage.left_out()
     rows = max(micro_batch.rows for micro_batch in batch.micro_batches)
     alone = len(batch.micro_batches) == 1
     return Estimate(
@@ -105,7 +106,7 @@ def estimate(recipe: Recipe) -> Estimate:
         flops=flops.batch_flops(stage, batch),
         steps=recipe.optimiser.steps,
         rate=flops.peak_flops(device) or _measure_matrix_rate(device),
-        left_out=() if batch.left_out is None else (batch.left_out,),
+        left_out=() if left_out is None else (left_out,),
     )
 
 

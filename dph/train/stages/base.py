@@ -42,7 +42,6 @@ class StepBatch:
         memory: tokens of Transformer-XL memory that each stream has seen, at most the memory's length.
         targets: targets of all ranks; 0 for pairs, whose masks hold them.
         refused: pairs left out since the start of the run; None for streams, which use every record.
-        left_out: message about the records that were left out, if there are any.
     """
 
     micro_batches: Sequence[MicroBatch]
@@ -53,7 +52,6 @@ class StepBatch:
     memory: int = 0
     targets: int = 0
     refused: int | None = None
-    left_out: str | None = None
 
 
 class LossSum(NamedTuple):

@@ -236,7 +236,6 @@ class PreferenceStage(Stage):
             records=f"records {first_record} to {self.batches.records.position - 1}",
             pairs=pairs,
             refused=self.batches.refused.total(),
-            left_out=self.left_out(),
         )
 
     def micro_batches(
