@@ -32,7 +32,7 @@ struct AttentionArguments {
   AttentionRows q, k, v, memory_k, memory_v, out;  // k holds rotated keys
   const float* q_cos = nullptr;                    // [T, D/2]
   const float* q_sin = nullptr;
-  float* lse = nullptr;  // [T, heads], natural logarithm
+  float* lse = nullptr;  // [T, heads], base 2: a single large score is kept exactly
   // Backward only. dq has the dtype of q; dk (of the rotated keys) and dv are float and must be zeroed by the caller.
   AttentionRows grad, dq, dk, dv;
 };

@@ -59,4 +59,10 @@ DPH_INLINE float exp_of(float x) {
   return p * float_from_bits((bits_from_float(shifted) << 23) + 0x3f800000u);
 }
 
+// 1 / (1 + e^-x), exactly 0 below -87, so that minus infinity times the result is NaN, as in PyTorch's silu.
+DPH_INLINE float sigmoid_of(float x) {
+  const float below = x < 0.0f ? x : -x, e = below < -87.0f ? 0.0f : exp_of(below);
+  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
 }  // namespace dph

@@ -117,12 +117,13 @@ DPH_INLINE bool laprop_finite(float scale) { return fabsf(scale) <= FLT_MAX; }
 DPH_INLINE float laprop_load(const float* values, int64_t i) { return values[i]; }
 DPH_INLINE float laprop_load(const uint16_t* values, int64_t i) { return float_from_bf16(values[i]); }
 
-// Updates one element. Without prior decay, prior is the parameter itself.
-DPH_INLINE void laprop_element(const LapropCoefficients& k, float grad, float prior, float& param, float& exp_avg,
+// Updates one element; ``lead`` is the distance of the parameter from its prior, 0 without prior decay.
+DPH_INLINE void laprop_element(const LapropCoefficients& k, float grad, float lead, float& param, float& exp_avg,
                                float& exp_avg_sq) {
   exp_avg_sq = k.beta2 * exp_avg_sq + k.square * (grad * grad);
   exp_avg = k.beta1 * exp_avg + k.step * (grad / (sqrtf(exp_avg_sq) + k.eps));
-  const float decay = k.prior_decay * (param - prior) + k.weight_decay * param;
+  const float pull = k.weight_decay == 0.0f ? 0.0f : k.weight_decay * param;  // an infinite parameter stays infinite
+  const float decay = k.prior_decay * lead + pull;
   param -= decay + k.momentum_scale * exp_avg;
 }
 

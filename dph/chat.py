@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 from weakref import WeakKeyDictionary, proxy
 
-from dph.errors import UserError
+from dph.errors import UserError, check_text, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,28 +126,18 @@ def plain(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
 def check(messages: Any, where: str = "messages") -> None:
     """Raise UserError, naming the message, unless ``messages`` is a list of messages with role and text content."""
     if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise UserError(f"{where}: expected a list of messages, got {type(messages).__name__}")
+        raise UserError(f"{where}: expected a list of messages, got {shown(messages)}")
     if not messages:
         raise UserError(f"{where}: expected at least one message, got none")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise UserError(f"{where}[{i}]: expected an object with role and content, got {type(message).__name__}")
+            raise UserError(f"{where}[{i}]: expected an object with role and content, got {shown(message)}")
         if "role" not in message or "content" not in message:
             missing = " and ".join(key for key in ("role", "content") if key not in message)
             raise UserError(f"{where}[{i}]: expected role and content, got none for {missing}")
-        if message["role"] not in ROLES:
-            raise UserError(f"{where}[{i}]: expected role {', '.join(ROLES)}, got {message['role']!r}")
+        if not isinstance(message["role"], str) or message["role"] not in ROLES:
+            raise UserError(f"{where}[{i}]: expected role {', '.join(ROLES)}, got {shown(message['role'])}")
         check_text(message["content"], f"{where}[{i}].content")
-
-
-def check_text(text: Any, where: str) -> None:
-    """Raise UserError unless ``text`` is a string that has a UTF-8 form."""
-    if not isinstance(text, str):
-        raise UserError(f"{where}: expected text, got {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: expected valid Unicode, got a lone surrogate at character {error.start}") from None
 
 
 def check_answered(messages: Sequence[Message], where: str = "messages") -> None:

@@ -1,18 +1,17 @@
 """Conversion of released checkpoint layouts, both ways: pure renaming, splitting and joining of tensors."""
 
-import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.utils import cached_file
+
+from dph.errors import UserError, shown
 
 RELEASED = "lsw_transformer"
 """Model type of the released directories."""
-IM_END = "<|im_end|>"  # in the released tokenizers; ``dph.chat.END`` is the same
 
 # Official name -> own name; {} stands for a block number, a reward head's name or a pooler's index.
 RENAMED = {
@@ -127,19 +126,6 @@ def config_from_official(config: dict[str, Any]) -> dict[str, Any]:
     return {**own, "im_end_token_id": config.get("im_end_token_id"), "released": kept}
 
 
-def end_token(path: str | os.PathLike, **hub: Any) -> int | None:
-    """Return the id of ``<|im_end|>`` in a model's ``tokenizer.json``, on disk or hub; None if it has none."""
-    optional = dict.fromkeys(
-        ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
-    )
-    file = cached_file(path, "tokenizer.json", **hub, **optional)
-    if file is not None:
-        for token in json.loads(Path(file).read_text())["added_tokens"]:
-            if token["content"] == IM_END:
-                return token["id"]
-    return None
-
-
 def config_to_official(config: Any) -> dict[str, Any]:
     """Return a released ``config.json`` from a :class:`dph.ModelConfig`; ValueError for settings that it lacks."""
     if config.layer_norm_eps != LAYER_NORM_EPS or config.task_heads:
@@ -162,18 +148,39 @@ def init_embeddings(model: nn.Module, source: str | Path = "facebook/opt-125m") 
     The paper starts from OPT-125m, whose table has unused rows after its vocabulary. The two chat tokens get these rows
     unchanged.
 
-    Raises ValueError if the widths differ, the source has fewer rows, or its weights contain no embedding.
+    Raises ValueError if the widths differ, the source has fewer rows, its weights contain no embedding or one that is
+    not floating-point, or transformers cannot read it without code of its own.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    loaded, info = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        # Nothing is computed with it, and others may be kernels of the hub.
+        config._attn_implementation = config._experts_implementation = "eager"
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            source, config=config, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
+    except (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+        got = shown(f"{type(error).__name__}: {error}")
+        raise UserError(f"{source}: expected a language model that transformers reads, got {got}") from error
     embedding = loaded.get_input_embeddings()
     # A table that the file lacks is initialised at random by transformers, with only a warning.
     names = {name for name, module in loaded.named_modules() if module is embedding}
     if missing := [key for key in info["missing_keys"] if key.rpartition(".")[0] in names]:
         raise ValueError(f"{source}: expected weights with a token embedding, got none for {missing[0]}")
+    _check_dtype(source, embedding.weight.shape)
     table, own = embedding.weight.detach(), model.get_input_embeddings().weight
     if table.shape[1] != own.shape[1] or table.shape[0] < own.shape[0]:
         raise ValueError(f"{source}: expected an embedding of at least {list(own.shape)}, got {list(table.shape)}")
     with torch.no_grad():
         own.copy_(table[: own.shape[0]])
+
+
+def _check_dtype(source: str | Path, shape: torch.Size) -> None:
+    """Raise UserError if a file of a folder has integers in a tensor of the embedding's shape: they would be cast."""
+    for path in sorted(Path(source).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                entry = file.get_slice(name)
+                if entry.get_shape() == list(shape) and entry.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    raise UserError(f"{path}: {name}: expected a floating-point embedding, got {entry.get_dtype()}")

@@ -1,6 +1,9 @@
-"""Errors that the command line prints as one line, without a traceback, and text made safe to print."""
+"""Errors that the command line prints as one line, without a traceback, and values of unknown origin in them."""
 
+import itertools
 import re
+import reprlib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -13,7 +16,7 @@ class OtherRankFailed(RuntimeError):
 
 # Control characters (C0 and C1), the marks that reorder text or end a line, and halves of surrogate pairs, which no
 # encoding can write.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
@@ -26,4 +29,42 @@ def printable(text: str, keep: str = "\n\t") -> str:
         character = match[0]
         return character if character in keep else character.encode("unicode_escape", "surrogatepass").decode()
 
-    return _UNPRINTABLE.sub(escape, text)
+    return UNPRINTABLE.sub(escape, text)
+
+
+_SHORT = reprlib.Repr()  # bounded in length and depth, so that neither a huge nor a deep value is rendered whole
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlong = 40
+_SHORT.maxlevel = 3
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = 4
+
+
+def shown(value: object) -> str:
+    """Return the repr of a value of unknown origin for a message: on one line, without control characters, and cut."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # an integer with more digits than Python converts to text
+        text = "an integer of thousands of digits"
+    text = printable(text, keep="")
+    return text if len(text) <= 120 else f"{text[:80]}...{text[-20:]}"
+
+
+def shown_names(names: Iterable[object], most: int = 12) -> str:
+    """Return keys of unknown origin as a list for a message, cut; "(none)" if there are none."""
+    words = []
+    for name in itertools.islice(names, most + 1):
+        text = printable(str(name)[:41], keep="")
+        words.append(text if len(text) <= 40 else f"{text[:40]}...")
+    if len(words) > most:
+        words[most] = "..."
+    return ", ".join(words) or "(none)"
+
+
+def check_text(text: object, where: str) -> None:
+    """Raise UserError unless ``text`` is a string that has a UTF-8 form."""
+    if not isinstance(text, str):
+        raise UserError(f"{where}: expected text, got {shown(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: expected valid Unicode, got a lone surrogate at character {error.start}") from None

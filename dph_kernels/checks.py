@@ -3,14 +3,18 @@
 Errors have the form "name: expected X, got Y".
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from operator import mul
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dph_kernels.torch_private import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def tensor(name: str, value: object) -> None:
@@ -22,7 +26,10 @@ def tensor(name: str, value: object) -> None:
 def shape(name: str, value: Tensor, *expected: int | str) -> None:
     """Compare a tensor's shape with sizes; a string matches any size and names it in the error."""
     tensor(name, value)
-    sizes = value.shape
+    try:
+        sizes = value.shape
+    except RuntimeError as error:  # nested tensors, uninitialised parameters
+        raise ValueError(f"{name}: expected a dense tensor, got one without a shape: {error}") from None
     if sizes == expected:  # the usual case, without a loop
         return
     fits = len(sizes) == len(expected)
@@ -40,6 +47,66 @@ def dtype(name: str, tensor: Tensor, expected: torch.dtype | Iterable[torch.dtyp
     if tensor.dtype not in allowed:
         names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
         raise ValueError(f"{name}: expected {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def memory(name: str, value: Tensor) -> None:
+    """Require a dense tensor whose storage holds all elements that shape, strides and offset refer to.
+
+    PyTorch's own operations crash if it does not. Wrappers of transforms and subclasses pass: they have no storage.
+    """
+    if torch.compiler.is_dynamo_compiling() or type(value) not in PLAIN:
+        return
+    if is_functorch_wrapped_tensor(value) or is_legacy_batchedtensor(value):
+        return
+    if value.is_nested:
+        raise ValueError(f"{name}: expected a dense tensor, got a nested one")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+    needed, stored = span(value), value.untyped_storage().nbytes()
+    if stored < needed:
+        raise ValueError(f"{name}: expected a storage of at least {needed} bytes, got {stored}: its memory was freed")
+
+
+def span(x: Tensor) -> int:
+    """Return the bytes of storage up to the last element of a dense tensor."""
+    if x.numel() == 0:
+        return 0
+    strides = x.stride()
+    last = x.storage_offset() + sum(map(mul, x.shape, strides)) - sum(strides)
+    return (last + 1) * x.itemsize
+
+
+def in_memory(tensors: Sequence[Tensor]) -> bool:
+    """Whether kernels can read all tensors: none is freed, a wrapper, on the meta device, or an implicit zero."""
+    try:
+        for x in tensors:
+            stored, size = x.untyped_storage().nbytes(), x.nbytes
+            if stored != size and size and stored < span(x):
+                return False
+        return _have_addresses(tensors)
+    except RuntimeError:  # sparse tensors and wrappers of transforms have no storage
+        return False
+
+
+def _have_addresses(tensors: Iterable[Tensor]) -> bool:
+    if 0 not in map(Tensor.data_ptr, tensors):
+        return True
+    return all(x.data_ptr() or x.numel() == 0 for x in tensors)
+
+
+def require_memory(**tensors: Tensor | None) -> None:
+    """Require :func:`memory` of tensors that PyTorch's own operations read, if one has no address."""
+    if torch.compiler.is_dynamo_compiling():
+        return
+    present = [x for x in tensors.values() if x is not None]
+    try:
+        if _have_addresses(present):
+            return
+    except RuntimeError:  # no storage
+        pass
+    for name, value in tensors.items():
+        if value is not None:
+            memory(name, value)
 
 
 def device(name: str, tensor: Tensor, expected: torch.device) -> None:

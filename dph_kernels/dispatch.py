@@ -2,13 +2,16 @@
 
 A backend is an argument. ``auto`` takes the first entry of a literal line for each operator and device, below;
 a backend that is requested by name and cannot run raises with the reason.
+
+Kernels have gradients, but neither tangents nor gradients of gradients. Inputs that torch.func (``grad``, ``vjp``,
+``jvp`` and what is built on them) or forward-mode differentiation has marked are computed in plain PyTorch, by the
+reference, with ``auto``; a kernel that is requested by name raises.
 """
 
 import functools
 import importlib
 import importlib.util
 import itertools
-import operator
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dph_kernels import torch_private
+from dph_kernels.checks import PLAIN, in_memory
 
 ON_REQUEST = "only by name: not measured to be faster"
 EVERYWHERE = "plain PyTorch runs everywhere"
@@ -65,9 +69,7 @@ AUTO: dict[str, dict[str, dict[str, str]]] = {
     },
 }
 
-PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _NO_RANGE = nullcontext()
-_is_meta = operator.attrgetter("is_meta")
 SMALL_ELEMENTS = 2**17  # elements up to which PyTorch's own operations take about as long as a kernel with its Python
 
 # The dtypes that a backend computes in, if not in all of them.
@@ -202,20 +204,33 @@ def needs_dispatcher(tensors: Sequence[Tensor]) -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch_private.is_in_torch_dispatch_mode()
-        or torch_private.are_functorch_transforms_active()
-        or torch_private.forward_mode_level() >= 0
-        or torch_private.get_tracing_state() is not None
+        or _is_intercepted(tensors)
         or any(map(torch_private.is_legacy_batchedtensor, tensors))
-        or any(map(Tensor.is_neg, tensors))
     )
 
 
 def can_bypass_dispatcher(tensors: Sequence[Tensor]) -> bool:
-    """Whether a call does not need the dispatcher, and its tensors are of no subclass and not on the meta device."""
+    """Whether a call does not need the dispatcher, and its tensors are of no subclass and have elements in memory."""
     if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, tensors)):
         return False
-    return not (needs_dispatcher(tensors) or any(map(_is_meta, tensors)))
+    return not _is_intercepted(tensors) and in_memory(tensors)
+
+
+def _is_intercepted(tensors: Sequence[Tensor]) -> bool:
+    return (
+        torch_private.is_in_torch_dispatch_mode()
+        or torch_private.are_functorch_transforms_active()
+        or torch_private.forward_mode_level() >= 0
+        or torch_private.get_tracing_state() is not None
+        or any(map(Tensor.is_neg, tensors))
+    )
+
+
+def needs_formula(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch.func or forward-mode differentiation needs an operator in PyTorch's own operations."""
+    if torch.compiler.is_compiling():
+        return torch_private.differentiation_active()
+    return any(map(torch_private.is_differentiated, tensors))
 
 
 def bypass_obstacle(tensors: Sequence[Tensor]) -> str | None:
@@ -225,6 +240,8 @@ def bypass_obstacle(tensors: Sequence[Tensor]) -> str | None:
             return f"a tensor is a {type(x).__name__}, not a plain tensor"
         if x.is_meta:
             return "a tensor is on the meta device"
+        if not in_memory([x]):
+            return "a tensor has no elements in memory"
     if torch.compiler.is_compiling():
         return "torch.compile traces the call"
     if reason := torch_private.interception():
@@ -244,7 +261,7 @@ def prefer_pytorch(x: Tensor, backend: str) -> bool:
     few elements, as in decoding token by token, the Python before a kernel takes several times as long as all of the
     arithmetic. The choice does not depend on gradients, so that calls with and without them give the same bits.
     """
-    return backend == "auto" and (torch.compiler.is_compiling() or x.numel() <= SMALL_ELEMENTS)
+    return backend == "auto" and (x.numel() <= SMALL_ELEMENTS or torch.compiler.is_compiling())
 
 
 def toolchain() -> dict[str, str]:

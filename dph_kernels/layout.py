@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dph_kernels.torch_private import outside_transforms, unwrapped
 from dph_kernels.transfer import all_to_device
 
 Array = np.ndarray  # for many operations on small tables NumPy's overhead is a fraction of PyTorch's
@@ -90,7 +91,11 @@ class PackedLayout:
 
     def __post_init__(self) -> None:
         """Validate the table and derive the positions from it."""
-        table = self.segments
+        object.__setattr__(self, "segments", unwrapped(self.segments))
+        with outside_transforms():  # a layout is a constant
+            self._derive_positions(self.segments)
+
+    def _derive_positions(self, table: Tensor) -> None:
         if (
             table.ndim != 2
             or table.shape[1] != len(COLUMNS)
@@ -268,7 +273,7 @@ class PackedLayout:
             return *of_queries, *rope.tables(self.key_positions, head_dim, dtype)
         key = (rope, head_dim, dtype)
         if key not in self._tables:
-            with torch.inference_mode(False):  # a layout first used in inference mode may be used in training later
+            with outside_transforms(), torch.inference_mode(False):  # a layout first used in inference mode may be used in training later
                 of_queries = of_keys = rope.tables(self.query_positions, head_dim, dtype)
                 if self.key_positions is not self.query_positions:
                     of_keys = rope.tables(self.key_positions, head_dim, dtype)

@@ -2,6 +2,10 @@
 
 The Python of PyTorch's dispatcher and of its custom operators takes longer than the arithmetic of a small step, and a
 GPU waits for it. A call bypasses both when no tracing, mode or transform is active and all tensors are plain.
+
+The rules for other tensors are the same for all operators. Subclasses and lazily negated tensors go through the
+dispatcher; a subclass that the dispatcher leaves as it is, is computed as a plain tensor. Implicit zeros are written
+out. A tensor whose storage was freed, or is too small, and a sparse one raise ValueError.
 """
 
 import inspect
@@ -16,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from dph_kernels import dispatch
-from dph_kernels.torch_private import unwrapped_apply
+from dph_kernels import checks, dispatch
+from dph_kernels.torch_private import constant, forward_mode_level, is_differentiated, is_zerotensor, unwrapped_apply
 
 Inputs = dict[str, Any]
 """Values by the names of an operator's signature, without ``backend``."""
@@ -38,6 +42,8 @@ class Gradient:
         plain: in place of ``fake``, the backward pass in PyTorch's own operations, which the dispatcher sees.
         like: the argument of ``backward`` whose device and dtype decide which implementation runs.
         upstream: the arguments of ``backward`` that are gradients of outputs.
+        differentiable: the number of outputs that have a gradient, the first ones.
+        constants: the tensors that have no gradient although they could.
     """
 
     setup: Callable[..., None]
@@ -46,6 +52,8 @@ class Gradient:
     plain: Callable[..., Any] | None = None
     like: str
     upstream: tuple[str, ...] = ("grad",)
+    differentiable: int = 1
+    constants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +146,14 @@ class Operator:
         else:
             bypass = plain and not dispatch.needs_dispatcher(tensors)
         if not bypass:
+            if dispatch.needs_formula(tensors):
+                if self._gradient:
+                    return self._differentiable(inputs, backend)
+                if forward_mode_level() >= 0:
+                    raise RuntimeError(f"{self.name}: expected tensors without tangents, as it has no derivative")
+            for name in self._lists:
+                if name not in self._mutates:
+                    inputs[name] = list(map(_written_out, inputs[name]))
             return self.operator(**inputs, backend=backend)
         if not (self._gradient and torch.is_grad_enabled() and any(map(_requires_grad, tensors))):
             return self._forward(inputs, backend)
@@ -156,7 +172,7 @@ class Operator:
         """Return the results of ``backward``, through the dispatcher if the upstream gradients need it."""
         upstream = [arguments[name] for name in self._gradient.upstream if arguments[name] is not None]
         if not dispatch.can_bypass_dispatcher(upstream):
-            return self.backward_operator(**arguments, backend=backend)
+            return self._dispatched_backward(**arguments, backend=backend)
         with dispatch.profile_range(f"{self.name}_backward"):
             return self._run_backward(**arguments, backend=backend)
 
@@ -194,16 +210,55 @@ class Operator:
 
     def _kernel(self, *, backend: str, **inputs: Any) -> Any:
         """Run the operator, called by the dispatcher."""
+        inputs = _readable(inputs)
         if self._accept:
             self._accept(inputs)
         return self._run(inputs, backend)
 
+    def _backward_kernel(self, *, backend: str, **arguments: Any) -> Any:
+        """Run the backward pass, called by the dispatcher."""
+        return self._run_backward(**_readable(arguments), backend=backend)
+
+    def _differentiable(self, inputs: Inputs, backend: str) -> Any:
+        """Return the outputs by the reference, in PyTorch's own operations, which have derivatives of every kind."""
+        if backend not in ("auto", "reference"):
+            self._choose(inputs, backend)  # raises for an unknown backend, or one that cannot run at all
+            raise RuntimeError(
+                f"{self._folder}: backend {backend!r} cannot run: torch.func and forward-mode differentiation need "
+                "PyTorch's own operations; use 'auto' or 'reference'"
+            )
+        inputs = dict(inputs)
+        for name, value in inputs.items():
+            _check_memory(name, value)
+            if name in self._gradient.constants:
+                inputs[name] = constant(value)
+        implementation, device = self._choose(inputs, "reference")
+        outputs = dispatch.call(getattr(implementation, self._function), device, inputs)
+        if isinstance(outputs, Tensor):
+            return outputs
+        count = self._gradient.differentiable
+        return *outputs[:count], *map(constant, outputs[count:])
+
     # Gradients
+
+    def _dispatched_backward(self, *, backend: str, **arguments: Any) -> Any:
+        """Return the results of ``backward`` by the dispatcher; refuse upstream gradients that are differentiated."""
+        for name in self._gradient.upstream:
+            grad = arguments[name]
+            if grad is None:
+                continue
+            checks.memory(name, grad)
+            if self._gradient.fake and dispatch.needs_formula([grad]):
+                raise RuntimeError(
+                    f"{name} of {self.name}_backward: expected a gradient that nothing differentiates; call the "
+                    "operator itself inside of torch.func or forward-mode differentiation"
+                )
+        return self.backward_operator(**arguments, backend=backend)
 
     def _register_gradient(self, gradient: Gradient) -> None:
         """Register the backward pass with the dispatcher."""
         if gradient.fake:
-            self.backward_operator = _register(f"{self.name}_backward", self._run_backward, gradient.fake)
+            self.backward_operator = _register(f"{self.name}_backward", self._backward_kernel, gradient.fake)
         else:
             self.backward_operator = lambda *, backend, **arguments: gradient.plain(**arguments)
 
@@ -214,7 +269,7 @@ class Operator:
         def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Any, ...]:
             needs = dict(zip(self._parameters, ctx.needs_input_grad, strict=False))
             nothing = {name: [None] * len(needs[name]) for name in self._lists}
-            computed = gradient.compute(ctx, needs, partial(self.backward_operator, backend=ctx.backend), *grads)
+            computed = gradient.compute(ctx, needs, partial(self._dispatched_backward, backend=ctx.backend), *grads)
             return *map((nothing | computed).get, self._parameters), None
 
         self.operator.register_autograd(backward, setup_context=setup)
@@ -245,7 +300,7 @@ class Operator:
                     upstream.append(grad)
             # With gradients enabled, gradients of gradients are wanted, which the operator refuses.
             if torch.is_grad_enabled() or not dispatch.can_bypass_dispatcher(upstream):
-                backward = partial(self.backward_operator, backend=backend)
+                backward = partial(self._dispatched_backward, backend=backend)
             elif torch.is_autocast_enabled(device):
                 backward = partial(dispatch.without_autocast, backward, device)
             needs = ctx.needs_input_grad
@@ -260,6 +315,43 @@ class Operator:
         functions = {"forward": forward, "backward": once_differentiable(backward) if once else backward}
         functions = {name: staticmethod(function) for name, function in functions.items()}
         return unwrapped_apply(type(self.name, (torch.autograd.Function,), functions))
+
+
+def _readable(arguments: Inputs) -> Inputs:
+    """Return the arguments with instances of subclasses as plain tensors.
+
+    Raises ValueError for tensors without memory, and RuntimeError for those with a tangent, which would be lost: a call
+    of ``torch.ops.dph``, or of a function that was compiled outside of forward-mode differentiation.
+    """
+    readable = {}
+    for name, value in arguments.items():
+        if isinstance(value, (list, tuple)):
+            value = list(map(_plain, value))
+        readable[name] = _plain(value)
+        _check_memory(name, readable[name])
+        if isinstance(value, Tensor) and is_differentiated(value):
+            raise RuntimeError(f"{name}: expected a tensor without a tangent, as kernels have no forward-mode derivative")
+    return readable
+
+
+def _written_out(x: Tensor) -> Tensor:
+    """Return a tensor of a list with memory if it is an implicit zero: the dispatcher would expand a single zero."""
+    compiling = torch.compiler.is_dynamo_compiling()
+    return x.clone() if not compiling and type(x) in checks.PLAIN and is_zerotensor(x) else x
+
+
+def _plain(value: Any) -> Any:
+    is_subclass = isinstance(value, Tensor) and type(value) not in checks.PLAIN
+    return value.as_subclass(Tensor) if is_subclass else value
+
+
+def _check_memory(name: str, value: Any) -> None:
+    """Require memory of a tensor or of each tensor in a list."""
+    if isinstance(value, Tensor):
+        checks.memory(name, value)
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            _check_memory(f"{name}[{i}]", item)
 
 
 def _register(

@@ -6,23 +6,33 @@ and :func:`missing` lists it.
 
 import functools
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 TESTED = ("2.11", "2.13")
 """Versions of PyTorch that the tests have passed with: 2.11 with CUDA, 2.13 on the CPU."""
 
 NAMES = {
+    "torch.Tensor._is_zerotensor": "whether a tensor is an implicit zero of autograd, without memory",
     "torch._C._FunctionBase.apply": "autograd functions without the Python of torch.autograd.Function.apply",
     "torch._C._SetExcludeDispatchKeyGuard": "autograd inside an operator",
     "torch._C.DispatchKey.AutogradFunctionality": "autograd inside an operator",
+    "torch._C._DisableFuncTorch": "computation of constants inside of torch.func transforms",
     "torch._C._are_functorch_transforms_active": "whether torch.func transforms a call",
+    "torch._C._functorch.get_interpreter_stack": "whether torch.func differentiates a compiled call",
+    "torch._C._functorch.get_unwrapped": "the tensor inside the wrapper of a torch.func transform",
+    "torch._C._functorch.is_functorch_wrapped_tensor": "whether a torch.func transform has wrapped a tensor",
+    "torch._C._functorch.is_gradtrackingtensor": "whether torch.func differentiates with respect to a tensor",
     "torch._C._functorch.is_legacy_batchedtensor": "whether is_grads_batched of torch.autograd.grad batches a tensor",
+    "torch._C._functorch.unwrap_if_dead": "the tensor inside the wrapper of a torch.func transform that has ended",
     "torch._C._get_tracing_state": "whether torch.jit traces a call",
     "torch._C._profiler._RecordFunctionFast": "a named range in a profile",
     "torch.autograd._profiler_enabled": "whether a profile is being recorded",
     "torch.autograd.forward_ad._current_level": "whether forward-mode differentiation is active",
+    "torch.autograd.forward_ad._set_fwd_grad_enabled": "outputs without tangents",
     "torch.nn.modules.module._has_any_global_hook": "whether a hook is registered on all modules",
     "torch.ops.mkldnn._linear_pointwise": "oneDNN's product of fp32 matrices",
     "torch.utils._python_dispatch.is_in_torch_dispatch_mode": "whether a dispatch mode is active",
@@ -62,11 +72,19 @@ if find(_LEVEL) is not None:  # a number that changes, read at each call
 get_tracing_state = function("torch._C._get_tracing_state")
 """The state of torch.jit.trace, None if it does not trace."""
 is_in_torch_dispatch_mode = function("torch.utils._python_dispatch.is_in_torch_dispatch_mode")
+disable_functorch = function("torch._C._DisableFuncTorch")
+get_interpreter_stack = function("torch._C._functorch.get_interpreter_stack")
+get_unwrapped = function("torch._C._functorch.get_unwrapped")
 has_any_global_hook = function("torch.nn.modules.module._has_any_global_hook")
+is_functorch_wrapped_tensor = function("torch._C._functorch.is_functorch_wrapped_tensor")
+is_gradtrackingtensor = function("torch._C._functorch.is_gradtrackingtensor")
 is_legacy_batchedtensor = function("torch._C._functorch.is_legacy_batchedtensor")
+is_zerotensor = function("torch.Tensor._is_zerotensor")
 linear_pointwise = function("torch.ops.mkldnn._linear_pointwise")
 profiler_enabled = function("torch.autograd._profiler_enabled")
 record_function = function("torch._C._profiler._RecordFunctionFast")
+set_forward_mode_enabled = function("torch.autograd.forward_ad._set_fwd_grad_enabled")
+unwrap_if_dead = function("torch._C._functorch.unwrap_if_dead")
 
 
 def interception() -> str | None:
@@ -78,6 +96,48 @@ def interception() -> str | None:
         "torch.jit traces the call": get_tracing_state() is not None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def is_differentiated(x: Tensor) -> bool:
+    """Whether torch.func or forward-mode differentiation has marked ``x``: its results need derivatives, too."""
+    x = unwrap_if_dead(x)
+    while is_functorch_wrapped_tensor(x):
+        if is_gradtrackingtensor(x):
+            return True
+        x = get_unwrapped(x)
+    return forward_mode_level() >= 0 and torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """Return ``x`` without the wrappers that torch.func transforms put around a tensor that is created in them."""
+    if torch.compiler.is_dynamo_compiling():
+        return x
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+    return x
+
+
+def outside_transforms() -> AbstractContextManager:
+    """Return a context manager in which torch.func transforms do not see operations: their results are constants."""
+    if torch.compiler.is_dynamo_compiling() or not are_functorch_transforms_active():
+        return nullcontext()
+    return disable_functorch()
+
+
+@torch.compiler.assume_constant_result
+def differentiation_active() -> bool:
+    """Whether torch.func or forward-mode differentiation is active; a constant for torch.compile.
+
+    The compiler guards both, and traces the calls that start them.
+    """
+    names = [level.key().name for level in get_interpreter_stack() or ()]
+    return forward_mode_level() >= 0 or "Grad" in names or "Jvp" in names
+
+
+def constant(x: Tensor) -> Tensor:
+    """Return ``x`` without gradient and without tangent; ``detach`` alone keeps the tangent."""
+    with set_forward_mode_enabled(False):
+        return x.detach()
 
 
 def unwrapped_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -266,6 +266,29 @@ def test_a_table_that_is_missing_is_not_made_up(tmp_path):
     assert torch.equal(model.backbone.embedding.weight, before)
 
 
+def test_integers_in_place_of_a_table_are_refused(tmp_path):
+    tiny_opt(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.decoder.embed_tokens.weight"
+    save_file(weights | {name: weights[name].long()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"model.safetensors: {name}: expected a floating-point embedding, got I64"):
+        checkpoint.init_embeddings(tiny_model(), tmp_path)
+
+
+def test_a_source_of_embeddings_runs_no_code(tmp_path):
+    """Neither a model that only its own Python can read, nor a kernel of the hub."""
+    tiny_opt(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"_attn_implementation": "evil/kernel"}))
+    checkpoint.init_embeddings(tiny_model(), tmp_path)
+    (tmp_path / "evil.py").write_text("raise SystemExit('code of the folder ran')\n")
+    names = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    path.write_text(json.dumps(fields | {"model_type": "evil", "auto_map": names}))
+    with pytest.raises(ValueError, match=r"expected a language model that transformers reads, got .*custom code"):
+        checkpoint.init_embeddings(tiny_model(), tmp_path)
+
+
 # Golden numbers
 
 

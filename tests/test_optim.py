@@ -4,6 +4,7 @@ import copy
 import math
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -105,7 +106,7 @@ def test_prior_pulls_back_without_gradient_signal():
 def test_parameter_without_gradient_is_left_alone():
     p, q = nn.Parameter(numbers(3)), nn.Parameter(numbers(3, seed=1))
     optimiser = LaProp([p, q], lr=0.1, prior_decay=0.5)
-    before, state = q.detach().clone(), {k: v.clone() for k, v in optimiser.state[q].items()}
+    before, state = q.detach().clone(), {k: v.clone() for k, v in optimiser.state[q].items() if k != "step"}
     assert "prior" in state
     p.grad = numbers(3, seed=2)
     optimiser.step()
@@ -165,7 +166,7 @@ def test_half_precision_weights_have_fp32_masters(dtype):
     start = numbers(64, seed=3).to(dtype)
     p = nn.Parameter(start.clone())
     optimiser = LaProp([p], lr=1.0, prior_decay=0.5)
-    assert {t.dtype for t in optimiser.state[p].values()} == {torch.float32}
+    assert {t.dtype for key, t in optimiser.state[p].items() if key != "step"} == {torch.float32}
     for _ in range(400):  # each step alone is below the spacing of both
         optimiser.param_groups[0]["lr"] = 1e-5
         p.grad = torch.ones_like(p)
@@ -308,7 +309,7 @@ def test_a_prior_in_bfloat16(dtype):
     resumed.load_state_dict(one.state_dict())
     (p,) = resumed.param_groups[0]["params"]
     assert resumed.state[p]["prior"].dtype == torch.bfloat16
-    assert resumed.param_groups[0]["prior_dtype"] == torch.bfloat16
+    assert resumed.param_groups[0]["prior_dtype"] == "bfloat16"
 
 
 class Named(nn.Module):
@@ -333,6 +334,8 @@ def test_param_groups():
     assert (decayed["weight_decay"], decayed["prior_decay"]) == (0.1, 0.5)
     assert (plain["weight_decay"], plain["prior_decay"]) == (0.0, 0.0)
     assert sum(len(g["params"]) for g in (decayed, plain)) == 5  # the tied one once
+    assert decayed["param_names"] == ["layer.weight"]
+    assert plain["param_names"] == ["embedding.weight", "layer.bias", "input_norm.weight", "input_norm.bias"]
     (everything,) = param_groups(model, prior_decay=0.5, no_decay=())
     assert len(everything["params"]) == 5
 
@@ -355,6 +358,7 @@ def test_gradient_norm_is_exact_and_takes_odd_shapes():
     want = torch.cat([p.grad.flatten().double() for p in params[:-1]]).norm()
     torch.testing.assert_close(gradient_norm(params).norm, want, rtol=1e-13, atol=0)
     assert gradient_norm([nn.Parameter(torch.zeros(2))]).norm == 0
+    assert gradient_norm(params[4]).norm == gradient_norm([params[4]]).norm > 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -391,24 +395,161 @@ def test_schedule():
         lr(0)
 
 
+WRONG_SETTINGS = [
+    ("lr", "1e-3", TypeError, "expected a number, got '1e-3' of type str"),
+    ("lr", True, TypeError, "expected a number, got True of type bool"),
+    ("lr", None, TypeError, "expected a number, got None"),
+    ("lr", -1.0, ValueError, r"expected a number in \[0, inf\), got -1.0"),
+    ("lr", math.nan, ValueError, "expected a number in .*, got nan"),
+    ("lr", math.inf, ValueError, "expected a number in .*, got inf"),
+    pytest.param("lr", 10**400, ValueError, "expected a number in .*, got 1000.*000$", id="huge"),
+    ("lr", torch.tensor(math.nan), ValueError, "expected a number in .*, got nan"),
+    ("lr", torch.tensor(1), ValueError, "expected float32 or float64, got int64"),
+    ("lr", torch.ones(2), ValueError, r"expected shape \[1\], got \[2\]"),
+    ("betas", 0.9, TypeError, "expected two numbers, got 0.9 of type float"),
+    ("betas", "09", TypeError, "expected two numbers, got '09' of type str"),
+    ("betas", (0.9,), ValueError, "expected two numbers, got 1: "),
+    ("betas", (0.9, 0.9, 0.9), ValueError, "expected two numbers, got 3: "),
+    ("betas", (0.9, 1.0), ValueError, r"\[1\]: expected a number in \[0, 1\), got 1.0"),
+    ("betas", ("0.9", 0.95), TypeError, r"\[0\]: expected a number, got '0.9' of type str"),
+    ("eps", -1e-8, ValueError, "expected a number in "),
+    ("eps", "1e-8", TypeError, "expected a number, got "),
+    ("weight_decay", math.nan, ValueError, "expected a number in "),
+    ("weight_decay", math.inf, ValueError, "expected a number in "),
+    ("weight_decay", [0.1], TypeError, "expected a number, got "),
+    ("prior_decay", -0.5, ValueError, "expected a number in "),
+    ("prior_decay", torch.tensor(0.5), TypeError, "expected a number, got tensor.* of type Tensor"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "error", "message"), WRONG_SETTINGS)
+def test_wrong_settings(key, value, error, message):
+    """In the constructor, a group, a later group, and when a scheduler writes them: refused before anything changes."""
+    key_and_message = f"{key}(: )?{message}"
+    with pytest.raises(error, match=f"^{key_and_message}"):
+        LaProp([nn.Parameter(torch.zeros(2))], **{"lr": 0.1, key: value})
+    with pytest.raises(error, match=rf"^param_groups\[0\]: {key_and_message}"):
+        LaProp([{"params": [nn.Parameter(torch.zeros(2))], key: value}], lr=0.1)
+    params = two()
+    optimiser = LaProp([params[0]], lr=0.1, prior_decay=0.5)
+    with pytest.raises(error, match=rf"^param_groups\[1\]: {key_and_message}"):
+        optimiser.add_param_group({"params": [params[1]], key: value})
+    optimiser.add_param_group({"params": [params[1]]})
+    before = [p.detach().clone() for p in params]
+    optimiser.param_groups[1][key] = value
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(error, match=rf"^param_groups\[1\]: {key_and_message}"):
+        optimiser.step()
+    assert all(map(torch.equal, params, before))
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("value", "error"), [(torch.float16, ValueError), ("float16", ValueError), (16, TypeError), (None, TypeError)]
+)
+def test_wrong_prior_dtypes(value, error):
+    with pytest.raises(error, match=r"^prior_dtype: expected torch\.float32 or torch\.bfloat16, got "):
+        LaProp([nn.Parameter(torch.zeros(2))], lr=0.1, prior_dtype=value)
+
+
+@pytest.mark.parametrize("rate", [1, numpy.float32(0.5), numpy.float64(0.5)])
+def test_numbers_of_other_types(rate):
+    """A scheduler may write them."""
+    p, q = (nn.Parameter(numbers(3)) for _ in range(2))
+    one, other = LaProp([p], lr=rate), LaProp([q], lr=float(rate))
+    p.grad = q.grad = torch.ones(3)
+    one.step()
+    other.step()
+    assert torch.equal(p, q)
+
+
+def test_a_schedulers_bad_rate_is_refused():
+    p = nn.Parameter(numbers(3))
+    optimiser = LaProp([p], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: (1.0, math.nan)[step])
+    p.grad = torch.ones(3)
+    optimiser.step()
+    scheduler.step()
+    with pytest.raises(ValueError, match=r"param_groups\[0\]: lr: expected a number in .*, got nan"):
+        optimiser.step()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
     [
-        ({"lr": -1.0}, "lr: expected"),
-        ({"betas": (0.9, 1.0)}, r"betas\[1\]: expected"),
-        ({"eps": -1e-8}, "eps: expected"),
-        ({"prior_decay": -0.5}, "prior_decay: expected"),
-        ({"weight_decay": float("nan")}, "weight_decay: expected"),
-        ({"prior_dtype": torch.float16}, "prior_dtype: expected torch.float32 or torch.bfloat16, got torch.float16"),
+        (
+            lambda: torch.zeros(2, dtype=torch.complex64),
+            TypeError,
+            "expected one of .*torch.float64, got torch.complex64",
+        ),
+        (lambda: torch.zeros(2, dtype=torch.int64), TypeError, "expected one of .*, got torch.int64"),
+        (lambda: torch.eye(2).to_sparse(), ValueError, "expected a dense tensor, got one in torch.sparse_coo"),
+        (lambda: torch.zeros(2, 3).t(), ValueError, r"expected a contiguous tensor of shape \[3, 2\], got strides"),
+        (
+            torch.inference_mode()(lambda: torch.zeros(2)),
+            ValueError,
+            "expected a tensor made outside of torch.inference",
+        ),
     ],
 )
-def test_wrong_settings(changes, message):
-    with pytest.raises(ValueError, match=message):
-        LaProp([nn.Parameter(torch.zeros(2))], **{"lr": 0.1, **changes})
-
-
-def test_a_parameter_that_is_not_contiguous_is_refused():
-    optimiser = LaProp([nn.Parameter(torch.zeros(2))], lr=0.1)
-    with pytest.raises(ValueError, match=r"params\[1\]: expected a contiguous tensor of shape \[3, 2\], got strides"):
-        optimiser.add_param_group({"params": [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, 3).t())]})
+def test_a_parameter_that_does_not_fit_is_refused(make, error, message):
+    optimiser = LaProp([("a", nn.Parameter(torch.zeros(2)))], lr=0.1)
+    group = {"params": [("b", nn.Parameter(torch.zeros(2))), ("c", make())]}
+    with pytest.raises(error, match=rf"^param_groups\[1\]: params\[1\] \('c'\): {message}"):
+        optimiser.add_param_group(group)
     assert len(optimiser.param_groups) == 1
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_a_parameter_given_twice_is_refused():
+    """It would be updated twice in one launch."""
+    p = nn.Parameter(torch.zeros(2))
+    with pytest.raises(
+        ValueError, match=r"params\[1\]: expected every parameter once, got the one of params\[0\] again"
+    ):
+        LaProp([p, p], lr=0.1)
+
+
+def test_names_must_fit_the_parameters():
+    with pytest.raises(ValueError, match="param_names: expected 2 names, got 1"):
+        LaProp([{"params": two(), "param_names": ["a"]}], lr=0.1)
+
+
+def test_sparse_gradients_are_refused():
+    module = nn.Embedding(5, 3, sparse=True)
+    optimiser = LaProp(module.named_parameters(), lr=0.1)
+    module(torch.tensor([1])).sum().backward()
+    with pytest.raises(
+        ValueError, match=r"params\[0\] \('weight'\): expected a dense gradient, got one in torch.sparse_coo"
+    ):
+        optimiser.step()
+    with pytest.raises(ValueError, match=r"grads: expected dense gradients, got one in torch\.sparse_coo"):
+        gradient_norm(module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (0.5, TypeError, "expected a float32 tensor of one element, got 0.5 of type float"),
+        (torch.ones(2), ValueError, r"expected shape \[1\], got \[2\]"),
+        (torch.ones(1, dtype=torch.float64), ValueError, "expected float32, got float64"),
+        (torch.ones(1, device="meta"), ValueError, "expected a tensor on cpu, got one on meta"),
+    ],
+)
+def test_wrong_grad_scale(value, error, message):
+    p = nn.Parameter(numbers(3))
+    p.grad = torch.ones(3)
+    optimiser = LaProp([p], lr=0.1)
+    with pytest.raises(error, match=f"^grad_scale: {message}"):
+        optimiser.step(grad_scale=value)
+    assert torch.equal(p, numbers(3))
+
+
+def test_other_wrong_arguments():
+    p = nn.Parameter(numbers(3))
+    with pytest.raises(TypeError, match="closure: expected a function without arguments, got Tensor"):
+        LaProp([p], lr=0.1).step(torch.ones(1))
+    with pytest.raises(TypeError, match="limit: expected a number, got '1' of type str"):
+        gradient_norm([p], "1")
+    with pytest.raises(TypeError, match="no_decay: expected a list of words, got the string 'norm'"):
+        param_groups(Named(), no_decay="norm")

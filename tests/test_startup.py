@@ -82,6 +82,9 @@ def files(tmp_path):
     (tmp_path / "glue" / "sst2").mkdir(parents=True)
     (tmp_path / "glue" / "sst2" / "validation.jsonl").write_text('{"sentence": "good", "label": 1}\n')
     (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text("{}")
+    (tmp_path / "own" / "tokenizer.json").write_text("{}")
     return tmp_path
 
 
@@ -111,6 +114,13 @@ def files(tmp_path):
         ("generate nowhere --prompt x", "nowhere: expected the directory of a model"),
         ("chat nowhere", "nowhere: expected the directory of a model"),
         ("score nowhere rows.jsonl", "nowhere: expected the directory of a model"),
+        ("score nowhere rows.jsonl --output rows.jsonl", "--output: expected another file than the input rows.jsonl"),
+        ("score nowhere rows.jsonl --output no/x.jsonl", "no/x.jsonl: No such file or directory"),
+        ("convert own rows.jsonl/new --to own", "rows.jsonl: Not a directory"),
+        ("train mini-sft model.path=own --output own", "output.directory: expected a directory that neither is nor"),
+        ("train mini-sft model.path=own --output .", "output.directory: expected a directory that neither is nor"),
+        ("train mini-pretrain model.tokenizer=. --output rows.jsonl/x", "rows.jsonl: Not a directory"),
+        ("quickstart --output rows.jsonl/x", "rows.jsonl: Not a directory"),
         ("plot run nowhere -o x.png", "nowhere: expected a run, got nothing there"),
         ("plot landscape --epsilon 0.7 -o x.png", "expected 0 < epsilon < 0.5"),
         ("plot landscape -o no/x.png", "no/x.png: No such file or directory"),

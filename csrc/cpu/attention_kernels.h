@@ -161,16 +161,16 @@ DPH_FN void open_tile(Tile& t, const AttentionArguments& a, int64_t number) {
   }
 }
 
-// Sets scores [keys, lanes] to minus infinity if the key is not visible to the query.
-DPH_FN void mask_scores(float* scores, const Tile& t, int64_t start, int64_t end) {
+// Sets values [keys, lanes] to ``hidden`` if the key is not visible to the query.
+DPH_FN void mask(float* values, float hidden, const Tile& t, int64_t start, int64_t end) {
   for (int64_t i = 0; i < t.lanes; i += W) {
     const Int own = load(t.bound[0] + i), own_end = load(t.bound[1] + i);
     const Int prefix = load(t.bound[2] + i), prefix_end = load(t.bound[3] + i);
     for (int64_t key = start; key < end; ++key) {
       const Int j = static_cast<int32_t>(key) - Int{};
       const Int seen = ((own <= j) & (j < own_end)) | ((prefix <= j) & (j < prefix_end));
-      float* place = scores + (key - start) * t.lanes + i;
-      store(place, seen ? load(place) : splat(-INFINITY));
+      float* place = values + (key - start) * t.lanes + i;
+      store(place, seen ? load(place) : splat(hidden));
     }
   }
 }
@@ -318,7 +318,7 @@ DPH_FN void forward_wide(const AttentionArguments& a, const Tile& t, const int32
       load_block(keys, a, a.memory_k, a.k, start, end, head, width);
       load_block(values, a, a.memory_v, a.v, start, end, head, width);
       multiply<Into::Set>(whole, lanes, a.head_dim, keys, width, 1, queries, lanes, scores, lanes);
-      if (run >= t.first_masked) mask_scores(scores, t, start, end);
+      if (run >= t.first_masked) mask(scores, -INFINITY, t, start, end);
       for (int64_t i = 0; i < lanes; i += W) {
         const Vec before = load(b.peak + i);
         Vec now = before, sums = {};
@@ -366,12 +366,13 @@ DPH_TARGET inline void forward_tile(const AttentionArguments& a, int64_t number,
   b.out = out;
   forward_thin(a, t, wide_end, t.last_run, head, b.rows, b);
   for (int64_t i = 0; i < t.rows; ++i) {
-    const bool blind = b.total[i] == 0.0f;  // not from peak, which is -inf for a row of NaN too
-    const float inverse = blind ? 0.0f : 1.0f / b.total[i];
+    // A total of 0 of a row that sees keys: all scores are minus infinity, and the softmax is NaN.
+    const bool blind = t.bound[0][i] >= t.bound[1][i] && t.bound[2][i] >= t.bound[3][i];
+    const float total = b.total[i] == 0.0f ? NAN : b.total[i], inverse = 1.0f / total;
     float* row = b.out + i * width;
     for (int64_t d = 0; d < a.head_dim; ++d) row[d] = blind ? 0.0f : row[d] * inverse;
     store_row(a.out, t.start + i, head, row, a.head_dim, a.bf16);
-    a.lse[(t.start + i) * a.heads + head] = blind ? -INFINITY : (b.peak[i] + log2f(b.total[i])) * 0.6931471805599453f;
+    a.lse[(t.start + i) * a.heads + head] = blind ? -INFINITY : b.peak[i] + log2f(total);
   }
 }
 
@@ -404,6 +405,8 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
   float* sums = values + BN * width;  // contribution to dk or dv
   float* p = sums + BN * width;       // [keys, lanes]
   float* ds = p + BN * BM;
+  float *out = dq, *out_lanes = keys;  // their memory is used later, from the loop over keys on
+  static_assert(BM <= BN, "keys has room for out_lanes");
   float* lse = ds + BN * BM;
   float* delta = lse + BM;
   for (int64_t i = 0; i < t.rows; ++i) {
@@ -412,18 +415,26 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
     rotate_row(query + i * width, a.q_cos + row * half, a.q_sin + row * half, 1.0f, half);
     for (int64_t d = 0; d < a.head_dim; ++d) query[i * width + d] *= scale;
     load_row(grad + i * width, a.grad, row, head, a.head_dim, a.bf16);
-    load_row(keys, a.out, row, head, a.head_dim, a.bf16);  // keys is used as scratch here
-    for (int64_t d = a.head_dim; d < width; ++d) query[i * width + d] = grad[i * width + d] = keys[d] = 0.0f;
-    Vec products = {};
-    for (int64_t d = 0; d < width; d += W) products += load(keys + d) * load(grad + i * width + d);
-    delta[i] = sum(products);
+    load_row(out + i * width, a.out, row, head, a.head_dim, a.bf16);
+    for (int64_t d = a.head_dim; d < width; ++d) {
+      query[i * width + d] = grad[i * width + d] = out[i * width + d] = 0.0f;
+    }
     const float kept = a.lse[row * a.heads + head];
-    lse[i] = kept == -INFINITY ? INFINITY : kept * 1.4426950408889634f;  // p = 0 for a query without keys
+    lse[i] = kept == -INFINITY ? INFINITY : kept;  // p = 0 for a query without keys
   }
-  for (int64_t i = t.rows; i < lanes; ++i) lse[i] = INFINITY, delta[i] = 0.0f;
+  for (int64_t i = t.rows; i < lanes; ++i) lse[i] = INFINITY;
   transpose(query_lanes, query, t.rows, width, lanes);  // reproduces the forward pass's scores exactly
   for (int64_t i = 0; i < t.rows * width; ++i) query[i] *= 0.6931471805599453f;
   transpose(grad_lanes, grad, t.rows, width, lanes);
+  transpose(out_lanes, out, t.rows, width, lanes);
+  // In the order of ``micro``, so that dp - delta is exactly 0 if one key has the probability 1.
+  for (int64_t i = 0; i < lanes; i += W) {
+    Vec products = {};
+    for (int64_t d = 0; d < a.head_dim; ++d) {
+      products += load(out_lanes + d * lanes + i) * load(grad_lanes + d * lanes + i);
+    }
+    store(delta + i, products);
+  }
   memset(dq, 0, width * lanes * sizeof(float));
   for (const int32_t* run = t.runs; run < t.last_run; run += 2) {
     for (int64_t start = run[0]; start < run[1]; start += BN) {
@@ -433,13 +444,17 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
       load_block(values, a, a.memory_v, a.v, start, end, head, width);
       multiply<Into::Set>(whole, lanes, a.head_dim, keys, width, 1, query_lanes, lanes, p, lanes);
       multiply<Into::Set>(whole, lanes, a.head_dim, values, width, 1, grad_lanes, lanes, ds, lanes);
-      if (run >= t.first_masked) mask_scores(p, t, start, end);
       for (int64_t j = 0; j < count; ++j) {
         for (int64_t i = 0; i < lanes; i += W) {
-          const Vec probability = exp2(load(p + j * lanes + i) - load(lse + i));
+          const Vec power = load(p + j * lanes + i) - load(lse + i);
+          const Vec probability = exp2(power > 0.0f ? Vec{} : power);  // above 0 by rounding of a large score only
           store(p + j * lanes + i, probability);
           store(ds + j * lanes + i, probability * (load(ds + j * lanes + i) - load(delta + i)));
         }
+      }
+      if (run >= t.first_masked) {  // after the products, in which NaN and infinities reach the masked pairs, too
+        mask(p, 0.0f, t, start, end);
+        mask(ds, 0.0f, t, start, end);
       }
       multiply<Into::Add>(width, lanes, count, keys, 1, width, ds, lanes, dq, lanes);
       if (start < a.memory) continue;  // memory is detached

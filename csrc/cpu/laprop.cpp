@@ -26,9 +26,9 @@ class FlushSubnormals {
 
 struct Nothing {};
 
-DPH_INLINE float prior_of(const float* prior, int64_t i, float) { return prior[i]; }
-DPH_INLINE float prior_of(const uint16_t* prior, int64_t i, float) { return float_from_bf16(prior[i]); }
-DPH_INLINE float prior_of(const Nothing*, int64_t, float param) { return param; }
+DPH_INLINE float lead(const float* prior, int64_t i, float param) { return param - prior[i]; }
+DPH_INLINE float lead(const uint16_t* prior, int64_t i, float param) { return param - float_from_bf16(prior[i]); }
+DPH_INLINE float lead(const Nothing*, int64_t, float) { return 0.0f; }
 
 template <class Grad, class Prior, bool COPY>
 DPH_INLINE void update(const LapropTensor& t, const LapropCoefficients& k, float scale, int64_t begin, int64_t size) {
@@ -41,7 +41,7 @@ DPH_INLINE void update(const LapropTensor& t, const LapropCoefficients& k, float
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     float p = param[i], m = exp_avg[i], v = exp_avg_sq[i];
-    laprop_element(k, scale * laprop_load(grad, i), prior_of(prior, i, p), p, m, v);
+    laprop_element(k, scale * laprop_load(grad, i), lead(prior, i, p), p, m, v);
     param[i] = p;
     exp_avg[i] = m;
     exp_avg_sq[i] = v;

@@ -59,8 +59,8 @@ DPH_INLINE float smoothed(float x, float epsilon, float& slope) {
   p = p * square + 1.0f / 7.0f;
   p = p * square + 1.0f / 5.0f;
   p = p * square + 1.0f / 3.0f;
-  const float softplus = 2.0f * (u + u * square * p) + (x < 0.0f ? -x : 0.0f);
-  return softplus + epsilon * x;
+  // softplus(-x) + epsilon x without a difference, which would be NaN for minus infinity
+  return 2.0f * (u + u * square * p) + (x < 0.0f ? 1.0f - epsilon : epsilon) * size;
 }
 
 template <bool CONTRASTIVE>

@@ -14,12 +14,6 @@ DPH_INLINE float value(uint16_t bf16) { return float_from_bf16(bf16); }
 DPH_INLINE void put(float& to, float x) { to = x; }
 DPH_INLINE void put(uint16_t& to, float x) { to = bf16_from_float(x); }
 
-// Exactly 0 below -87, so that minus infinity times the result is NaN, as in PyTorch's silu.
-DPH_INLINE float sigmoid(float x) {
-  const float size = fabsf(x), e = size > 87.0f ? 0.0f : exp_of(-size);
-  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
-}
-
 template <class T>
 DPH_INLINE void forward(const SwigluArguments& a, int64_t row) {
   const T* __restrict x = static_cast<const T*>(a.projected) + row * a.projected_row;
@@ -29,7 +23,7 @@ DPH_INLINE void forward(const SwigluArguments& a, int64_t row) {
 #pragma omp simd
   for (int64_t i = 0; i < a.columns; ++i) {
     const float g = value(gate[i]) + gate_bias[i];
-    put(out[i], (value(x[i]) + x_bias[i]) * (g * sigmoid(g)));
+    put(out[i], (value(x[i]) + x_bias[i]) * (g * sigmoid_of(g)));
   }
 }
 
@@ -48,8 +42,9 @@ DPH_INLINE void backward(const SwigluArguments& a, int64_t chunk) {
     T* __restrict dgate = STORE ? dx + a.columns : nullptr;
 #pragma omp simd
     for (int64_t i = 0; i < a.columns; ++i) {
-      const float d = value(grad[i]), g = value(gate[i]) + gate_bias[i], s = sigmoid(g);
-      const float to_x = d * (g * s), to_gate = d * (s * (1.0f + g * (1.0f - s))) * (value(x[i]) + x_bias[i]);
+      const float d = value(grad[i]), g = value(gate[i]) + gate_bias[i], s = sigmoid_of(g);
+      // d times silu's derivative, which reaches 1.1, could overflow.
+      const float to_x = d * (g * s), to_gate = d * (value(x[i]) + x_bias[i]) * (s * (1.0f + g * (1.0f - s)));
       if (STORE) {
         put(dx[i], to_x);
         put(dgate[i], to_gate);

@@ -132,13 +132,13 @@ DPH_TARGET inline void gate_few(const Job& job, int64_t block, Scratch&) {
     project_few(xs, a.w1, a.b1, a.bf16, first, job.hidden);
     project_few(gs, a.w1, a.b1, a.bf16, a.width + first, job.hidden);
     if (a.kept_projected) {
-      keep_few(job.projected, first, f - first, xs, job.lanes);
-      keep_few(job.projected, a.width + first, f - first, gs, job.lanes);
+      keep_few(job.projected, first, f - first, xs, a.rows);
+      keep_few(job.projected, a.width + first, f - first, gs, a.rows);
     }
     for (int64_t n = 0; n < job.lanes; ++n) {
       float *x = xs + n * W, *g = gs + n * W;
 #pragma omp simd
-      for (int64_t l = 0; l < W; ++l) x[l] = x[l] * (g[l] * sigmoid(g[l]));
+      for (int64_t l = 0; l < W; ++l) x[l] = x[l] * (g[l] * sigmoid_of(g[l]));
       for (int64_t l = f - first; l < W; ++l) job.gated.row(first + l, 0)[n] = x[l];
     }
   }
@@ -155,7 +155,7 @@ DPH_TARGET inline void reward_few(const Job& job, int64_t block, Scratch&) {
     project_few(states, a.w2, a.b2, a.bf16, first, a.width ? job.gated : job.hidden);
 #pragma omp simd
     for (int64_t l = 0; l < job.lanes * W; ++l) states[l] = tanh_of(states[l]);
-    if (a.kept_pooled) keep_few(job.pooled, first, c - first, states, job.lanes);
+    if (a.kept_pooled) keep_few(job.pooled, first, c - first, states, a.rows);
     for (int64_t l = c - first; l < W; ++l) {
       float factors[FEW];
       draw(factors, job, a.pooled, first + l, 0, job.lanes);

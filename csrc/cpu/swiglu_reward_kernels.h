@@ -47,8 +47,6 @@ DPH_FN void put(void* data, int64_t at, float value, bool bf16) {
 
 // Element-wise functions of scalars; the compiler vectorises the loops over lanes that call them.
 
-DPH_FN float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
-
 DPH_FN float tanh_of(float x) {
   const float size = x < 0.0f ? -x : x, square = x * x;
   float p = -5.70498872745e-3f;  // Cephes' tanhf, below 5/8
@@ -124,6 +122,18 @@ DPH_TARGET inline void turn_hidden(const Job& job, int64_t block, Scratch&) {
   }
 }
 
+// Sets the values of one feature at the padding lanes of the panel at column j to 0. They are computed from zeros, but
+// infinite weights make them NaN, which sums over all lanes must not include.
+DPH_FN void clear_padding(const Job& job, float* values, int64_t j) {
+  for (int64_t l = std::max<int64_t>(job.a.rows - j, 0); l < job.width(j); ++l) values[l] = 0.0f;
+}
+
+// Saves the values of one feature of the panel at column j for the backward pass.
+DPH_FN void keep(const Job& job, float* kept, const float* values, int64_t j) {
+  memcpy(kept, values, job.width(j) * sizeof(float));
+  clear_padding(job, kept, j);
+}
+
 // x * silu(g) for one block of F.
 DPH_TARGET inline void gate_block(const Job& job, int64_t block, Scratch& s) {
   const SwigluRewardArguments& a = job.a;
@@ -145,11 +155,11 @@ DPH_TARGET inline void gate_block(const Job& job, int64_t block, Scratch& s) {
         for (int64_t l = 0; l < width; ++l) {
           x[l] += x_bias;
           g[l] += g_bias;
-          to[l] = x[l] * (g[l] * sigmoid(g[l]));
+          to[l] = x[l] * (g[l] * sigmoid_of(g[l]));
         }
         if (!a.kept_projected) continue;
-        memcpy(job.projected.row(f, j), x, width * sizeof(float));
-        memcpy(job.projected.row(a.width + f, j), g, width * sizeof(float));
+        keep(job, job.projected.row(f, j), x, j);
+        keep(job, job.projected.row(a.width + f, j), g, j);
       }
     }
   }
@@ -179,7 +189,7 @@ DPH_TARGET inline void reward_block(const Job& job, int64_t block, Scratch& s) {
         } else {
           memcpy(state, job.hidden.row(first + i, j), width * sizeof(float));
         }
-        if (a.kept_pooled) memcpy(job.pooled.row(first + i, j), state, width * sizeof(float));
+        if (a.kept_pooled) keep(job, job.pooled.row(first + i, j), state, j);
         draw(factors, job, a.pooled, first + i, j, width);
         for (int64_t l = 0; l < width; ++l) state[l] *= factors[l];
         for (int64_t k = 0; k < a.heads; ++k) {
@@ -230,6 +240,7 @@ DPH_TARGET inline void pool_backward_block(const Job& job, int64_t block, Scratc
         if (a.d_hidden) put_hidden(job, c, j, d);
         continue;
       }
+      clear_padding(job, d, j);
       float* to = job.d_pooled.row(c, j);
       float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
@@ -262,12 +273,13 @@ DPH_TARGET inline void gate_backward_block(const Job& job, int64_t block, Scratc
         const float *x = job.projected.row(f, j), *g = job.projected.row(a.width + f, j);
         const int64_t width = job.width(j), filled = std::min(width, a.rows - j);
         if (job.d_projected.data) {
-          const float* d = sums + i * CHUNK + j - begin;
+          float* d = sums + i * CHUNK + j - begin;
+          clear_padding(job, d, j);
           float *dx = job.d_projected.row(f, j), *dg = job.d_projected.row(a.width + f, j);
           float x_sum = 0.0f, g_sum = 0.0f;
 #pragma omp simd reduction(+ : x_sum, g_sum)
           for (int64_t l = 0; l < width; ++l) {
-            const float share = sigmoid(g[l]);
+            const float share = sigmoid_of(g[l]);
             dx[l] = d[l] * (g[l] * share);
             dg[l] = d[l] * x[l] * share * (1.0f + g[l] * (1.0f - share));
             x_sum += dx[l];
@@ -279,7 +291,7 @@ DPH_TARGET inline void gate_backward_block(const Job& job, int64_t block, Scratc
         if (!job.gated_rows.data) continue;
         alignas(64) float gated[PANEL];
 #pragma omp simd
-        for (int64_t l = 0; l < width; ++l) gated[l] = x[l] * (g[l] * sigmoid(g[l]));
+        for (int64_t l = 0; l < width; ++l) gated[l] = x[l] * (g[l] * sigmoid_of(g[l]));
         float* to = job.gated_rows.row(j, f);
         const int64_t step = job.gated_rows.width(f);
         for (int64_t l = 0; l < filled; ++l) to[l * step] = gated[l];

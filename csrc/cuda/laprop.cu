@@ -38,17 +38,18 @@ __device__ __forceinline__ void store_four(uint16_t* values, float4 v) {
       make_ushort4(bf16_from_float(v.x), bf16_from_float(v.y), bf16_from_float(v.z), bf16_from_float(v.w));
 }
 
-__device__ __forceinline__ float prior_one(const Nothing*, int64_t, float param) { return param; }
-__device__ __forceinline__ float4 prior_four(const Nothing*, int64_t, float4 param) { return param; }
+__device__ __forceinline__ float lead_one(const Nothing*, int64_t, float) { return 0.0f; }
+__device__ __forceinline__ float4 lead_four(const Nothing*, int64_t, float4) { return float4{}; }
 
 template <class Prior>
-__device__ __forceinline__ float prior_one(const Prior* prior, int64_t i, float) {
-  return laprop_load(global(prior), i);
+__device__ __forceinline__ float lead_one(const Prior* prior, int64_t i, float param) {
+  return param - laprop_load(global(prior), i);
 }
 
 template <class Prior>
-__device__ __forceinline__ float4 prior_four(const Prior* prior, int64_t i, float4) {
-  return load_four(global(prior) + i);
+__device__ __forceinline__ float4 lead_four(const Prior* prior, int64_t i, float4 param) {
+  const float4 anchor = load_four(global(prior) + i);
+  return make_float4(param.x - anchor.x, param.y - anchor.y, param.z - anchor.z, param.w - anchor.w);
 }
 
 // Updates elements [begin, end) of one tensor with one block.
@@ -67,11 +68,11 @@ __device__ __forceinline__ void update(const LapropTensor& t, const LapropCoeffi
 #pragma unroll 1  // five loads are already in flight; more registers would reduce occupancy
   for (int64_t i = begin + threadIdx.x * WIDTH; i < vector_end; i += THREADS * WIDTH) {
     float4 p = load_four(param + i), m = load_four(exp_avg + i), v = load_four(exp_avg_sq + i);
-    const float4 g = load_four(grad + i), anchor = prior_four(prior, i, p);
-    laprop_element(k, scale * g.x, anchor.x, p.x, m.x, v.x);
-    laprop_element(k, scale * g.y, anchor.y, p.y, m.y, v.y);
-    laprop_element(k, scale * g.z, anchor.z, p.z, m.z, v.z);
-    laprop_element(k, scale * g.w, anchor.w, p.w, m.w, v.w);
+    const float4 g = load_four(grad + i), lead = lead_four(prior, i, p);
+    laprop_element(k, scale * g.x, lead.x, p.x, m.x, v.x);
+    laprop_element(k, scale * g.y, lead.y, p.y, m.y, v.y);
+    laprop_element(k, scale * g.z, lead.z, p.z, m.z, v.z);
+    laprop_element(k, scale * g.w, lead.w, p.w, m.w, v.w);
     store_four(param + i, p);
     store_four(exp_avg + i, m);
     store_four(exp_avg_sq + i, v);
@@ -79,7 +80,7 @@ __device__ __forceinline__ void update(const LapropTensor& t, const LapropCoeffi
   }
   for (int64_t i = vector_end + threadIdx.x; i < end; i += THREADS) {
     float p = param[i], m = exp_avg[i], v = exp_avg_sq[i];
-    laprop_element(k, scale * laprop_load(grad, i), prior_one(prior, i, p), p, m, v);
+    laprop_element(k, scale * laprop_load(grad, i), lead_one(prior, i, p), p, m, v);
     param[i] = p;
     exp_avg[i] = m;
     exp_avg_sq[i] = v;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dph.cli.common import add_recipe, check_recipe_paths, load_recipe
+from dph.cli.common import add_recipe, check_recipe_paths, load_recipe, print_text
 
 HELP = "precompute outputs of a frozen model for stage align (reference log-probabilities) or head (hidden states)"
 EXAMPLE = """dph cache align model.path=runs/sft objective.reference=cache --output runs/align
@@ -21,4 +21,4 @@ def run(args: argparse.Namespace) -> None:
     from dph.train.precompute.fill import fill_cache
 
     filled = fill_cache(recipe)
-    print(f"{filled.directory}: {filled.stored:,} pairs, {filled.computed:,} of them new")
+    print_text(f"{filled.directory}: {filled.stored:,} pairs, {filled.computed:,} of them new")

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dph.cli import common
+from dph.errors import printable, shown
 
 if TYPE_CHECKING:
     from dph.infer.best_of_n import Candidate
@@ -29,7 +30,6 @@ def run(args: argparse.Namespace) -> None:
 
     from dph.chat import Message
     from dph.cli.answers import WITHOUT_HEAD, Answerer, candidate_table, required_head
-    from dph.evaluate.tables import printable
 
     model, tokenizer = common.open_model(args, required_head(args), WITHOUT_HEAD)
     answerer = Answerer(model, tokenizer, args)
@@ -43,9 +43,9 @@ def run(args: argparse.Namespace) -> None:
         if line == "/candidates":
             print(candidate_table(candidates) if candidates else "no answers yet", flush=True)
         elif not _is_unicode(line):
-            print(f"expected text in UTF-8, got {printable(line)}", flush=True)
+            print(f"expected text in UTF-8, got {shown(line)}", flush=True)
         elif line.startswith("/"):
-            print(f"expected /candidates or /quit, got {printable(line)}", flush=True)
+            print(f"expected /candidates or /quit, got {shown(line)}", flush=True)
         elif line:
             question = Message(role="user", content=line)
             try:
@@ -65,6 +65,9 @@ def _read_line(prompt: str) -> str | None:
         return input(prompt).strip()
     except EOFError:
         return None
+    except OSError as error:
+        error.filename = error.filename or "stdin"
+        raise
 
 
 def _is_unicode(text: str) -> bool:
@@ -74,12 +77,10 @@ def _is_unicode(text: str) -> bool:
 
 def _answer_line(candidate: Candidate) -> str:
     """Return the text of an answer with its reward, and a note if it was cut off."""
-    from dph.evaluate.tables import printable
-
     notes = []
     if not math.isnan(candidate.reward):
         notes.append(f"reward {candidate.reward:.3f}")
     if not candidate.finished:
         notes.append("cut off")
-    text = printable(candidate.text, "\n\t")
+    text = printable(candidate.text)
     return f"{text}  [{', '.join(notes)}]" if notes else text

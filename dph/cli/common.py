@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import json
 import math
 import os
+import stat
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dph.errors import UserError
+from dph.data import atomic
+from dph.errors import UNPRINTABLE, UserError, printable
 from dph.infer import sampling
 
 if TYPE_CHECKING:
@@ -128,6 +130,23 @@ def check_recipe_paths(recipe: Recipe) -> None:
         dataset.open_held_out(evaluation.sources, recipe.kind, directory=evaluation.directory, seed=recipe.seed)
 
 
+def check_run_directory(recipe: Recipe, resume: bool) -> None:
+    """Raise UserError if a new run's directory is, or contains, that of its model; OSError if it cannot be made.
+
+    Of several ranks each would report it, so there the check is left to training.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return
+    directory, model = recipe.output.directory, recipe.model.path
+    is_new = not resume and model is not None and Path(model).exists()
+    if is_new and Path(os.path.realpath(model)).is_relative_to(os.path.realpath(directory)):
+        raise UserError(
+            "output.directory: expected a directory that neither is nor contains that of the model "
+            f"(model.path: {model}), got {directory}"
+        )
+    atomic.check_new_files(directory)
+
+
 def _lacks_file(sources: Sequence[Source]) -> bool:
     """Whether one of the sources is a file or folder that does not exist."""
     for source in sources:
@@ -182,17 +201,54 @@ def check_nans(count: int) -> None:
         raise RuntimeError(f"{count} scores are not a number (NaN); in comparisons they count as wrong")
 
 
-def check_output_file(path: str) -> None:
-    """Raise the OSError that writing to ``path`` would raise, if it is a folder or its folder does not exist."""
-    if Path(path).is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    if not Path(path).parent.exists():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+def check_output(path: str | None, *inputs: str | Path) -> None:
+    """Raise UserError if ``path`` or stdout is one of the inputs, and the OSError that writing to ``path`` would raise.
+
+    An input is a file, or a directory of files; None stands for no output but stdout.
+    """
+    files: list[Path] = []
+    for name in map(Path, inputs):
+        files += filter(Path.is_file, name.iterdir()) if name.is_dir() else [name]
+    for file in files:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            status = file.stat()
+            if stat.S_ISREG(status.st_mode) and _is_stdout(status):
+                raise UserError(f"stdout: expected another file than the input {file}, got the same file")
+            if path is not None and os.path.samestat(os.stat(path), status):
+                raise UserError(f"--output: expected another file than the input {file}, got {path}, the same file")
+    if path is not None:
+        atomic.check_writable(path)
+
+
+def _is_stdout(status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.fstat(1), status)
+    except OSError:  # closed
+        return False
+
+
+def print_text(text: str) -> None:
+    """Print text with names from outside; control characters are escaped."""
+    print(printable(text))
+
+
+def print_json(value: Any, *, flush: bool = False) -> None:
+    """Print one line of JSON; characters that stdout's encoding lacks are written as JSON's escapes."""
+    line = json_line(value)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(json.loads(line))
+    print(line, flush=flush)
 
 
 def json_line(value: Any) -> str:
-    """Return one line of JSON; numbers that are not finite, which JSON lacks, become null."""
-    return json.dumps(_finite(value), ensure_ascii=False)
+    """Return one line of JSON. Numbers that are not finite, which JSON lacks, become null.
+
+    Characters that end a line, control a terminal or are half of a pair are written as JSON's escapes.
+    """
+    text = json.dumps(_finite(value), ensure_ascii=False)
+    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _finite(value: Any) -> Any:

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dph.errors import UserError
+from dph.cli import common
+from dph.data import atomic
+from dph.errors import UserError, printable
 
 if TYPE_CHECKING:
     from dph.model.model import Model
@@ -43,31 +45,35 @@ def run(args: argparse.Namespace) -> None:
     is_checkpoint = (Path(args.input) / MANIFEST).is_file()
     source = args.input if is_checkpoint else model_path(args.input)
     output = Path(args.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: expected a new or empty directory, got a file there")
+    if output.exists() and any(path.name != atomic.NEW for path in output.iterdir()):
         raise UserError(f"{output}: expected a new or empty directory, got one that exists with files in it")
+    atomic.check_new_files(output)
 
-    from dph.model.loading import load_tokenizer
+    from dph.model.loading import check_settings, load_tokenizer
     from dph.train.build import open_checkpoint
-    from dph.train.checkpointing import make_readable
 
     if is_checkpoint:
         model, tokenizer = open_checkpoint(source)
     else:
+        check_settings(source)  # of the tokenizer, whose files are copied
         model, tokenizer = _load_with_trained_heads(source), None
-    if args.to == "own":
-        model.save_pretrained(output)
-    else:
-        model.save_official(output)
-    if tokenizer is None and Path(source).is_dir():
-        copied = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
-        for name in copied:
-            shutil.copyfile(Path(source) / name, output / name)
-    else:
-        if tokenizer is None:
-            tokenizer = load_tokenizer(source)
-        copied = [Path(name).name for name in tokenizer.save_pretrained(output)]
-    make_readable(output)
-    print(f"{output}: {model.num_parameters():,} parameters, tokenizer files: {', '.join(copied) or 'none'}")
+    with atomic.new_files(output, last="config.json") as folder:
+        if args.to == "own":
+            model.save_pretrained(folder)
+        else:
+            model.save_official(folder)
+        if tokenizer is None and Path(source).is_dir():
+            copied = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+            for name in copied:
+                shutil.copyfile(Path(source) / name, folder / name)
+        else:
+            if tokenizer is None:
+                tokenizer = load_tokenizer(source)
+            copied = [Path(name).name for name in tokenizer.save_pretrained(folder)]
+    copied_names = ", ".join(copied) or "none"
+    common.print_text(f"{output}: {model.num_parameters():,} parameters, tokenizer files: {copied_names}")
 
 
 def _load_with_trained_heads(source: str) -> Model:
@@ -81,5 +87,5 @@ def _load_with_trained_heads(source: str) -> Model:
     for key in ("reward_heads", "task_heads"):
         trained[key] = [name for name in getattr(model.config, key) if name not in model.untrained_heads]
     names = ", ".join(sorted(model.untrained_heads))
-    print(f"reward heads without weights are left out: {names}", file=sys.stderr)
+    print(printable(f"reward heads without weights are left out: {names}"), file=sys.stderr)
     return load_model(source, **trained)

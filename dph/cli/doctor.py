@@ -7,6 +7,8 @@ import os
 import platform
 from collections.abc import Iterable
 
+from dph.errors import printable
+
 HELP = "show versions, devices, backends and what is missing"
 EXAMPLE = "dph doctor"
 PACKAGES = ("dph", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the report."""
-    print(report())
+    print(printable(report()))
 
 
 def report() -> str:

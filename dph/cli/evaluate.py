@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         progress = tqdm(islice(documents, total), task.name, total, disable=None)
         reports.append(evaluate(model, tokenizer, task, progress, head=head))
         if args.json:
-            print(common.json_line(reports[-1].as_dict()), flush=True)
+            common.print_json(reports[-1].as_dict(), flush=True)
     if not args.json:
         print(_report_table(reports))
     common.check_nans(sum(report.nans for report in reports))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dph.cli import common
-from dph.errors import UserError
+from dph.errors import UserError, printable
 
 if TYPE_CHECKING:
     from dph.chat import Message
@@ -32,11 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check the prompts, then print each one's candidates, best first."""
+    if args.file is not None:
+        common.check_output(None, args.file)
     prompts = [to_messages(args.prompt, "--prompt")] if args.file is None else read_prompts(args.file)
     common.check_model(args)
 
     from dph.cli.answers import WITHOUT_HEAD, Answerer, candidate_table, required_head
-    from dph.evaluate.tables import printable
 
     model, tokenizer = common.open_model(args, required_head(args), WITHOUT_HEAD)
     answerer = Answerer(model, tokenizer, args)
@@ -46,12 +47,12 @@ def run(args: argparse.Namespace) -> None:
         candidates = answerer.candidates(messages)
         if args.json:
             fields = [{key: getattr(candidate, key) for key in JSON_FIELDS} for candidate in candidates]
-            print(common.json_line({"messages": messages, "candidates": fields}), flush=True)
+            common.print_json({"messages": messages, "candidates": fields}, flush=True)
             continue
         if i:
             print("\n")
         if len(prompts) > 1:
-            print(printable(messages[-1]["content"], "\n\t") + "\n")
+            print(printable(messages[-1]["content"]) + "\n")
         print(candidate_table(candidates), flush=True)
 
 

@@ -8,14 +8,14 @@
 | 130 | interrupted by Ctrl-C |
 | 143 | ended by SIGTERM (training has written a checkpoint) |
 
-An error is one line on stderr; ``--debug`` adds the traceback.
+An error is one line on stderr; ``--debug`` adds the traceback. A closed or full stdout is an error (of a pipe without a
+reader no more is said), a closed or full stderr is none (:mod:`dph.cli.streams`).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,7 +23,9 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import dph
-from dph.errors import OtherRankFailed, UserError
+from dph._openmp import sleeping_when_contended
+from dph.cli import streams
+from dph.errors import OtherRankFailed, UserError, printable
 
 # Modules of dph.cli, each with HELP (one line), EXAMPLE (command lines), add_arguments(parser) and run(args), which
 # returns an exit code or None. PyTorch, transformers and the like are imported in run: --help and errors are fast.
@@ -35,6 +37,8 @@ COMMANDS = (
 INPUT_ERRORS = (
     ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError,
 )  # fmt: skip
+
+MAX_WORD, MAX_LINE = 300, 2000  # characters of an error
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,34 +90,59 @@ def _load(name: str) -> ModuleType:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
+    streams.install()
     argv = sys.argv[1:] if argv is None else argv
     try:
-        args = parse(argv)
-        code = _load(args.command).run(args) or 0
-        sys.stdout.flush()
-        return code
-    except SystemExit as stop:  # --help, or a run that was stopped
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        try:
+            return _run(argv)
+        finally:
+            streams.flush()
     except KeyboardInterrupt:
         print("dph: interrupted", file=sys.stderr)
         return 130
     except OtherRankFailed:
         return 1
     except Exception as error:
+        is_output = isinstance(error, OSError) and error.filename == streams.STDOUT
+        if is_output and isinstance(error, BrokenPipeError):  # the reader, such as `head`, has enough
+            return 1
         if "--debug" in argv:
-            traceback.print_exc()
+            print(printable(traceback.format_exc()), end="", file=sys.stderr)
         print(f"dph: error: {explain(error)}", file=sys.stderr)
-        return 2 if isinstance(error, INPUT_ERRORS) else 1
+        return 2 if isinstance(error, INPUT_ERRORS) and not is_output else 1
+
+
+def _run(argv: Sequence[str]) -> int:
+    """Run one command; the exit code."""
+    try:
+        args = parse(argv)
+        with sleeping_when_contended():
+            return _load(args.command).run(args) or 0
+    except SystemExit as stop:  # --help, or a run that was stopped
+        if isinstance(stop.code, str):
+            raise RuntimeError(stop.code) from None
+        return stop.code or 0
 
 
 def explain(error: Exception) -> str:
-    """Return an error as one line."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    text = " ".join(str(error).split())
+    """Return an error with its notes as one line without control characters; very long words and lines are cut."""
+    notes = [printable(note, keep="") for note in getattr(error, "__notes__", ())]
+    return "; ".join([_explain_alone(error), *notes])
+
+
+def _explain_alone(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        name = printable(str(error.filename), keep="") or "''"
+        return _cut(f"{name}: {error.strerror}", MAX_LINE)
+    words = [_cut(word, MAX_WORD) for word in str(error).split()]
+    text = _cut(printable(" ".join(words), keep=""), MAX_LINE)
     if isinstance(error, ValueError | OSError | RuntimeError | ImportError) and text:
         return text
-    return f"{type(error).__name__}: {text} (--debug shows where)"
+    return f"{type(error).__name__}: {text}".removesuffix(": ") + " (--debug shows where)"
+
+
+def _cut(text: str, length: int) -> str:
+    """Return the text without its middle if it is longer than ``length``."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length * 3 // 4]}...{text[-length // 4 :]}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from dph.cli import common
+from dph.data.atomic import atomic_file
 
 HELP = "draw the loss landscapes, or the curves of training runs"
 EXAMPLE = """dph plot landscape -o landscape.png
@@ -33,7 +35,9 @@ def run(args: argparse.Namespace) -> None:
     from dph.cli import figures
 
     figures.check_suffix(args.output)
-    common.check_output_file(args.output)
+    inputs = [] if args.figure == "landscape" else [Path(directory) / "metrics.jsonl" for directory in args.directories]
+    common.check_output(args.output, *inputs)
     figure = figures.landscape(args.epsilon) if args.figure == "landscape" else figures.curves(args.directories)
-    figure.savefig(args.output, dpi=130)
-    print(args.output)
+    with atomic_file(args.output) as file:
+        figure.savefig(file, dpi=130, format=Path(args.output).suffix[1:].lower())
+    common.print_text(args.output)

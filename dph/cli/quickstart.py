@@ -7,6 +7,7 @@ import math
 import shlex
 from pathlib import Path
 
+from dph.data.atomic import check_new_files
 from dph.errors import UserError
 
 HELP = "train a small model that distinguishes truth from a popular falsehood, and show the results"
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--{option}: expected a finite number above 0, got {value}")
     if Path(args.output).exists() and not args.resume:
         raise UserError(f"{args.output}: exists already; give --resume to continue it, or another --output")
+    check_new_files(args.output)
 
     from dph.demo import quickstart
 

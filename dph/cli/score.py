@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dph.cli import common
+from dph.data.atomic import atomic_file
 
 if TYPE_CHECKING:
     from dph.chat import Encoded
@@ -43,6 +44,8 @@ and leaves out the <|im_end|>; an empty answer has none (-)."""
 
 def run(args: argparse.Namespace) -> None:
     """Print a line per conversation, or a summary of preferences; write both to ``--output`` as JSON lines."""
+    common.check_output(args.output, args.file, args.model, Path(args.model) / "model")
+
     from tqdm import tqdm
 
     from dph.data import dataset
@@ -52,22 +55,26 @@ def run(args: argparse.Namespace) -> None:
     kind = "preference" if all(first_record.get(side) is not None for side in SIDES) else "conversation"
     records = dataset.load(args.file, kind)
     common.check_model(args)
-    if args.output is not None:
-        common.check_output_file(args.output)
 
     head = None if args.logprob_only else args.head
     model, tokenizer = common.open_model(args, head, WITHOUT_HEAD)
     scored = []
-    with open(args.output or os.devnull, "w", encoding="utf-8") as file:
-        empty: list[list[bool]] = []
-        groups = _encode(tqdm(records, "score", disable=None), tokenizer, empty)
-        for judged, empty_sides in zip(model.judge(groups), empty, strict=True):
-            scored.append(_scores(judged, empty_sides, head))
-        for sides in scored:
-            line = sides[0] if len(sides) == 1 else dict(zip(SIDES, sides, strict=True))
-            file.write(common.json_line(line) + "\n")
+    empty: list[list[bool]] = []
+    groups = _encode(tqdm(records, "score", disable=None), tokenizer, empty)
+    for judged, empty_sides in zip(model.judge(groups), empty, strict=True):
+        scored.append(_scores(judged, empty_sides, head))
+    if args.output is not None:
+        _write(args.output, scored)
     show = _show_pairs if kind == "preference" else _show_conversations
     common.check_nans(show(scored, args.json))
+
+
+def _write(path: str, scored: Iterable[Sequence[Scores]]) -> None:
+    """Write the scores of each record as a line of JSON."""
+    with atomic_file(path) as file:
+        for sides in scored:
+            line = sides[0] if len(sides) == 1 else dict(zip(SIDES, sides, strict=True))
+            file.write(common.json_line(line).encode() + b"\n")
 
 
 def _encode(
@@ -104,7 +111,8 @@ def _show_conversations(scored: Sequence[Sequence[Scores]], as_json: bool) -> in
 
     lines = [scores for (scores,) in scored]
     if as_json:
-        print("\n".join(map(common.json_line, lines)))
+        for line in lines:
+            common.print_json(line)
     else:
         headers = ["record", *(TITLES[key] for key in lines[0])]
         print(table(headers, [[i, *scores.values()] for i, scores in enumerate(lines)]))
@@ -134,7 +142,8 @@ def _show_pairs(scored: Sequence[Sequence[Scores]], as_json: bool) -> int:
         rows.append(prefer(TITLES[key], chosen, rejected))
     nans = sum(row.nans for row in rows)
     if as_json:
-        print("\n".join(common.json_line(asdict(row)) for row in rows))
+        for row in rows:
+            common.print_json(asdict(row))
         return nans
     cells = []
     for row in rows:

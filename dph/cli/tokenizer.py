@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from dph.cli import common
+from dph.data import atomic
 from dph.errors import UserError
 
 HELP = "train a byte-level BPE with the chat tokens on text"
@@ -29,5 +30,8 @@ def run(args: argparse.Namespace) -> None:
 
     if (Path(args.output) / "tokenizer.json").exists():
         raise UserError(f"{args.output}: expected a directory without a tokenizer, got one with tokenizer.json")
-    trained = tokenizer.train(args.files, args.vocab_size, args.output)
-    print(f"{args.output}: {len(trained)} tokens")
+    atomic.check_new_files(args.output)
+    trained = tokenizer.train(args.files, args.vocab_size)
+    with atomic.new_files(args.output, last="tokenizer.json") as folder:
+        trained.save_pretrained(folder)
+    common.print_text(f"{args.output}: {len(trained)} tokens")

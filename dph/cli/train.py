@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from dph.cli.common import add_recipe, check_recipe_paths, load_recipe
+from dph.cli.common import add_recipe, check_recipe_paths, check_run_directory, load_recipe, print_text
 
 HELP = "train one stage from a recipe"
 EXAMPLE = """dph train align model.path=runs/sft optimiser.steps=200 --output runs/align
@@ -29,7 +30,15 @@ class PrintOptions(argparse.Action):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``dph train``."""
     add_recipe(parser)
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the newest checkpoint of the run; data, tokenizer and model may have moved (give the new "
+        "place, as data.sources=[...]), but not changed",
+    )
+    parser.add_argument(
+        "--force-resume", action="store_true", help="the same, although data, tokenizer or the model's sizes changed"
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -46,15 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; the exit code is 143 after SIGTERM and 130 after Ctrl-C, with a checkpoint written."""
     recipe = load_recipe(args)
-    check_recipe_paths(recipe)
+    resume = args.resume or args.force_resume
+    # A run holds what it needs of a model and a tokenizer that are gone.
+    if not (resume and (Path(recipe.output.directory) / "start" / "config.json").is_file()):
+        check_recipe_paths(recipe)
     if args.dry_run:
         from dph.train import distributed
         from dph.train.budget.estimate import estimate
 
         if distributed.torchrun_world().rank == 0:
-            print(estimate(recipe).table())
+            print_text(estimate(recipe).table())
         return 0
+    check_run_directory(recipe, resume)
 
     from dph.train import entry
 
-    return entry.train(recipe, resume=args.resume).exit_code
+    return entry.train(recipe, resume=resume, force_resume=args.force_resume).exit_code

@@ -31,6 +31,10 @@ class Streams:
         self.records, self.encode, self.length, self.pad_token = records, encode, length, pad_token
         self._tokens: list[list[int]] = [[] for _ in range(batch)]  # of each stream, beyond the segments taken
         self._targets: list[list[int]] = [[] for _ in range(batch)]
+        # The last batch, for ``undo``: records and tokens of every stream before it, and its segments when they are cut.
+        self._position: int | None = None
+        self._lengths: list[int] = []
+        self._segments: tuple[Tensor, Tensor] | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return the iterator itself."""
@@ -38,11 +42,22 @@ class Streams:
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         """Return the next segment of every stream. Raises StopIteration when all streams are empty."""
+        self._position, self._lengths, self._segments = self.records.position, list(map(len, self._tokens)), None
         for tokens, targets in zip(self._tokens, self._targets, strict=True):
             self._fill(tokens, targets)
         if not any(self._tokens):
             raise StopIteration
-        return self._take(self._tokens, self.pad_token), self._take(self._targets, IGNORED)
+        self._segments = self._take(self._tokens, self.pad_token), self._take(self._targets, IGNORED)
+        return self._segments
+
+    def undo(self) -> dict[str, Any]:
+        """Return the state before the last batch, which may have failed; this object must not be used afterwards."""
+        for number, streams in enumerate((self._tokens, self._targets)):
+            for row, stream in enumerate(streams):
+                if self._segments is not None:
+                    stream[:0] = self._segments[number][row].tolist()
+                del stream[self._lengths[row] :]
+        return self._state(self._position)
 
     def _fill(self, tokens: list[int], targets: list[int]) -> None:
         """Add runs of records to one stream until it holds a segment or the records end."""
@@ -66,8 +81,11 @@ class Streams:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sampler's state and the remaining tokens of every stream."""
+        return self._state(None)
+
+    def _state(self, position: int | None) -> dict[str, Any]:
         tokens, targets = [list(stream) for stream in self._tokens], [list(stream) for stream in self._targets]
-        return {"records": self.records.state_dict(), "tokens": tokens, "targets": targets}
+        return {"records": self.records.state_dict(position), "tokens": tokens, "targets": targets}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state. Raises UserError if it has another batch size."""

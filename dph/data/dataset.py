@@ -11,25 +11,29 @@ Records are defined in ``dph.data.formats``, samplers in ``dph.data.sampler``, b
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from dph import chat, tasks
+from dph import tasks
 from dph.data.formats import EXPECTED_FIELDS, Preference, Record, from_messages
 from dph.data.sampler import Interleaved, Shuffled, draw
 from dph.data.sources import (
     Concatenated,
     HubRecords,
+    JsonLines,
     JsonlRecords,
     Limited,
     Records,
+    TextRecords,
+    combined_fingerprint,
     read_hub,
-    read_jsonl,
-    text_records,
+    rows_fingerprint,
 )
-from dph.errors import UserError
+from dph.errors import UserError, shown
 from dph.tasks import Task
+
+MAX_OPEN = 256  # files of a folder that stay open; a process may often have no more than 1024
 
 
 def load(
@@ -58,9 +62,9 @@ def load(
     Raises UserError if the source is missing, empty or malformed, or cannot give records of ``kind``.
     """
     if kind not in EXPECTED_FIELDS:
-        raise UserError(f"kind: expected {', '.join(EXPECTED_FIELDS)}, got {kind!r}")
+        raise UserError(f"kind: expected {', '.join(EXPECTED_FIELDS)}, got {shown(kind)}")
     if limit is not None and limit < 1:
-        raise UserError(f"limit: expected at least 1, got {limit}")
+        raise UserError(f"limit: expected at least 1, got {shown(limit)}")
     origin, _, name = str(spec).partition(":")
     if origin == "task":
         records = TaskRecords(tasks.load(name), kind, split, directory, seed)
@@ -86,7 +90,10 @@ def _load_files(path: Path, kind: str, text_field: str) -> Sequence[Record]:
         raise UserError(f"{path}: expected a file, task:NAME or hub:NAME; did you mean task:{path}?")
     parts: list[Sequence[Record]] = []
     for file in files:
-        parts.append(text_records(file, kind) if file.suffix == ".txt" else JsonlRecords(file, kind, text_field))
+        if file.suffix == ".txt":
+            parts.append(TextRecords(file, kind))
+        else:
+            parts.append(JsonlRecords(file, kind, text_field, keep_open=len(files) <= MAX_OPEN))
     return parts[0] if len(parts) == 1 else Concatenated(parts)
 
 
@@ -100,7 +107,7 @@ class TaskRecords(Records):
             )
         self._documents = task_documents(task, split, directory)
         # The task's name, since its functions cannot be pickled for worker processes.
-        self._name, self._kind, self._split, self._seed = task.name, kind, split, seed
+        self._name, self._kind, self._seed = task.name, kind, seed
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -110,48 +117,105 @@ class TaskRecords(Records):
         """Return one record; None is a pair without a wrong answer. Raises UserError if the right one is hidden."""
         index = range(len(self))[index]
         task, document = tasks.load(self._name), self._documents[index]
-        where = f"task {self._name}, {self._split} record {index}"
         try:
-            right = task.targets(document)
+            right, wrong = task.answers(document, with_wrong=self._kind == "preference")
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise UserError(f"{self._documents.location(index)}: {error}") from error
         if not right:
-            raise UserError(f"{where}: expected a label, got none; the answers of this split are hidden")
-        chat.check(right[0], where)
+            reason = f"task {self._name}: expected a label, got none; the answers of this split are hidden"
+            raise UserError(f"{self._documents.location(index)}: {reason}")
         if self._kind != "preference":
-            return from_messages(right[0], self._kind, where)
-        wrong = task.distractors(document)
+            return from_messages(right[0], self._kind, "")
         return Preference(right[0], wrong[draw(len(wrong), self._seed, self._name, index)]) if wrong else None
 
+    def fingerprint(self) -> str:
+        """Return a digest of the documents."""
+        return self._documents.fingerprint()
 
-def task_documents(task: Task, split: str, directory: str | Path | None = None) -> Sequence[Mapping[str, Any]]:
+
+def task_documents(task: Task, split: str, directory: str | Path | None = None) -> Documents:
     """Return the documents of a task's split: of ``directory/<task>/<split>.jsonl``, or of the hub if None.
 
-    Raises UserError if the split is unknown, the file is missing or malformed, or the hub cannot be read.
+    Raises UserError if the split is unknown, the file is missing, the hub cannot be read, or a document of the file is
+    malformed.
     """
     if split not in task.splits:
         raise UserError(f"task {task.name}: expected split {', '.join(task.splits)}, got {split!r}")
     if directory is not None:
-        documents = list(read_jsonl(Path(directory) / task.name / f"{split}.jsonl"))
-    else:
-        documents = read_hub(task.hub, task.config, task.splits[split])
-    return documents if task.keep is None else FilteredDocuments(documents, task.keep)
+        return _read_documents(task, Path(directory) / task.name / f"{split}.jsonl")
+    rows = read_hub(task.hub, task.config, task.splits[split])
+    place = f"task {task.name}, {split} record "
+    digest = combined_fingerprint(task.hub, task.config, task.splits[split], rows_fingerprint(rows))
+    if task.keep is None:
+        return Documents(rows, digest, place)
+    indices = array("q")
+    for i, document in enumerate(rows):
+        if _uses(task, document, f"{place}{i}"):
+            indices.append(i)
+    return Documents(rows, digest, place, numbers=indices, indices=indices)
 
 
-class FilteredDocuments(Sequence):
-    """Documents of which ``keep`` is true, by their indices."""
+def _read_documents(task: Task, path: Path) -> Documents:
+    """Return the documents of a file, in memory and checked, but for those that the task leaves out."""
+    documents: list[Mapping[str, Any]] = []
+    numbers = array("q")
 
-    def __init__(self, documents: Sequence[Mapping[str, Any]], keep: Callable[[Mapping[str, Any]], bool]) -> None:
-        self._documents = documents
-        self._indices = array("q", (i for i, document in enumerate(documents) if keep(document)))
+    def take(number: int, document: Mapping[str, Any]) -> None:
+        if _uses(task, document, f"{path}:{number}"):
+            documents.append(document)
+            numbers.append(number)
+
+    digest = JsonLines(path, keep_open=False, visit=take).fingerprint()
+    if not documents:
+        raise UserError(f"{path}: expected at least one record that the task uses, got none")
+    return Documents(documents, digest, f"{path}:", numbers)
+
+
+def _uses(task: Task, document: Mapping[str, Any], location: str) -> bool:
+    """Check a document, and return whether the task uses it."""
+    try:
+        task.check(document)
+    except UserError as error:
+        raise UserError(f"{location}: {error}") from error
+    return task.keep is None or task.keep(document)
+
+
+class Documents(Sequence):
+    """Documents of a task, and their places for error messages.
+
+    Args:
+        rows: documents, all of which are used if ``indices`` is None.
+        digest: fingerprint of the rows.
+        place: beginning of every place, which a number follows.
+        numbers: of the places, such as lines of a file; None for the indices of the rows.
+        indices: of the rows that are used.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        digest: str,
+        place: str,
+        numbers: array | None = None,
+        indices: array | None = None,
+    ) -> None:
+        self._rows, self._digest, self._place, self._numbers, self._indices = rows, digest, place, numbers, indices
 
     def __len__(self) -> int:
         """Number of documents."""
-        return len(self._indices)
+        return len(self._rows if self._indices is None else self._indices)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         """Return one document."""
-        return self._documents[self._indices[index]]
+        return self._rows[index if self._indices is None else self._indices[index]]
+
+    def location(self, index: int) -> str:
+        """Return FILE:LINE of a document, or the task, split and number of a record of the hub."""
+        return f"{self._place}{index if self._numbers is None else self._numbers[index]}"
+
+    def fingerprint(self) -> str:
+        """Return a digest of all documents, also of those that the task leaves out."""
+        return self._digest
 
 
 class Source(Protocol):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dph import chat
 from dph.chat import Encoded, Message
-from dph.errors import UserError
+from dph.errors import UserError, check_text, shown, shown_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ def parse_record(fields: Mapping[str, Any], kind: str, where: str = "record", te
     Raises UserError that begins with ``where`` if the fields are missing or malformed.
     """
     if kind == "text" and fields.get(text_field) is not None:
-        chat.check_text(fields[text_field], f"{where}: {text_field}")
+        check_text(fields[text_field], f"{where}: {text_field}")
         return Text(fields[text_field])
     if fields.get("chosen") is not None and fields.get("rejected") is not None:
         chosen, rejected = _conversation(fields, "chosen", where), _conversation(fields, "rejected", where)
@@ -66,14 +66,14 @@ def parse_record(fields: Mapping[str, Any], kind: str, where: str = "record", te
     if kind != "preference" and fields.get("prompt") is not None and fields.get("completion") is not None:
         # In TRL's unpaired preferences, false marks a bad answer.
         if fields.get("label") is not None and fields["label"] is not True:
-            raise UserError(f"{where}: label: expected true with a completion to learn, got {fields['label']!r}")
+            raise UserError(f"{where}: label: expected true with a completion to learn, got {shown(fields['label'])}")
         messages = _messages(fields, "prompt", "user", where) + _messages(fields, "completion", "assistant", where)
         return from_messages(messages, kind, where)
-    present = ", ".join(key if value is not None else f"{key} (null)" for key, value in fields.items())
+    present = shown_names(key if value is not None else f"{key} (null)" for key, value in fields.items())
     expected = EXPECTED_FIELDS[kind]
     if kind == "text":
         expected = expected.replace("text", text_field, 1)
-    raise UserError(f"{where}: expected a {kind}: {expected}; got the fields {present or '(none)'}")
+    raise UserError(f"{where}: expected a {kind}: {expected}; got the fields {present}")
 
 
 def from_messages(messages: list[Message], kind: str, where: str) -> Record:

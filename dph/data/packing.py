@@ -207,6 +207,7 @@ class PairBatches:
         self.records, self.encode, self.pairs = records, encode, pairs
         self.max_length, self.max_tokens = max_length, max_tokens
         self.refused: Counter[str] = Counter()
+        self._before: tuple[int | None, dict[str, int]] = (None, {})  # records and refused pairs before the last batch
 
     def __iter__(self) -> Iterator[list[tuple[Encoded, Encoded]]]:
         """Return the iterator itself."""
@@ -215,6 +216,7 @@ class PairBatches:
     def __next__(self) -> list[tuple[Encoded, Encoded]]:
         """Return the next N pairs. Raises UserError if two whole passes over the records give no pair."""
         batch, refused_in_a_row = [], 0
+        self._before = self.records.position, dict(self.refused)
         while len(batch) < self.pairs:
             try:
                 record = next(self.records)
@@ -249,6 +251,11 @@ class PairBatches:
         if limit is not None and len(chosen) + len(rejected) > limit and packed_length(pair) > limit:
             return f"more than {limit} tokens together"
         return None
+
+    def undo(self) -> dict[str, Any]:
+        """Return the state before the last batch, which may have failed; this object must not be used afterwards."""
+        position, refused = self._before
+        return {"records": self.records.state_dict(position), "refused": refused}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sampler's state and the counts of refused pairs."""

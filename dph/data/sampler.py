@@ -35,8 +35,8 @@ class Sampler(Protocol):
     def __next__(self) -> Item | None:
         """Return the next record; None is a pair without a wrong answer."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain JSON."""
+    def state_dict(self, position: int | None = None) -> dict[str, Any]:
+        """Return the state as plain JSON; with ``position``, the one after the first ``position`` records."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state."""
@@ -51,9 +51,6 @@ class IndexSampler(Sampler, Protocol):
 
     def next_index(self) -> RecordIndex:
         """Advance by one record and return its index. Raises StopIteration after the last."""
-
-    def state_dict(self, prefetched: Sequence[RecordIndex] = ()) -> dict[str, Any]:
-        """Return the state before the indices ``prefetched`` were drawn, which are the latest."""
 
 
 class InOrder:
@@ -84,9 +81,9 @@ class InOrder:
         self.position += 1
         return 0, self.position - 1
 
-    def state_dict(self, prefetched: Sequence[RecordIndex] = ()) -> dict[str, int]:
-        """Return the position before ``prefetched``, and the size of the source."""
-        return {"position": self.position - len(prefetched), "size": self.size}
+    def state_dict(self, position: int | None = None) -> dict[str, int]:
+        """Return the position, or an earlier ``position``, and the size of the source."""
+        return {"position": self.position if position is None else position, "size": self.size}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue from a state. Raises UserError if the state belongs to a source of another size."""
@@ -155,21 +152,26 @@ class Interleaved:
 
     def next_index(self) -> RecordIndex:
         """Advance by one record and return its index."""
-        point = draw(2**52, self.seed, self.position // self.run) / 2**52 * self._cumulative_weights[-1]
-        number = bisect_right(self._cumulative_weights, point)
+        number = self._source_at(self.position)
         source = self.sources[number]
         index = source.index(source.position)
         source.position += 1
         self.position += 1
         return number, index
 
-    def state_dict(self, prefetched: Sequence[RecordIndex] = ()) -> dict[str, Any]:
-        """Return the position and the state of every source, before ``prefetched``."""
-        states = []
-        for number, source in enumerate(self.sources):
-            own = [index for index in prefetched if index[0] == number]
-            states.append(source.state_dict(own))
-        return {"position": self.position - len(prefetched), "sources": states}
+    def _source_at(self, position: int) -> int:
+        """Return the number of the source of the record at ``position`` of the endless sequence."""
+        point = draw(2**52, self.seed, position // self.run) / 2**52 * self._cumulative_weights[-1]
+        return bisect_right(self._cumulative_weights, point)
+
+    def state_dict(self, position: int | None = None) -> dict[str, Any]:
+        """Return the position, or an earlier ``position``, and the state of every source there."""
+        position = self.position if position is None else position
+        positions = [source.position for source in self.sources]
+        for later in range(position, self.position):
+            positions[self._source_at(later)] -= 1
+        states = [source.state_dict(own) for source, own in zip(self.sources, positions, strict=True)]
+        return {"position": position, "sources": states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state. Raises UserError if the state belongs to other sources."""

@@ -2,86 +2,208 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import mmap
 import os
+import weakref
+from abc import abstractmethod
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
+from zlib import crc32
 
-from dph.data.formats import EXPECTED_FIELDS, Record, Text, parse_record
-from dph.errors import UserError
+from dph.chat import Encoded
+from dph.data.formats import EXPECTED_FIELDS, Conversation, Preference, Record, Text, parse_record
+from dph.errors import UserError, shown
 
 # Longest text of a record, in characters; longer ones are split. A stream takes whole records: a corpus in one record
 # would be read by every stream at once, and every checkpoint would hold the rest of it.
 MAX_TEXT = 2**16
+DIGEST = 16  # bytes of a fingerprint
+FINGERPRINTED = 256  # records in memory that their fingerprint depends on
 
 
 class JsonLines(Sequence):
-    """Objects of a JSONL file, parsed when they are read; memory holds only the offsets of the lines.
+    """Objects of a JSONL file, parsed when they are read; memory holds offset, number and checksum of each line.
 
-    Raises UserError if ``path`` is not a regular file, and for a malformed line when it is read.
+    A line that is read later must be what it was when the file was opened, also for the processes that unpickle this
+    object; another program may append lines, which are not read. Lines are read by system calls, since a mapped file
+    that another program truncates kills the process. A file that is deleted or replaced under its name stays readable
+    for the process that has it open.
+
+    Args:
+        path: a regular file.
+        keep_open: False opens the file for every line, for folders of more files than a process may hold open.
+        visit: called with the number, from 1, and the object of each line while the file is read for the first time.
+
+    Raises UserError if ``path`` is not a regular file, and for a malformed line when it is parsed.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            got = "nothing there"
-            if self.path.is_dir():
-                got = "a folder there"
-            elif self.path.exists():  # a pipe can be read only once
-                got = "something that is not a regular file (a pipe or device)"
-            raise UserError(f"{path}: expected a JSONL file, got {got}")
-        self._offsets, self._line_numbers = array("q"), array("q")
-        with self.path.open("rb") as file:
-            self._bytes = _map_file(file)
-            offset = 0
+    def __init__(
+        self,
+        path: str | Path,
+        keep_open: bool = True,
+        visit: Callable[[int, dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.path, self._keep_open = Path(path), keep_open
+        self._offsets, self._line_numbers, self._checksums = array("q"), array("q"), array("I")
+        offset = 0
+        with _naming(self.path), _open_regular(self.path) as file:
             for number, line in enumerate(file, 1):
-                if not line.isspace():
+                if data := line.rstrip():
                     self._offsets.append(offset)
                     self._line_numbers.append(number)
+                    self._checksums.append(crc32(data))
+                    if visit is not None:
+                        visit(number, self._parse(data, len(self) - 1, _strict))
                 offset += len(line)
+            self._descriptor = os.dup(file.fileno()) if keep_open else None
+        if keep_open:
+            weakref.finalize(self, os.close, self._descriptor)
+        self._offsets.append(offset)  # the end of the last line
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all attributes but the mapped file, for another process."""
-        return {key: value for key, value in self.__dict__.items() if key != "_bytes"}
+        """Return all attributes but the open file, for another process."""
+        return {key: value for key, value in self.__dict__.items() if key != "_descriptor"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Map the file in this process."""
+        """Open the file in this process. Raises UserError if it is gone."""
         self.__dict__.update(state)
-        with self.path.open("rb") as file:
-            self._bytes = _map_file(file)
+        self._descriptor = None
+        if self._keep_open:
+            with _naming(self.path):
+                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._descriptor)
 
     def __len__(self) -> int:
         """Number of lines that are not blank."""
-        return len(self._offsets)
+        return len(self._line_numbers)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return the object of one line."""
-        start = self._offsets[index]
-        end = self._bytes.find(b"\n", start)
+        index = range(len(self))[index]
+        return self._parse(self._read(index), index, _strict)
+
+    def visited(self, index: int) -> dict[str, Any]:
+        """Return the object of one line that has been visited before; ``index`` is at least 0."""
+        line = self._read(index)
         try:
-            fields = json.loads(self._bytes[start : end if end >= 0 else len(self._bytes)])
-        except json.JSONDecodeError as error:
-            reason = f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
-            raise UserError(f"{self.location(index)}: {reason}") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.location(index)}: not UTF-8 at byte {error.start}") from None
-        if not isinstance(fields, dict):
-            raise UserError(f"{self.location(index)}: expected a JSON object, got {type(fields).__name__}")
-        return fields
+            return _decode(line.decode() if self._offsets[index] else line.decode("utf-8-sig"))
+        except RecursionError:  # called from deeper down than when it was visited
+            return self._parse(line, index, _decode)
 
     def location(self, index: int) -> str:
         """Return FILE:LINE of an object, for error messages."""
         return f"{self.path}:{self._line_numbers[index]}"
 
+    def fingerprint(self) -> str:
+        """Return a digest of the checksums of all lines, the ends of lines and blank lines aside."""
+        return blake2b(self._checksums.tobytes(), digest_size=DIGEST).hexdigest()
 
-def _map_file(file: BinaryIO) -> mmap.mmap | bytes:
-    """Map a file into memory; an empty one, which cannot be mapped, gives no bytes."""
-    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
+    def _read(self, index: int) -> bytes:
+        """Return the bytes of one line. Raises UserError if they are not what they were."""
+        start = self._offsets[index]
+        size = self._offsets[index + 1] - start  # with the blank lines that follow
+        try:
+            if self._descriptor is None:
+                with self.path.open("rb", buffering=0) as file:
+                    data = read_at(file.fileno(), size, start)
+            else:
+                data = os.pread(self._descriptor, size, start)
+                if len(data) < size:
+                    data += read_at(self._descriptor, size - len(data), start + len(data))
+        except OSError as error:
+            raise UserError(f"{self.location(index)}: {error.strerror or error}") from None
+        line = data.rstrip()
+        if crc32(line) != self._checksums[index]:
+            got = "other bytes" if len(data) == size else "a shorter file"
+            raise UserError(
+                f"{self.location(index)}: the file changed during the run: expected the line as it was at the start, "
+                f"got {got}"
+            )
+        return line
+
+    def _parse(self, line: bytes, index: int, decode: Callable[[str], Any]) -> dict[str, Any]:
+        """Return the JSON object in ``line``; a byte order mark may begin the file."""
+        try:
+            fields = decode(line.decode() if self._offsets[index] else line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            reason = f"not UTF-8 at byte {error.start}"
+        except json.JSONDecodeError as error:
+            reason = f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+        except _NotJson as error:
+            reason = f"not JSON: {error}"
+        except RecursionError:
+            reason = "expected a JSON object, got one that is nested too deeply to read"
+        except ValueError:  # of int()
+            reason = "expected numbers of at most 4300 digits, got an integer of more"
+        else:
+            if isinstance(fields, dict):
+                return fields
+            reason = f"expected a JSON object, got {type(fields).__name__}"
+        raise UserError(f"{self.location(index)}: {reason}")
+
+
+def read_at(descriptor: int, size: int, start: int) -> bytes:
+    """Return ``size`` bytes of a file, fewer if it ends before; one system call reads at most 2 GiB."""
+    parts = []
+    while size:
+        part = os.pread(descriptor, size, start)
+        if not part:
+            break
+        parts.append(part)
+        size, start = size - len(part), start + len(part)
+    return b"".join(parts)
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """Open a regular file. Raises UserError for anything else."""
+    if not path.is_file():
+        got = "nothing there"
+        if path.is_dir():
+            got = "a folder there"
+        elif path.exists():  # a pipe can be read only once
+            got = "something that is not a regular file (a pipe or device)"
+        raise UserError(f"{path}: expected a JSONL file, got {got}")
+    return path.open("rb")
+
+
+@contextlib.contextmanager
+def _naming(place: str | Path) -> Iterator[None]:
+    """Turn errors of the operating system into UserError that begins with ``place``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place}: {error.strerror or error}") from None
+
+
+class _NotJson(ValueError):
+    """Something that Python's parser accepts but JSON does not, or that would be dropped silently."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON. Raises _NotJson for a key that is there twice: all but the last would be dropped."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        seen = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _NotJson(f"the key {shown(key)} is there twice")
+            seen.add(key)
+    return fields
+
+
+def _refuse_constant(name: str) -> Any:
+    """Raise _NotJson for NaN, Infinity and -Infinity."""
+    raise _NotJson(f"{name} is no JSON number")
+
+
+_strict = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant).decode
+_decode = json.JSONDecoder().decode  # twice as fast, for what the strict one has accepted
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -123,6 +245,35 @@ class Records(Sequence):
         for index in range(len(self)):
             yield self[index]
 
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a short digest of the content that the records are made from, whatever its path and dates."""
+
+
+def fingerprint(records: Sequence[Any]) -> str:
+    """Return a short digest of the content of records: of a source, or of any sequence in memory.
+
+    A sequence of the user's may have a method ``fingerprint`` of its own, for example if reading a record is slow.
+    That of a sequence in memory depends on its length and on at most ``FINGERPRINTED`` records, the first and last
+    among them; of a record that is of no kind of ``dph.data.formats``, only on its type.
+    """
+    own = getattr(records, "fingerprint", None)
+    if callable(own):
+        return own()
+    size = len(records)
+    digest = blake2b(f"{size} records".encode(), digest_size=DIGEST)
+    sampled = min(size, FINGERPRINTED)
+    for i in range(sampled):
+        record = records[i * (size - 1) // max(sampled - 1, 1)]
+        known = record is None or isinstance(record, Text | Conversation | Preference | Encoded | tuple)
+        digest.update((repr(record) if known else type(record).__qualname__).encode(errors="surrogatepass"))
+    return digest.hexdigest()
+
+
+def combined_fingerprint(*parts: object) -> str:
+    """Return the fingerprint of something that is made of ``parts``."""
+    return blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=DIGEST).hexdigest()
+
 
 class JsonlRecords(Records):
     """Records of a JSONL file; a text longer than ``MAX_TEXT`` characters is several records.
@@ -130,15 +281,18 @@ class JsonlRecords(Records):
     Every line is checked at once: a malformed line is an error now rather than hours into training.
     """
 
-    def __init__(self, path: str | Path, kind: str, text_field: str) -> None:
-        self._lines, self._kind, self._text_field = JsonLines(path), kind, text_field
+    def __init__(self, path: str | Path, kind: str, text_field: str, keep_open: bool = True) -> None:
+        self._kind, self._text_field = kind, text_field
         self._pieces: dict[int, list[Text]] = {}  # of lines with a long text
         records_per_line = array("q")
-        for line in range(len(self._lines)):
-            record = parse_record(self._lines[line], kind, self._lines.location(line), text_field)
+
+        def check_line(number: int, fields: dict[str, Any]) -> None:
+            record = parse_record(fields, kind, f"{path}:{number}", text_field)
             if isinstance(record, Text) and len(record.text) > MAX_TEXT:
-                self._pieces[line] = split_text(record.text)
-            records_per_line.append(len(self._pieces.get(line, "1")))
+                self._pieces[len(records_per_line)] = split_text(record.text)
+            records_per_line.append(len(self._pieces.get(len(records_per_line), "1")))
+
+        self._lines = JsonLines(path, keep_open, check_line)
         self._size = sum(records_per_line)
         self._ends = array("q", accumulate(records_per_line) if self._pieces else ())  # of each line's records
 
@@ -153,14 +307,34 @@ class JsonlRecords(Records):
             line = bisect_right(self._ends, index)
             if line in self._pieces:
                 return self._pieces[line][index - self._ends[line]]  # counted from the end of its pieces
-        return parse_record(self._lines[line], self._kind, self._lines.location(line), self._text_field)
+        return parse_record(self._lines.visited(line), self._kind, self._lines.location(line), self._text_field)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the file."""
+        return self._lines.fingerprint()
 
 
-def text_records(path: str | Path, kind: str) -> list[Text]:
-    """Return a text file as records. Raises UserError unless ``kind`` is "text"."""
-    if kind != "text":
-        raise UserError(f"{path}: expected a {kind}: {EXPECTED_FIELDS[kind]}; got plain text")
-    return split_text(read_text(path))
+class TextRecords(Records):
+    """Records of a text file, held in memory. Raises UserError unless ``kind`` is "text"."""
+
+    def __init__(self, path: str | Path, kind: str) -> None:
+        if kind != "text":
+            raise UserError(f"{path}: expected a {kind}: {EXPECTED_FIELDS[kind]}; got plain text")
+        text = read_text(path)
+        self._digest = blake2b(text.encode(), digest_size=DIGEST).hexdigest()
+        self._pieces = split_text(text)
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self._pieces)
+
+    def __getitem__(self, index: int) -> Text:
+        """Return one record."""
+        return self._pieces[index]
+
+    def fingerprint(self) -> str:
+        """Return a digest of the text."""
+        return self._digest
 
 
 def split_text(text: str) -> list[Text]:
@@ -199,6 +373,15 @@ class HubRecords(Records):
         index = range(len(self))[index]
         return parse_record(self._rows[index], self._kind, f"{self._name} record {index}", self._text_field)
 
+    def fingerprint(self) -> str:
+        """Return a digest of the data set's name, split and size, and of its own fingerprint."""
+        return combined_fingerprint(self._name, rows_fingerprint(self._rows))
+
+
+def rows_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a digest of the size and the own fingerprint of a hub data set."""
+    return combined_fingerprint(len(rows), getattr(rows, "_fingerprint", None))
+
 
 class Concatenated(Records):
     """Several sequences of records end to end."""
@@ -216,6 +399,10 @@ class Concatenated(Records):
         number = bisect_right(self._ends, index)
         return self._parts[number][index - self._ends[number]]  # counted from the end of the part
 
+    def fingerprint(self) -> str:
+        """Return a digest of all parts in their order."""
+        return combined_fingerprint(*map(fingerprint, self._parts))
+
 
 class Limited(Records):
     """The first ``limit`` records of a sequence."""
@@ -230,3 +417,7 @@ class Limited(Records):
     def __getitem__(self, index: int) -> Record | None:
         """Return one record."""
         return self._records[range(self._size)[index]]
+
+    def fingerprint(self) -> str:
+        """Return a digest of the whole sequence and the number of its records that are used."""
+        return combined_fingerprint(fingerprint(self._records), self._size)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dph.chat import END, START
-from dph.data.sources import read_jsonl, read_text
-from dph.errors import UserError
+from dph.data.sources import JsonLines, read_text
+from dph.errors import UserError, check_text, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 EOS, PAD = "</s>", "<pad>"
 SPECIAL_TOKENS = (EOS, PAD, START, END)
 MIN_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte, and the special tokens
+MAX_VOCABULARY = 2**24  # as dph.ModelConfig allows, far above any known tokenizer
 
 
 def train(files: Sequence[str | Path], vocab_size: int, out: str | Path | None = None) -> PreTrainedTokenizerFast:
@@ -51,6 +52,12 @@ def from_iterator(texts: Iterable[str], vocab_size: int, out: str | Path | None 
 def _train(texts: Iterable[str], vocab_size: int, out: str | Path | None, where: str) -> PreTrainedTokenizerFast:
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"{out}: expected a folder to save the tokenizer to, got a file")
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
+        raise UserError(f"vocab_size: expected a whole number, got {shown(vocab_size)}")
+    if vocab_size > MAX_VOCABULARY:
+        raise UserError(
+            f"vocab_size: expected at most {MAX_VOCABULARY} (no known tokenizer has more), got {shown(vocab_size)}"
+        )
     if vocab_size < MIN_VOCABULARY:
         smallest = f"{MIN_VOCABULARY} (256 bytes, {len(SPECIAL_TOKENS)} tokens)"
         raise UserError(f"vocab_size: expected at least {smallest}, got {vocab_size}")
@@ -95,6 +102,7 @@ def _not_empty(texts: Iterable[str], where: str) -> Iterator[str]:
     """Yield the texts that are not empty. Raises UserError if there are none."""
     any_text = False
     for text in texts:
+        check_text(text, where)
         if text:
             any_text = True
             yield text
@@ -107,20 +115,25 @@ def _read_texts(path: Path) -> Iterator[str]:
     if path.suffix == ".txt":
         yield from read_text(path).splitlines(keepends=True)
     elif path.suffix == ".jsonl":
-        for fields in read_jsonl(path):
-            yield from _strings(fields)
+        lines = JsonLines(path)
+        for i, fields in enumerate(lines):
+            for text in _strings(fields):
+                check_text(text, lines.location(i))
+                yield text
     else:
         raise UserError(f"{path}: expected a .txt or .jsonl file, got {path.suffix or 'no suffix'}")
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yield all strings in a JSON value except the roles of messages."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if not (key == "role" and "content" in value):
-                yield from _strings(item)
+    """Yield all strings in a JSON value, at any depth, except the roles of messages."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list):
+            waiting += reversed(value)
+        elif isinstance(value, dict):
+            for key, item in reversed(value.items()):
+                if not (key == "role" and "content" in value):
+                    waiting.append(item)

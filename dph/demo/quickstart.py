@@ -23,7 +23,7 @@ from dph.chat import Encoded, Message
 from dph.data import tokenizer
 from dph.data.formats import Conversation, Record, Text
 from dph.demo import puzzles, report
-from dph.errors import UserError
+from dph.errors import UserError, printable
 from dph.model.model import Model
 from dph.train import build, recipe
 from dph.train.entry import train
@@ -61,12 +61,12 @@ def run(
         "SFT, frozen, with a head": frozen_samples,
         "aligned jointly": report.sample_and_judge(aligned, stages.tokenizer, held_out, seed),
     }
-    print(report.report(results, stages.tokenizer))
-    for path in report.save_figures(results, output):
-        print(f"figure: {path}")
-    print(f"model: {output / 'sft' / 'model'}  (no reward head: give --rank logprob, or score's --logprob-only)")
+    figures = report.save_figures(results, output)  # before the first print: nobody may read the output
+    lines = [report.report(results, stages.tokenizer), *(f"figure: {path}" for path in figures)]
+    lines.append(f"model: {output / 'sft' / 'model'}  (no reward head: give --rank logprob, or score's --logprob-only)")
     for name in ("head", "align"):
-        print(f"model: {output / name / 'model'}  (dph chat, dph generate and dph score open it)")
+        lines.append(f"model: {output / name / 'model'}  (dph chat, dph generate and dph score open it)")
+    print(printable("\n".join(lines)))
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes on {torch.get_num_threads()} threads")
 
 
@@ -108,7 +108,7 @@ class Quickstart:
             model = build.with_heads(model, stage_recipe.objective)
         result = train(stage_recipe, model=model, tokenizer=self.tokenizer, records=records, resume=self.resume)
         if result.interrupted:
-            print(f"stopped in stage {name}; {self.resume_command} continues it", file=sys.stderr)
+            print(printable(f"stopped in stage {name}; {self.resume_command} continues it"), file=sys.stderr)
             sys.exit(result.exit_code)
         return result.model
 
@@ -127,5 +127,6 @@ class Quickstart:
                 pairs += [(answer, other) for other in rng.sample(wrong, min(len(wrong), PAIRS))]
         if not pairs:
             raise UserError("preferences: expected right and wrong samples, got no prompt with both; train longer")
-        print(f"{len(pairs)} preference pairs from {prompts} prompts with {CANDIDATES} samples each", flush=True)
+        # On stderr, since a closed stdout must not end a run of minutes.
+        print(f"{len(pairs)} preference pairs from {prompts} prompts with {CANDIDATES} samples each", file=sys.stderr)
         return pairs

@@ -11,6 +11,7 @@ import numpy as np
 
 from dph import chat
 from dph.chat import Encoded
+from dph.data.atomic import atomic_file
 from dph.demo.puzzles import Puzzle
 from dph.evaluate.choices import Interval, bootstrap
 from dph.evaluate.tables import table
@@ -143,7 +144,8 @@ def save_figures(results: Mapping[str, SampledAnswers], directory: Path) -> list
     figures = {"accuracy.png": _curves(results), "rewards.png": _histograms(results)}
     directory.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(directory / name, dpi=120)
+        with atomic_file(directory / name) as file:
+            figure.savefig(file, dpi=120, format="png")
     return [directory / name for name in figures]
 
 

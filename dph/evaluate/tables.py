@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from dph.errors import printable
+
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Aligned columns under ``headers``, two spaces apart, without a newline at the end.
@@ -42,9 +44,4 @@ def _is_number(value: Any) -> bool:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.3f}" if isinstance(value, float) else printable(str(value))
-
-
-def printable(text: str, keep: str = "") -> str:
-    """``text`` with its control characters escaped, except those in ``keep``: a terminal would execute them."""
-    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+    return f"{value:.3f}" if isinstance(value, float) else printable(str(value), keep="")

@@ -1,17 +1,46 @@
 """Configuration of the model as a transformers class, which also reads that of released ``lsw_transformer`` models."""
 
+import dataclasses
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import cached_file
 
-from dph.checkpoint import RELEASED, config_from_official, end_token
+from dph._folder import IMPLEMENTATION_KEYS, read_json, refuse_code
+from dph.chat import END
+from dph.checkpoint import RELEASED, config_from_official
+from dph.errors import UserError, shown
 from dph_kernels.layout import Rotary
 
 POOLERS = ("identity", "bert", "t5", "swiglu_bert", "swiglu_t5")
 OPT_ROWS, OPT_END = 50_272, 50_266
 """Rows of OPT's embedding, and the unused row that the paper assigns to ``<|im_end|>``."""
+
+# Range of each size, far above any known model: a larger number is a mistake, and would keep a machine busy for hours.
+SIZES = {
+    "vocab_size": (1, 2**24),
+    "embedding_size": (1, 2**17),
+    "hidden_size": (1, 2**17),
+    "intermediate_size": (1, 2**20),
+    "num_hidden_layers": (0, 1024),
+    "num_attention_heads": (1, 2**16),
+}
+MAX_HEADS = 256
+MAX_HEAD_NAME = 100  # characters
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "im_end_token_id")
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+# Settings of transformers that load other files, or turn the model into another one.
+FOREIGN_KEYS = (
+    "transformers_weights", "configuration_files", "quantization_config", "fusion_config", "per_layer_config",
+    "distributed_config",
+)  # fmt: skip
 
 # Arguments for downloads from the hub, passed on for each file.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -39,7 +68,9 @@ class ModelConfig(PretrainedConfig):
             of OPT's 50272 rows.
         released: keys of a released ``config.json`` that this model does not use, written back by ``save_official``.
 
-    Raises ValueError for sizes that do not divide or are out of range, unknown poolers and duplicate names.
+    Raises UserError for values of another type or out of range (``SIZES``), sizes that do not divide, unknown poolers,
+    and names of heads that are not different, printable names without dots of at most 100 characters; some, such as
+    ``values``, are attributes of PyTorch's modules and cannot be used.
     """
 
     model_type = "dph"
@@ -84,8 +115,9 @@ class ModelConfig(PretrainedConfig):
         self.reward_pooler = reward_pooler
         self.reward_dropout = reward_dropout
         self.im_end_token_id = OPT_END if im_end_token_id is None and vocab_size == OPT_ROWS else im_end_token_id
-        self.released = released or {}
-        self._check(tie_word_embeddings)
+        self.released = {} if released is None else released
+        token_ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        self._check(tie_word_embeddings, token_ids)
         super().__init__(
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
@@ -94,38 +126,93 @@ class ModelConfig(PretrainedConfig):
             **kwargs,
         )
 
-    def _check(self, tied: bool) -> None:
-        sizes = "vocab_size", "embedding_size", "hidden_size", "intermediate_size", "num_attention_heads"
-        for name, least in (*((name, 1) for name in sizes), ("num_hidden_layers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+    def _check(self, tied: Any, token_ids: Mapping[str, Any]) -> None:
+        for name, (least, most) in SIZES.items():
+            _check_integer(name, getattr(self, name), least, most)
+        for name in ("rope_base", "layer_norm_eps", "initializer_range", "reward_dropout"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+                raise UserError(f"{name}: expected a finite number, got {shown(value)}")
         if not self.rope_base > 0:
-            raise ValueError(f"rope_base: expected a number above 0, got {self.rope_base}")
+            raise UserError(f"rope_base: expected a number above 0, got {self.rope_base}")
+        for name in ("layer_norm_eps", "initializer_range"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
         if not 0 <= self.reward_dropout < 1:
-            raise ValueError(f"reward_dropout: expected a probability in [0, 1), got {self.reward_dropout}")
+            raise UserError(f"reward_dropout: expected a probability in [0, 1), got {self.reward_dropout}")
+        if not isinstance(self.rope_reversed, bool):
+            raise UserError(f"rope_reversed: expected true or false, got {shown(self.rope_reversed)}")
         if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(
+            raise UserError(
                 f"hidden_size: expected a multiple of 2 * num_attention_heads = {2 * self.num_attention_heads}, "
                 f"got {self.hidden_size}"
             )
         if self.reward_pooler not in POOLERS:
-            raise ValueError(f"reward_pooler: expected one of {', '.join(POOLERS)}, got {self.reward_pooler!r}")
-        names = self.reward_heads + self.task_heads
-        if len(set(names)) != len(names) or any(not n or "." in n for n in names):
-            raise ValueError(f"reward_heads, task_heads: expected different names without dots, got {names}")
-        if not tied:
-            raise ValueError("tie_word_embeddings: expected True (the head is the transposed embedding), got False")
+            raise UserError(f"reward_pooler: expected one of {', '.join(POOLERS)}, got {shown(self.reward_pooler)}")
+        _check_heads([*self.reward_heads, *self.task_heads])
+        for name, ids in {**token_ids, "im_end_token_id": self.im_end_token_id}.items():
+            for token in ids if name == "eos_token_id" and isinstance(ids, list) else [ids]:
+                if token is not None:
+                    _check_integer(name, token, 0, SIZES["vocab_size"][1])
+        if self.im_end_token_id is not None and self.im_end_token_id >= self.vocab_size:
+            raise UserError(f"im_end_token_id: expected below vocab_size {self.vocab_size}, got {self.im_end_token_id}")
+        if not isinstance(self.released, dict):
+            raise UserError(f"released: expected an object, got {shown(self.released)}")
+        if tied is not True:
+            raise UserError(
+                f"tie_word_embeddings: expected True (the head is the transposed embedding), got {shown(tied)}"
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the configuration with these fields, changed by arguments, as transformers' class does.
+
+        Raises UserError, which begins with the file if it is known, for values as the class does, for settings of
+        transformers with other types, and for keys that name code, kernels, other files or methods of this class.
+        """
+        path = kwargs.get("name_or_path")
+        where = _config_file(path) if path else "configuration"
+        _check_foreign(config_dict, where)
+        try:
+            result = super().from_dict(config_dict, **kwargs)
+        except UserError as error:
+            raise UserError(f"{where}: {error}" if path else str(error)) from None
+        except Exception as error:  # of transformers, for one of its own settings
+            name = _faulty_setting(config_dict)
+            got = shown(config_dict.get(name))
+            raise UserError(f"{where}: {name}: expected a setting of transformers' type, got {got}") from error
+        config = result[0] if isinstance(result, tuple) else result
+        token_ids = {name: getattr(config, name) for name in TOKEN_IDS}
+        for name in ("reward_heads", "task_heads"):
+            setattr(config, name, _names(name, getattr(config, name)))
+        config._check(config.tie_word_embeddings, token_ids)  # transformers sets arguments without a check
+        return result
 
     @classmethod
     def get_config_dict(cls, path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the fields of ``path``, converted to own names if it is a released ``lsw_transformer`` directory."""
+        """Return the fields of ``path``, converted to own names if it is a released ``lsw_transformer`` directory.
+
+        The other arguments are returned with the path as ``name_or_path``, by which errors name the file.
+        """
+        if os.path.isdir(path):
+            read_fields(path, **kwargs)  # for its errors, before transformers reads the file
         fields, rest = super().get_config_dict(path, **kwargs)
-        return _own_fields(fields, path, kwargs), rest
+        return _own_fields(fields, path, kwargs), {**rest, "name_or_path": str(path)}
 
     @property
     def head_dim(self) -> int:
         """D, the width of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def least_parameters(self) -> int:
+        """Number of entries of the weight matrices: a lower bound of the parameters, without a model."""
+        width, inner = self.hidden_size, self.intermediate_size
+        block = 4 * width**2 + 3 * width * inner
+        pooler = {"identity": 0, "bert": width**2, "t5": width**2}.get(self.reward_pooler, 3 * width * inner)
+        groups = len(self.task_heads) + bool(self.reward_heads)
+        embedding = self.embedding_size * (self.vocab_size + 2 * width)
+        return embedding + self.num_hidden_layers * block + groups * pooler
 
     @property
     def memory_kind(self) -> str:
@@ -138,10 +225,93 @@ class ModelConfig(PretrainedConfig):
         return Rotary(self.rope_base, self.rope_reversed)
 
 
+def read_fields(path: str | os.PathLike, **options: Any) -> dict[str, Any]:
+    """Return the fields of a model's config.json as they are, from a folder or the hub (``options`` for downloads).
+
+    Raises UserError, which begins with the file, if a folder's file is broken or a key names code or another file.
+    """
+    if os.path.isdir(path):
+        fields = read_json(Path(path) / (options.get("subfolder") or "") / "config.json")
+    else:
+        fields = PretrainedConfig.get_config_dict(path, **hub_arguments(options))[0]
+    where = _config_file(path)
+    refuse_code(fields, where)
+    if not isinstance(fields.get("model_type", ""), str):
+        raise UserError(f"{where}: model_type: expected a name, got {shown(fields['model_type'])}")
+    if fields.get("configuration_files"):
+        raise UserError(f"{where}: configuration_files: expected none, got {shown(fields['configuration_files'])}")
+    return fields
+
+
+def _config_file(path: str | os.PathLike) -> str:
+    """Return the name of a folder's config.json for messages; ``path`` may be the file itself."""
+    return str(path) if str(path).endswith(".json") else f"{path}/config.json"
+
+
 def _names(field: str, names: Iterable[str]) -> list[str]:
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise ValueError(f"{field}: expected a sequence of names, got {names!r}")
+    if isinstance(names, str | Mapping) or not isinstance(names, Iterable):
+        raise UserError(f"{field}: expected a sequence of names, got {shown(names)}")
     return list(names)
+
+
+def _check_integer(name: str, value: Any, least: int, most: int) -> None:
+    """Raise UserError unless ``value`` is a whole number in [least, most]."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise UserError(f"{name}: expected a whole number, got {shown(value)}")
+    if value < least:
+        raise UserError(f"{name}: expected at least {least}, got {shown(value)}")
+    if value > most:
+        raise UserError(f"{name}: expected at most {most} (no known model has more), got {shown(value)}")
+
+
+def _check_heads(names: list[Any]) -> None:
+    """Raise UserError unless these are different names that PyTorch can give to modules."""
+    field = "reward_heads, task_heads"
+    if len(names) > MAX_HEADS:
+        raise UserError(f"{field}: expected at most {MAX_HEADS} names, got {len(names)}")
+    taken = nn.ModuleDict()
+    for name in names:
+        if not isinstance(name, str) or not 0 < len(name) <= MAX_HEAD_NAME or "." in name or not name.isprintable():
+            expected = f"different names without dots, printable and of 1 to {MAX_HEAD_NAME} characters"
+            raise UserError(f"{field}: expected {expected}, got {shown(name)}")
+        if hasattr(taken, name):
+            raise UserError(f"{field}: expected names that are no attributes of PyTorch's modules, got {shown(name)}")
+    if len(set(names)) != len(names):
+        raise UserError(f"{field}: expected different names without dots, got {shown(names)}")
+
+
+def _check_foreign(fields: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for keys of a config.json that are no settings of this model, but would change how it loads."""
+    refuse_code(dict(fields), where)
+    settings = {field.name for field in dataclasses.fields(PretrainedConfig)}
+    for key, value in fields.items():
+        if key in FOREIGN_KEYS and value not in (None, {}, []):
+            raise UserError(f"{where}: {key}: expected none (it does not fit this model), got {shown(value)}")
+        attribute = getattr(ModelConfig, key, None)
+        if isinstance(attribute, property):
+            is_setting = attribute.fset is not None
+        else:
+            is_setting = key in settings or key == "model_type" or not hasattr(ModelConfig, key)
+        if not is_setting:
+            raise UserError(f"{where}: {shown(key)}: expected the name of a setting, got that of a method or property")
+        if IMPLEMENTATION_KEYS.fullmatch(key) and not isinstance(value, str | dict | None):
+            raise UserError(f"{where}: {key}: expected the name of an implementation, got {shown(value)}")
+        if key in ("dtype", "torch_dtype") and value is not None:
+            dtype = str(value).removeprefix("torch.")
+            if dtype not in DTYPES:
+                raise UserError(f"{where}: {key}: expected one of {', '.join(DTYPES)}, got {shown(value)}")
+
+
+def _faulty_setting(fields: Mapping[str, Any]) -> str:
+    """Return the first key that transformers refuses by itself; all keys together if it refuses none."""
+    for key, value in fields.items():
+        try:
+            ModelConfig(**{key: value})
+        except UserError:
+            continue  # of our own settings, of which one alone may not fit the default sizes
+        except Exception:
+            return key
+    return ", ".join(list(fields)[:8])
 
 
 class ReleasedConfig(ModelConfig):
@@ -151,18 +321,54 @@ class ReleasedConfig(ModelConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return a :class:`ModelConfig`, with ``return_unused_kwargs`` also the unused arguments."""
+        """Return a :class:`ModelConfig`, with ``return_unused_kwargs`` also the unused arguments; errors as there."""
         return ModelConfig.from_dict(_own_fields(config_dict, kwargs.get("name_or_path"), kwargs), **kwargs)
+
+
+def check_fields(fields: dict[str, Any], path: str | os.PathLike) -> None:
+    """Raise UserError, as :class:`ModelConfig` does, if ``path`` holds a model of ours with these fields in error."""
+    if fields.get("model_type") in (RELEASED, ModelConfig.model_type):
+        ModelConfig.from_dict(dict(_renamed(fields, path)), name_or_path=str(path))
 
 
 def _own_fields(fields: dict[str, Any], path: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Convert released fields to own names, and add the id of ``<|im_end|>`` from the tokenizer at ``path``."""
+    own = _renamed(fields, path)
+    if fields.get("model_type") == RELEASED and own["im_end_token_id"] is None and path is not None:
+        own["im_end_token_id"] = _end_token(path, **hub_arguments(options))
+    return own
+
+
+def _renamed(fields: dict[str, Any], path: Any) -> dict[str, Any]:
+    """Convert released fields to own names; others are returned as they are."""
     if fields.get("model_type") != RELEASED:
         return fields
-    own = {**config_from_official(fields), "model_type": ModelConfig.model_type}
-    if own["im_end_token_id"] is None and path is not None:
-        own["im_end_token_id"] = end_token(path, **hub_arguments(options))
-    return own
+    where = _config_file(path) if path is not None else "config.json"
+    _check_foreign(fields, where)
+    try:
+        return {**config_from_official(fields), "model_type": ModelConfig.model_type}
+    except ValueError as error:
+        raise UserError(str(error).replace("config.json", where, 1)) from None
+
+
+def _end_token(path: str | os.PathLike, **hub: Any) -> int | None:
+    """Return the id of ``<|im_end|>`` in a model's ``tokenizer.json``, on disk or hub; None if it has none.
+
+    Raises UserError, which begins with the file, if it is broken.
+    """
+    optional = dict.fromkeys(
+        ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
+    )
+    file = cached_file(path, "tokenizer.json", **hub, **optional)
+    if file is None:
+        return None
+    tokens = read_json(file).get("added_tokens")
+    for token in tokens if isinstance(tokens, list) else ():
+        if isinstance(token, dict) and token.get("content") == END:
+            if not isinstance(token.get("id"), int):
+                raise UserError(f"{file}: added_tokens: expected a number as id of {END}, got {shown(token)}")
+            return token["id"]
+    return None
 
 
 def hub_arguments(options: dict[str, Any]) -> dict[str, Any]:

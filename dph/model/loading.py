@@ -2,58 +2,158 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from dph._folder import describe_other, read_json, refuse_code
 from dph.chat import END
 from dph.checkpoint import RELEASED
-from dph.errors import UserError
-from dph.model.config import ModelConfig
+from dph.errors import UserError, printable, shown, shown_names
+from dph.model.config import ModelConfig, check_fields, read_fields
 from dph.model.directories import model_path, tokenizer_path
 from dph.model.model import Model
 
 KINDS = (ModelConfig.model_type, RELEASED)
 
+# Files whose keys transformers reads for a tokenizer; those of processors are read by others who open the folder.
+SETTINGS = (
+    "config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "processor_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
+
 
 def load_model(name: str, **options: Any) -> Model:
     """Load a model with ``Model.from_pretrained``, without progress bars.
 
-    Raises UserError if there is no model, one of another kind, or a damaged file.
+    Raises UserError if there is no model, one of another kind, or a file that is broken or lacks weights.
     """
     from transformers.utils.logging import disable_progress_bar
 
     path = model_path(name)
     disable_progress_bar()
     try:
-        kind = ModelConfig.get_config_dict(path)[0].get("model_type")
+        kind = read_fields(path).get("model_type")
         if kind not in KINDS:
-            got = kind or "a config.json without a model_type (a run that is not finished holds no model)"
+            got = shown_names([kind])
+            if not kind:
+                got = "a config.json without a model_type (a run that is not finished holds no model)"
             raise UserError(f"{name}: expected a model of type {' or '.join(KINDS)}, got {got}")
         return Model.from_pretrained(path, **options)
     except SafetensorError as error:
-        raise UserError(f"{path}: expected whole safetensors files, got a damaged one: {error}") from error
+        raise UserError(f"{path}: expected whole safetensors files, got a damaged one: {_line(error)}") from error
     except OSError as error:
         raise _user_error(name, "a model", error) from error
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer of a directory (a model's or its own) or of a hub name; raises UserError if there is none."""
+    """Load the tokenizer of a directory (a model's or its own) or of a hub name.
+
+    Raises UserError if there is none, if one of its files is broken, or if one names code to run.
+    """
     from transformers import AutoTokenizer
 
     path = tokenizer_path(name)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        check_settings(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer.encode("")  # fails if settings that are only used later have the wrong type
+        size = len(tokenizer)
+    except UserError:
+        raise
     except OSError as error:
-        raise _user_error(name, "a tokenizer", error) from error
+        if not os.path.isdir(path):
+            raise _user_error(name, "a tokenizer", error) from error
+        raise _broken_tokenizer(path, error) from error
+    except Exception as error:  # of any kind: the files' content goes through many parsers
+        raise _broken_tokenizer(path, error) from error
+    if not size:
+        raise UserError(f"{path}: expected a tokenizer with tokens, got an empty one")
+    return tokenizer
+
+
+def check_settings(path: str) -> None:
+    """Raise UserError if a settings file of a tokenizer or processor is broken or names code to run.
+
+    ``path`` is a folder, or the name of a model on the hub, of which the files that AutoTokenizer reads are checked.
+    """
+    for name in SETTINGS:
+        if os.path.isdir(path):
+            file = os.path.join(path, name)
+            if os.path.lexists(file):
+                if name == "config.json":
+                    check_fields(read_fields(path), path)
+                    continue
+                fields = read_json(file)
+                refuse_code(fields, file)
+                _check_tokens(name, fields, file)
+        elif name in ("config.json", "tokenizer_config.json"):
+            from transformers.utils import cached_file
+
+            downloaded = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+            if downloaded is not None:
+                refuse_code(read_json(downloaded), f"{path}/{name}")
+
+
+def _check_tokens(name: str, fields: dict[str, Any], where: str) -> None:
+    """Raise UserError if a special token is neither text nor a description, or the id of an added one no number."""
+    if name == "added_tokens.json":
+        for token, number in fields.items():
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise UserError(f"{where}: {shown(token)}: expected the token's id, got {shown(number)}")
+    elif name in ("tokenizer_config.json", "special_tokens_map.json"):
+        for key in (f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")):
+            value = fields.get(key)
+            described = isinstance(value, dict) and isinstance(value.get("content"), str)
+            if not (value is None or isinstance(value, str) or described):
+                raise UserError(f"{where}: {key}: expected text, or an object with content, got {shown(value)}")
+
+
+def _broken_tokenizer(path: str, error: Exception) -> UserError:
+    """Return an error in one line that names the file to blame for ``error``."""
+    from tokenizers import Tokenizer
+    from transformers import PretrainedConfig
+
+    folder = Path(path)
+    vocabularies = [name for name in VOCABULARIES if os.path.lexists(folder / name)]
+    if folder.is_dir() and not vocabularies:
+        return UserError(f"{path}: expected the vocabulary of a tokenizer, such as tokenizer.json, got none")
+    file = folder / "tokenizer.json"
+    if os.path.lexists(file):
+        if got := describe_other(file):
+            return UserError(f"{file}: expected a tokenizer, got {got}")
+        try:
+            Tokenizer.from_file(str(file))
+        except Exception as reason:
+            return UserError(f"{file}: expected a tokenizer, got a file that cannot be read: {_line(reason)}")
+        try:
+            if not isinstance(read_json(file).get("added_tokens"), list):  # tokenizers does not need it
+                return UserError(f"{file}: added_tokens: expected a list, got none")
+        except UserError as reason:
+            return reason
+    if (folder / "config.json").is_file():
+        try:
+            PretrainedConfig.from_dict(read_json(folder / "config.json"))  # as AutoTokenizer does
+        except Exception as reason:
+            return UserError(f"{folder / 'config.json'}: expected settings of a model, got: {_line(reason)}")
+    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    where = ", ".join(str(folder / name) for name in names if (folder / name).is_file()) or path
+    got = f"{type(error).__name__}: {_line(error)}"
+    return UserError(f"{where}: expected settings of a tokenizer that fit its other files, got {got}")
 
 
 def check_tokenizer(model: Model, tokenizer: Any) -> None:
     """Raise UserError if the tokenizer does not match the model's vocabulary and its token ``<|im_end|>``."""
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(f"tokenizer: expected at most {model.config.vocab_size} tokens, got {len(tokenizer)}")
-    end = tokenizer.get_vocab().get(END)
+    size, vocabulary = model.config.vocab_size, tokenizer.get_vocab()
+    if len(tokenizer) > size:
+        raise UserError(f"tokenizer: expected at most {size} tokens, got {len(tokenizer)}")
+    last = max(vocabulary, key=vocabulary.get)
+    if vocabulary[last] >= size:
+        raise UserError(f"tokenizer: expected ids below {size}, got {vocabulary[last]} for {shown(last)}")
+    end = vocabulary.get(END)
     if end is not None and model.config.im_end_token_id is None:
         model.config.im_end_token_id = end
     if end is not None and end != model.config.im_end_token_id:
@@ -63,5 +163,11 @@ def check_tokenizer(model: Model, tokenizer: Any) -> None:
 def _user_error(name: str, kind: str, error: OSError) -> UserError:
     """``error`` in one line; for a name that is no directory, with the two possibilities."""
     if Path(name).is_dir():
-        return UserError(f"{name}: {kind}: {error}")
-    return UserError(f"{name}: expected {kind} in a directory (nothing is there) or on the hub, got {error}")
+        return UserError(f"{name}: {kind}: {_line(error)}")
+    return UserError(f"{name}: expected {kind} in a directory (nothing is there) or on the hub, got {_line(error)}")
+
+
+def _line(error: Exception, most: int = 300) -> str:
+    """Return an error's message on one line of bounded length."""
+    text = printable(" ".join(str(error).split()), keep="")
+    return text if len(text) <= most else f"{text[:most]}..."

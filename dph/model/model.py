@@ -8,10 +8,11 @@
 | reward heads | C -> 1 | ``heads`` |
 """
 
+import copy
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,15 +20,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import cached_file
 
 from dph import chat, checkpoint
+from dph._folder import read_json, refuse_code
+from dph._weights import check_tensors, read_weight_files
 from dph.data.packing import PackedBatch, batches, pack
+from dph.devices import host_memory
+from dph.errors import UserError, shown
 from dph.losses import IGNORED
 from dph.model.backbone import Backbone
-from dph.model.config import ModelConfig, hub_arguments, with_config
+from dph.model.config import TOKEN_IDS, ModelConfig, hub_arguments, read_fields, with_config
 from dph.model.heads import RewardHead
 from dph.model.memory import Memory
 from dph.model.padded_batch import PaddedBatch, check_labels, check_tokens, checked_inputs, last_positions
@@ -35,6 +39,12 @@ from dph_kernels import PackedLayout, checks, linear_logprob
 from dph_kernels.transfer import to_device
 
 log = logging.getLogger(__name__)
+
+# Settings of generation_config.json that transformers uses without a check of their type.
+GENERATION_NUMBERS = (
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "max_length", "max_new_tokens", "min_length",
+    "min_new_tokens", "num_beams", "num_return_sequences", "repetition_penalty", "length_penalty",
+)  # fmt: skip
 
 
 class PackedOutput(NamedTuple):
@@ -78,8 +88,12 @@ class Model(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # so that transformers' Trainer passes num_items_in_batch
     _no_split_modules = ("Block",)
+    # Checked and reported here, by from_pretrained, in place of transformers' table.
+    _keys_to_ignore_on_load_missing = [r"^heads\."]  # noqa: RUF012 - transformers adds to it
+    _keys_to_ignore_on_load_unexpected = [r"^heads\."]  # noqa: RUF012
 
     def __init__(self, config: ModelConfig) -> None:
+        _check_host_memory(config)
         super().__init__(config)
         self.backbone = Backbone(config)
         self.output_proj = nn.Linear(config.hidden_size, config.embedding_size, bias=False)
@@ -132,29 +146,82 @@ class Model(PreTrainedModel, GenerationMixin):
         """Load the own format or a released ``lsw_transformer`` model, from disk or hub; safetensors only.
 
         Keyword arguments named as fields of :class:`ModelConfig` override the configuration. Reward heads that the
-        checkpoint lacks get fresh weights and a warning, and raise if they are used to score.
+        checkpoint lacks get fresh weights and a warning, and raise if they are used to score. No code of the folder or
+        hub runs, whatever ``trust_remote_code`` is.
+
+        Raises UserError, which begins with the file, for a broken configuration; for files without exactly the model's
+        weights (reward heads apart) in a floating-point dtype of at least 16 bits; and for a generation_config.json
+        that transformers cannot use.
         """
         loading_info = kwargs.pop("output_loading_info", False)
-        hub = hub_arguments(kwargs)
-        name, fields = str(path), PretrainedConfig.get_config_dict(path, **hub)[0]
-        if fields.get("model_type") == checkpoint.RELEASED:
-            kwargs = with_config(path, kwargs)
-            kwargs["state_dict"] = checkpoint.from_official(load_file(cached_file(path, "model.safetensors", **hub)))
+        if kwargs.get("use_safetensors") not in (None, True) or kwargs.get("gguf_file") is not None:
+            raise UserError("use_safetensors, gguf_file: expected True and None, got other formats: they are not read")
+        kwargs |= {"use_safetensors": True, "trust_remote_code": False}
+        hub, name = hub_arguments(kwargs), str(path)
+        kind = read_fields(path, **hub).get("model_type")
+        kwargs = {**with_config(path, kwargs), **hub}
+        files = read_weight_files(path, kwargs.get("variant"), **hub)
+        try:
+            expected = cls.expected_weights(kwargs["config"])
+        except UserError:
+            raise
+        except Exception as error:  # of any kind, from transformers' use of settings that are its own
+            raise _faulty_setting(kwargs["config"], path, error) from error
+        if kind == checkpoint.RELEASED:
+            named = {name: tensor for name, tensor in expected.items() if not name.startswith("heads.task_")}
+            named = checkpoint.to_official(named)
+        else:
+            named = expected
+        any_shape = bool(kwargs.get("ignore_mismatched_sizes"))
+        check_tensors(named, files.tensors, files.path, optional=_is_head, any_shape=any_shape)
+        if unexpected := sorted(name for name in files.tensors if name not in named):
+            log.warning(
+                "%s: %d weights of reward heads that are not in the configuration are left out, the first is %s",
+                files.path, len(unexpected), shown(unexpected[0]),
+            )  # fmt: skip
+        names: Collection[str] = files.tensors
+        if kind == checkpoint.RELEASED:
+            tensors = {}
+            for file in files.files:
+                tensors |= load_file(file)
+            kwargs["state_dict"] = names = checkpoint.from_official(tensors)
             path = None
-        kwargs.setdefault("use_safetensors", True)
+        else:
+            _check_generation_config(path, hub)
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu":  # a mapped file, which another program may truncate or write to
+                parameter.data = parameter.data.clone()
         model.name_or_path = model.config.name_or_path = name
-        missing = info["missing_keys"]
+        missing = {weight for weight in expected if weight not in names}
+        info["missing_keys"] = missing.union(info["missing_keys"])
         model.untrained_heads = set()
-        for key, names in model._head_groups():
+        for key, heads in model._head_groups():
             if any(weight.startswith(f"heads.{key}.pooler.") for weight in missing):
-                model.untrained_heads.update(names)
-            model.untrained_heads.update(head for head in names if f"heads.{key}.reward.{head}.weight" in missing)
+                model.untrained_heads.update(heads)
+            model.untrained_heads.update(head for head in heads if f"heads.{key}.reward.{head}.weight" in missing)
         if model.untrained_heads:
             log.warning(
                 "no weights for reward heads %s: they start untrained", ", ".join(sorted(model.untrained_heads))
             )
         return (model, info) if loading_info else model
+
+    @classmethod
+    def expected_weights(cls, config: ModelConfig) -> dict[str, Tensor]:
+        """Return the names and shapes of a model's weights, as tensors without memory (device ``meta``)."""
+        one_block = copy.deepcopy(config)
+        one_block.num_hidden_layers = min(1, config.num_hidden_layers)
+        with torch.device("meta"):
+            weights = Model(one_block).state_dict()
+        expected: dict[str, Tensor] = {}
+        for name, tensor in weights.items():
+            if not name.startswith("backbone.blocks.0."):
+                expected[name] = tensor
+        for block in range(config.num_hidden_layers):
+            for name, tensor in weights.items():
+                if name.startswith("backbone.blocks.0."):
+                    expected[name.replace(".0.", f".{block}.", 1)] = tensor
+        return expected
 
     def save_pretrained(self, directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Save in transformers' format, without the weights of ``untrained_heads``: they load as untrained again."""
@@ -463,3 +530,57 @@ class Model(PreTrainedModel, GenerationMixin):
         self.check_heads(head)
         groups = [[chat.encode(conversation, tokenizer)] for conversation in conversations]
         return torch.tensor([judged.rewards[head][0] for judged in self.judge(groups, max_tokens)])
+
+
+def _is_head(name: str) -> bool:
+    """Whether a weight, by its own or its released name, belongs to a reward head, which may be missing."""
+    return name.startswith(("heads.", "pooler_pipeline.", "reward_heads."))
+
+
+def _check_host_memory(config: ModelConfig) -> None:
+    """Raise UserError before memory is allocated if the weights of a new model do not fit on the host."""
+    if torch.get_default_device().type != "cpu":
+        return
+    needed, available = config.least_parameters * torch.get_default_dtype().itemsize, host_memory()
+    if needed > available:
+        raise UserError(
+            f"model: expected weights that fit into the {available / 1e9:.1f} GB of memory available here, got sizes "
+            f"with at least {config.least_parameters:,} parameters, {needed / 1e9:.1f} GB"
+        )
+
+
+def _faulty_setting(config: ModelConfig, path: str | os.PathLike, error: Exception) -> UserError:
+    """Return an error that names the setting, not of this model itself, without which a model can be made."""
+    for name in sorted(vars(config).keys() - vars(ModelConfig()).keys()):
+        others = copy.deepcopy(config)
+        delattr(others, name)
+        try:
+            Model.expected_weights(others)
+        except Exception:
+            continue
+        got = shown(getattr(config, name))
+        return UserError(f"{path}/config.json: {name}: expected a setting that transformers can use, got {got}")
+    got = shown(f"{type(error).__name__}: {error}")
+    return UserError(f"{path}/config.json: expected settings that transformers can use, got {got}")
+
+
+def _check_generation_config(path: str | os.PathLike, hub: dict[str, Any]) -> None:
+    """Raise UserError, which begins with the file, if transformers cannot use the folder's generation_config.json."""
+    file = os.path.join(path, hub.get("subfolder") or "", "generation_config.json")
+    if not os.path.isdir(path) or not os.path.lexists(file):
+        return
+    fields = read_json(file)
+    refuse_code(fields, file)
+    for name in TOKEN_IDS:
+        ids = fields.get(name)
+        for token in ids if isinstance(ids, list) else [ids]:
+            if token is not None and (not isinstance(token, int) or isinstance(token, bool)):
+                raise UserError(f"{file}: {name}: expected a whole number, got {shown(token)}")
+    for name in GENERATION_NUMBERS:
+        value = fields.get(name)
+        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+            raise UserError(f"{file}: {name}: expected a number, got {shown(value)}")
+    try:
+        GenerationConfig.from_dict(fields)
+    except Exception as error:  # of any kind, from transformers' checks of its settings
+        raise UserError(f"{file}: expected settings of generation, got: {shown(str(error))}") from error

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dph.errors import UserError
+from dph.errors import UserError, check_text, shown, shown_names
 
 Doc = Mapping[str, Any]
 Label = int | float | None
 Messages = list[dict[str, str]]  # a conversation, as ``dph.chat`` takes it
+# Check of a field's value, given its name: raises UserError that begins with the name.
+Kind = Callable[[Any, str], None]
+LETTERS = "ABCDEFGHIJ"
 
 INSTRUCTION = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -29,31 +32,122 @@ TRAIN_VALIDATION = {"train": "train", "validation": "validation"}
 HELD_OUT = {"validation": "validation", "test": "test"}
 
 
-def number(key: str) -> Callable[[Doc], Label]:
-    """Return a function that reads a label: a number, or text that spells an integer.
+# Kinds of fields
 
-    An absent, empty or negative label is hidden (None). Raises UserError for anything else.
+
+def text(value: Any, name: str) -> None:
+    """Check a text."""
+    if type(value) is not str or not value.isascii():  # ASCII text, the common case, has no lone surrogate
+        check_text(value, name)
+
+
+def text_or_null(value: Any, name: str) -> None:
+    """Check a text that may be missing from a record."""
+    if value is not None:
+        text(value, name)
+
+
+def one_of(*words: str) -> Kind:
+    """Return the check of a text that is one of ``words``."""
+
+    def check(value: Any, name: str) -> None:
+        if not isinstance(value, str) or value not in words:
+            raise UserError(f"{name}: expected {' or '.join(words)}, got {shown(value)}")
+
+    return check
+
+
+def texts(minimum: int = 1, maximum: int | None = None) -> Kind:
+    """Return the check of a list of texts with a range of lengths."""
+
+    def check(value: Any, name: str) -> None:
+        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+            raise UserError(f"{name}: expected a list of texts, got {shown(value)}")
+        if len(value) < minimum:
+            raise UserError(f"{name}: expected at least {minimum} text, got none")
+        if maximum is not None and len(value) > maximum:
+            raise UserError(f"{name}: expected at most {maximum} texts, got {len(value)}")
+        for i, item in enumerate(value):
+            if type(item) is not str or not item.isascii():
+                text(item, f"{name}[{i}]")
+
+    return check
+
+
+def object_of(**kinds: Kind) -> Kind:
+    """Return the check of an object with fields of these kinds, and possibly others."""
+
+    def check(value: Any, name: str) -> None:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{name}: expected an object with {' and '.join(kinds)}, got {shown(value)}")
+        for key, kind in kinds.items():
+            if key not in value:
+                raise UserError(f"{name}: expected an object with {' and '.join(kinds)}, got one without {key}")
+            kind(value[key], f"{name}.{key}")
+
+    return check
+
+
+def fields_of(*names: str, **kinds: Kind) -> dict[str, Kind]:
+    """Return a task's fields: ``names`` are texts."""
+    return {**dict.fromkeys(names, text), **kinds}
+
+
+# References
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The field of the right answer and the function that reads it: an index from 0, or a score; None if hidden.
+
+    The function raises UserError for a value of the wrong type.
+    """
+
+    key: str
+    read: Callable[[Doc], Label]
+    first: int = 0  # the first option's number in the data
+
+
+def number(key: str, first: int = 0) -> Reference:
+    """Return a reference that is a number, or text that spells an integer; the first option has the number ``first``.
+
+    An absent, empty or negative label is hidden (None).
     """
 
     def read(doc: Doc) -> Label:
         value = doc.get(key)
         if value is None or value == "":
             return None
-        if isinstance(value, str) and value.strip().removeprefix("-").isdecimal():
+        if isinstance(value, str) and len(value) < 20 and value.strip().removeprefix("-").isdecimal():
             value = int(value)
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise UserError(f"{key}: expected a number, got {value!r}")
-        return None if value < 0 else value
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not abs(value) < math.inf:
+            raise UserError(f"{key}: expected a number, got {shown(value)}")
+        return None if value < 0 else value - first
 
-    return read
+    return Reference(key, read, first)
 
 
-def lettered(texts: Iterable[str], letters: Iterable[str] = "ABCDEFGHIJ") -> list[str]:
+def letter(key: str, labels: Callable[[Doc], Sequence[str]]) -> Reference:
+    """Return a reference that is one of ``labels`` of the document. An absent or empty one is hidden (None)."""
+
+    def read(doc: Doc) -> Label:
+        value = doc.get(key)
+        if value is None or value == "":
+            return None
+        known = list(labels(doc))
+        if not isinstance(value, str) or value not in known:
+            raise UserError(f"{key}: expected one of {shown_names(known)}, got {shown(value)}")
+        return known.index(value)
+
+    return Reference(key, read)
+
+
+def lettered(texts: Iterable[str], letters: Iterable[str] = LETTERS) -> list[str]:
     """Return ``A. first``, ``B. second``, ...: the form of choices in a question and as answers."""
     return [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=False)]
 
 
-def listed(texts: Iterable[str], letters: Iterable[str] = "ABCDEFGHIJ") -> str:
+def listed(texts: Iterable[str], letters: Iterable[str] = LETTERS) -> str:
     """Return the block of a question that lists its choices, one per line."""
     return "Choices:\n" + "\n".join(lettered(texts, letters)) + "\n\nAnswer:"
 
@@ -72,12 +166,13 @@ class Task:
     splits: Mapping[str, str] = field(default_factory=lambda: SPLITS)  # our name -> the hub's
     evaluated: str = "validation"  # the split that the paper reports
     metric: str | None = None  # accuracy, f1 (with accuracy), matthews, pearson_spearman; None: not a choice
-    fields: tuple[str, ...]  # required in every document; the label may be absent
+    fields: Mapping[str, Kind]  # required in every document; the label may be absent
+    rule: Callable[[Doc], None] | None = None  # raises UserError for fields that contradict each other
     system: str | Callable[[Doc], str] = INSTRUCTION
     # A format string over the fields, or a function, which may return a whole dialogue: user, assistant, ..., user.
     prompt: str | Callable[[Doc], str | list[str]]
     options: tuple[str, ...] | Callable[[Doc], Sequence[str]] | None = None
-    label: Callable[[Doc], Label] | None = None
+    label: Reference | None = None
     right: Callable[[Doc], Sequence[str]] | None = None
     wrong: Callable[[Doc], Sequence[str]] | None = None
     keep: Callable[[Doc], bool] | None = None  # documents for which it is false are left out
@@ -90,50 +185,82 @@ class Task:
 
     def targets(self, doc: Doc) -> list[Messages]:
         """Conversations that end in a right answer; none if the label is hidden."""
-        self._check(doc)
-        if self.options is None:
-            return self._conversations(doc, self.right(doc))
-        choices, gold = self.labelled(doc)
-        return [] if gold is None else [choices[round(gold)]]
+        return self.answers(doc, with_wrong=False)[0]
 
     def distractors(self, doc: Doc) -> list[Messages]:
         """Conversations that end in a wrong answer; none if the label is hidden or the task has no wrong answers."""
-        self._check(doc)
+        return self.answers(doc)[1]
+
+    def answers(self, doc: Doc, with_wrong: bool = True) -> tuple[list[Messages], list[Messages]]:
+        """Return ``targets`` and ``distractors``, or no distractors, from one check of the document."""
         if self.options is None:
-            return self._conversations(doc, self.wrong(doc) if self.wrong else [])
+            self.check(doc)
+            wrong = self.wrong(doc) if with_wrong and self.wrong else []
+            return self._conversations(doc, self.right(doc)), self._conversations(doc, wrong)
         choices, gold = self.labelled(doc)
-        return [] if gold is None else [choice for i, choice in enumerate(choices) if i != round(gold)]
+        if gold is None:
+            return [], []
+        right = round(gold)
+        return [choices[right]], choices[:right] + choices[right + 1 :]
 
     def choices(self, doc: Doc) -> list[Messages]:
         """Conversations that end in each option, in the order of the labels; none if the task is not a choice."""
-        self._check(doc)
-        if self.options is None:
-            return []
-        return self._conversations(doc, self.options(doc) if callable(self.options) else self.options)
+        self._check_fields(doc)
+        return self._conversations(doc, self._options(doc))
 
     def gold(self, doc: Doc) -> Label:
         """Reference: the index of the right choice or a score; None if it is hidden or the task is not a choice."""
-        self._check(doc)
-        try:
-            return self.label(doc) if self.label else None
-        except ValueError as error:
-            raise UserError(f"task {self.name}: {error}") from error
+        return self.check(doc)
 
-    def _check(self, doc: Doc) -> None:
+    def labelled(self, doc: Doc) -> tuple[list[Messages], Label]:
+        """Return choices and reference (None if hidden)."""
+        gold = self.check(doc)
+        return self._conversations(doc, self._options(doc)), gold
+
+    def check(self, doc: Doc) -> Label:
+        """Check every field and return the reference.
+
+        Raises UserError, which names the task and the field, for a missing field, a value of the wrong type, fields
+        that contradict each other, and a reference that is none of the choices.
+        """
+        self._check_fields(doc)
+        if self.label is None:
+            return None
+        try:
+            gold = self.label.read(doc)
+        except UserError as error:
+            raise UserError(f"task {self.name}: {error}") from None
+        if gold is None:
+            return None
+        count = len(self._options(doc))
+        whole = self.metric == "pearson_spearman" or gold == round(gold)
+        if not 0 <= round(gold) < count or not whole:
+            key, first = self.label.key, self.label.first
+            raise UserError(
+                f"task {self.name}: {key}: expected one of the labels {first} to {first + count - 1}, "
+                f"got {shown(doc[key])}"
+            )
+        return gold
+
+    def _check_fields(self, doc: Doc) -> None:
+        if not isinstance(doc, Mapping):
+            raise UserError(f"task {self.name}: expected a record with fields, got {shown(doc)}")
         if absent := [name for name in self.fields if name not in doc]:
             raise UserError(
                 f"task {self.name}: expected the fields {', '.join(self.fields)}, "
-                f"got a record with {', '.join(doc)} (no {', '.join(absent)})"
+                f"got a record with {shown_names(doc)} (no {', '.join(absent)})"
             )
+        try:
+            for name, kind in self.fields.items():
+                kind(doc[name], name)
+            if self.rule is not None:
+                self.rule(doc)
+        except UserError as error:
+            raise UserError(f"task {self.name}: {error}") from None
 
-    def labelled(self, doc: Doc) -> tuple[list[Messages], Label]:
-        """Return choices and reference (None if hidden). Raises UserError for a reference that is no choice."""
-        choices, gold = self.choices(doc), self.gold(doc)
-        if gold is None:
-            return choices, None
-        if not 0 <= round(gold) < len(choices) or not (self.metric == "pearson_spearman" or gold == round(gold)):
-            raise UserError(f"task {self.name}: expected one of the labels 0 to {len(choices) - 1}, got {gold}")
-        return choices, gold
+    def _options(self, doc: Doc) -> Sequence[str]:
+        """Return the answers of a choice; none if the task is not a choice."""
+        return self.options(doc) if callable(self.options) else self.options or ()
 
     def _conversations(self, doc: Doc, answers: Iterable[str]) -> list[Messages]:
         system = self.system(doc) if callable(self.system) else self.system

@@ -6,7 +6,7 @@ Example: cola, "The ship sank slowly.", label 1: does the sentence make sense? C
 from collections.abc import Mapping
 from typing import Any
 
-from dph.tasks.base import HELD_OUT, INSTRUCTION_OPTIONS, Task, number
+from dph.tasks.base import HELD_OUT, INSTRUCTION_OPTIONS, Task, fields_of, number
 
 NO_YES, YES_NO = ("no", "yes"), ("yes", "no")
 ONE = (
@@ -26,14 +26,14 @@ SAME = "Do both sentences mean the same thing?"
 
 
 def glue(name: str, *, metric: str = "accuracy", **entry: Any) -> Task:
-    """Return a GLUE task; its fields are those of the example."""
-    fields = tuple(key for key in entry["example"] if key != "label")
+    """Return a GLUE task; its fields are the texts of the example."""
+    names = [key for key in entry["example"] if key != "label"]
     return Task(
         name=f"glue/{name}",
         hub="nyu-mll/glue",
         config=name,
         system=INSTRUCTION_OPTIONS,
-        fields=fields,
+        fields=fields_of(*names),
         label=number("label"),
         metric=metric,
         **entry,

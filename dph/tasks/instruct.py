@@ -3,7 +3,11 @@
 Example: alpaca/cleaned, "Add." with the input "1 and 2", is answered "3".
 """
 
-from dph.tasks.base import INSTRUCTION, TRAIN, Doc, Task
+from typing import Any
+
+from dph import chat
+from dph.errors import UserError
+from dph.tasks.base import INSTRUCTION, TRAIN, Doc, Task, fields_of, text_or_null
 
 WITH_INPUT = INSTRUCTION.replace("a task.", "a task, paired with an input that provides further context.")
 
@@ -14,6 +18,13 @@ def alpaca_prompt(doc: Doc) -> str:
     return f"Instruction: {doc['instruction']}\n\n{given_input}Answer:"
 
 
+def answered(value: Any, name: str) -> None:
+    """Check a list of messages, the last of which is the assistant's."""
+    chat.check(value, name)
+    if value[-1]["role"] != "assistant":
+        raise UserError(f"{name}: expected the assistant's answer at the end, got a {value[-1]['role']} message")
+
+
 def ultrafeedback_answer(doc: Doc, side: str) -> list[str]:
     """Return the answer of one side: the last message if the first one repeats the prompt, else the first."""
     messages = doc[side]
@@ -21,13 +32,13 @@ def ultrafeedback_answer(doc: Doc, side: str) -> list[str]:
     return [messages[-1 if repeated else 0]["content"]]
 
 
-def tinystories(name: str, fields: tuple[str, ...], prompt: str) -> Task:
+def tinystories(name: str, names: tuple[str, ...], prompt: str) -> Task:
     """Return a task of stories that a small child understands."""
     return Task(
         name=f"tinystories/{name}",
         hub="skeskinen/TinyStories-GPT4",
         splits=TRAIN,
-        fields=fields,
+        fields=fields_of(*names),
         prompt=prompt,
         right=lambda doc: [doc["story"]],
         example={"prompt": "Write a story.", "story": "Once upon a time.", "summary": "A tale."},
@@ -39,7 +50,7 @@ TASKS = [
         name="alpaca/cleaned",
         hub="yahma/alpaca-cleaned",
         splits=TRAIN,
-        fields=("instruction", "input", "output"),
+        fields=fields_of("instruction", "output", input=text_or_null),
         system=lambda doc: WITH_INPUT if doc["input"] else INSTRUCTION,
         prompt=alpaca_prompt,
         right=lambda doc: [doc["output"]],
@@ -56,7 +67,7 @@ TASKS = [
         name="orca/openorca",
         hub="Open-Orca/OpenOrca",
         splits=TRAIN,
-        fields=("system_prompt", "question", "response"),
+        fields=fields_of("question", "response", system_prompt=text_or_null),
         system=lambda doc: doc["system_prompt"] or INSTRUCTION,
         prompt="{question}",
         right=lambda doc: [doc["response"]],
@@ -66,7 +77,7 @@ TASKS = [
         name="orca/dpo_pairs",
         hub="Intel/orca_dpo_pairs",
         splits=TRAIN,
-        fields=("system", "question", "chosen", "rejected"),
+        fields=fields_of("question", "chosen", "rejected", system=text_or_null),
         system=lambda doc: doc["system"] or INSTRUCTION,
         prompt="{question}",
         right=lambda doc: [doc["chosen"]],
@@ -77,7 +88,7 @@ TASKS = [
         name="ultrafeedback/binarized",
         hub="argilla/ultrafeedback-binarized-preferences-cleaned",
         splits=TRAIN,
-        fields=("prompt", "chosen", "rejected"),
+        fields=fields_of("prompt", chosen=answered, rejected=answered),
         prompt="{prompt}",
         right=lambda doc: ultrafeedback_answer(doc, "chosen"),
         wrong=lambda doc: ultrafeedback_answer(doc, "rejected"),

@@ -6,13 +6,33 @@ Example: arc/easy, "Which is a gas?", lists "A. ice", "B. steam", ...; the right
 from collections.abc import Callable
 from typing import Any
 
-from dph.tasks.base import CHOOSE, CHOOSE_IN_CONTEXT, SPLITS, Doc, Task, lettered, listed, number
+from dph.errors import UserError, shown
+from dph.tasks.base import (
+    CHOOSE,
+    CHOOSE_IN_CONTEXT,
+    LETTERS,
+    SPLITS,
+    Doc,
+    Task,
+    fields_of,
+    letter,
+    lettered,
+    listed,
+    number,
+    object_of,
+    one_of,
+    texts,
+)
 
 
-def key_among_labels(doc: Doc) -> int | None:
-    """Return the index of ``answerKey`` among the choices' own labels, which are letters or digits."""
-    labels = list(doc["choices"]["label"])
-    return labels.index(doc["answerKey"]) if doc.get("answerKey") else None
+def one_label_each(doc: Doc) -> None:
+    """Check that the choices have labels of their own."""
+    choices = doc["choices"]
+    if len(choices["label"]) != len(choices["text"]):
+        counts = f"{len(choices['text'])} texts and {len(choices['label'])} labels"
+        raise UserError(f"choices: expected as many labels as texts, got {counts}")
+    if len(set(choices["label"])) != len(choices["label"]):
+        raise UserError(f"choices.label: expected different labels, got {shown(choices['label'])}")
 
 
 def labelled(name: str, hub: str, config: str, question: str, example: Doc) -> Task:
@@ -23,11 +43,12 @@ def labelled(name: str, hub: str, config: str, question: str, example: Doc) -> T
         config=config,
         evaluated="test",
         metric="accuracy",
-        fields=(question, "choices"),
+        fields=fields_of(question, choices=object_of(text=texts(), label=texts())),
+        rule=one_label_each,
         system=CHOOSE,
         prompt=lambda doc: f"Question: {doc[question]}\n\n{listed(doc['choices']['text'], doc['choices']['label'])}",
         options=lambda doc: lettered(doc["choices"]["text"], doc["choices"]["label"]),
-        label=key_among_labels,
+        label=letter("answerKey", lambda doc: doc["choices"]["label"]),
         example=example,
     )
 
@@ -38,7 +59,7 @@ def hellaswag(name: str, **entry: Any) -> Task:
         name=f"hellaswag/{name}",
         hub="Rowan/hellaswag",
         metric="accuracy",
-        fields=("ctx", "endings"),
+        fields=fields_of("ctx", endings=texts(maximum=len(LETTERS))),
         label=number("label"),
         example={
             "ctx": "A woman is holding a dog. She",
@@ -47,6 +68,12 @@ def hellaswag(name: str, **entry: Any) -> Task:
         },
         **entry,
     )
+
+
+def one_blank(doc: Doc) -> None:
+    """Check that a WinoGrande sentence has a blank."""
+    if "_" not in doc["sentence"]:
+        raise UserError(f"sentence: expected a text with a blank (_), got {shown(doc['sentence'])}")
 
 
 def blank(doc: Doc) -> tuple[str, str]:
@@ -66,11 +93,6 @@ def copa_prompt(doc: Doc) -> str:
 def either(first: str, second: str) -> Callable[[Doc], list[str]]:
     """Return a function that gives two fields of the document as options."""
     return lambda doc: [doc[first], doc[second]]
-
-
-def one_based(doc: Doc) -> int | None:
-    """Return the index of WinoGrande's answer, "1" or "2"; None if it is hidden."""
-    return int(doc["answer"]) - 1 if doc.get("answer") else None
 
 
 ARC = {"choices": {"label": ["A", "B", "C", "D"], "text": ["ice", "steam", "rock", "sand"]}, "answerKey": "B"}
@@ -94,10 +116,11 @@ TASKS = [
         hub="allenai/winogrande",
         config="winogrande_xl",
         metric="accuracy",
-        fields=("sentence", "option1", "option2"),
+        fields=fields_of("sentence", "option1", "option2"),
+        rule=one_blank,
         prompt=lambda doc: f'Continue the following sentence:\n"{blank(doc)[0]}"',
         options=lambda doc: [f"{doc[option]} {blank(doc)[1]}" for option in ("option1", "option2")],
-        label=one_based,
+        label=number("answer", first=1),
         example={"sentence": "Ann thanked Bea since _ was kind.", "option1": "Ann", "option2": "Bea", "answer": "2"},
     ),
     Task(
@@ -105,7 +128,7 @@ TASKS = [
         hub="aps/super_glue",
         config="copa",
         metric="accuracy",
-        fields=("premise", "choice1", "choice2", "question"),
+        fields=fields_of("premise", "choice1", "choice2", question=one_of(*CONNECTORS)),
         prompt=copa_prompt,
         options=either("choice1", "choice2"),
         label=number("label"),
@@ -121,7 +144,7 @@ TASKS = [
         name="piqa",
         hub="baber/piqa",
         metric="accuracy",
-        fields=("goal", "sol1", "sol2"),
+        fields=fields_of("goal", "sol1", "sol2"),
         prompt='Write a solution to the following sentence:\n"{goal}"',
         options=either("sol1", "sol2"),
         label=number("label"),
@@ -134,7 +157,7 @@ TASKS = [
         splits=SPLITS | {"train": "auxiliary_train", "fewshot": "dev"},  # few-shot examples: same subject
         evaluated="test",
         metric="accuracy",
-        fields=("question", "choices"),
+        fields=fields_of("question", choices=texts(maximum=len(LETTERS))),
         system=CHOOSE,
         prompt=lambda doc: f"Question: {doc['question']}\n\n{listed(doc['choices'])}",
         options=lambda doc: lettered(doc["choices"]),

@@ -3,7 +3,23 @@
 Example: boolq, "Cats are mammals." and "are cats mammals", label 1; choices no, yes.
 """
 
-from dph.tasks.base import CHOOSE_IN_CONTEXT, INSTRUCTION_OPTIONS, TRAIN_VALIDATION, Doc, Task, lettered, listed, number
+from dph.errors import UserError
+from dph.tasks.base import (
+    CHOOSE_IN_CONTEXT,
+    INSTRUCTION_OPTIONS,
+    LETTERS,
+    TRAIN_VALIDATION,
+    Doc,
+    Reference,
+    Task,
+    fields_of,
+    letter,
+    lettered,
+    listed,
+    number,
+    object_of,
+    texts,
+)
 
 COQA = (
     "Below is a background context and multiple questions. "
@@ -20,11 +36,11 @@ def race(name: str) -> Task:
         config=name,
         evaluated="test",
         metric="accuracy",
-        fields=("article", "question", "options"),
+        fields=fields_of("article", "question", options=texts(maximum=len(LETTERS))),
         system=CHOOSE_IN_CONTEXT,
         prompt=lambda doc: f"Background: {doc['article']}\n\nQuestion: {doc['question']}\n\n{listed(doc['options'])}",
         options=lambda doc: lettered(doc["options"]),
-        label=lambda doc: "ABCD".index(doc["answer"]) if doc.get("answer") else None,
+        label=letter("answer", lambda doc: LETTERS[: len(doc["options"])]),
         example={
             "article": "Tom has a cat.",
             "question": "What does Tom have?",
@@ -32,6 +48,13 @@ def race(name: str) -> Task:
             "answer": "B",
         },
     )
+
+
+def one_answer_each(doc: Doc) -> None:
+    """Check that every question of CoQA has an answer."""
+    questions, answers = len(doc["questions"]), len(doc["answers"]["input_text"])
+    if questions != answers:
+        raise UserError(f"answers.input_text: expected {questions} answers, one for each question, got {answers}")
 
 
 def coqa_dialogue(doc: Doc) -> list[str]:
@@ -50,7 +73,7 @@ TASKS = [
         hub="aps/super_glue",
         config="boolq",
         metric="accuracy",
-        fields=("passage", "question"),
+        fields=fields_of("passage", "question"),
         system=INSTRUCTION_OPTIONS,
         prompt=(
             'Given the following sentences, answer the question with "yes" or "no".\n\n'
@@ -66,10 +89,10 @@ TASKS = [
         hub="allenai/sciq",
         evaluated="test",
         metric="accuracy",
-        fields=("question", "support", "distractor1", "distractor2", "distractor3", "correct_answer"),
+        fields=fields_of("question", "support", "distractor1", "distractor2", "distractor3", "correct_answer"),
         prompt=lambda doc: f"Background: {doc['support'].lstrip()}\n\nQuestion: {doc['question']}\n\nAnswer:",
         options=lambda doc: [doc[key] for key in ("distractor1", "distractor2", "distractor3", "correct_answer")],
-        label=lambda doc: 3,  # the right answer is a field of its own, the last option
+        label=Reference("correct_answer", lambda doc: 3),  # a field of its own, the last option
         example={
             "question": "What freezes?",
             "support": "Water freezes.",
@@ -83,7 +106,8 @@ TASKS = [
         name="coqa/all",
         hub="stanfordnlp/coqa",
         splits=TRAIN_VALIDATION,
-        fields=("story", "questions", "answers"),
+        fields=fields_of("story", questions=texts(), answers=object_of(input_text=texts())),
+        rule=one_answer_each,
         system=COQA,
         prompt=coqa_dialogue,
         right=lambda doc: doc["answers"]["input_text"][-1:],
@@ -97,7 +121,7 @@ TASKS = [
         name="cnn_dailymail/3.0.0",
         hub="abisee/cnn_dailymail",
         config="3.0.0",
-        fields=("article", "highlights"),
+        fields=fields_of("article", "highlights"),
         system="Below is a long document. Write a concise summary for the document.",
         prompt="Article: {article}\n\nSummary:",
         right=lambda doc: [doc["highlights"]],

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dph.errors import UserError
-from dph.tasks.base import TRAIN_VALIDATION, Doc, Task
+from dph.tasks.base import TRAIN_VALIDATION, Doc, Task, fields_of, object_of, texts
 
 UNANSWERABLE = "unanswerable"
 SPACY_MODEL = "en_core_web_md"  # as in the paper's code
@@ -59,12 +59,11 @@ def squad(name: str, hub: str, **entry: Any) -> Task:
         "question": "What is the capital?",
         "answers": {"text": ["Paris"], "answer_start": [0]},
     }
-    fields = ("title", "context", "question", "answers")
     return Task(
         name=f"squad/{name}",
         hub=hub,
         splits=TRAIN_VALIDATION,
-        fields=fields,
+        fields=fields_of("title", "context", "question", answers=object_of(text=texts(minimum=0))),
         prompt=squad_prompt,
         example=example,
         **entry,

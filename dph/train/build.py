@@ -1,8 +1,8 @@
 """Construction of a training stage from its recipe: model, tokenizer, heads, records."""
 
+import dataclasses
 import difflib
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dph import chat, checkpoint, devices
+from dph._weights import check_tensors
 from dph.data import dataset
 from dph.data.formats import Encoder
 from dph.data.sampler import Shuffled
@@ -18,7 +19,7 @@ from dph.data.workers import WorkerPool
 from dph.errors import UserError
 from dph.model.config import ModelConfig
 from dph.model.directories import model_path
-from dph.model.loading import check_tokenizer, load_model, load_tokenizer
+from dph.model.loading import check_settings, check_tokenizer, load_model, load_tokenizer
 from dph.model.model import Model
 from dph.train import checkpointing
 from dph.train.budget import memory
@@ -110,24 +111,66 @@ def open_model(recipe: Recipe) -> tuple[Model, Any]:
     else:
         model = new_model(start.config, tokenizer)
         if start.embeddings is not None:
+            if Path(start.embeddings).is_dir():
+                check_settings(start.embeddings)
             checkpoint.init_embeddings(model, start.embeddings)
     check_tokenizer(model, tokenizer)
     return model, tokenizer
 
 
+def reopen_model(recipe: Recipe, start: Path) -> tuple[Model, Any, tuple[str, ...]]:
+    """Return the model of a run that resumes, its tokenizer, and notes; all weights are then loaded from the run.
+
+    What the recipe names is opened if it is a directory. Otherwise, if it is gone or a hub name, configuration and
+    tokenizer are the run's own copies in its folder ``start``; runs of earlier versions have none.
+
+    Raises UserError as :func:`open_model`.
+    """
+    names = recipe.model
+    place = names.tokenizer or names.path
+    if not (start / "config.json").is_file() or place is None:
+        return *open_model(recipe), ()
+    has_model, has_tokenizer = names.path is not None and Path(names.path).is_dir(), Path(place).is_dir()
+    notes = []
+    if not has_tokenizer:
+        notes.append(f"{place} is not a directory here: the tokenizer is the run's copy")
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(names, tokenizer=str(start)))
+    if has_model:
+        return *open_model(recipe), tuple(notes)
+    if names.path is not None and names.path != place:
+        notes.append(f"{names.path} is not a directory here: the model's configuration is the run's copy")
+    tokenizer = load_tokenizer(recipe.model.tokenizer or place)
+    add_chat_tokens(tokenizer)
+    return stored_model(start), tokenizer, tuple(notes)
+
+
+def stored_model(start: Path) -> Model:
+    """Return the model of a run, with random weights, of the configuration in its folder ``start``."""
+    with checkpointing.loading(start / "config.json"):
+        model = Model(ModelConfig.from_pretrained(start))
+        model.untrained_heads = set(checkpointing.read_json(start / "state.json")["untrained_heads"])
+    return model
+
+
 def open_checkpoint(path: str | Path) -> tuple[Model, Any]:
     """Return the model in fp32 of a run's checkpoint (``RUN/checkpoints/step-NNNNNNNN``), and its tokenizer.
 
-    Configuration and tokenizer come from the run's starting model. Raises UserError if that is missing, if it was a
-    model in memory, or if the checkpoint is damaged.
+    Configuration and tokenizer come from the run's copies, or from the starting model if an earlier version made the
+    run. Raises UserError if that is missing, if it was a model in memory, or if the checkpoint is damaged.
     """
     path = Path(path)
     if reason := checkpointing.damage(path):
         raise UserError(f"{path}: {reason}")
     directory = path.resolve().parents[1]
-    recipe = from_dict(json.loads((directory / "config.json").read_text()))
-    model, tokenizer = open_model(recipe)
+    recipe = from_dict(checkpointing.read_json(directory / "config.json"))
+    start = directory / "start"
+    if (start / "config.json").is_file():
+        model, tokenizer = stored_model(start), load_tokenizer(str(start))
+    else:
+        model, tokenizer = open_model(recipe)
     tensors = checkpointing.load_start(directory) | checkpointing.Checkpoint(0, path).tensors("weights")
+    where = f"{path / 'weights.safetensors'} and {start / 'start.safetensors'}"
+    check_tensors(dict(model.named_parameters()), tensors, where)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[name])
@@ -149,7 +192,10 @@ def new_model(config: dict[str, Any], tokenizer: Any) -> Model:
     if unknown := sorted(config.keys() - arguments.keys()):
         nearest = difflib.get_close_matches(unknown[0], arguments, 1, 0.0)[0]
         raise UserError(f"model.config.{unknown[0]}: unknown key; did you mean {nearest}?")
-    return Model(ModelConfig(**{**values, **config}))
+    try:
+        return Model(ModelConfig(**{**values, **config}))
+    except UserError as error:
+        raise UserError(f"model.config.{error}") from None
 
 
 def with_heads(model: Model, objective: Objective) -> Model:

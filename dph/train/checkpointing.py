@@ -12,20 +12,20 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import random
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dph.errors import UserError
+from dph.data.atomic import atomic_directory, naming, sync
+from dph.errors import UserError, shown
 from dph.model.directories import MANIFEST
 from dph.train.distributed import World, full_tensor
 
@@ -41,14 +41,15 @@ class Checkpoint:
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         """Return the tensors of one part, on the CPU, from rank 0's file and those of the other ranks."""
-        tensors = load_file(self.path / f"{part}.safetensors")
-        for path in sorted(self.path.glob(f"{part}-*.safetensors")):
-            tensors |= load_file(path)
+        tensors = {}
+        for path in [self.path / f"{part}.safetensors", *sorted(self.path.glob(f"{part}-*.safetensors"))]:
+            with loading(path):  # copied: a mapped file that another program truncates kills the process
+                tensors |= {name: tensor.clone() for name, tensor in load_file(path).items()}
         return tensors
 
     def state(self) -> dict[str, Any]:
         """Return the JSON state; reading a key that another version of dph did not write raises UserError."""
-        return _State(self.path, json.loads((self.path / "state.json").read_text()))
+        return _State(self.path, read_json(self.path / "state.json"))
 
 
 class _State(dict):
@@ -63,6 +64,36 @@ class _State(dict):
 
 
 # Reading
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file that a run wrote. Raises UserError if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8 and not JSON are both ValueError
+        reason = error.strerror if isinstance(error, OSError) else str(error) or type(error).__name__
+        raise UserError(f"{path}: expected a JSON object that a run wrote, got {reason}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object that a run wrote, got {shown(value)}")
+    return value
+
+
+LOADING_ERRORS = (
+    OSError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def loading(place: str | Path) -> Iterator[None]:
+    """Context that turns the errors of loading a saved part, which its writer cannot have written, into UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+    except (SafetensorError, *LOADING_ERRORS) as error:
+        reason = " ".join(str(error).split())[:200]
+        text = f"expected what a run of this version of dph saves, got {type(error).__name__}: {reason}"
+        raise UserError(f"{place}: {text}") from error
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -89,9 +120,12 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 def damage(path: Path) -> str | None:
     """Return why the checkpoint at ``path`` is not complete, or None if each file has its size and hash."""
     try:
-        listed = json.loads((path / MANIFEST).read_text())["files"]
-        files = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        step = path.name.removeprefix("step-")
+        if step.isdigit() and manifest["step"] != int(step):
+            return f"{MANIFEST} is that of step {shown(manifest['step'])}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"no readable {MANIFEST}"
     for name, (size, digest) in files.items():
         file = path / name
@@ -107,7 +141,7 @@ def load_start(directory: Path) -> dict[str, Tensor]:
     path = directory / "start"
     if reason := damage(path):
         raise UserError(f"{path}: {reason}; the run cannot continue without it")
-    return load_file(path / "start.safetensors")
+    return Checkpoint(0, path).tensors("start")
 
 
 # Writing
@@ -119,15 +153,23 @@ def write_checkpoint(
     parts: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     rank_files: Sequence[Path] = (),
+    write_more: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a checkpoint atomically; ``rank_files``, written by other ranks, are moved into it."""
+    """Write a checkpoint atomically.
+
+    ``rank_files``, written by other ranks, are moved into it, and ``write_more`` writes further files into its folder.
+    """
     with atomic_directory(path) as folder:
         for name, tensors in parts.items():
             write_tensors(folder / f"{name}.safetensors", tensors)
         for file in rank_files:
             file.rename(folder / file.name)
         (folder / "state.json").write_text(json.dumps(state))
-        files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
+        if write_more is not None:
+            write_more(folder)
+        files = {}
+        for file in sorted(filter(Path.is_file, folder.rglob("*"))):
+            files[str(file.relative_to(folder))] = {"size": file.stat().st_size, "sha256": _sha256(file)}
         (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2))
 
 
@@ -162,67 +204,23 @@ def gather_parts(
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors of any device to a safetensors file."""
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+    with naming(path):
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically. OSError with the path, and the old file as it was, if the disk is full."""
     temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(text)
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
-
-
-@contextlib.contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """Temporary directory that replaces ``path`` if the block succeeds and is deleted if it raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        yield temporary
-        make_readable(temporary)
-        for entry in [*temporary.rglob("*"), temporary]:
-            sync(entry)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with naming(path):
+            temporary.write_text(text)
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-    temporary.rename(path)
-    sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def clean_up(leftover: Path) -> None:
-    """Delete a directory that a killed ``atomic_directory`` left; if ``path`` is missing, rename ``old`` back to it."""
-    path = leftover.with_name(leftover.name[1:].removesuffix(leftover.suffix))
-    if leftover.suffix == ".old" and not path.exists():
-        leftover.rename(path)
-    else:
-        shutil.rmtree(leftover)
-
-
-def make_readable(folder: Path) -> None:
-    """Give the files in ``folder`` its read and write permissions; safetensors writes files with mode 0600."""
-    readable = folder.stat().st_mode & 0o666
-    for file in filter(Path.is_file, folder.rglob("*")):
-        if readable & ~file.stat().st_mode:
-            with contextlib.suppress(PermissionError):  # some file systems have no permissions
-                file.chmod(readable)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a directory to the disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

@@ -23,7 +23,8 @@ from typing import Any, Literal
 
 import yaml
 
-from dph.errors import UserError
+from dph.errors import UserError, printable, shown
+from dph.train import yaml_values
 
 REQUIRED = dataclasses.MISSING
 UNIONS = (types.UnionType, typing.Union)  # X | None of a class, and of a Literal
@@ -33,7 +34,13 @@ UNIONS = (types.UnionType, typing.Union)  # X | None of a class, and of a Litera
 
 
 def option(
-    default: Any, help: str, *, minimum: float | None = None, below: float = math.inf, resume: bool = False
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    below: float = math.inf,
+    maximum: tuple[int, str] | None = None,
+    resume: bool = False,
 ) -> Any:
     """Field of a section.
 
@@ -42,11 +49,11 @@ def option(
         help: description for users (:func:`describe`).
         minimum: least value (for a list, of each item); None for no range.
         below: exclusive upper bound of the range.
+        maximum: the largest value that makes sense, and the reason.
         resume: whether a resumed run may change it.
     """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "minimum": minimum, "below": below, "resume": resume}
-    )
+    metadata = {"help": help, "minimum": minimum, "below": below, "maximum": maximum, "resume": resume}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def section(cls: type, *, resume: bool = False) -> Any:
@@ -65,11 +72,14 @@ def check_ranges(config: Any, prefix: str = "") -> None:
         if isinstance(value, tuple):
             items = [(f"{key}.{index}", item) for index, item in enumerate(value)]
         minimum, below = field.metadata.get("minimum"), field.metadata.get("below")
+        maximum = field.metadata.get("maximum")
         for item_key, item in items:
             if dataclasses.is_dataclass(item):
                 check_ranges(item, item_key)
             elif minimum is not None and item is not None and not minimum <= item < below:
                 raise UserError(f"{item_key}: expected {minimum} <= {field.name} < {below}, got {item}")
+            elif maximum is not None and item is not None and item > maximum[0]:
+                raise UserError(f"{item_key}: expected at most {maximum[0]} ({maximum[1]}), got {item}")
 
 
 def may_change_on_resume(cls: type, prefix: str = "") -> frozenset[str]:
@@ -100,6 +110,8 @@ def describe(cls: type, prefix: str = "") -> str:
         minimum, below = field.metadata["minimum"], field.metadata["below"]
         if minimum is not None:
             notes.append(f"at least {minimum}" if below == math.inf else f"at least {minimum}, below {below}")
+        if field.metadata["maximum"] is not None:
+            notes.append(f"at most {field.metadata['maximum'][0]}")
         notes.append("required" if field.default is REQUIRED else f"default {_yaml_text(field.default)}")
         if field.metadata["resume"]:
             notes.append("may change on resume")
@@ -119,29 +131,21 @@ def _yaml_text(value: Any) -> str:
 # Files and overrides
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML loader that reads 1e-4 as a number; in YAML 1.1 it is text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
 def read(path: Path) -> dict[str, Any]:
-    """Return the keys and values of a YAML file."""
-    values = _parse(path.read_text(encoding="utf-8"), str(path))
+    """Return the keys and values of a YAML file. Raises UserError, with the line, if it is not such a file."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(4 * yaml_values.MAX_CHARACTERS + 1)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 at byte {error.start}") from None
+    values = yaml_values.parse(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys and values, got {type(values).__name__}")
     return values
-
-
-def _parse(text: str, name: str) -> Any:
-    """Return the value of a YAML text; errors begin with ``name``, the file or key it comes from."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name}: expected YAML: {' '.join(str(error).split())}") from None
 
 
 def merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +161,9 @@ def override(values: dict[str, Any], text: str) -> None:
     """Apply one ``key.sub=value`` to ``values`` in place; a number as key is an index of a list."""
     key, equals, value_text = text.partition("=")
     if not equals or not key:
-        raise UserError(f"override: expected key.sub=value, got {text!r}")
+        raise UserError(f"override: expected key.sub=value, got {shown(text)}")
+    if printable(key, keep="") != key or len(key) > 200:
+        raise UserError(f"override: expected a key of at most 200 printable characters, got {shown(key)}")
     *parents, last = key.split(".")
     container: Any = values
     for name in parents:
@@ -165,14 +171,14 @@ def override(values: dict[str, Any], text: str) -> None:
             container[name] = {}
         container = container[_index(container, name, key) if isinstance(container, list) else name]
         if not isinstance(container, dict | list):
-            raise UserError(f"{key}: expected a section or a list at {name}, got {container!r}")
-    value = _parse(value_text, key)
+            raise UserError(f"{key}: expected a section or a list at {name}, got {shown(container)}")
+    value = yaml_values.parse(value_text, key, numbered=False)
     container[_index(container, last, key) if isinstance(container, list) else last] = value
 
 
 def _index(items: list, name: str, key: str) -> int:
     """Return ``name``, a part of ``key``, as an index of ``items``."""
-    if not name.isdigit() or int(name) >= len(items):
+    if not name.isdecimal() or len(name) > 9 or int(name) >= len(items):
         raise UserError(f"{key}: expected a number below {len(items)}, got {name!r}")
     return int(name)
 
@@ -189,7 +195,8 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
     try:
         return _build(cls, values, "")
     except _UnknownKey as error:
-        raise UserError(f"{error}: unknown key; {_hint(str(error), cls)}") from None
+        key = str(error)
+        raise UserError(f"{printable(key[:100], keep='')}: unknown key; {_hint(key[:100], cls)}") from None
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
@@ -199,7 +206,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     if isinstance(values, str) and len(required) == 1 and prefix:
         values = {required[0]: values}  # a bare text is short for the one required option
     if not isinstance(values, Mapping):
-        raise UserError(f"{prefix or 'recipe'}: expected a section with keys, got {values!r}")
+        raise UserError(f"{prefix or 'recipe'}: expected a section with keys, got {shown(values)}")
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in hints:
@@ -224,12 +231,19 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
     if origin is Literal and value in args and isinstance(value, str):
         return value
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{key}: expected a number below 1e308, got {shown(value)}") from None
+    if kind is int and type(value) is int and not -(2**63) <= value < 2**63:
+        raise UserError(f"{key}: expected a whole number of at most 64 bits, got {shown(value)}")
     if kind in (int, str, bool) and type(value) is kind:
         return value
     is_text_for_list = origin is tuple and args[0] is not float and isinstance(value, str)
-    expected = f"a list, such as [{value}]" if is_text_for_list else _name(kind)
-    raise UserError(f"{key}: expected {expected}, got {value!r}")
+    expected = _name(kind)
+    if is_text_for_list:
+        expected = f"a list, such as [{value}]" if len(value) < 40 and value.isprintable() else "a list"
+    raise UserError(f"{key}: expected {expected}, got {shown(value)}")
 
 
 def _name(kind: Any) -> str:

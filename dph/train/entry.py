@@ -8,10 +8,12 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dph._openmp import sleeping_when_contended
 from dph.errors import UserError
 from dph.model.model import Model
 from dph.train import build
 from dph.train.distributed import init_distributed
+from dph.train.progress import harmless_output
 from dph.train.recipe import Recipe
 from dph.train.run_dir import RunDirectory
 from dph.train.trainer import Diverged, Result, Trainer
@@ -27,6 +29,7 @@ def train(
     records: Sequence[Any] | None = None,
     held_out: Sequence[Any] | Mapping[str, Sequence[Any]] | None = None,
     resume: bool = False,
+    force_resume: bool = False,
     quiet: bool = False,
 ) -> Result:
     """Train one stage; with torchrun, on all ranks together (``dph.train.distributed``).
@@ -38,8 +41,15 @@ def train(
         records: records in memory instead of ``recipe.data.sources``: ``dph.data.dataset`` records, or encoded ones
             (``Encoded``; for preference stages a pair of them).
         held_out: the same for evaluation.
-        resume: continue from the newest complete checkpoint in the recipe's directory, if there is one.
+        resume: continue from the newest complete checkpoint in the recipe's directory, if there is one. Records,
+            tokenizer and the model's configuration have to be those of the run (``dph.train.fingerprints``); the places
+            that the recipe names may differ.
+        force_resume: the same, with other records, another tokenizer or another configuration.
         quiet: no progress on the terminal.
+
+    Nothing that is printed can fail, and neither TensorBoard nor a tracker ends a run. An error during training is
+    raised after the state of the last whole step was saved, if that is possible: a note of the exception
+    (``__notes__``) names the step.
 
     Raises UserError for errors in the recipe or the data, and :class:`Diverged`. With several ranks one of them raises
     the error, and the others OtherRankFailed; a model in memory may then be left as it was.
@@ -47,17 +57,22 @@ def train(
     if model is not None and tokenizer is None:
         raise UserError("tokenizer: expected the one that goes with the model, got None")
 
-    with init_distributed(recipe.parallel, recipe.device) as world:
+    resume = resume or force_resume
+    with sleeping_when_contended(), harmless_output(), init_distributed(recipe.parallel, recipe.device) as world:
         output = recipe.output
         run = RunDirectory(output.directory, recipe.as_dict(), resume=resume, keep=output.keep, world=world)
         try:
             with world.fail_together():
-                if model is None:
+                notes: tuple[str, ...] = ()
+                if model is None and run.checkpoint is None:
                     model, tokenizer = build.open_model(recipe)
+                elif model is None:
+                    model, tokenizer, notes = build.reopen_model(recipe, run.directory / "start")
                 stage = build.make_stage(recipe, model, tokenizer, records, held_out, world=world)
+                stage.notes += notes
             if resume and run.checkpoint is None:
                 stage.notes += (f"{run.directory} holds no checkpoint to resume, starting from the beginning",)
             with contextlib.closing(stage):
-                return Trainer(recipe, stage, run, quiet or world.rank > 0).train()
+                return Trainer(recipe, stage, run, quiet or world.rank > 0, force_resume).train()
         finally:
             run.close()

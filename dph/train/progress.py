@@ -1,10 +1,12 @@
 """Progress of a run on the terminal: metric lines, a progress bar, and the means of metrics between two lines."""
 
+import contextlib
+import errno
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -15,6 +17,68 @@ MAX_COLUMNS = 80  # of the bar
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 # Formats without a bar, the longest first: a narrow terminal gets the first that fits.
 TEXTS = ("{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]", "{desc}: {n_fmt}/{total_fmt}", "{n_fmt}/{total_fmt}")
+
+
+class HarmlessStream:
+    """Text stream that passes text on to ``stream`` until that fails, and drops the rest; None drops everything."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text, or drop it."""
+        with self._giving_up():
+            if self._stream is not None:
+                self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream, if it works."""
+        with self._giving_up():
+            if self._stream is not None:
+                self._stream.flush()
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """Give the stream up if it fails: a closed pipe, a full disk, a terminal that is gone, a closed file."""
+        try:
+            yield
+        except UnicodeError:  # characters that this stream cannot encode
+            pass
+        except (OSError, ValueError):
+            self._stream = None
+
+    def isatty(self) -> bool:
+        """Return whether the stream works and is a terminal."""
+        with self._giving_up():
+            return self._stream is not None and self._stream.isatty()
+        return False
+
+    def fileno(self) -> int:
+        """Return the stream's descriptor. Raises OSError if it has none, or once it has failed."""
+        if not hasattr(self._stream, "fileno"):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return self._stream.fileno()
+
+    def __getattr__(self, name: str) -> Any:
+        """Return other attributes of the stream."""
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def harmless_output() -> Iterator[None]:
+    """Context in which nothing that is printed can fail: by progress, logging, warnings or a library."""
+    replaced = {}
+    for name in ("stdout", "stderr"):
+        original = getattr(sys, name)
+        replaced[name] = original, HarmlessStream(original)
+        setattr(sys, name, replaced[name][1])
+    try:
+        yield
+    finally:
+        for name, (original, harmless) in replaced.items():
+            if getattr(sys, name) is harmless:
+                setattr(sys, name, original)
 
 
 class Progress:
@@ -32,7 +96,7 @@ class Progress:
     def __init__(self, name: str, total: int, first: int, quiet: bool = False) -> None:
         self.name, self.total, self.quiet = name, total, quiet
         self._first, self._start_time = first, time.monotonic()
-        self._bar = Bar(name, total, first) if sys.stderr.isatty() and not quiet else None
+        self._bar = Bar(name, total, first) if not quiet and sys.stderr.isatty() else None
 
     def advance(self) -> None:
         """Count one step."""
@@ -91,7 +155,7 @@ class Bar(tqdm):
         details["prefix"] = details["prefix"].removesuffix(": ")
         try:
             columns = os.get_terminal_size(sys.stderr.fileno()).columns  # 0 if the terminal does not report it
-        except OSError:
+        except (OSError, ValueError):
             columns = 0
         available = min(columns - 1, MAX_COLUMNS) if columns else MAX_COLUMNS
         if columns:

@@ -13,6 +13,7 @@ Each option below has its default, its help, its range, and ``resume=True`` if a
 ``describe()`` returns all of them as text.
 """
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
@@ -20,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dph.errors import UserError
+from dph.errors import UserError, shown
 from dph.train import config_schema
 from dph.train.config_schema import REQUIRED, option, section
 
+MAX_BASES = 32
 SHIPPED = Path(__file__).parent / "recipes"
 KINDS = {
     "pretrain": "text",
@@ -33,6 +35,9 @@ KINDS = {
     "head": "preference",
 }
 POSITIVE = 1e-12  # minimum of an option that must be above zero
+# Largest values that make sense, with the reason: a slip of the keyboard is refused before it takes the memory.
+LENGTH = (2**24, "positions beyond are not exact in fp32")
+BATCH = (2**20, "a step holds all of them in memory")
 typed = dataclass(frozen=True, kw_only=True, slots=True)
 
 
@@ -72,15 +77,19 @@ class Data:
     sources: tuple[Source, ...] = option((), "mixture of sources")
     directory: str | None = option(None, "folder with local files of tasks for all sources; null: the hub")
     consecutive: int = option(
-        5, "consecutive samples from one source before another source is drawn (streams)", minimum=1
+        5,
+        "consecutive samples from one source before another source is drawn (streams)",
+        minimum=1,
+        maximum=(2**16, "a stream holds all of them in memory"),
     )
     context: int = option(
         2048,
         "tokens of a segment of a stream; in preference stages the maximum length of an answer with its prompt, longer "
         "pairs are left out",
         minimum=1,
+        maximum=LENGTH,
     )
-    memory: int = option(2048, "tokens of Transformer-XL memory per stream; 0: no memory", minimum=0)
+    memory: int = option(2048, "tokens of Transformer-XL memory per stream; 0: no memory", minimum=0, maximum=LENGTH)
     memory_kind: Literal["kv", "hidden"] = option(
         "kv", "cached keys and values, or hidden states (recompute_kv of the released configuration)"
     )
@@ -105,6 +114,7 @@ class Data:
         "worker processes per rank that read and encode training records in advance; 0: the training process encodes "
         "them; changes no result",
         minimum=0,
+        maximum=(256, "each is a process that takes a processor core"),
         resume=True,
     )
 
@@ -116,7 +126,7 @@ class Optimiser:
     lr: float = option(3e-5, "peak learning rate, reached linearly at step warmup", minimum=0)
     final_lr: float = option(0.0, "learning rate of the last step, reached by cosine decay", minimum=0)
     warmup: int = option(200, "warm-up steps", minimum=0)
-    steps: int = option(6144, "total number of steps", minimum=1)
+    steps: int = option(6144, "total number of steps", minimum=1, maximum=(10**9, "a year at 32 ms a step"))
     betas: tuple[float, float] = option((0.9, 0.95), "coefficients of momentum and second moment", minimum=0, below=1)
     eps: float = option(1e-8, "term added to the square root of the second moment", minimum=0)
     weight_decay: float = option(0.0, "decay towards zero, multiplied by the learning rate", minimum=0)
@@ -133,7 +143,7 @@ class Optimiser:
 class Batch:
     """Batch and micro-batches; in stage head micro-batches are the backbone's, the heads judge all pairs at once."""
 
-    size: int = option(128, "sequences (streams) or pairs per step", minimum=1)
+    size: int = option(128, "sequences (streams) or pairs per step", minimum=1, maximum=BATCH)
     micro: int | None = option(
         None,
         "sequences or pairs per micro-batch; null: the whole batch; changes the footprint, not the result",
@@ -145,6 +155,7 @@ class Batch:
         "tokens per micro-batch at most, instead of micro and for pairs only; prompts are shared, and the longest pair "
         "comes first; a pair with more tokens is left out",
         minimum=1,
+        maximum=(2**31 - 1, "rows are counted in 32 bits"),
     )
 
 
@@ -268,8 +279,8 @@ class Recipe:
     def __post_init__(self) -> None:
         """Raise UserError if a value is outside its range or contradicts another."""
         config_schema.check_ranges(self)
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise UserError(f"device: expected auto, cpu, cuda or cuda:NUMBER, got {self.device!r}")
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
+            raise UserError(f"device: expected auto, cpu, cuda or cuda:NUMBER, got {shown(self.device)}")
         if self.optimiser.warmup > self.optimiser.steps:
             raise UserError(
                 f"optimiser.warmup: expected at most steps {self.optimiser.steps}, got {self.optimiser.warmup}"
@@ -320,7 +331,11 @@ def _read(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = values.pop("base", None)
     if base is None:
         return values
-    return config_schema.merge(_read(_find(str(base), path.parent), (*derived, path.resolve())), values)
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base: expected the name of a recipe, got {shown(base)}")
+    if len(derived) == MAX_BASES:
+        raise UserError(f"{path}: base: expected at most {MAX_BASES} recipes based on each other, got more")
+    return config_schema.merge(_read(_find(base, path.parent), (*derived, path.resolve())), values)
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
@@ -336,6 +351,7 @@ def shipped() -> list[str]:
 def _find(name: str, folder: Path) -> Path:
     """Return the path of the file ``name`` in ``folder``, or else of the shipped recipe of that name."""
     for path in (folder / name, SHIPPED / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    raise UserError(f"recipe: expected a file or one of {', '.join(shipped())}, got {name!r}")
+        with contextlib.suppress(OSError):  # a name that is too long, or a folder that may not be read
+            if path.is_file():
+                return path
+    raise UserError(f"recipe: expected a file or one of {', '.join(shipped())}, got {shown(name)}")

@@ -5,7 +5,8 @@
     metrics.jsonl                 one object per logged step
     tensorboard/                  the same, for TensorBoard
     tracker.json                  the run's id at Weights & Biases or trackio, if it is tracked there
-    start/                        weights that training does not change and a resume needs (frozen, reference)
+    start/                        weights that training does not change and a resume needs (frozen, reference), and
+                                  configuration and tokenizer of a model that the recipe names
     checkpoints/step-00000200/    weights, optimiser, data, memories, generators (``dph.train.checkpointing``)
     checkpoints/step-*.damaged    a damaged checkpoint, newer than the one from which the run resumed
     checkpoints/best.json         the best checkpoint with its metric and value, if ``output.best`` is set
@@ -24,19 +25,20 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import Tensor
 
-from dph.errors import UserError
+from dph.data import atomic
+from dph.errors import UserError, shown
 from dph.train import checkpointing, trackers
 from dph.train.checkpointing import Checkpoint
 from dph.train.distributed import SINGLE_PROCESS, World
 from dph.train.recipe import MAY_CHANGE_ON_RESUME
-from dph.train.trackers import Tracker
+from dph.train.trackers import TensorBoard, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,13 @@ MACHINE_METRICS = ("seconds", "tokens_per_second", "tflops_per_second", "mfu", "
 
 WRITTEN = ("config.json", "metrics.jsonl", "start", "checkpoints", "model", "tensorboard", "tracker.json")
 """Names that a run writes."""
+
+PLACES = re.compile(r"model\.(path|tokenizer|embeddings)|data\.(directory|sources\.\d+\.(source|directory))")
+"""Options that name a place: a resumed run may change them if the content is the same (``dph.train.fingerprints``)."""
+
+
+class RunLost(RuntimeError):
+    """The run directory was deleted or moved while the run trained there: nothing can be saved."""
 
 
 class RunDirectory:
@@ -57,6 +66,7 @@ class RunDirectory:
     Attributes:
         directory: path of the run directory.
         checkpoint: newest complete checkpoint, or None if the run starts from the beginning.
+        saved_step: step of the last checkpoint written, or of the one to resume from; None before the first.
 
     Raises UserError if the directory holds a run and ``resume`` is off, was made by another configuration, is in use
     by another process, or holds files that a run would overwrite and that are not a run's.
@@ -74,17 +84,20 @@ class RunDirectory:
         self.world, self.keep = world, keep
         self.directory = Path(directory)
         self.checkpoint: Checkpoint | None = None
-        self._lock = self._metrics = self._board = None
-        self._tracker: Tracker | None = None
+        self._lock: Any = None
+        self._metrics: MetricsFile | None = None
+        self._readers: dict[str, Any] = {}  # TensorBoard and the tracker, by name, while they work
+        self._config: dict[str, Any] = json.loads(json.dumps(config))
         with world.fail_together():
             if world.rank == 0:
                 self._lock = self._acquire_lock()
                 try:
-                    self._open(json.loads(json.dumps(config)), resume)
+                    self._open(resume)
                 except BaseException:
                     self._lock.close()
                     raise
         self.directory, self.checkpoint = world.all_gather_object((self.directory, self.checkpoint))[0]
+        self.saved_step = None if self.checkpoint is None else self.checkpoint.step
 
     @property
     def step(self) -> int:
@@ -96,7 +109,10 @@ class RunDirectory:
     def _acquire_lock(self) -> Any:
         """Return the lock file, locked until it is closed or the process ends."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        lock = (self.directory / "lock").open("a")
+        path = self.directory / "lock"
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: expected the lock of a run, a regular file, got something else")
+        lock = path.open("a")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -106,7 +122,7 @@ class RunDirectory:
             log.warning("%s: cannot be locked against a second process (%s)", self.directory, error)
         return lock
 
-    def _open(self, config: dict, resume: bool) -> None:
+    def _open(self, resume: bool) -> None:
         """Check the directory, choose the checkpoint to resume from, and open the metrics and the tracker."""
         self._check_ownership()
         if self._has_started():
@@ -114,30 +130,46 @@ class RunDirectory:
                 raise UserError(
                     f"{self.directory}: holds a run already; resume it (--resume) or give another directory (--output)"
                 )
-            self._check_same_config(config)
+            self._check_same_config()
             for leftover in self._leftovers():
-                checkpointing.clean_up(leftover)
+                atomic.clean_up(leftover)
             self.checkpoint = self._select_checkpoint()
             self._mark_best({} if self.checkpoint is None else self.checkpoint.state())
-        checkpointing.write_text(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
+        if self.checkpoint is None:
+            self.write_config()
         last_logged = self._open_metrics()
-        output = config.get("output", {})
-        if output.get("tracker") is not None:
-            self._tracker = Tracker(output["tracker"], output["project"], self.directory, config, last_logged)
+        self._readers["TensorBoard"] = TensorBoard(self.directory / "tensorboard", self.step + 1)
+        output = self._config.get("output", {})
+        if (name := output.get("tracker")) is not None:
+            self._readers[name] = Tracker(name, output["project"], self.directory, self._config, last_logged)
+
+    def write_config(self) -> None:
+        """Write the recipe; a resumed run does it when data, tokenizer and model turned out to be its own."""
+        if self.world.rank == 0:
+            checkpointing.write_text(self.directory / "config.json", json.dumps(self._config, indent=2) + "\n")
 
     def _check_ownership(self) -> None:
         """Raise if the directory holds files with a run's names that no run wrote (a model's config.json, ...)."""
-        try:
-            is_run = "stage" in json.loads((self.directory / "config.json").read_text())
-        except (OSError, ValueError, TypeError):
-            is_run = False
-        if is_run:
-            return
+        config = self.directory / "config.json"
+        if config.is_file():
+            if checkpointing.saved_checkpoints(self.directory / "checkpoints"):
+                self._read_config()  # raises if a run's is damaged
+            with contextlib.suppress(UserError):
+                if "stage" in checkpointing.read_json(config):
+                    return
         if foreign := [name for name in WRITTEN if (self.directory / name).exists()]:
             raise UserError(
                 f"{self.directory}: expected a new directory or a run's, got one with {', '.join(foreign)} that no run "
                 "made; give another directory"
             )
+
+    def _read_config(self) -> dict[str, Any]:
+        """Return the recipe with which the run in the directory was started last."""
+        path = self.directory / "config.json"
+        config = checkpointing.read_json(path)
+        if not isinstance(config.get("stage"), str):
+            raise UserError(f"{path}: stage: expected the name of a stage, got {shown(config.get('stage'))}")
+        return config
 
     def _has_started(self) -> bool:
         """Return whether the directory holds a step; one whose start failed (missing data, ...) can be used again."""
@@ -157,21 +189,35 @@ class RunDirectory:
                     leftovers.append(path)
         return leftovers
 
-    def _check_same_config(self, config: dict) -> None:
-        """Raise unless the options that may not change on resume are those that the run started with."""
-        before = _flatten(json.loads((self.directory / "config.json").read_text()))
-        now = _flatten(config)
-        different = []
+    def _check_same_config(self) -> None:
+        """Raise unless the options that may not change on resume are those that the run started with.
+
+        Places may change if the newest checkpoint holds fingerprints, which the trainer compares.
+        """
+        before, now = _flatten(self._read_config()), _flatten(self._config)
+        different, places_may_change = [], self._has_fingerprints()
         for key in sorted(before.keys() | now.keys(), key=lambda key: (key != "stage", key)):
             may_change = key in MAY_CHANGE_ON_RESUME or key.split(".")[0] in MAY_CHANGE_ON_RESUME
+            if places_may_change and PLACES.fullmatch(key) and key in before and key in now:
+                is_kind = key == "model.path" and None in (before[key], now[key])  # path or config, not another place
+                may_change = may_change or not is_kind
             if not may_change and before.get(key) != now.get(key):
-                different.append(f"{key}: expected {before.get(key, 'nothing')}, got {now.get(key, 'nothing')}")
+                values = [str(values.get(key, "nothing")) for values in (before, now)]
+                expected, got = values if max(map(len, values)) <= 200 else map(shown, values)
+                different.append(f"{key}: expected {expected}, got {got}")
         if before["stage"] != now["stage"]:
             different = different[:1]  # another stage explains all other differences
         if different:
             raise UserError(
                 f"{'; '.join(different)}: a resumed run must not differ from how the one in {self.directory} began"
             )
+
+    def _has_fingerprints(self) -> bool:
+        """Return whether the newest checkpoint that can be read holds fingerprints of data, tokenizer and model."""
+        for path in reversed(checkpointing.saved_checkpoints(self.directory / "checkpoints")):
+            with contextlib.suppress(UserError):
+                return "fingerprints" in checkpointing.read_json(path / "state.json")
+        return False
 
     def _select_checkpoint(self) -> Checkpoint | None:
         """Return the newest complete checkpoint; rename newer ones, which are damaged, since their steps are repeated.
@@ -200,35 +246,57 @@ class RunDirectory:
         Returns the position of the last complete line before that, or None.
         """
         path = self.directory / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
-        kept, last_logged = [], None
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        kept, last_logged, dropped = [], None, 0
         for line in text.splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                values = json.loads(line)
-                last_logged = trackers.position(values["step"], values)
-                if values["step"] <= self.step:
-                    kept.append(line + "\n")
+            step, values = _logged_step(line)
+            if step is None:
+                dropped += 1
+                continue
+            last_logged = trackers.position(step, values)
+            if step <= self.step:
+                kept.append(line + "\n")
+        if dropped:
+            log.warning("%s: %d lines that are not a run's are left out", path, dropped)
         checkpointing.write_text(path, "".join(kept))
-        self._metrics = path.open("a")
+        self._metrics = MetricsFile(path)
         return last_logged
 
     # During training
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the metrics of a step to metrics.jsonl, TensorBoard and the tracker, without NaN (unused terms)."""
+        """Write the metrics of a step to metrics.jsonl, TensorBoard and the tracker, without NaN (unused terms).
+
+        Lines for which the disk has no room are written with a later one, at the latest before a checkpoint.
+        TensorBoard and the tracker are left out from their first error on. Raises RunLost.
+        """
         if self.world.rank > 0:
             return
+        self._check_present()
         values = {key: value for key, value in values.items() if math.isfinite(value)}
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        self._metrics.flush()
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
+        self._metrics.write({"step": step, **values})
+        for name, reader in list(self._readers.items()):
+            with self._harmless(name):
+                reader.log(step, values)
 
-            self._board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.step + 1)
-        for key, value in values.items():
-            self._board.add_scalar(key, value, step)
-        if self._tracker is not None:
-            self._tracker.log(step, values)
+    @contextlib.contextmanager
+    def _harmless(self, name: str) -> Iterator[None]:
+        """Context in which an error of TensorBoard or the tracker leaves it out for the rest of the run."""
+        try:
+            yield
+        except Exception as error:  # of the disk, the network, or the package itself
+            del self._readers[name]
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            log.warning("%s is left out for the rest of the run: %s", name, reason)
+
+    def _check_present(self) -> None:
+        """Raise RunLost if the directory was deleted or moved."""
+        try:
+            present = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.directory / "lock"))
+        except OSError:
+            present = False
+        if not present:
+            raise RunLost(f"{self.directory}: the run directory was deleted or moved while the run trained there")
 
     def save(self, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
         """Write checkpoint ``step``, then delete the oldest ones.
@@ -247,14 +315,17 @@ class RunDirectory:
             parts, rank_files = checkpointing.gather_parts(parts, self.world, rank_folder)
         with self.world.fail_together():
             if self.world.rank == 0:
-                os.fsync(self._metrics.fileno())
+                self._check_present()
+                self._metrics.sync()
                 checkpointing.write_checkpoint(path, step, parts, state, rank_files)
+                self.saved_step = step
                 best = self._mark_best(state)
                 for old in checkpointing.saved_checkpoints(path.parent)[: -self.keep]:
                     if old != best:
                         shutil.rmtree(old)
                 if rank_files:
                     rank_folder.rmdir()
+        self.saved_step = step
         return path
 
     def _mark_best(self, state: Mapping[str, Any]) -> Path | None:
@@ -267,11 +338,17 @@ class RunDirectory:
         checkpointing.write_text(mark, json.dumps({"checkpoint": path.name, **best}) + "\n")
         return path
 
-    def save_start(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write the weights that training does not change, once."""
+    def save_start(
+        self,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any] | None = None,
+        write_more: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Write the weights that training does not change, once, with a JSON ``state``; ``write_more`` adds files."""
         with self.world.fail_together():
             if self.world.rank == 0:
-                checkpointing.write_checkpoint(self.directory / "start", 0, {"start": tensors}, {})
+                path = self.directory / "start"
+                checkpointing.write_checkpoint(path, 0, {"start": tensors}, state or {}, write_more=write_more)
 
     def load_start(self) -> dict[str, Tensor]:
         """Return the weights that ``save_start`` wrote; rank 0 raises UserError if they are damaged."""
@@ -285,8 +362,9 @@ class RunDirectory:
         path = self.directory / "model"
         with self.world.fail_together():
             if self.world.rank == 0:
+                self._check_present()
                 transformers.utils.logging.disable_progress_bar()
-                with checkpointing.atomic_directory(path) as folder:
+                with atomic.atomic_directory(path) as folder:
                     model.save_pretrained(folder)
                     if tokenizer is not None:
                         tokenizer.save_pretrained(folder)
@@ -294,9 +372,58 @@ class RunDirectory:
 
     def close(self) -> None:
         """Flush and close the files, and release the lock."""
-        for resource in (self._metrics, self._lock, self._board, self._tracker):
-            if resource is not None:
-                resource.close()
+        for name, reader in list(self._readers.items()):
+            with self._harmless(name):
+                reader.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._lock is not None:
+            self._lock.close()
+
+
+class MetricsFile:
+    """metrics.jsonl, opened to append; lines that cannot be written, as on a full disk, wait for a later call."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._file = path, path.open("ab", buffering=0)
+        self._unwritten, self._reported = b"", False
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Write one line, and those that wait. Logs a warning, once, if that fails."""
+        self._unwritten += json.dumps(values).encode() + b"\n"
+        try:
+            self._flush()
+        except OSError as error:
+            if not self._reported:
+                log.warning("%s: %s; its lines wait until they can be written", self.path, error.strerror)
+            self._reported = True
+
+    def _flush(self) -> None:
+        while self._unwritten:  # a full disk takes a part
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def sync(self) -> None:
+        """Write the lines that wait, and flush the file to the disk. Raises OSError."""
+        with atomic.naming(self.path):
+            self._flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Write the lines that wait, if possible, and close the file."""
+        with contextlib.suppress(OSError):
+            self._flush()
+        self._file.close()
+
+
+def _logged_step(line: str) -> tuple[int | None, Mapping[str, Any]]:
+    """Return the step of a line of metrics.jsonl and its values; None if no run wrote it, or not whole."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None, {}
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        return None, {}
+    return values["step"], values
 
 
 def _flatten(value: Any, key: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Deferred handling of SIGTERM and Ctrl-C, so that a loop can stop between two steps."""
+"""Deferred handling of signals that end a run, so that a loop can stop between two steps."""
 
 import contextlib
 import signal
@@ -6,14 +6,18 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
+"""Signals of kill(1) and batch systems, of Ctrl-C, of a terminal that closes, and of a limit of processor time."""
+
 
 @contextlib.contextmanager
 def stop_signals(notify: Callable[[str], None]) -> Iterator[Callable[[], int]]:
-    """Yield a function that returns the number of the signal received (SIGTERM or SIGINT), or 0.
+    """Yield a function that returns the number of the signal received, one of ``STOPPING``, or 0.
 
-    ``notify`` gets a message when the first signal arrives. Ctrl-C after that raises KeyboardInterrupt at once; SIGTERM
-    does not, since timeout(1) and batch systems send it to a process and again to its group. Outside the main thread,
-    where Python allows no handlers, the function always returns 0.
+    ``notify`` gets a message when the first signal arrives. Ctrl-C after that raises KeyboardInterrupt at once; the
+    others do not, since timeout(1) and batch systems send SIGTERM to a process and again to its group. SIGHUP that the
+    process ignores, as under nohup(1), stays ignored. Outside the main thread, where Python allows no handlers, the
+    function always returns 0.
     """
     received = 0
     if threading.current_thread() is not threading.main_thread():
@@ -29,7 +33,10 @@ def stop_signals(notify: Callable[[str], None]) -> Iterator[Callable[[], int]]:
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {}
+    for number in STOPPING:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            previous[number] = signal.signal(number, handle)
     try:
         yield lambda: received
     finally:

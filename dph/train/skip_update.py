@@ -43,5 +43,8 @@ class StepGuard:
         return self._state.tolist()
 
     def load(self, state: list[float]) -> None:
-        """Continue from a state."""
-        self._state.copy_(torch.tensor(state, dtype=torch.float64))
+        """Continue from a state; after a run that ended by too many skipped steps, their count begins again."""
+        accepted, mean, variance, skipped = state
+        if skipped >= self.stop_after:
+            skipped = 0.0
+        self._state.copy_(torch.tensor([accepted, mean, variance, skipped], dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Experiment trackers, in addition to TensorBoard: Weights & Biases or trackio (``output.tracker``).
+"""Readers of a run's metrics: TensorBoard, and Weights & Biases or trackio (``output.tracker``).
 
 Neither package is imported, and no data is sent, unless the recipe sets ``output.tracker``. Destination and account are
 configured as the tracker documents it (``wandb login``, ``WANDB_MODE=offline``, ``TRACKIO_SPACE_ID``).
@@ -7,7 +7,10 @@ configured as the tracker documents it (``wandb login``, ``WANDB_MODE=offline``,
 import contextlib
 import importlib
 import json
+import os
+import socket
 import sys
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +28,50 @@ Position = tuple[int, bool]
 def position(step: int, values: Mapping[str, float]) -> Position:
     """Return the position of the log line with ``values``."""
     return step, any(key.startswith("eval/") for key in values)
+
+
+class TensorBoard:
+    """Event file for TensorBoard, written by this thread: that of ``SummaryWriter`` reports its errors by itself.
+
+    Args:
+        directory: folder of the event files, created with the first line.
+        first_step: step of the first line; a resumed run replaces what was logged from this step on.
+    """
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        self.directory, self.first_step = directory, first_step
+        self._file = self._writer = None
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one line. Raises ImportError, OSError and others."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        if self._file is None:
+            self._open()
+        scalars = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
+        self._write(step=step, summary=Summary(value=scalars))
+        self._file.flush()
+
+    def _open(self) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.directory.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        self._file = (self.directory / name).open("wb")
+        self._writer = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        self._write(step=self.first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def _write(self, **fields: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
 
 
 class Tracker:
@@ -76,9 +123,10 @@ def _saved_id(path: Path, name: str) -> str | None:
     """Return the run's id from ``tracker.json``, or None if the run had no tracker or another one."""
     try:
         saved = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # not tracked before, or killed during the write
+    except (OSError, ValueError, RecursionError):  # not tracked before, or killed during the write
         return None
-    return saved["id"] if saved["tracker"] == name else None
+    same_tracker = isinstance(saved, dict) and saved.get("tracker") == name
+    return saved["id"] if same_tracker and isinstance(saved.get("id"), str) else None
 
 
 def _start_wandb(

@@ -1,5 +1,11 @@
 """Training loop of a stage: batch, loss, gradient, clipping, LaProp, metrics, evaluation and checkpoints.
 
+Every ending but SIGKILL and a second Ctrl-C saves the state after the last whole step: a signal, an error of the data,
+of a worker process, of an evaluation or within a step, and divergence. An error within a step can be taken back until
+the step changes the Transformer-XL memory or the weights; after that the newest checkpoint stands, as it does if the
+disk is full. Of several ranks, one whose batch fails or that receives a signal stops all, and they save together; an
+error elsewhere in a step, which the others cannot hear of, ends them without.
+
 Nothing here depends on the kind of stage (``dph.train.stages.base``) or on a data set. Within a step the host never
 waits for the device, except in the step that records a CUDA graph (``dph.train.cuda_graph``): the metrics of a step are
 read while the device computes the next one.
@@ -19,17 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dph._weights import check_tensors
 from dph.devices import low_precision
+from dph.errors import OtherRankFailed, UserError
 from dph.model.model import Model
 from dph.optim import LaProp, gradient_norm, param_groups, warmup_cosine
-from dph.train import checkpointing, compile, cuda_graph
+from dph.train import checkpointing, compile, cuda_graph, fingerprints, saved_state
 from dph.train.best_checkpoint import BestCheckpoint, check_metric
 from dph.train.budget import flops
 from dph.train.checkpointing import Checkpoint
 from dph.train.distributed import full_tensor, shard_like
 from dph.train.progress import Progress, RunningMeans
 from dph.train.recipe import Recipe
-from dph.train.run_dir import RunDirectory
+from dph.train.run_dir import RunDirectory, RunLost
 from dph.train.signals import stop_signals
 from dph.train.skip_update import StepGuard
 from dph.train.stages.base import LossSum, Stage, StepBatch
@@ -50,8 +58,8 @@ class Result:
         tokenizer: the model's tokenizer.
         run: run directory; its ``model`` opens with ``Model.from_pretrained``.
         step: optimizer steps done.
-        interrupted: whether SIGTERM or Ctrl-C stopped the run: a checkpoint was saved, no model; ``resume=True``
-            continues.
+        interrupted: whether a signal (SIGTERM, Ctrl-C, SIGHUP, SIGXCPU) stopped the run: a checkpoint was saved, no
+            model; ``resume=True`` continues.
         signal: number of the signal that this process received; 0 for none.
         evaluation: last metrics on held-out records.
     """
@@ -108,11 +116,26 @@ class Trainer:
 
     The constructor loads the run's checkpoint, if there is one, shards the model or casts it to bf16, and creates the
     optimizer.
+
+    Args:
+        recipe: the stage's recipe.
+        stage: its batches and losses.
+        run: directory of the run, new or resumed.
+        quiet: no progress on the terminal.
+        force_resume: resume although records, tokenizer or configuration of the model are not those of the run.
+
+    Raises UserError if they differ otherwise, or if the checkpoint is not one that a run can have written.
     """
 
-    def __init__(self, recipe: Recipe, stage: Stage, run: RunDirectory, quiet: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, stage: Stage, run: RunDirectory, quiet: bool = False, force_resume: bool = False
+    ) -> None:
         self.recipe, self.stage, self.run, self.quiet = recipe, stage, run, quiet
         self.world, self.settings = stage.world, recipe.optimiser
+        self.force_resume = force_resume
+        self.step = run.step  # completed steps
+        self._fingerprints = fingerprints.of_stage(stage)
+        saved = None if run.checkpoint is None else self._check_checkpoint(run.checkpoint)
         self.model = self.full_model = stage.model  # the first is replaced by shards if there are several ranks
         device = self.world.device or self.model.device
         if recipe.compile:
@@ -141,8 +164,13 @@ class Trainer:
         self._left_out: dict[str, str] = {}  # messages that were shown, by source
         self._signal: Callable[[], int] = int
         self._stop_requested = False  # whether some rank received a signal, as all ranks have read
-        if self.run.checkpoint is not None:
-            self._load_checkpoint(self.run.checkpoint)
+        # Where an error would leave the state: a batch of an unfinished step was taken, the state can be saved at all,
+        # all ranks have the same error, the evaluation of this step is still to be done.
+        self._batch_taken, self._can_save, self._failed_together, self._evaluation_due = False, True, False, False
+        self._has_memory = any(memory is not None for memory in stage.memories)
+        if saved is not None:
+            self._load_checkpoint(self.run.checkpoint, saved)
+            self.run.write_config()
         self.model.backbone.gradient_checkpointing = recipe.checkpointing == "block"
         self.low = low and self.world.world_size == 1
         if self.low:
@@ -178,13 +206,15 @@ class Trainer:
                 group["lr"] = lr
         if step == self._memory_reset_step:
             self.stage.reset_memory()
-        batch = self.stage.next_batch()
+        self._batch_taken = True
+        batch = self.stage.next_batch() if self.world.world_size == 1 else self._next_batch_together()
         if self.graph is None:
             # Lazily: the inputs of a micro-batch are prepared after the previous one's backward pass.
             inputs = (self.stage.prepare(micro_batch, step) for micro_batch in batch.micro_batches)
             losses, loss, values = self._update_weights(inputs, len(batch.micro_batches), batch.weight)
         else:
             (micro_batch,) = batch.micro_batches
+            self._can_save = False
             losses, loss, values = self.graph(self.stage.prepare(micro_batch, step))
             # Copies, since the next replay overwrites the outputs.
             losses = [LossSum(*map(torch.clone, micro_loss)) for micro_loss in losses]
@@ -192,7 +222,16 @@ class Trainer:
         metrics = StepMetrics(step, lr, batch, losses, loss, values)
         if self._is_logged(step):  # now, before the next batch is read
             metrics.left_out = self.stage.left_out()
+        self.step, self._batch_taken, self._can_save = step, False, True
         return metrics
+
+    def _next_batch_together(self) -> StepBatch:
+        """Return the next batch; if it fails on one rank, all ranks raise before any of them begins the step."""
+        self._failed_together = True
+        with self.world.fail_together():
+            batch = self.stage.next_batch()
+        self._failed_together = False
+        return batch
 
     def _update_weights(self, inputs: Iterable[Any], count: int, weight: float) -> tuple[list[LossSum], Tensor, Tensor]:
         """Forward, backward, clip and step the optimizer; a CUDA graph records this function.
@@ -208,6 +247,7 @@ class Trainer:
         """
         several_ranks = self.world.world_size > 1
         self.optimiser.accumulate_in_fp32(count > 1)
+        self._can_save = not self._has_memory
         losses, sums = [], []
         for number, micro_inputs in enumerate(inputs, 1):
             if several_ranks:
@@ -229,6 +269,7 @@ class Trainer:
             total, metric_sums, signals = reduced[0].to(total.dtype), reduced[1:-1], [reduced[-1]]
 
         loss = total / weight
+        self._can_save = False
         grad_scale, skipped = self.guard.check(loss, norm)
         self.optimiser.step(grad_scale=grad_scale)
         self.optimiser.zero_grad()
@@ -252,12 +293,12 @@ class Trainer:
         needed = flops.batch_flops(self.stage, batch)
         self.means.add(values, metrics.lr, batch.tokens, needed, seconds, skipped=skipped > 0)
         if skipped:
-            self._report_skipped(metrics, values[-1], skipped, progress)
             finite = math.isfinite(values[0]) and math.isfinite(values[-1])
             if not finite and self._memory_reset_step <= step:
                 # The memory may hold numbers that are not finite. The next step may have started, and is lost as well;
                 # a resumed run skips it, too.
                 self._memory_reset_step = step + 2
+            self._report_skipped(metrics, values[-1], skipped, progress)
         if self._is_logged(step):
             averages = self.means.flush()
             if peak := flops.peak_flops(self.model.device):
@@ -314,7 +355,7 @@ class Trainer:
     # The whole run
 
     def train(self) -> Result:
-        """Train until the last step, or until SIGTERM or Ctrl-C; save the model, or a checkpoint."""
+        """Train until the last step, or until a signal or an error; save the model, or a checkpoint."""
         progress = Progress(self.recipe.stage, self.settings.steps, self.run.step, self.quiet)
         self.model.train()
         try:
@@ -323,10 +364,17 @@ class Trainer:
             if self.run.step == self.settings.steps:
                 progress.note(f"all {self.run.step} steps are done")
             with stop_signals(progress.note) as self._signal, contextlib.closing(progress):
-                stopped = self._train_steps(progress)
+                try:
+                    stopped = self._train_steps(progress)
+                except Exception as error:
+                    self._save_after(error, progress)
+                    raise
                 self._gather_full_model()
-        finally:
-            self._reset_model()
+        except BaseException:
+            with contextlib.suppress(Exception):  # such as weights in a run directory that is gone
+                self._reset_model()
+            raise
+        self._reset_model()
         self._report_left_out(self._left_out_messages(), progress, final=True)
         if stopped is None:
             if self.recipe.kind == "preference":
@@ -352,10 +400,15 @@ class Trainer:
         """Do the remaining steps; return None, or the step after which a signal stopped them."""
         output, total = self.recipe.output, self.settings.steps
         self._last_logged = time.monotonic()
+        if self._evaluation_due:  # the run ended in the evaluation after its last step
+            self._evaluate(self.step, progress)
+            self._save_checkpoint(self.step)
         for step in range(self.run.step + 1, total + 1):
             metrics = self.train_step(step)
-            self.log_pending(progress)  # of the previous step, while the device computes this one
-            self.pending = metrics
+            try:
+                self.log_pending(progress)  # of the previous step, while the device computes this one
+            finally:
+                self.pending = metrics
             progress.advance()
             last = step == total
             # Several ranks learn of a signal from the metrics, a step late, so that all stop after the same step.
@@ -365,8 +418,7 @@ class Trainer:
             if evaluate or save:
                 self.log_pending(progress)
             if evaluate:
-                self._evaluate(step, progress)
-                save |= self.best.update(step, self.evaluation)
+                save |= self._evaluate(step, progress)
             if save:
                 self._save_checkpoint(step)
             if evaluate or save:
@@ -379,17 +431,46 @@ class Trainer:
     def _due(every: int, step: int) -> bool:
         return every > 0 and step % every == 0
 
-    def _evaluate(self, step: int, progress: Progress) -> None:
-        """Evaluate on held-out records; every rank on all of them, since shards are gathered together.
+    def _evaluate(self, step: int, progress: Progress) -> bool:
+        """Evaluate on held-out records, and return whether the step is the best one so far.
 
-        All ranks use rank 0's metrics, so that they decide the same even on different machines.
+        Every rank evaluates on all records, since shards are gathered together. All ranks use rank 0's metrics, so that
+        they decide the same even on different machines.
         """
+        self._evaluation_due = True  # until it is done: a resumed run begins with it
         self.model.eval()
         self.evaluation = self.world.all_gather_object(self.stage.held_out.evaluate())[0]
         self.model.train()
         if self.evaluation:
             self._log(step, progress, {f"eval/{key}": value for key, value in self.evaluation.items()})
             self._report_left_out(self._left_out_messages(), progress)
+        self._evaluation_due = False
+        return self.best.update(step, self.evaluation)
+
+    def _save_after(self, error: Exception, progress: Progress) -> None:
+        """Save the state after the last whole step, if that is possible, and note in ``error`` where a run resumes."""
+        if isinstance(error, RunLost | OtherRankFailed) and not self._failed_together:
+            return
+        if isinstance(error, Diverged):
+            self._failed_together = True  # all ranks have read the same metrics
+        notes = []
+        if self._can_save and (self.world.world_size == 1 or self._failed_together):
+            try:
+                self.optimiser.zero_grad()  # frees memory
+                with contextlib.suppress(Diverged):
+                    self.log_pending(progress)
+                if self.step not in (0, self.run.saved_step):
+                    self._save_checkpoint(self.step)
+            except Exception as second:
+                reason = " ".join(str(second).split())
+                if isinstance(second, OSError) and second.filename is not None:
+                    reason = f"{second.filename}: {second.strerror}"
+                notes.append(f"saving step {self.step} failed, too: {reason}")
+        if self.run.saved_step is None and self.step > 0:
+            notes.append("no checkpoint was saved")
+        elif self.run.saved_step is not None:
+            notes.append(f"step {self.run.saved_step} is saved in {self.run.directory}, --resume continues from it")
+        error.__notes__ = [*getattr(error, "__notes__", ()), *notes]  # add_note of Python 3.11
 
     def _left_out_messages(self) -> dict[str, str]:
         """Return messages about training and held-out records that were left out so far, by source."""
@@ -401,17 +482,27 @@ class Trainer:
 
     def _save_or_load_start(self) -> None:
         """Save the weights that training does not change, or load them; copy the reference model."""
+        unchanged = {}
+        for name, p in self.model.named_parameters():
+            if self.stage.needs_reference or not p.requires_grad:
+                unchanged[name] = p
         if self.run.checkpoint is None:
-            unchanged = {}
-            for name, p in self.model.named_parameters():
-                if self.stage.needs_reference or not p.requires_grad:
-                    unchanged[name] = p
-            self.run.save_start(unchanged)
+            names = self.recipe.model
+            in_memory = names.path is None and names.config is None
+            state = {"untrained_heads": sorted(self.model.untrained_heads)}
+            self.run.save_start(unchanged, state, None if in_memory else self._save_configuration)
         else:
-            self._copy_weights(self.run.load_start())
+            start = self.run.load_start()
+            check_tensors(unchanged, start, self.run.directory / "start" / "start.safetensors")
+            self._copy_weights(start)
         if self.stage.needs_reference:
             self.stage.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
             self.stage.reference.heads.clear()
+
+    def _save_configuration(self, folder: Path) -> None:
+        """Save configuration and tokenizer of the model, for a resume when they are gone from where they were."""
+        self.model.config.save_pretrained(folder)
+        self.stage.tokenizer.save_pretrained(folder)
 
     def _place_models(self, dtype: torch.dtype | None) -> None:
         """Turn the reference into ``dtype``; with several ranks, shard it and a copy of the model."""
@@ -428,22 +519,56 @@ class Trainer:
             for name, tensor in tensors.items():
                 params[name].copy_(shard_like(tensor, params[name]))
 
-    def _load_checkpoint(self, checkpoint: Checkpoint) -> None:
+    def _check_checkpoint(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return the state of a checkpoint. Raises UserError if it is not that of this run."""
         state = checkpoint.state()
-        self._copy_weights(checkpoint.tensors("weights"))
+        sizes = len(self.stage.metrics) + 1, self.stage.model.config.vocab_size
+        saved_state.check(state, checkpoint.path / "state.json", *sizes)
+        if checkpoint.step > self.settings.steps:
+            raise UserError(f"{checkpoint.path}: expected at most step {self.settings.steps}, the run's last")
+        sources = [source.source for source in self.recipe.data.sources]
+        names = [f"data.sources.{number} ({source})" for number, source in enumerate(sources)] or ["records"]
+        saved = state.get("fingerprints")  # not in the checkpoints of earlier versions
+        different = [] if saved is None else fingerprints.changes(saved, self._fingerprints, names)
+        if different and not self.force_resume:
+            raise UserError(
+                f"{'; '.join(different)}: expected what the run in {self.run.directory} began with; give the new place "
+                "of that, or --force-resume (in Python force_resume=True) to continue with this"
+            )
+        if different:
+            self.stage.notes += (f"resumed with {'; '.join(different)} than before",)
+            saved_state.resize(state["data"]["records"], self.stage.batches.records.state_dict())
+        return state
+
+    def _load_checkpoint(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
         params = {name: p for p, name in self.names.items()}
+        weights, saved = checkpoint.tensors("weights"), checkpoint.tensors("optimiser")
+        check_tensors(params, weights, checkpoint.path / "weights.safetensors")
+        moments = {}
+        for name, p in params.items():
+            moments |= {f"{name}/exp_avg": p, f"{name}/exp_avg_sq": p}
+            if f"{name}/prior" in saved:  # not in groups without prior decay, of which from_tensors makes sure
+                moments[f"{name}/prior"] = p
+        check_tensors(moments, saved, checkpoint.path / "optimiser.safetensors")
+        self._copy_weights(weights)
         optimiser = {}
-        for key, tensor in checkpoint.tensors("optimiser").items():
-            name = key.rpartition("/")[0]
-            optimiser[key] = shard_like(tensor, params[name])
-        self.optimiser.from_tensors(self.names, optimiser, state["optimiser"])
-        self.stage.load_state(checkpoint.tensors("data"), state["data"])
+        with checkpointing.loading(checkpoint.path / "optimiser.safetensors"):
+            for key, tensor in saved.items():
+                name = key.rpartition("/")[0]
+                optimiser[key] = shard_like(tensor, params[name])
+            self.optimiser.from_tensors(self.names, optimiser, state["optimiser"])
+        data = checkpoint.tensors("data")
+        with checkpointing.loading(checkpoint.path):
+            self.stage.load_state(data, state["data"])
         self.means.load(state["window"])
         self.guard.load(state["guard"])
         self._memory_reset_step = state["forget"]
         self.evaluation = state["evaluation"]
+        self._evaluation_due = state.get("evaluation_due", False)
         self.best.load(self._available_best(state["best"], checkpoint))
-        checkpointing.set_random_states(checkpoint.tensors("generators"), state["generators"])
+        generators = checkpoint.tensors("generators")
+        with checkpointing.loading(checkpoint.path / "generators.safetensors"):
+            checkpointing.set_random_states(generators, state["generators"])
 
     def _available_best(self, best: dict[str, Any] | None, newest: Checkpoint) -> dict[str, Any] | None:
         """Return the best step, or None if its checkpoint is damaged."""
@@ -458,8 +583,9 @@ class Trainer:
         return None
 
     def _save_checkpoint(self, step: int) -> None:
+        self._can_save = False  # a second try would fail as well
         optimiser, optimiser_state = self.optimiser.to_tensors(self.names)
-        data, data_state = self.stage.state()
+        data, data_state = self.stage.state(undo_batch=self._batch_taken)
         generators, generators_state = checkpointing.random_states()
         weights = self.optimiser.weights(self.names)
         tensors = {"weights": weights, "optimiser": optimiser, "data": data, "generators": generators}
@@ -471,9 +597,12 @@ class Trainer:
             "forget": self._memory_reset_step,
             "evaluation": self.evaluation,
             "best": self.best.state,
+            "evaluation_due": self._evaluation_due,
             "generators": generators_state,
+            "fingerprints": self._fingerprints,
         }
         self.run.save(step, tensors, state)
+        self._can_save = True
 
     def _gather_full_model(self) -> None:
         """Copy the trained shards of all ranks into the full model; all ranks have to call this."""

@@ -263,18 +263,22 @@ def _widen_fp16(grads: Sequence[Tensor]) -> list[Tensor]:
     widened = list(grads)
     for i, grad in enumerate(grads):
         if grad.dtype == torch.float16:
+            checks.memory(f"grads[{i}]", grad)
             widened[i] = grad.float()
     return widened
 
 
 def _copy(copies: Sequence[Tensor], params: Sequence[Tensor], grad_scale: Tensor | None) -> None:
     """Round the weights into copies of any dtype, unless the step was skipped."""
-    for copy, param in zip(copies, params, strict=True):
+    for i, (copy, param) in enumerate(zip(copies, params, strict=True)):
+        checks.memory(f"copies[{i}]", copy)
         copy.copy_(param if grad_scale is None else torch.where(grad_scale.isfinite(), param.to(copy.dtype), copy))
 
 
 def _check_number(name: str, value: Tensor, device: torch.device, dtypes: torch.dtype | Sequence[torch.dtype]) -> None:
     """Require one element on the device."""
+    checks.tensor(name, value)
+    checks.memory(name, value)
     checks.device(name, value, device)
     checks.dtype(name, value, dtypes)
     checks.shape(name, value.reshape(-1), 1)
@@ -289,10 +293,14 @@ def _check_tensors(lists: dict[str, Sequence[Tensor]]) -> None:
     for name, tensors in lists.items():
         others = {"grads": GRADIENTS, "priors": (torch.bfloat16,)}.get(name, ())
         dtypes = COPIES if name == "copies" else tuple(dict.fromkeys((*others, example.dtype)))
-        if _alike(tensors, dtypes, example.device) and list(map(_shape, tensors)) == list(map(_shape, params)):
-            continue
+        try:
+            if _alike(tensors, dtypes, example.device) and list(map(_shape, tensors)) == list(map(_shape, params)):
+                continue
+        except RuntimeError:  # a nested tensor has no shape
+            pass
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             checks.tensor(f"{name}[{i}]", tensor)
+            checks.memory(f"{name}[{i}]", tensor)
             checks.shape(f"{name}[{i}]", tensor, *param.shape)
             _check_one(f"{name}[{i}]", tensor, dtypes, example.device)
 
@@ -312,6 +320,7 @@ def _check_one(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], device:
     checks.tensor(name, tensor)
     checks.dtype(name, tensor, dtypes)
     checks.device(name, tensor, device)
+    checks.memory(name, tensor)
     checks.contiguous(name, tensor)
 
 

@@ -106,7 +106,7 @@ def _compute_joint(
 ) -> Inputs:
     saved = dict(zip(SAVED, ctx.saved_tensors, strict=True))  # raises PyTorch's error if they have been freed
     recompute = partial(backward, grad=grad, **saved, weight_needed=True)
-    if not ctx.gradients or dispatch.needs_dispatcher((grad,)):
+    if not ctx.gradients or not dispatch.can_bypass_dispatcher((grad,)):
         d_hidden, d_weight = recompute(hidden_needed=True)
         return {"hidden": d_hidden, "weight": d_weight}
     d_hidden, d_weight = ctx.gradients

@@ -34,11 +34,13 @@ def forward(hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool) -
         logits = hidden[chunk].to(dtype) @ wide.T
         largest = logits.amax(-1)
         scores = logits - largest[:, None]
-        normaliser[0, chunk], normaliser[1, chunk] = largest, scores.exp().sum(-1).log()
-        scores -= normaliser[1, chunk, None]
+        log_sum = scores.exp().sum(-1).log()
+        normaliser[0, chunk], normaliser[1, chunk] = largest, log_sum
+        scores = scores - log_sum[:, None]  # not in place: autograd differentiates this, too
         logprobs[chunk] = scores.gather(-1, targets[chunk, None]).squeeze(-1)
         if statistics:
-            entropy[chunk] = -(scores.exp() * scores).sum(-1)
+            # A score of minus infinity has probability 0 and no part in the entropy; their product would be NaN.
+            entropy[chunk] = -(scores.exp() * scores.masked_fill(scores == float("-inf"), 0.0)).sum(-1)
             best[chunk] = logits.argmax(-1)
     return logprobs, normaliser, entropy, best
 

@@ -86,7 +86,8 @@ def _accept(inputs: Inputs) -> bool:
     """
     rewards, logprobs = tuple(inputs["rewards"]), tuple(inputs["logprobs"])
     checkable = not torch.compiler.is_compiling() and extension.missing("cpu") is None
-    if checkable and extension.module().preference_loss_fits(rewards, logprobs):
+    fits = checkable and extension.module().preference_loss_fits(rewards, logprobs)
+    if fits and checks.in_memory(rewards + logprobs):
         return True
     _check(rewards, logprobs)
     return False
@@ -133,6 +134,7 @@ def _check_group(names: tuple[str, ...], tensors: Sequence[Tensor | None]) -> No
         checks.shape(name, x, *tensors[0].shape)
         checks.dtype(name, x, checks.FLOATS)
         checks.device(name, x, tensors[0].device)
+        checks.memory(name, x)
 
 
 def _check_options(

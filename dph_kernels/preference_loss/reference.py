@@ -66,8 +66,11 @@ def precision(inputs: Sequence[Tensor]) -> torch.dtype:
 
 
 def smoothed(x: Tensor, epsilon: float) -> Tensor:
-    """Return s(x), exact for any size of x, since log sigmoid is computed as min(x, 0) - log1p(exp(-|x|))."""
-    return epsilon * x - logsigmoid(x)
+    """Return s(x), exact for any size of x, since log sigmoid is computed as min(x, 0) - log1p(exp(-|x|)).
+
+    Not softplus(-x) + eps x, which is the difference of two infinities at minus infinity.
+    """
+    return -(1 - epsilon) * logsigmoid(x) - epsilon * logsigmoid(-x)
 
 
 def smoothed_slope(x: Tensor, epsilon: float) -> Tensor:

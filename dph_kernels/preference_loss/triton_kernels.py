@@ -31,7 +31,8 @@ def _exp(x):
 @triton.jit
 def _smoothed(x, epsilon):
     """s(x) = softplus(-x) + epsilon x and its derivative epsilon - sigmoid(-x), for any size of x."""
-    e = _exp(-tl.abs(x))
+    size = tl.abs(x)
+    e = _exp(-size)
     inverse = 1.0 / (1.0 + e)
     slope = epsilon - tl.where(x < 0.0, inverse, e * inverse)
     # log(1 + e) = 2 artanh(u), u = e / (2 + e) <= 1/3: log itself would lose e if it is small.
@@ -43,8 +44,8 @@ def _smoothed(x, epsilon):
     p = p * square + 1.0 / 7.0
     p = p * square + 1.0 / 5.0
     p = p * square + 1.0 / 3.0
-    softplus = 2.0 * (u + u * square * p) + tl.where(x < 0.0, -x, 0.0)
-    return softplus + epsilon * x, slope
+    # softplus(-x) + epsilon x without a difference, which would be NaN for minus infinity
+    return 2.0 * (u + u * square * p) + tl.where(x < 0.0, 1.0 - epsilon, epsilon) * size, slope
 
 
 @triton.jit

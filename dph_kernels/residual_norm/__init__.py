@@ -10,6 +10,7 @@ from torch.autograd.function import FunctionCtx
 from dph_kernels import checks, dispatch
 from dph_kernels.operator import Gradient, Inputs, Operator
 from dph_kernels.residual_norm import reference
+from dph_kernels.torch_private import forward_mode_level
 
 WIDEST = 16384  # elements of a row that a Triton program holds in registers
 
@@ -72,12 +73,21 @@ OPERATOR = Operator(
     fake=_fake,
     like=itemgetter("x"),
     gradient=Gradient(
-        setup=_setup, compute=_compute, fake=_fake_backward, like="total", upstream=("d_total", "d_normed")
+        setup=_setup,
+        compute=_compute,
+        fake=_fake_backward,
+        like="total",
+        upstream=("d_total", "d_normed"),
+        differentiable=2,
     ),
 )
 
 
 def _plain(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    if not torch.compiler.is_dynamo_compiling() and forward_mode_level() >= 0:
+        # The tangent of PyTorch's layer_norm has wrong gradients (2.13).
+        total, normed, _ = reference.forward(x, update, weight, bias, eps)
+        return x if update is None else total, normed
     total = x if update is None else x + update
     return total, torch.nn.functional.layer_norm(total, total.shape[1:], weight, bias, eps)
 
@@ -117,9 +127,10 @@ def residual_norm(
         ValueError: a wrong shape, dtype or device, or eps below 0.
         RuntimeError: "triton" with rows of more than 16384 elements.
     """
-    if backend == "auto" and checks.autocast_active(x):
-        return _plain(x, update, weight, bias, eps)
-    x, update, weight, bias = checks.cast_together(x, update, weight, bias)
+    if checks.autocast_active(x):
+        if backend == "auto":
+            return _plain(x, update, weight, bias, eps)
+        x, update, weight, bias = checks.cast_together(x, update, weight, bias)
     checks.shape("x", x, "T", "C")
     checks.dtype("x", x, checks.FLOATS)
     columns = x.shape[1]
@@ -132,6 +143,7 @@ def residual_norm(
             checks.device(name, value, x.device)
     checks.number("eps", eps, 0.0)
     if dispatch.prefer_pytorch(x, backend) or (backend == "auto" and columns > WIDEST):
+        checks.require_memory(x=x, update=update, weight=weight, bias=bias)
         return _plain(x, update, weight, bias, eps)
     total, normed, _ = OPERATOR(x=x, update=update, weight=weight, bias=bias, eps=float(eps), backend=backend)
     return x if update is None else total, normed

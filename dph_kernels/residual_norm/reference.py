@@ -33,7 +33,7 @@ def forward(
     rstd = (centred.square().mean(1, keepdim=True) + eps).rsqrt()
     normed = centred * rstd * weight
     if bias is not None:
-        normed += bias
+        normed = normed + bias
     moments = torch.cat([mean, rstd], 1).T.contiguous()
     return x.new_empty(0) if update is None else total, normed.to(x.dtype).contiguous(), moments
 

@@ -141,7 +141,9 @@ OPERATOR = Operator(
     "rope_attention",
     fake=_fake,
     like=itemgetter("q"),
-    gradient=Gradient(setup=_setup, compute=_compute, fake=_fake_backward, like="q"),
+    gradient=Gradient(
+        setup=_setup, compute=_compute, fake=_fake_backward, like="q", constants=("memory_k", "memory_v")
+    ),
 )
 
 

@@ -31,12 +31,8 @@ def forward(
     lse = queries.new_full(q.shape[:2], float("-inf"))
     for rows, columns, hidden in _groups(segments, q.shape[1], q.device):
         scores = _scores(queries[rows], keys[columns], hidden, scale)
-        total = scores.logsumexp(-1)
-        # Not exp(scores - total): at scores of 1e4 the log-sum-exp is rounded to 1e-3, and dp - delta cancels in the
-        # backward pass only if the output is normalised exactly.
-        p = scores.softmax(-1).masked_fill_((total == float("-inf"))[..., None], 0.0)
-        out[rows] = torch.einsum("ghqk,gkhd->gqhd", p, values[columns])
-        lse[rows] = total.transpose(1, 2)
+        out[rows] = torch.einsum("ghqk,gkhd->gqhd", _probabilities(scores, hidden), values[columns])
+        lse[rows] = scores.logsumexp(-1).transpose(1, 2)
     return out.to(q.dtype), lse, rotated
 
 
@@ -44,18 +40,21 @@ def backward(
     grad: Tensor, q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, out: Tensor, lse: Tensor,
     segments: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of q, k and v. The memory is detached: its keys and values get none."""
+    """Return the gradients of q, k and v. The memory is detached: its keys and values get none.
+
+    The probabilities are computed again, not from the log-sum-exp: at scores of 1e4 that is rounded to 1e-3. NaN and
+    infinities of a query's row reach only the keys that it sees.
+    """
     memory, queries = memory_k.shape[0], rotate(q, q_cos, q_sin)
     keys, values = (torch.cat(pair).to(q_cos.dtype) for pair in ((memory_k, rotated), (memory_v, v)))
-    grad, out = grad.to(q_cos.dtype), out.to(q_cos.dtype)
-    delta = (grad * out).sum(-1)  # [T, H]
+    grad = grad.to(q_cos.dtype)
     dq, dk, dv = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
     for rows, columns, hidden in _groups(segments, q.shape[1], q.device):
         grads, flat = grad[rows], columns.flatten()
         scores = _scores(queries[rows], keys[columns], hidden, scale)
-        p = _probabilities(scores, lse[rows].transpose(1, 2))
-        dp = torch.einsum("gqhd,gkhd->ghqk", grads, values[columns])
-        ds = p * (dp - delta[rows].transpose(1, 2)[..., None]) * scale
+        p = _probabilities(scores, hidden).masked_fill(hidden, 0.0)
+        dp = torch.einsum("gqhd,gkhd->ghqk", grads, values[columns]).masked_fill(hidden, 0.0)
+        ds = (p * (dp - (p * dp).sum(-1, keepdim=True)) * scale).masked_fill(hidden, 0.0)
         dq[rows] = torch.einsum("ghqk,gkhd->gqhd", ds, keys[columns])
         dk.index_add_(0, flat, torch.einsum("ghqk,gqhd->gkhd", ds, queries[rows]).flatten(0, 1))
         dv.index_add_(0, flat, torch.einsum("ghqk,gqhd->gkhd", p, grads).flatten(0, 1))
@@ -85,6 +84,6 @@ def _scores(queries: Tensor, keys: Tensor, hidden: Tensor, scale: float) -> Tens
     return (torch.einsum("gqhd,gkhd->ghqk", queries, keys) * scale).masked_fill_(hidden, float("-inf"))
 
 
-def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """Return the softmax from the log-sum-exp [g, H, n]; zeros for a row without visible keys."""
-    return (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
+def _probabilities(scores: Tensor, hidden: Tensor) -> Tensor:
+    """Return the softmax; zeros for a row without visible keys, NaN if all visible scores are minus infinity."""
+    return scores.softmax(-1).masked_fill(hidden.all(-1, keepdim=True), 0.0)

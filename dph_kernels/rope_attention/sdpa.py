@@ -5,7 +5,7 @@ Whether the backward pass is deterministic on CUDA is PyTorch's choice (``torch.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -26,7 +26,8 @@ def forward(
     out = torch.zeros_like(queries)
     for rows, columns, cached in _groups(segments, len(memory_k)):
         keys, values = (memory_k, memory_v) if cached else (rotated, v)
-        rows.add(out, _attend(rows.take(queries), columns.take(keys), columns.take(values), scale))
+        q_rows, k_rows, v_rows = rows.take(queries), columns.take(keys), columns.take(values)
+        rows.add(out, _function((q_rows, k_rows))(q_rows, k_rows, v_rows, scale))
     return out, torch.zeros(q.shape[:2], dtype=q_cos.dtype, device=q.device), rotated
 
 
@@ -40,7 +41,9 @@ def backward(
     for rows, columns, cached in _groups(segments, len(memory_k)):
         keys, values = (memory_k, memory_v) if cached else (rotated, v)
         inputs = rows.take(queries), columns.take(keys), columns.take(values)
-        grads = contiguous.gradients(partial(_attend, scale=scale), rows.take(grad), inputs, 1 if cached else 3)
+        upstream = rows.take(grad)
+        attend = partial(_function(inputs[:2], (upstream, inputs[2])), scale=scale)
+        grads = contiguous.gradients(attend, upstream, inputs, 1 if cached else 3)
         for total, ranges, value in zip((dq, dk, dv), (rows, columns, columns), grads, strict=False):
             ranges.add(total, value)
     dq, dk = contiguous.rotate(dq, q_cos, -q_sin), contiguous.rotate(dk, k_cos, -k_sin)
@@ -52,6 +55,32 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     n, m = q.shape[2], k.shape[2]
     mask = causal_lower_right(n, m) if 1 < n < m else None  # a single query sees all
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < n == m, scale=scale)
+
+
+def _attend_unfused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Compute the same as ``_attend`` in separate operations, for NaN and infinities on the CPU."""
+    n, m = q.shape[2], k.shape[2]
+    hidden = torch.ones(n, m, dtype=torch.bool).triu(m - n + 1)
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(hidden, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def _function(*factors: tuple[Tensor, Tensor]) -> Callable[..., Tensor]:
+    """Return ``_attend``, or on the CPU ``_attend_unfused`` if a product of ``factors`` may be NaN or infinite.
+
+    PyTorch's fused kernel for CPUs takes NaN scores (queries times keys) for hidden ones: the result is 0 instead of
+    NaN. Its backward pass multiplies infinities (gradients times values) by the zeros of hidden pairs.
+    """
+    for a, b in factors:
+        bound = _largest(a) * _largest(b) * a.shape[-1] if a.device.type == "cpu" else 0.0
+        if not bound < torch.finfo(torch.float32).max:
+            return _attend_unfused
+    return _attend
+
+
+def _largest(x: Tensor) -> float:
+    """Return the largest absolute value, NaN if there is one."""
+    return max(map(abs, torch.stack(x.aminmax()).tolist())) if x.numel() else 0.0
 
 
 class _Ranges(NamedTuple):

@@ -245,7 +245,7 @@ def _forward(
     gpu.launch(kernels.forward, (items, heads), config, arguments, {**constants, "UNIT": unit})
     if work.split:
         arguments = {
-            "parts": partial, "parts_lse": partial_lse, "out": out, "lse": lse, "tiles": work.tiles,
+            "parts": partial, "parts_lse": partial_lse, "out": out, "lse": lse, "schedule": schedule_tables,
             "pieces": work.pieces, "order": work.order, "H": heads,
         }  # fmt: skip
         constants = {name: constants[name] for name in ("D", "BD", "BM")}

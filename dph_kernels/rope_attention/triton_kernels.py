@@ -224,10 +224,7 @@ def _attend(
             seen = _sees(own_low[:, None], own_high[:, None], prefix_low[:, None], prefix_high[:, None], j)
             s = tl.where(seen & inside[None, :], s, float("-inf"))
         higher = tl.maximum(peak, tl.max(s, 1) * scale)
-        if MASKED:  # a row without a visible key so far: exp2(-inf - 0), not exp2(-inf + inf)
-            level = tl.where(higher == float("-inf"), 0.0, higher)
-        else:
-            level = higher
+        level = tl.where(higher == float("-inf"), 0.0, higher)  # exp2(-inf - 0) without a score, not exp2(-inf + inf)
         p = tl.exp2(s * scale - level[:, None])
         shrink = tl.exp2(peak - level)
         total = total * shrink + tl.sum(p, 1)
@@ -239,11 +236,21 @@ def _attend(
 
 
 @triton.jit
-def _finish(acc, peak, total):
-    """Normalised output and log-sum-exp in base 2; of rows without a visible key, zeros and minus infinity."""
-    blind = total == 0.0
+def _finish(acc, peak, total, blind):
+    """Normalised output and log-sum-exp in base 2; of ``blind`` rows, zeros and minus infinity.
+
+    Both are NaN for a row of which all visible scores are minus infinity: its total is 0.
+    """
     total = tl.where(blind, 1.0, total)
-    return acc / total[:, None], tl.where(blind, float("-inf"), peak + tl.log2(total))
+    logarithm = tl.where(total == 0.0, float("nan"), peak + tl.log2(total))
+    return acc / total[:, None], tl.where(blind, float("-inf"), logarithm)
+
+
+@triton.jit
+def _blind(bounds, row, inside):
+    """Whether each row sees no key."""
+    own_low, own_high, prefix_low, prefix_high = _four(bounds, row, inside, True)
+    return (own_low >= own_high) & (prefix_low >= prefix_high)
 
 
 @triton.jit
@@ -296,22 +303,25 @@ def forward(
         source = _source(low, k, v, memory, M, head, H, D, UNIT, MEMORY)
         acc, peak, total = _attend(x, acc, peak, total, own_bounds, source, low, high, scale, D, BD, STEP, True)
 
-    acc, logarithm = _finish(acc, peak, total)
     row, inside = _rows(tile, BM, True)
+    if SPLIT:
+        blind = total == 0.0  # nothing to add; ``combine`` decides
+    else:
+        blind = _blind(bounds, row, inside)
+    acc, logarithm = _finish(acc, peak, total, blind)
     offset, address = _destination(out, row, item, head, H, D, BD, BM, SPLIT)
-    if not SPLIT:
-        logarithm /= LOG2_E
     tl.store(address + column[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
     tl.store(lse + offset, logarithm, mask=inside)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def combine(
-    parts, parts_lse, out, lse, tiles, pieces, order, H,
+    parts, parts_lse, out, lse, schedule, pieces, order, H,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Rows of one tile from the partial results of its items, in the order of their keys."""
     tile, head = tl.program_id(0), tl.program_id(1)
+    tiles, _, bounds = schedule
     begin, end = tl.load(pieces + tile), tl.load(pieces + tile + 1)
     row, inside = _rows(tiles + tl.load(order + begin) * 6, BM, False)
     column, column_inside = _columns(D, BD)
@@ -328,11 +338,11 @@ def combine(
         acc = acc * shrink[:, None] + x * weight[:, None]
         total = total * shrink + weight
         peak = higher
-    acc, logarithm = _finish(acc, peak, total)
+    acc, logarithm = _finish(acc, peak, total, _blind(bounds, row, inside))
     offset = row.to(tl.int64) * H + head
     address = out + offset[:, None] * D + column[None, :]
     tl.store(address, acc.to(out.dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
-    tl.store(lse + offset, logarithm / LOG2_E, mask=inside)
+    tl.store(lse + offset, logarithm, mask=inside)
 
 
 # Backward, queries
@@ -363,6 +373,8 @@ def _pull_queries(
             p = tl.where(seen & inside[None, :], p, 0.0)
         dp = tl.dot(g, tl.trans(v), input_precision="ieee")  # [BM, BN]
         ds = p * (dp - delta[:, None])
+        if MASKED:  # NaN and infinities of dp and delta are only for the keys that the query sees
+            ds = tl.where(seen & inside[None, :], ds, 0.0)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
     return acc
 
@@ -392,7 +404,7 @@ def backward_queries(
     g = _load(_tile(grad, head, wide, column, UNIT), inside, column_inside, True, D != BD)  # [BM, BD]
     o = _load(_tile(out, head, wide, column, UNIT), inside, column_inside, True, D != BD)  # [BM, BD]
     delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
-    level = tl.load(lse + wide * H + head, mask=inside, other=float("-inf")) * LOG2_E
+    level = tl.load(lse + wide * H + head, mask=inside, other=float("-inf"))
     level = tl.where(level == float("-inf"), float("inf"), level)
     own_sums = sums + (tl.cast(head, tl.int64) * T + wide) * 4
     tl.store(own_sums, level, mask=inside)
@@ -446,6 +458,8 @@ def _pull_keys(
         dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(g), input_precision="ieee")  # [BN, BM]
         ds = p * (dp - delta[None, :])
+        if MASKED:
+            ds = tl.where(seen, ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 

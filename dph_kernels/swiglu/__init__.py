@@ -92,5 +92,6 @@ def swiglu(projected: Tensor, bias: Tensor | None = None, *, backend: str = "aut
         checks.dtype("bias", bias, projected.dtype)
         checks.device("bias", bias, projected.device)
     if dispatch.prefer_pytorch(projected, backend):
+        checks.require_memory(projected=projected, bias=bias)
         return _plain(projected, bias)
     return OPERATOR(projected=projected, bias=bias, backend=backend)

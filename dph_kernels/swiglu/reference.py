@@ -23,7 +23,7 @@ def backward(
     """Return the gradients of projected [T, 2F] and bias [2F], empty if not needed; sums are taken before rounding."""
     x, gate = halves(projected, bias)
     grad, sigmoid = grad.to(x.dtype), gate.sigmoid()
-    dx, dgate = grad * (gate * sigmoid), grad * (sigmoid * (1 + gate * (1 - sigmoid))) * x
+    dx, dgate = grad * (gate * sigmoid), grad * x * (sigmoid * (1 + gate * (1 - sigmoid)))
     wide = torch.cat([dx, dgate], -1)
     return (
         wide.to(projected.dtype) if projected_needed else projected.new_empty(0),

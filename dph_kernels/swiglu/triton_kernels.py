@@ -73,7 +73,7 @@ def backward(
         gate += gate_bias
         s = _sigmoid(gate)
         to_x = d * (gate * s)
-        to_gate = d * (s * (1.0 + gate * (1.0 - s))) * x
+        to_gate = d * x * (s * (1.0 + gate * (1.0 - s)))  # d times silu's derivative first could overflow
         if STORE:
             _store(d_projected + at * (2 * F), column, to_x, to_gate, F)
         if SUMS:

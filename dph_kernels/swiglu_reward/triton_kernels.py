@@ -202,7 +202,7 @@ def pool(
                 sums += tl.load(part, mask=inside, other=0.0, cache_modifier=".cg")
         if BIAS:
             sums += tl.load(b2 + column, mask=column < C, other=0.0).to(tl.float32)[None, :]
-        values = _tanh(sums)
+        values = tl.where(inside, _tanh(sums), 0.0)  # an infinite state times the zeros beyond C is NaN
         if SAVE:
             tl.store(pooled + at, values, mask=inside)
         if DROP:

@@ -145,7 +145,7 @@ def test_chat_keeps_the_best_and_its_history(dph_command, models, monkeypatch):
     assert lines[1] == "answer 1\\x07  [reward 2.000]"
     assert lines[4].split() == ["1", "2.000", "-3.000", "yes", "answer", "1\\x07"]
     assert lines[5].split() == ["2", "-", "-3.000", "no", "worse\\n\\x1b[2J"]
-    assert lines[6:] == [answers.CUT_OFF, "expected /candidates or /quit, got /what", "answer 2\\x07  [reward 2.000]"]
+    assert lines[6:] == [answers.CUT_OFF, "expected /candidates or /quit, got '/what'", "answer 2\\x07  [reward 2.000]"]
     system = {"role": "system", "content": "be brief"}
     said = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "answer 1\x07"}]
     assert asked == [[system, said[0]], [system, *said, {"role": "user", "content": "second"}]]
@@ -216,8 +216,8 @@ def test_a_line_that_is_not_utf_8_is_refused_alone(models, monkeypatch, capsys, 
     assert main.main(["chat", str(models / "judge"), "-n", "1"]) == 0
     assert asked == [["caf\u00e9"], ["caf\u00e9", "re caf\u00e9", "end"]]
     out, err = capsys.readouterr()
-    assert out.count("expected text in UTF-8, got caf\\udce9\n") == 1
-    assert out.count("expected text in UTF-8, got /\\udcff\n") == 1
+    assert out.count("expected text in UTF-8, got 'caf\\udce9'\n") == 1
+    assert out.count("expected text in UTF-8, got '/\\udcff'\n") == 1
     assert err == ""
 
 

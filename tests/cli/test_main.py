@@ -142,6 +142,18 @@ def test_debug_shows_the_traceback_wherever_it_stands(dph_command):
             "dph: error: x.json: No such file or directory",
         ),
         (OSError(28, "No space left on device", "y"), 1, "dph: error: y: No space left on device"),
+        (
+            OSError(28, "No space left on device", "\x1b[2J\n\udcff"),
+            1,
+            "dph: error: \\x1b[2J\\n\\udcff: No space left on device",
+        ),
+        (FileNotFoundError(2, "No such file or directory", ""), 2, "dph: error: '': No such file or directory"),
+        (ValueError("a\x9b\u2028b\r\nc\u202e\ud800"), 2, "dph: error: a\\x9b b c\\u202e\\ud800"),
+        (ValueError(f"{'x' * 9999} y"), 2, f"dph: error: {'x' * 225}...{'x' * 75} y"),
+        (ValueError("x " * 9999), 2, f"dph: error: {'x ' * 750}...{' x' * 250}"),
+        (MemoryError(), 1, "dph: error: MemoryError (--debug shows where)"),
+        (BrokenPipeError(32, "Broken pipe", "fifo"), 1, "dph: error: fifo: Broken pipe"),
+        (SystemExit("a reason"), 1, "dph: error: a reason"),
         (SystemExit(143), 143, ""),
     ],
 )
@@ -193,7 +205,7 @@ def test_a_hub_name_is_announced_and_lets_the_error_of_transformers_through(refu
     def offline(path):
         raise OSError(f"no connection\nwhile asking for {path}")
 
-    monkeypatch.setattr(loading.ModelConfig, "get_config_dict", offline)
+    monkeypatch.setattr(loading, "read_fields", offline)
     directories._announce.cache_clear()
     assert refused("chat", "owner/model") == (
         "dph: error: owner/model: expected a model in a directory (nothing is there) or on the hub, "
@@ -231,6 +243,68 @@ def test_rewards_of_a_model_without_a_head(refused, models, tmp_path, name):
     line = refused("score", models / name, rows)
     assert why in line
     assert "--logprob-only" in line
+
+
+@pytest.mark.parametrize("output", ["rows.jsonl", "./rows.jsonl", "hard.jsonl", "link.jsonl", "model/config.json"])
+def test_an_output_that_is_an_input_is_refused(refused, models, tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    rows = write_lines(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER]})
+    (tmp_path / "hard.jsonl").hardlink_to(rows)
+    (tmp_path / "link.jsonl").symlink_to(rows)
+    (tmp_path / "model").symlink_to(models / "judge")
+    before = Path(output).read_bytes()
+    line = refused("score", "model", "rows.jsonl", "--output", output)
+    assert line.startswith("dph: error: --output: expected another file than the input ")
+    assert line.endswith(f", got {output}, the same file")
+    assert Path(output).read_bytes() == before
+
+
+def test_stdout_that_is_the_input_is_refused(tmp_path):
+    rows = write_lines(tmp_path / "rows.jsonl", {"prompt": "x", "messages": [USER, ANSWER]})
+    before = rows.read_bytes()
+    for words in (["score", "model", rows], ["generate", "model", "--file", rows]):
+        with rows.open("ab") as stdout:
+            command = [sys.executable, "-m", "dph.cli", *map(str, words)]
+            done = subprocess.run(
+                command, cwd=Path(__file__).parents[2], stdout=stdout, stderr=subprocess.PIPE, text=True
+            )
+        assert (done.returncode, rows.read_bytes()) == (2, before)
+        assert done.stderr.startswith("dph: error: stdout: expected another file than the input ")
+
+
+def test_a_failed_command_leaves_old_results(dph_command, models, tmp_path, monkeypatch):
+    rows = write_lines(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER]})
+    (tmp_path / "out.jsonl").write_text("old")
+    argv = ["score", models / "judge", rows, "--output", tmp_path / "out.jsonl"]
+
+    def full(scores):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dph.cli.common.json_line", full)
+    code, out, err = dph_command(*argv)
+    assert (code, out, err) == (1, "", f"dph: error: {tmp_path / 'out.jsonl'}: No space left on device\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "rows.jsonl"]
+    assert (tmp_path / "out.jsonl").read_text() == "old"
+
+
+def test_a_conversion_that_fails_leaves_nothing(dph_command, models, tmp_path, monkeypatch):
+    def full(model, folder):
+        (folder / "config.json").touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dph.Model.save_pretrained", full)
+    code, _, err = dph_command("convert", models / "judge", tmp_path / "out", "--to", "own")
+    assert (code, err) == (1, f"dph: error: {tmp_path / 'out'}: No space left on device\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_and_tokenizer_into_a_folder_that_exists(dph_command, models, tmp_path):
+    (tmp_path / "out").mkdir()
+    folder = (tmp_path / "out").stat().st_ino
+    assert dph_command("convert", models / "judge", tmp_path / "out", "--to", "own")[0] == 0
+    assert (tmp_path / "out").stat().st_ino == folder
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+    dph.Model.from_pretrained(tmp_path / "out")
 
 
 def test_an_unknown_head_is_refused(refused, models):
@@ -314,7 +388,9 @@ def test_doctor(dph_command):
 
 def test_train_hands_over_recipe_overrides_and_output(dph_command, monkeypatch, models, tmp_path):
     calls, result = [], [Result(None, None, tmp_path, 7, False, 0, {})]
-    monkeypatch.setattr("dph.train.entry.train", lambda recipe, resume: calls.append((recipe, resume)) or result[0])
+    monkeypatch.setattr(
+        "dph.train.entry.train", lambda recipe, resume, **_: calls.append((recipe, resume)) or result[0]
+    )
     argv = ["train", "sft", "optimiser.steps=7", "--output", tmp_path / "a b: c", "optimiser.warmup=0", "--resume"]
     argv.append(f"model.path={models / 'judge'}")  # a missing model would be refused before training
     code, _, err = dph_command(*argv, "seed=5")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import sys
 import types
 from collections import Counter
@@ -18,7 +19,7 @@ from dph.data.batching import Streams
 from dph.data.formats import Conversation, Encoder, Preference, Text, parse_record
 from dph.data.packing import PairBatches
 from dph.data.sampler import InOrder, Interleaved, Shuffled
-from dph.data.sources import read_jsonl
+from dph.data.sources import JsonLines, fingerprint, read_jsonl
 from dph.errors import UserError
 
 ASK, YES, NO = message("user", "hello?"), message("assistant", "yes"), message("assistant", "no")
@@ -30,9 +31,99 @@ PAIR = Preference([ASK, YES], [ASK, NO])
 
 def test_jsonl_is_read_line_by_line(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"a": 1}\r\n\n  \n{"a": "\xc3\xbc"}')
-    lines = read_jsonl(path)
-    assert list(lines) == [{"a": 1}, {"a": "ü"}]
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": "\xc3\xbc"}')
+    lines = JsonLines(path)
+    assert list(lines) == [{"a": 1}, {"a": "ü"}] == [lines[0], lines[-1]]
+    assert lines.location(1) == f"{path}:4"
+
+
+def in_place(change):
+    """A change of a file that keeps its times."""
+
+    def apply(path):
+        times = path.stat()
+        content = change(path.read_bytes())
+        with path.open("r+b") as file:
+            file.write(content)
+            file.truncate()
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    return apply
+
+
+def replace(path):
+    (path.parent / "new").write_bytes(path.read_bytes().replace(b"record", b"silent"))
+    os.replace(path.parent / "new", path)
+
+
+CHANGES = {
+    "emptied": in_place(lambda content: b""),
+    "cut off": in_place(lambda content: content[:-20]),
+    "rewritten": in_place(lambda content: content.replace(b"record", b"silent")),
+    "shifted": in_place(lambda content: b"\n" + content),
+    "deleted": os.unlink,
+    "replaced": replace,
+    "grown": in_place(lambda content: content + b'{"text": "more"}\n'),
+}
+
+
+@pytest.mark.parametrize("keep_open", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_during_a_run_gives_the_records_it_had_or_an_error(tmp_path, change, keep_open):
+    """In the process that opened it and in one that receives the records; a mapped file would kill both."""
+    path = write_lines(tmp_path / "a.jsonl", *({"text": f"record {i} " * 500} for i in range(50)))
+    records = sources.JsonlRecords(path, "text", "text", keep_open)
+    before, pickled = list(records), pickle.dumps(records)
+    CHANGES[change](path)
+    read_by_both = {"grown": True, "deleted": keep_open, "replaced": keep_open}.get(change, False)
+    if read_by_both:
+        assert list(records) == before
+    else:
+        with pytest.raises(UserError, match=r"a\.jsonl:50: .*(changed during the run|No such file)"):
+            records[49]
+    if change == "grown":
+        assert list(pickle.loads(pickled)) == before
+    else:
+        with pytest.raises(UserError, match=r"a\.jsonl(:50)?: .*(changed during the run|No such file)"):
+            pickle.loads(pickled)[49]
+
+
+def test_a_folder_has_a_bounded_number_of_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "MAX_OPEN", 2)
+    for i in range(3):
+        write_lines(tmp_path / f"{i}.jsonl", {"text": f"{i}"})
+    before = len(os.listdir("/dev/fd"))
+    records = dataset.load(tmp_path, "text")
+    assert [record.text for record in records] == ["0", "1", "2"]
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_fingerprint_depends_on_content_alone(tmp_path):
+    def of(*lines, name="a.jsonl", limit=None):
+        return fingerprint(dataset.load(write_lines(tmp_path / name, *lines), "text", limit=limit))
+
+    one, two = {"text": "one"}, {"text": "two"}
+    files = [of(one, two), of(two, one), of(one), of(one, two, limit=1), of(one, {"text": "twO"})]
+    assert len(set(files)) == 5
+    again = write_lines(tmp_path / "folder/other.jsonl", one, two)
+    again.write_bytes(again.read_bytes().replace(b"\n", b"\r\n\n"))
+    os.utime(again, (1, 1))
+    assert fingerprint(dataset.load(again, "text")) == files[0]
+    (tmp_path / "folder/text.txt").write_text("text")
+    folder = fingerprint(dataset.load(tmp_path / "folder", "text"))
+    (tmp_path / "folder/text.txt").write_text("tent")
+    assert fingerprint(dataset.load(tmp_path / "folder", "text")) != folder
+
+    def of_task(*labels):
+        write_lines(tmp_path / "boolq/train.jsonl", *({"passage": "a", "question": "b", "label": i} for i in labels))
+        return fingerprint(dataset.load("task:boolq", "preference", directory=tmp_path))
+
+    assert of_task(0, 1) == of_task(0, 1) != of_task(1, 0)
+    many = texts(1000)
+    in_memory = [texts(2), texts(3), [PAIR], [None], [object()], many, [*many[:-1], Text("other")]]
+    assert len({fingerprint(records) for records in in_memory}) == len(in_memory)
+    assert fingerprint(texts(2)) == fingerprint(tuple(texts(2)))
+    assert fingerprint([object()]) == fingerprint([object()])
 
 
 @pytest.mark.parametrize(
@@ -41,7 +132,14 @@ def test_jsonl_is_read_line_by_line(tmp_path):
         (b'{"a": 1}\n\n{"a": \n', r"a\.jsonl:3: not JSON: .* at column"),
         (b'{"a": 1}\n[1]\n', r"a\.jsonl:2: expected a JSON object, got list"),
         (b'{"a": "\xff"}\n', r"a\.jsonl:1: not UTF-8 at byte 7"),
+        (b'{"a": "1"}\n{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", r"a\.jsonl:2: .* nested too deeply"),
+        (b'{"a": ' + b"9" * 4301 + b"}", r"a\.jsonl:1: expected numbers of at most 4300 digits"),
+        (b'{"a": "1", "b": NaN}', r"a\.jsonl:1: not JSON: NaN is no JSON number"),
+        (b'{"a": "1", "b": [-Infinity]}', r"a\.jsonl:1: not JSON: -Infinity is no JSON number"),
+        (b'{"a": "1", "b": [{"c\\n": 1, "c\\n": 1}]}', r"a\.jsonl:1: not JSON: the key 'c\\n' is there twice"),
+        (b'{"a": "1"}\n\xef\xbb\xbf{"a": "1"}', r"a\.jsonl:2: not JSON: Expecting value at column 1"),
     ],
+    ids=lambda value: repr(value[:30]),
 )
 def test_a_malformed_line_is_named(tmp_path, content, error):
     (tmp_path / "a.jsonl").write_bytes(content)
@@ -143,7 +241,7 @@ def test_a_system_prompt_stays_before_a_side_that_begins_with_the_user():
             {"chosen": [ASK], "rejected": [ASK, NO]},
             "expected the assistant's answer at the end, got a user",
         ),
-        ("preference", {"prompt": "a", "chosen": 3, "rejected": "b"}, "chosen: expected a list of messages, got int"),
+        ("preference", {"prompt": "a", "chosen": 3, "rejected": "b"}, "chosen: expected a list of messages, got 3"),
         ("conversation", {"messages": [ASK]}, "expected an assistant message"),
         ("conversation", {"messages": [ASK, {"role": "assistant"}]}, r"messages\[1\]: expected role and content"),
         ("conversation", {"text": "a"}, "expected a conversation: messages, or prompt and completion"),
@@ -151,7 +249,7 @@ def test_a_system_prompt_stays_before_a_side_that_begins_with_the_user():
         ("conversation", {"prompt": "a", "completion": "b", "label": 0}, "label: expected true .*, got 0$"),
         ("text", {"prompt": "a", "completion": "b", "label": False}, "label: expected true .*, got False$"),
         ("text", {"sentence": "a"}, "expected a text: text, or .*got the fields sentence$"),
-        ("text", {"text": 3}, "text: expected text, got int"),
+        ("text", {"text": 3}, "text: expected text, got 3"),
         ("text", {}, r"got the fields \(none\)"),
         ("text", {"text": None}, r"got the fields text \(null\)$"),
     ],
@@ -182,15 +280,24 @@ def test_folders_text_files_limits_and_other_fields(tmp_path):
         dataset.load(field, "text", limit=0)
 
 
+class FakeRows(list):
+    """Rows of a hub data set."""
+
+    _fingerprint = "a version"
+
+
 def test_the_hub_gives_records_too(monkeypatch):
     fake = types.ModuleType("datasets")
     rows = {("me/pairs", "main", "test"): [{"prompt": "hello?", "chosen": "yes", "rejected": "no"}, {"prompt": "a"}]}
-    fake.load_dataset = lambda name, config, split: rows[name, config, split]
+    fake.load_dataset = lambda name, config, split: FakeRows(rows[name, config, split])
     monkeypatch.setitem(sys.modules, "datasets", fake)
     source = dataset.load("hub:me/pairs:main", "preference", split="test")
     assert (len(source), source[0]) == (2, PAIR)
     with pytest.raises(UserError, match="hub:me/pairs:main, test record 1: expected a preference"):
         source[1]
+    same = fingerprint(dataset.load("hub:me/pairs:main", "preference", split="test"))
+    monkeypatch.setattr(FakeRows, "_fingerprint", "another version")
+    assert fingerprint(source) != same
 
 
 # ------------------------------------------------------------------------------------------------ tasks as data
@@ -222,7 +329,7 @@ def test_a_task_gives_conversations_and_texts(tmp_path):
 
 def test_a_task_that_cannot_give_what_is_asked_says_so(tmp_path):
     write_lines(tmp_path / "boolq/test.jsonl", {"passage": "a", "question": "b", "label": -1})
-    with pytest.raises(UserError, match="task boolq, test record 0: expected a label, got none"):
+    with pytest.raises(UserError, match=r"boolq/test\.jsonl:1: task boolq: expected a label, got none"):
         dataset.load("task:boolq", "conversation", split="test", directory=tmp_path)
     with pytest.raises(UserError, match="task alpaca/cleaned: has no wrong answers"):
         dataset.load("task:alpaca/cleaned", "preference", directory=tmp_path)

@@ -68,6 +68,10 @@ def test_files_give_their_text_but_not_the_roles(tmp_path):
 def test_bad_input_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"vocab_size: expected at least 260 .*got 259"):
         tokenizer.from_iterator(TEXTS, 259)
+    with pytest.raises(UserError, match=r"vocab_size: expected at most 16777216 .*got 10000000000"):
+        tokenizer.from_iterator(TEXTS, 10**10)
+    with pytest.raises(UserError, match=r"vocab_size: expected a whole number, got 300\.0"):
+        tokenizer.from_iterator(TEXTS, 300.0)
     with pytest.raises(UserError, match="expected at least one"):
         tokenizer.train([], 300)
     with pytest.raises(UserError, match=r"none\.txt"):
@@ -80,6 +84,11 @@ def test_bad_input_is_a_user_error(tmp_path):
     broken.write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(UserError, match=r"c\.jsonl:2: not JSON"):
         tokenizer.train([broken], 300)
+    broken.write_text('{"text": "a"}\n{"text": [["b\\ud800"]]}\n')
+    with pytest.raises(UserError, match=r"c\.jsonl:2: expected valid Unicode, got a lone surrogate at character 1"):
+        tokenizer.train([broken], 300)
+    with pytest.raises(UserError, match="texts: expected text, got 5"):
+        tokenizer.from_iterator(["a", 5], 300)
     empty = tmp_path / "d.txt"
     empty.write_text("")
     with pytest.raises(UserError, match="expected text to train on"):

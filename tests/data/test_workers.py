@@ -4,9 +4,11 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -42,12 +44,13 @@ def opened():
 
 
 def children():
-    """Processes that the fork server of this one has started."""
-    parents = {}
+    """Processes that this one has started."""
+    started = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-    return sorted(pid for pid, parent in parents.items() if parents.get(parent) == os.getpid())
+            if int(stat.read_text().rsplit(")", 1)[1].split()[1]) == os.getpid():
+                started.append(int(stat.parent.name))
+    return sorted(started)
 
 
 def gone(pid, seconds=10):
@@ -115,7 +118,7 @@ def test_large_records_come_through_and_are_not_piled_up(opened, monkeypatch):
     source = [Text("The quick brown fox. " * 4000)] * 30
     reader = opened(InOrder(source), 2)
     expected = inline(InOrder(source), 1)[0]
-    size = len(read_ahead.ForkingPickler.dumps(expected))
+    size = len(read_ahead.Pickler.dumps(expected))
     assert size > 1 << 17
     for _ in range(30):
         assert next(reader) == expected
@@ -254,12 +257,63 @@ def test_what_cannot_be_opened_is_said(opened):
         next(opened(InOrder(Unopened(records("sft", 9))), 1))
 
 
-def test_a_killed_worker_is_an_error(opened):
+@pytest.mark.parametrize("first", [False, True])
+def test_a_killed_worker_is_an_error(first, opened):
+    """At once when its record is next; also while the parent waits for another worker, which is stopped."""
     reader = opened(Shuffled(records("sft"), 0), 2)
     next(reader)
-    os.kill(reader._workers[1].process.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"a process that reads records ended \(exit code -9\)"):
+    one, two = (worker.process.pid for worker in reader._workers)
+    if first:
+        os.kill(one, signal.SIGSTOP)
+    os.kill(two, signal.SIGKILL)
+    message = rf"^data\.workers: worker 1 \(process {two}\) was killed by SIGKILL; the kernel does so when memory runs"
+    with pytest.raises(UserError, match=message):
         list(itertools.islice(reader, 3 * read_ahead.MAX_PREFETCHED))
+    position = reader.state_dict()["position"]
+    assert position == reader.position < 2 * read_ahead.MAX_PREFETCHED
+
+
+class Ending(list):
+    """Records that end the process that reads them."""
+
+    def __getitem__(self, index):
+        os._exit(3)
+
+
+def test_a_worker_that_ends_is_an_error(opened):
+    with pytest.raises(UserError, match=r"^data\.workers: worker 0 \(process \d+\) ended with exit code 3$"):
+        next(opened(InOrder(Ending(records("sft", 9))), 1))
+
+
+def test_waiting_for_a_stopped_worker_is_said(opened, monkeypatch, caplog):
+    monkeypatch.setattr(read_ahead, "PATIENCE", 1)
+    reader = opened(Shuffled(records("sft"), 0), 1)
+    next(reader)
+    pid = reader._workers[0].process.pid
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(1.5, os.kill, (pid, signal.SIGCONT)).start()
+    expected = inline(Shuffled(records("sft"), 0), 2 * read_ahead.MAX_PREFETCHED)[1:]
+    assert list(itertools.islice(reader, len(expected))) == expected
+    said = f"data.workers: no record from worker 0 (process {pid}) for 1 s; it hangs or is stopped"
+    assert caplog.messages[:1] == [said]
+
+
+def test_no_interpreter_and_no_process_are_errors(opened, monkeypatch):
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(UserError, match=r"^data\.workers: expected 0 in a program without a Python interpreter"):
+        opened(Shuffled(records("sft"), 0), 2)
+    monkeypatch.delattr(sys, "frozen")
+    start, before = subprocess.Popen, children()
+
+    def second_fails(*arguments, **options):
+        if len(children()) > len(before):
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", second_fails)
+    with pytest.raises(UserError, match=r"^data\.workers: expected 3 processes, got 1: .*Resource temporarily unavail"):
+        next(opened(Shuffled(records("sft"), 0), 3))
+    assert children() == before
 
 
 def test_workers_are_deaf_to_signals_and_end_with_close(opened):
@@ -269,7 +323,7 @@ def test_workers_are_deaf_to_signals_and_end_with_close(opened):
     reader._start()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
     processes = [worker.process.pid for worker in reader._workers]
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in read_ahead.SIGNALS:
         for pid in processes:
             os.kill(pid, number)
     expected = inline(Shuffled(records("sft"), 0), 20)
@@ -286,33 +340,135 @@ def test_deleted_pools_end():
     assert gone(pid, 1)
 
 
+# A module beside the scripts below: a tokenizer without transformers, which takes seconds to import, and data sets.
+PARTS = """
+import os, re, signal, time
+from dph.data.formats import Text
+
+class Bytes:
+    is_fast, eos_token_id = False, 256
+    def __call__(self, text, **_):
+        return {"input_ids": list(text.encode())}
+
+class Busy:
+    def __init__(self, work):
+        self.work = work
+    def __len__(self):
+        return 1000
+    def __getitem__(self, index):
+        if index:
+            time.sleep(0.1)  # the first one is sent meanwhile, by a thread
+            if self.work == "full pipe":
+                return Text("a" * 100_000)
+            if self.work == "asleep":
+                time.sleep(1000)
+            if self.work == "in C":
+                re.match("(a+)+$", "a" * 50 + "b")  # for hours, with the interpreter's lock
+            if self.work == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+        return Text("one")
+"""
+
 SCRIPT = """
-import os, sys, time
-from pathlib import Path
-sys.path[:0] = [{tests!r}, {root!r}]
-if __name__ == "__main__":
-    from helpers.stages import records
-    from helpers.texts import small_tokenizer
-    from dph.data.sampler import Shuffled
-    from dph.data.workers import WorkerPool
-    reader = WorkerPool(Shuffled(records("sft"), 0), small_tokenizer(), 2)
-    next(reader)
-    print(*(worker.process.pid for worker in reader._workers), flush=True)
-    {end}
+import os, sys, threading, time
+from dph.data.sampler import InOrder
+from dph.data.workers import WorkerPool
+import parts
+with open("started", "a") as file:
+    print(__name__, file=file)
+reader = WorkerPool(InOrder(parts.Busy({work!r})), parts.Bytes(), 1)
+record = None
+def take():
+    global record
+    record = next(reader)
+if {thread}:
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+else:
+    take()
+assert bytes(record.targets[:-1]) == b"one"
+with open("workers", "w") as file:
+    print(*(worker.process.pid for worker in reader._workers), file=file)
+time.sleep({seconds})
+{end}
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "raise KeyError('broken')", "pass"])
-def test_workers_end_with_the_main_process(end, tmp_path):
+def run_script(folder, *arguments, shell=False, **values):
+    """The finished script, run in one of Python's ways, and the pids of its workers."""
+    (folder / "parts.py").write_text(PARTS)
+    (folder / "pack").mkdir()
+    values = {"work": "nothing", "thread": False, "end": "pass", "seconds": 0, **values}
+    for name in ("script.py", "pack/__main__.py", "pack/module.py"):
+        (folder / name).write_text(SCRIPT.format(**values))
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
+    given = (folder / "script.py").read_text()
+    if shell:
+        command = ["sh", "-c", f"exec {sys.executable} script.py {arguments[0]}"]
+    else:
+        command = [sys.executable, *(given if word == "SOURCE" else word for word in arguments)]
+    done = subprocess.run(command, cwd=folder, env=env, input=given, capture_output=True, text=True, timeout=120)
+    return done, [int(pid) for pid in (folder / "workers").read_text().split()]
+
+
+WAYS = {
+    "file": ("script.py",), "-c": ("-c", "SOURCE"), "stdin": ("-",), "package": ("-m", "pack"),
+    "module": ("-m", "pack.module"), "isolated": ("-X", "utf8", "-W", "error", "script.py"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_script_without_a_guard_runs_once(way, tmp_path):
+    """The workers do not run the script again, in whatever way it was started."""
+    done, processes = run_script(tmp_path, *way)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "started").read_text() == "__main__\n"
+    assert len(processes) == 1
+    assert all(gone(pid, 1) for pid in processes)
+
+
+def test_closed_standard_streams_do_not_become_pipes_of_workers(tmp_path):
+    done, processes = run_script(tmp_path, "<&- >&- 2>&-", shell=True)
+    assert done.returncode == 0
+    assert all(gone(pid, 1) for pid in processes)
+
+
+ENDS = {
+    "killed": {"end": "os.kill(os.getpid(), 9)"},
+    "killed, pipe full": {"end": "os.kill(os.getpid(), 9)", "work": "full pipe", "seconds": 0.3},
+    "killed, worker asleep": {"end": "os.kill(os.getpid(), 9)", "work": "asleep", "seconds": 0.3},
+    "killed, worker in C": {"end": "os.kill(os.getpid(), 9)", "work": "in C", "seconds": 0.3},
+    "killed, worker stopped": {"end": "os.kill(os.getpid(), 9)", "work": "stopped", "seconds": 0.3},
+    "killed, started by a thread": {"end": "os.kill(os.getpid(), 9)", "thread": True, "work": "asleep"},
+    "raised": {"end": "raise KeyError('broken')"},
+    "raised, worker in C": {"end": "raise KeyError('broken')", "work": "in C", "seconds": 0.3},
+    "left": {"end": "os._exit(0)"},
+}
+
+
+@pytest.mark.parametrize("values", ENDS.values(), ids=ENDS)
+def test_workers_end_with_the_main_process(values, tmp_path):
     """In every case, and without any output of their own."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(ROOT / "tests"), root=str(ROOT), end=end))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
-    processes = [int(pid) for pid in done.stdout.split()]
-    assert len(processes) == 2
-    assert all(map(gone, processes))
-    assert done.stderr.count("Traceback") == ("raise" in end), done.stderr
+    done, processes = run_script(tmp_path, "script.py", **values)
+    assert len(processes) == 1
+    assert all(gone(pid, 3) for pid in processes)
+    assert done.stderr.count("Traceback") == ("raise" in values["end"]), done.stderr
+
+
+def test_a_thread_that_ends_leaves_its_workers(tmp_path):
+    """Linux's signal at the death of a parent means the thread that started the process."""
+    done, _ = run_script(tmp_path, "script.py", thread=True, seconds=1, end="assert next(reader) == record")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_classes_of_the_script_are_named(tmp_path):
+    own = "class Own(parts.Busy): pass\ntry: next(WorkerPool(InOrder(Own('')), parts.Bytes(), 1))"
+    done, _ = run_script(tmp_path, "script.py", end=f"{own}\nexcept ValueError as error: print(error)")
+    assert re.match(
+        r"data\.workers: expected records and .* got 'Own' of the script or notebook itself, which", done.stdout
+    )
+    assert done.stderr == ""
 
 
 @pytest.mark.slow

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from helpers.stages import Trap, go, records, settings, strike, tiny, weights
+from helpers.stages import Trap, go, records, settings, strike, taken, tiny, weights
 from helpers.two import meeting
 from safetensors.torch import save_file
 
 import dph
+from dph.cli.main import explain
+from dph.errors import UserError
 from dph.train import checkpointing, distributed
 from dph_kernels import dispatch
 
@@ -121,7 +123,7 @@ def caught(folder, name, work):
     try:
         work()
     except Exception as error:
-        note(folder, name, kind=type(error).__name__, text=str(error))
+        note(folder, name, kind=type(error).__name__, text=explain(error))
     dist.destroy_process_group()
 
 
@@ -143,11 +145,24 @@ def failures(folder):
         checkpointing.write_tensors = write
 
 
+def data_error(folder):
+    """Process 1 alone cannot read a record of step 4: both save step 3, and go on from it."""
+    recipe = recipe_of("sft", folder / "data-error", output__save_every=0)
+    after = taken(recipe, 3) + 2 if RANK == 1 else 10**9
+    caught(folder, "data-error", lambda: go(recipe, Trap(records("sft"), after, no_record)))
+    result = go(recipe, resume=True)
+    note(folder, "data-error-resumed", result.model, step=result.step)
+
+
+def no_record():
+    raise UserError("chats.jsonl: the file changed")
+
+
 def main(folder):
     dispatch.SMALL_ELEMENTS = 0  # as the fixture every_kernel
     with meeting(), distributed.init_distributed("shard", DEVICE):
         pass
-    for part in (cases, resumes, spoilt, failures) if DEVICE == "cpu" else (cases,):
+    for part in (cases, resumes, spoilt, failures, data_error) if DEVICE == "cpu" else (cases,):
         began = time.monotonic()
         part(folder)
         print(part.__name__, round(time.monotonic() - began, 1), "s", flush=True)

@@ -12,6 +12,7 @@ from dph.data.batching import Streams
 from dph.data.formats import Conversation, Encoder, Preference, Text
 from dph.data.packing import PairBatches
 from dph.data.sampler import Shuffled
+from dph.data.sources import fingerprint
 from dph.train import recipe, run_dir
 from dph.train.entry import train
 
@@ -100,6 +101,10 @@ class Trap(list):
         super().__init__(items)
         self.left, self.action = after, action
 
+    def fingerprint(self):
+        """That of the records, without taking any."""
+        return fingerprint(list(self))
+
     def __getitem__(self, index):
         self.left -= 1
         if self.left == 0:
@@ -107,8 +112,8 @@ class Trap(list):
         return super().__getitem__(index)
 
 
-class Killed(Exception):
-    """What ``die`` raises."""
+class Killed(BaseException):
+    """What ``die`` raises: as SIGKILL, it leaves no time to save."""
 
 
 def die():

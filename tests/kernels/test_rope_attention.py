@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.attention import LAYOUTS, ROPE, compare, dense, inputs, rotate, run
-from helpers.numerics import FLOOR, implementations, skip_where_unsupported, strange_nans
+from helpers.numerics import FLOOR, assert_close_to_fp64, implementations, skip_where_unsupported, strange_nans
 
 from dph_kernels import PackedLayout, dispatch, native, rope_attention
 
@@ -179,9 +179,9 @@ def test_errors_do_not_grow_with_the_keys(queries, device, backend):
     given = q, k, v.abs()
     got = rope_attention(*given, layout.to(device), rope=ROPE, backend=backend)
     truth = dense(*(x.double() for x in given), layout.to(device))
-    # Others sum in the order of their library: PyTorch's kernel is at 2.02e-6 on a GPU, MKL at 4.2e-6 on an AMD EPYC.
-    allowed = {("cuda", "sdpa"): 3e-6, ("cpu", "sdpa"): 6e-6, ("cpu", "reference"): 6e-6}.get((device, backend), 2e-6)
-    assert (got - truth).abs().max() <= allowed * truth.abs().max()
+    if backend not in ("cpu", "triton"):  # sums of others, whose order depends on the processor
+        return assert_close_to_fp64(got, dense(*given, layout.to(device)), truth)
+    assert (got - truth).abs().max() <= 2e-6 * truth.abs().max()
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)

@@ -538,7 +538,7 @@ def test_few_elements_are_left_to_pytorch(monkeypatch):
     assert one_node(block(x, LAYOUT))
 
 
-def test_compiled_blocks_are_taken_in_parts():
+def test_compiled_blocks_are_taken_in_parts(inductor):
     model = Backbone(tiny_config())
     x, _ = given(model.blocks[0])
     compile.switch_on(model)

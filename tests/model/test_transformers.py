@@ -9,6 +9,7 @@ from helpers.tiny import END, PAD, VOCAB, naive, naive_logits, padded, tiny_conf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import dph
+from dph.errors import UserError
 
 # Generation
 
@@ -163,7 +164,7 @@ def test_only_safetensors_are_read(tmp_path):
     """A pickle beside the configuration is not opened, whatever it holds."""
     tiny_config().save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'false'\ntR.")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(UserError, match=r"expected weights in model.safetensors .*, got pytorch_model.bin: a pickle"):
         dph.Model.from_pretrained(tmp_path)
 
 

@@ -9,8 +9,12 @@ from helpers.texts import write_lines
 
 from dph import chat, tasks
 from dph.data.dataset import task_documents
-from dph.errors import UserError
+from dph.errors import UserError, printable
 from dph.tasks import squad
+from dph.tasks.multiple_choice import ARC as ARC_EXAMPLE
+
+ARC = ARC_EXAMPLE["choices"]
+ASK = {"role": "user", "content": "Say hi."}
 
 SPEC = [
     "glue/cola",
@@ -106,18 +110,74 @@ def test_errors_name_the_task():
         tasks.load("glue/sst")
     with pytest.raises(UserError, match=r"task glue/cola: expected the fields sentence, got a record with text"):
         tasks.load("glue/cola").choices({"text": "a"})
-    with pytest.raises(UserError, match=r"task glue/cola: expected one of the labels 0 to 1, got 2"):
+    with pytest.raises(UserError, match=r"task glue/cola: label: expected one of the labels 0 to 1, got 2"):
         tasks.load("glue/cola").targets({"sentence": "a", "label": 2})
     for name, key, wrong, expected in (
-        ("winogrande/no_choice", "answer", "0", "expected one of the labels 0 to 1, got -1"),
-        ("winogrande/no_choice", "answer", "x", "invalid literal"),
-        ("arc/easy", "answerKey", "Z", "'Z' is not in list"),
+        ("winogrande/no_choice", "answer", "0", "expected one of the labels 1 to 2, got '0'"),
+        ("winogrande/no_choice", "answer", "x", "expected a number, got 'x'"),
+        ("winogrande/no_choice", "sentence", "none", r"expected a text with a blank \(_\), got 'none'"),
+        ("arc/easy", "answerKey", "Z", "expected one of A, B, C, D, got 'Z'"),
+        ("arc/easy", "choices", ARC | {"label": ["A", "B"]}, "expected as many .*, got 4 texts and 2 labels"),
+        ("arc/easy", "choices", {"text": ["a"]}, "expected an object with text and label, got one without label"),
+        ("race/all", "answer", "BC", "expected one of A, B, C, D, got 'BC'"),
+        ("race/all", "options", "ABCD", "expected a list of texts, got 'ABCD'"),
+        ("race/all", "options", ["a", {"b": 1}], r"expected text, got {'b': 1}"),
+        ("mmlu/all", "choices", ["a"] * 11, "expected at most 10 texts, got 11"),
+        ("mmlu/all", "choices", [], "expected at least 1 text, got none"),
+        ("boolq", "label", True, "expected a number, got True"),
+        ("boolq", "label", float("nan"), "expected a number, got nan"),
+        ("boolq", "label", 10**5000, "expected one of the labels 0 to 1, got an integer of thousands of digits"),
+        ("glue/sst2", "sentence", None, "expected text, got None"),
+        ("copa", "question", "why", "expected cause or effect, got 'why'"),
+        ("coqa/all", "answers", {"input_text": ["a"]}, "expected 2 answers, one for each question, got 1"),
+        ("squad/v2", "answers", {"text": "Paris"}, "expected a list of texts, got 'Paris'"),
+        ("ultrafeedback/binarized", "chosen", [ASK], "expected the assistant's answer at the end, got a user message"),
     ):
         task = tasks.load(name)
-        with pytest.raises(UserError, match=f"task {name}: {expected}"):
+        with pytest.raises(UserError, match=rf"task {name}: {key}.*: {expected}") as caught:
             task.targets(task.example | {key: wrong})
+        assert len(str(caught.value)) < 300
     with pytest.raises(UserError, match=r"task glue/ax: expected split test, got 'train'"):
         task_documents(tasks.load("glue/ax"), "train")
+
+
+HOSTILE = (
+    None, True, 5, -1, 1.5, float("nan"), 10**5000, "", "BC", "{sentence}", "\ud800", [], ["a", "b"], [None], [["a"]],
+    {}, {"text": "a", "label": "b"}, [{"role": "user", "content": 1}], "99", 99, b"bytes",
+)  # fmt: skip
+
+
+def changed_examples(value):
+    """The value with each of its parts, at every depth, replaced in turn by each of ``HOSTILE``."""
+    yield from HOSTILE
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        for changed in changed_examples(item):
+            copy = value.copy()
+            copy[key] = changed
+            yield copy
+
+
+@pytest.mark.parametrize("name", SPEC)
+def test_no_field_is_used_before_its_type_is_checked(name, monkeypatch):
+    """Every record gives conversations of text or an error of one line."""
+    monkeypatch.setattr(squad, "noun_phrases", lambda passage: (passage,))
+    task = tasks.load(name)
+    errors = []
+    for doc in changed_examples(task.example):
+        try:
+            conversations = [*task.targets(doc), *task.distractors(doc), *task.choices(doc)]
+            assert task.keep is None or type(task.keep(doc)) is bool
+        except UserError as error:
+            errors.append(str(error))
+            continue
+        for turns in conversations:
+            chat.check(turns)
+    for error in errors:
+        assert error.startswith(f"task {name}: ")
+        assert printable(error, keep="") == error
+        assert len(error) < 500
+    assert len(errors) > 10 * len(task.fields)
 
 
 def test_documents_come_from_a_folder(tmp_path):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from helpers.stages import records, settings, tiny, weights
+from helpers.stages import Killed, records, settings, tiny, weights
 from helpers.texts import small_tokenizer, write_lines
 
 import dph
@@ -130,12 +130,12 @@ def test_kills_change_nothing(stop, where, tmp_path, scripted, monkeypatch):
     def killed(self, state):
         found = mark(self, state) if where == "after the mark" else None
         if checkpointing.newest_checkpoint(self.directory / "checkpoints").step == stop:
-            raise InterruptedError
+            raise Killed
         return found or mark(self, state)
 
     scripted["step"] = 0
     monkeypatch.setattr(run_dir.RunDirectory, "_mark_best", killed)
-    with pytest.raises(InterruptedError):
+    with pytest.raises(Killed):
         go(tmp_path / "parts")
     monkeypatch.setattr(run_dir.RunDirectory, "_mark_best", mark)
     scripted["step"] = stop // 2 * 2
@@ -202,11 +202,11 @@ def test_a_best_one_that_is_gone_is_forgotten(whole, tmp_path, scripted, monkeyp
     def killed(self, step, *rest):
         save(self, step, *rest)
         if step == 6:
-            raise InterruptedError
+            raise Killed
 
     with monkeypatch.context() as patched:
         patched.setattr(run_dir.RunDirectory, "save", killed)
-        with pytest.raises(InterruptedError):
+        with pytest.raises(Killed):
             go(tmp_path / "run")
     assert kept(tmp_path / "run") == ([4, 6], BEST)
     best = checkpointing.checkpoint_path(tmp_path / "run", 4)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers.killed import command, material
+from helpers.killed import MODEL, material
 from helpers.parallel_runs import CASES, RESUMED, recipe_of
 from helpers.stages import figures, go, records, tiny, weights
 from helpers.texts import small_tokenizer
@@ -23,6 +23,15 @@ from dph.train.distributed import World
 RATE = 1e-6  # of the largest weight: how far two processes may be from one
 
 pytestmark = [needs_gloo, pytest.mark.usefixtures("every_kernel")]
+
+
+def command(folder, name, steps):
+    """Training of a small model on conversations, by the command line."""
+    return [
+        sys.executable, "-m", "dph.cli", "train", "mini-sft", "--resume", f"--output={folder / name}",
+        f"model={{config: {MODEL}, tokenizer: {folder / 'tokenizer'}}}", f"data.sources=[{folder / 'messages.jsonl'}]",
+        f"optimiser.steps={steps}", "output.save_every=7", "output.log_every=1", "device=cpu",
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +132,14 @@ def test_nan_in_one_process_is_skipped_in_both(folder):
     assert not all(torch.equal(t, saved[2][name]) for name, t in saved[0].items())
     assert [line["skipped"] for line in figures(folder / "nan")] == [0] * 4 + [1] * 4
     assert_near(trained(folder, "nan"), load_file(folder / "nan" / "model" / "model.safetensors"), 0.0)
+
+
+def test_an_error_of_the_data_of_one_process_is_saved_by_both(folder, tmp_path):
+    found = noted(folder, "data-error")
+    assert [each["kind"] for each in found] == ["OtherRankFailed", "UserError"]
+    saved = f"step 3 is saved in {folder / 'data-error'}, --resume continues from it"
+    assert found[1]["text"] == f"chats.jsonl: the file changed; {saved}"
+    assert_near(trained(folder, "data-error-resumed"), weights(go(recipe_of("sft", tmp_path / "whole")).model))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +246,7 @@ def test_torchrun(tmp_path):
 def test_all_that_meets_several_processes(tmp_path, inductor):
     """Compiled and checkpointed blocks, loader workers, memory on the host, a best checkpoint: as by one process."""
     material(tmp_path)
-    held_out = (tmp_path / "chats.jsonl").read_text().splitlines(keepends=True)[:9]
+    held_out = (tmp_path / "messages.jsonl").read_text().splitlines(keepends=True)[:9]
     (tmp_path / "held-out.jsonl").write_text("".join(held_out))
     more = [
         "compile=true", "checkpointing=block", "data.workers=2", "data.memory=64", "data.memory_place=host",

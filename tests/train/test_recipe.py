@@ -156,6 +156,19 @@ def test_overrides(tmp_path):
         ),
         ("device=gpu", "device: expected auto, cpu, cuda or cuda:NUMBER, got 'gpu'"),
         ("optimiser.lr=[", "optimiser.lr: expected YAML"),
+        ("optimiser.lr={a: 1, a: 2}", "optimiser.lr: the key 'a' is there twice"),
+        ("optimiser.steps=1:30", "optimiser.steps: expected a whole number, got '1:30'"),
+        ("optimiser.steps=0x10", "optimiser.steps: expected a whole number, got '0x10'"),
+        ("compile=yes", "compile: expected true or false, got 'yes'"),
+        (f"optimiser.lr=1{'0' * 350}", "optimiser.lr: expected a number below 1e308, got 1000"),
+        ("seed=9223372036854775808", "seed: expected a whole number of at most 64 bits, got 9223372036854775808"),
+        (f"output.directory=[{'[' * 40 + ']' * 40}]", "output.directory: expected text, got [[[[...]]]]"),
+        (f"{'x' * 300}=1", "override: expected a key of at most 200 printable characters, got 'xxx"),
+        ("a\nb=1", "override: expected a key of at most 200 printable characters, got 'a\\nb'"),
+        ("data.sources.²=1", "data.sources.²: expected a number below 2, got '²'"),
+        ('model={"a\\nb": 1}', "model.a\\nb: unknown key"),
+        ("data.workers=1000000000", "data.workers: expected at most 256 (each is a process"),
+        ("device=cuda:99999999999", "device: expected auto, cpu, cuda or cuda:NUMBER, got 'cuda:99999999999'"),
         ("optimiser.lr", "override: expected key.sub=value, got 'optimiser.lr'"),
     ],
 )
@@ -183,6 +196,27 @@ def test_file_errors(tmp_path):
         recipe.load(write(tmp_path / "broken.yaml", "stage: [\n"))
     with pytest.raises(UserError, match="stage: expected one of pretrain"):
         recipe.load(write(tmp_path / "empty.yaml", "seed: 1\n"))
+    with pytest.raises(UserError, match=r"twice\.yaml:3: the key 'seed' is there twice, first in line 1"):
+        recipe.load(write(tmp_path / "twice.yaml", "seed: 1\nstage: sft\nseed: 2\n"))
+    with pytest.raises(UserError, match=r"base\.yaml: base: expected the name of a recipe, got \[1\]"):
+        recipe.load(write(tmp_path / "base.yaml", "base: [1]\n"))
+    for name in ("x" * 5000, "a\0b", tmp_path):
+        with pytest.raises(UserError, match="recipe: expected a file or one of"):
+            recipe.load(name)
+    (tmp_path / "latin.yaml").write_bytes(b"stage: sft\nmodel: {path: caf\xe9}\n")
+    with pytest.raises(UserError, match=r"latin\.yaml:2: not UTF-8 at byte 28"):
+        recipe.load(tmp_path / "latin.yaml")
+    (tmp_path / "windows.yaml").write_bytes(b"\xef\xbb\xbfstage: sft\r\nseed: 010\r\n")
+    assert recipe.load(tmp_path / "windows.yaml").seed == 10
+    for i in range(recipe.MAX_BASES + 2):
+        write(tmp_path / f"{i}.yaml", f"base: {i + 1}.yaml\n")
+    with pytest.raises(UserError, match="base: expected at most 32 recipes based on each other"):
+        recipe.load(tmp_path / "0.yaml")
+
+
+def test_words_that_yaml_1_1_took_for_booleans_are_names():
+    r = recipe.load("align", ["objective.heads=[on, no, 2001-01-01]", "output.best=null", "seed=-007"])
+    assert (r.objective.heads, r.seed) == (("on", "no", "2001-01-01"), -7)
 
 
 def fields_of(cls):
@@ -266,6 +300,24 @@ def test_the_range_of_an_option_is_that_of_its_field(key):
         value = [value, 0.5] if name == "betas" else value
         with pytest.raises(UserError, match=rf"{name}(\.0)?: expected {minimum} <= {name} < {below}, got "):
             recipe.from_dict(outside(key, value))
+
+
+MAXIMA = {
+    "data.workers": 256, "data.context": 2**24, "data.memory": 2**24, "data.consecutive": 2**16,
+    "optimiser.steps": 10**9, "batch.size": 2**20, "batch.tokens": 2**31 - 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_absurd_sizes_are_refused_with_the_reason(key):
+    maximum, reason = FIELDS[key].metadata.get("maximum") or (None, None)
+    assert maximum == MAXIMA.get(key)
+    if maximum is None:
+        return
+    recipe.from_dict(outside(key, maximum))
+    with pytest.raises(UserError, match=rf"{key}: expected at most {maximum} \({reason}\), got {maximum + 1}"):
+        recipe.from_dict(outside(key, maximum + 1))
+    assert f"at most {maximum}" in recipe.describe()
 
 
 def test_options_that_may_change_on_resume_are_marked_in_their_fields():

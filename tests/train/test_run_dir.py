@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dph.data import atomic
 from dph.errors import UserError
 from dph.train import checkpointing, run_dir
 
@@ -283,7 +284,7 @@ def test_what_is_written_can_be_read_by_whom_the_umask_lets(tmp_path):
     """As every other file; safetensors' are the owner's alone."""
     before = os.umask(0o027)
     try:
-        with checkpointing.atomic_directory(tmp_path / "made") as folder:
+        with atomic.atomic_directory(tmp_path / "made") as folder:
             checkpointing.write_tensors(folder / "a.safetensors", {"x": torch.ones(2)})
     finally:
         os.umask(before)

@@ -6,7 +6,7 @@ import sys
 import types
 
 import pytest
-from helpers.stages import records, settings, tiny
+from helpers.stages import Killed, records, settings, tiny
 from helpers.texts import small_tokenizer
 
 from dph.errors import UserError
@@ -119,11 +119,11 @@ def test_a_resumed_run_goes_on_in_its_place(seen, tracker, tmp_path, monkeypatch
 
     def killed(self, step, values):
         if (step, "eval/loss" in values) >= (seen, seen == 4):
-            raise InterruptedError
+            raise Killed
         log(self, step, values)
 
     monkeypatch.setattr(run_dir.RunDirectory, "log", killed)
-    with pytest.raises(InterruptedError):
+    with pytest.raises(Killed):
         go(tmp_path / "parts", output__tracker=name)
     monkeypatch.setattr(run_dir.RunDirectory, "log", log)
     go(tmp_path / "parts", resume=True, output__tracker=name)

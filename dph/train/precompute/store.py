@@ -15,10 +15,12 @@ own.
 import contextlib
 import hashlib
 import inspect
+import json
 import logging
 import os
 import time
 import uuid
+import weakref
 import zlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,17 +28,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from dph.chat import Encoded
-from dph.errors import UserError
+from dph.errors import UserError, shown
 
 log = logging.getLogger(__name__)
 
 KEY = hashlib.sha256().digest_size  # bytes
 SHARD_BYTES, SHARD_ROWS = 64 << 20, 65_536  # limits of a shard, and so of the rows that wait in memory
+OPEN_SHARDS = 128  # at the same time; a process may often have no more than 1024 open files
+MAX_HEADER = 1 << 20  # bytes of a shard's header, which has three entries
 STALE = 3600  # seconds after which a partial file cannot belong to a running process
 
 
@@ -57,7 +60,7 @@ class RowStore:
         self.directory, self.width = Path(directory), width
         self.rows = rows or max(1, min(SHARD_ROWS, SHARD_BYTES // (4 * width)))
         self._locations: dict[bytes, tuple[Path, int]] = {}  # shard and row
-        self._shards: dict[Path, Any] = {}  # opened when one of their rows is first read
+        self._shards: dict[Path, _Shard] = {}  # opened when one of their rows is first read
         self._waiting: dict[bytes, Tensor] = {}  # not yet written
         self._reported: set[Path] = set()
         try:
@@ -139,30 +142,25 @@ class RowStore:
         """Read the keys of a shard; log a warning if it is damaged."""
         self._indexed.add(path)
         try:
-            with safe_open(path, "pt") as shard:
-                shape = shard.get_slice("values").get_shape()
-                if shape[1:] != [self.width]:
-                    raise ValueError(f"expected rows of {self.width}, got shape {shape}")
-                keys = shard.get_tensor("keys")
-                if keys.shape != (shape[0], KEY):
-                    raise ValueError(f"expected {shape[0]} keys of {KEY} bytes, got shape {list(keys.shape)}")
-        except (OSError, ValueError, SafetensorError) as error:
+            packed = _Shard(path, self.width).keys()
+        except (OSError, ValueError, RecursionError) as error:
             return self._report_damage(path, str(error))
-        packed = keys.numpy().tobytes()
-        self._locations |= {packed[KEY * row : KEY * (row + 1)]: (path, row) for row in range(shape[0])}
+        rows = range(len(packed) // KEY)
+        self._locations |= {packed[KEY * row : KEY * (row + 1)]: (path, row) for row in rows}
 
     def _read(self, path: Path, row: int, key: bytes) -> Tensor | None:
         """Return one row of a shard; None, with a warning, if it is damaged."""
         try:
             if path not in self._shards:
-                self._shards[path] = safe_open(path, "pt")  # maps the file into memory without reading it
-            shard = self._shards[path]
-            value, check = (shard.get_slice(name)[row] for name in ("values", "checks"))
-        except (OSError, SafetensorError) as error:
+                if len(self._shards) == OPEN_SHARDS:
+                    del self._shards[next(iter(self._shards))]  # the one that was opened first
+                self._shards[path] = _Shard(path, self.width)
+            value, check = self._shards[path].row(row)
+        except (OSError, ValueError, RecursionError) as error:
             return self._report_damage(path, str(error))
-        if _check(key, value) != int(check):
+        if _check(key, value) != check:
             return self._report_damage(path, f"row {row} is not what was written")
-        return value.clone()  # a copy, not the mapped file
+        return value
 
     def _report_damage(self, path: Path, reason: str) -> None:
         if path not in self._reported:
@@ -176,6 +174,68 @@ class RowStore:
                 if time.time() - path.stat().st_mtime > STALE:
                     log.warning("%s is incomplete: deleted", path)
                     path.unlink()
+
+
+class _Shard:
+    """The arrays of a shard, read by system calls: a mapped file that another program truncates kills the process.
+
+    Raises ValueError for a file that is no shard of rows of ``width`` numbers, or that ends too early, and OSError.
+    """
+
+    def __init__(self, path: Path, width: int) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._width = width
+        length = int.from_bytes(self._read(0, 8), "little")
+        if length > MAX_HEADER:
+            raise ValueError(f"expected a header of at most {MAX_HEADER} bytes, got {length}")
+        header, self._data = json.loads(self._read(8, length)), 8 + length
+        shape = _array(header, "values")["shape"]
+        if shape[1:] != [width]:
+            raise ValueError(f"expected rows of {width}, got shape {shape}")
+        self.rows = shape[0]
+        self._starts = {}
+        for name, dtype, expected in (
+            ("keys", "U8", [self.rows, KEY]),
+            ("values", "F32", [self.rows, width]),
+            ("checks", "I64", [self.rows]),
+        ):
+            array_header = _array(header, name)
+            if (array_header.get("dtype"), array_header["shape"]) != (dtype, expected):
+                raise ValueError(f"expected {name} of {dtype} {expected}, got {shown(array_header)}")
+            self._starts[name], end = array_header["data_offsets"]
+            if self._data + end > os.fstat(self._descriptor).st_size:
+                raise ValueError(f"expected {self._data + end} bytes, got {os.fstat(self._descriptor).st_size}")
+
+    def keys(self) -> bytes:
+        """Return the keys of all rows, end to end."""
+        return self._read(self._data + self._starts["keys"], KEY * self.rows)
+
+    def row(self, row: int) -> tuple[Tensor, int]:
+        """Return the numbers [width] of a row and its checksum."""
+        size = 4 * self._width
+        numbers = self._read(self._data + self._starts["values"] + row * size, size)
+        check = self._read(self._data + self._starts["checks"] + row * 8, 8)
+        return torch.frombuffer(bytearray(numbers), dtype=torch.float32), int.from_bytes(check, "little")
+
+    def _read(self, start: int, size: int) -> bytes:
+        data = os.pread(self._descriptor, size, start)  # at most 2 GiB, many times a shard
+        if len(data) < size:
+            raise ValueError(f"expected {start + size} bytes or more, got {start + len(data)}")
+        return data
+
+
+def _array(header: Any, name: str) -> dict[str, Any]:
+    """Return type, shape and offsets of an array in a safetensors header. Raises ValueError unless they are there."""
+    entry = header.get(name) if isinstance(header, dict) else None
+    if not isinstance(entry, dict):
+        raise ValueError(f"expected an array called {name}, got none")
+    for key, count in (("shape", None), ("data_offsets", 2)):
+        numbers = entry.get(key)
+        valid = isinstance(numbers, list) and all(type(number) is int and 0 <= number < 2**62 for number in numbers)
+        if not valid or len(numbers) != (count or len(numbers)) or not numbers:
+            raise ValueError(f"expected whole numbers as {key} of {name}, got {shown(numbers)}")
+    return entry
 
 
 def _check(key: bytes, value: Tensor) -> int:

@@ -134,8 +134,12 @@ class Stage(ABC):
         """Return the loss of a micro-batch. Must not wait for the device."""
 
     @abstractmethod
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the position in the data as tensors and JSON, for a checkpoint."""
+    def state(self, undo_batch: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the position in the data as tensors and JSON, for a checkpoint.
+
+        With ``undo_batch`` it is the position before the last call of :meth:`next_batch`, which may have failed. The
+        stage must not be used for further steps then.
+        """
 
     @abstractmethod
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

@@ -151,14 +151,14 @@ class LanguageModelStage(Stage):
         total = -logprobs.sum()
         return LossSum(total, torch.stack([total.detach(), correct.sum(), entropy.sum()]), logprobs.detach())
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self, undo_batch: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return this rank's memories, named by their first streams, and the remaining tokens of all streams."""
         tensors = {}
         for number, memory in enumerate(self.memories):
             if memory is not None:
                 first = self.first_stream + number * self.micro_size
                 tensors |= {f"{first}/{key}": tensor for key, tensor in memory.state_dict().items()}
-        return tensors, self.batches.state_dict()
+        return tensors, self.batches.undo() if undo_batch else self.batches.state_dict()
 
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Continue from a state: the memories of all streams, divided in any way, of which this rank takes its own."""

@@ -309,7 +309,7 @@ class PreferenceStage(Stage):
         """Return a message about the training pairs that were left out so far, or None."""
         return refusal_message(self.batches) if self.batches.refused else None
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self, undo_batch: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the position in the data, and write new frozen outputs to the disk, since a checkpoint follows.
 
         Afterwards every rank sees the outputs of all ranks: in the next epoch a pair may belong to another rank.
@@ -318,7 +318,7 @@ class PreferenceStage(Stage):
             self.frozen.flush()
         if self.world.world_size > 1:
             self.frozen.refresh()
-        return {}, self.batches.state_dict()
+        return {}, self.batches.undo() if undo_batch else self.batches.state_dict()
 
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Continue from a position."""

@@ -93,6 +93,36 @@ def test_damaged_shards_are_passed_over(tmp_path, caplog):
     assert "expected rows of 3, got shape [1, 4]" in caplog.text
 
 
+@pytest.mark.parametrize("change", ["emptied", "cut off", "rewritten", "deleted", "another header"])
+def test_a_shard_that_changes_during_a_run_is_damaged_or_read_as_it_was(change, tmp_path, caplog, monkeypatch):
+    """A mapped file would kill the process. At most one shard is open here, so a deleted one is looked for again."""
+    monkeypatch.setattr(storage, "OPEN_SHARDS", 1)
+    store = RowStore(tmp_path, WIDTH, rows=2000)
+    numbers = torch.arange(4000 * WIDTH, dtype=torch.float32).view(4000, WIDTH)
+    every = [i.to_bytes(32, "little") for i in range(4000)]
+    store.put(every, numbers)
+    assert torch.equal(store.get(every[1999]), numbers[1999])
+    first, _ = shards(tmp_path)
+    content = first.read_bytes()
+    if change == "deleted":
+        first.unlink()
+        assert torch.equal(store.get(every[1999]), numbers[1999])
+        assert store.get(every[2000]) is not None
+    elif change == "another header":
+        assert store.get(every[2000]) is not None
+        first.write_bytes((1 << 60).to_bytes(8, "little") + content[8:])
+    else:
+        changed = {"emptied": b"", "cut off": content[:4096], "rewritten": b"\xff" * len(content)}[change]
+        with first.open("r+b") as file:
+            file.write(changed)
+            file.truncate()
+    assert store.get(every[1999]) is None
+    assert f"{first} is damaged" in caplog.text
+    store.put(every[1999:2000], numbers[1999:2000])
+    assert torch.equal(store.get(every[1999]), numbers[1999])
+    assert len(store._shards) <= 1
+
+
 def test_leavings_of_a_killed_process_are_deleted_when_they_are_old(tmp_path, monkeypatch, caplog):
     (tmp_path / "1-a.partial").write_bytes(b"half")
     assert len(RowStore(tmp_path, WIDTH)) == 0

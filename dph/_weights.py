@@ -1,0 +1,208 @@
+"""Weight files of a folder or the hub: their safetensors headers, compared with the weights that a model needs.
+
+A model never starts from weights that a file lacks: transformers would make them up at random.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dph._folder import describe_other, read_json
+from dph.errors import UserError, printable
+
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and PyTorch's
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class TensorHeader(NamedTuple):
+    """Description of a tensor in a safetensors file.
+
+    Attributes:
+        shape: sizes of the dimensions.
+        dtype: PyTorch's name of a floating-point dtype of at least 16 bits, else safetensors' ("I64", "F8_E4M3").
+        file: path of the file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """Weights of a model on disk.
+
+    Attributes:
+        path: the file of all weights, or the index of several.
+        files: safetensors files.
+        tensors: headers by name.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    tensors: dict[str, TensorHeader]
+
+
+def read_weight_files(path: str | os.PathLike, variant: str | None = None, **hub: Any) -> WeightFiles:
+    """Return the headers of ``model.safetensors``, or of the files that ``model.safetensors.index.json`` names.
+
+    Args:
+        path: folder, or the name of a model on the hub.
+        variant: inserted into the files' names, as in transformers.
+        hub: arguments for downloads; ``subfolder`` also counts in a folder.
+
+    Raises UserError, which begins with the file, if files are missing (pickles do not count), unreadable, damaged or
+    contain the same tensor, or if tensors are not in the file that the index names. OSError if the hub fails.
+    """
+    infix = f".{variant}" if variant else ""
+    single, index = f"model{infix}.safetensors", f"model.safetensors.index{infix}.json"
+    folder = Path(path) / (hub.get("subfolder") or "") if os.path.isdir(path) else None
+    where = _find(single, path, folder, hub) or _find(index, path, folder, hub)
+    if where is None:
+        raise UserError(f"{folder or path}: expected weights in {single} or {index}, got {_other_weights(folder)}")
+    if where.name != index:
+        return WeightFiles(where, (where,), read_header(where))
+    named = _read_index(where)
+    files, tensors = [], {}
+    for name in sorted(set(named.values())):
+        file = where.parent / name if folder is not None else _find(name, path, folder, hub)
+        if file is None:
+            raise UserError(f"{where}: weight_map: expected files on the hub, got none for {_cut(name)}")
+        header = read_header(file)
+        if duplicates := sorted(tensors.keys() & header.keys()):
+            raise UserError(
+                f"{where}: expected each tensor in one file, got {len(duplicates)} in several, the first is "
+                f"{_cut(duplicates[0])} in {tensors[duplicates[0]].file.name} and {file.name}"
+            )
+        files.append(file)
+        tensors |= header
+    wrong = [tensor for tensor, name in named.items() if tensor not in tensors or tensors[tensor].file.name != name]
+    if wrong:
+        raise UserError(
+            f"{where}: weight_map: expected the file of each tensor, got {len(wrong)} that are not in the named file, "
+            f"the first is {_cut(wrong[0])} in {named[wrong[0]]}"
+        )
+    return WeightFiles(where, tuple(files), tensors)
+
+
+def _find(file: str, path: str | os.PathLike, folder: Path | None, hub: Mapping[str, Any]) -> Path | None:
+    """Return the path of a file in ``folder``, or of the downloaded file if that is None; None if it does not exist."""
+    if folder is not None:
+        return folder / file if os.path.lexists(folder / file) else None
+    from transformers.utils import cached_file
+
+    found = cached_file(path, file, **hub, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
+
+
+def _other_weights(folder: Path | None) -> str:
+    """Return what a folder without our weight files has in their place."""
+    names = sorted(os.listdir(folder)) if folder is not None and folder.is_dir() else []
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles:
+        return f"{_cut(pickles[0])}: a pickle, which could run code and is not read"
+    others = [name for name in names if name.endswith((".safetensors", ".gguf"))]
+    return f"{_cut(others[0])}, a name of another layout" if others else "none of them"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Return {tensor: file} of an index. Raises UserError unless it names safetensors files of its own folder."""
+    fields = read_json(path)
+    named = fields.get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise UserError(f"{path}: weight_map: expected an object of file names by tensor, got none")
+    for tensor, name in named.items():
+        plain = isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
+        if not plain or not name.isprintable():
+            raise UserError(
+                f"{path}: weight_map.{_cut(tensor)}: expected a .safetensors file of the same folder, got {_cut(name)}"
+            )
+    if not isinstance(fields.get("metadata"), dict):
+        raise UserError(f"{path}: metadata: expected an object, got none")
+    return named
+
+
+def read_header(path: Path) -> dict[str, TensorHeader]:
+    """Return the tensors' headers of a safetensors file, without reading the tensors.
+
+    Raises UserError, which begins with the path, if it is no regular file, unreadable or damaged.
+    """
+    if got := describe_other(path):
+        raise UserError(f"{path}: expected a safetensors file, got {got}")
+    headers = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                entry = file.get_slice(name)
+                dtype = entry.get_dtype()
+                headers[name] = TensorHeader(tuple(entry.get_shape()), FLOATS.get(dtype, dtype), path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: expected a whole safetensors file, got a damaged one: {_cut(error)}") from None
+    except OSError as error:
+        raise UserError(f"{path}: expected a readable file, got: {error.strerror or _cut(error)}") from None
+    return headers
+
+
+def _cut(text: object, most: int = 120) -> str:
+    """Return a name or message from outside on one line of bounded length."""
+    line = printable(" ".join(str(text).split()), keep="")
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
+def check_tensors(
+    expected: Mapping[str, Tensor],
+    got: Mapping[str, TensorHeader | Tensor],
+    where: str | os.PathLike,
+    *,
+    optional: Callable[[str], bool] | None = None,
+    any_shape: bool = False,
+) -> None:
+    """Raise one UserError unless ``got`` has the names and shapes of ``expected``, in floating-point dtypes.
+
+    Sharded tensors count with their whole shape. Infinite and NaN values are not looked for.
+
+    Args:
+        expected: tensors of the model, on any device (``meta`` included).
+        got: tensors, or their headers, read from ``where``.
+        where: file, begins the message. It names the first tensor of each kind of fault, and how many there are.
+        optional: of a name: whether it may be missing or not expected (reward heads).
+        any_shape: whether shapes may differ.
+    """
+
+    def required(names: Iterable[str]) -> list[str]:
+        return [name for name in names if optional is None or not optional(name)]
+
+    missing = required(name for name in expected if name not in got)
+    unexpected = required(sorted(name for name in got if name not in expected))
+    not_float, misshapen = [], []
+    for name, tensor in got.items():
+        if _dtype(tensor) not in FLOATS.values():
+            not_float.append(name)
+        if name in expected and not any_shape and tuple(tensor.shape) != tuple(expected[name].shape):
+            misshapen.append(name)
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} missing (the first is {missing[0]})")
+    if unexpected:
+        faults.append(f"{len(unexpected)} not of this model (the first is {_cut(unexpected[0])})")
+    if not_float:
+        name = min(not_float)
+        faults.append(f"{len(not_float)} of another type (the first is {_cut(name)}: {_dtype(got[name])})")
+    if misshapen:
+        name = misshapen[0]
+        shapes = f"{list(got[name].shape)}, expected {list(expected[name].shape)}"
+        faults.append(f"{len(misshapen)} of another shape (the first is {name}: {shapes})")
+    if faults:
+        floats = "float16, bfloat16, float32 or float64"
+        raise UserError(f"{where}: expected the model's {len(expected)} tensors in {floats}, got {', '.join(faults)}")
+
+
+def _dtype(tensor: TensorHeader | Tensor) -> str:
+    return tensor.dtype if isinstance(tensor.dtype, str) else str(tensor.dtype).removeprefix("torch.")

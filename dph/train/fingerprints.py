@@ -1,0 +1,95 @@
+"""Fingerprints of what a run is made of: training and held-out records, tokenizer, configuration of the model.
+
+A checkpoint holds them, and a resumed run compares them with its own: data or a tokenizer that changed under the same
+name would continue as another run. Places do not count, only contents.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+from typing import Any
+
+from dph import chat
+from dph.data.sources import fingerprint
+from dph.train.config_schema import plain
+from dph.train.stages.base import Stage
+
+
+def of_stage(stage: Stage) -> dict[str, Any]:
+    """Return the fingerprints as JSON: of each training source, the tokenizer, the model, each held-out source."""
+    sampler = stage.batches.records
+    sampler = getattr(sampler, "sampler", sampler)  # of a pool of workers
+    held_out = {name: fingerprint(records) for name, records in stage.held_out.sources.items()}
+    return {
+        "sources": [fingerprint(records) for records in sampler.datasets],
+        "sizes": [len(records) for records in sampler.datasets],
+        "tokenizer": of_tokenizer(stage.tokenizer),
+        "model": of_config(stage.model.config),
+        "held_out": held_out,
+        "evaluation": [plain(dataclasses.asdict(source)) for source in stage.recipe.evaluation.sources],
+    }
+
+
+def of_tokenizer(tokenizer: Any) -> str:
+    """Return a digest of vocabulary, merges, processing and special tokens; padding and truncation do not count."""
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    special += tokenizer.convert_tokens_to_ids([chat.START, chat.END])
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        parts: Any = [type(tokenizer).__name__, tokenizer.get_vocab()]
+    else:
+        parts = json.loads(backend.to_str())
+        parts = {key: value for key, value in parts.items() if key not in ("version", "padding", "truncation")}
+    return _digest([special, _without_defaults(parts)])
+
+
+def of_config(config: Any) -> str:
+    """Return a digest of a ``ModelConfig``: all that the network is made of."""
+    fields = {}
+    for name in inspect.signature(type(config)).parameters:
+        if name not in ("released", "kwargs"):
+            fields[name] = getattr(config, name)
+    return _digest(plain(fields))
+
+
+def changes(saved: dict[str, Any], now: dict[str, Any], names: list[str]) -> list[str]:
+    """Return what differs between the fingerprints of a checkpoint and those of the run that resumes from it.
+
+    Args:
+        saved: of the checkpoint.
+        now: of the resumed run.
+        names: of the training sources, in messages.
+    """
+    different = []
+    if len(saved["sources"]) != len(now["sources"]):
+        return [f"data: {len(now['sources'])} sources in place of {len(saved['sources'])}"]
+    for index, name in enumerate(names[: len(saved["sources"])]):
+        if saved["sources"][index] != now["sources"][index]:
+            sizes = saved["sizes"][index], now["sizes"][index]
+            counts = f"{sizes[1]:,} in place of {sizes[0]:,}" if sizes[0] != sizes[1] else f"also {sizes[1]:,}"
+            different.append(f"{name}: other records ({counts})")
+    if saved["tokenizer"] != now["tokenizer"]:
+        different.append("model.tokenizer: another tokenizer")
+    if saved["model"] != now["model"]:
+        different.append("model: another configuration")
+    if saved["evaluation"] == now["evaluation"]:  # another choice of sources is no surprise
+        for name, after in now["held_out"].items():
+            if saved["held_out"].get(name, after) != after:
+                different.append(f"evaluation.sources: {name}: other records")
+    return different
+
+
+def _without_defaults(value: Any) -> Any:
+    """Return JSON without null and false: an option that a later version adds changes nothing while it is off."""
+    if isinstance(value, dict):
+        kept = {}
+        for key, item in value.items():
+            if item is not None and item is not False:
+                kept[key] = _without_defaults(item)
+        return kept
+    return [_without_defaults(item) for item in value] if isinstance(value, list) else value
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,156 @@
+"""Files and folders are replaced when they are complete, and otherwise are as they were."""
+
+import errno
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from dph.data import atomic
+
+FULL = os.strerror(errno.ENOSPC)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fail(error):
+    raise error
+
+
+def killed(number):
+    os.kill(os.getpid(), number)
+    time.sleep(1)  # Python runs the handler
+
+
+def write_file(path, end):
+    with atomic.atomic_file(path) as file:
+        file.write(b"new" * 100_000)
+        assert path.read_bytes() == b"old"
+        end()
+
+
+def write_folder(folder, end):
+    with atomic.new_files(folder, last="a") as temporary:
+        (temporary / "a").write_bytes(b"new")
+        (temporary / "b").write_bytes(b"new")
+        end()
+
+
+ENDINGS = {
+    "error": (lambda: fail(ValueError("x")), ValueError, "x"),
+    "Ctrl-C": (lambda: fail(KeyboardInterrupt()), KeyboardInterrupt, None),
+    "full disk": (lambda: fail(OSError(errno.ENOSPC, FULL)), OSError, FULL),
+    "full disk, in Rust": (lambda: fail(Exception("I/O error: full (os error 28)")), OSError, FULL),
+    **{number.name: (lambda number=number: killed(number), SystemExit, str(128 + number)) for number in atomic.ENDING},
+}
+
+
+@pytest.fixture(autouse=True)
+def default_signals():
+    """The actions of a new process, and a check that they are the same after the test."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in atomic.ENDING}
+    yield
+    after = [signal.signal(number, handler) for number, handler in before.items()]
+    assert set(after) == {signal.SIG_DFL}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path, ending):
+    end, kind, message = ENDINGS[ending]
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    with pytest.raises(kind, match=message) as raised:
+        write_file(path, end)
+    assert (path.read_bytes(), names(tmp_path)) == (b"old", ["out"])
+    if kind is OSError:
+        assert raised.value.filename == str(path)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_gets_all_files_or_none(tmp_path, ending, exists):
+    end, kind, message = ENDINGS[ending]
+    folder = tmp_path / "out"
+    if exists:
+        folder.mkdir()
+        (folder / "other").write_bytes(b"other")
+    before = [names(tmp_path), names(folder) if exists else None]
+    with pytest.raises(kind, match=message) as raised:
+        write_folder(folder, end)
+    assert [names(tmp_path), names(folder) if exists else None] == before
+    if kind is OSError:
+        assert raised.value.filename == str(folder)
+    write_folder(folder, lambda: None)
+    assert names(tmp_path) == ["out"]
+    assert names(folder) == (["a", "b", "other"] if exists else ["a", "b"])
+
+
+def test_permissions_and_links_stay(tmp_path):
+    old, link, hard = tmp_path / "old", tmp_path / "link", tmp_path / "hard"
+    old.write_bytes(b"old")
+    old.chmod(0o640)
+    link.symlink_to("old")
+    hard.hardlink_to(old)
+    with atomic.atomic_file(link) as file:
+        file.write(b"new")
+    assert link.is_symlink()
+    assert (old.read_bytes(), old.stat().st_mode & 0o777, hard.read_bytes()) == (b"new", 0o640, b"old")
+    (tmp_path / "dangling").symlink_to("made")
+    before = os.umask(0o027)
+    try:
+        with atomic.atomic_file(tmp_path / "dangling") as file:
+            file.write(b"made")
+    finally:
+        os.umask(before)
+    assert ((tmp_path / "made").read_bytes(), (tmp_path / "made").stat().st_mode & 0o777) == (b"made", 0o640)
+    assert names(tmp_path) == ["dangling", "hard", "link", "made", "old"]
+
+
+def test_a_pipe_is_written_directly(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    thread = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
+    thread.start()
+    with atomic.atomic_file(tmp_path / "pipe") as file:
+        file.write(b"new")
+    thread.join()
+    assert (read, names(tmp_path)) == ([b"new"], ["pipe"])
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("", FileNotFoundError),
+        ("no/x", FileNotFoundError),
+        ("x/", FileNotFoundError),
+        ("folder", IsADirectoryError),
+        ("file/x", NotADirectoryError),
+        ("loop", OSError),
+        ("x" * 300, OSError),
+    ],
+)
+def test_what_cannot_be_written_is_an_error_at_once(tmp_path, monkeypatch, name, error):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(error) as raised:
+        atomic.check_writable(name)
+    assert raised.value.filename == name
+    if name:
+        with pytest.raises((NotADirectoryError, OSError)):
+            atomic.check_new_files("file/x" if name == "folder" else f"file/{name}")
+    assert names(tmp_path) == ["file", "folder", "loop"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_an_error_at_once(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError):
+        atomic.check_writable(tmp_path / "x")
+    with pytest.raises(PermissionError):
+        atomic.check_new_files(tmp_path / "x")

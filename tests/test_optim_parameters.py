@@ -1,0 +1,232 @@
+"""LaProp when its parameters change: cast, moved, exchanged or written to, before the first step and later."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from test_optim import numbers, run, two
+from torch import nn
+
+from dph.optim import LaProp
+
+SETTINGS = {"lr": 1.0, "prior_decay": 0.5, "weight_decay": 0.1}
+CHANGED = r"2 of 2 parameters changed between .* first step, first param_groups\[0\]: params\[0\] \('a'\); prior_decay"
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+class Pair(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.a, self.b = two(dtype)
+
+
+def build(dtype=torch.float32, **settings):
+    model = Pair(dtype)
+    return model, LaProp(model.named_parameters(), **{**SETTINGS, **settings})
+
+
+def exchange(model, optimiser):
+    """Other parameters of the same values, as accelerate gives to an optimizer for FSDP2."""
+    for name, p in list(model.named_parameters()):
+        setattr(model, name, nn.Parameter(p.detach().clone()))
+    optimiser.param_groups[0]["params"] = list(model.parameters())
+
+
+def swap(model, optimiser):
+    for p in model.parameters():
+        torch.utils.swap_tensors(p, nn.Parameter(p.detach().clone()))
+
+
+def replace_data(model, optimiser):
+    for p in model.parameters():
+        p.data = p.data.clone()
+
+
+def go_to_meta_and_back(model, optimiser):
+    values = copy.deepcopy(model.state_dict())
+    for name, p in list(model.named_parameters()):
+        setattr(model, name, nn.Parameter(p.detach().to("meta")))
+    optimiser.param_groups[0]["params"] = list(model.parameters())
+    optimiser.state_dict()
+    model.to_empty(device="cpu")
+    model.load_state_dict(values)
+    optimiser.param_groups[0]["params"] = list(model.parameters())
+
+
+CHANGES = {
+    "cast to bf16": lambda model, _: model.bfloat16(),
+    "cast to fp16": lambda model, _: model.half(),
+    "cast to fp64": lambda model, _: model.double(),
+    "the same data": replace_data,
+    "the same weights": lambda model, _: model.load_state_dict(copy.deepcopy(model.state_dict())),
+    "exchanged": exchange,
+    "swapped": swap,
+    "meta": go_to_meta_and_back,
+}
+
+
+@pytest.mark.parametrize("then", ["step", "save", "copy"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_before_the_first_step(change, then):
+    """All is as if the optimizer was built after the change, except that priors keep their precision."""
+    model, optimiser = build()
+    CHANGES[change](model, optimiser)
+    other = Pair().to(model.a.dtype)
+    if then == "save":
+        optimiser.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    elif then == "copy":
+        model, optimiser = copy.deepcopy((model, optimiser))
+    expected = LaProp(other.parameters(), **SETTINGS)
+    for p, q in zip(other.parameters(), Pair().parameters(), strict=True):
+        if p.dtype != torch.float64:
+            expected.state[p]["prior"] = q.detach()
+    run(optimiser, list(model.parameters()), 4)
+    run(expected, list(other.parameters()), 4)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    kept = [p for p in optimiser.state if isinstance(p, torch.Tensor)]
+    assert len(kept) == 2, "the state of former parameters is freed"
+
+
+@pytest.mark.parametrize("prior_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_loaded_after_the_optimizer_was_built(dtype, prior_dtype):
+    """The optimizer warns, keeps its priors, and does not undo the loading (by masters)."""
+    model, optimiser = build(dtype, prior_dtype=prior_dtype)
+    with torch.no_grad():
+        model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+    loaded = [p.detach().clone() for p in model.parameters()]
+    with pytest.warns(UserWarning, match=CHANGED) as caught:
+        run(optimiser, list(model.parameters()), 1)
+    assert caught[0].filename.endswith("test_optim.py"), "the warning points to the caller of step"
+    for p, before in zip(model.parameters(), loaded, strict=True):
+        assert (p - before).abs().max() < 0.1
+    run(optimiser, list(model.parameters()), 1, first=1)  # without another warning
+
+
+def test_replaced_data_warns_and_no_prior_does_not():
+    model, optimiser = build()
+    for p in model.parameters():
+        p.data = p.data * 2
+    with pytest.warns(UserWarning, match=CHANGED):
+        run(optimiser, list(model.parameters()), 1)
+    model, optimiser = build(prior_decay=0.0)
+    for p in model.parameters():
+        p.data = p.data * 2
+    run(optimiser, list(model.parameters()), 1)
+
+
+def test_a_loaded_state_brings_its_own_priors():
+    """To load weights and then the state is the usual way to resume, and has nothing to warn of."""
+    model, optimiser = build()
+    run(optimiser, list(model.parameters()), 2)
+    resumed, other = build()
+    resumed.load_state_dict(model.state_dict())
+    other.load_state_dict(optimiser.state_dict())
+    run(optimiser, list(model.parameters()), 2, first=2)
+    run(other, list(resumed.parameters()), 2, first=2)
+    assert all(map(torch.equal, model.parameters(), resumed.parameters()))
+
+
+def test_a_later_group_is_compared_before_its_first_step():
+    model, optimiser = build()
+    run(optimiser, list(model.parameters()), 2)
+    late = nn.Parameter(numbers(3))
+    optimiser.add_param_group({"params": [("late", late)]})
+    with torch.no_grad():
+        late.add_(1)
+    with pytest.warns(
+        UserWarning, match=r"1 of 3 parameters changed .* first param_groups\[1\]: params\[0\] \('late'\)"
+    ):
+        run(optimiser, [*model.parameters(), late], 1, first=2)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_written_into_a_parameter_reaches_its_master(dtype, steps):
+    """The other elements keep their fp32 values."""
+    model, optimiser = build(dtype, prior_decay=0.0)
+    run(optimiser, list(model.parameters()), steps)
+    masters = [optimiser.state[p]["master"].clone() for p in model.parameters()]
+    with torch.no_grad():
+        model.a[2:] = 7.0
+    saved = [state["master"] for state in optimiser.state_dict()["state"].values()]
+    masters[0][2:] = 7.0
+    assert all(map(torch.equal, saved, masters))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with torch.no_grad():
+        model.b.zero_()
+    optimiser.param_groups[0].update(lr=0.0)
+    optimiser.step()  # by momentum
+    assert (model.a - masters[0]).abs().max() < 0.02
+    assert model.b.abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("dtype", "change", "message"),
+    [
+        (torch.float32, "cast to bf16", r"expected torch.float32 on cpu as at the last step, got a .* torch.bfloat16"),
+        (torch.float32, "cast to fp64", r"expected torch.float32 on cpu as at the last step, got a .* torch.float64"),
+        (torch.bfloat16, "cast to fp64", r"expected torch.bfloat16 or torch.float16 on cpu .*, got a .* torch.float64"),
+    ],
+)
+def test_a_cast_after_the_first_step_is_refused_and_the_advice_helps(dtype, change, message):
+    model, optimiser = build(dtype)
+    run(optimiser, list(model.parameters()), 2)
+    moments = [state["exp_avg"].clone() for state in optimiser.state.values()]
+    for p in model.parameters():
+        p.grad = None
+        p.grad_dtype = None
+    CHANGES[change](model, optimiser)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(
+        ValueError, match=rf"^param_groups\[0\]: params\[0\] \('a'\): {message}.*: it was cast or moved"
+    ):
+        run(optimiser, list(model.parameters()), 1, first=2)
+    assert all(map(torch.equal, model.parameters(), before))
+    optimiser.load_state_dict(optimiser.state_dict())
+    for state, moment in zip(optimiser.state.values(), moments, strict=True):
+        assert torch.equal(state["exp_avg"], moment.to(state["exp_avg"].dtype))
+    run(optimiser, list(model.parameters()), 1, first=2)
+
+
+def test_an_exchange_after_the_first_step_is_refused():
+    model, optimiser = build()
+    run(optimiser, list(model.parameters()), 2)
+    saved = copy.deepcopy(optimiser.state_dict())
+    exchange(model, optimiser)
+    for save in (lambda: run(optimiser, list(model.parameters()), 1), optimiser.state_dict):
+        with pytest.raises(
+            ValueError, match=r"params\[0\] \('a'\): expected the parameter that the state belongs to, got"
+        ):
+            save()
+    optimiser.load_state_dict(saved)  # the advice, without a new optimizer
+    run(optimiser, list(model.parameters()), 1)
+
+
+def test_a_new_shape_after_the_first_step_is_refused():
+    model, optimiser = build()
+    run(optimiser, list(model.parameters()), 2)
+    model.b.grad = None
+    model.b.data = torch.zeros(6, 3)
+    with pytest.raises(ValueError, match=r"params\[1\] \('b'\): expected the parameter .* of shape \[6, 3\]"):
+        run(optimiser, list(model.parameters()), 1)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_step_without_gradients_warns(steps):
+    """The model has other parameters than the optimizer."""
+    model, optimiser = build()
+    run(optimiser, list(model.parameters()), steps)
+    optimiser.zero_grad()
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    model.a.sum().backward()
+    with pytest.warns(UserWarning, match="no parameter has a gradient, so the step changed nothing. Were the model's"):
+        optimiser.step()
