@@ -1,6 +1,8 @@
 // Helpers shared by all kernels. Independent of Python and PyTorch: raw pointers in, error codes out.
 #pragma once
 
+#include <math.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -61,7 +63,7 @@ DPH_INLINE float exp_of(float x) {
 
 // 1 / (1 + e^-x), exactly 0 below -87, so that minus infinity times the result is NaN, as in PyTorch's silu.
 DPH_INLINE float sigmoid_of(float x) {
-  const float below = x < 0.0f ? x : -x, e = below < -87.0f ? 0.0f : exp_of(below);
+  const float size = fabsf(x), e = size > 87.0f ? 0.0f : exp_of(-size);
   return (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 

@@ -1,4 +1,4 @@
-"""How OpenMP's idle threads wait, on a machine that other processes use as well.
+"""Waiting of OpenMP's idle threads, on a machine that other processes use as well.
 
 By default an idle thread spins until the others finish. If another process needs the core, the spinning delays the
 thread that has work: beside five busy processes on two cores, the quickstart's alignment was 67 times slower, and 17

@@ -238,6 +238,12 @@ def saved_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> li
     saved = []
     for number, (own, group) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
         saved.append(SavedGroup(number, group, state_dict["state"], own))
+    known = {key for group in state_dict["param_groups"] for key in group["params"]}
+    for key in state_dict["state"]:
+        if key not in known:
+            raise ValueError(
+                f"state_dict: expected states of the groups' parameters, got one of parameter {shown(key)}"
+            )
     return saved
 
 

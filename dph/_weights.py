@@ -6,6 +6,7 @@ A model never starts from weights that a file lacks: transformers would make the
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from dph._folder import describe_other, read_json
 from dph.errors import UserError, printable
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and PyTorch's
+DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers prefers these to others
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -64,6 +66,8 @@ def read_weight_files(path: str | os.PathLike, variant: str | None = None, **hub
     infix = f".{variant}" if variant else ""
     single, index = f"model{infix}.safetensors", f"model.safetensors.index{infix}.json"
     folder = Path(path) / (hub.get("subfolder") or "") if os.path.isdir(path) else None
+    if folder is not None and any(map(DISTRIBUTED.fullmatch, os.listdir(folder))):
+        raise UserError(f"{folder}: expected {single} or {index}, got files of a distributed checkpoint")
     where = _find(single, path, folder, hub) or _find(index, path, folder, hub)
     if where is None:
         raise UserError(f"{folder or path}: expected weights in {single} or {index}, got {_other_weights(folder)}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 from weakref import WeakKeyDictionary, proxy
 
-from dph.errors import UserError, check_text, shown
+from dph.errors import UserError, check_text, shown, shown_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,21 +79,24 @@ def markup(tokenizer: PreTrainedTokenizerBase) -> Markup:
             missing.append(token)
     if missing:
         raise UserError(
-            f"tokenizer: expected the chat tokens {START} and {END}, got one without {' and '.join(missing)}; "
-            "dph.data.tokenizer.add_chat_tokens adds them"
+            f"{tokenizer_name(tokenizer)}: expected the chat tokens {START} and {END}, got one without "
+            f"{' and '.join(missing)}; dph.data.tokenizer.add_chat_tokens adds them"
         )
     start, end, content = vocabulary[START], vocabulary[END], plain(tokenizer)
     control = {start, end, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
     if leaked := control.intersection(content(START + END + "".join(tokenizer.all_special_tokens))):
-        names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(leaked)))
-        raise UserError(f"tokenizer: text that spells {names} becomes a control token; add it as a special token")
+        names = shown_names(tokenizer.convert_ids_to_tokens(sorted(leaked)))
+        raise UserError(
+            f"{tokenizer_name(tokenizer)}: text that spells {names} becomes a control token; add it as a special token"
+        )
     segments = {}
     for name in (*ROLES, "tail"):
         text, control_token = (f"{END}\n", end) if name == "tail" else (f"{START}{name}\n", start)
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
-        if ids[0] != control_token or control_token in ids[1:]:
+        if ids[:1] != [control_token] or control_token in ids[1:]:
             raise UserError(
-                f"tokenizer: expected {text!r} to begin with the one control token {control_token}, got {ids}"
+                f"{tokenizer_name(tokenizer)}: expected {text!r} to begin with the one control token {control_token}, "
+                f"got {shown(ids)}"
             )
         segments[name] = ids
     tail = segments.pop("tail")
@@ -105,8 +108,14 @@ def markup(tokenizer: PreTrainedTokenizerBase) -> Markup:
 def eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id of EOS, which also stands before the first message and between documents."""
     if tokenizer.eos_token_id is None:
-        raise UserError("tokenizer: expected one with an EOS token, got one without")
+        raise UserError(f"{tokenizer_name(tokenizer)}: expected one with an EOS token, got one without")
     return tokenizer.eos_token_id
+
+
+def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what error messages call a tokenizer: its folder or hub name, if it has one."""
+    name = tokenizer.name_or_path
+    return f"{name}: tokenizer" if name else "tokenizer"
 
 
 def plain(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
@@ -137,7 +146,9 @@ def check(messages: Any, where: str = "messages") -> None:
             raise UserError(f"{where}[{i}]: expected role and content, got none for {missing}")
         if not isinstance(message["role"], str) or message["role"] not in ROLES:
             raise UserError(f"{where}[{i}]: expected role {', '.join(ROLES)}, got {shown(message['role'])}")
-        check_text(message["content"], f"{where}[{i}].content")
+        content = message["content"]
+        if type(content) is not str or not content.isascii():  # ASCII text, the common case, has no lone surrogate
+            check_text(content, f"{where}[{i}].content")
 
 
 def check_answered(messages: Sequence[Message], where: str = "messages") -> None:

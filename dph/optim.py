@@ -2,6 +2,7 @@
 
 import copy
 import math
+import numbers
 import operator
 import warnings
 from collections import defaultdict
@@ -51,7 +52,7 @@ class _Source(NamedTuple):
     is_prior: bool
 
     @classmethod
-    def of(cls, p: Tensor, is_prior: bool) -> "_Source":
+    def read(cls, p: Tensor, is_prior: bool) -> "_Source":
         """Return the present storage of ``p``."""
         shard = local_shard(p)
         return cls(shard._version, shard.data_ptr(), is_prior)
@@ -168,7 +169,7 @@ class LaProp(torch.optim.Optimizer):
         if group["prior_decay"] != 0:
             prior_dtype = state_dtype if group["prior_dtype"] == "float32" else PRIOR_DTYPES[group["prior_dtype"]]
             state["prior"] = p.detach().to(prior_dtype, copy=True)
-        self._sources[p] = _Source.of(p, is_prior=True)
+        self._sources[p] = _Source.read(p, is_prior=True)
 
     def _show_clock(self, group: dict[str, Any], clock: Tensor) -> None:
         """Put t and a, as views of the clock, where PyTorch's distributed checkpoints look for the names of a state."""
@@ -241,7 +242,7 @@ class LaProp(torch.optim.Optimizer):
             self._clocks[number] = clock.to(_clock_device(group))
             self._show_clock(group, self._clocks[number])
         present = set(self._params())
-        for former in [p for p in self.state if isinstance(p, Tensor) and p not in present]:
+        for former in self.state.keys() - present:
             del self.state[former]
             self._sources.pop(former, None)
 
@@ -254,7 +255,7 @@ class LaProp(torch.optim.Optimizer):
         params, changed = self._params(), []
         for p in params:
             source, state = self._sources.get(p), self.state[p]
-            if source is None or source == _Source.of(p, source.is_prior):
+            if source is None or source == _Source.read(p, source.is_prior):
                 continue
             if "master" in state:
                 self._update_master(p)
@@ -317,7 +318,7 @@ class LaProp(torch.optim.Optimizer):
         for group, clock in zip(self.param_groups, self._clocks, strict=True):
             try:
                 has_gradients |= self._step_group(group, clock, grad_scale)
-            except (KeyError, RuntimeError, ValueError):
+            except (AttributeError, KeyError, RuntimeError, ValueError):
                 self._raise_misfit(group)
                 raise
         if not has_gradients:
@@ -329,10 +330,11 @@ class LaProp(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any], clock: Tensor, grad_scale: Tensor | None) -> bool:
         """Update the parameters of a group; return whether one has a gradient."""
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}  # one launch each, nearly always a single one
+        by_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}  # one launch each, nearly always a single one
         for p in group["params"]:
-            if p.grad is not None:
-                by_dtype.setdefault(p.dtype, []).append(p)
+            grad = p.grad
+            if grad is not None:
+                by_dtype.setdefault(p.dtype, []).append((p, grad))
         if not by_dtype:
             return False
         # The operator advances the clock: launches of other dtypes start from copies of the same step.
@@ -340,12 +342,12 @@ class LaProp(torch.optim.Optimizer):
         while len(clocks) < len(by_dtype):
             clocks.append(clock.clone())
         anchored = group["prior_decay"] != 0
-        for params, own_clock in zip(by_dtype.values(), clocks, strict=True):
-            has_masters = "master" in self.state[params[0]]
+        for pairs, own_clock in zip(by_dtype.values(), clocks, strict=True):
+            has_masters = "master" in self.state[pairs[0][0]]
             weights, grads, exp_avg, exp_avg_sq, masters, priors = [], [], [], [], [], []
-            for p in params:
+            for p, grad in pairs:
                 state = self.state[p]
-                tensors = [p, p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("master"), state.get("prior")]
+                tensors = [p, grad, state["exp_avg"], state["exp_avg_sq"], state.get("master"), state.get("prior")]
                 if hasattr(p, "to_local"):
                     tensors = map(local_shard, tensors)
                 weight, grad, average, average_sq, master, prior = tensors
@@ -363,7 +365,7 @@ class LaProp(torch.optim.Optimizer):
                     priors.append(prior)
             if has_masters:
                 leads = list(map(operator.sub, map(_version, weights), map(_version, masters)))
-                if leads != list(map(self._leads.get, map(id, params))):
+                if leads != [self._leads.get(id(p)) for p, _ in pairs]:
                     self._update_masters()
             dph_kernels.laprop(
                 masters if has_masters else weights,
@@ -427,10 +429,10 @@ class LaProp(torch.optim.Optimizer):
     def _replace_data(self, p: Tensor, data: Tensor) -> None:
         """Replace the storage of a parameter by one with the same values in another dtype."""
         source = self._sources.get(p)
-        is_unchanged = source is not None and source == _Source.of(p, source.is_prior)
+        is_unchanged = source is not None and source == _Source.read(p, source.is_prior)
         p.data = data
         if is_unchanged:
-            self._sources[p] = _Source.of(p, source.is_prior)
+            self._sources[p] = _Source.read(p, source.is_prior)
 
     def _params(self) -> list[Tensor]:
         """Return the parameters of all groups."""
@@ -448,8 +450,7 @@ class LaProp(torch.optim.Optimizer):
         self._update_masters()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state = {key: value for key, value in self.state.items() if not isinstance(key, Tensor)}
-        groups = []
+        state, groups = {}, []
         for group, clock in zip(self.param_groups, self._clocks, strict=True):
             step, rate_average = clock.tolist()
             indices = []
@@ -483,10 +484,7 @@ class LaProp(torch.optim.Optimizer):
         former, former_groups = self.state, self.param_groups
         saved_ones = saved_groups(state_dict, former_groups)
 
-        self.state = defaultdict(dict)
-        loaded = {key for group in state_dict["param_groups"] for key in group["params"]}
-        self.state.update({key: value for key, value in state_dict["state"].items() if key not in loaded})
-        self.param_groups, self._sources, self._leads = [], {}, {}
+        self.state, self.param_groups, self._sources, self._leads = defaultdict(dict), [], {}, {}
         for number, (former_group, saved) in enumerate(zip(former_groups, saved_ones, strict=True)):
             params, rate = former_group["params"], former_group["lr"]
             group = {**copy.deepcopy(saved.settings), "params": params}
@@ -506,7 +504,7 @@ class LaProp(torch.optim.Optimizer):
                     self._set_master(p, self.state[p]["master"])
                 has_started = saved.clock[0] > 0
                 if not has_started or self.state[p].keys() - tensors.keys():  # a master was copied from the parameter
-                    self._sources[p] = _Source.of(p, is_prior=not has_started)
+                    self._sources[p] = _Source.read(p, is_prior=not has_started)
             self._show_clock(group, clock)
             self.param_groups.append(group)
 
@@ -538,15 +536,14 @@ class LaProp(torch.optim.Optimizer):
         own_params = [[names[p] for p in group["params"]] for group in self.param_groups]
         compare_groups(own_params, [group["params"] for group in meta["groups"]])
         # By name, in this optimizer's order.
-        numbers = {names[p]: number for number, p in enumerate(self._params())}
-        state: dict[int, dict[str, Tensor]] = {}
+        positions = {names[p]: i for i, p in enumerate(self._params())}
+        state: dict[int | str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             name, kind = key.rsplit("/", 1)
-            if name in numbers:
-                state.setdefault(numbers[name], {})[kind] = value
+            state.setdefault(positions.get(name, name), {})[kind] = value
         groups = []
         for group, params in zip(meta["groups"], own_params, strict=True):
-            groups.append({**group, "params": [numbers[name] for name in params]})
+            groups.append({**group, "params": [positions[name] for name in params]})
         self.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -564,7 +561,9 @@ def _lead(p: Tensor, master: Tensor) -> int:
 def _misfit(p: Tensor, state: dict[str, Any]) -> str | None:
     """Return how a parameter differs from the one that the state was made of: CAST, EXCHANGED, or None."""
     exp_avg = state.get("exp_avg")
-    if exp_avg is None or exp_avg.shape != p.shape or sharding(exp_avg) != sharding(p) or exp_avg.is_meta != p.is_meta:
+    if exp_avg is None or exp_avg.shape != p.shape or exp_avg.is_meta != p.is_meta:
+        return EXCHANGED
+    if (hasattr(p, "to_local") or hasattr(exp_avg, "to_local")) and sharding(exp_avg) != sharding(p):
         return EXCHANGED
     has_fitting_master = ("master" in state) == (p.dtype != exp_avg.dtype)
     if exp_avg.device != p.device or exp_avg.dtype != _state_dtype(p) or not has_fitting_master:
@@ -617,8 +616,9 @@ def gradient_norm(params: Iterable[Tensor], limit: float = math.inf) -> Gradient
         TypeError: ``limit`` is no number.
         ValueError: ``limit`` is negative or NaN, or a gradient is sparse.
     """
-    if not isinstance(limit, int | float):
+    if not isinstance(limit, numbers.Real):
         raise TypeError(f"limit: expected a number, got {shown(limit)} of type {type(limit).__name__}")
+    checks.number("limit", limit, 0.0)
     if isinstance(params, Tensor):
         params = [params]
     by_sharding: dict[tuple | None, list[Tensor]] = {}

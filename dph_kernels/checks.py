@@ -23,20 +23,27 @@ def tensor(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
+def sizes(name: str, value: Tensor) -> torch.Size:
+    """Return a tensor's shape; nested tensors and uninitialised parameters have none."""
+    if not isinstance(value, Tensor):
+        tensor(name, value)
+    try:
+        return value.shape
+    except RuntimeError as error:
+        reason = str(error).partition(". ")[0]
+        raise ValueError(f"{name}: expected a dense tensor, got a {type(value).__name__}: {reason}") from None
+
+
 def shape(name: str, value: Tensor, *expected: int | str) -> None:
     """Compare a tensor's shape with sizes; a string matches any size and names it in the error."""
-    tensor(name, value)
-    try:
-        sizes = value.shape
-    except RuntimeError as error:  # nested tensors, uninitialised parameters
-        raise ValueError(f"{name}: expected a dense tensor, got one without a shape: {error}") from None
-    if sizes == expected:  # the usual case, without a loop
+    got = sizes(name, value)
+    if got == expected:  # the usual case, without a loop
         return
-    fits = len(sizes) == len(expected)
-    for size, wanted in zip(sizes, expected, strict=False):
+    fits = len(got) == len(expected)
+    for size, wanted in zip(got, expected, strict=False):
         fits = fits and (not isinstance(wanted, int) or wanted == size)
     if not fits:
-        raise ValueError(f"{name}: expected shape [{', '.join(map(str, expected))}], got {list(sizes)}")
+        raise ValueError(f"{name}: expected shape [{', '.join(map(str, expected))}], got {list(got)}")
 
 
 def dtype(name: str, tensor: Tensor, expected: torch.dtype | Iterable[torch.dtype]) -> None:
@@ -62,15 +69,13 @@ def memory(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: expected a dense tensor, got a nested one")
     if value.layout != torch.strided:
         raise ValueError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
-    needed, stored = span(value), value.untyped_storage().nbytes()
+    needed, stored = span(value) if value.numel() else 0, value.untyped_storage().nbytes()
     if stored < needed:
         raise ValueError(f"{name}: expected a storage of at least {needed} bytes, got {stored}: its memory was freed")
 
 
 def span(x: Tensor) -> int:
-    """Return the bytes of storage up to the last element of a dense tensor."""
-    if x.numel() == 0:
-        return 0
+    """Return the bytes of storage up to the last element of a dense tensor that has elements."""
     strides = x.stride()
     last = x.storage_offset() + sum(map(mul, x.shape, strides)) - sum(strides)
     return (last + 1) * x.itemsize
@@ -79,19 +84,25 @@ def span(x: Tensor) -> int:
 def in_memory(tensors: Sequence[Tensor]) -> bool:
     """Whether kernels can read all tensors: none is freed, a wrapper, on the meta device, or an implicit zero."""
     try:
-        for x in tensors:
-            stored, size = x.untyped_storage().nbytes(), x.nbytes
-            if stored != size and size and stored < span(x):
-                return False
-        return _have_addresses(tensors)
+        return have_storage(tensors) and _have_addresses(tensors)
     except RuntimeError:  # sparse tensors and wrappers of transforms have no storage
         return False
 
 
-def _have_addresses(tensors: Iterable[Tensor]) -> bool:
-    if 0 not in map(Tensor.data_ptr, tensors):
+def have_storage(tensors: Iterable[Tensor]) -> bool:
+    """Whether the storages of dense tensors hold all of their elements."""
+    for x in tensors:
+        stored, size = x.untyped_storage().nbytes(), x.nbytes
+        if stored != size and size and stored < span(x):
+            return False
+    return True
+
+
+def _have_addresses(tensors: Sequence[Tensor]) -> bool:
+    addresses = list(map(Tensor.data_ptr, tensors))
+    if 0 not in addresses:
         return True
-    return all(x.data_ptr() or x.numel() == 0 for x in tensors)
+    return all(address or x.numel() == 0 for x, address in zip(tensors, addresses, strict=True))
 
 
 def require_memory(**tensors: Tensor | None) -> None:

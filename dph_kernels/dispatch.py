@@ -204,7 +204,7 @@ def needs_dispatcher(tensors: Sequence[Tensor]) -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or _is_intercepted(tensors)
+        or is_intercepted(tensors)
         or any(map(torch_private.is_legacy_batchedtensor, tensors))
     )
 
@@ -213,10 +213,11 @@ def can_bypass_dispatcher(tensors: Sequence[Tensor]) -> bool:
     """Whether a call does not need the dispatcher, and its tensors are of no subclass and have elements in memory."""
     if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, tensors)):
         return False
-    return not _is_intercepted(tensors) and in_memory(tensors)
+    return not is_intercepted(tensors) and in_memory(tensors)
 
 
-def _is_intercepted(tensors: Sequence[Tensor]) -> bool:
+def is_intercepted(tensors: Sequence[Tensor]) -> bool:
+    """Whether a call with tensors in memory has to go through the dispatcher, apart from torch.compile."""
     return (
         torch_private.is_in_torch_dispatch_mode()
         or torch_private.are_functorch_transforms_active()

@@ -273,7 +273,10 @@ class PackedLayout:
             return *of_queries, *rope.tables(self.key_positions, head_dim, dtype)
         key = (rope, head_dim, dtype)
         if key not in self._tables:
-            with outside_transforms(), torch.inference_mode(False):  # a layout first used in inference mode may be used in training later
+            with (
+                outside_transforms(),
+                torch.inference_mode(False),
+            ):  # a layout first used in inference mode may be used in training later
                 of_queries = of_keys = rope.tables(self.query_positions, head_dim, dtype)
                 if self.key_positions is not self.query_positions:
                     of_keys = rope.tables(self.key_positions, head_dim, dtype)

@@ -88,7 +88,8 @@ class Operator:
         gradient: the backward pass, if there is one.
         joint: gradients along with the forward pass, for calls that permit them.
         accept: ``(inputs) -> bool``, raises ValueError for tensors that do not fit, and returns whether all of them are
-            plain: for an operator that finds this out faster than the default. Called first of all.
+            plain and in memory, and nothing is compiled: for an operator that finds this out faster than the default.
+            Called first of all.
         check: ``(inputs)``, raises ValueError for values that do not fit. Called just before an implementation.
 
     Attributes:
@@ -144,7 +145,7 @@ class Operator:
         if plain is None:
             bypass = dispatch.can_bypass_dispatcher(tensors)
         else:
-            bypass = plain and not dispatch.needs_dispatcher(tensors)
+            bypass = plain and not dispatch.is_intercepted(tensors)
         if not bypass:
             if dispatch.needs_formula(tensors):
                 if self._gradient:
@@ -330,7 +331,9 @@ def _readable(arguments: Inputs) -> Inputs:
         readable[name] = _plain(value)
         _check_memory(name, readable[name])
         if isinstance(value, Tensor) and is_differentiated(value):
-            raise RuntimeError(f"{name}: expected a tensor without a tangent, as kernels have no forward-mode derivative")
+            raise RuntimeError(
+                f"{name}: expected a tensor without a tangent, as kernels have no forward-mode derivative"
+            )
     return readable
 
 

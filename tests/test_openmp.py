@@ -1,4 +1,4 @@
-"""How OpenMP's idle threads wait: they sleep, instead of spinning, while the process waits for CPUs."""
+"""OpenMP's idle threads sleep, instead of spinning, while the process waits for CPUs."""
 
 import contextlib
 import os

@@ -551,5 +551,7 @@ def test_other_wrong_arguments():
         LaProp([p], lr=0.1).step(torch.ones(1))
     with pytest.raises(TypeError, match="limit: expected a number, got '1' of type str"):
         gradient_norm([p], "1")
+    with pytest.raises(ValueError, match=r"limit: expected 0\.0 <= limit <= inf, got nan"):
+        gradient_norm([p], math.nan)
     with pytest.raises(TypeError, match="no_decay: expected a list of words, got the string 'norm'"):
         param_groups(Named(), no_decay="norm")

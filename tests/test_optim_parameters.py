@@ -17,7 +17,7 @@ CHANGED = r"2 of 2 parameters changed between .* first step, first param_groups\
 @pytest.fixture(autouse=True)
 def no_warnings():
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message="LaProp:")
         yield
 
 
@@ -209,6 +209,18 @@ def test_an_exchange_after_the_first_step_is_refused():
             save()
     optimiser.load_state_dict(saved)  # the advice, without a new optimizer
     run(optimiser, list(model.parameters()), 1)
+
+
+def test_one_parameter_cast_after_the_first_step_is_refused():
+    """Among others of its new dtype, which have masters."""
+    params = [nn.Parameter(numbers(3).bfloat16()), nn.Parameter(numbers(3))]
+    optimiser = LaProp(params, lr=1.0)
+    run(optimiser, params, 1)
+    params[1].grad = None
+    params[1].data = params[1].data.bfloat16()
+    params[1].grad_dtype = None
+    with pytest.raises(ValueError, match=r"params\[1\]: expected torch.float32 on cpu as at the last step"):
+        run(optimiser, params, 1)
 
 
 def test_a_new_shape_after_the_first_step_is_refused():

@@ -240,7 +240,7 @@ def outcome(build, options, *, whole, order="qk", dtype=torch.float32):
     except KeyError as error:  # PyTorch 2.13 cannot load a state that is both flattened and full
         return repr(error)
     resumed.train_with(other, 3, first=3)
-    return [float((getattr(resumed, name) - getattr(straight, name)).abs().max()) for name in "qk"]
+    return [(getattr(resumed, name) - getattr(straight, name)).abs().max().item() for name in "qk"]
 
 
 DCP_OPTIONS = [
@@ -391,6 +391,9 @@ def test_hooks_of_saving_and_loading():
         ),
         (lambda s: s["param_groups"][0].update(params=[0]), ValueError, "expected the state of 2 parameters, got 1"),
         (lambda s: s["param_groups"][0].update(rate_average=-1), ValueError, "rate_average: expected a number in"),
+        (lambda s: s["state"].update({7: {}}), ValueError, "expected states of the groups' .*, got one of parameter 7"),
+        (lambda s: s["state"].update({1: 7}), TypeError, "state of parameter 1: expected a dictionary"),
+        (lambda s: s["param_groups"].__setitem__(0, 7), TypeError, r"param_groups\[0\]: expected a dictionary, got 7"),
         (lambda s: s["state"][0].update(step="x"), TypeError, "step: expected a number, got 'x'"),
         (lambda s: s["state"][1].update(prior=7), ValueError, "prior of parameter 1: expected a tensor, got int"),
         (

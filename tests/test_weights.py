@@ -73,6 +73,9 @@ def broken(folder, kind):
         os.mkfifo(file)
     elif kind == "pickle":
         (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'false'\ntR.")
+    elif kind == "distributed":
+        save_file(FIRST, file)
+        save_file(FIRST, folder / "shard-00000-model-00001-of-00001.safetensors")
     elif kind != "nothing":
         contents = {"truncated": content[:-5], "text": b"hello, I am text", "empty": b"", "header": b"\xff" * 8 + b"{}"}
         file.write_bytes(contents[kind])
@@ -89,6 +92,7 @@ def broken(folder, kind):
         ("empty", f"/{SINGLE}: expected a whole safetensors file, got a damaged one: "),
         ("header", f"/{SINGLE}: expected a whole safetensors file, got a damaged one: "),
         ("pickle", f": expected weights in {SINGLE} or {INDEX}, got pytorch_model.bin: a pickle, which could run code"),
+        ("distributed", f": expected {SINGLE} or {INDEX}, got files of a distributed checkpoint"),
         ("nothing", f": expected weights in {SINGLE} or {INDEX}, got none of them"),
     ],
 )

@@ -6,7 +6,7 @@
 | 1 | failed |
 | 2 | wrong input |
 | 130 | interrupted by Ctrl-C |
-| 143 | ended by SIGTERM (training has written a checkpoint) |
+| 143 | ended by SIGTERM (training has written a checkpoint); 129 by SIGHUP, 152 by SIGXCPU |
 
 An error is one line on stderr; ``--debug`` adds the traceback. A closed or full stdout is an error (of a pipe without a
 reader no more is said), a closed or full stderr is none (:mod:`dph.cli.streams`).

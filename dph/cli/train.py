@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; the exit code is 143 after SIGTERM and 130 after Ctrl-C, with a checkpoint written."""
+    """Train; the exit code is 128 and the number of the signal that ended the run, with a checkpoint written."""
     recipe = load_recipe(args)
     resume = args.resume or args.force_resume
     # A run holds what it needs of a model and a tokenizer that are gone.

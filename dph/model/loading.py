@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from dph._folder import describe_other, read_json, refuse_code
-from dph.chat import END
+from dph.chat import END, tokenizer_name
 from dph.checkpoint import RELEASED
 from dph.errors import UserError, printable, shown, shown_names
 from dph.model.config import ModelConfig, check_fields, read_fields
@@ -99,7 +99,7 @@ def check_settings(path: str) -> None:
 
 
 def _check_tokens(name: str, fields: dict[str, Any], where: str) -> None:
-    """Raise UserError if a special token is neither text nor a description, or the id of an added one no number."""
+    """Raise UserError for special tokens that are neither text nor described, ids that are no numbers, and lengths."""
     if name == "added_tokens.json":
         for token, number in fields.items():
             if not isinstance(number, int) or isinstance(number, bool):
@@ -110,6 +110,9 @@ def _check_tokens(name: str, fields: dict[str, Any], where: str) -> None:
             described = isinstance(value, dict) and isinstance(value.get("content"), str)
             if not (value is None or isinstance(value, str) or described):
                 raise UserError(f"{where}: {key}: expected text, or an object with content, got {shown(value)}")
+        length = fields.get("model_max_length")
+        if length is not None and (not isinstance(length, int | float) or not length >= 1):
+            raise UserError(f"{where}: model_max_length: expected a number of at least 1, got {shown(length)}")
 
 
 def _broken_tokenizer(path: str, error: Exception) -> UserError:
@@ -148,16 +151,17 @@ def _broken_tokenizer(path: str, error: Exception) -> UserError:
 def check_tokenizer(model: Model, tokenizer: Any) -> None:
     """Raise UserError if the tokenizer does not match the model's vocabulary and its token ``<|im_end|>``."""
     size, vocabulary = model.config.vocab_size, tokenizer.get_vocab()
+    where = tokenizer_name(tokenizer)
     if len(tokenizer) > size:
-        raise UserError(f"tokenizer: expected at most {size} tokens, got {len(tokenizer)}")
+        raise UserError(f"{where}: expected at most {size} tokens, got {len(tokenizer)}")
     last = max(vocabulary, key=vocabulary.get)
     if vocabulary[last] >= size:
-        raise UserError(f"tokenizer: expected ids below {size}, got {vocabulary[last]} for {shown(last)}")
+        raise UserError(f"{where}: expected ids below {size}, got {vocabulary[last]} for {shown(last)}")
     end = vocabulary.get(END)
     if end is not None and model.config.im_end_token_id is None:
         model.config.im_end_token_id = end
     if end is not None and end != model.config.im_end_token_id:
-        raise UserError(f"tokenizer: expected {END} as id {model.config.im_end_token_id}, got {end}")
+        raise UserError(f"{where}: expected {END} as id {model.config.im_end_token_id}, got {end}")
 
 
 def _user_error(name: str, kind: str, error: OSError) -> UserError:

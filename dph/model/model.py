@@ -184,7 +184,10 @@ class Model(PreTrainedModel, GenerationMixin):
             tensors = {}
             for file in files.files:
                 tensors |= load_file(file)
-            kwargs["state_dict"] = names = checkpoint.from_official(tensors)
+            try:
+                kwargs["state_dict"] = names = checkpoint.from_official(tensors)
+            except ValueError as error:  # a name that only begins as a head's
+                raise UserError(f"{files.path}: {shown(str(error))}") from error
             path = None
         else:
             _check_generation_config(path, hub)

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dph import devices
+from dph._optim_checks import sharding
 from dph.errors import OtherRankFailed, UserError
-from dph.optim import sharding
 
 if TYPE_CHECKING:  # a PyTorch built without distributed support lacks this module
     from torch.distributed.device_mesh import DeviceMesh

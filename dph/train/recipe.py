@@ -215,7 +215,9 @@ class Output:
     """Run directory, checkpoints and logging."""
 
     directory: str = option("runs/stage", "path of the run directory; the finished model is saved in its folder model")
-    save_every: int = option(500, "steps between checkpoints; 0: only on SIGTERM or Ctrl-C", minimum=0)
+    save_every: int = option(
+        500, "steps between checkpoints; 0: only when the run ends, also by a signal or an error", minimum=0
+    )
     keep: int = option(2, "number of checkpoints to keep", minimum=1)
     best: str | None = option(
         None,

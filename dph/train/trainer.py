@@ -379,7 +379,11 @@ class Trainer:
         if stopped is None:
             if self.recipe.kind == "preference":
                 self.model.untrained_heads -= set(self.recipe.objective.heads)
-            path = self.run.save_model(self.model.eval(), self.stage.tokenizer)
+            try:
+                path = self.run.save_model(self.model.eval(), self.stage.tokenizer)
+            except Exception as error:
+                self._note_saved(error)
+                raise
             progress.note(f"the model is in {path}")
             if self.best.state is not None:
                 path = checkpointing.checkpoint_path(self.run.directory, self.best.state["step"])
@@ -453,7 +457,6 @@ class Trainer:
             return
         if isinstance(error, Diverged):
             self._failed_together = True  # all ranks have read the same metrics
-        notes = []
         if self._can_save and (self.world.world_size == 1 or self._failed_together):
             try:
                 self.optimiser.zero_grad()  # frees memory
@@ -465,12 +468,17 @@ class Trainer:
                 reason = " ".join(str(second).split())
                 if isinstance(second, OSError) and second.filename is not None:
                     reason = f"{second.filename}: {second.strerror}"
-                notes.append(f"saving step {self.step} failed, too: {reason}")
-        if self.run.saved_step is None and self.step > 0:
-            notes.append("no checkpoint was saved")
-        elif self.run.saved_step is not None:
-            notes.append(f"step {self.run.saved_step} is saved in {self.run.directory}, --resume continues from it")
-        error.__notes__ = [*getattr(error, "__notes__", ()), *notes]  # add_note of Python 3.11
+                error.__notes__ = [f"saving step {self.step} failed, too: {reason}"]  # add_note of Python 3.11
+        self._note_saved(error)
+
+    def _note_saved(self, error: Exception) -> None:
+        """Note in ``error`` from which step a run resumes."""
+        if isinstance(error, RunLost) or self.step == 0:
+            return
+        text = "no checkpoint was saved"
+        if self.run.saved_step is not None:
+            text = f"step {self.run.saved_step} is saved in {self.run.directory}, --resume continues from it"
+        error.__notes__ = [*getattr(error, "__notes__", ()), text]
 
     def _left_out_messages(self) -> dict[str, str]:
         """Return messages about training and held-out records that were left out so far, by source."""

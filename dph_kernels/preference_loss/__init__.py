@@ -86,8 +86,8 @@ def _accept(inputs: Inputs) -> bool:
     """
     rewards, logprobs = tuple(inputs["rewards"]), tuple(inputs["logprobs"])
     checkable = not torch.compiler.is_compiling() and extension.missing("cpu") is None
-    fits = checkable and extension.module().preference_loss_fits(rewards, logprobs)
-    if fits and checks.in_memory(rewards + logprobs):
+    fits = checkable and extension.module().preference_loss_fits(rewards, logprobs)  # only tensors with an address
+    if fits and checks.have_storage(rewards + logprobs):
         return True
     _check(rewards, logprobs)
     return False
@@ -129,9 +129,9 @@ def _check_group(names: tuple[str, ...], tensors: Sequence[Tensor | None]) -> No
         raise ValueError(f"{', '.join(names)}: expected {len(names)} tensors, got {len(tensors)}")
     if missing := [name for name, x in zip(names, tensors, strict=True) if x is None]:
         raise ValueError(f"{', '.join(missing)}: expected a tensor, as {', '.join(names)} come together, got None")
-    checks.tensor(names[0], tensors[0])
+    expected = checks.sizes(names[0], tensors[0])
     for name, x in zip(names, tensors, strict=True):
-        checks.shape(name, x, *tensors[0].shape)
+        checks.shape(name, x, *expected)
         checks.dtype(name, x, checks.FLOATS)
         checks.device(name, x, tensors[0].device)
         checks.memory(name, x)

@@ -60,6 +60,7 @@ class Runs:
     stage: str
     steps: int
     lost: dict[str, list[int]] = field(default_factory=dict)  # steps lost, by way of ending
+    begun: tuple[int | None, int] = None, 0  # metrics file and checkpoint that the running process has found
 
     @property
     def data(self):
@@ -99,13 +100,20 @@ class Runs:
         lines = read_all(reader)
         assert wait(process) == 0, lines
 
-    def logged(self, name="ended"):
-        """The last step that a run has logged; 0 before the first."""
-        path = self.directory(name) / "metrics.jsonl"
+    def logged(self):
+        """The last step that the run holds or has logged; 0 before the first."""
+        file, saved = self.begun
+        if self.metrics_file() == file:  # the process is starting: these lines are those of the one before
+            return saved
         with contextlib.suppress(FileNotFoundError):
-            whole = path.read_text().split("\n")[:-1]
+            whole = (self.directory("ended") / "metrics.jsonl").read_text().split("\n")[:-1]
             return max((json.loads(line)["step"] for line in whole), default=0)
         return 0
+
+    def metrics_file(self):
+        """Identity of the metrics file, which a run replaces when it begins."""
+        path = self.directory("ended") / "metrics.jsonl"
+        return path.stat().st_ino if path.exists() else None
 
     def saved(self, name="ended"):
         """The step of the newest complete checkpoint; 0 without any."""
@@ -117,13 +125,14 @@ class Runs:
 
         Returns whether the ending met a running process.
         """
+        self.begun = self.metrics_file(), self.saved()
         process, reader = self.start("ended")
         while running(process) and self.logged() < target:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.05))
         met = running(process)
-        code, before, output = way.end(self, process, reader)
-        lost = before - self.saved()
+        code, logged, output = way.end(self, process, reader)
+        lost = logged - self.saved()
         self.lost.setdefault(way.name, []).append(lost)
         allowed = SAVE_EVERY if way.loses_interval else 0
         assert lost <= allowed, f"{self.stage}, {way.name}: {lost} steps are lost, exit code {code}: {output[-600:]}"

@@ -342,6 +342,7 @@ BAD = {
         lambda a: a.update(grad_scale=torch.ones(1, dtype=torch.float64)),
         "grad_scale: expected float32, got float64",
     ),
+    "grad_scale type": (lambda a: a.update(grad_scale=0.5), "grad_scale: expected a tensor, got float"),
     "lr": (lambda a: a.update(lr=-1.0), "lr: expected 0.0 <= lr <= inf, got -1.0"),
     "lr nan": (lambda a: a.update(lr=math.nan), "lr: expected 0.0 <= lr <= inf, got nan"),
     "bias_correction": (lambda a: a.update(bias_correction=math.nan), "bias_correction: expected .*, got nan"),

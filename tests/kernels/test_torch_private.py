@@ -10,6 +10,7 @@ from dph_kernels import torch_private
 PACKAGE = Path(torch_private.__file__).parent
 USES = ("torch._C", "_RecordFunctionFast", "_current_level", "_profiler_enabled", "_python_dispatch", "mkldnn._linear")
 FIXED = (
+    "torch.Tensor._is_zerotensor",
     "torch._C._FunctionBase.apply",
     "torch._C.DispatchKey.AutogradFunctionality",
     "torch.ops.mkldnn._linear_pointwise",

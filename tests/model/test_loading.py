@@ -363,7 +363,10 @@ BROKEN_TOKENIZERS = {
     "settings": (with_file("tokenizer_config.json", b"{"), "tokenizer_config.json:1: expected JSON"),
     "eos": (with_file("tokenizer_config.json", b'{"eos_token": 5}'), "tokenizer_config.json: eos_token: expected text"),
     "class": (with_file("tokenizer_config.json", b'{"tokenizer_class": 5}'), "tokenizer_config.json: expected sett"),
-    "length": (with_file("tokenizer_config.json", b'{"model_max_length": "x"}'), "tokenizer_config.json: expected s"),
+    "length": (
+        with_file("tokenizer_config.json", b'{"model_max_length": -1}'),
+        "tokenizer_config.json: model_max_length: ex",
+    ),
     "legacy": (with_file("added_tokens.json", b'{"x": "y"}'), "added_tokens.json: 'x': expected the token's id, got"),
     "map": (with_file("special_tokens_map.json", b"[5]"), "special_tokens_map.json: expected a JSON object, got ."),
     "config": (with_file("config.json", b'{"dtype": "float7"}'), "config.json: expected settings of a model, got:"),

@@ -11,9 +11,10 @@ import torch
 from helpers.stages import Trap, figures, go, records, same, settings, strike, taken, tiny
 
 from dph.cli import main
+from dph.data import workers
 from dph.errors import UserError
 from dph.train import checkpointing, run_dir, signals, trackers
-from dph.train.entry import Diverged
+from dph.train.entry import Diverged, Trainer
 from dph.train.run_dir import RunLost
 from dph.train.stages.held_out import HeldOut
 from dph.train.stages.lm import LanguageModelStage
@@ -97,6 +98,26 @@ def test_an_error_within_a_step_saves_the_step_before_it(stage, changes, saved, 
         assert main.explain(caught.value) == "out of memory; no checkpoint was saved"
     else:
         assert_resumes(stage, tmp_path / "parts", whole, **changes)
+
+
+def test_the_death_of_a_worker_saves_the_last_whole_step(tmp_path, monkeypatch):
+    whole = go(settings("sft", tmp_path / "whole", **QUIET))
+    recipe = settings("sft", tmp_path / "parts", **QUIET, data__workers=2)
+    train_step = Trainer.train_step
+
+    def kill(self, step):
+        if step == 6:
+            for worker in self.stage.batches.records._workers:
+                worker.process.kill()
+        return train_step(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "MAX_PREFETCHED", 2)
+        patch.setattr(Trainer, "train_step", kill)
+        with pytest.raises((UserError, RuntimeError), match="killed by SIGKILL"):
+            go(recipe)
+    assert 5 <= newest(tmp_path / "parts") <= 6  # a record may have been received before its worker died
+    assert_resumes("sft", tmp_path / "parts", whole, data__workers=1)
 
 
 @pytest.mark.parametrize("step", [4, 8])
