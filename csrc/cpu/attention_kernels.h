@@ -405,8 +405,7 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
   float* sums = values + BN * width;  // contribution to dk or dv
   float* p = sums + BN * width;       // [keys, lanes]
   float* ds = p + BN * BM;
-  float *out = dq, *out_lanes = keys;  // their memory is used later, from the loop over keys on
-  static_assert(BM <= BN, "keys has room for out_lanes");
+  float* out = dq;  // its memory is used later
   float* lse = ds + BN * BM;
   float* delta = lse + BM;
   for (int64_t i = 0; i < t.rows; ++i) {
@@ -422,18 +421,19 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
     const float kept = a.lse[row * a.heads + head];
     lse[i] = kept == -INFINITY ? INFINITY : kept;  // p = 0 for a query without keys
   }
-  for (int64_t i = t.rows; i < lanes; ++i) lse[i] = INFINITY;
+  for (int64_t i = t.rows; i < lanes; ++i) lse[i] = INFINITY;  // p = 0 for the padding lanes, too
   transpose(query_lanes, query, t.rows, width, lanes);  // reproduces the forward pass's scores exactly
   for (int64_t i = 0; i < t.rows * width; ++i) query[i] *= 0.6931471805599453f;
   transpose(grad_lanes, grad, t.rows, width, lanes);
-  transpose(out_lanes, out, t.rows, width, lanes);
-  // In the order of ``micro``, so that dp - delta is exactly 0 if one key has the probability 1.
-  for (int64_t i = 0; i < lanes; i += W) {
-    Vec products = {};
+  // In the order of ``micro``, so that dp - delta is exactly 0 if one key has the probability 1; MR rows at a time hide
+  // the latency of their sums. Rows beyond the last one hold arbitrary values.
+  for (int64_t i = 0; i < t.rows; i += MR) {
+    float products[MR] = {};
     for (int64_t d = 0; d < a.head_dim; ++d) {
-      products += load(out_lanes + d * lanes + i) * load(grad_lanes + d * lanes + i);
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < MR; ++r) products[r] += out[(i + r) * width + d] * grad[(i + r) * width + d];
     }
-    store(delta + i, products);
+    memcpy(delta + i, products, sizeof products);
   }
   memset(dq, 0, width * lanes * sizeof(float));
   for (const int32_t* run = t.runs; run < t.last_run; run += 2) {

@@ -31,7 +31,7 @@ class Streams:
         self.records, self.encode, self.length, self.pad_token = records, encode, length, pad_token
         self._tokens: list[list[int]] = [[] for _ in range(batch)]  # of each stream, beyond the segments taken
         self._targets: list[list[int]] = [[] for _ in range(batch)]
-        # The last batch, for ``undo``: records and tokens of every stream before it, and its segments when they are cut.
+        # The last batch, for ``undo``: records and tokens of every stream before it, and its segments once cut.
         self._position: int | None = None
         self._lengths: list[int] = []
         self._segments: tuple[Tensor, Tensor] | None = None

@@ -1,4 +1,4 @@
-"""Typed configuration from YAML: options with help and ranges, files, overrides, and errors that name the key.
+"""Typed configuration: options with help and ranges, and errors that name the key.
 
 An option is one field of a frozen dataclass: type, default, help, range, and whether it may change on resume.
 
@@ -18,13 +18,11 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from dph.errors import UserError, printable, shown
-from dph.train import yaml_values
 
 REQUIRED = dataclasses.MISSING
 UNIONS = (types.UnionType, typing.Union)  # X | None of a class, and of a Literal
@@ -126,61 +124,6 @@ def _yaml_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return yaml.safe_dump(plain(value), default_flow_style=True).removesuffix("\n").removesuffix("\n...")
-
-
-# Files and overrides
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Return the keys and values of a YAML file. Raises UserError, with the line, if it is not such a file."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(4 * yaml_values.MAX_CHARACTERS + 1)
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 at byte {error.start}") from None
-    values = yaml_values.parse(text, str(path))
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected keys and values, got {type(values).__name__}")
-    return values
-
-
-def merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Return ``base`` updated with ``values``, section by section; lists are replaced as a whole."""
-    merged = dict(base)
-    for key, value in values.items():
-        both_sections = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = merge(base[key], value) if both_sections else value
-    return merged
-
-
-def override(values: dict[str, Any], text: str) -> None:
-    """Apply one ``key.sub=value`` to ``values`` in place; a number as key is an index of a list."""
-    key, equals, value_text = text.partition("=")
-    if not equals or not key:
-        raise UserError(f"override: expected key.sub=value, got {shown(text)}")
-    if printable(key, keep="") != key or len(key) > 200:
-        raise UserError(f"override: expected a key of at most 200 printable characters, got {shown(key)}")
-    *parents, last = key.split(".")
-    container: Any = values
-    for name in parents:
-        if isinstance(container, dict) and container.get(name) is None:
-            container[name] = {}
-        container = container[_index(container, name, key) if isinstance(container, list) else name]
-        if not isinstance(container, dict | list):
-            raise UserError(f"{key}: expected a section or a list at {name}, got {shown(container)}")
-    value = yaml_values.parse(value_text, key, numbered=False)
-    container[_index(container, last, key) if isinstance(container, list) else last] = value
-
-
-def _index(items: list, name: str, key: str) -> int:
-    """Return ``name``, a part of ``key``, as an index of ``items``."""
-    if not name.isdecimal() or len(name) > 9 or int(name) >= len(items):
-        raise UserError(f"{key}: expected a number below {len(items)}, got {name!r}")
-    return int(name)
 
 
 # Plain values to dataclasses and back

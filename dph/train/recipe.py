@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dph.errors import UserError, shown
-from dph.train import config_schema
+from dph.train import config_schema, yaml_values
 from dph.train.config_schema import REQUIRED, option, section
 
 MAX_BASES = 32
@@ -320,7 +320,7 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read the recipe ``name`` (a file, or the name of a shipped one) and apply ``key.sub=value`` overrides."""
     values = _read(_find(str(name), Path()))
     for override in overrides:
-        config_schema.override(values, override)
+        yaml_values.override(values, override)
     return from_dict(values)
 
 
@@ -329,7 +329,7 @@ def _read(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in derived:
         names = " -> ".join(file.name for file in (*derived, path))
         raise UserError(f"{path}: expected no circular base, got {names}")
-    values = config_schema.read(path)
+    values = yaml_values.read(path)
     base = values.pop("base", None)
     if base is None:
         return values
@@ -337,7 +337,7 @@ def _read(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: base: expected the name of a recipe, got {shown(base)}")
     if len(derived) == MAX_BASES:
         raise UserError(f"{path}: base: expected at most {MAX_BASES} recipes based on each other, got more")
-    return config_schema.merge(_read(_find(base, path.parent), (*derived, path.resolve())), values)
+    return yaml_values.merge(_read(_find(base, path.parent), (*derived, path.resolve())), values)
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:

@@ -8,6 +8,7 @@ other types are refused, as are aliases (``*name``) that contain themselves or r
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
@@ -174,3 +175,58 @@ def _refused_tag(node: yaml.Node) -> _Refused:
     """Return the error of a tag that names a type which recipes do not have."""
     tag = node.tag.replace(_TAG, "!!", 1)
     return _Refused(node, f"expected no tag but !!str and those of numbers, got {printable(tag, keep='')[:80]}")
+
+
+# Files and overrides
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the keys and values of a YAML file. Raises UserError, with the line, if it is not such a file."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(4 * MAX_CHARACTERS + 1)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 at byte {error.start}") from None
+    values = parse(text, str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected keys and values, got {type(values).__name__}")
+    return values
+
+
+def merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return ``base`` updated with ``values``, section by section; lists are replaced as a whole."""
+    merged = dict(base)
+    for key, value in values.items():
+        both_sections = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = merge(base[key], value) if both_sections else value
+    return merged
+
+
+def override(values: dict[str, Any], text: str) -> None:
+    """Apply one ``key.sub=value`` to ``values`` in place; a number as key is an index of a list."""
+    key, equals, value_text = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"override: expected key.sub=value, got {shown(text)}")
+    if printable(key, keep="") != key or len(key) > 200:
+        raise UserError(f"override: expected a key of at most 200 printable characters, got {shown(key)}")
+    *parents, last = key.split(".")
+    container: Any = values
+    for name in parents:
+        if isinstance(container, dict) and container.get(name) is None:
+            container[name] = {}
+        container = container[_index(container, name, key) if isinstance(container, list) else name]
+        if not isinstance(container, dict | list):
+            raise UserError(f"{key}: expected a section or a list at {name}, got {shown(container)}")
+    value = parse(value_text, key, numbered=False)
+    container[_index(container, last, key) if isinstance(container, list) else last] = value
+
+
+def _index(items: list, name: str, key: str) -> int:
+    """Return ``name``, a part of ``key``, as an index of ``items``."""
+    if not name.isdecimal() or len(name) > 9 or int(name) >= len(items):
+        raise UserError(f"{key}: expected a number below {len(items)}, got {name!r}")
+    return int(name)

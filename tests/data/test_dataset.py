@@ -99,11 +99,11 @@ def test_a_folder_has_a_bounded_number_of_open_files(tmp_path, monkeypatch):
 
 
 def test_a_fingerprint_depends_on_content_alone(tmp_path):
-    def of(*lines, name="a.jsonl", limit=None):
+    def digest(*lines, name="a.jsonl", limit=None):
         return fingerprint(dataset.load(write_lines(tmp_path / name, *lines), "text", limit=limit))
 
     one, two = {"text": "one"}, {"text": "two"}
-    files = [of(one, two), of(two, one), of(one), of(one, two, limit=1), of(one, {"text": "twO"})]
+    files = [digest(one, two), digest(two, one), digest(one), digest(one, two, limit=1), digest(one, {"text": "twO"})]
     assert len(set(files)) == 5
     again = write_lines(tmp_path / "folder/other.jsonl", one, two)
     again.write_bytes(again.read_bytes().replace(b"\n", b"\r\n\n"))

@@ -146,7 +146,7 @@ def test_a_damaged_model_is_named(files):
     small_tokenizer().save_pretrained(files / "model")
     weights = files / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:2000])
-    with pytest.raises(UserError, match=r"model.safetensors: expected a whole safetensors file, got a damaged one: .*header"):
+    with pytest.raises(UserError, match=r"model.safetensors: expected a whole safetensors file, .*header"):
         build.open_model(make(files, "sft", ["chats.jsonl"], path=str(files / "model")))
 
 
