@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dph.errors import shown
-from dph_kernels import checks
+from dph_kernels import checks, dispatch
 
 SETTINGS = ("lr", "betas", "eps", "weight_decay", "prior_decay")
 CLOCK = ("step", "rate_average")  # values of a group's clock: t and a of LaProp's equations
@@ -23,7 +23,8 @@ BY_POSITION = "to load it by position, delete 'param_names' from the groups of t
 def check_settings(settings: dict[str, Any], prefix: str = "", *, read_rate: bool = True) -> None:
     """Check rate, betas, eps and decays; names in messages begin with ``prefix``.
 
-    ``read_rate=False`` leaves the value of a rate on a GPU unread, which would wait for the device.
+    ``read_rate=False`` leaves the value of a rate on a GPU, or in a recorded step, unread: that would wait for the
+    device.
 
     Raises:
         TypeError: a value is no number, or ``betas`` is not two of them.
@@ -33,7 +34,7 @@ def check_settings(settings: dict[str, Any], prefix: str = "", *, read_rate: boo
     if isinstance(rate, Tensor):
         checks.dtype(name, rate, (torch.float32, torch.float64))
         checks.shape(name, rate.reshape(-1), 1)
-        if read_rate or rate.device.type == "cpu":
+        if read_rate or (rate.device.type == "cpu" and dispatch.can_bypass_dispatcher([rate])):
             _check_number(name, float(rate))
     else:
         _check_number(name, rate)

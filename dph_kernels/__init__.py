@@ -1,4 +1,8 @@
-"""Fused operators of Direct Preference Heads: attention, norm, gate, log-probabilities, rewards, loss, optimizer."""
+"""Fused operators of Direct Preference Heads: attention, norm, gate, log-probabilities, rewards, loss, optimizer.
+
+Under ``torch.func`` (``grad``, ``jvp``, ...) and forward-mode differentiation, ``backend="auto"`` computes in PyTorch's
+own operations, and a kernel that is requested by name raises. Tensors without memory raise ValueError.
+"""
 
 from dph_kernels.laprop import GradientNorm, gradient_norm, laprop
 from dph_kernels.layout import PackedLayout, Rotary

@@ -4,7 +4,8 @@ Errors have the form "name: expected X, got Y".
 """
 
 from collections.abc import Iterable, Sequence
-from operator import mul
+from functools import partial
+from operator import is_not, mul
 from typing import Any
 
 import torch
@@ -99,19 +100,20 @@ def have_storage(tensors: Iterable[Tensor]) -> bool:
 
 
 def _have_addresses(tensors: Sequence[Tensor]) -> bool:
-    addresses = list(map(Tensor.data_ptr, tensors))
-    if 0 not in addresses:
-        return True
-    return all(address or x.numel() == 0 for x, address in zip(tensors, addresses, strict=True))
+    """Whether all tensors that have elements have an address; loops in Python take longer."""
+    without = list(map(Tensor.data_ptr, tensors)).count(0)
+    return without == 0 or without == list(map(Tensor.numel, tensors)).count(0)
+
+
+_is_given = partial(is_not, None)
 
 
 def require_memory(**tensors: Tensor | None) -> None:
     """Require :func:`memory` of tensors that PyTorch's own operations read, if one has no address."""
     if torch.compiler.is_dynamo_compiling():
         return
-    present = [x for x in tensors.values() if x is not None]
     try:
-        if _have_addresses(present):
+        if _have_addresses(list(filter(_is_given, tensors.values()))):
             return
     except RuntimeError:  # no storage
         pass

@@ -241,13 +241,13 @@ def bypass_obstacle(tensors: Sequence[Tensor]) -> str | None:
             return f"a tensor is a {type(x).__name__}, not a plain tensor"
         if x.is_meta:
             return "a tensor is on the meta device"
-        if not in_memory([x]):
-            return "a tensor has no elements in memory"
     if torch.compiler.is_compiling():
         return "torch.compile traces the call"
     if reason := torch_private.interception():
         return reason
-    return "a tensor is batched or negated lazily" if needs_dispatcher(tensors) else None
+    if needs_dispatcher(tensors):
+        return "a tensor is batched or negated lazily"
+    return None if in_memory(tensors) else "a tensor has no elements in memory"
 
 
 def profile_range(name: str) -> AbstractContextManager:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dph_kernels.torch_private import outside_transforms, unwrapped
+from dph_kernels.torch_private import are_functorch_transforms_active, disable_functorch, unwrapped
 from dph_kernels.transfer import all_to_device
 
 Array = np.ndarray  # for many operations on small tables NumPy's overhead is a fraction of PyTorch's
@@ -44,6 +45,11 @@ class Rotary:
         angles = positions.double()[:, None] * self.base**-exponents
         sines = angles.sin()
         return angles.cos().to(dtype), (-sines if self.reversed else sines).to(dtype)
+
+
+def _in_transform() -> bool:
+    """Whether torch.func would wrap new tensors; compiled code makes no layouts inside of its transforms."""
+    return not torch.compiler.is_dynamo_compiling() and are_functorch_transforms_active()
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
@@ -91,8 +97,11 @@ class PackedLayout:
 
     def __post_init__(self) -> None:
         """Validate the table and derive the positions from it."""
+        if not _in_transform():
+            self._derive_positions(self.segments)
+            return
         object.__setattr__(self, "segments", unwrapped(self.segments))
-        with outside_transforms():  # a layout is a constant
+        with disable_functorch():  # a layout is a constant
             self._derive_positions(self.segments)
 
     def _derive_positions(self, table: Tensor) -> None:
@@ -273,10 +282,8 @@ class PackedLayout:
             return *of_queries, *rope.tables(self.key_positions, head_dim, dtype)
         key = (rope, head_dim, dtype)
         if key not in self._tables:
-            with (
-                outside_transforms(),
-                torch.inference_mode(False),
-            ):  # a layout first used in inference mode may be used in training later
+            constant = disable_functorch() if _in_transform() else nullcontext()
+            with constant, torch.inference_mode(False):  # a layout first used there may be used in training later
                 of_queries = of_keys = rope.tables(self.query_positions, head_dim, dtype)
                 if self.key_positions is not self.query_positions:
                     of_keys = rope.tables(self.key_positions, head_dim, dtype)

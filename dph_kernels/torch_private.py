@@ -6,7 +6,6 @@ and :func:`missing` lists it.
 
 import functools
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -110,18 +109,9 @@ def is_differentiated(x: Tensor) -> bool:
 
 def unwrapped(x: Tensor) -> Tensor:
     """Return ``x`` without the wrappers that torch.func transforms put around a tensor that is created in them."""
-    if torch.compiler.is_dynamo_compiling():
-        return x
     while is_functorch_wrapped_tensor(x):
         x = get_unwrapped(x)
     return x
-
-
-def outside_transforms() -> AbstractContextManager:
-    """Return a context manager in which torch.func transforms do not see operations: their results are constants."""
-    if torch.compiler.is_dynamo_compiling() or not are_functorch_transforms_active():
-        return nullcontext()
-    return disable_functorch()
 
 
 @torch.compiler.assume_constant_result

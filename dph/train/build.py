@@ -133,7 +133,10 @@ def reopen_model(recipe: Recipe, start: Path) -> tuple[Model, Any, tuple[str, ..
     has_model, has_tokenizer = names.path is not None and Path(names.path).is_dir(), Path(place).is_dir()
     notes = []
     if not has_tokenizer:
-        notes.append(f"{place} is not a directory here: the tokenizer is the run's copy")
+        copies = "the tokenizer is the run's copy"
+        if place == names.path:
+            copies = "the model's configuration and tokenizer are the run's copies"
+        notes.append(f"{place} is not a directory here: {copies}")
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(names, tokenizer=str(start)))
     if has_model:
         return *open_model(recipe), tuple(notes)
@@ -146,6 +149,9 @@ def reopen_model(recipe: Recipe, start: Path) -> tuple[Model, Any, tuple[str, ..
 
 def stored_model(start: Path) -> Model:
     """Return the model of a run, with random weights, of the configuration in its folder ``start``."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     with checkpointing.loading(start / "config.json"):
         model = Model(ModelConfig.from_pretrained(start))
         model.untrained_heads = set(checkpointing.read_json(start / "state.json")["untrained_heads"])

@@ -86,11 +86,19 @@ class World:
             yield
         except Exception as caught:
             error = caught
-        failed = self.all_gather_object(error is not None)
+        first = self.first_failed(error is not None)
         if error is not None:
             raise error
-        if any(failed):
-            raise OtherRankFailed(f"rank {failed.index(True)} failed, and reports the error")
+        if first is not None:
+            raise OtherRankFailed(f"rank {first} failed, and reports the error")
+
+    def first_failed(self, failed: bool) -> int | None:
+        """Return the lowest rank that ``failed``, or None: one number, by way of the hosts, in every step."""
+        if self.world_size == 1:
+            return self.rank if failed else None
+        mark = torch.tensor([self.world_size - self.rank if failed else 0])
+        dist.all_reduce(mark, op=dist.ReduceOp.MAX)
+        return self.world_size - int(mark) if int(mark) else None
 
     def shard(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Replace the weights of ``model`` by this rank's shards, on its device; blocks are gathered as they run.

@@ -3,9 +3,9 @@
     python tests/helpers/fuzz.py --cases 200000                 # all targets
     python tests/helpers/fuzz.py --cases 5000 --targets recipes --seed 3
 
-Every case must end, within five seconds, in a result or in an error that the command line prints as one line that names
-the file. Prints a table of the cases by target and exits with 1 at the first that ends otherwise; hypothesis shows the
-smallest case of its kind.
+Every case must end, within five seconds of processor time, in a result or in an error that the command line prints as
+one line that names the file. Prints a table of the cases by target and exits with 1 at the first that ends otherwise;
+hypothesis shows the smallest case of its kind.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from dph.errors import UserError, printable
 from dph.model.loading import check_tokenizer, load_model, load_tokenizer
 from dph.train import recipe
 
-SECONDS = 5
+SECONDS, LONGEST = 5, 60  # of processor time, and by the clock
 CHATS = [{"role": "user", "content": "a film?"}, {"role": "assistant", "content": "is gripping"}]
 
 
@@ -289,11 +289,11 @@ TARGETS = {
 
 
 class Hang(BaseException):
-    """A case took longer than ``SECONDS``."""
+    """A case did not end."""
 
 
 def ring(*_):
-    raise Hang(f"a case took longer than {SECONDS} s")
+    raise Hang(f"a case did not end within {LONGEST} s")
 
 
 def outcome(target, case):
@@ -301,7 +301,7 @@ def outcome(target, case):
     steps = target.use(case)
     name = next(steps)
     try:
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, LONGEST)
         with contextlib.suppress(StopIteration):
             next(steps)
         return "result"
@@ -326,9 +326,11 @@ def run(name, folder, cases, seed_number=0):
 
     def check(case):
         nonlocal slowest
-        began = time.perf_counter()
+        began = time.process_time()
         counts[outcome(target, case)] += 1
-        slowest = max(slowest, time.perf_counter() - began)
+        seconds = time.process_time() - began
+        assert seconds < SECONDS, f"{seconds:.1f} s"
+        slowest = max(slowest, seconds)
 
     before = signal.signal(signal.SIGALRM, ring)
     try:

@@ -23,7 +23,7 @@ def make(rows, columns, width, heads, pooler="swiglu", dtype=torch.float32, devi
         "b2": (columns,),
     }
     names = ("hidden", "reward", *WEIGHTS[pooler])
-    fan_in = {"reward": columns, "w1": columns, "w2": inner}
+    fan_in = {"reward": columns, "w1": columns, "w2": 4 * inner, "b2": 4}  # tanh gets numbers of half their size
     return {
         name: torch.randn(shapes[name], device=device).div(fan_in.get(name, 1) ** 0.5).to(dtype).requires_grad_()
         for name in names
