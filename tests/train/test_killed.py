@@ -13,7 +13,7 @@ HERE = Path(__file__).parents[1]
 @pytest.mark.slow
 def test_runs_that_end_in_any_way_resume_to_the_same_weights(tmp_path):
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-    words = ["--endings", "7", "--steps", "60", "--stages", "sft", "align", str(tmp_path)]
+    words = [str(tmp_path), "--endings", "7", "--steps", "60", "--stages", "sft", "align"]
     done = subprocess.run(
         [sys.executable, str(HERE / "helpers" / "killed.py"), *words],
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},

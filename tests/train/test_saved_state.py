@@ -58,7 +58,7 @@ def resume_error(recipe):
     return text
 
 
-GONE = object()
+GONE = ...
 VALUES = [
     ("sft", "window", [1], "a section with keys, got [1]"),
     ("sft", "window.sums", [0.0], "4 numbers or null, got [0.0]"),
@@ -163,7 +163,11 @@ def test_lines_of_the_log_that_are_not_a_runs_are_left_out(restored, caplog):
     assert "metrics.jsonl: 8 lines that are not a run's are left out" in caplog.text
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"tracker": "wandb", "id": 3}', "[" * 100_000, '{"tracker": "wandb"}'])
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "{}", '{"tracker": "wandb", "id": 3}', "[" * 100_000, '{"tracker": "wandb"}'],
+    ids=["list", "empty", "number", "deep", "nothing"],
+)
 def test_a_damaged_id_of_a_tracker_is_none(text, tmp_path):
     (tmp_path / trackers.FILE).write_text(text)
     assert trackers._saved_id(tmp_path / trackers.FILE, "wandb") is None
