@@ -79,7 +79,11 @@ class Watch(threading.Thread):
         return any(isinstance(thread, cls) for thread in threading.enumerate())
 
     def run(self) -> None:
-        """Measure until :meth:`stop`."""
+        """Measure until :meth:`stop`; a machine on which that fails, or no thread can be started, is left as it is."""
+        with contextlib.suppress(OSError, RuntimeError):
+            self._watch()
+
+    def _watch(self) -> None:
         pause, waited = PAUSES[0], waited_seconds()
         while not self._stopped.wait(INTERVAL):
             previous, waited = waited, waited_seconds()

@@ -166,7 +166,6 @@ def check_tensors(
     where: str | os.PathLike,
     *,
     optional: Callable[[str], bool] | None = None,
-    any_shape: bool = False,
 ) -> None:
     """Raise one UserError unless ``got`` has the names and shapes of ``expected``, in floating-point dtypes.
 
@@ -177,7 +176,6 @@ def check_tensors(
         got: tensors, or their headers, read from ``where``.
         where: file, begins the message. It names the first tensor of each kind of fault, and how many there are.
         optional: of a name: whether it may be missing or not expected (reward heads).
-        any_shape: whether shapes may differ.
     """
 
     def required(names: Iterable[str]) -> list[str]:
@@ -189,7 +187,7 @@ def check_tensors(
     for name, tensor in got.items():
         if _dtype(tensor) not in FLOATS.values():
             not_float.append(name)
-        if name in expected and not any_shape and tuple(tensor.shape) != tuple(expected[name].shape):
+        if name in expected and tuple(tensor.shape) != tuple(expected[name].shape):
             misshapen.append(name)
     faults = []
     if missing:

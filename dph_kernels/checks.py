@@ -94,7 +94,8 @@ def have_storage(tensors: Iterable[Tensor]) -> bool:
     """Whether the storages of dense tensors hold all of their elements."""
     for x in tensors:
         stored, size = x.untyped_storage().nbytes(), x.nbytes
-        if stored != size and size and stored < span(x):
+        is_whole = stored == size and not x.storage_offset() and x.is_contiguous()
+        if size and not is_whole and stored < span(x):
             return False
     return True
 

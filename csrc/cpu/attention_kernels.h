@@ -425,15 +425,17 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
   transpose(query_lanes, query, t.rows, width, lanes);  // reproduces the forward pass's scores exactly
   for (int64_t i = 0; i < t.rows * width; ++i) query[i] *= 0.6931471805599453f;
   transpose(grad_lanes, grad, t.rows, width, lanes);
-  // In the order of ``micro``, so that dp - delta is exactly 0 if one key has the probability 1; MR rows at a time hide
-  // the latency of their sums. Rows beyond the last one hold arbitrary values.
-  for (int64_t i = 0; i < t.rows; i += MR) {
-    float products[MR] = {};
+  // In the order of ``micro`` and with its instructions, so that dp - delta is exactly 0 if one key has the probability
+  // 1. Rows beyond the last one hold arbitrary values.
+  for (int64_t i = 0; i < lanes; i += W) {
+    Vec products = {};
     for (int64_t d = 0; d < a.head_dim; ++d) {
-#pragma GCC unroll 8
-      for (int64_t r = 0; r < MR; ++r) products[r] += out[(i + r) * width + d] * grad[(i + r) * width + d];
+      Vec column;
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < W; ++l) column[l] = out[(i + l) * width + d];
+      products += column * load(grad_lanes + d * lanes + i);
     }
-    memcpy(delta + i, products, sizeof products);
+    store(delta + i, products);
   }
   memset(dq, 0, width * lanes * sizeof(float));
   for (const int32_t* run = t.runs; run < t.last_run; run += 2) {

@@ -15,6 +15,7 @@ reader no more is said), a closed or full stderr is none (:mod:`dph.cli.streams`
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import sys
 import traceback
@@ -93,10 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     streams.install()
     argv = sys.argv[1:] if argv is None else argv
     try:
-        try:
-            return _run(argv)
-        finally:
+        code = _run(argv)
+        if code == 0:  # an error of the command is reported before one of its output
             streams.flush()
+        return code
     except KeyboardInterrupt:
         print("dph: interrupted", file=sys.stderr)
         return 130
@@ -110,6 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(printable(traceback.format_exc()), end="", file=sys.stderr)
         print(f"dph: error: {explain(error)}", file=sys.stderr)
         return 2 if isinstance(error, INPUT_ERRORS) and not is_output else 1
+    finally:
+        with contextlib.suppress(OSError):
+            streams.flush()
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -12,6 +12,8 @@ from dph.errors import UserError
 HELP = "train a byte-level BPE with the chat tokens on text"
 EXAMPLE = "dph tokenizer corpus.txt chats.jsonl --vocab-size 4096 --output tokenizer"
 
+WRITTEN = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``dph tokenizer``."""
@@ -28,8 +30,9 @@ def run(args: argparse.Namespace) -> None:
     """Train and save a tokenizer."""
     from dph.data import tokenizer
 
-    if (Path(args.output) / "tokenizer.json").exists():
-        raise UserError(f"{args.output}: expected a directory without a tokenizer, got one with tokenizer.json")
+    for name in WRITTEN:
+        if (Path(args.output) / name).exists():
+            raise UserError(f"{args.output}: expected a directory without a tokenizer, got one with {name}")
     atomic.check_new_files(args.output)
     trained = tokenizer.train(args.files, args.vocab_size)
     with atomic.new_files(args.output, last="tokenizer.json") as folder:

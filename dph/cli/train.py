@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "place, as data.sources=[...]), but not changed",
     )
     parser.add_argument(
-        "--force-resume", action="store_true", help="the same, although data, tokenizer or the model's sizes changed"
+        "--force-resume", action="store_true", help="the same, although data, tokenizer or model configuration changed"
     )
     parser.add_argument(
         "--dry-run",

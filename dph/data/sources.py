@@ -254,15 +254,16 @@ def fingerprint(records: Sequence[Any]) -> str:
     """Return a short digest of the content of records: of a source, or of any sequence in memory.
 
     A sequence of the user's may have a method ``fingerprint`` of its own, for example if reading a record is slow.
-    That of a sequence in memory depends on its length and on at most ``FINGERPRINTED`` records, the first and last
-    among them; of a record that is of no kind of ``dph.data.formats``, only on its type.
+    That of a list or tuple depends on all records, that of another sequence on its length and on at most
+    ``FINGERPRINTED`` records, the first and last among them; a record that is of no kind of ``dph.data.formats`` counts
+    only by its type.
     """
     own = getattr(records, "fingerprint", None)
     if callable(own):
         return own()
     size = len(records)
     digest = blake2b(f"{size} records".encode(), digest_size=DIGEST)
-    sampled = min(size, FINGERPRINTED)
+    sampled = size if isinstance(records, list | tuple) else min(size, FINGERPRINTED)
     for i in range(sampled):
         record = records[i * (size - 1) // max(sampled - 1, 1)]
         known = record is None or isinstance(record, Text | Conversation | Preference | Encoded | tuple)

@@ -147,7 +147,8 @@ class Model(PreTrainedModel, GenerationMixin):
 
         Keyword arguments named as fields of :class:`ModelConfig` override the configuration. Reward heads that the
         checkpoint lacks get fresh weights and a warning, and raise if they are used to score. No code of the folder or
-        hub runs, whatever ``trust_remote_code`` is.
+        hub runs, whatever ``trust_remote_code`` is. ``ignore_mismatched_sizes`` is for reward heads: those of other
+        sizes count as missing.
 
         Raises UserError, which begins with the file, for a broken configuration; for files without exactly the model's
         weights (reward heads apart) in a floating-point dtype of at least 16 bits; and for a generation_config.json
@@ -172,18 +173,25 @@ class Model(PreTrainedModel, GenerationMixin):
             named = checkpoint.to_official(named)
         else:
             named = expected
-        any_shape = bool(kwargs.get("ignore_mismatched_sizes"))
-        check_tensors(named, files.tensors, files.path, optional=_is_head, any_shape=any_shape)
-        if unexpected := sorted(name for name in files.tensors if name not in named):
+        headers = dict(files.tensors)
+        if kwargs.get("ignore_mismatched_sizes"):  # heads of other sizes count as missing
+            for tensor_name, header in files.tensors.items():
+                is_head = _is_head(tensor_name) and tensor_name in named
+                if is_head and tuple(header.shape) != tuple(named[tensor_name].shape):
+                    del headers[tensor_name]
+        check_tensors(named, headers, files.path, optional=_is_head)
+        if unexpected := sorted(name for name in headers if name not in named):
             log.warning(
                 "%s: %d weights of reward heads that are not in the configuration are left out, the first is %s",
                 files.path, len(unexpected), shown(unexpected[0]),
             )  # fmt: skip
-        names: Collection[str] = files.tensors
+        names: Collection[str] = headers
         if kind == checkpoint.RELEASED:
             tensors = {}
             for file in files.files:
                 tensors |= load_file(file)
+            for tensor_name in tensors.keys() - headers.keys():
+                del tensors[tensor_name]
             try:
                 kwargs["state_dict"] = names = checkpoint.from_official(tensors)
             except ValueError as error:  # a name that only begins as a head's

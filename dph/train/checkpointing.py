@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dph.data.atomic import atomic_directory, naming, sync
@@ -43,8 +44,8 @@ class Checkpoint:
         """Return the tensors of one part, on the CPU, from rank 0's file and those of the other ranks."""
         tensors = {}
         for path in [self.path / f"{part}.safetensors", *sorted(self.path.glob(f"{part}-*.safetensors"))]:
-            with loading(path):  # copied: a mapped file that another program truncates kills the process
-                tensors |= {name: tensor.clone() for name, tensor in load_file(path).items()}
+            with loading(path):  # not mapped: a mapped file that another program truncates kills the process
+                tensors |= safetensors.torch.load(path.read_bytes())
         return tensors
 
     def state(self) -> dict[str, Any]:

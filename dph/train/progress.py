@@ -12,6 +12,8 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.utils import disp_len
 
+from dph.errors import printable
+
 SHOWN = ("loss", "token_accuracy", "reward_accuracy", "grad_norm", "lr")
 MAX_COLUMNS = 80  # of the bar
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
@@ -23,19 +25,19 @@ class HarmlessStream:
     """Text stream that passes text on to ``stream`` until that fails, and drops the rest; None drops everything."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        self._stream, self._works = stream, stream is not None
 
     def write(self, text: str) -> int:
         """Write a text, or drop it."""
         with self._giving_up():
-            if self._stream is not None:
+            if self._works:
                 self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         """Flush the stream, if it works."""
         with self._giving_up():
-            if self._stream is not None:
+            if self._works:
                 self._stream.flush()
 
     @contextlib.contextmanager
@@ -46,22 +48,24 @@ class HarmlessStream:
         except UnicodeError:  # characters that this stream cannot encode
             pass
         except (OSError, ValueError):
-            self._stream = None
+            self._works = False
 
     def isatty(self) -> bool:
         """Return whether the stream works and is a terminal."""
         with self._giving_up():
-            return self._stream is not None and self._stream.isatty()
+            return self._works and self._stream.isatty()
         return False
 
     def fileno(self) -> int:
         """Return the stream's descriptor. Raises OSError if it has none, or once it has failed."""
-        if not hasattr(self._stream, "fileno"):
+        if not self._works or not hasattr(self._stream, "fileno"):
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return self._stream.fileno()
 
     def __getattr__(self, name: str) -> Any:
         """Return other attributes of the stream."""
+        if name == "_stream":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._stream, name)
 
 
@@ -131,6 +135,7 @@ class Progress:
         """Print a permanent line, above the bar if there is one."""
         if self.quiet:
             return
+        line = printable(line, keep="")
         if self._bar is None:
             print(line, file=sys.stderr, flush=True)
         else:

@@ -421,9 +421,15 @@ class Trainer:
             save = last or stop or self._due(output.save_every, step)
             if evaluate or save:
                 self.log_pending(progress)
+            if evaluate and stop:  # saved first: whoever sent the signal may not wait for an evaluation
+                self._evaluation_due = True
+                self._save_checkpoint(step)
+                if not last:
+                    return step
             if evaluate:
                 save |= self._evaluate(step, progress)
-            if save:
+                stop |= self.world.world_size == 1 and self._signal() > 0
+            if save or stop:
                 self._save_checkpoint(step)
             if evaluate or save:
                 self._last_logged = time.monotonic()
@@ -468,7 +474,7 @@ class Trainer:
                 reason = " ".join(str(second).split())
                 if isinstance(second, OSError) and second.filename is not None:
                     reason = f"{second.filename}: {second.strerror}"
-                error.__notes__ = [f"saving step {self.step} failed, too: {reason}"]  # add_note of Python 3.11
+                _add_note(error, f"saving step {self.step} failed, too: {reason}")
         self._note_saved(error)
 
     def _note_saved(self, error: Exception) -> None:
@@ -478,7 +484,7 @@ class Trainer:
         text = "no checkpoint was saved"
         if self.run.saved_step is not None:
             text = f"step {self.run.saved_step} is saved in {self.run.directory}, --resume continues from it"
-        error.__notes__ = [*getattr(error, "__notes__", ()), text]
+        _add_note(error, text)
 
     def _left_out_messages(self) -> dict[str, str]:
         """Return messages about training and held-out records that were left out so far, by source."""
@@ -634,3 +640,8 @@ class Trainer:
             trained = set(self.names.values())
             frozen = {name: tensor for name, tensor in self.run.load_start().items() if name not in trained}
             self._copy_weights(frozen)
+
+
+def _add_note(error: Exception, text: str) -> None:
+    """Add a note as ``add_note`` of Python 3.11 does."""
+    error.__notes__ = [*getattr(error, "__notes__", ()), text]

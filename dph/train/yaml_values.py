@@ -168,7 +168,11 @@ def _plain(node: yaml.ScalarNode) -> Any:
         if len(text) > 400:
             raise _Refused(node, f"expected a number of at most 400 digits, got one of {len(text)}")
         return int(text)
-    return float(text) if _FLOAT.fullmatch(text) else text
+    if not _FLOAT.fullmatch(text):
+        return text
+    if math.isinf(float(text)):
+        raise _Refused(node, f"expected a number below 1e308 or .inf, got {shown(text)}")
+    return float(text)
 
 
 def _refused_tag(node: yaml.Node) -> _Refused:
@@ -185,6 +189,8 @@ def read(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             content = file.read(4 * MAX_CHARACTERS + 1)
+        if len(content) > 4 * MAX_CHARACTERS:
+            raise UserError(f"{path}: expected at most {MAX_CHARACTERS} characters of YAML, got more")
         text = content.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None

@@ -452,14 +452,16 @@ def _pull_keys(
         s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BN, BM]
         p = tl.exp2(s * scale - level[None, :])
         if MASKED:
+            dp = tl.dot(v, tl.trans(g), input_precision="ieee")  # [BN, BM]
             own_low, own_high, prefix_low, prefix_high = _four(bounds, start + query, inside, True)
             seen = _sees(own_low[None, :], own_high[None, :], prefix_low[None, :], prefix_high[None, :], key[:, None])
+            ds = tl.where(seen, p * (dp - delta[None, :]), 0.0)
             p = tl.where(seen, p, 0.0)
-        dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(g), input_precision="ieee")  # [BN, BM]
-        ds = p * (dp - delta[None, :])
-        if MASKED:
-            ds = tl.where(seen, ds, 0.0)
+            dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
+        else:
+            dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
+            dp = tl.dot(v, tl.trans(g), input_precision="ieee")  # [BN, BM]
+            ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 

@@ -143,3 +143,18 @@ def test_json_is_one_line_without_control_characters(text, monkeypatch):
 def test_log_records_of_others_keep_their_lines():
     for name, message in (("dph.x", "a\\nb\\x1b"), ("dphx", "a\nb\\x1b")):
         assert streams._Record(name, logging.INFO, "", 0, "a\nb%s", ("\x1b",), None).getMessage() == message
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full", "| true"])
+def test_an_error_of_the_command_is_not_replaced_by_one_of_its_output(redirection, tmp_path):
+    code = """
+import sys
+import dph.cli.main as main
+import dph.cli.doctor as command
+def run(args):
+    print("a line")
+    raise RuntimeError("the error")
+command.run = run
+sys.exit(main.main(["doctor"]))
+"""
+    assert shell(tmp_path, redirection, code, PYTHONUNBUFFERED="") == (1, "", "dph: error: the error\n")

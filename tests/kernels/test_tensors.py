@@ -130,7 +130,17 @@ READABLE = {
     "functions": lambda x: x.clone().as_subclass(Functions),
     "parameter": lambda x: torch.nn.Parameter(x.clone()),
 }
-FREED = {"freed": freed, "too small": lambda x: freed(x, x.nbytes // 2), "view": cut_off}
+
+
+def moved_out(x):
+    """A view behind the end of its storage, which has the view's size."""
+    pair = torch.stack([x, x])
+    row = pair[1]
+    pair.untyped_storage().resize_(x.nbytes)
+    return row
+
+
+FREED = {"freed": freed, "too small": lambda x: freed(x, x.nbytes // 2), "view": cut_off, "moved": moved_out}
 OTHER = {
     "sparse": Tensor.to_sparse,
     "mkldnn": Tensor.to_mkldnn,

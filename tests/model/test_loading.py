@@ -184,6 +184,20 @@ def test_heads_that_the_configuration_lacks_are_announced(judge, caplog):
     assert "heads.shared.reward.short.weight" in caplog.text
 
 
+def test_only_heads_may_have_other_sizes_on_request(judge):
+    file = judge / "model.safetensors"
+    weights = load_file(file)
+    name = "heads.shared.reward.short.weight"
+    save_file(weights | {name: torch.zeros(1, 3)}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"got 1 of another shape"):
+        dph.Model.from_pretrained(judge)
+    assert dph.Model.from_pretrained(judge, ignore_mismatched_sizes=True).untrained_heads == {"short"}
+    other = "backbone.embedding.weight"
+    save_file(weights | {other: weights[other][:5].clone()}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"got 1 of another shape \(the first is backbone.embedding"):
+        dph.Model.from_pretrained(judge, ignore_mismatched_sizes=True)
+
+
 @pytest.mark.parametrize("pooler", POOLERS)
 @pytest.mark.parametrize("layers", [0, 3])
 def test_expected_weights_are_those_of_a_model(pooler, layers):

@@ -145,6 +145,28 @@ def test_an_error_of_an_evaluation_is_repeated_by_the_resumed_run(step, tmp_path
     assert marks[0] == marks[1]
 
 
+@pytest.mark.parametrize("during", [False, True])
+def test_a_signal_does_not_wait_for_an_evaluation(during, tmp_path, monkeypatch):
+    """The resumed run makes up for it; a signal during an evaluation ends the run after it."""
+    changes = {"output__save_every": 0, "output__log_every": 1, "evaluation__every": 4}
+    whole = go(settings("sft", tmp_path / "whole", **changes))
+    recipe, evaluate, calls = settings("sft", tmp_path / "parts", **changes), HeldOut.evaluate, []
+
+    def count(self):
+        calls.append(1)
+        if during:
+            strike()
+        return evaluate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldOut, "evaluate", count)
+        given = records("sft") if during else Trap(records("sft"), taken(recipe, 3) + 1, strike)
+        stopped = go(recipe, given)
+    assert (stopped.interrupted, stopped.step, len(calls)) == (True, 4, int(during))
+    same(whole, go(recipe, resume=True))
+    assert figures(tmp_path / "parts") == figures(tmp_path / "whole")
+
+
 def test_divergence_is_saved_and_a_resumed_run_tries_what_follows(tmp_path):
     model = tiny()
     hook = model.backbone.input_norm.register_forward_hook(lambda _, inputs, states: states * math.nan)
