@@ -24,6 +24,8 @@ DPH_FN void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
 DPH_FN Vec splat(float x) { return x - Vec{}; }
 DPH_FN Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+#include "transpose.h"
+
 // 2^x to 1e-7; 0 for results below 2^-125, NaN stays NaN. Inputs are at most about 0.
 DPH_FN Vec exp2(Vec x) {
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, stored in the low bits
@@ -130,12 +132,17 @@ DPH_FN void load_block(float* to, const AttentionArguments& a, const AttentionRo
   memset(to + filled * width, 0, (whole - filled) * width * sizeof(float));
 }
 
-// Transposes [rows, width] to [width, lanes], with zeros in the padding lanes.
+// Transposes [rows, width] to [width, lanes], with zeros in the padding lanes; width and lanes are multiples of W.
 DPH_FN void transpose(float* to, const float* from, int64_t rows, int64_t width, int64_t lanes) {
-  for (int64_t d = 0; d < width; ++d) {
-    float* line = to + d * lanes;
-    for (int64_t i = 0; i < rows; ++i) line[i] = from[i * width + d];
-    for (int64_t i = rows; i < lanes; ++i) line[i] = 0.0f;
+  for (int64_t i = 0; i < lanes; i += W) {
+    for (int64_t d = 0; d < width; d += W) {
+      Vec v[W];
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < W; ++l) v[l] = i + l < rows ? load(from + (i + l) * width + d) : Vec{};
+      turn(v);
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < W; ++l) store(to + (d + l) * lanes + i, v[l]);
+    }
   }
 }
 
@@ -161,16 +168,19 @@ DPH_FN void open_tile(Tile& t, const AttentionArguments& a, int64_t number) {
   }
 }
 
-// Sets values [keys, lanes] to ``hidden`` if the key is not visible to the query.
-DPH_FN void mask(float* values, float hidden, const Tile& t, int64_t start, int64_t end) {
+// Sets elements of N matrices [keys, lanes] to ``hidden`` if the key is not visible to the query.
+template <int N>
+DPH_FN void mask(float* const (&matrices)[N], float hidden, const Tile& t, int64_t start, int64_t end) {
   for (int64_t i = 0; i < t.lanes; i += W) {
     const Int own = load(t.bound[0] + i), own_end = load(t.bound[1] + i);
     const Int prefix = load(t.bound[2] + i), prefix_end = load(t.bound[3] + i);
     for (int64_t key = start; key < end; ++key) {
       const Int j = static_cast<int32_t>(key) - Int{};
       const Int seen = ((own <= j) & (j < own_end)) | ((prefix <= j) & (j < prefix_end));
-      float* place = values + (key - start) * t.lanes + i;
-      store(place, seen ? load(place) : splat(hidden));
+      for (float* values : matrices) {
+        float* place = values + (key - start) * t.lanes + i;
+        store(place, seen ? load(place) : splat(hidden));
+      }
     }
   }
 }
@@ -318,7 +328,7 @@ DPH_FN void forward_wide(const AttentionArguments& a, const Tile& t, const int32
       load_block(keys, a, a.memory_k, a.k, start, end, head, width);
       load_block(values, a, a.memory_v, a.v, start, end, head, width);
       multiply<Into::Set>(whole, lanes, a.head_dim, keys, width, 1, queries, lanes, scores, lanes);
-      if (run >= t.first_masked) mask(scores, -INFINITY, t, start, end);
+      if (run >= t.first_masked) mask({scores}, -INFINITY, t, start, end);
       for (int64_t i = 0; i < lanes; i += W) {
         const Vec before = load(b.peak + i);
         Vec now = before, sums = {};
@@ -405,7 +415,8 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
   float* sums = values + BN * width;  // contribution to dk or dv
   float* p = sums + BN * width;       // [keys, lanes]
   float* ds = p + BN * BM;
-  float* out = dq;  // its memory is used later
+  float *out = dq, *out_lanes = keys;  // their memory is used later, from the loop over keys on
+  static_assert(BM <= BN, "keys has room for out_lanes");
   float* lse = ds + BN * BM;
   float* delta = lse + BM;
   for (int64_t i = 0; i < t.rows; ++i) {
@@ -425,15 +436,12 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
   transpose(query_lanes, query, t.rows, width, lanes);  // reproduces the forward pass's scores exactly
   for (int64_t i = 0; i < t.rows * width; ++i) query[i] *= 0.6931471805599453f;
   transpose(grad_lanes, grad, t.rows, width, lanes);
-  // In the order of ``micro`` and with its instructions, so that dp - delta is exactly 0 if one key has the probability
-  // 1. Rows beyond the last one hold arbitrary values.
+  transpose(out_lanes, out, t.rows, width, lanes);
+  // In the order of ``micro``, so that dp - delta is exactly 0 if one key has the probability 1.
   for (int64_t i = 0; i < lanes; i += W) {
     Vec products = {};
     for (int64_t d = 0; d < a.head_dim; ++d) {
-      Vec column;
-#pragma GCC unroll 16
-      for (int64_t l = 0; l < W; ++l) column[l] = out[(i + l) * width + d];
-      products += column * load(grad_lanes + d * lanes + i);
+      products += load(out_lanes + d * lanes + i) * load(grad_lanes + d * lanes + i);
     }
     store(delta + i, products);
   }
@@ -454,10 +462,8 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
           store(ds + j * lanes + i, probability * (load(ds + j * lanes + i) - load(delta + i)));
         }
       }
-      if (run >= t.first_masked) {  // after the products, in which NaN and infinities reach the masked pairs, too
-        mask(p, 0.0f, t, start, end);
-        mask(ds, 0.0f, t, start, end);
-      }
+      // After the products, in which NaN and infinities reach the hidden pairs, too.
+      if (run >= t.first_masked) mask({p, ds}, 0.0f, t, start, end);
       multiply<Into::Add>(width, lanes, count, keys, 1, width, ds, lanes, dq, lanes);
       if (start < a.memory) continue;  // memory is detached
       memset(p + count * lanes, 0, (whole - count) * lanes * sizeof(float));

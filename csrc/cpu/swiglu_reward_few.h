@@ -8,27 +8,7 @@
 // Like Loose, but with the alignment of 16-bit elements.
 typedef float Anywhere __attribute__((vector_size(4 * DPH_LANES), aligned(2), may_alias));
 
-// Transposes W vectors: each round interleaves the two halves.
-DPH_FN void turn(Vec* v) {
-  typedef int32_t Places __attribute__((vector_size(4 * DPH_LANES)));
-  Places low, high;
-#pragma GCC unroll 16
-  for (int l = 0; l < W; ++l) {
-    low[l] = l / 2 + l % 2 * W;
-    high[l] = low[l] + W / 2;
-  }
-#pragma GCC unroll 4
-  for (int round = 1; round < W; round *= 2) {
-    Vec u[W];
-#pragma GCC unroll 8
-    for (int i = 0; i < W / 2; ++i) {
-      u[2 * i] = __builtin_shuffle(v[i], v[i + W / 2], low);
-      u[2 * i + 1] = __builtin_shuffle(v[i], v[i + W / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) v[i] = u[i];
-  }
-}
+#include "transpose.h"
 
 // Loads W 32-bit words (one float or two bf16 each) from each of W rows, starting at column k. Row addresses are
 // computed from every fourth row and three multiples of the stride: sixteen addresses would not fit the registers.

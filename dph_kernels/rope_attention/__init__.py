@@ -49,7 +49,8 @@ def rope_attention(
         ValueError: a wrong shape, dtype or device.
 
     Rows are computed in tiles, and an invisible value is multiplied by zero: infinities and NaN in ``v`` may reach
-    other rows of their tile to which they are not visible. Results are the same in every run, bit for bit.
+    other rows of their tile to which they are not visible. A row whose visible scores are all minus infinity is NaN.
+    Results are the same in every run, bit for bit.
 
     Under ``torch.autocast`` queries, keys, values and memory are cast to its dtype.
 
@@ -97,7 +98,7 @@ def _fake(
     q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, segments: Tensor,
     q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(output [T, H, D], log-sum-exp [T, H], rotated keys [S, H, D])."""
+    """(output [T, H, D], log-sum-exp [T, H] in the unit of the backend, rotated keys [S, H, D])."""
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=q_cos.dtype), k.new_empty(k.shape)
 
 

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+MINUS_ZERO = tl.constexpr(-(2**31))  # the bits of -0.0 as an integer
 
 # Numbers that do not lead to another compilation if they are 1 or a multiple of 16: the audit compiles what runs.
 NUMBERS = ["rows", "T", "M", "H"]
@@ -452,16 +453,14 @@ def _pull_keys(
         s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BN, BM]
         p = tl.exp2(s * scale - level[None, :])
         if MASKED:
-            dp = tl.dot(v, tl.trans(g), input_precision="ieee")  # [BN, BM]
             own_low, own_high, prefix_low, prefix_high = _four(bounds, start + query, inside, True)
             seen = _sees(own_low[None, :], own_high[None, :], prefix_low[None, :], prefix_high[None, :], key[:, None])
-            ds = tl.where(seen, p * (dp - delta[None, :]), 0.0)
-            p = tl.where(seen, p, 0.0)
-            dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
-        else:
-            dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
-            dp = tl.dot(v, tl.trans(g), input_precision="ieee")  # [BN, BM]
-            ds = p * (dp - delta[None, :])
+            p = tl.where(seen, p, -0.0)  # exp2 never gives -0, which marks hidden pairs: ``seen`` would need registers
+        dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(g), input_precision="ieee")  # [BN, BM]
+        ds = p * (dp - delta[None, :])
+        if MASKED:
+            ds = tl.where(p.to(tl.int32, bitcast=True) == MINUS_ZERO, 0.0, ds)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 

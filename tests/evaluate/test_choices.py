@@ -129,8 +129,8 @@ def test_table():
 @pytest.mark.parametrize(
     ("label", "error"),
     [
-        (7, "record 1: task glue/sst2: expected one of the labels 0 to 1, got 7"),
-        (0.5, "record 1: task glue/sst2: expected one of the labels 0 to 1, got 0.5"),
+        (7, "record 1: task glue/sst2: label: expected one of the labels 0 to 1, got 7"),
+        (0.5, "record 1: task glue/sst2: label: expected one of the labels 0 to 1, got 0.5"),
         ("yes", "record 1: task glue/sst2: label: expected a number, got 'yes'"),
         ([1], r"record 1: task glue/sst2: label: expected a number, got \[1\]"),
         ("--1", "record 1: task glue/sst2: label: expected a number, got '--1'"),

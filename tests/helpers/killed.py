@@ -92,6 +92,7 @@ class Runs:
         os.dup2(writer, 1)
         os.dup2(writer, 2)
         torch.set_num_threads(1)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # not ignored, as under nohup
         os._exit(command_line.main(words))
 
     def whole(self):

@@ -440,7 +440,7 @@ def check(subject, backend, dtype, injected, clean, upstream):
             mixed=is_gradient and (infinite or large > 0.0),
             noise=noise,
             limit=0.02 * torch.finfo(dtype).max,
-            noise_everywhere=is_attention and backend == "triton",
+            noise_everywhere=is_attention and (backend == "triton" or selects),
         )
         right = torch.zeros(result.shape, dtype=torch.bool)
         for candidates in forms:

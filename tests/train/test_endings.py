@@ -183,7 +183,11 @@ def test_divergence_is_saved_and_a_resumed_run_tries_what_follows(tmp_path):
 def test_signals_of_terminals_and_batch_systems_save_and_stop(number, tmp_path):
     whole = go(settings("sft", tmp_path / "whole", **QUIET))
     recipe = settings("sft", tmp_path / "parts", **QUIET)
-    stopped = go(recipe, Trap(records("sft"), taken(recipe, 4) + 1, lambda: strike(number)))
+    before = signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup
+    try:
+        stopped = go(recipe, Trap(records("sft"), taken(recipe, 4) + 1, lambda: strike(number)))
+    finally:
+        signal.signal(number, before)
     assert (stopped.interrupted, stopped.step, stopped.exit_code) == (True, 5, 128 + number)
     assert_resumes("sft", tmp_path / "parts", whole)
 

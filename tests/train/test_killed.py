@@ -20,4 +20,4 @@ def test_runs_that_end_in_any_way_resume_to_the_same_weights(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     for line in done.stdout.splitlines():
-        assert "7 of 7 endings met a run" in line
+        assert "7 of 7 endings met the run" in line
