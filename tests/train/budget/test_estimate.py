@@ -171,7 +171,8 @@ def test_a_host_without_room_is_named(start, monkeypatch):
 
 
 def test_an_update_that_no_host_holds_names_both_sizes(start):
-    message = r"^batch\.size, data\.context: .* GB on the host, got 65,536 times 16,777,216 tokens, which take [\d,]+\.\d\d GB"
+    sizes = r"got 65,536 times 16,777,216 tokens, which take [\d,]+\.\d\d GB"
+    message = rf"^batch\.size, data\.context: .* GB on the host, {sizes}"
     with pytest.raises(UserError, match=message):
         stage_of(start, data__context=2**24, batch__size=2**16)
 
