@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dph._folder import describe_other, read_json
-from dph.errors import UserError, printable
+from dph.errors import UserError, one_line
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and PyTorch's
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers prefers these to others
@@ -78,12 +78,12 @@ def read_weight_files(path: str | os.PathLike, variant: str | None = None, **hub
     for name in sorted(set(named.values())):
         file = where.parent / name if folder is not None else _find(name, path, folder, hub)
         if file is None:
-            raise UserError(f"{where}: weight_map: expected files on the hub, got none for {_cut(name)}")
+            raise UserError(f"{where}: weight_map: expected files on the hub, got none for {one_line(name)}")
         header = read_header(file)
         if duplicates := sorted(tensors.keys() & header.keys()):
             raise UserError(
                 f"{where}: expected each tensor in one file, got {len(duplicates)} in several, the first is "
-                f"{_cut(duplicates[0])} in {tensors[duplicates[0]].file.name} and {file.name}"
+                f"{one_line(duplicates[0])} in {tensors[duplicates[0]].file.name} and {file.name}"
             )
         files.append(file)
         tensors |= header
@@ -91,7 +91,7 @@ def read_weight_files(path: str | os.PathLike, variant: str | None = None, **hub
     if wrong:
         raise UserError(
             f"{where}: weight_map: expected the file of each tensor, got {len(wrong)} that are not in the named file, "
-            f"the first is {_cut(wrong[0])} in {named[wrong[0]]}"
+            f"the first is {one_line(wrong[0])} in {named[wrong[0]]}"
         )
     return WeightFiles(where, tuple(files), tensors)
 
@@ -111,9 +111,9 @@ def _other_weights(folder: Path | None) -> str:
     names = sorted(os.listdir(folder)) if folder is not None and folder.is_dir() else []
     pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
-        return f"{_cut(pickles[0])}: a pickle, which could run code and is not read"
+        return f"{one_line(pickles[0])}: a pickle, which could run code and is not read"
     others = [name for name in names if name.endswith((".safetensors", ".gguf"))]
-    return f"{_cut(others[0])}, a name of another layout" if others else "none of them"
+    return f"{one_line(others[0])}, a name of another layout" if others else "none of them"
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -126,7 +126,8 @@ def _read_index(path: Path) -> dict[str, str]:
         plain = isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
         if not plain or not name.isprintable():
             raise UserError(
-                f"{path}: weight_map.{_cut(tensor)}: expected a .safetensors file of the same folder, got {_cut(name)}"
+                f"{path}: weight_map.{one_line(tensor)}: expected a .safetensors file of the same folder, got "
+                f"{one_line(name)}"
             )
     if not isinstance(fields.get("metadata"), dict):
         raise UserError(f"{path}: metadata: expected an object, got none")
@@ -148,16 +149,10 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
                 dtype = entry.get_dtype()
                 headers[name] = TensorHeader(tuple(entry.get_shape()), FLOATS.get(dtype, dtype), path)
     except SafetensorError as error:
-        raise UserError(f"{path}: expected a whole safetensors file, got a damaged one: {_cut(error)}") from None
+        raise UserError(f"{path}: expected a whole safetensors file, got a damaged one: {one_line(error)}") from None
     except OSError as error:
-        raise UserError(f"{path}: expected a readable file, got: {error.strerror or _cut(error)}") from None
+        raise UserError(f"{path}: expected a readable file, got: {error.strerror or one_line(error)}") from None
     return headers
-
-
-def _cut(text: object, most: int = 120) -> str:
-    """Return a name or message from outside on one line of bounded length."""
-    line = printable(" ".join(str(text).split()), keep="")
-    return line if len(line) <= most else f"{line[:most]}..."
 
 
 def check_tensors(
@@ -193,10 +188,10 @@ def check_tensors(
     if missing:
         faults.append(f"{len(missing)} missing (the first is {missing[0]})")
     if unexpected:
-        faults.append(f"{len(unexpected)} not of this model (the first is {_cut(unexpected[0])})")
+        faults.append(f"{len(unexpected)} not of this model (the first is {one_line(unexpected[0])})")
     if not_float:
         name = min(not_float)
-        faults.append(f"{len(not_float)} of another type (the first is {_cut(name)}: {_dtype(got[name])})")
+        faults.append(f"{len(not_float)} of another type (the first is {one_line(name)}: {_dtype(got[name])})")
     if misshapen:
         name = misshapen[0]
         shapes = f"{list(got[name].shape)}, expected {list(expected[name].shape)}"

@@ -49,6 +49,12 @@ def shown(value: object) -> str:
     return text if len(text) <= 120 else f"{text[:80]}...{text[-20:]}"
 
 
+def one_line(text: object, most: int = 120) -> str:
+    """Return a name, message or exception from outside on one line of bounded length, without control characters."""
+    line = printable(" ".join(str(text).split()), keep="")
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
 def shown_names(names: Iterable[object], most: int = 12) -> str:
     """Return keys of unknown origin as a list for a message, cut; "(none)" if there are none."""
     words = []

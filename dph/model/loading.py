@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from safetensors import SafetensorError
 from dph._folder import describe_other, read_json, refuse_code
 from dph.chat import END, tokenizer_name
 from dph.checkpoint import RELEASED
-from dph.errors import UserError, printable, shown, shown_names
+from dph.errors import UserError, one_line, shown, shown_names
 from dph.model.config import ModelConfig, check_fields, read_fields
 from dph.model.directories import model_path, tokenizer_path
 from dph.model.model import Model
+
+_reason = partial(one_line, most=300)  # the message of another library's error
 
 KINDS = (ModelConfig.model_type, RELEASED)
 
@@ -44,7 +47,7 @@ def load_model(name: str, **options: Any) -> Model:
             raise UserError(f"{name}: expected a model of type {' or '.join(KINDS)}, got {got}")
         return Model.from_pretrained(path, **options)
     except SafetensorError as error:
-        raise UserError(f"{path}: expected whole safetensors files, got a damaged one: {_line(error)}") from error
+        raise UserError(f"{path}: expected whole safetensors files, got a damaged one: {_reason(error)}") from error
     except OSError as error:
         raise _user_error(name, "a model", error) from error
 
@@ -131,7 +134,7 @@ def _broken_tokenizer(path: str, error: Exception) -> UserError:
         try:
             Tokenizer.from_file(str(file))
         except Exception as reason:
-            return UserError(f"{file}: expected a tokenizer, got a file that cannot be read: {_line(reason)}")
+            return UserError(f"{file}: expected a tokenizer, got a file that cannot be read: {_reason(reason)}")
         try:
             if not isinstance(read_json(file).get("added_tokens"), list):  # tokenizers does not need it
                 return UserError(f"{file}: added_tokens: expected a list, got none")
@@ -141,10 +144,10 @@ def _broken_tokenizer(path: str, error: Exception) -> UserError:
         try:
             PretrainedConfig.from_dict(read_json(folder / "config.json"))  # as AutoTokenizer does
         except Exception as reason:
-            return UserError(f"{folder / 'config.json'}: expected settings of a model, got: {_line(reason)}")
+            return UserError(f"{folder / 'config.json'}: expected settings of a model, got: {_reason(reason)}")
     names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     where = ", ".join(str(folder / name) for name in names if (folder / name).is_file()) or path
-    got = f"{type(error).__name__}: {_line(error)}"
+    got = f"{type(error).__name__}: {_reason(error)}"
     return UserError(f"{where}: expected settings of a tokenizer that fit its other files, got {got}")
 
 
@@ -167,11 +170,5 @@ def check_tokenizer(model: Model, tokenizer: Any) -> None:
 def _user_error(name: str, kind: str, error: OSError) -> UserError:
     """``error`` in one line; for a name that is no directory, with the two possibilities."""
     if Path(name).is_dir():
-        return UserError(f"{name}: {kind}: {_line(error)}")
-    return UserError(f"{name}: expected {kind} in a directory (nothing is there) or on the hub, got {_line(error)}")
-
-
-def _line(error: Exception, most: int = 300) -> str:
-    """Return an error's message on one line of bounded length."""
-    text = printable(" ".join(str(error).split()), keep="")
-    return text if len(text) <= most else f"{text[:most]}..."
+        return UserError(f"{name}: {kind}: {_reason(error)}")
+    return UserError(f"{name}: expected {kind} in a directory (nothing is there) or on the hub, got {_reason(error)}")
