@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,24 @@ MAX_JSON = 64 * 2**20  # bytes of one file; the largest in use, settings of toke
 CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "use_kernels", "kernel_config", "gguf_file")
 # Keys that hold the name of an implementation: of transformers, or OWNER/NAME for a kernel of the hub.
 IMPLEMENTATION_KEYS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+
+
+def find_file(name: str, path: str | os.PathLike, hub: Mapping[str, Any] | None = None) -> Path | None:
+    """Return the path of a file of a model, None if there is none.
+
+    Args:
+        name: of the file.
+        path: folder, or the name of a model on the hub, from which the file is downloaded.
+        hub: arguments for downloads; ``subfolder`` also counts in a folder.
+    """
+    hub = hub or {}
+    if os.path.isdir(path):
+        file = Path(path, hub.get("subfolder") or "", name)
+        return file if os.path.lexists(file) else None
+    from transformers.utils import cached_file
+
+    found = cached_file(path, name, **hub, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
 
 
 def describe_other(path: Path) -> str | None:
@@ -88,5 +107,6 @@ def _entries(fields: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 def _names_kernel(value: Any) -> bool:
     """Whether an implementation, or one of those by part of the model, is OWNER/NAME of the hub."""
-    values = value.values() if isinstance(value, dict) else [value]
-    return any(isinstance(item, str) and "/" in item for item in values)
+    if isinstance(value, dict | list):
+        return any(map(_names_kernel, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and "/" in value

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dph._folder import describe_other, read_json
+from dph._folder import describe_other, find_file, read_json
 from dph.errors import UserError, one_line
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and PyTorch's
@@ -68,7 +68,7 @@ def read_weight_files(path: str | os.PathLike, variant: str | None = None, **hub
     folder = Path(path) / (hub.get("subfolder") or "") if os.path.isdir(path) else None
     if folder is not None and any(map(DISTRIBUTED.fullmatch, os.listdir(folder))):
         raise UserError(f"{folder}: expected {single} or {index}, got files of a distributed checkpoint")
-    where = _find(single, path, folder, hub) or _find(index, path, folder, hub)
+    where = find_file(single, path, hub) or find_file(index, path, hub)
     if where is None:
         raise UserError(f"{folder or path}: expected weights in {single} or {index}, got {_other_weights(folder)}")
     if where.name != index:
@@ -76,7 +76,7 @@ def read_weight_files(path: str | os.PathLike, variant: str | None = None, **hub
     named = _read_index(where)
     files, tensors = [], {}
     for name in sorted(set(named.values())):
-        file = where.parent / name if folder is not None else _find(name, path, folder, hub)
+        file = where.parent / name if folder is not None else find_file(name, path, hub)
         if file is None:
             raise UserError(f"{where}: weight_map: expected files on the hub, got none for {one_line(name)}")
         header = read_header(file)
@@ -94,16 +94,6 @@ def read_weight_files(path: str | os.PathLike, variant: str | None = None, **hub
             f"the first is {one_line(wrong[0])} in {named[wrong[0]]}"
         )
     return WeightFiles(where, tuple(files), tensors)
-
-
-def _find(file: str, path: str | os.PathLike, folder: Path | None, hub: Mapping[str, Any]) -> Path | None:
-    """Return the path of a file in ``folder``, or of the downloaded file if that is None; None if it does not exist."""
-    if folder is not None:
-        return folder / file if os.path.lexists(folder / file) else None
-    from transformers.utils import cached_file
-
-    found = cached_file(path, file, **hub, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found)
 
 
 def _other_weights(folder: Path | None) -> str:

@@ -77,3 +77,9 @@ def test_keys_that_name_code_are_refused_by_name(fields, name):
     with pytest.raises(UserError, match=rf"^x.json: {name}: expected no code or kernel to load .*, got ."):
         _folder.refuse_code(fields, "x.json")
     _folder.refuse_code({**LLAMA, "deep": json.loads('{"a":' * 500 + "1" + "}" * 500)}, "x.json")
+
+
+def test_lists_of_implementations_are_looked_through():
+    with pytest.raises(UserError, match=r"^config.json: attn_implementation: expected no code or kernel"):
+        _folder.refuse_code({"attn_implementation": ["sdpa", {"vision": "owner/kernel"}]}, "config.json")
+    _folder.refuse_code({"attn_implementation": ["sdpa", {"vision": "eager"}]}, "config.json")

@@ -185,6 +185,10 @@ DPH_FN void mask(float* const (&matrices)[N], float hidden, const Tile& t, int64
   }
 }
 
+DPH_FN bool sees(const Tile& t, int64_t i, int64_t key) {
+  return (t.bound[0][i] <= key && key < t.bound[1][i]) || (t.bound[2][i] <= key && key < t.bound[3][i]);
+}
+
 // Sum over the lanes, by successive halves.
 DPH_FN float sum(Vec x) {
   typedef float Half __attribute__((vector_size(2 * DPH_LANES)));
@@ -198,6 +202,56 @@ DPH_FN float sum(Vec x) {
   float result = quarter[0];
   for (int64_t l = 1; l < W / 4; ++l) result += quarter[l];
   return result;
+}
+
+// Rows of a block with an element that is not finite. A product of the whole block would multiply it by the zeros of
+// hidden pairs, which is NaN; these rows are zero there, and added for the pairs that see each other.
+struct RowsApart {
+  int64_t count = 0, numbers[BM > BN ? BM : BN];
+};
+
+// Whether all of ``count`` numbers, whole vectors, are finite: zero times any other is NaN.
+DPH_FN bool finite(const float* x, int64_t count) {
+  Vec zeros = {};
+  for (int64_t i = 0; i < count; i += W) zeros += load(x + i) * 0.0f;
+  return sum(zeros) == 0.0f;
+}
+
+// Sets such rows of ``rows`` to zero, and copies them to ``copy`` unless that is null.
+DPH_FN void set_apart(RowsApart& apart, float* rows, float* copy, int64_t count, int64_t width) {
+  apart.count = 0;
+  if (finite(rows, count * width)) return;
+  for (int64_t j = 0; j < count; ++j) {
+    float* row = rows + j * width;
+    if (finite(row, width)) continue;
+    if (copy) memcpy(copy + j * width, row, width * sizeof(float));
+    memset(row, 0, width * sizeof(float));
+    apart.numbers[apart.count++] = j;
+  }
+}
+
+// C [width, lanes] += A^T B of the rows of A [keys, width] that are set apart, with B [keys, lanes].
+DPH_FN void add_keys_apart(const RowsApart& apart, const Tile& t, int64_t start, const float* A, const float* B,
+                           float* C, int64_t size, int64_t width) {
+  for (int64_t n = 0; n < apart.count; ++n) {
+    const int64_t j = apart.numbers[n];
+    for (int64_t i = 0; i < t.rows; ++i) {
+      if (!sees(t, i, start + j)) continue;
+      for (int64_t d = 0; d < size; ++d) C[d * t.lanes + i] += A[j * width + d] * B[j * t.lanes + i];
+    }
+  }
+}
+
+// C [keys, width] += factor A B^T of the queries that are set apart, with A [keys, lanes] and B [width, lanes].
+DPH_FN void add_queries_apart(const RowsApart& apart, const Tile& t, int64_t start, int64_t count, const float* A,
+                              const float* B, float factor, float* C, int64_t size, int64_t width) {
+  for (int64_t n = 0; n < apart.count; ++n) {
+    const int64_t i = apart.numbers[n];
+    for (int64_t j = 0; j < count; ++j) {
+      if (!sees(t, i, start + j)) continue;
+      for (int64_t d = 0; d < size; ++d) C[j * width + d] += A[j * t.lanes + i] * (factor * B[d * t.lanes + i]);
+    }
+  }
 }
 
 // Head dimension rounded up to whole vectors and micro-tiles of every instruction set.
@@ -321,14 +375,19 @@ DPH_FN void forward_wide(const AttentionArguments& a, const Tile& t, const int32
                          int64_t head, const float* queries, const Buffers& b) {
   const int64_t width = padded(a.head_dim), lanes = t.lanes;
   float *keys = b.keys, *values = b.values, *scores = b.scores;
+  RowsApart apart;
   for (; run < last; run += 2) {
+    const bool masked = run >= t.first_masked;
     for (int64_t start = run[0]; start < run[1]; start += BN) {
       const int64_t end = std::min<int64_t>(start + BN, run[1]), count = end - start;
       const int64_t whole = (count + MR - 1) / MR * MR;
       load_block(keys, a, a.memory_k, a.k, start, end, head, width);
       load_block(values, a, a.memory_v, a.v, start, end, head, width);
       multiply<Into::Set>(whole, lanes, a.head_dim, keys, width, 1, queries, lanes, scores, lanes);
-      if (run >= t.first_masked) mask({scores}, -INFINITY, t, start, end);
+      if (masked) {
+        mask({scores}, -INFINITY, t, start, end);
+        set_apart(apart, values, keys, count, width);
+      }
       for (int64_t i = 0; i < lanes; i += W) {
         const Vec before = load(b.peak + i);
         Vec now = before, sums = {};
@@ -345,6 +404,7 @@ DPH_FN void forward_wide(const AttentionArguments& a, const Tile& t, const int32
         store(b.total + i, load(b.total + i) * factor + sums);
       }
       multiply<Into::Rescale>(width, lanes, count, values, 1, width, scores, lanes, b.out, lanes, b.decay);
+      if (masked) add_keys_apart(apart, t, start, keys, scores, b.out, a.head_dim, width);
     }
   }
 }
@@ -434,7 +494,8 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
   }
   for (int64_t i = t.rows; i < lanes; ++i) lse[i] = INFINITY;  // p = 0 for the padding lanes, too
   transpose(query_lanes, query, t.rows, width, lanes);  // reproduces the forward pass's scores exactly
-  for (int64_t i = 0; i < t.rows * width; ++i) query[i] *= 0.6931471805599453f;
+  constexpr float ln_2 = 0.6931471805599453f;
+  for (int64_t i = 0; i < t.rows * width; ++i) query[i] *= ln_2;
   transpose(grad_lanes, grad, t.rows, width, lanes);
   transpose(out_lanes, out, t.rows, width, lanes);
   // In the order of ``micro``, so that dp - delta is exactly 0 if one key has the probability 1.
@@ -445,8 +506,12 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
     }
     store(delta + i, products);
   }
+  RowsApart keys_apart, queries_apart, grads_apart;
+  set_apart(queries_apart, query, nullptr, t.rows, width);
+  set_apart(grads_apart, grad, nullptr, t.rows, width);
   memset(dq, 0, width * lanes * sizeof(float));
   for (const int32_t* run = t.runs; run < t.last_run; run += 2) {
+    const bool masked = run >= t.first_masked;
     for (int64_t start = run[0]; start < run[1]; start += BN) {
       const int64_t end = std::min<int64_t>(start + BN, run[1]), count = end - start;
       const int64_t whole = (count + MR - 1) / MR * MR;
@@ -463,14 +528,20 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
         }
       }
       // After the products, in which NaN and infinities reach the hidden pairs, too.
-      if (run >= t.first_masked) mask({p, ds}, 0.0f, t, start, end);
+      if (masked) {
+        mask({p, ds}, 0.0f, t, start, end);
+        set_apart(keys_apart, keys, values, count, width);
+      }
       multiply<Into::Add>(width, lanes, count, keys, 1, width, ds, lanes, dq, lanes);
+      if (masked) add_keys_apart(keys_apart, t, start, values, ds, dq, a.head_dim, width);
       if (start < a.memory) continue;  // memory is detached
       memset(p + count * lanes, 0, (whole - count) * lanes * sizeof(float));
       memset(ds + count * lanes, 0, (whole - count) * lanes * sizeof(float));
       multiply<Into::Set>(whole, width, t.rows, p, lanes, 1, grad, width, sums, width);
+      add_queries_apart(grads_apart, t, start, count, p, grad_lanes, 1.0f, sums, a.head_dim, width);
       add_rows(a.dv, start - a.memory, head, sums, count, a.head_dim, width);
       multiply<Into::Set>(whole, width, t.rows, ds, lanes, 1, query, width, sums, width);
+      add_queries_apart(queries_apart, t, start, count, ds, query_lanes, ln_2, sums, a.head_dim, width);
       add_rows(a.dk, start - a.memory, head, sums, count, a.head_dim, width);
     }
   }

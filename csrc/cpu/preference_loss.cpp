@@ -59,8 +59,9 @@ DPH_INLINE float smoothed(float x, float epsilon, float& slope) {
   p = p * square + 1.0f / 7.0f;
   p = p * square + 1.0f / 5.0f;
   p = p * square + 1.0f / 3.0f;
-  // softplus(-x) + epsilon x without a difference, which would be NaN for minus infinity
-  return 2.0f * (u + u * square * p) + (x < 0.0f ? 1.0f - epsilon : epsilon) * size;
+  // softplus(-x) + epsilon x without a difference, which would be NaN for minus infinity, as 0 times infinity is
+  const float weight = x < 0.0f ? 1.0f - epsilon : epsilon;
+  return 2.0f * (u + u * square * p) + (weight == 0.0f ? 0.0f : weight * size);
 }
 
 template <bool CONTRASTIVE>

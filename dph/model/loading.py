@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from dph._folder import describe_other, read_json, refuse_code
+from dph._folder import describe_other, find_file, read_json, refuse_code
 from dph.chat import END, tokenizer_name
 from dph.checkpoint import RELEASED
 from dph.errors import UserError, one_line, shown, shown_names
@@ -84,21 +84,13 @@ def check_settings(path: str) -> None:
     ``path`` is a folder, or the name of a model on the hub, of which the files that AutoTokenizer reads are checked.
     """
     for name in SETTINGS:
-        if os.path.isdir(path):
-            file = os.path.join(path, name)
-            if os.path.lexists(file):
-                if name == "config.json":
-                    check_fields(read_fields(path), path)
-                    continue
-                fields = read_json(file)
-                refuse_code(fields, file)
-                _check_tokens(name, fields, file)
-        elif name in ("config.json", "tokenizer_config.json"):
-            from transformers.utils import cached_file
-
-            downloaded = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-            if downloaded is not None:
-                refuse_code(read_json(downloaded), f"{path}/{name}")
+        if name == "config.json" and os.path.isdir(path):
+            if os.path.lexists(os.path.join(path, name)):
+                check_fields(read_fields(path), path)
+        elif file := find_file(name, path):
+            fields = read_json(file)
+            refuse_code(fields, str(file))
+            _check_tokens(name, fields, str(file))
 
 
 def _check_tokens(name: str, fields: dict[str, Any], where: str) -> None:

@@ -24,7 +24,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dph import chat, checkpoint
-from dph._folder import read_json, refuse_code
+from dph._folder import find_file, read_json, refuse_code
 from dph._weights import check_tensors, read_weight_files
 from dph.data.packing import PackedBatch, batches, pack
 from dph.devices import host_memory
@@ -550,7 +550,7 @@ def _is_head(name: str) -> bool:
 
 def _check_host_memory(config: ModelConfig) -> None:
     """Raise UserError before memory is allocated if the weights of a new model do not fit on the host."""
-    if torch.get_default_device().type != "cpu":
+    if nn.Linear(1, 1).weight.device.type != "cpu":  # of a context for another device, or one without memory
         return
     needed, available = config.least_parameters * torch.get_default_dtype().itemsize, host_memory()
     if needed > available:
@@ -576,12 +576,12 @@ def _faulty_setting(config: ModelConfig, path: str | os.PathLike, error: Excepti
 
 
 def _check_generation_config(path: str | os.PathLike, hub: dict[str, Any]) -> None:
-    """Raise UserError, which begins with the file, if transformers cannot use the folder's generation_config.json."""
-    file = os.path.join(path, hub.get("subfolder") or "", "generation_config.json")
-    if not os.path.isdir(path) or not os.path.lexists(file):
+    """Raise UserError, which begins with the file, if transformers cannot use the model's generation_config.json."""
+    file = find_file("generation_config.json", path, hub)
+    if file is None:
         return
     fields = read_json(file)
-    refuse_code(fields, file)
+    refuse_code(fields, str(file))
     for name in TOKEN_IDS:
         ids = fields.get(name)
         for token in ids if isinstance(ids, list) else [ids]:

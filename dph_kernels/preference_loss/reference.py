@@ -68,9 +68,11 @@ def precision(inputs: Sequence[Tensor]) -> torch.dtype:
 def smoothed(x: Tensor, epsilon: float) -> Tensor:
     """Return s(x), exact for any size of x, since log sigmoid is computed as min(x, 0) - log1p(exp(-|x|)).
 
-    Not softplus(-x) + eps x, which is the difference of two infinities at minus infinity.
+    Not softplus(-x) + eps x, which is the difference of two infinities at minus infinity. Without smoothing the second
+    term is left out: at infinity it would be 0 times infinity.
     """
-    return -(1 - epsilon) * logsigmoid(x) - epsilon * logsigmoid(-x)
+    loss = -(1 - epsilon) * logsigmoid(x)
+    return loss - epsilon * logsigmoid(-x) if epsilon else loss
 
 
 def smoothed_slope(x: Tensor, epsilon: float) -> Tensor:

@@ -44,8 +44,9 @@ def _smoothed(x, epsilon):
     p = p * square + 1.0 / 7.0
     p = p * square + 1.0 / 5.0
     p = p * square + 1.0 / 3.0
-    # softplus(-x) + epsilon x without a difference, which would be NaN for minus infinity
-    return 2.0 * (u + u * square * p) + tl.where(x < 0.0, 1.0 - epsilon, epsilon) * size, slope
+    # softplus(-x) + epsilon x without a difference, which would be NaN for minus infinity, as 0 times infinity is
+    weight = tl.where(x < 0.0, 1.0 - epsilon, epsilon)
+    return 2.0 * (u + u * square * p) + tl.where(weight == 0.0, 0.0, weight * size), slope
 
 
 @triton.jit

@@ -48,8 +48,9 @@ def rope_attention(
     Raises:
         ValueError: a wrong shape, dtype or device.
 
-    Rows are computed in tiles, and an invisible value is multiplied by zero: infinities and NaN in ``v`` may reach
-    other rows of their tile to which they are not visible. A row whose visible scores are all minus infinity is NaN.
+    NaN and infinities reach the results and gradients of the rows that see them. Only on a GPU, where a tile of rows is
+    computed at once and an invisible value multiplied by zero, may they reach the other rows of their tile. A row whose
+    visible scores are all minus infinity is NaN.
     Results are the same in every run, bit for bit.
 
     Under ``torch.autocast`` queries, keys, values and memory are cast to its dtype.

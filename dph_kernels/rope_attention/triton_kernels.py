@@ -244,7 +244,7 @@ def _finish(acc, peak, total, blind):
     """
     total = tl.where(blind, 1.0, total)
     logarithm = tl.where(total == 0.0, float("nan"), peak + tl.log2(total))
-    return acc / total[:, None], tl.where(blind, float("-inf"), logarithm)
+    return tl.where(blind[:, None], 0.0, acc / total[:, None]), tl.where(blind, float("-inf"), logarithm)
 
 
 @triton.jit

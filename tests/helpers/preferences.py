@@ -25,6 +25,11 @@ def make(pairs, heads=None, dtype=torch.float32, device="cpu", parts=("dph", "dp
     return {name: x if x is None else x.to(dtype).requires_grad_() for name, x in inputs.items()}
 
 
+def smoothed(x, epsilon):
+    """(1 - epsilon) log sigmoid(x) + epsilon log sigmoid(-x)."""
+    return (1 - epsilon) * logsigmoid(x) + (epsilon * logsigmoid(-x) if epsilon else 0)
+
+
 def formula(inputs, beta, dpo_epsilon, dph_epsilon, objective, dpo_weight, dph_weight):
     """(loss, metrics by name) as the paper writes them."""
     r_w, r_l, *logprobs = inputs.values()
@@ -32,10 +37,7 @@ def formula(inputs, beta, dpo_epsilon, dph_epsilon, objective, dpo_weight, dph_w
     loss = 0.0
     if r_w is not None:
         e = dph_epsilon
-        if objective == "separable":
-            terms = (1 - e) * logsigmoid(r_w) + e * logsigmoid(-r_w) + e * logsigmoid(r_l) + (1 - e) * logsigmoid(-r_l)
-        else:
-            terms = (1 - e) * logsigmoid(r_w - r_l) + e * logsigmoid(r_l - r_w)
+        terms = smoothed(r_w, e) + smoothed(-r_l, e) if objective == "separable" else smoothed(r_w - r_l, e)
         found["dph_loss"] = -terms.mean()
         found.update(describe("reward", r_w, r_l))
         loss = loss + dph_weight * found["dph_loss"]
@@ -45,7 +47,7 @@ def formula(inputs, beta, dpo_epsilon, dph_epsilon, objective, dpo_weight, dph_w
     if logprobs[0] is not None:
         p_w, p_l, f_w, f_l = logprobs
         e, d = dpo_epsilon, beta * ((p_w - p_l) - (f_w - f_l))
-        found["dpo_loss"] = -((1 - e) * logsigmoid(d) + e * logsigmoid(-d)).mean()
+        found["dpo_loss"] = -smoothed(d, e).mean()
         found.update(describe("implicit", beta * (p_w - f_w), beta * (p_l - f_l)))
         loss = loss + dpo_weight * found["dpo_loss"]
     return loss, {"loss": loss, **found}

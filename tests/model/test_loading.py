@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import dph
 from dph.errors import UserError
+from dph.model import model as modeling
 from dph.model.config import MAX_HEADS, POOLERS
 from dph.model.loading import check_settings, check_tokenizer, load_model, load_tokenizer
 
@@ -410,3 +411,38 @@ def test_a_token_beyond_the_vocabulary_is_named(judge):
     change_tokenizer(move)(judge)
     with pytest.raises(UserError, match=r"tokenizer: expected ids below 280, got 9999 for '.*'"):
         check_tokenizer(load_model(str(judge)), load_tokenizer(str(judge)))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_every_settings_file_of_a_hub_name_is_looked_through(name, tmp_path, monkeypatch):
+    (tmp_path / name).write_text('{"auto_map": {"AutoTokenizer": "code.Tokenizer"}}', encoding="utf-8")
+
+    def cached_file(path, file, **_):
+        assert path == "owner/model"
+        return str(tmp_path / file) if (tmp_path / file).exists() else None
+
+    monkeypatch.setattr("transformers.utils.cached_file", cached_file)
+    with pytest.raises(UserError, match="auto_map: expected no code or kernel to load"):
+        check_settings("owner/model")
+
+
+def test_generation_settings_of_a_hub_name_are_looked_through(tmp_path, monkeypatch):
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"custom_generate": "owner/code"}', encoding="utf-8")
+    monkeypatch.setattr("transformers.utils.cached_file", lambda path, name, **_: str(file))
+    with pytest.raises(UserError, match="custom_generate: expected no code or kernel to load"):
+        modeling._check_generation_config("owner/model", {})
+
+
+def test_a_model_without_memory_may_be_larger_than_the_host(monkeypatch):
+    """As accelerate's ``init_empty_weights`` makes it: its parameters are on the meta device one by one."""
+    monkeypatch.setattr(modeling, "host_memory", lambda: 1)
+    with pytest.raises(UserError, match="expected weights that fit into"):
+        dph.Model(tiny_config())
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module, name, parameter):
+        register(module, name, None if parameter is None else torch.nn.Parameter(parameter.to("meta")))
+
+    monkeypatch.setattr(torch.nn.Module, "register_parameter", on_meta)
+    assert all(p.is_meta for p in dph.Model(tiny_config()).parameters())
