@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 from weakref import WeakKeyDictionary, proxy
 
-from dph.errors import UserError, check_text, shown, shown_names
+from dph.errors import UserError, check_text, one_line, shown, shown_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,7 +125,11 @@ def plain(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
         return lambda text: slow(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     # A copy of the backend: six times faster than the wrapper, and its encode_special_tokens cannot be changed by
     # another thread's call of the wrapper.
-    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    try:
+        backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    except Exception as error:  # tokenizers has no other kind
+        name, got = tokenizer_name(tokenizer), one_line(error, most=300)
+        raise UserError(f"{name}: expected parts that fit each other (two tokens of one id?), got: {got}") from error
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True

@@ -172,6 +172,20 @@ def test_chat_tokens_that_text_can_spell_are_refused():
         chat.encode(conversation("a", "b"), tok)
 
 
+def test_a_vocabulary_with_two_tokens_of_one_id_is_refused(tmp_path):
+    """It can be read, but what is written of it cannot: a merge has lost its token."""
+    small_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    described = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary, merges = described["model"]["vocab"], described["model"]["merges"]
+    merged = "".join(merges[-1])
+    vocabulary[merged] = min(number for token, number in vocabulary.items() if token != merged)
+    file.write_text(json.dumps(described), encoding="utf-8")
+    broken = AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"expected parts that fit each other .*, got: Token .* out of vocabulary"):
+        chat.markup(broken)
+
+
 def test_the_markup_follows_its_tokenizer_and_dies_with_it():
     first, known = copy.deepcopy(small_tokenizer()), len(chat._markups)
     before = chat.encode(conversation("hello", "world"), first)

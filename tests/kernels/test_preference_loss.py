@@ -299,10 +299,14 @@ def test_a_head_that_is_not_finite_is_told_from_the_others(pair, value, objectiv
     inputs = {name: x.detach() for name, x in make(9001, 3, device=device).items()}
     inputs["rewards_rejected"][pair, 1] = value
     got = named(preference_loss(**inputs, objective=objective, dph_epsilon=0.0, backend=backend)[1], 3)
-    assert got["finite"] == 0.0
     finite = {name for name, x in got.items() if abs(x) < torch.inf}
     broken = {f"{name}_1" for name in ("reward_margin", "reward_rejected")}
-    assert finite.isdisjoint({"loss", "dph_loss", "dph_loss_1", *broken})
+    if value == -torch.inf:  # judged rightly with certainty: without smoothing no loss at all
+        assert got["finite"] == 1.0
+    else:
+        assert got["finite"] == 0.0
+        broken |= {"loss", "dph_loss", "dph_loss_1"}
+    assert finite.isdisjoint(broken)
     assert {f"{name}_{head}" for name in HEAD_METRICS for head in (0, 2)} <= finite
 
 
