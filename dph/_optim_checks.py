@@ -1,7 +1,9 @@
-"""Checks of LaProp's settings, and of the states it loads."""
+"""Checks of LaProp's settings and parameters, and the states it loads."""
 
+import copy
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,6 +88,9 @@ def prior_dtype_name(value: object, prefix: str = "") -> str:
     return name
 
 
+# Parameters and their gradients
+
+
 def with_name(place: str, group: dict[str, Any], i: int) -> str:
     """Return ``place`` followed by the name of the group's parameter ``i``, if it is known, for a message."""
     names = group.get("param_names") or ()
@@ -96,12 +101,11 @@ def check_params(group: dict[str, Any], prefix: str) -> None:
     """Check the parameters of a group, and that they have one name each or none.
 
     Raises:
-        TypeError: a parameter is not floating-point.
+        TypeError: a parameter is not floating-point, or a name no string.
         ValueError: a parameter is sparse, not contiguous, made in inference mode, or there twice.
     """
-    params, names = group["params"], group.get("param_names")
-    if names is not None and len(names) != len(params):
-        raise ValueError(f"{prefix}param_names: expected {len(params)} names, got {len(names)}")
+    params = group["params"]
+    check_names(group.get("param_names"), len(params), prefix)
     places: dict[Tensor, int] = {}
     for i, p in enumerate(params):
         name = with_name(f"{prefix}params[{i}]", group, i)
@@ -117,6 +121,19 @@ def check_params(group: dict[str, Any], prefix: str) -> None:
             raise ValueError(f"{name}: expected a contiguous tensor of shape {shape}, got strides {strides}")
         if places.setdefault(p, i) != i:
             raise ValueError(f"{name}: expected every parameter once, got the one of params[{places[p]}] again")
+
+
+def check_names(names: object, count: int, prefix: str) -> None:
+    """Require a list of ``count`` strings, or None. TypeError for other types, ValueError for another count."""
+    if names is None:
+        return
+    if not isinstance(names, list | tuple):
+        raise TypeError(f"{prefix}param_names: expected a list of names, got {shown(names)}")
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            raise TypeError(f"{prefix}param_names[{i}]: expected a name, got {shown(name)}")
+    if len(names) != count:
+        raise ValueError(f"{prefix}param_names: expected {count} names, got {len(names)}")
 
 
 def check_grad_scale(grad_scale: object) -> None:
@@ -144,7 +161,41 @@ def misfit_error(name: str, p: Tensor, state: dict[str, Any], *, is_known: bool)
     )
 
 
-# Saved states
+def sharding(tensor: Tensor) -> tuple | None:
+    """Return mesh and placements of a sharded tensor (DTensor); None for a plain one."""
+    return (tensor.device_mesh, tuple(tensor.placements)) if hasattr(tensor, "to_local") else None
+
+
+# States
+
+
+def adapted(p: Tensor, entries: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return a copy of a parameter's state, without its clock, in ``dtype`` and on the parameter's device.
+
+    A prior in bf16 stays so. A parameter of another dtype gets a master, if there is none; one of ``dtype`` needs none.
+    """
+    state = {}
+    for key, value in entries.items():
+        is_rounded_prior = key == "prior" and value.dtype == torch.bfloat16
+        if key not in CLOCK and (key != "master" or p.dtype != dtype):
+            own_dtype = value.dtype if is_rounded_prior else dtype
+            state[key] = value.detach().to(p.device, own_dtype, copy=True).contiguous()
+    if p.dtype != dtype and "master" not in state:
+        state["master"] = p.detach().to(dtype)
+    return state
+
+
+def merged(weight: Tensor, master: Tensor, former: Sequence[torch.dtype] = ()) -> Tensor:
+    """Return the master on the weight's device, with the weight's values in the elements that were written there.
+
+    Those differ from the master as it is rounded, directly or to a dtype of ``former`` before the parameter was cast.
+    The result has the wider dtype of both. Does not wait for the device.
+    """
+    master = master.to(weight.device)
+    is_kept = weight == master.to(weight.dtype)
+    for dtype in former:
+        is_kept |= weight == master.to(dtype).to(weight.dtype)
+    return torch.where(is_kept, master, weight)
 
 
 class SavedGroup:
@@ -164,19 +215,26 @@ class SavedGroup:
         for key in ("params", *SETTINGS):
             if key not in group:
                 raise ValueError(f"{self._name}: expected {key}, got none")
-        self.settings = {key: value for key, value in group.items() if key not in (*CLOCK, "params")}
+        self.settings = copy.deepcopy({key: value for key, value in group.items() if key not in (*CLOCK, "params")})
         self.settings.setdefault("prior_dtype", "float32")  # older states
         convert_settings(self.settings, f"{self._name}: ")
         self.settings["lr"] = float(self.settings["lr"])
 
-        self._keys, params = list(group["params"]), own["params"]
+        self._keys, params = group["params"], own["params"]
+        if not isinstance(self._keys, list | tuple):
+            raise TypeError(f"{self._name}: params: expected a list of numbers or names, got {shown(self._keys)}")
+        for i, key in enumerate(self._keys):
+            if not isinstance(key, int | str):
+                raise TypeError(f"{self._name}: params[{i}]: expected a number or a name, got {shown(key)}")
         if len(params) != len(self._keys):
             raise ValueError(f"{self._name}: expected the state of {len(params)} parameters, got {len(self._keys)}")
+        check_names(self.settings.get("param_names"), len(params), f"{self._name}: ")
         self._check_names(own.get("param_names"))
         states = [state.get(key) or {} for key in self._keys]
         for i, entries in enumerate(states):
             if not isinstance(entries, dict):
-                raise TypeError(f"state_dict: state of {with_name(f'parameter {i}', own, i)}: expected a dictionary")
+                place = f"state_dict: state of {with_name(f'parameter {i}', own, i)}"
+                raise TypeError(f"{place}: expected a dictionary, got {shown(entries)}")
         # Distributed checkpoints leave the state of frozen parameters out, or replace it by that of a new optimizer.
         counting = [entries for entries, p in zip(states, params, strict=True) if entries and p.requires_grad]
         self.clock = self._read_clock(group, counting or [entries for entries in states if entries])
@@ -239,7 +297,13 @@ def saved_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> li
     saved = []
     for number, (own, group) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
         saved.append(SavedGroup(number, group, state_dict["state"], own))
-    known = {key for group in state_dict["param_groups"] for key in group["params"]}
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    known = set(keys)
+    if len(known) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(
+            f"state_dict: params: expected every parameter once, got {shown(twice)} {keys.count(twice)} times"
+        )
     for key in state_dict["state"]:
         if key not in known:
             raise ValueError(
@@ -264,15 +328,15 @@ def compare_groups(own: list[list[str]], saved: list[list[str]]) -> None:
         )
 
 
-def sharding(tensor: Tensor) -> tuple | None:
-    """Return mesh and placements of a sharded tensor (DTensor); None for a plain one."""
-    return (tensor.device_mesh, tuple(tensor.placements)) if hasattr(tensor, "to_local") else None
-
-
 def _read_tensors(name: str, p: Tensor, entries: dict[str, Any], prior_decay: float) -> dict[str, Tensor]:
-    """Return a parameter's state without t and a. ValueError unless all tensors are there and fit the parameter."""
+    """Return a parameter's state without t and a.
+
+    TypeError if a key is no string; ValueError unless all tensors are there and fit the parameter.
+    """
     tensors = {}
     for key, value in entries.items():
+        if not isinstance(key, str):
+            raise TypeError(f"state_dict: state of {name}: expected names as keys, got {shown(key)}")
         is_missing = isinstance(value, dict) and not value  # how PyTorch reads a flattened state
         if key not in CLOCK and not is_missing:
             tensors[key] = value
@@ -281,6 +345,9 @@ def _read_tensors(name: str, p: Tensor, entries: dict[str, Any], prior_decay: fl
     for key, value in tensors.items():
         place = f"state_dict: {key} of {name}"
         checks.tensor(place, value)
+        checks.memory(place, value)
+        if value.is_meta and not p.is_meta:
+            raise ValueError(f"{place}: expected a tensor on a device, got one on meta")
         checks.shape(place, value, *p.shape)
         checks.dtype(place, value, checks.FLOATS)
         if sharding(value) != sharding(p):

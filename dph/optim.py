@@ -7,7 +7,7 @@ import operator
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,13 @@ import dph_kernels
 from dph._optim_checks import (
     CLOCK,
     PRIOR_DTYPES,
+    adapted,
     check_grad_scale,
     check_params,
     check_settings,
     compare_groups,
     convert_settings,
+    merged,
     misfit_error,
     prior_dtype_name,
     saved_groups,
@@ -34,28 +36,9 @@ __all__ = ["LaProp", "gradient_norm", "param_groups", "warmup_cosine"]
 
 NO_DECAY = ("norm", "bias", "embedding")
 FLOAT = frozenset((float,))
-_version = operator.attrgetter("_version")
+HALVES = (torch.bfloat16, torch.float16)
 CAST, EXCHANGED = "cast", "exchanged"  # a parameter since its state was made
-
-
-class _Source(NamedTuple):
-    """Storage of a parameter when its master and prior were copied from it.
-
-    Attributes:
-        version: count of changes in place.
-        address: of the first element.
-        is_prior: whether the prior has the values of that moment.
-    """
-
-    version: int
-    address: int
-    is_prior: bool
-
-    @classmethod
-    def read(cls, p: Tensor, is_prior: bool) -> "_Source":
-        """Return the present storage of ``p``."""
-        shard = local_shard(p)
-        return cls(shard._version, shard.data_ptr(), is_prior)
+_version, _shape, _dtype = map(operator.attrgetter, ("_version", "shape", "dtype"))
 
 
 class LaProp(torch.optim.Optimizer):
@@ -85,10 +68,17 @@ class LaProp(torch.optim.Optimizer):
     unchanged. A CUDA graph can capture ``step``: give lr as a tensor on the device and change it in place. Parameters
     that FSDP2 has sharded are updated shard by shard.
 
-    Load the model's weights before the optimizer is built: the first step warns if the source of a prior has changed
-    since. Until then parameters may be cast, moved, or exchanged for others (accelerate does so for FSDP2), and the
-    state follows; a later step refuses them. Values that are written into a bf16 or fp16 parameter between two steps
-    replace those of its master, unless they are written through ``.data``.
+    Load the model's weights before the optimizer is built: the first step compares parameters with their priors, and
+    warns if they differ. A CUDA graph that captures the first step omits this, as it would wait for the device.
+
+    Until the first step after the optimizer was built, or after ``load_state_dict``, parameters may be cast or moved.
+    The state follows when it is next used: moments and priors keep their values; a parameter cast to bf16 or fp16 gets
+    a master, or keeps the one that it has; one cast from them to fp32 takes the values of its master. Before the very
+    first step parameters may also be exchanged for others (accelerate does so for FSDP2), whose values become the
+    priors. ``step`` refuses all other changes of this kind.
+
+    Values that are written into a bf16 or fp16 parameter between two steps replace those of its master, unless they are
+    written through ``.data``. A step that raises changes no parameter, moment or clock.
     """
 
     def __init__(
@@ -118,18 +108,18 @@ class LaProp(torch.optim.Optimizer):
         }
         check_settings(defaults)
         self._clocks: list[Tensor] = []  # of each group: [t, a], fp64, on its device
-        self._sources: dict[Tensor, _Source] = {}  # what the next step compares with the parameters
+        self._unstepped: list[bool] = []  # of each group: whether no step was taken since the state was made or loaded
         self._leads: dict[int, int] = {}  # by a parameter's id: number of versions that it is ahead of its master
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes that copies and pickles contain."""
-        return {**super().__getstate__(), "_clocks": self._clocks, "_sources": self._sources}
+        return {**super().__getstate__(), "_clocks": self._clocks, "_unstepped": self._unstepped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or a pickle, whose tensors have other addresses and versions."""
         super().__setstate__(state)
-        self.__dict__.setdefault("_sources", {})  # older pickles
+        self.__dict__.setdefault("_unstepped", [False] * len(self._clocks))  # older pickles
         self._leads = {}
         for group, clock in zip(self.param_groups, self._clocks, strict=True):
             group["prior_dtype"] = prior_dtype_name(group["prior_dtype"])
@@ -150,6 +140,7 @@ class LaProp(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         self._clocks.append(torch.zeros(2, dtype=torch.float64, device=_clock_device(group)))
+        self._unstepped.append(True)
         for p in group["params"]:
             self._create_state(p, group)
         self._show_clock(group, self._clocks[-1])
@@ -158,18 +149,17 @@ class LaProp(torch.optim.Optimizer):
 
     def _create_state(self, p: Tensor, group: dict[str, Any]) -> None:
         """Set moments to zero, and copy master and prior from the parameter."""
-        state_dtype = _state_dtype(p)
+        dtype = _state_dtype(p)
         self.state[p] = state = {
             "step": None,  # see _show_clock
-            "exp_avg": torch.zeros_like(p, dtype=state_dtype, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(p, dtype=state_dtype, requires_grad=False),
+            "exp_avg": torch.zeros_like(p, dtype=dtype, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(p, dtype=dtype, requires_grad=False),
         }
-        if p.dtype != state_dtype:
-            self._set_master(p, p.detach().to(state_dtype))
+        if p.dtype != dtype:
+            self._set_master(p, p.detach().to(dtype))
         if group["prior_decay"] != 0:
-            prior_dtype = state_dtype if group["prior_dtype"] == "float32" else PRIOR_DTYPES[group["prior_dtype"]]
+            prior_dtype = dtype if group["prior_dtype"] == "float32" else PRIOR_DTYPES[group["prior_dtype"]]
             state["prior"] = p.detach().to(prior_dtype, copy=True)
-        self._sources[p] = _Source.read(p, is_prior=True)
 
     def _show_clock(self, group: dict[str, Any], clock: Tensor) -> None:
         """Put t and a, as views of the clock, where PyTorch's distributed checkpoints look for the names of a state."""
@@ -188,86 +178,82 @@ class LaProp(torch.optim.Optimizer):
     def _update_master(self, p: Tensor) -> None:
         """Copy the elements that were written into the parameter since the last step to its master.
 
-        The other elements of the master keep their precision. Does not wait for the device.
+        The other elements of the master keep their precision.
         """
         master = self.state[p]["master"]
-        weight, wide = local_shard(p), local_shard(master)
-        present = wide.to(weight.device)
-        wide.copy_(torch.where(weight != present.to(weight.dtype), weight.to(wide.dtype), present))
+        wide = local_shard(master)
+        wide.copy_(merged(local_shard(p), wide))
         self._set_master(p, master)
 
     @torch.no_grad()
     def _update_masters(self) -> None:
-        """Copy what was written into parameters since the last step to their masters."""
+        """Fit the state, and copy what was written into parameters since the last step to their masters."""
+        self._fit_state()
         for p in self._params():
             master = self.state[p].get("master")
             if master is not None and _lead(p, master) != self._leads.get(id(p)):
                 self._update_master(p)
 
-    def _adapted(self, p: Tensor, entries: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a copy of a state in the dtypes and on the device that the parameter needs."""
-        state_dtype = _state_dtype(p)
-        state = {}
-        for key, value in entries.items():
-            is_rounded_prior = key == "prior" and value.dtype == torch.bfloat16
-            if key not in CLOCK and (key != "master" or p.dtype != state_dtype):
-                state[key] = value.detach().to(p.device, value.dtype if is_rounded_prior else state_dtype, copy=True)
-        if p.dtype != state_dtype and "master" not in state:
-            state["master"] = p.detach().to(state_dtype)
-        return state
-
-    # Parameters that change between the constructor and the first step
+    # Parameters that change before the first step
 
     @torch.no_grad()
     def _fit_state(self) -> None:
-        """Before the first step, let the state follow parameters that were cast, moved or exchanged.
+        """In groups that have taken no step, let the state follow parameters that were cast, moved or exchanged.
 
         The prior of one that was cast or moved stays. An exchanged one begins with its current value as the prior: the
         original may be gone, or empty on this rank.
         """
-        if not self._sources:
+        if True not in self._unstepped:
             return
         for number, group in enumerate(self.param_groups):
+            if not self._unstepped[number]:
+                continue
             clock = self._clocks[number]
             for p in group["params"]:
-                misfit = _misfit(p, self.state[p])
-                if misfit == CAST:
-                    self.state[p] = self._adapted(p, self.state[p])
-                    if "master" in self.state[p]:
-                        self._set_master(p, self.state[p]["master"])
-                elif misfit == EXCHANGED:
+                kind = _misfit(p, self.state.get(p, {}))
+                if kind == CAST:
+                    self._follow_cast(p)
+                elif kind == EXCHANGED:
                     if clock[0] > 0:
                         self._raise_misfit(group)
                     self._create_state(p, group)
             self._clocks[number] = clock.to(_clock_device(group))
             self._show_clock(group, self._clocks[number])
-        present = set(self._params())
-        for former in self.state.keys() - present:
+        for former in self.state.keys() - set(self._params()):
             del self.state[former]
-            self._sources.pop(former, None)
 
-    def _check_sources(self) -> str | None:
-        """Before the first step, compare parameters with the masters and priors that were copied from them.
+    def _follow_cast(self, p: Tensor) -> None:
+        """Adapt the state of a parameter that was cast or moved; the precision of a master is kept."""
+        master = self.state[p].get("master")
+        self.state[p] = state = adapted(p, self.state[p], _state_dtype(p))
+        if master is not None:
+            # The parameter was rounded to one of the halves before it was cast.
+            values = merged(local_shard(p), local_shard(master), HALVES)
+            local_shard(state.get("master", p)).copy_(values)
+        if "master" in state:
+            self._set_master(p, state["master"])
 
-        A master follows its parameter; a prior stays, and the result is a warning of it.
+    def _compare_priors(self) -> str | None:
+        """Before the very first step of a group, let masters follow its parameters, and compare these with the priors.
+
+        Returns the text of a warning, None if all are equal. Waits for the device.
         """
-        self._fit_state()
-        params, changed = self._params(), []
-        for p in params:
-            source, state = self._sources.get(p), self.state[p]
-            if source is None or source == _Source.read(p, source.is_prior):
+        changed = []
+        for group, clock, is_unstepped in zip(self.param_groups, self._clocks, self._unstepped, strict=True):
+            if not is_unstepped or clock[0] > 0:
                 continue
-            if "master" in state:
-                self._update_master(p)
-            if source.is_prior and "prior" in state and not _same_values(state["prior"], p):
-                changed.append(p)
-        self._sources = {}
+            for p in group["params"]:
+                state = self.state[p]
+                if "master" in state:
+                    self._update_master(p)
+                if "prior" in state and not _same_values(state["prior"], p):
+                    changed.append(p)
         if not changed:
             return None
         return (
-            f"{len(changed)} of {len(params)} parameters changed between the building of the optimizer and its first "
-            f"step, first {self._place(changed[0])}; prior_decay pulls them back to the values from before. Load the "
-            "model's weights first, then build the optimizer"
+            f"{len(changed)} of {len(self._params())} parameters differ from their priors before the first step, first "
+            f"{self._place(changed[0])}; prior_decay pulls them back to the values at the building of the optimizer. "
+            "Load the model's weights first, then build the optimizer"
         )
 
     def _place(self, p: Tensor) -> str:
@@ -284,8 +270,10 @@ class LaProp(torch.optim.Optimizer):
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise ValueError(f"{self._place(p)}: expected a dense gradient, got one in {p.grad.layout}")
             state = self.state.get(p, {})
-            if misfit := _misfit(p, state):
-                raise misfit_error(self._place(p), p, state, is_known=misfit == CAST)
+            if kind := _misfit(p, state):
+                if not state:
+                    self.state.pop(p, None)  # made by _launches' access to it
+                raise misfit_error(self._place(p), p, state, is_known=kind == CAST)
 
     # A step
 
@@ -299,7 +287,8 @@ class LaProp(torch.optim.Optimizer):
         Raises:
             TypeError: ``closure`` is no function, or ``grad_scale`` or a setting of a group has the wrong type.
             ValueError: a setting of a group is out of range; a gradient is sparse; a parameter was exchanged, cast or
-                moved after the first step; a tensor of the wrong shape, dtype or device.
+                moved after the first step; a group decays to priors that it lacks; a tensor has the wrong shape, dtype
+                or device.
         """
         loss = None
         if closure is not None:
@@ -312,78 +301,86 @@ class LaProp(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             if not _settings_fit(group):
                 check_settings(group, f"param_groups[{number}]: ", read_rate=False)
-        if self._sources and (warning := self._check_sources()):
-            _warn(warning)
-        has_gradients = False
-        for group, clock in zip(self.param_groups, self._clocks, strict=True):
-            try:
-                has_gradients |= self._step_group(group, clock, grad_scale)
-            except (AttributeError, KeyError, RuntimeError, ValueError):
+        is_first = True in self._unstepped
+        if is_first:
+            self._fit_state()
+            is_capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+            if not is_capturing and (warning := self._compare_priors()):
+                _warn(warning)
+        try:
+            launches = []
+            for group, clock in zip(self.param_groups, self._clocks, strict=True):
+                launches += self._launches(group, clock, grad_scale)
+            # The operator checks its arguments before it changes anything. So that an error changes nothing, launches
+            # that would fail precede the others. The first launch is checked by the operator alone, which is faster.
+            failing, fitting = [], launches[:1]
+            for launch in launches[1:]:
+                (fitting if _launch_fits(launch) else failing).append(launch)
+            for launch in failing + fitting:
+                dph_kernels.laprop(**launch)
+        except (AttributeError, KeyError, RuntimeError, ValueError):
+            for group in self.param_groups:
                 self._raise_misfit(group)
-                raise
-        if not has_gradients:
+            raise
+        if is_first:
+            self._unstepped = [False] * len(self._unstepped)
+        if not launches:
             _warn(
                 "no parameter has a gradient, so the step changed nothing. Were the model's parameters exchanged after "
                 "the optimizer was built, by load_state_dict(assign=True), to_empty or fully_shard? Build it after that"
             )
         return loss
 
-    def _step_group(self, group: dict[str, Any], clock: Tensor, grad_scale: Tensor | None) -> bool:
-        """Update the parameters of a group; return whether one has a gradient."""
-        by_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}  # one launch each, nearly always a single one
+    def _launches(self, group: dict[str, Any], clock: Tensor, grad_scale: Tensor | None) -> list[dict[str, Any]]:
+        """Return the operator's arguments for a group's gradients: one launch per dtype, nearly always a single one.
+
+        Raises ValueError if the group decays towards priors that it lacks.
+        """
+        by_dtype: dict[torch.dtype, list[tuple[Tensor | None, ...]]] = defaultdict(list)
         for p in group["params"]:
             grad = p.grad
             if grad is not None:
-                by_dtype.setdefault(p.dtype, []).append((p, grad))
-        if not by_dtype:
-            return False
-        # The operator advances the clock: launches of other dtypes start from copies of the same step.
-        clocks = [clock]
-        while len(clocks) < len(by_dtype):
-            clocks.append(clock.clone())
-        anchored = group["prior_decay"] != 0
-        for pairs, own_clock in zip(by_dtype.values(), clocks, strict=True):
-            has_masters = "master" in self.state[pairs[0][0]]
-            weights, grads, exp_avg, exp_avg_sq, masters, priors = [], [], [], [], [], []
-            for p, grad in pairs:
                 state = self.state[p]
-                tensors = [p, grad, state["exp_avg"], state["exp_avg_sq"], state.get("master"), state.get("prior")]
-                if hasattr(p, "to_local"):
-                    tensors = map(local_shard, tensors)
-                weight, grad, average, average_sq, master, prior = tensors
-                weights.append(weight)
-                grads.append(grad.contiguous())
-                exp_avg.append(average)
-                exp_avg_sq.append(average_sq)
-                if has_masters:
-                    masters.append(master)
-                if anchored:
-                    if prior is None:
-                        raise ValueError(
-                            "prior_decay: was 0 when the optimizer was built, so there is no prior to decay towards"
-                        )
-                    priors.append(prior)
+                row = p, grad, state["exp_avg"], state["exp_avg_sq"], state.get("master"), state.get("prior")
+                by_dtype[p.dtype].append(row)
+        launches = []
+        for rows in by_dtype.values():
+            columns = list(zip(*rows, strict=True))
+            params = columns[0]
+            if not checks.PLAIN.issuperset(map(type, params)):
+                columns = [list(map(local_shard, column)) for column in columns]
+            weights, grads, exp_avg, exp_avg_sq, masters, priors = columns
+            has_masters, has_priors = masters[0] is not None, group["prior_decay"] != 0
             if has_masters:
                 leads = list(map(operator.sub, map(_version, weights), map(_version, masters)))
-                if leads != [self._leads.get(id(p)) for p, _ in pairs]:
+                if leads != list(map(self._leads.get, map(id, params))):
                     self._update_masters()
-            dph_kernels.laprop(
-                masters if has_masters else weights,
-                grads,
-                exp_avg,
-                exp_avg_sq,
-                priors if anchored else None,
-                copies=weights if has_masters else None,
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                prior_decay=group["prior_decay"],
-                grad_scale=grad_scale,
-                clock=own_clock,
+            elif masters.count(None) < len(masters):
+                raise ValueError("params: some were cast since the last step")  # _raise_misfit names the first one
+            if has_priors and type(None) in set(map(type, priors)):
+                raise ValueError(
+                    "prior_decay: was 0 when the optimizer was built, so there is no prior to decay towards"
+                )
+            launches.append(
+                {
+                    "params": masters if has_masters else weights,
+                    "grads": list(map(Tensor.contiguous, grads)),
+                    "exp_avg": exp_avg,
+                    "exp_avg_sq": exp_avg_sq,
+                    "priors": priors if has_priors else None,
+                    "copies": weights if has_masters else None,
+                    "lr": group["lr"],
+                    "beta1": group["betas"][0],
+                    "beta2": group["betas"][1],
+                    "eps": group["eps"],
+                    "weight_decay": group["weight_decay"],
+                    "prior_decay": group["prior_decay"],
+                    "grad_scale": grad_scale,
+                    # The operator advances the clock: launches of other dtypes start from copies of the same step.
+                    "clock": clock.clone() if launches else clock,
+                }
             )
-        return True
+        return launches
 
     # Mixed precision
 
@@ -400,7 +397,7 @@ class LaProp(torch.optim.Optimizer):
         self._fit_state()
         for p in params:
             master = self.state[p].get("master", p.detach())
-            self._replace_data(p, p.data.to(dtype))
+            p.data = p.data.to(dtype)
             self._set_master(p, master)
             p.grad_dtype = torch.float32
 
@@ -411,6 +408,7 @@ class LaProp(torch.optim.Optimizer):
         would cost a pass over all of them without a gain, except for a tied embedding, whose two uses then add up in
         bf16. Call it while no parameter has a gradient.
         """
+        self._fit_state()
         for group in self.param_groups:
             for p in group["params"]:
                 grad_dtype = torch.float32 if enabled else p.dtype
@@ -423,16 +421,8 @@ class LaProp(torch.optim.Optimizer):
         for p in self._params():
             if "master" in self.state[p]:
                 p.grad = None
-                self._replace_data(p, self.state[p].pop("master"))
+                p.data = self.state[p].pop("master")
                 p.grad_dtype = p.dtype
-
-    def _replace_data(self, p: Tensor, data: Tensor) -> None:
-        """Replace the storage of a parameter by one with the same values in another dtype."""
-        source = self._sources.get(p)
-        is_unchanged = source is not None and source == _Source.read(p, source.is_prior)
-        p.data = data
-        if is_unchanged:
-            self._sources[p] = _Source.read(p, source.is_prior)
 
     def _params(self) -> list[Tensor]:
         """Return the parameters of all groups."""
@@ -446,7 +436,6 @@ class LaProp(torch.optim.Optimizer):
         t is the ``step`` of every parameter and a the ``rate_average`` of its group: copies, on the CPU. The other
         tensors are the optimizer's own.
         """
-        self._fit_state()
         self._update_masters()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -473,7 +462,7 @@ class LaProp(torch.optim.Optimizer):
         Raises before anything has changed.
 
         Raises:
-            TypeError: ``state_dict`` or one of its settings has the wrong type.
+            TypeError: ``state_dict``, one of its groups, settings, names or keys has the wrong type.
             ValueError: a tensor is missing, has another shape, or is sharded and the parameter is not; a group decays
                 towards a prior that the state lacks; both sides have names of parameters, and they differ.
         """
@@ -484,10 +473,11 @@ class LaProp(torch.optim.Optimizer):
         former, former_groups = self.state, self.param_groups
         saved_ones = saved_groups(state_dict, former_groups)
 
-        self.state, self.param_groups, self._sources, self._leads = defaultdict(dict), [], {}, {}
+        self.state, self.param_groups, self._leads = defaultdict(dict), [], {}
+        self._unstepped = [True] * len(former_groups)
         for number, (former_group, saved) in enumerate(zip(former_groups, saved_ones, strict=True)):
             params, rate = former_group["params"], former_group["lr"]
-            group = {**copy.deepcopy(saved.settings), "params": params}
+            group = {**saved.settings, "params": params}
             # A CUDA graph reads rate and clock at their addresses: both are filled in place.
             if isinstance(rate, Tensor):
                 group["lr"] = rate.fill_(group["lr"])
@@ -499,12 +489,9 @@ class LaProp(torch.optim.Optimizer):
                 if not tensors:
                     self._create_state(p, group)
                     continue
-                self.state[p] = self._adapted(p, tensors)
+                self.state[p] = adapted(p, tensors, _state_dtype(p))
                 if "master" in self.state[p]:
                     self._set_master(p, self.state[p]["master"])
-                has_started = saved.clock[0] > 0
-                if not has_started or self.state[p].keys() - tensors.keys():  # a master was copied from the parameter
-                    self._sources[p] = _Source.read(p, is_prior=not has_started)
             self._show_clock(group, clock)
             self.param_groups.append(group)
 
@@ -572,8 +559,10 @@ def _misfit(p: Tensor, state: dict[str, Any]) -> str | None:
 
 
 def _same_values(prior: Tensor, p: Tensor) -> bool:
-    """Whether both have the same values, in the coarser of their dtypes."""
+    """Whether both have the same values, in the coarser of their dtypes; True if one has no memory, as on meta."""
     prior, weight = local_shard(prior), local_shard(p)
+    if not checks.in_memory((prior, weight)):
+        return True
     return torch.equal(prior.to(weight.dtype), weight) or torch.equal(prior, weight.to(prior.dtype))
 
 
@@ -592,6 +581,27 @@ def _settings_fit(group: dict[str, Any]) -> bool:
         and 0.0 <= prior_decay < math.inf
         and 0.0 <= beta1 < 1.0
         and 0.0 <= beta2 < 1.0
+    )
+
+
+def _launch_fits(launch: dict[str, Any]) -> bool:
+    """Whether the arguments of ``dph_kernels.laprop`` pass its checks, in a fifth of their time.
+
+    Covers what changes from step to step: parameters, gradients, ``grad_scale`` and the rate. The state is taken to be
+    as the optimizer made it.
+    """
+    params, grads, exp_avg, copies = launch["params"], launch["grads"], launch["exp_avg"], launch["copies"]
+    weights = copies or params
+    dtype, device = params[0].dtype, exp_avg[0].device
+    shapes = list(map(_shape, weights))
+    return (
+        shapes == list(map(_shape, grads))
+        and shapes == list(map(_shape, exp_avg))
+        and (copies[0].dtype in HALVES if copies else {dtype}.issuperset(map(_dtype, exp_avg)))
+        and {*HALVES, torch.float32, dtype}.issuperset(map(_dtype, grads))
+        and {exp_avg[0].get_device()}.issuperset(map(Tensor.get_device, weights))  # half the time of their device
+        and all(map(Tensor.is_contiguous, weights))
+        and all(x.device == device for x in (launch["grad_scale"], launch["lr"]) if isinstance(x, Tensor))
     )
 
 

@@ -349,6 +349,16 @@ def test_dtypes_of_a_loaded_state_are_those_of_the_optimizer():
     go_on(saved, params, optimiser, prior_decay=0.5)
 
 
+def test_tensors_of_a_loaded_state_may_be_strided():
+    params = two()
+    optimiser = LaProp(params, lr=1.0, prior_decay=0.5)
+    run(optimiser, params, 4)
+    saved = copy.deepcopy(optimiser.state_dict())
+    for state in saved["state"].values():
+        state.update({key: value.t().contiguous().t() for key, value in state.items() if key != "step"})
+    go_on(saved, params, optimiser, prior_decay=0.5)
+
+
 def test_hooks_of_saving_and_loading():
     """Before saving and loading they may change the state; after, they see all of it."""
     params = two()
@@ -390,9 +400,61 @@ def test_hooks_of_saving_and_loading():
             r"param_groups\[0\]: betas: expected two numbers",
         ),
         (lambda s: s["param_groups"][0].update(params=[0]), ValueError, "expected the state of 2 parameters, got 1"),
+        (
+            lambda s: s["param_groups"][0].update(params=3),
+            TypeError,
+            "params: expected a list of numbers or names, got 3",
+        ),
+        (lambda s: s["param_groups"][0].update(params="ab"), TypeError, "params: expected a list of .*, got 'ab'"),
+        (
+            lambda s: s["param_groups"][0].update(params=[[1], 0]),
+            TypeError,
+            r"\[0\]: params\[0\]: expected a number or a name, got \[1\]",
+        ),
+        (
+            lambda s: s["param_groups"][0].update(params=[0, 0]),
+            ValueError,
+            "params: expected every parameter once, got 0 2 times",
+        ),
+        (
+            lambda s: s["param_groups"][0].update(param_names=3),
+            TypeError,
+            "param_names: expected a list of names, got 3",
+        ),
+        (
+            lambda s: s["param_groups"][0].update(param_names=["a", 5]),
+            TypeError,
+            r"param_names\[1\]: expected a name, got 5",
+        ),
+        (
+            lambda s: s["param_groups"][0].update(param_names=["a"]),
+            ValueError,
+            "param_names: expected 2 names, got 1",
+        ),
+        (
+            lambda s: s.update(param_groups={0: {}}),
+            TypeError,
+            "expected a dictionary with param_groups, a list, got {0",
+        ),
+        (lambda s: s["state"].update({(0, 1): {}}), ValueError, r"got one of parameter \(0, 1\)"),
+        (
+            lambda s: s["state"][1].update({5: torch.ones(5, 3)}),
+            TypeError,
+            "state of parameter 1: expected names as keys, got 5",
+        ),
+        (
+            lambda s: s["state"][1].update(exp_avg=torch.ones(5, 3).to_sparse()),
+            ValueError,
+            "exp_avg of parameter 1: expected a dense .* tensor, got layout torch.sparse_coo",
+        ),
+        (
+            lambda s: s["state"][1].update(exp_avg=torch.ones(5, 3, device="meta")),
+            ValueError,
+            "exp_avg of parameter 1: expected a tensor on a device, got one on meta",
+        ),
         (lambda s: s["param_groups"][0].update(rate_average=-1), ValueError, "rate_average: expected a number in"),
         (lambda s: s["state"].update({7: {}}), ValueError, "expected states of the groups' .*, got one of parameter 7"),
-        (lambda s: s["state"].update({1: 7}), TypeError, "state of parameter 1: expected a dictionary"),
+        (lambda s: s["state"].update({1: 7}), TypeError, "state of parameter 1: expected a dictionary, got 7"),
         (lambda s: s["param_groups"].__setitem__(0, 7), TypeError, r"param_groups\[0\]: expected a dictionary, got 7"),
         (lambda s: s["state"][0].update(step="x"), TypeError, "step: expected a number, got 'x'"),
         (lambda s: s["state"][1].update(prior=7), ValueError, "prior of parameter 1: expected a tensor, got int"),
