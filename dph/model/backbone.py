@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
-from dph.model.fused_block import BlockMemory, BlockShape, BlockWeights, fused_block
+from dph.model.fused_block import BlockMemory, BlockShape, BlockWeights, fused_block, modification
 from dph_kernels import checks, dispatch
 from dph_kernels.layout import PackedLayout
 from dph_kernels.residual_norm import residual_norm
@@ -199,15 +199,6 @@ def block_form(block: Block, x: Tensor, layout: PackedLayout, memory_kind: str |
     if reason := shape.misfit(x, weights):
         return Form(False, reason)
     return Form(True, "modules are unmodified, tensors plain, of one dtype and on one device", shape, weights)
-
-
-def modification(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Return how ``module`` differs from an unobserved module of class ``kind``, None if it does not."""
-    if type(module) is not kind:
-        return f"is a {type(module).__module__}.{type(module).__name__}, not a {kind.__module__}.{kind.__name__}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "has hooks"
-    return "has a forward method of its own" if "forward" in vars(module) else None
 
 
 class Backbone(nn.Module):

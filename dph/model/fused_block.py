@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from dph_kernels.layout import PackedLayout, Rotary
@@ -302,3 +302,12 @@ def _backward(
         fc1=d_fc1,
         fc1_bias=d_fc1_bias,
     )
+
+
+def modification(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Return how ``module`` differs from an unobserved module of class ``kind``, None if it does not."""
+    if type(module) is not kind:
+        return f"is a {type(module).__module__}.{type(module).__name__}, not a {kind.__module__}.{kind.__name__}"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "has hooks"
+    return "has a forward method of its own" if "forward" in vars(module) else None

@@ -3,7 +3,20 @@
 import torch
 from torch import Tensor, nn
 
-from dph_kernels import swiglu_reward
+from dph.model.fused_block import modification
+from dph_kernels import checks, philox, swiglu, swiglu_reward
+from dph_kernels.torch_private import has_any_global_hook
+
+
+PLAIN = checks.PLAIN | {type(None)}  # classes of a module's parameters
+
+
+class SwiGLU(nn.Module):
+    """[x | gate] to x * silu(gate)."""
+
+    def forward(self, projected: Tensor) -> Tensor:
+        """[R, 2F] -> [R, F]."""
+        return swiglu(projected)
 
 
 class RewardHead(nn.Module):
@@ -16,8 +29,9 @@ class RewardHead(nn.Module):
     | swiglu_bert | tanh(W2 (x * silu(g)) + b2), [x, g] = W1 h + b1 |
     | t5, swiglu_t5 | as bert, swiglu_bert, with dropout on h too |
 
-    The pooler's modules have the indices of the released layout's pipeline, so ``nn.Identity`` stands for dropout (the
-    first module of the t5 kinds) and for the gate.
+    One kernel computes all of it, unless a module was replaced or has hooks (adapters, quantised or offloaded weights):
+    then each is called, and the dropout masks are the same. The pooler's modules have the indices of the released
+    layout's pipeline.
 
     Args:
         names: K names of the reward vectors.
@@ -31,16 +45,16 @@ class RewardHead(nn.Module):
         self, names: list[str], pooler: str, hidden_size: int, intermediate_size: int, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.dropout = dropout
-        self.input_dropout = dropout if pooler.endswith("t5") else 0.0
-        layers: list[nn.Module] = [nn.Identity()] if pooler.endswith("t5") else []
+        layers: list[nn.Module] = [nn.Dropout(dropout)] if pooler.endswith("t5") else []
         if pooler.startswith("swiglu"):
-            layers += [nn.Linear(hidden_size, 2 * intermediate_size), nn.Identity()]
-            layers += [nn.Linear(intermediate_size, hidden_size)]
+            layers += [nn.Linear(hidden_size, 2 * intermediate_size), SwiGLU()]
+            layers += [nn.Linear(intermediate_size, hidden_size), nn.Tanh()]
         elif pooler != "identity":
-            layers += [nn.Linear(hidden_size, hidden_size)]
+            layers += [nn.Linear(hidden_size, hidden_size), nn.Tanh()]
         self.pooler = nn.Sequential(*layers)
+        self.dropout = nn.Dropout(dropout)
         self.reward = nn.ModuleDict({name: nn.Linear(hidden_size, 1, bias=False) for name in names})
+        self._kinds = tuple(map(type, (self.pooler, *layers, self.dropout)))
 
     def forward(self, hidden: Tensor, seed: int | None = None, row_ids: Tensor | None = None) -> dict[str, Tensor]:
         """Rewards {name: [R]} in fp32 of ``hidden`` [R, C].
@@ -50,28 +64,57 @@ class RewardHead(nn.Module):
             seed: seed of the dropout; drawn from torch's generator if None. Unused in evaluation.
             row_ids: [R] int64 keys of the rows' dropout masks, so that a row's mask does not depend on its batch.
         """
-        linears, vectors = [], []
-        for layer in self.pooler:
-            if isinstance(layer, nn.Linear):
-                linears.append(layer)
-        for vector in self.reward.values():
-            vectors.append(vector.weight)
-        *gated, last = linears or [None]
-        weights: dict[str, Tensor] = {}
-        if gated:
-            weights |= {"w1": gated[0].weight, "b1": gated[0].bias}
-        if last is not None:
-            weights |= {"w2": last.weight, "b2": last.bias}
-        dropping = self.training and self.dropout > 0
-        if dropping and seed is None:
+        if seed is None and any(_probability(module) for module in self.modules()):
             seed = int(torch.randint(2**31, ()))
+        if not self._is_modified():
+            return self._fused(hidden, seed or 0, row_ids)
+        if row_ids is None:
+            row_ids = torch.arange(len(hidden), device=hidden.device)
+        states = hidden
+        for layer in self.pooler:
+            states = _drop(layer, states, seed, row_ids, philox.INPUT)
+        states = _drop(self.dropout, states, seed, row_ids, philox.POOLED)
+        return {name: vector(states).squeeze(1).float() for name, vector in self.reward.items()}
+
+    def _is_modified(self) -> bool:
+        """Whether a module or weight is not the original, or observed by hooks."""
+        modules = self.pooler, *self.pooler, self.dropout
+        if len(modules) != len(self._kinds) or has_any_global_hook():
+            return True
+        kinds = (*self._kinds, *[nn.Linear] * len(self.reward))
+        for module, kind in zip((*modules, *self.reward.values()), kinds, strict=True):
+            if modification(module, kind) or not PLAIN.issuperset(map(type, module._parameters.values())):
+                return True
+        return False
+
+    def _fused(self, hidden: Tensor, seed: int, row_ids: Tensor | None) -> dict[str, Tensor]:
+        """Rewards as of ``forward``, by one operator."""
+        linears = [layer for layer in self.pooler if isinstance(layer, nn.Linear)]
+        weights: dict[str, Tensor] = {}
+        if len(linears) == 2:
+            weights |= {"w1": linears[0].weight, "b1": linears[0].bias}
+        if linears:
+            weights |= {"w2": linears[-1].weight, "b2": linears[-1].bias}
         rewards = swiglu_reward(
             hidden,
-            torch.cat(vectors),
+            torch.cat([vector.weight for vector in self.reward.values()]),
             **weights,
-            dropout=self.dropout if dropping else 0.0,
-            input_dropout=self.input_dropout if dropping else 0.0,
-            seed=seed or 0,
+            dropout=_probability(self.dropout),
+            input_dropout=_probability(self.pooler[0]) if self.pooler else 0.0,
+            seed=seed,
             row_ids=row_ids,
         )
         return dict(zip(self.reward, rewards.unbind(1), strict=True))
+
+
+def _probability(module: nn.Module) -> float:
+    """Return the probability with which a module drops elements now."""
+    return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
+
+
+def _drop(module: nn.Module, states: Tensor, seed: int, row_ids: Tensor, stream: int) -> Tensor:
+    """Return ``module(states)``; of unmodified dropout with the operator's mask."""
+    probability = _probability(module)
+    if not probability or modification(module, nn.Dropout):
+        return module(states)
+    return states * philox.dropout_mask(row_ids, states.shape[1], probability, seed, stream, states.dtype)

@@ -133,8 +133,73 @@ def test_only_the_t5_kinds_drop_the_hidden_state():
     hidden = torch.randn(50, C)
     for pooler in ("bert", "t5"):
         head = head_of(pooler, dropout=0.5).train()
-        assert head.input_dropout == (0.5 if pooler == "t5" else 0.0)
-        head.dropout = 1e-9  # keeps every column
+        head.dropout.p = 1e-9  # keeps every column
         expected = definition(head, pooler, hidden)["a"]
         same = torch.allclose(head(hidden, seed=1)["a"].double(), expected, atol=1e-4)
         assert same == (pooler == "bert")
+
+
+# Replaced and observed modules
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Wrapped(torch.Tensor):
+    """A weight of another class, as of quantised layers."""
+
+
+@pytest.mark.parametrize("pooler", POOLERS)
+def test_modules_compute_what_the_kernel_does(pooler):
+    """A hook makes the head call its modules: the same rewards, gradients and dropout masks."""
+    head, hidden = head_of(pooler, dropout=0.4).train(), torch.randn(6, C, requires_grad=True)
+    assert not head._is_modified()
+    ids = torch.arange(6) + 10
+    results = []
+    for _ in range(2):
+        rewards = head(hidden, seed=7, row_ids=ids)
+        total = sum((i + 1) * reward.square().sum() for i, reward in enumerate(rewards.values()))
+        results.append([*rewards.values(), *torch.autograd.grad(total, [hidden, *head.parameters()])])
+        head.reward["a"].register_forward_hook(lambda *_: None)
+    for fused, called in zip(*results, strict=True):
+        torch.testing.assert_close(called, fused, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooler", [name for name in POOLERS if name != "identity"])
+def test_every_layer_is_called_once_it_is_not_the_original(pooler):
+    head, hidden = head_of(pooler), torch.randn(3, C)
+    for i, layer in enumerate(head.pooler):
+        called = []
+        handle = layer.register_forward_hook(lambda *_, i=i, called=called: called.append(i))
+        head(hidden)
+        handle.remove()
+        assert called == [i]
+    last = len(head.pooler) - 2
+    before = head(hidden)["a"]
+    old, head.pooler[last] = head.pooler[last], Doubled(C if "swiglu" not in pooler else F, C)
+    head.pooler[last].load_state_dict(old.state_dict())
+    assert not torch.allclose(head(hidden)["a"], before)
+    head.pooler[last] = torch.nn.Sequential(old)
+    torch.testing.assert_close(head(hidden)["a"], before)
+    head.reward["a"] = torch.nn.Sequential(head.reward["a"], torch.nn.Flatten())
+    torch.testing.assert_close(head(hidden)["a"], before)
+
+
+def test_weights_of_another_class_are_left_to_their_module():
+    head, hidden = head_of("bert"), torch.randn(3, C)
+    before, layer, called = head(hidden)["a"], head.pooler[0], []
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Wrapped), requires_grad=False)
+    head.dropout.register_forward_hook(lambda *_: called.append(True))
+    torch.testing.assert_close(head(hidden)["a"].as_subclass(torch.Tensor), before)
+    assert called
+
+
+def test_dropout_is_that_of_its_modules():
+    """Libraries switch dropout off in ``torch.nn.Dropout``."""
+    head, hidden = head_of("swiglu_t5", dropout=0.5).train(), torch.randn(6, C)
+    for module in head.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    torch.testing.assert_close(head(hidden)["a"], head.eval()(hidden)["a"])
