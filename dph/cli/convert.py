@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     output = Path(args.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: expected a new or empty directory, got a file there")
-    if output.exists() and any(path.name != atomic.NEW for path in output.iterdir()):
+    if output.exists() and not all(map(atomic.is_temporary, output.iterdir())):
         raise UserError(f"{output}: expected a new or empty directory, got one that exists with files in it")
     atomic.check_new_files(output)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import sys
 import traceback
@@ -38,6 +39,8 @@ COMMANDS = (
 INPUT_ERRORS = (
     ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError,
 )  # fmt: skip
+
+INPUT_ERRNOS = (errno.ENAMETOOLONG, errno.ELOOP)  # of a plain OSError: a path that no file can have
 
 MAX_WORD, MAX_LINE = 300, 2000  # characters of an error
 
@@ -110,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in argv:
             print(printable(traceback.format_exc()), end="", file=sys.stderr)
         print(f"dph: error: {explain(error)}", file=sys.stderr)
-        return 2 if isinstance(error, INPUT_ERRORS) and not is_output else 1
+        is_input = isinstance(error, INPUT_ERRORS) or (isinstance(error, OSError) and error.errno in INPUT_ERRNOS)
+        return 2 if is_input and not is_output else 1
     finally:
         with contextlib.suppress(OSError):
             streams.flush()

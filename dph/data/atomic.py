@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import shutil
 import signal
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -18,8 +20,15 @@ from typing import BinaryIO
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)
 """Signals that end a process at once if it does not handle them; Python turns Ctrl-C into an exception itself."""
 
-NEW = ".new.partial"
-"""Temporary folder of :func:`new_files` in a directory that exists."""
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+"""Names of the temporary files and folders of this module, but for those of :func:`atomic_directory`."""
+
+ABANDONED = 60  # seconds after which a temporary folder without a lock is that of a killed process
+
+
+def temporary_name(name: str) -> str:
+    """Return a name that no other process uses: ``.NAME.XXXXXXXX.partial``."""
+    return f".{name[:24]}.{os.urandom(4).hex()}.partial"
 
 
 # Files
@@ -46,6 +55,12 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
         os.replace(file.name, target)
     sync(target.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, as :func:`atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
 def check_writable(path: str | Path) -> None:
@@ -92,7 +107,7 @@ def _open_directly(path: str | Path) -> BinaryIO:
 @contextlib.contextmanager
 def _temporary_file(path: str | Path, target: Path) -> Iterator[BinaryIO]:
     """New file in the folder of ``target``, deleted at the end of the block unless it was renamed."""
-    temporary = target.with_name(f".{target.name[:24]}.{os.urandom(4).hex()}.partial")
+    temporary = target.with_name(temporary_name(target.name))
     with _ending_signals_raise(), naming(path, temporary):
         try:
             with open(temporary, "xb") as file:
@@ -117,6 +132,9 @@ def _copy_permissions(old: os.stat_result, descriptor: int) -> None:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Temporary directory that replaces ``path`` if the block succeeds and is deleted if it raises.
 
+    Only one process at a time may write to ``path``: the temporary directory is ``.NAME.partial``, the old one is for a
+    moment ``.NAME.old``, and :func:`clean_up` deals with those of a killed process.
+
     Raises OSError, which names ``path`` unless it names another file, for example if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,19 +157,59 @@ def new_files(path: str | Path, last: str) -> Iterator[Path]:
 
     A directory that does not exist appears with all of them at once. In one that exists, other files stay, and the file
     ``last``, without which the directory cannot be opened, comes last. Errors as :func:`atomic_directory`.
+
+    Of several processes that write to ``path`` at the same time, each has a temporary directory of its own, and all
+    files are those of one of them. OSError if another process has made a directory that did not exist before.
     """
     directory = Path(os.path.realpath(path))
-    if not directory.exists():
-        with naming(path), atomic_directory(directory) as temporary:
-            yield temporary
-        return
-    temporary = directory / NEW
-    with _temporary_directory(Path(path), temporary):
+    exists = directory.exists()
+    folder, name = (directory, "new") if exists else (directory.parent, directory.name)
+    with naming(path):
+        folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / temporary_name(name)
+    with _temporary_directory(Path(path), temporary), _locked(temporary):
+        _delete_abandoned(folder, name)
         yield temporary
         _finish(temporary)
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == last):
-            file.replace(directory / file.name)
-    sync(directory)
+        if exists:
+            with _locked(directory):
+                for file in sorted(temporary.iterdir(), key=lambda file: file.name == last):
+                    file.replace(directory / file.name)
+        else:
+            temporary.rename(directory)
+    sync(folder)
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether ``path`` has the name of a temporary file or directory, as a killed process leaves it."""
+    return TEMPORARY.fullmatch(path.name) is not None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Context in which no other process has locked ``folder``; some file systems have no locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _delete_abandoned(folder: Path, name: str) -> None:
+    """Delete the temporary directories for ``name`` in ``folder`` that killed processes left, which hold no lock."""
+    for path in folder.glob(".*.partial"):
+        if not is_temporary(path) or not path.name.startswith(f".{name[:24]}.") or not path.is_dir():
+            continue
+        with contextlib.suppress(OSError):  # it is locked, or another process deletes it
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - path.stat().st_mtime > ABANDONED:  # not between its creation and its lock
+                    shutil.rmtree(path)
+            finally:
+                os.close(descriptor)
 
 
 def check_new_files(path: str | Path) -> None:
@@ -185,12 +243,14 @@ def _finish(folder: Path) -> None:
 
 
 def clean_up(leftover: Path) -> None:
-    """Delete a directory that a killed ``atomic_directory`` left; if ``path`` is missing, rename ``old`` back to it."""
+    """Delete what a killed process left under a temporary name; rename an ``.old`` back whose ``path`` is missing."""
     path = leftover.with_name(leftover.name[1:].removesuffix(leftover.suffix))
     if leftover.suffix == ".old" and not path.exists():
         leftover.rename(path)
-    else:
+    elif leftover.is_dir():
         shutil.rmtree(leftover)
+    else:
+        leftover.unlink()
 
 
 def make_readable(folder: Path) -> None:

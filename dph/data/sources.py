@@ -218,7 +218,9 @@ def read_text(path: str | Path) -> str:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+        before = error.object[: error.start]
+        line, byte = before.count(b"\n") + 1, len(before) - (before.rfind(b"\n") + 1)
+        raise UserError(f"{path}:{line}: not UTF-8 at byte {byte}") from None
 
 
 def read_hub(name: str, config: str | None, split: str) -> Sequence[Mapping[str, Any]]:

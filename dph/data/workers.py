@@ -11,7 +11,6 @@ A worker is a fresh interpreter that imports this module, not the script that st
 the script again, and a fork would copy the locks of PyTorch's threads.
 """
 
-import atexit
 import contextlib
 import copyreg
 import ctypes
@@ -125,8 +124,7 @@ class WorkerPool:
         self._prefetched: deque[RecordIndex] = deque()  # sent to the workers, not yet received
         self._next_worker = 0  # which reads the first of these
         self._received = self._received_bytes = 0
-        self.close = weakref.finalize(self, _stop, self._workers)
-        atexit.register(self.close)
+        self.close = weakref.finalize(self, _stop, self._workers)  # at the interpreter's exit as well
 
     @property
     def size(self) -> int:

@@ -1,4 +1,4 @@
-"""Checkpoint files: atomic writes, manifest with hashes, damage check, and tensors that several ranks hold.
+"""Checkpoint files: manifest with hashes, damage check, and tensors that several ranks hold.
 
 A checkpoint is a directory ``checkpoints/step-NNNNNNNN`` with one safetensors file per part (weights, optimiser, data,
 generators), ``state.json``, and ``manifest.json`` with the size and SHA-256 of each file. It has the same content for
@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dph.data.atomic import atomic_directory, naming, sync
-from dph.errors import UserError, shown
+from dph.errors import UserError, one_line, shown
 from dph.model.directories import MANIFEST
 from dph.train.distributed import World, full_tensor
 
@@ -48,20 +49,44 @@ class Checkpoint:
                 tensors |= safetensors.torch.load(path.read_bytes())
         return tensors
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Section:
         """Return the JSON state; reading a key that another version of dph did not write raises UserError."""
-        return _State(self.path, read_json(self.path / "state.json"))
+        path = self.path / "state.json"
+        return Section(read_json(path), path)
 
 
-class _State(dict):
-    """The JSON state of a checkpoint, whose missing keys raise UserError with the checkpoint's path."""
+class Section(dict):
+    """The JSON state of a checkpoint or a section of it: UserError with file and key for what no run saves.
 
-    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+    Args:
+        values: content.
+        path: file of the state.
+        key: dotted key of the section in the state; empty for the state itself.
+    """
+
+    def __init__(self, values: Mapping[str, Any], path: Path, key: str = "") -> None:
         super().__init__(values)
-        self.path = path
+        self.path, self.key = path, key
 
     def __missing__(self, key: str) -> Any:
-        raise UserError(f"{self.path}: expected a checkpoint of this version of dph, got one without {key}")
+        """Raise UserError for a key that is not there."""
+        raise UserError(f"{self.path}: {self.full_key(key)}: expected what this version of dph saves, got nothing")
+
+    def full_key(self, key: str) -> str:
+        """Return the dotted key in the state."""
+        return f"{self.key}.{key}" if self.key else key
+
+    def require(self, key: str, fits: Callable[[Any], bool], expected: str) -> Any:
+        """Return a value. Raises UserError, with ``expected`` in words, unless ``fits``."""
+        value = self[key]
+        if not fits(value):
+            raise UserError(f"{self.path}: {self.full_key(key)}: expected {expected}, got {shown(value)}")
+        return value
+
+    def section(self, key: str) -> Section:
+        """Return a section in this one."""
+        values = self.require(key, lambda value: isinstance(value, dict), "a section with keys")
+        return Section(values, self.path, self.full_key(key))
 
 
 # Reading
@@ -86,14 +111,16 @@ LOADING_ERRORS = (
 
 @contextlib.contextmanager
 def loading(place: str | Path) -> Iterator[None]:
-    """Context that turns the errors of loading a saved part, which its writer cannot have written, into UserError."""
+    """Context that turns errors of loading into UserError that begins with ``place``: no run saves what fails to load.
+
+    A UserError gets ``place`` before its message.
+    """
     try:
         yield
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
     except (SafetensorError, *LOADING_ERRORS) as error:
-        reason = " ".join(str(error).split())[:200]
-        text = f"expected what a run of this version of dph saves, got {type(error).__name__}: {reason}"
+        text = f"expected what a run of this version of dph saves, got {type(error).__name__}: {one_line(error, 200)}"
         raise UserError(f"{place}: {text}") from error
 
 
@@ -102,10 +129,23 @@ def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / "checkpoints" / f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int | None:
+    """Return the step of a checkpoint from its name, or None for another name."""
+    match = re.fullmatch(r"step-([0-9]+)|\.step-([0-9]{8,})\.old", path.name)
+    return None if match is None else int(match[1] or match[2])
+
+
 def saved_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in ``folder``, complete or not, in the order of their steps."""
-    paths = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+    """Return the checkpoints in ``folder``, complete or not, in the order of their steps.
+
+    One that a process was killed in replacing still has the name ``.step-NNNNNNNN.old``.
+    """
+    paths = []
+    for path in folder.glob("*step-*"):
+        is_old = path.suffix == ".old"
+        if step_of(path) is not None and not (is_old and path.with_name(path.stem[1:]).exists()):
+            paths.append(path)
+    return sorted(paths, key=step_of)
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -113,7 +153,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     for path in reversed(saved_checkpoints(folder)):
         reason = damage(path)
         if reason is None:
-            return Checkpoint(int(path.name.removeprefix("step-")), path)
+            return Checkpoint(step_of(path), path)
         log.warning("%s is not complete (%s): ignored", path, reason)
     return None
 
@@ -123,8 +163,8 @@ def damage(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        step = path.name.removeprefix("step-")
-        if step.isdigit() and manifest["step"] != int(step):
+        step = step_of(path)
+        if step is not None and manifest["step"] != step:
             return f"{MANIFEST} is that of step {shown(manifest['step'])}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"no readable {MANIFEST}"
@@ -207,21 +247,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors of any device to a safetensors file."""
     with naming(path):
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically. OSError with the path, and the old file as it was, if the disk is full."""
-    temporary = path.with_name(f"{path.name}.partial")
-    try:
-        with naming(path):
-            temporary.write_text(text)
-            sync(temporary)
-            temporary.replace(path)
-            sync(path.parent)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def _sha256(path: Path) -> str:

@@ -21,7 +21,7 @@ from types import FunctionType, MethodType
 import torch
 from torch import Tensor
 
-from dph.errors import UserError
+from dph.errors import UserError, one_line
 from dph.model.backbone import Backbone, Block
 
 METHODS = ("before", "after")
@@ -36,7 +36,7 @@ def require(device: torch.device) -> None:
     try:
         torch.compile(_trivial, fullgraph=True)(torch.ones(8, device=device))
     except Exception as error:  # no compiler, no headers, no space for its files
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise UserError(f"compile: expected a torch.compile that works on {device.type}, got: {reason}") from error
 
 

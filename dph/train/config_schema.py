@@ -12,6 +12,7 @@ is a :class:`UserError` with the dotted key, the expected type and the value.
 
 import dataclasses
 import difflib
+import inspect
 import math
 import re
 import textwrap
@@ -234,3 +235,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def model_fields(config: Any) -> dict[str, Any]:
+    """Return the fields of a ``ModelConfig`` that the network is made of."""
+    fields = {}
+    for name in inspect.signature(type(config)).parameters:
+        if name not in ("released", "kwargs"):
+            fields[name] = getattr(config, name)
+    return fields

@@ -93,7 +93,10 @@ class World:
             raise OtherRankFailed(f"rank {first} failed, and reports the error")
 
     def first_failed(self, failed: bool) -> int | None:
-        """Return the lowest rank that ``failed``, or None: one number, by way of the hosts, in every step."""
+        """Return the lowest rank with a true ``failed``, or None; waits for all ranks, which have to call this.
+
+        One number by way of the hosts: cheap enough for every step, and without waiting for a device.
+        """
         if self.world_size == 1:
             return self.rank if failed else None
         mark = torch.tensor([self.world_size - self.rank if failed else 0])

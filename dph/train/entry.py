@@ -13,10 +13,11 @@ from dph.errors import UserError
 from dph.model.model import Model
 from dph.train import build
 from dph.train.distributed import init_distributed
+from dph.train.endings import Diverged, Result
 from dph.train.progress import harmless_output
 from dph.train.recipe import Recipe
 from dph.train.run_dir import RunDirectory
-from dph.train.trainer import Diverged, Result, Trainer
+from dph.train.trainer import Trainer
 
 __all__ = ["Diverged", "Result", "Trainer", "train"]
 

@@ -6,13 +6,12 @@ name would continue as another run. Places do not count, only contents.
 
 import dataclasses
 import hashlib
-import inspect
 import json
 from typing import Any
 
 from dph import chat
 from dph.data.sources import fingerprint
-from dph.train.config_schema import plain
+from dph.train.config_schema import model_fields, plain
 from dph.train.stages.base import Stage
 
 
@@ -46,38 +45,7 @@ def of_tokenizer(tokenizer: Any) -> str:
 
 def of_config(config: Any) -> str:
     """Return a digest of a ``ModelConfig``: all that the network is made of."""
-    fields = {}
-    for name in inspect.signature(type(config)).parameters:
-        if name not in ("released", "kwargs"):
-            fields[name] = getattr(config, name)
-    return _digest(plain(fields))
-
-
-def changes(saved: dict[str, Any], now: dict[str, Any], names: list[str]) -> list[str]:
-    """Return what differs between the fingerprints of a checkpoint and those of the run that resumes from it.
-
-    Args:
-        saved: of the checkpoint.
-        now: of the resumed run.
-        names: of the training sources, in messages.
-    """
-    different = []
-    if len(saved["sources"]) != len(now["sources"]):
-        return [f"data: {len(now['sources'])} sources in place of {len(saved['sources'])}"]
-    for index, name in enumerate(names[: len(saved["sources"])]):
-        if saved["sources"][index] != now["sources"][index]:
-            sizes = saved["sizes"][index], now["sizes"][index]
-            counts = f"{sizes[1]:,} in place of {sizes[0]:,}" if sizes[0] != sizes[1] else f"also {sizes[1]:,}"
-            different.append(f"{name}: other records ({counts})")
-    if saved["tokenizer"] != now["tokenizer"]:
-        different.append("model.tokenizer: another tokenizer")
-    if saved["model"] != now["model"]:
-        different.append("model: another configuration")
-    if saved["evaluation"] == now["evaluation"]:  # another choice of sources is no surprise
-        for name, after in now["held_out"].items():
-            if saved["held_out"].get(name, after) != after:
-                different.append(f"evaluation.sources: {name}: other records")
-    return different
+    return _digest(plain(model_fields(config)))
 
 
 def _without_defaults(value: Any) -> Any:

@@ -33,10 +33,11 @@ import transformers
 from torch import Tensor
 
 from dph.data import atomic
-from dph.errors import UserError, shown
+from dph.errors import UserError, one_line, shown
 from dph.train import checkpointing, trackers
 from dph.train.checkpointing import Checkpoint
 from dph.train.distributed import SINGLE_PROCESS, World
+from dph.train.endings import RunLost
 from dph.train.recipe import MAY_CHANGE_ON_RESUME
 from dph.train.trackers import TensorBoard, Tracker
 
@@ -52,16 +53,19 @@ WRITTEN = ("config.json", "metrics.jsonl", "start", "checkpoints", "model", "ten
 PLACES = re.compile(r"model\.(path|tokenizer|embeddings)|data\.(directory|sources\.\d+\.(source|directory))")
 """Options that name a place: a resumed run may change them if the content is the same (``dph.train.fingerprints``)."""
 
-
-class RunLost(RuntimeError):
-    """The run directory was deleted or moved while the run trained there: nothing can be saved."""
+LEFTOVERS = re.compile(
+    r"\.(model|start|shares)\.(partial|old)|\.(config\.json|metrics\.jsonl|tracker\.json)\.[0-9a-f]{8}\.partial"
+)
+CHECKPOINT_LEFTOVERS = re.compile(r"\.step-\d{8,}\.(partial|old)|\.best\.json\.[0-9a-f]{8}\.partial")
+"""Names of files and folders that a killed process leaves (``dph.data.atomic``)."""
 
 
 class RunDirectory:
     """A run directory, new or resumed.
 
-    All ranks see the same directory and call the same methods. Rank 0 holds the lock and writes; an error on one rank
-    raises on all of them (``World.fail_together``).
+    The constructor only reads, and creates the lock; :meth:`begin` makes the first change, so that a resume that is
+    refused before it changes no file of the run. All ranks see the same directory and call the same methods. Rank 0
+    holds the lock and writes; an error on one rank raises on all of them (``World.fail_together``).
 
     Attributes:
         directory: path of the run directory.
@@ -92,7 +96,7 @@ class RunDirectory:
             if world.rank == 0:
                 self._lock = self._acquire_lock()
                 try:
-                    self._open(resume)
+                    self._check(resume)
                 except BaseException:
                     self._lock.close()
                     raise
@@ -103,6 +107,10 @@ class RunDirectory:
     def step(self) -> int:
         """Number of completed steps: the checkpoint's, or 0."""
         return 0 if self.checkpoint is None else self.checkpoint.step
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Return the path of the checkpoint of ``step``."""
+        return checkpointing.checkpoint_path(self.directory, step)
 
     # Opening
 
@@ -122,8 +130,8 @@ class RunDirectory:
             log.warning("%s: cannot be locked against a second process (%s)", self.directory, error)
         return lock
 
-    def _open(self, resume: bool) -> None:
-        """Check the directory, choose the checkpoint to resume from, and open the metrics and the tracker."""
+    def _check(self, resume: bool) -> None:
+        """Check the directory, and choose the checkpoint to resume from."""
         self._check_ownership()
         if self._has_started():
             if not resume:
@@ -131,22 +139,51 @@ class RunDirectory:
                     f"{self.directory}: holds a run already; resume it (--resume) or give another directory (--output)"
                 )
             self._check_same_config()
-            for leftover in self._leftovers():
-                atomic.clean_up(leftover)
             self.checkpoint = self._select_checkpoint()
-            self._mark_best({} if self.checkpoint is None else self.checkpoint.state())
-        if self.checkpoint is None:
-            self.write_config()
-        last_logged = self._open_metrics()
-        self._readers["TensorBoard"] = TensorBoard(self.directory / "tensorboard", self.step + 1)
-        output = self._config.get("output", {})
-        if (name := output.get("tracker")) is not None:
-            self._readers[name] = Tracker(name, output["project"], self.directory, self._config, last_logged)
+        if (name := self._output.get("tracker")) is not None:
+            trackers.load_package(name)
 
-    def write_config(self) -> None:
-        """Write the recipe; a resumed run does it when data, tokenizer and model turned out to be its own."""
-        if self.world.rank == 0:
-            checkpointing.write_text(self.directory / "config.json", json.dumps(self._config, indent=2) + "\n")
+    @property
+    def _output(self) -> dict[str, Any]:
+        """The recipe's section ``output``."""
+        return self._config.get("output", {})
+
+    def begin(self) -> None:
+        """Prepare the directory for training, new or from the checkpoint, when all else of the run is checked.
+
+        Begins the tracker's run, which may be refused; deletes what killed processes left; renames damaged checkpoints
+        that are newer than the one to resume from, since their steps are repeated; and writes the recipe, the mark of
+        the best checkpoint, and the metrics up to the checkpoint's step.
+        """
+        self.world.first_failed(False)  # wait until no rank can refuse any more
+        with self.world.fail_together():
+            if self.world.rank == 0:
+                self._begin()
+
+    def _begin(self) -> None:
+        lines, last_logged = self._read_metrics()
+        self._readers["TensorBoard"] = TensorBoard(self.directory / "tensorboard", self.step + 1)
+        if (name := self._output.get("tracker")) is not None:
+            generators = checkpointing.random_states()  # from which a tracker may draw
+            self._readers[name] = Tracker(name, self._output["project"], self.directory, self._config, last_logged)
+            checkpointing.set_random_states(*generators)
+        for leftover in self._leftovers():
+            atomic.clean_up(leftover)
+        folder = self.directory / "checkpoints"
+        for path in checkpointing.saved_checkpoints(folder):
+            if checkpointing.step_of(path) > self.step:
+                renamed = path.with_name(path.name + ".damaged")
+                shutil.rmtree(renamed, ignore_errors=True)
+                path.rename(renamed)
+                log.warning("%s is kept as %s", path, renamed.name)
+        if self.checkpoint is not None and self.checkpoint.path.suffix == ".old":  # renamed with the other leftovers
+            self.checkpoint = Checkpoint(self.step, self.checkpoint_path(self.step))
+        if folder.exists():
+            self._mark_best({} if self.checkpoint is None else self.checkpoint.state())
+        atomic.write_text(self.directory / "config.json", json.dumps(self._config, indent=2) + "\n")
+        path = self.directory / "metrics.jsonl"
+        atomic.write_text(path, "".join(lines))
+        self._metrics = MetricsFile(path)
 
     def _check_ownership(self) -> None:
         """Raise if the directory holds files with a run's names that no run wrote (a model's config.json, ...)."""
@@ -164,7 +201,10 @@ class RunDirectory:
             )
 
     def _read_config(self) -> dict[str, Any]:
-        """Return the recipe with which the run in the directory was started last."""
+        """Return the recipe with which the run in the directory last began or resumed.
+
+        Raises UserError if config.json is not a recipe.
+        """
         path = self.directory / "config.json"
         config = checkpointing.read_json(path)
         if not isinstance(config.get("stage"), str):
@@ -175,18 +215,14 @@ class RunDirectory:
         """Return whether the directory holds a step; one whose start failed (missing data, ...) can be used again."""
         metrics = self.directory / "metrics.jsonl"
         has_metrics = metrics.exists() and metrics.stat().st_size > 0
-        has_replaced = any(path.suffix == ".old" for path in self._leftovers())
         has_checkpoints = bool(checkpointing.saved_checkpoints(self.directory / "checkpoints"))
-        return (self.directory / "config.json").exists() and (has_metrics or has_checkpoints or has_replaced)
+        return (self.directory / "config.json").exists() and (has_metrics or has_checkpoints)
 
     def _leftovers(self) -> list[Path]:
-        """Return the directories that a killed process left half written or half replaced; only names of runs match."""
+        """Return what a killed process left half written or half replaced; only names of runs match."""
         leftovers = []
-        checkpoints = self.directory / "checkpoints"
-        for folder, name in ((self.directory, r"\.(model|start|shares)"), (checkpoints, r"\.step-\d{8,}")):
-            for path in sorted(folder.glob(".*")):
-                if re.fullmatch(name + r"\.(partial|old)", path.name):
-                    leftovers.append(path)
+        for folder, pattern in ((self.directory, LEFTOVERS), (self.directory / "checkpoints", CHECKPOINT_LEFTOVERS)):
+            leftovers += [path for path in sorted(folder.glob(".*")) if pattern.fullmatch(path.name)]
         return leftovers
 
     def _check_same_config(self) -> None:
@@ -220,30 +256,20 @@ class RunDirectory:
         return False
 
     def _select_checkpoint(self) -> Checkpoint | None:
-        """Return the newest complete checkpoint; rename newer ones, which are damaged, since their steps are repeated.
-
-        UserError if all checkpoints are damaged.
-        """
+        """Return the newest complete checkpoint, or None. UserError if all checkpoints are damaged."""
         folder = self.directory / "checkpoints"
         saved, newest = checkpointing.saved_checkpoints(folder), checkpointing.newest_checkpoint(folder)
-        if newest is None:
-            if saved:
-                raise UserError(
-                    f"{folder}: expected a complete checkpoint, got {', '.join(path.name for path in saved)}, all "
-                    "damaged; delete them for the run to begin again, or give another directory (--output)"
-                )
-            return None
-        for path in saved[saved.index(newest.path) + 1 :]:
-            renamed = path.with_name(path.name + ".damaged")
-            shutil.rmtree(renamed, ignore_errors=True)
-            path.rename(renamed)
-            log.warning("%s is kept as %s", path, renamed.name)
+        if newest is None and saved:
+            raise UserError(
+                f"{folder}: expected a complete checkpoint, got {', '.join(path.name for path in saved)}, all "
+                "damaged; delete them for the run to begin again, or give another directory (--output)"
+            )
         return newest
 
-    def _open_metrics(self) -> trackers.Position | None:
-        """Drop the lines after the checkpoint's step and a truncated line, then open the file to append.
+    def _read_metrics(self) -> tuple[list[str], trackers.Position | None]:
+        """Return the complete lines up to the checkpoint's step, and the position of the last complete one after all.
 
-        Returns the position of the last complete line before that, or None.
+        The position is None if there are no lines.
         """
         path = self.directory / "metrics.jsonl"
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -258,9 +284,7 @@ class RunDirectory:
                 kept.append(line + "\n")
         if dropped:
             log.warning("%s: %d lines that are not a run's are left out", path, dropped)
-        checkpointing.write_text(path, "".join(kept))
-        self._metrics = MetricsFile(path)
-        return last_logged
+        return kept, last_logged
 
     # During training
 
@@ -286,7 +310,7 @@ class RunDirectory:
             yield
         except Exception as error:  # of the disk, the network, or the package itself
             del self._readers[name]
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = one_line(error, 200) or type(error).__name__
             log.warning("%s is left out for the rest of the run: %s", name, reason)
 
     def _check_present(self) -> None:
@@ -309,7 +333,7 @@ class RunDirectory:
                 rank writes its own ``data``.
             state: JSON values.
         """
-        path = checkpointing.checkpoint_path(self.directory, step)
+        path = self.checkpoint_path(step)
         rank_folder, rank_files = self.directory / ".shares.partial", []
         if self.world.world_size > 1:
             parts, rank_files = checkpointing.gather_parts(parts, self.world, rank_folder)
@@ -334,8 +358,8 @@ class RunDirectory:
         if best is None:
             mark.unlink(missing_ok=True)
             return None
-        path = checkpointing.checkpoint_path(self.directory, best["step"])
-        checkpointing.write_text(mark, json.dumps({"checkpoint": path.name, **best}) + "\n")
+        path = self.checkpoint_path(best["step"])
+        atomic.write_text(mark, json.dumps({"checkpoint": path.name, **best}) + "\n")
         return path
 
     def save_start(

@@ -14,9 +14,11 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from dph.errors import UserError
+from dph.data import atomic
+from dph.errors import UserError, one_line
 
 FILE = "tracker.json"
 """File in the run directory with the tracker's name and the run's id there."""
@@ -74,6 +76,14 @@ class TensorBoard:
             self._file.close()
 
 
+def load_package(name: str) -> ModuleType:
+    """Return the package of a tracker. Raises UserError if it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"output.tracker: needs the {name} package: pip install {name}") from None
+
+
 class Tracker:
     """A run at a tracker, which receives every log line once.
 
@@ -91,22 +101,20 @@ class Tracker:
     def __init__(
         self, name: str, project: str, directory: Path, config: Mapping[str, Any], last_logged: Position | None = None
     ) -> None:
-        try:
-            module = importlib.import_module(name)
-        except ImportError:
-            raise UserError(f"output.tracker: needs the {name} package: pip install {name}") from None
+        module = load_package(name)
         saved_id = None if last_logged is None else _saved_id(directory / FILE, name)
         self.last_logged = None if saved_id is None else last_logged  # a new tracker has received no line
         run_id = saved_id or uuid.uuid4().hex[:8]
-        (directory / FILE).write_text(json.dumps({"tracker": name, "id": run_id}) + "\n")
         start = _start_wandb if name == "wandb" else _start_trackio
         try:
             with contextlib.redirect_stdout(sys.stderr):  # trackio prints a greeting
                 self._run = start(module, project, directory, config, run_id, saved_id is not None)
             self._finish = module.finish  # trackio would finish a run again at exit after the run's own finish()
         except Exception as error:  # no account, no network, an invalid name: the tracker's own message
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error, 500) or type(error).__name__
             raise UserError(f"output.tracker: {name} cannot begin a run: {reason}") from error
+        if saved_id is None:  # after a start that may fail: a refused resume changes no file
+            atomic.write_text(directory / FILE, json.dumps({"tracker": name, "id": run_id}) + "\n")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Send one line, unless the tracker received it before the run was interrupted."""
@@ -123,7 +131,7 @@ def _saved_id(path: Path, name: str) -> str | None:
     """Return the run's id from ``tracker.json``, or None if the run had no tracker or another one."""
     try:
         saved = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):  # not tracked before, or killed during the write
+    except (OSError, ValueError, RecursionError):  # not tracked before, or damaged
         return None
     same_tracker = isinstance(saved, dict) and saved.get("tracker") == name
     return saved["id"] if same_tracker and isinstance(saved.get("id"), str) else None

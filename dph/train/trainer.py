@@ -1,81 +1,34 @@
 """Training loop of a stage: batch, loss, gradient, clipping, LaProp, metrics, evaluation and checkpoints.
 
-Every ending but SIGKILL and a second Ctrl-C saves the state after the last whole step: a signal, an error of the data,
-of a worker process, of an evaluation or within a step, and divergence. An error within a step can be taken back until
-the step changes the Transformer-XL memory or the weights; after that the newest checkpoint stands, as it does if the
-disk is full. Of several ranks, one whose batch fails or that receives a signal stops all, and they save together; an
-error elsewhere in a step, which the others cannot hear of, ends them without.
-
 Nothing here depends on the kind of stage (``dph.train.stages.base``) or on a data set. Within a step the host never
 waits for the device, except in the step that records a CUDA graph (``dph.train.cuda_graph``): the metrics of a step are
-read while the device computes the next one.
+read while the device computes the next one. How a run ends is in ``dph.train.endings``, what its checkpoints hold in
+``dph.train.saved_state``.
 """
 
 import contextlib
 import copy
-import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dph._weights import check_tensors
 from dph.devices import low_precision
-from dph.errors import OtherRankFailed, UserError
-from dph.model.model import Model
 from dph.optim import LaProp, gradient_norm, param_groups, warmup_cosine
-from dph.train import checkpointing, compile, cuda_graph, fingerprints, saved_state
+from dph.train import compile, cuda_graph, endings, fingerprints, saved_state
 from dph.train.best_checkpoint import BestCheckpoint, check_metric
 from dph.train.budget import flops
-from dph.train.checkpointing import Checkpoint
-from dph.train.distributed import full_tensor, shard_like
+from dph.train.distributed import full_tensor
+from dph.train.endings import Diverged, Reached, Result
 from dph.train.progress import Progress, RunningMeans
 from dph.train.recipe import Recipe
-from dph.train.run_dir import RunDirectory, RunLost
+from dph.train.run_dir import RunDirectory
 from dph.train.signals import stop_signals
 from dph.train.skip_update import StepGuard
 from dph.train.stages.base import LossSum, Stage, StepBatch
-
-log = logging.getLogger(__name__)
-
-
-class Diverged(RuntimeError):
-    """Training stopped after too many skipped steps in a row; the weights are those before the first of them."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """Result of training a stage.
-
-    Attributes:
-        model: trained model in fp32; gathered on the CPU if several ranks trained shards.
-        tokenizer: the model's tokenizer.
-        run: run directory; its ``model`` opens with ``Model.from_pretrained``.
-        step: optimizer steps done.
-        interrupted: whether a signal (SIGTERM, Ctrl-C, SIGHUP, SIGXCPU) stopped the run: a checkpoint was saved, no
-            model; ``resume=True`` continues.
-        signal: number of the signal that this process received; 0 for none.
-        evaluation: last metrics on held-out records.
-    """
-
-    model: Model
-    tokenizer: Any
-    run: Path
-    step: int
-    interrupted: bool
-    signal: int
-    evaluation: dict[str, float]
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of a command: 0, or 128 and the signal's number (SIGTERM's if another rank received the signal)."""
-        return 128 + (self.signal or signal.SIGTERM) if self.interrupted else 0
 
 
 class StepMetrics:
@@ -114,8 +67,8 @@ class StepMetrics:
 class Trainer:
     """One run of one stage.
 
-    The constructor loads the run's checkpoint, if there is one, shards the model or casts it to bf16, and creates the
-    optimizer.
+    The constructor shards the model or casts it to bf16, creates the optimizer and loads the run's checkpoint, if there
+    is one. When all of it fits, the run begins: no file of its directory changes before.
 
     Args:
         recipe: the stage's recipe.
@@ -132,10 +85,11 @@ class Trainer:
     ) -> None:
         self.recipe, self.stage, self.run, self.quiet = recipe, stage, run, quiet
         self.world, self.settings = stage.world, recipe.optimiser
-        self.force_resume = force_resume
         self.step = run.step  # completed steps
-        self._fingerprints = fingerprints.of_stage(stage)
-        saved = None if run.checkpoint is None else self._check_checkpoint(run.checkpoint)
+        self.fingerprints = fingerprints.of_stage(stage)
+        saved = None
+        if run.checkpoint is not None:
+            saved = saved_state.accept(run.checkpoint, stage, self.fingerprints, force_resume)
         self.model = self.full_model = stage.model  # the first is replaced by shards if there are several ranks
         device = self.world.device or self.model.device
         if recipe.compile:
@@ -146,7 +100,11 @@ class Trainer:
         self._required_grad = {name: p.requires_grad for name, p in self.model.named_parameters()}
         for name, p in self.model.named_parameters():
             p.requires_grad_(stage.trains(name))
-        self._save_or_load_start()
+        if saved is not None:
+            saved_state.load_start(self)
+        if stage.needs_reference:
+            stage.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
+            stage.reference.heads.clear()
         low = low_precision(recipe.precision, device)
         self._place_models(torch.bfloat16 if low else None)
         self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
@@ -159,18 +117,20 @@ class Trainer:
         self.best = BestCheckpoint(recipe.output.best)
         self.guard = StepGuard(recipe.guard.stop_after, recipe.guard.spike, self.model.device)
         self.pending: StepMetrics | None = None  # of the last step, not yet logged
-        self._memory_reset_step = 0  # before which the stage resets its memory
+        self.memory_reset_step = 0  # before which the stage resets its memory
         self._last_logged = 0.0  # time when metrics were last read
         self._left_out: dict[str, str] = {}  # messages that were shown, by source
-        self._signal: Callable[[], int] = int
+        self.signal: Callable[[], int] = int
         self._stop_requested = False  # whether some rank received a signal, as all ranks have read
-        # Where an error would leave the state: a batch of an unfinished step was taken, the state can be saved at all,
-        # all ranks have the same error, the evaluation of this step is still to be done.
-        self._batch_taken, self._can_save, self._failed_together, self._evaluation_due = False, True, False, False
+        self.reached = Reached.NOTHING
+        self.common_error: Exception | None = None  # raised by this rank, while all others raise one as well
+        self.evaluation_due = False  # whether the evaluation after the last step is still to be done
         self._has_memory = any(memory is not None for memory in stage.memories)
         if saved is not None:
-            self._load_checkpoint(self.run.checkpoint, saved)
-            self.run.write_config()
+            saved_state.load(self, run.checkpoint, saved)
+        run.begin()
+        if saved is None:
+            saved_state.save_start(self)
         self.model.backbone.gradient_checkpointing = recipe.checkpointing == "block"
         self.low = low and self.world.world_size == 1
         if self.low:
@@ -204,9 +164,9 @@ class Trainer:
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-        if step == self._memory_reset_step:
+        if step == self.memory_reset_step:
             self.stage.reset_memory()
-        self._batch_taken = True
+        self.reached = Reached.BATCH
         batch = self.stage.next_batch() if self.world.world_size == 1 else self._next_batch_together()
         if self.graph is None:
             # Lazily: the inputs of a micro-batch are prepared after the previous one's backward pass.
@@ -214,7 +174,7 @@ class Trainer:
             losses, loss, values = self._update_weights(inputs, len(batch.micro_batches), batch.weight)
         else:
             (micro_batch,) = batch.micro_batches
-            self._can_save = False
+            self.reached = Reached.CHANGES
             losses, loss, values = self.graph(self.stage.prepare(micro_batch, step))
             # Copies, since the next replay overwrites the outputs.
             losses = [LossSum(*map(torch.clone, micro_loss)) for micro_loss in losses]
@@ -222,16 +182,17 @@ class Trainer:
         metrics = StepMetrics(step, lr, batch, losses, loss, values)
         if self._is_logged(step):  # now, before the next batch is read
             metrics.left_out = self.stage.left_out()
-        self.step, self._batch_taken, self._can_save = step, False, True
+        self.step, self.reached = step, Reached.NOTHING
         return metrics
 
     def _next_batch_together(self) -> StepBatch:
         """Return the next batch; if it fails on one rank, all ranks raise before any of them begins the step."""
-        self._failed_together = True
-        with self.world.fail_together():
-            batch = self.stage.next_batch()
-        self._failed_together = False
-        return batch
+        try:
+            with self.world.fail_together():
+                return self.stage.next_batch()
+        except Exception as error:
+            self.common_error = error
+            raise
 
     def _update_weights(self, inputs: Iterable[Any], count: int, weight: float) -> tuple[list[LossSum], Tensor, Tensor]:
         """Forward, backward, clip and step the optimizer; a CUDA graph records this function.
@@ -247,7 +208,8 @@ class Trainer:
         """
         several_ranks = self.world.world_size > 1
         self.optimiser.accumulate_in_fp32(count > 1)
-        self._can_save = not self._has_memory
+        if self._has_memory:
+            self.reached = Reached.CHANGES
         losses, sums = [], []
         for number, micro_inputs in enumerate(inputs, 1):
             if several_ranks:
@@ -264,12 +226,12 @@ class Trainer:
             total = total + micro_loss.total
         metric_sums, signals = torch.stack(sums).double().sum(0), []
         if several_ranks:
-            received = metric_sums.new_full((1,), float(self._signal() > 0))
+            received = metric_sums.new_full((1,), float(self.signal() > 0))
             reduced = self.world.all_reduce(torch.cat([total.double().reshape(1), metric_sums, received]))
             total, metric_sums, signals = reduced[0].to(total.dtype), reduced[1:-1], [reduced[-1]]
 
         loss = total / weight
-        self._can_save = False
+        self.reached = Reached.CHANGES
         grad_scale, skipped = self.guard.check(loss, norm)
         self.optimiser.step(grad_scale=grad_scale)
         self.optimiser.zero_grad()
@@ -294,10 +256,10 @@ class Trainer:
         self.means.add(values, metrics.lr, batch.tokens, needed, seconds, skipped=skipped > 0)
         if skipped:
             finite = math.isfinite(values[0]) and math.isfinite(values[-1])
-            if not finite and self._memory_reset_step <= step:
+            if not finite and self.memory_reset_step <= step:
                 # The memory may hold numbers that are not finite. The next step may have started, and is lost as well;
                 # a resumed run skips it, too.
-                self._memory_reset_step = step + 2
+                self.memory_reset_step = step + 2
             self._report_skipped(metrics, values[-1], skipped, progress)
         if self._is_logged(step):
             averages = self.means.flush()
@@ -363,11 +325,11 @@ class Trainer:
                 progress.note(note)
             if self.run.step == self.settings.steps:
                 progress.note(f"all {self.run.step} steps are done")
-            with stop_signals(progress.note) as self._signal, contextlib.closing(progress):
+            with stop_signals(progress.note) as self.signal, contextlib.closing(progress):
                 try:
                     stopped = self._train_steps(progress)
                 except Exception as error:
-                    self._save_after(error, progress)
+                    endings.after_error(self, error, progress)
                     raise
                 self._gather_full_model()
         except BaseException:
@@ -376,37 +338,15 @@ class Trainer:
             raise
         self._reset_model()
         self._report_left_out(self._left_out_messages(), progress, final=True)
-        if stopped is None:
-            if self.recipe.kind == "preference":
-                self.model.untrained_heads -= set(self.recipe.objective.heads)
-            try:
-                path = self.run.save_model(self.model.eval(), self.stage.tokenizer)
-            except Exception as error:
-                self._note_saved(error)
-                raise
-            progress.note(f"the model is in {path}")
-            if self.best.state is not None:
-                path = checkpointing.checkpoint_path(self.run.directory, self.best.state["step"])
-                progress.note(f"{self.best} is {path}, which dph convert makes a model")
-        else:
-            progress.note(f"stopped after step {stopped}, which is saved; a resumed run continues from it")
-        return Result(
-            model=self.model,
-            tokenizer=self.stage.tokenizer,
-            run=self.run.directory,
-            step=self.settings.steps if stopped is None else stopped,
-            interrupted=stopped is not None,
-            signal=self._signal(),
-            evaluation=self.evaluation,
-        )
+        return endings.finish(self, stopped, progress)
 
     def _train_steps(self, progress: Progress) -> int | None:
         """Do the remaining steps; return None, or the step after which a signal stopped them."""
         output, total = self.recipe.output, self.settings.steps
         self._last_logged = time.monotonic()
-        if self._evaluation_due:  # the run ended in the evaluation after its last step
+        if self.evaluation_due:  # the run ended in the evaluation after its last step
             self._evaluate(self.step, progress)
-            self._save_checkpoint(self.step)
+            self.save_checkpoint()
         for step in range(self.run.step + 1, total + 1):
             metrics = self.train_step(step)
             try:
@@ -416,21 +356,21 @@ class Trainer:
             progress.advance()
             last = step == total
             # Several ranks learn of a signal from the metrics, a step late, so that all stop after the same step.
-            stop = self._signal() > 0 if self.world.world_size == 1 else self._stop_requested
+            stop = self.signal() > 0 if self.world.world_size == 1 else self._stop_requested
             evaluate = last or self._due(self.recipe.evaluation.every, step)
             save = last or stop or self._due(output.save_every, step)
             if evaluate or save:
                 self.log_pending(progress)
             if evaluate and stop:  # saved first: whoever sent the signal may not wait for an evaluation
-                self._evaluation_due = True
-                self._save_checkpoint(step)
+                self.evaluation_due = True
+                self.save_checkpoint()
                 if not last:
                     return step
             if evaluate:
                 save |= self._evaluate(step, progress)
-                stop |= self.world.world_size == 1 and self._signal() > 0
+                stop |= self.world.world_size == 1 and self.signal() > 0
             if save or stop:
-                self._save_checkpoint(step)
+                self.save_checkpoint()
             if evaluate or save:
                 self._last_logged = time.monotonic()
             if stop and not last:
@@ -447,44 +387,15 @@ class Trainer:
         Every rank evaluates on all records, since shards are gathered together. All ranks use rank 0's metrics, so that
         they decide the same even on different machines.
         """
-        self._evaluation_due = True  # until it is done: a resumed run begins with it
+        self.evaluation_due = True  # until it is done: a resumed run begins with it
         self.model.eval()
         self.evaluation = self.world.all_gather_object(self.stage.held_out.evaluate())[0]
         self.model.train()
         if self.evaluation:
             self._log(step, progress, {f"eval/{key}": value for key, value in self.evaluation.items()})
             self._report_left_out(self._left_out_messages(), progress)
-        self._evaluation_due = False
+        self.evaluation_due = False
         return self.best.update(step, self.evaluation)
-
-    def _save_after(self, error: Exception, progress: Progress) -> None:
-        """Save the state after the last whole step, if that is possible, and note in ``error`` where a run resumes."""
-        if isinstance(error, RunLost | OtherRankFailed) and not self._failed_together:
-            return
-        if isinstance(error, Diverged):
-            self._failed_together = True  # all ranks have read the same metrics
-        if self._can_save and (self.world.world_size == 1 or self._failed_together):
-            try:
-                self.optimiser.zero_grad()  # frees memory
-                with contextlib.suppress(Diverged):
-                    self.log_pending(progress)
-                if self.step not in (0, self.run.saved_step):
-                    self._save_checkpoint(self.step)
-            except Exception as second:
-                reason = " ".join(str(second).split())
-                if isinstance(second, OSError) and second.filename is not None:
-                    reason = f"{second.filename}: {second.strerror}"
-                _add_note(error, f"saving step {self.step} failed, too: {reason}")
-        self._note_saved(error)
-
-    def _note_saved(self, error: Exception) -> None:
-        """Note in ``error`` from which step a run resumes."""
-        if isinstance(error, RunLost) or self.step == 0:
-            return
-        text = "no checkpoint was saved"
-        if self.run.saved_step is not None:
-            text = f"step {self.run.saved_step} is saved in {self.run.directory}, --resume continues from it"
-        _add_note(error, text)
 
     def _left_out_messages(self) -> dict[str, str]:
         """Return messages about training and held-out records that were left out so far, by source."""
@@ -493,30 +404,6 @@ class Trainer:
         return training | self.stage.held_out.left_out()
 
     # Model and checkpoints
-
-    def _save_or_load_start(self) -> None:
-        """Save the weights that training does not change, or load them; copy the reference model."""
-        unchanged = {}
-        for name, p in self.model.named_parameters():
-            if self.stage.needs_reference or not p.requires_grad:
-                unchanged[name] = p
-        if self.run.checkpoint is None:
-            names = self.recipe.model
-            in_memory = names.path is None and names.config is None
-            state = {"untrained_heads": sorted(self.model.untrained_heads)}
-            self.run.save_start(unchanged, state, None if in_memory else self._save_configuration)
-        else:
-            start = self.run.load_start()
-            check_tensors(unchanged, start, self.run.directory / "start" / "start.safetensors")
-            self._copy_weights(start)
-        if self.stage.needs_reference:
-            self.stage.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
-            self.stage.reference.heads.clear()
-
-    def _save_configuration(self, folder: Path) -> None:
-        """Save configuration and tokenizer of the model, for a resume when they are gone from where they were."""
-        self.model.config.save_pretrained(folder)
-        self.stage.tokenizer.save_pretrained(folder)
 
     def _place_models(self, dtype: torch.dtype | None) -> None:
         """Turn the reference into ``dtype``; with several ranks, shard it and a copy of the model."""
@@ -527,96 +414,11 @@ class Trainer:
             if self.stage.reference is not None:
                 self.stage.reference = self.world.shard(self.stage.reference, dtype)
 
-    def _copy_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        params = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                params[name].copy_(shard_like(tensor, params[name]))
-
-    def _check_checkpoint(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Return the state of a checkpoint. Raises UserError if it is not that of this run."""
-        state = checkpoint.state()
-        sizes = len(self.stage.metrics) + 1, self.stage.model.config.vocab_size
-        saved_state.check(state, checkpoint.path / "state.json", *sizes)
-        if checkpoint.step > self.settings.steps:
-            raise UserError(f"{checkpoint.path}: expected at most step {self.settings.steps}, the run's last")
-        sources = [source.source for source in self.recipe.data.sources]
-        names = [f"data.sources.{number} ({source})" for number, source in enumerate(sources)] or ["records"]
-        saved = state.get("fingerprints")  # not in the checkpoints of earlier versions
-        different = [] if saved is None else fingerprints.changes(saved, self._fingerprints, names)
-        if different and not self.force_resume:
-            raise UserError(
-                f"{'; '.join(different)}: expected what the run in {self.run.directory} began with; give the new place "
-                "of that, or --force-resume (in Python force_resume=True) to continue with this"
-            )
-        if different:
-            self.stage.notes += (f"resumed with {'; '.join(different)} than before",)
-            saved_state.resize(state["data"]["records"], self.stage.batches.records.state_dict())
-        return state
-
-    def _load_checkpoint(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
-        params = {name: p for p, name in self.names.items()}
-        weights, saved = checkpoint.tensors("weights"), checkpoint.tensors("optimiser")
-        check_tensors(params, weights, checkpoint.path / "weights.safetensors")
-        moments = {}
-        for name, p in params.items():
-            moments |= {f"{name}/exp_avg": p, f"{name}/exp_avg_sq": p}
-            if f"{name}/prior" in saved:  # not in groups without prior decay, of which from_tensors makes sure
-                moments[f"{name}/prior"] = p
-        check_tensors(moments, saved, checkpoint.path / "optimiser.safetensors")
-        self._copy_weights(weights)
-        optimiser = {}
-        with checkpointing.loading(checkpoint.path / "optimiser.safetensors"):
-            for key, tensor in saved.items():
-                name = key.rpartition("/")[0]
-                optimiser[key] = shard_like(tensor, params[name])
-            self.optimiser.from_tensors(self.names, optimiser, state["optimiser"])
-        data = checkpoint.tensors("data")
-        with checkpointing.loading(checkpoint.path):
-            self.stage.load_state(data, state["data"])
-        self.means.load(state["window"])
-        self.guard.load(state["guard"])
-        self._memory_reset_step = state["forget"]
-        self.evaluation = state["evaluation"]
-        self._evaluation_due = state.get("evaluation_due", False)
-        self.best.load(self._available_best(state["best"], checkpoint))
-        generators = checkpoint.tensors("generators")
-        with checkpointing.loading(checkpoint.path / "generators.safetensors"):
-            checkpointing.set_random_states(generators, state["generators"])
-
-    def _available_best(self, best: dict[str, Any] | None, newest: Checkpoint) -> dict[str, Any] | None:
-        """Return the best step, or None if its checkpoint is damaged."""
-        if best is None or best["step"] == newest.step:
-            return best
-        path = checkpointing.checkpoint_path(self.run.directory, best["step"])
-        damage = checkpointing.damage(path) if self.world.rank == 0 else None
-        damage = self.world.all_gather_object(damage)[0]
-        if damage is None:
-            return best
-        log.warning("%s, the best, is not complete (%s): the next to be evaluated is the best", path, damage)
-        return None
-
-    def _save_checkpoint(self, step: int) -> None:
-        self._can_save = False  # a second try would fail as well
-        optimiser, optimiser_state = self.optimiser.to_tensors(self.names)
-        data, data_state = self.stage.state(undo_batch=self._batch_taken)
-        generators, generators_state = checkpointing.random_states()
-        weights = self.optimiser.weights(self.names)
-        tensors = {"weights": weights, "optimiser": optimiser, "data": data, "generators": generators}
-        state = {
-            "optimiser": optimiser_state,
-            "data": data_state,
-            "window": self.means.state(),
-            "guard": self.guard.state(),
-            "forget": self._memory_reset_step,
-            "evaluation": self.evaluation,
-            "best": self.best.state,
-            "evaluation_due": self._evaluation_due,
-            "generators": generators_state,
-            "fingerprints": self._fingerprints,
-        }
-        self.run.save(step, tensors, state)
-        self._can_save = True
+    def save_checkpoint(self) -> None:
+        """Save the state after the last whole step."""
+        undo_batch, self.reached = self.reached is Reached.BATCH, Reached.CHANGES  # a second try would fail as well
+        saved_state.save(self, undo_batch)
+        self.reached = Reached.NOTHING
 
     def _gather_full_model(self) -> None:
         """Copy the trained shards of all ranks into the full model; all ranks have to call this."""
@@ -639,9 +441,4 @@ class Trainer:
             self.model.float()
             trained = set(self.names.values())
             frozen = {name: tensor for name, tensor in self.run.load_start().items() if name not in trained}
-            self._copy_weights(frozen)
-
-
-def _add_note(error: Exception, text: str) -> None:
-    """Add a note as ``add_note`` of Python 3.11 does."""
-    error.__notes__ = [*getattr(error, "__notes__", ()), text]
+            saved_state.copy_weights(frozen, self.model)

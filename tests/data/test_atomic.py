@@ -1,7 +1,9 @@
 """Files and folders are replaced when they are complete, and otherwise are as they were."""
 
+import contextlib
 import errno
 import os
+import shutil
 import signal
 import threading
 import time
@@ -154,3 +156,94 @@ def test_a_folder_without_permission_is_an_error_at_once(tmp_path):
         atomic.check_writable(tmp_path / "x")
     with pytest.raises(PermissionError):
         atomic.check_new_files(tmp_path / "x")
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_two_processes_at_once_do_not_mix(tmp_path, exists):
+    """Each has its own temporary folder; of a new directory, the first to end is the one that makes it."""
+    folder = tmp_path / "out"
+    if exists:
+        folder.mkdir()
+    ending = contextlib.nullcontext() if exists else pytest.raises(OSError, match="not empty")
+    with ending as raised, atomic.new_files(folder, last="a") as one:
+        (one / "a").write_bytes(b"one")
+        with atomic.new_files(folder, last="a") as two:
+            (two / "a").write_bytes(b"two")
+            (two / "b").write_bytes(b"two")
+        assert [path.read_bytes() for path in (folder / "a", folder / "b")] == [b"two", b"two"]
+        (one / "b").write_bytes(b"one")
+    expected = b"one" if exists else b"two"
+    assert [path.read_bytes() for path in (folder / "a", folder / "b")] == [expected, expected]
+    assert (names(tmp_path), names(folder)) == (["out"], ["a", "b"])
+    if not exists:
+        assert raised.value.filename == str(folder)
+
+
+def write_slowly(folder, text, written, go_on):
+    with atomic.new_files(folder, last="a") as temporary:
+        (temporary / "a").write_text(text)
+        (temporary / "b").write_text(text)
+        written.set()
+        go_on.wait()
+
+
+def test_moves_of_two_processes_come_one_after_the_other(tmp_path, monkeypatch):
+    """Into a directory that exists, files are moved one by one: all that stay are those of one process."""
+    moved, threads = [], []
+
+    def move_slowly(path, to):
+        moved.append(path)
+        time.sleep(0.05)
+        os.replace(path, to)
+
+    monkeypatch.setattr(atomic.Path, "replace", move_slowly)
+    for text in ("one", "two"):
+        written, go_on = threading.Event(), threading.Event()
+        threads.append((threading.Thread(target=write_slowly, args=(tmp_path, text, written, go_on)), written, go_on))
+    for thread, written, _ in threads:
+        thread.start()
+        written.wait()
+    for _, _, go_on in threads:
+        go_on.set()
+    for thread, _, _ in threads:
+        thread.join()
+    assert [path.parent for path in moved[:2]] == [moved[0].parent] * 2
+    assert [path.parent for path in moved[2:]] == [moved[2].parent] * 2
+    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_folders_of_killed_processes_are_deleted(tmp_path, exists):
+    """When they hold no lock and are not new: another process may be about to lock its own."""
+    folder = tmp_path / "out"
+    if exists:
+        folder.mkdir()
+    within, name = (folder, "new") if exists else (tmp_path, "out")
+    left, young, other = (
+        within / f".{word}.partial" for word in (f"{name}.00000000", f"{name}.11111111", "x.22222222")
+    )
+    for path in (left, young, other):
+        path.mkdir()
+        (path / "a").write_bytes(b"half")
+    for path in (left, other):
+        os.utime(path, (0, 0))
+    with atomic.new_files(folder, last="a") as temporary:
+        (temporary / "a").write_bytes(b"new")
+        assert not left.exists()
+        os.utime(temporary, (0, 0))  # locked: it is in use, however old it is
+        atomic._delete_abandoned(within, name)
+        assert temporary.exists()
+        shutil.rmtree(young)
+        if exists:
+            assert atomic.is_temporary(temporary)
+    assert names(within) == sorted([".x.22222222.partial", "a" if exists else "out"])
+
+
+def test_a_text_is_written_atomically_in_utf_8(tmp_path):
+    atomic.write_text(tmp_path / "a", "ä\n")
+    assert (tmp_path / "a").read_bytes() == "ä\n".encode()
+    assert names(tmp_path) == ["a"]
+    for leftover in (tmp_path / ".a.00000000.partial", tmp_path / ".b.old", tmp_path / ".c.partial"):
+        leftover.touch() if "a" in leftover.name[:2] else leftover.mkdir()
+        atomic.clean_up(leftover)
+    assert names(tmp_path) == ["a", "b"]

@@ -93,8 +93,8 @@ def test_bad_input_is_a_user_error(tmp_path):
     empty.write_text("")
     with pytest.raises(UserError, match="expected text to train on"):
         tokenizer.train([empty], 300)
-    (tmp_path / "e.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"e\.txt: not UTF-8"):
+    (tmp_path / "e.txt").write_bytes("ä\n\nb".encode() + b"\xff\xfe")
+    with pytest.raises(UserError, match=r"e\.txt:3: not UTF-8 at byte 1$"):
         tokenizer.train([tmp_path / "e.txt"], 300)
 
 

@@ -10,6 +10,7 @@ from helpers.texts import small_tokenizer, write_lines
 
 import dph
 from dph.cli import main
+from dph.data import atomic
 from dph.errors import UserError
 from dph.train import best_checkpoint, checkpointing, recipe, run_dir
 from dph.train.best_checkpoint import BestCheckpoint
@@ -156,7 +157,7 @@ def test_a_finished_run_is_marked_again(tmp_path, scripted):
 @pytest.mark.parametrize("part", ["weights", "state.json", run_dir.BEST])
 def test_a_full_disk_leaves_the_old_ones(part, tmp_path, scripted, monkeypatch):
     """While the better step 4 is written, after 2 (the best) and 3 (the last)."""
-    save_file, write_text = checkpointing.save_file, type(tmp_path).write_text
+    save_file, write_text, atomic_write_text = checkpointing.save_file, type(tmp_path).write_text, atomic.write_text
     full = lambda path: "step-00000004" in str(path) or run_dir.BEST in str(path)  # noqa: E731
 
     def check(path, name):
@@ -171,9 +172,14 @@ def test_a_full_disk_leaves_the_old_ones(part, tmp_path, scripted, monkeypatch):
         check(path, path.name)
         return write_text(path, text, *rest, **options)
 
+    def write_atomically(path, text):
+        check(path, path.name)
+        atomic_write_text(path, text)
+
     filled = False
     monkeypatch.setattr(checkpointing, "save_file", save)
     monkeypatch.setattr(type(tmp_path), "write_text", write)
+    monkeypatch.setattr(atomic, "write_text", write_atomically)
     run_save = run_dir.RunDirectory.save
 
     def at_four(self, step, *rest):

@@ -329,10 +329,11 @@ def test_options_that_may_change_on_resume_are_marked_in_their_fields():
 @pytest.mark.parametrize("key", OPTIONS)
 def test_a_run_resumes_with_exactly_the_marked_options_changed(key, tmp_path, monkeypatch):
     """The run directory refuses another value of any option that is neither marked nor in a marked section."""
-    monkeypatch.setattr(run_dir, "Tracker", lambda *_: None)
+    monkeypatch.setattr(run_dir.trackers, "load_package", lambda *_: None)
     config = {"stage": "align", "data": {"sources": [{"source": "x"}]}, "evaluation": {"sources": [{"source": "x"}]}}
     before = recipe.from_dict(config).as_dict()
     run = run_dir.RunDirectory(tmp_path / "run", before)
+    run.begin()
     run.log(1, {"loss": 1.0})
     run.close()
     after = json.loads(json.dumps(before))
@@ -346,3 +347,9 @@ def test_a_run_resumes_with_exactly_the_marked_options_changed(key, tmp_path, mo
     else:
         with pytest.raises(UserError, match="a resumed run must not differ"):
             run_dir.RunDirectory(tmp_path / "run", after, resume=True)
+
+
+def test_a_path_that_is_too_long_is_wrong_input(refused):
+    """The operating system's error is of no class of its own."""
+    for words in (("train", "sft", f"model.path={'x' * 300}"), ("convert", "x" * 300, "out", "--to", "own")):
+        assert "File name too long" in refused(*words)

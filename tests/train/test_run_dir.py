@@ -17,6 +17,13 @@ from dph.train import checkpointing, run_dir
 CONFIG = {"stage": "sft", "optimiser": {"lr": 1e-4}, "output": {"keep": 2}}
 
 
+def opened(directory, config=CONFIG, **options):
+    """A run directory that has begun, as the trainer begins it when all is checked."""
+    run = run_dir.RunDirectory(directory, config, **options)
+    run.begin()
+    return run
+
+
 def tensors(seed=0):
     generator = torch.Generator().manual_seed(seed)
     return {"a": torch.randn(3, 5, generator=generator), "b": torch.randn(4, generator=generator).bfloat16()}
@@ -27,11 +34,11 @@ def lines(directory):
 
 
 def test_checkpoint_comes_back_bit_for_bit(tmp_path):
-    run = run_dir.RunDirectory(tmp_path / "run", CONFIG)
+    run = opened(tmp_path / "run")
     state = {"position": 7, "mean": 0.1 + 0.2, "none": None}
     run.save(12, {"weights": tensors(), "memory": {}}, state)
     run.close()
-    found = run_dir.RunDirectory(tmp_path / "run", CONFIG, resume=True).checkpoint
+    found = opened(tmp_path / "run", resume=True).checkpoint
     assert found.step == 12
     assert found.state() == state
     assert found.tensors("memory") == {}
@@ -41,7 +48,7 @@ def test_checkpoint_comes_back_bit_for_bit(tmp_path):
 
 
 def test_transposed_and_expanded_tensors(tmp_path):
-    run = run_dir.RunDirectory(tmp_path / "run", CONFIG)
+    run = opened(tmp_path / "run")
     values = {"t": torch.arange(6.0).view(2, 3).t(), "e": torch.ones(1).expand(4), "z": torch.zeros(0, 3)}
     run.save(1, {"weights": values}, {})
     found = checkpointing.newest_checkpoint(tmp_path / "run" / "checkpoints").tensors("weights")
@@ -49,17 +56,17 @@ def test_transposed_and_expanded_tensors(tmp_path):
 
 
 def test_keeps_the_newest(tmp_path):
-    run = run_dir.RunDirectory(tmp_path / "run", CONFIG, keep=2)
+    run = opened(tmp_path / "run", keep=2)
     for step in (5, 99_999_999, 100_000_000):
         run.save(step, {}, {})
     run.close()
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-100000000", "step-99999999"]
-    assert run_dir.RunDirectory(tmp_path / "run", CONFIG, resume=True).step == 100_000_000
+    assert opened(tmp_path / "run", resume=True).step == 100_000_000
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "missing", "no manifest", "half a manifest"])
 def test_incomplete_checkpoint_is_passed_over(tmp_path, harm, caplog):
-    run = run_dir.RunDirectory(tmp_path / "run", CONFIG)
+    run = opened(tmp_path / "run")
     run.save(10, {"weights": tensors()}, {})
     path = run.save(20, {"weights": tensors(1)}, {})
     run.close()
@@ -76,18 +83,18 @@ def test_incomplete_checkpoint_is_passed_over(tmp_path, harm, caplog):
         (path / "manifest.json").unlink()
     else:
         (path / "manifest.json").write_text('{"step": 20, "fil')
-    assert run_dir.RunDirectory(tmp_path / "run", CONFIG, resume=True).step == 10
+    assert opened(tmp_path / "run", resume=True).step == 10
     assert "step-00000020 is not complete" in caplog.text
 
 
 def test_damaged_checkpoints_are_set_aside_and_count_for_nothing(tmp_path, caplog):
     """Their steps come again, and what is saved then stays."""
-    run = run_dir.RunDirectory(tmp_path / "run", CONFIG)
+    run = opened(tmp_path / "run")
     saved = [run.save(step, {"weights": tensors()}, {}) for step in (10, 20)]
     run.close()
     (saved[1] / "weights.safetensors").write_bytes(b"")
     for begun in (10, 12):
-        run = run_dir.RunDirectory(tmp_path / "run", CONFIG, resume=True)
+        run = opened(tmp_path / "run", resume=True)
         assert run.step == begun
         for step in (begun + 1, begun + 2):
             run.save(step, {"weights": tensors()}, {})
@@ -102,33 +109,35 @@ FORMS = ["null", "[]", "{}", '{"files": {"state.json": 3}}', '{"files": {"a": {"
 
 @pytest.mark.parametrize("text", FORMS)
 def test_a_manifest_of_another_form_is_damage(text, tmp_path):
-    path = run_dir.RunDirectory(tmp_path / "run", CONFIG).save(10, {"weights": tensors()}, {})
+    path = opened(tmp_path / "run").save(10, {"weights": tensors()}, {})
     (path / "manifest.json").write_text(text)
     assert checkpointing.damage(path) == "no readable manifest.json"
 
 
 def test_a_state_of_another_version_is_named(tmp_path):
-    path = run_dir.RunDirectory(tmp_path / "run", CONFIG).save(10, {}, {"window": {}})
+    path = opened(tmp_path / "run").save(10, {}, {"window": {}})
     state = checkpointing.Checkpoint(10, path).state()
     assert (state, state["window"], state.get("best")) == ({"window": {}}, {}, None)
-    with pytest.raises(UserError, match=r"step-00000010: expected a checkpoint of this version of dph, got .* best"):
+    with pytest.raises(
+        UserError, match=r"step-00000010/state\.json: best: expected what this version of dph saves, got "
+    ):
         state["best"]
 
 
 def test_a_run_with_nothing_but_damaged_checkpoints_is_not_begun_again(tmp_path):
-    run = run_dir.RunDirectory(tmp_path / "run", CONFIG)
+    run = opened(tmp_path / "run")
     saved = [run.save(step, {"weights": tensors()}, {}) for step in (10, 20)]
     run.close()
     for path in saved:
         (path / "manifest.json").unlink()
     message = "checkpoints: expected a complete checkpoint, got step-00000010, step-00000020, all damaged; delete them"
     with pytest.raises(UserError, match=message):
-        run_dir.RunDirectory(tmp_path / "run", CONFIG, resume=True)
+        opened(tmp_path / "run", resume=True)
     assert all(path.is_dir() for path in saved)
 
 
 def test_a_failed_write_leaves_the_old_one(tmp_path):
-    run = run_dir.RunDirectory(tmp_path / "run", CONFIG)
+    run = opened(tmp_path / "run")
     run.save(10, {"weights": tensors()}, {"try": 1})
     with pytest.raises(TypeError):
         run.save(10, {"weights": tensors(1)}, {"try": object()})
@@ -137,17 +146,17 @@ def test_a_failed_write_leaves_the_old_one(tmp_path):
 
 
 def test_leavings_of_a_killed_process(tmp_path):
-    run = run_dir.RunDirectory(tmp_path / "run", CONFIG)
+    run = opened(tmp_path / "run")
     path = run.save(10, {"weights": tensors()}, {})
     run.close()
     path.rename(path.with_name(".step-00000010.old"))  # killed between the two renames
     (path.with_name(".step-00000010.partial")).mkdir()
-    assert run_dir.RunDirectory(tmp_path / "run", CONFIG, resume=True).step == 10
+    assert opened(tmp_path / "run", resume=True).step == 10
     assert [p.name for p in path.parent.iterdir()] == ["step-00000010"]
 
 
 def test_metrics_go_on_from_the_checkpoint(tmp_path):
-    run = run_dir.RunDirectory(tmp_path / "run", CONFIG)
+    run = opened(tmp_path / "run")
     for step in range(1, 6):
         run.log(step, {"loss": 1 / step, "off": float("nan")})
         if step == 3:
@@ -155,7 +164,7 @@ def test_metrics_go_on_from_the_checkpoint(tmp_path):
     run.close()
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    again = run_dir.RunDirectory(tmp_path / "run", CONFIG, resume=True)
+    again = opened(tmp_path / "run", resume=True)
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
     again.log(4, {"loss": 0.25})
     again.close()
@@ -166,7 +175,7 @@ def test_metrics_go_on_from_the_checkpoint(tmp_path):
 def test_tensorboard_holds_the_metrics(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = run_dir.RunDirectory(tmp_path / "run", CONFIG)
+    run = opened(tmp_path / "run")
     run.log(1, {"loss": 0.5})
     run.log(2, {"loss": 0.25})
     run.close()
@@ -175,20 +184,20 @@ def test_tensorboard_holds_the_metrics(tmp_path):
 
 
 def test_a_directory_is_not_taken_twice(tmp_path):
-    run_dir.RunDirectory(tmp_path / "run", CONFIG).close()
-    run = run_dir.RunDirectory(tmp_path / "run", CONFIG)  # a run without a step may begin again
+    opened(tmp_path / "run").close()
+    run = opened(tmp_path / "run")  # a run without a step may begin again
     run.log(1, {"loss": 1.0})
     run.close()
     with pytest.raises(UserError, match="holds a run already"):
-        run_dir.RunDirectory(tmp_path / "run", CONFIG)
+        opened(tmp_path / "run")
     with pytest.raises(UserError, match=r"^optimiser\.lr: expected 0.0001, got 0.0002: a resumed run must not differ"):
-        run_dir.RunDirectory(tmp_path / "run", {**CONFIG, "optimiser": {"lr": 2e-4}}, resume=True)
-    run_dir.RunDirectory(tmp_path / "run", {**CONFIG, "output": {"keep": 9}}, resume=True).close()
+        opened(tmp_path / "run", {**CONFIG, "optimiser": {"lr": 2e-4}}, resume=True)
+    opened(tmp_path / "run", {**CONFIG, "output": {"keep": 9}}, resume=True).close()
 
 
 def test_a_resumed_run_names_the_fields_that_differ_and_no_others(tmp_path):
     config = {**CONFIG, "data": {"sources": [{"source": "a.jsonl", "limit": None}, {"source": "b.jsonl", "limit": 3}]}}
-    run = run_dir.RunDirectory(tmp_path / "run", config)
+    run = opened(tmp_path / "run", config)
     run.log(1, {"loss": 1.0})
     run.close()
     sources = [*config["data"]["sources"], {"source": "c.jsonl", "limit": None}]
@@ -199,7 +208,7 @@ def test_a_resumed_run_names_the_fields_that_differ_and_no_others(tmp_path):
         r"resumed run must not differ from how the one in .*run began$"
     )
     with pytest.raises(UserError, match=message):
-        run_dir.RunDirectory(tmp_path / "run", changed, resume=True)
+        opened(tmp_path / "run", changed, resume=True)
     with pytest.raises(UserError, match=r"^stage: expected sft, got align: a resumed"):
         run_dir.RunDirectory(tmp_path / "run", {**changed, "stage": "align"}, resume=True)
 
@@ -212,12 +221,12 @@ def test_a_directory_of_the_users_is_left_alone(names, tmp_path):
         (tmp_path / name).write_text('{"model_type": "dph"}')
     for resume in (False, True):
         with pytest.raises(UserError, match=r"expected a new directory or a run's, got one with .* that no run made"):
-            run_dir.RunDirectory(tmp_path, CONFIG, resume=resume)
+            opened(tmp_path, resume=resume)
     assert all((tmp_path / name).read_text() == '{"model_type": "dph"}' for name in names)
 
 
 def test_only_leavings_of_runs_are_removed(tmp_path):
-    run = run_dir.RunDirectory(tmp_path, CONFIG)
+    run = opened(tmp_path)
     run.save(10, {}, {})
     run.close()
     foreign = [
@@ -231,9 +240,9 @@ def test_only_leavings_of_runs_are_removed(tmp_path):
     for name in foreign + own:
         (tmp_path / name).mkdir()
     with pytest.raises(UserError, match="holds a run already"):
-        run_dir.RunDirectory(tmp_path, CONFIG)
+        opened(tmp_path)
     assert all((tmp_path / name).exists() for name in foreign + own)  # nothing is touched before the check
-    run_dir.RunDirectory(tmp_path, CONFIG, resume=True).close()
+    opened(tmp_path, resume=True).close()
     assert all((tmp_path / name).exists() for name in foreign)
     assert not any((tmp_path / name).exists() for name in own)
 
@@ -255,12 +264,12 @@ def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path):
 
 
 def test_resume_without_a_run_begins_one(tmp_path):
-    run = run_dir.RunDirectory(tmp_path / "run", CONFIG, resume=True)
+    run = opened(tmp_path / "run", resume=True)
     assert (run.checkpoint, run.step) == (None, 0)
 
 
 def test_start_weights(tmp_path):
-    run = run_dir.RunDirectory(tmp_path / "run", CONFIG)
+    run = opened(tmp_path / "run")
     run.save_start(tensors())
     assert torch.equal(run.load_start()["a"], tensors()["a"])
     (tmp_path / "run" / "start" / "start.safetensors").write_bytes(b"")

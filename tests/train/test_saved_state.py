@@ -65,7 +65,7 @@ VALUES = [
     ("sft", "window.steps", -1, "a whole number from 0, got -1"),
     ("sft", "window.tokens", 1.5, "a whole number from 0, got 1.5"),
     ("sft", "window.flops", float("nan"), "a finite number from 0, got nan"),
-    ("sft", "window.seconds", GONE, "a value, got nothing"),
+    ("sft", "window.seconds", GONE, "what this version of dph saves, got nothing"),
     ("sft", "guard", ["0", 0, 0, 0], "4 numbers, the first and the last from 0, got ['0', 0, 0, 0]"),
     ("sft", "guard", [0, 0, 0, -1], "4 numbers, the first and the last from 0, got [0, 0, 0, -1]"),
     ("sft", "forget", None, "a step, got None"),
@@ -158,6 +158,7 @@ def test_lines_of_the_log_that_are_not_a_runs_are_left_out(restored, caplog):
             + b"}\n"
         )
     run = run_dir.RunDirectory(directory, restored["sft"].as_dict(), resume=True)
+    run.begin()
     run.close()
     assert figures(directory) == before
     assert "metrics.jsonl: 8 lines that are not a run's are left out" in caplog.text

@@ -6,7 +6,7 @@ import sys
 import types
 
 import pytest
-from helpers.stages import Killed, records, settings, tiny
+from helpers.stages import Killed, Trap, records, settings, tiny
 from helpers.texts import small_tokenizer
 
 from dph.errors import UserError
@@ -144,13 +144,20 @@ def test_a_tracker_that_comes_later_gets_what_is_logged_from_then_on(tracker, tm
 
 
 def test_a_directory_that_begins_anew_is_another_run(tracker, tmp_path):
-    """A start that failed has left an id behind."""
+    """A run that failed before its first line has left an id behind; a start that is refused begins no run there."""
     name = tracker.__name__
-    (tmp_path / "run").mkdir()
+    options = {"model": tiny(), "tokenizer": small_tokenizer(), "quiet": True}
     with pytest.raises(UserError, match="expected at least one source"):
+        train(settings("sft", tmp_path / "run", output__tracker=name), **options)
+    assert tracker.calls == []
+
+    def fail():
+        raise UserError("line 1 changed")
+
+    with pytest.raises(UserError, match="line 1 changed"):
         train(
-            settings("sft", tmp_path / "run", output__tracker=name), model=tiny(), tokenizer=small_tokenizer(),
-            quiet=True,
+            settings("sft", tmp_path / "run", output__tracker=name, output__project="trials"),
+            records=Trap(records("sft"), 1, fail), **options,
         )  # fmt: skip
     go(tmp_path / "run", output__tracker=name)
     assert [len(run.lines) > 0 for run in tracker.runs.values()] == [False, True]
@@ -166,11 +173,15 @@ def test_a_missing_package_is_said_first(name, tmp_path, monkeypatch):
 
 def test_a_tracker_that_refuses_is_quoted(tracker, tmp_path, monkeypatch):
     def refuse(*args, **options):
-        raise RuntimeError("api_key not configured\n(no-tty)")
+        raise RuntimeError("api_key not configured\n\x1b[1m(no-tty)" + "x" * 9000)
 
     monkeypatch.setattr(tracker, "init", refuse, raising=False)
-    with pytest.raises(UserError, match=r"cannot begin a run: api_key not configured \(no-tty\)"):
+    with pytest.raises(
+        UserError, match=r"cannot begin a run: api_key not configured \\x1b\[1m\(no-tty\)x+\.\.\.$"
+    ) as caught:
         go(tmp_path / "run", output__tracker=tracker.__name__)
+    assert len(str(caught.value)) < 600
+    assert not (tmp_path / "run" / trackers.FILE).exists()
     go(tmp_path / "run")
 
 
@@ -179,7 +190,8 @@ def test_nothing_is_imported_unless_asked_for():
         "import sys; from dph.train import run_dir, trainer; import tempfile, pathlib;"
         "config = {'stage': 'sft', 'output': {'tracker': None}};"
         "run = run_dir.RunDirectory(pathlib.Path(tempfile.mkdtemp()) / 'run', config);"
-        "run.log(1, {'loss': 1.0}); run.close(); print([n for n in ('wandb', 'trackio') if n in sys.modules])"
+        "run.begin(); run.log(1, {'loss': 1.0}); run.close();"
+        "print([n for n in ('wandb', 'trackio') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

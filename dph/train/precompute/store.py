@@ -14,7 +14,6 @@ own.
 
 import contextlib
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -32,7 +31,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dph.chat import Encoded
-from dph.errors import UserError, shown
+from dph.data.atomic import atomic_file
+from dph.errors import UserError, one_line, shown
+from dph.train.config_schema import model_fields
 
 log = logging.getLogger(__name__)
 
@@ -121,19 +122,10 @@ class RowStore:
         checks = torch.tensor([_check(key, value) for key, value in self._waiting.items()])
         # Named by time, so that a row stored again because its first copy is damaged is indexed after that copy.
         path = self.directory / f"{time.time_ns():020d}-{uuid.uuid4().hex[:12]}.safetensors"
-        temporary = path.with_suffix(".partial")
         try:
-            with temporary.open("wb") as file:
+            with atomic_file(path) as file:
                 file.write(save({"keys": keys, "values": values, "checks": checks}))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(path)
-            directory = os.open(self.directory, os.O_RDONLY)  # the new name has to reach the disk, too
-            os.fsync(directory)
-            os.close(directory)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             text = f"{error.strerror}: the cache could not be written; what it held before is intact"
             raise OSError(error.errno, text, str(self.directory)) from error
         return path
@@ -164,7 +156,7 @@ class RowStore:
 
     def _report_damage(self, path: Path, reason: str) -> None:
         if path not in self._reported:
-            log.warning("%s is damaged (%s): ignored; it can be deleted", path, " ".join(reason.split()))
+            log.warning("%s is damaged (%s): ignored; it can be deleted", path, one_line(reason, 200))
         self._reported.add(path)
 
     def _delete_stale(self) -> None:
@@ -256,8 +248,7 @@ def fingerprint(weights: Mapping[str, Tensor], config: Any) -> str:
 
 def _backbone_fields(config: Any) -> list[tuple[str, Any]]:
     """Return the fields of a ``ModelConfig`` that the backbone may depend on: all but those of the heads."""
-    names = [name for name in inspect.signature(type(config)).parameters if name not in ("released", "kwargs")]
-    return [(name, getattr(config, name)) for name in names if not name.startswith(("reward_", "task_"))]
+    return [(name, value) for name, value in model_fields(config).items() if not name.startswith(("reward_", "task_"))]
 
 
 def pair_key(model: str, pair: Iterable[Encoded]) -> bytes:
