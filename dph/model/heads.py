@@ -7,7 +7,6 @@ from dph.model.fused_block import modification
 from dph_kernels import checks, philox, swiglu, swiglu_reward
 from dph_kernels.torch_private import has_any_global_hook
 
-
 PLAIN = checks.PLAIN | {type(None)}  # classes of a module's parameters
 
 
