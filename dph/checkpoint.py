@@ -60,13 +60,18 @@ def from_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Invert :func:`from_official`. ValueError for heads with a pooler of their own, which the layout lacks."""
+    """Invert :func:`from_official`. ValueError for heads with a pooler of their own, which the layout lacks.
+
+    ``lm_head.weight`` is left out: it is the embedding.
+    """
     table = {}
     for official_name, own_name in RENAMED.items():
         if "proj_k" not in official_name and "proj_v" not in official_name:
             table[own_name] = official_name
     official: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
+        if name == "lm_head.weight":
+            continue
         renamed = _rename(name, table)
         if ".att.proj_q." in renamed:
             for projection, rows in zip(JOINED, tensor.chunk(3), strict=True):

@@ -78,7 +78,7 @@ class LaProp(torch.optim.Optimizer):
     priors. ``step`` refuses all other changes of this kind.
 
     Values that are written into a bf16 or fp16 parameter between two steps replace those of its master, unless they are
-    written through ``.data``. A step that raises changes no parameter, moment or clock.
+    written through ``.data``. A step that refuses a setting, a gradient or a parameter updates nothing.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class LaProp(torch.optim.Optimizer):
         }
         check_settings(defaults)
         self._clocks: list[Tensor] = []  # of each group: [t, a], fp64, on its device
-        self._unstepped: list[bool] = []  # of each group: whether no step was taken since the state was made or loaded
+        self._unstepped: list[bool] = []  # of each group: whether ``step`` is still to be called
         self._leads: dict[int, int] = {}  # by a parameter's id: number of versions that it is ahead of its master
         super().__init__(params, defaults)
 
@@ -125,8 +125,8 @@ class LaProp(torch.optim.Optimizer):
             group["prior_dtype"] = prior_dtype_name(group["prior_dtype"])
             self._show_clock(group, clock)
             for p in group["params"]:
-                if "master" in self.state[p]:
-                    self._set_master(p, self.state[p]["master"])
+                if "master" in self.state[p]:  # whose lead a copy does not know
+                    self._update_master(p)
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group, whose state and priors begin with its current values. Raises as the constructor."""
@@ -175,6 +175,7 @@ class LaProp(torch.optim.Optimizer):
         self.state[p]["master"] = master
         self._leads[id(p)] = _lead(p, master)
 
+    @torch.no_grad()
     def _update_master(self, p: Tensor) -> None:
         """Copy the elements that were written into the parameter since the last step to its master.
 
@@ -198,7 +199,7 @@ class LaProp(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _fit_state(self) -> None:
-        """In groups that have taken no step, let the state follow parameters that were cast, moved or exchanged.
+        """Before the first ``step`` of a group, let its state follow parameters that were cast, moved or exchanged.
 
         The prior of one that was cast or moved stays. An exchanged one begins with its current value as the prior: the
         original may be gone, or empty on this rank.
@@ -492,6 +493,8 @@ class LaProp(torch.optim.Optimizer):
                 self.state[p] = adapted(p, tensors, _state_dtype(p))
                 if "master" in self.state[p]:
                     self._set_master(p, self.state[p]["master"])
+                elif "master" in tensors:  # the parameter was cast from one of the halves
+                    local_shard(p).copy_(merged(local_shard(p), local_shard(tensors["master"]), HALVES))
             self._show_clock(group, clock)
             self.param_groups.append(group)
 

@@ -19,7 +19,7 @@ from dph_kernels import PackedLayout
 
 @pytest.mark.parametrize("pooler", POOLERS)
 def test_names_there_and_back(pooler):
-    own = tiny_model(reward_pooler=pooler, reward_heads=("default", "other")).state_dict()
+    own = dict(tiny_model(reward_pooler=pooler, reward_heads=("default", "other")).named_parameters())
     official = checkpoint.to_official(own)
     again = checkpoint.from_official(official)
     assert again.keys() == own.keys()

@@ -501,3 +501,34 @@ def test_from_tensors_goes_by_name():
         new = {p: "new" for p in last.param_groups[0]["params"]} | names(others)
         with pytest.raises(ValueError, match=f"optimizer state: {message}"):
             last.from_tensors(new, tensors, meta)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_keeps_what_was_written_into_a_half_precision_parameter(copied):
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimiser = LaProp([p], lr=1e-3)
+    p.grad = torch.ones_like(p)
+    optimiser.step()
+    with torch.no_grad():
+        p[1] = 7.0
+    again = copied(optimiser)
+    (other,) = again.param_groups[0]["params"]
+    other.grad = torch.zeros_like(other)
+    again.step()
+    assert other[1].item() == pytest.approx(7.0, rel=0.01)
+
+
+def test_a_loaded_master_is_kept_by_a_parameter_cast_from_half_precision():
+    """As by one that is cast after loading: its elements that equal the rounded master are the master's."""
+    p = nn.Parameter(torch.linspace(0.1, 1.0, 7, dtype=torch.bfloat16))
+    optimiser = LaProp([p], lr=1e-3)
+    p.grad = torch.ones_like(p)
+    optimiser.step()
+    state = copy.deepcopy(optimiser.state_dict())
+    q = nn.Parameter(p.detach().float())
+    with torch.no_grad():
+        q[2] = 3.0
+    LaProp([q], lr=1e-3).load_state_dict(state)
+    master = state["state"][0]["master"].clone()
+    master[2] = 3.0
+    assert torch.equal(q, master)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
-from dph.model.fused_block import BlockMemory, BlockShape, BlockWeights, fused_block, modification
+from dph.model.fused_block import BlockMemory, BlockShape, BlockWeights, fused_block, is_modified, modification
 from dph_kernels import checks, dispatch
 from dph_kernels.layout import PackedLayout
 from dph_kernels.residual_norm import residual_norm
@@ -55,10 +55,13 @@ class Attention(nn.Module):
 
         Keys and values are projected from the stored inputs, so that W_k and W_v get gradients from memory rows too.
         """
-        width = x.shape[1]
-        weight, bias = self.qkv.weight, self.qkv.bias
-        q = F.linear(x, weight[:width], bias[:width]).unflatten(1, (self.heads, -1))
-        projected = F.linear(memory.concat_inputs(x), weight[width:], bias[width:])
+        width, inputs = x.shape[1], memory.concat_inputs(x)
+        if is_modified(self.qkv, nn.Linear):
+            q, projected = self.qkv(x)[:, :width], self.qkv(inputs)[:, width:]
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q, projected = F.linear(x, weight[:width], bias[:width]), F.linear(inputs, weight[width:], bias[width:])
+        q = q.unflatten(1, (self.heads, -1))
         k, v = projected.unflatten(1, (2, self.heads, -1)).unbind(1)
         memory.keep(x)
         return rope_attention(q, k, v, layout, rope=self.rope).flatten(1)
@@ -77,7 +80,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, C] -> [T, C]."""
-        if modification(self.fc1, nn.Linear) is None:
+        if not is_modified(self.fc1, nn.Linear):
             return self.fc2(swiglu(F.linear(x, self.fc1.weight), self.fc1.bias))
         return self.fc2(swiglu(self.fc1(x)))
 

@@ -3,11 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from dph.model.fused_block import modification
-from dph_kernels import checks, philox, swiglu, swiglu_reward
-from dph_kernels.torch_private import has_any_global_hook
-
-PLAIN = checks.PLAIN | {type(None)}  # classes of a module's parameters
+from dph.model.fused_block import is_modified, modification
+from dph_kernels import philox, swiglu, swiglu_reward
 
 
 class SwiGLU(nn.Module):
@@ -29,8 +26,8 @@ class RewardHead(nn.Module):
     | t5, swiglu_t5 | as bert, swiglu_bert, with dropout on h too |
 
     One kernel computes all of it, unless a module was replaced or has hooks (adapters, quantised or offloaded weights):
-    then each is called, and the dropout masks are the same. The pooler's modules have the indices of the released
-    layout's pipeline.
+    then each is called. The dropout masks are the same, unless dropout itself was replaced or has hooks: then it draws
+    its own. The pooler's modules have the indices of the released layout's pipeline.
 
     Args:
         names: K names of the reward vectors.
@@ -76,15 +73,10 @@ class RewardHead(nn.Module):
         return {name: vector(states).squeeze(1).float() for name, vector in self.reward.items()}
 
     def _is_modified(self) -> bool:
-        """Whether a module or weight is not the original, or observed by hooks."""
-        modules = self.pooler, *self.pooler, self.dropout
-        if len(modules) != len(self._kinds) or has_any_global_hook():
-            return True
-        kinds = (*self._kinds, *[nn.Linear] * len(self.reward))
-        for module, kind in zip((*modules, *self.reward.values()), kinds, strict=True):
-            if modification(module, kind) or not PLAIN.issuperset(map(type, module._parameters.values())):
-                return True
-        return False
+        """Whether a module is not the original, or observed by hooks."""
+        modules = self.pooler, *self.pooler, self.dropout, *self.reward.values()
+        kinds = *self._kinds, *[nn.Linear] * len(self.reward)
+        return len(modules) != len(kinds) or any(map(is_modified, modules, kinds))
 
     def _fused(self, hidden: Tensor, seed: int, row_ids: Tensor | None) -> dict[str, Tensor]:
         """Rewards as of ``forward``, by one operator."""

@@ -4,7 +4,8 @@
 |---|---|---|
 | embedding, up-projection, norm | [V, E], E -> C | ``backbone.embedding``, ``input_proj``, ``input_norm`` |
 | blocks | x + attention(norm(x)), x + ffn(norm(x)) | ``backbone.blocks`` |
-| norm, down-projection, tied head | C -> E, times the transposed embedding | ``output_norm``, ``output_proj`` |
+| norm, down-projection | C -> E | ``backbone.output_norm``, ``output_proj`` |
+| language-model head | E -> V, with the weight of the embedding | ``lm_head`` |
 | reward heads | C -> 1 | ``heads`` |
 """
 
@@ -17,11 +18,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from dph import chat, checkpoint
 from dph._folder import find_file, read_json, refuse_code
@@ -32,9 +32,17 @@ from dph.errors import UserError, shown
 from dph.losses import IGNORED
 from dph.model.backbone import Backbone
 from dph.model.config import TOKEN_IDS, ModelConfig, hub_arguments, read_fields, with_config
+from dph.model.fused_block import is_modified
 from dph.model.heads import RewardHead
 from dph.model.memory import Memory
-from dph.model.padded_batch import PaddedBatch, check_labels, check_tokens, checked_inputs, last_positions
+from dph.model.padded_batch import (
+    PaddedBatch,
+    check_labels,
+    check_tokens,
+    checked_inputs,
+    document_positions,
+    last_positions,
+)
 from dph_kernels import PackedLayout, checks, linear_logprob
 from dph_kernels.transfer import to_device
 
@@ -88,6 +96,7 @@ class Model(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # so that transformers' Trainer passes num_items_in_batch
     _no_split_modules = ("Block",)
+    _tied_weights_keys = {"lm_head.weight": "backbone.embedding.weight"}  # noqa: RUF012
     # Checked and reported here, by from_pretrained, in place of transformers' table.
     _keys_to_ignore_on_load_missing = [r"^heads\."]  # noqa: RUF012 - transformers adds to it
     _keys_to_ignore_on_load_unexpected = [r"^heads\."]  # noqa: RUF012
@@ -97,11 +106,14 @@ class Model(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.backbone = Backbone(config)
         self.output_proj = nn.Linear(config.hidden_size, config.embedding_size, bias=False)
+        self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=False, device="meta")
+        self.lm_head.weight = self.backbone.embedding.weight
         self.heads = nn.ModuleDict()
         self.untrained_heads: set[str] = set()  # heads that a loaded checkpoint lacked
         pooler = config.reward_pooler, config.hidden_size, config.intermediate_size, config.reward_dropout
         for key, names in self._head_groups():
             self.heads[key] = RewardHead(names, *pooler)
+        self.register_load_state_dict_pre_hook(_before_loading)
         self.post_init()
         self.loss_type = "ForCausalLM"  # read by transformers' Trainer, which would guess it from the class's name
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -118,13 +130,24 @@ class Model(PreTrainedModel, GenerationMixin):
         """Names of all reward heads."""
         return [*self.config.reward_heads, *self.config.task_heads]
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        """Return the token embedding, which is also the language-model head."""
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw fresh weights; those of the language-model head are the embedding's."""
+        if module is not self.lm_head:
+            super()._init_weights(module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding, whose weight is also the language-model head's."""
         return self.backbone.embedding
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token embedding, which is also the language-model head."""
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding; the language-model head takes over its weight."""
         self.backbone.embedding = value
+        self.lm_head.weight, self.lm_head.out_features = value.weight, len(value.weight)
+
+    @property
+    def base_model(self) -> "BaseModelView":
+        """The model without its heads, as transformers and other libraries call it: tokens to last hidden states."""
+        return BaseModelView(self)
 
     def explain(self, tokens: int = 4096, memory_kind: str | None = None) -> str:
         """Print and return the form of each block (fused or in parts), the backends of its operators, and why.
@@ -219,11 +242,14 @@ class Model(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def expected_weights(cls, config: ModelConfig) -> dict[str, Tensor]:
-        """Return the names and shapes of a model's weights, as tensors without memory (device ``meta``)."""
+        """Return the names and shapes of a model's weights, as tensors without memory (device ``meta``).
+
+        A weight that several modules share has its first name.
+        """
         one_block = copy.deepcopy(config)
         one_block.num_hidden_layers = min(1, config.num_hidden_layers)
         with torch.device("meta"):
-            weights = Model(one_block).state_dict()
+            weights = dict(Model(one_block).named_parameters())
         expected: dict[str, Tensor] = {}
         for name, tensor in weights.items():
             if not name.startswith("backbone.blocks.0."):
@@ -279,11 +305,10 @@ class Model(PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         position_ids: Tensor | None = None,
         return_dict: bool | None = None,
-        cache_position: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits, and the loss if there are labels.
 
@@ -299,11 +324,13 @@ class Model(PreTrainedModel, GenerationMixin):
             position_ids: [B, S], for rows of several documents: positions restart at 0 with each document, and tokens
                 attend to their own document only. With a memory a row has to be one document.
             return_dict: False gives a tuple; None is the configuration's setting, as for ``output_hidden_states``.
-            cache_position, token_type_ids: ignored; other libraries pass them.
             output_attentions: True is not supported.
             output_hidden_states: also return ``hidden_states``, the input of each block and the result. They have
                 gradients, but the loss has none for them: the blocks read rows, not these.
             inputs_embeds: [B, S, E] embeddings in place of ``input_ids``.
+            kwargs: ``cu_seq_lens_q`` [D + 1], the bounds of the documents in a single row, as transformers' collators
+                give them for attention of variable length. Others, as ``cache_position``, are ignored, as by
+                transformers' own models.
 
         Returns:
             ``logits`` [B, S, V], ``loss`` (mean over labels; NaN without any), ``past_key_values``, ``hidden_states``
@@ -312,16 +339,51 @@ class Model(PreTrainedModel, GenerationMixin):
         Raises ValueError if shapes do not fit, a token is not in the vocabulary (on the CPU), or the cache is not a
         :class:`dph.Memory`.
         """
-        embedding = self.backbone.embedding.weight
-        inputs = checked_inputs(embedding, input_ids, inputs_embeds)
         if labels is not None:
-            check_labels(labels, inputs, len(embedding))
+            inputs = checked_inputs(self.backbone.embedding.weight, input_ids, inputs_embeds)
+            check_labels(labels, inputs, self.lm_head.out_features)
+        read = self._read(
+            input_ids, attention_mask, past_key_values, use_cache, position_ids, output_attentions,
+            output_hidden_states, inputs_embeds, **kwargs,
+        )  # fmt: skip
+        states, loss = read.last_hidden_state, None
+        if labels is not None:
+            targets = labels[:, 1:]
+            counted = targets != IGNORED
+            logprobs = self._logprobs(states[:, :-1][counted], targets[counted])
+            loss = -logprobs.sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
+        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # -0: all
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=self.lm_head(states[:, columns]),
+            past_key_values=read.past_key_values,
+            hidden_states=read.hidden_states,
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _read(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Memory | None = None,
+        use_cache: bool | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPast:
+        """Compute the states [B, S, E] that the language-model head multiplies; arguments as those of ``forward``."""
+        inputs = checked_inputs(self.backbone.embedding.weight, input_ids, inputs_embeds)
         if output_attentions:
             raise ValueError("output_attentions: expected False, got True: no kernel of ours forms them")
         if past_key_values is not None and not isinstance(past_key_values, Memory):
             raise ValueError(f"past_key_values: expected dph.Memory, got {type(past_key_values).__name__}")
         if past_key_values is None and use_cache:
             past_key_values = Memory(length=max(4096, inputs.shape[1]))
+        if position_ids is None and cu_seq_lens_q is not None:
+            position_ids = document_positions(cu_seq_lens_q, inputs)
         padded = PaddedBatch.from_inputs(inputs, attention_mask, position_ids if inputs.shape[1] > 1 else None)
         if past_key_values is not None:
             padded.check_one_document()
@@ -329,21 +391,23 @@ class Model(PreTrainedModel, GenerationMixin):
             output_hidden_states = self.config.output_hidden_states
         states = [] if output_hidden_states else None
         projected = padded.scatter(self.output_proj(self._hidden(inputs, padded, past_key_values, states)))
+        hidden_states = None if states is None else tuple(map(padded.scatter, states))
+        return BaseModelOutputWithPast(projected, past_key_values, hidden_states)
 
-        loss = None
-        if labels is not None:
-            targets = labels[:, 1:]
-            counted = targets != IGNORED
-            logprobs = linear_logprob(projected[:, :-1][counted], embedding, targets[counted])
-            loss = -logprobs.sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
-        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # -0: all
-        output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=F.linear(projected[:, columns], embedding),
-            past_key_values=past_key_values,
-            hidden_states=None if states is None else tuple(map(padded.scatter, states)),
-        )
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+    def _logprobs(self, states: Tensor, targets: Tensor, *, statistics: bool = False, uniform: bool = True) -> Any:
+        """Log-probabilities [R] fp32 of targets [R] after states [R, E]; arguments and results of ``linear_logprob``.
+
+        A language-model head that was replaced, is observed by hooks, or has weights elsewhere computes its logits.
+        """
+        head = self.lm_head
+        if not is_modified(head, nn.Linear):
+            return linear_logprob(states, head.weight, targets, statistics=statistics, uniform=uniform)
+        logprobs = head(states).float().log_softmax(-1)
+        chosen = logprobs.gather(-1, targets[:, None]).squeeze(-1)
+        if not statistics:
+            return chosen
+        with torch.no_grad():
+            return chosen, torch.special.entr(logprobs.exp()).sum(-1), logprobs.argmax(-1)
 
     def _hidden(
         self, inputs: Tensor, padded: PaddedBatch, memory: Memory | None = None, states: list[Tensor] | None = None
@@ -410,15 +474,14 @@ class Model(PreTrainedModel, GenerationMixin):
             [R] fp32, for the targets that are not -100, row by row. With ``statistics``: (log-probabilities, entropy
             [R] in nats, most probable token is the target [R] bool), the last two without gradient.
         """
-        embedding = self.backbone.embedding.weight
         checks.shape("tokens", tokens, "B", "S")
-        check_tokens("tokens", tokens, len(embedding))
+        check_tokens("tokens", tokens, self.lm_head.out_features)
         hidden, targets = self._hidden(tokens, PaddedBatch.from_inputs(tokens), memory), targets.flatten()
         rows = (targets != IGNORED).nonzero().flatten()
         states, targets = self.output_proj(hidden[to_device(rows, self.device)]), to_device(targets[rows], self.device)
         if not statistics:
-            return linear_logprob(states, embedding, targets)
-        logprobs, entropy, most_probable = linear_logprob(states, embedding, targets, statistics=True)
+            return self._logprobs(states, targets)
+        logprobs, entropy, most_probable = self._logprobs(states, targets, statistics=True)
         return logprobs, entropy, most_probable == targets
 
     def forward_packed(
@@ -433,8 +496,7 @@ class Model(PreTrainedModel, GenerationMixin):
                 the masks of the whole batch.
         """
         hidden = self.backbone(batch.tokens, batch.layout)
-        states, embedding = self.output_proj(hidden[batch.rows]), self.backbone.embedding.weight
-        logprobs = linear_logprob(states, embedding, batch.targets, uniform=False)
+        logprobs = self._logprobs(self.output_proj(hidden[batch.rows]), batch.targets, uniform=False)
         zeros = logprobs.new_zeros(len(batch.reward_rows))
         scored = batch.scored.to(logprobs.dtype)
         total = zeros.index_add(0, batch.answers, logprobs * batch.trained.to(logprobs.dtype))
@@ -543,6 +605,37 @@ class Model(PreTrainedModel, GenerationMixin):
         return torch.tensor([judged.rewards[head][0] for judged in self.judge(groups, max_tokens)])
 
 
+class BaseModelView(nn.Module):
+    """A model without its heads, made of the model's own modules: :attr:`Model.base_model`.
+
+    The last hidden state is the one that the language-model head (``get_output_embeddings``) multiplies.
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.config, self._read = model.config, model._read
+        self.backbone, self.output_proj = model.backbone, model.output_proj
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        """Return ``last_hidden_state`` [B, S, E], ``past_key_values`` and ``hidden_states``.
+
+        Arguments and errors are those of :meth:`Model.forward`, without labels.
+        """
+        return self._read(*args, **kwargs)
+
+
+def _before_loading(model: Model, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before weights are loaded into a model: add the tied one, which files hold once, and mark heads as trained."""
+    for tied, source in model._tied_weights_keys.items():
+        if f"{prefix}{source}" in state:
+            state.setdefault(f"{prefix}{tied}", state[f"{prefix}{source}"])
+    for key, names in model._head_groups():
+        head = f"{prefix}heads.{key}"
+        if all(f"{head}.pooler.{name}" in state for name, _ in model.heads[key].pooler.named_parameters()):
+            model.untrained_heads -= {name for name in names if f"{head}.reward.{name}.weight" in state}
+
+
 def _is_head(name: str) -> bool:
     """Whether a weight, by its own or its released name, belongs to a reward head, which may be missing."""
     return name.startswith(("heads.", "pooler_pipeline.", "reward_heads."))
@@ -550,7 +643,7 @@ def _is_head(name: str) -> bool:
 
 def _check_host_memory(config: ModelConfig) -> None:
     """Raise UserError before memory is allocated if the weights of a new model do not fit on the host."""
-    if nn.Linear(1, 1).weight.device.type != "cpu":  # of a context for another device, or one without memory
+    if nn.LayerNorm(1).weight.device.type != "cpu":  # of a context for another device, or one without memory
         return
     needed, available = config.least_parameters * torch.get_default_dtype().itemsize, host_memory()
     if needed > available:

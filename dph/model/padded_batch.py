@@ -44,6 +44,21 @@ def checked_inputs(embedding: Tensor, input_ids: Tensor | None, inputs_embeds: T
     return input_ids
 
 
+def document_positions(bounds: Tensor, inputs: Tensor) -> Tensor:
+    """Return the positions [1, S] of the tokens of a single row, from the bounds [D + 1] of its documents."""
+    checks.shape("cu_seq_lens_q", bounds, "D + 1")
+    checks.dtype("cu_seq_lens_q", bounds, checks.INTEGERS)
+    ends, columns = bounds.tolist(), inputs.shape[1]
+    if len(inputs) != 1 or ends[0] != 0 or ends[-1] != columns or ends != sorted(ends):
+        raise ValueError(
+            f"cu_seq_lens_q: expected rising bounds from 0 to {columns} of documents in 1 row, got {ends[:8]} for "
+            f"{len(inputs)} rows"
+        )
+    lengths = bounds.diff().long()
+    starts = bounds[:-1].long().repeat_interleave(lengths)
+    return (torch.arange(columns, device=bounds.device) - starts)[None]
+
+
 def last_positions(input_ids: Tensor, mask: Tensor | None, end: int | None) -> Tensor:
     """Columns [B] of the last tokens that are not padding; raises ValueError unless each is ``<|im_end|>``."""
     columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)

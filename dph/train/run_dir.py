@@ -148,8 +148,10 @@ class RunDirectory:
         """The recipe's section ``output``."""
         return self._config.get("output", {})
 
-    def begin(self) -> None:
+    def begin(self, best: Mapping[str, Any] | None = None) -> None:
         """Prepare the directory for training, new or from the checkpoint, when all else of the run is checked.
+
+        ``best`` is the best evaluated step so far.
 
         Begins the tracker's run, which may be refused; deletes what killed processes left; renames damaged checkpoints
         that are newer than the one to resume from, since their steps are repeated; and writes the recipe, the mark of
@@ -158,15 +160,17 @@ class RunDirectory:
         self.world.first_failed(False)  # wait until no rank can refuse any more
         with self.world.fail_together():
             if self.world.rank == 0:
-                self._begin()
+                self._begin(best)
 
-    def _begin(self) -> None:
+    def _begin(self, best: Mapping[str, Any] | None) -> None:
         lines, last_logged = self._read_metrics()
         self._readers["TensorBoard"] = TensorBoard(self.directory / "tensorboard", self.step + 1)
         if (name := self._output.get("tracker")) is not None:
             generators = checkpointing.random_states()  # from which a tracker may draw
-            self._readers[name] = Tracker(name, self._output["project"], self.directory, self._config, last_logged)
-            checkpointing.set_random_states(*generators)
+            try:
+                self._readers[name] = Tracker(name, self._output["project"], self.directory, self._config, last_logged)
+            finally:
+                checkpointing.set_random_states(*generators)
         for leftover in self._leftovers():
             atomic.clean_up(leftover)
         folder = self.directory / "checkpoints"
@@ -179,7 +183,7 @@ class RunDirectory:
         if self.checkpoint is not None and self.checkpoint.path.suffix == ".old":  # renamed with the other leftovers
             self.checkpoint = Checkpoint(self.step, self.checkpoint_path(self.step))
         if folder.exists():
-            self._mark_best({} if self.checkpoint is None else self.checkpoint.state())
+            self._mark_best(best)
         atomic.write_text(self.directory / "config.json", json.dumps(self._config, indent=2) + "\n")
         path = self.directory / "metrics.jsonl"
         atomic.write_text(path, "".join(lines))
@@ -343,7 +347,7 @@ class RunDirectory:
                 self._metrics.sync()
                 checkpointing.write_checkpoint(path, step, parts, state, rank_files)
                 self.saved_step = step
-                best = self._mark_best(state)
+                best = self._mark_best(state.get("best"))
                 for old in checkpointing.saved_checkpoints(path.parent)[: -self.keep]:
                     if old != best:
                         shutil.rmtree(old)
@@ -352,9 +356,9 @@ class RunDirectory:
         self.saved_step = step
         return path
 
-    def _mark_best(self, state: Mapping[str, Any]) -> Path | None:
-        """Write best.json from ``state["best"]``, or delete it if there is no best step; return its checkpoint."""
-        mark, best = self.directory / "checkpoints" / BEST, state.get("best")
+    def _mark_best(self, best: Mapping[str, Any] | None) -> Path | None:
+        """Write best.json, or delete it if there is no best step; return its checkpoint."""
+        mark = self.directory / "checkpoints" / BEST
         if best is None:
             mark.unlink(missing_ok=True)
             return None

@@ -121,6 +121,11 @@ def accept(checkpoint: Checkpoint, stage: Stage, now: Mapping[str, Any], force: 
     if checkpoint.step > recipe.optimiser.steps:
         raise UserError(f"{checkpoint.path}: expected at most step {recipe.optimiser.steps}, the run's last")
     if different:
+        saved_count, count = (len(_sources(x)) for x in (state["data"]["records"], stage.batches.records.state_dict()))
+        if saved_count != count:
+            raise UserError(
+                f"{checkpoint.path}: data.records: expected positions of {count} sources, got {saved_count}"
+            )
         stage.notes += (f"resumed with {'; '.join(different)} than before",)
         data = state["data"]
         data["records"] = resized(data["records"], stage.batches.records.state_dict())

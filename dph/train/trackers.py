@@ -114,7 +114,11 @@ class Tracker:
             reason = one_line(error, 500) or type(error).__name__
             raise UserError(f"output.tracker: {name} cannot begin a run: {reason}") from error
         if saved_id is None:  # after a start that may fail: a refused resume changes no file
-            atomic.write_text(directory / FILE, json.dumps({"tracker": name, "id": run_id}) + "\n")
+            try:
+                atomic.write_text(directory / FILE, json.dumps({"tracker": name, "id": run_id}) + "\n")
+            except BaseException:
+                self.close()
+                raise
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Send one line, unless the tracker received it before the run was interrupted."""

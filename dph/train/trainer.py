@@ -128,7 +128,11 @@ class Trainer:
         self._has_memory = any(memory is not None for memory in stage.memories)
         if saved is not None:
             saved_state.load(self, run.checkpoint, saved)
-        run.begin()
+        try:
+            run.begin(self.best.state)
+        except BaseException:  # the model is the caller's
+            self._restore_required_grad()
+            raise
         if saved is None:
             saved_state.save_start(self)
         self.model.backbone.gradient_checkpointing = recipe.checkpointing == "block"
@@ -429,13 +433,17 @@ class Trainer:
                     params[name].copy_(full_tensor(p))
             self.model = self.stage.model = self.full_model
 
+    def _restore_required_grad(self) -> None:
+        """Freeze the weights again that were frozen when the trainer was made, and no others."""
+        for name, p in self.full_model.named_parameters():
+            p.requires_grad_(self._required_grad[name])
+
     def _reset_model(self) -> None:
         """Turn the model back into fp32, with frozen weights and attributes as they were, however training ended."""
         self.graph = None
         self.full_model.backbone.gradient_checkpointing = False
         compile.switch_off(self.full_model.backbone)
-        for name, p in self.full_model.named_parameters():
-            p.requires_grad_(self._required_grad[name])
+        self._restore_required_grad()
         if self.low:
             self.optimiser.to_full_precision()
             self.model.float()

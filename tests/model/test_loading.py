@@ -446,3 +446,9 @@ def test_a_model_without_memory_may_be_larger_than_the_host(monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "register_parameter", on_meta)
     assert all(p.is_meta for p in dph.Model(tiny_config()).parameters())
+
+
+def test_the_check_of_memory_draws_no_random_number():
+    state = torch.get_rng_state()
+    modeling._check_host_memory(tiny_config())
+    assert torch.equal(torch.get_rng_state(), state)
