@@ -250,6 +250,26 @@ def bypass_obstacle(tensors: Sequence[Tensor]) -> str | None:
     return None if in_memory(tensors) else "a tensor has no elements in memory"
 
 
+def modification(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None:
+    """Return how ``module`` differs from an unobserved module of class ``kind``, None if it does not."""
+    if type(module) is not kind:
+        return f"is a {type(module).__module__}.{type(module).__name__}, not a {kind.__module__}.{kind.__name__}"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "has hooks"
+    return "has a forward method of its own" if "forward" in vars(module) else None
+
+
+def is_modified(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
+    """Whether ``module`` has to be called: a kernel that takes its weights instead would compute something else.
+
+    It is not an unobserved module of class ``kind``, or has a parameter that is no plain tensor in memory (quantised,
+    sharded or offloaded).
+    """
+    if modification(module, kind) or torch_private.has_any_global_hook():
+        return True
+    return any(type(p) not in PLAIN or p.is_meta for p in module._parameters.values() if p is not None)
+
+
 def profile_range(name: str) -> AbstractContextManager:
     """Return a context manager that names its block in a profile; the dispatcher does so for calls through it."""
     return torch_private.record_function(name) if torch_private.profiler_enabled() else _NO_RANGE

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
-from dph.model.fused_block import BlockMemory, BlockShape, BlockWeights, fused_block, is_modified, modification
+from dph.model.fused_block import BlockMemory, BlockShape, BlockWeights, fused_block
 from dph_kernels import checks, dispatch
 from dph_kernels.layout import PackedLayout
 from dph_kernels.residual_norm import residual_norm
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         Keys and values are projected from the stored inputs, so that W_k and W_v get gradients from memory rows too.
         """
         width, inputs = x.shape[1], memory.concat_inputs(x)
-        if is_modified(self.qkv, nn.Linear):
+        if dispatch.is_modified(self.qkv, nn.Linear):
             q, projected = self.qkv(x)[:, :width], self.qkv(inputs)[:, width:]
         else:
             weight, bias = self.qkv.weight, self.qkv.bias
@@ -80,7 +80,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, C] -> [T, C]."""
-        if not is_modified(self.fc1, nn.Linear):
+        if not dispatch.is_modified(self.fc1, nn.Linear):
             return self.fc2(swiglu(F.linear(x, self.fc1.weight), self.fc1.bias))
         return self.fc2(swiglu(self.fc1(x)))
 
@@ -170,7 +170,7 @@ def block_form(block: Block, x: Tensor, layout: PackedLayout, memory_kind: str |
 
     attention, ffn = block.attention, block.ffn
     for name, module, kind in (("attention", attention, Attention), ("ffn", ffn, FeedForward)):
-        if change := modification(module, kind):
+        if change := dispatch.modification(module, kind):
             return Form(False, f"{name} {change}")
     attention_norm, ffn_norm, parameters = block.attention_norm, block.ffn_norm, []
     for name, module, kind in (
@@ -180,7 +180,7 @@ def block_form(block: Block, x: Tensor, layout: PackedLayout, memory_kind: str |
         ("ffn_norm", ffn_norm, LayerNorm),
         ("ffn.fc1", ffn.fc1, nn.Linear),
     ):
-        if change := modification(module, kind):
+        if change := dispatch.modification(module, kind):
             return Form(False, f"{name} {change}")
         own = module._parameters
         parameters += own.get("weight"), own.get("bias")

@@ -14,17 +14,15 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from dph_kernels import checks
 from dph_kernels.layout import PackedLayout, Rotary
 from dph_kernels.residual_norm import OPERATOR as NORM
 from dph_kernels.residual_norm import WIDEST
 from dph_kernels.rope_attention import OPERATOR as ATTENTION
 from dph_kernels.rope_attention import check_inputs, joined_gradients
 from dph_kernels.swiglu import OPERATOR as GATE
-from dph_kernels.torch_private import has_any_global_hook
 
 AUTO = "auto"
 
@@ -304,23 +302,3 @@ def _backward(
         fc1=d_fc1,
         fc1_bias=d_fc1_bias,
     )
-
-
-def modification(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Return how ``module`` differs from an unobserved module of class ``kind``, None if it does not."""
-    if type(module) is not kind:
-        return f"is a {type(module).__module__}.{type(module).__name__}, not a {kind.__module__}.{kind.__name__}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "has hooks"
-    return "has a forward method of its own" if "forward" in vars(module) else None
-
-
-def is_modified(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` must be called, as its weights alone do not say what it computes.
-
-    It is not an unobserved module of class ``kind``, or has a parameter that is no plain tensor in memory (quantised,
-    sharded or offloaded).
-    """
-    if modification(module, kind) or has_any_global_hook():
-        return True
-    return any(type(p) not in checks.PLAIN or p.is_meta for p in module._parameters.values() if p is not None)

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dph.model.fused_block import is_modified, modification
-from dph_kernels import philox, swiglu, swiglu_reward
+from dph_kernels import dispatch, philox, swiglu, swiglu_reward
 
 
 class SwiGLU(nn.Module):
@@ -76,7 +75,7 @@ class RewardHead(nn.Module):
         """Whether a module is not the original, or observed by hooks."""
         modules = self.pooler, *self.pooler, self.dropout, *self.reward.values()
         kinds = *self._kinds, *[nn.Linear] * len(self.reward)
-        return len(modules) != len(kinds) or any(map(is_modified, modules, kinds))
+        return len(modules) != len(kinds) or any(map(dispatch.is_modified, modules, kinds))
 
     def _fused(self, hidden: Tensor, seed: int, row_ids: Tensor | None) -> dict[str, Tensor]:
         """Rewards as of ``forward``, by one operator."""
@@ -106,6 +105,6 @@ def _probability(module: nn.Module) -> float:
 def _drop(module: nn.Module, states: Tensor, seed: int, row_ids: Tensor, stream: int) -> Tensor:
     """Return ``module(states)``; of unmodified dropout with the operator's mask."""
     probability = _probability(module)
-    if not probability or modification(module, nn.Dropout):
+    if not probability or dispatch.modification(module, nn.Dropout):
         return module(states)
     return states * philox.dropout_mask(row_ids, states.shape[1], probability, seed, stream, states.dtype)

@@ -32,7 +32,6 @@ from dph.errors import UserError, shown
 from dph.losses import IGNORED
 from dph.model.backbone import Backbone
 from dph.model.config import TOKEN_IDS, ModelConfig, hub_arguments, read_fields, with_config
-from dph.model.fused_block import is_modified
 from dph.model.heads import RewardHead
 from dph.model.memory import Memory
 from dph.model.padded_batch import (
@@ -43,7 +42,7 @@ from dph.model.padded_batch import (
     document_positions,
     last_positions,
 )
-from dph_kernels import PackedLayout, checks, linear_logprob
+from dph_kernels import PackedLayout, checks, dispatch, linear_logprob
 from dph_kernels.transfer import to_device
 
 log = logging.getLogger(__name__)
@@ -400,7 +399,7 @@ class Model(PreTrainedModel, GenerationMixin):
         A language-model head that was replaced, is observed by hooks, or has weights elsewhere computes its logits.
         """
         head = self.lm_head
-        if not is_modified(head, nn.Linear):
+        if not dispatch.is_modified(head, nn.Linear):
             return linear_logprob(states, head.weight, targets, statistics=statistics, uniform=uniform)
         logprobs = head(states).float().log_softmax(-1)
         chosen = logprobs.gather(-1, targets[:, None]).squeeze(-1)

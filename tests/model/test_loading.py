@@ -203,7 +203,7 @@ def test_only_heads_may_have_other_sizes_on_request(judge):
 @pytest.mark.parametrize("layers", [0, 3])
 def test_expected_weights_are_those_of_a_model(pooler, layers):
     config = tiny_config(reward_pooler=pooler, num_hidden_layers=layers, task_heads=("a", "b"))
-    weights, expected = dph.Model(config).state_dict(), dph.Model.expected_weights(config)
+    weights, expected = dict(dph.Model(config).named_parameters()), dph.Model.expected_weights(config)
     assert {name: t.shape for name, t in expected.items()} == {name: t.shape for name, t in weights.items()}
     matrices = sum(t.numel() for name, t in weights.items() if t.dim() == 2 and ".reward." not in name)
     assert config.least_parameters == matrices
