@@ -15,6 +15,15 @@ MAX_JSON = 64 * 2**20  # bytes of one file; the largest in use, settings of toke
 
 # Keys that make transformers import Python or other formats than safetensors from a folder or the hub.
 CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "use_kernels", "kernel_config", "gguf_file")
+# The classes of this package, as our folders name them for programs that were not told of it; nothing reads them here.
+MODULE = "modeling_dph"
+AUTO_MAP = {
+    "AutoConfig": f"{MODULE}.ModelConfig",
+    "AutoModel": f"{MODULE}.BaseModel",
+    "AutoModelForCausalLM": f"{MODULE}.Model",
+    "AutoModelForSequenceClassification": f"{MODULE}.RewardModel",
+}
+
 # Keys that hold the name of an implementation: of transformers, or OWNER/NAME for a kernel of the hub.
 IMPLEMENTATION_KEYS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 
@@ -83,7 +92,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def refuse_code(fields: dict[str, Any], where: str) -> None:
     """Raise UserError, which begins with ``where``, if a key at any depth names code to run or a kernel to fetch."""
     for name, key, value in _entries(fields):
-        names_code = key in CODE_KEYS and value not in (None, False, "", [], {})
+        names_code = key in CODE_KEYS and value not in (None, False, "", [], {}, AUTO_MAP)
         if names_code or (IMPLEMENTATION_KEYS.fullmatch(key) and _names_kernel(value)):
             raise UserError(
                 f"{where}: {name}: expected no code or kernel to load (dph runs none that comes with a model), "

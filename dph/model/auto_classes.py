@@ -1,32 +1,101 @@
-"""Registration of the model with transformers' Auto classes."""
+"""The model's forms for transformers' Auto classes, and their registration."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.modeling_outputs import BaseModelOutputWithPast, SequenceClassifierOutput
 
+from dph.errors import UserError
 from dph.model.config import ModelConfig
 from dph.model.model import Model
+from dph.model.padded_batch import PaddedBatch, checked_inputs, last_positions
+
+
+class BaseModel(Model):
+    """A :class:`Model` whose result is the states that its language-model head multiplies."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        """Return ``last_hidden_state`` [B, S, E], ``past_key_values`` and ``hidden_states``, as ``Model.base_model``."""
+        return self._read(*args, **kwargs)
 
 
 class RewardModel(Model):
-    """A :class:`Model` whose logits are its rewards, for sequence classification and reward trainers."""
+    """A :class:`Model` whose logits are its rewards, for sequence classification and reward trainers.
+
+    The labels are the heads: ``config.num_labels`` and ``config.id2label`` are set from them. Several heads are
+    independent of each other (``problem_type`` "multi_label_classification", unless the configuration has another). A
+    model without heads gets one, "default", if it is loaded with ``num_labels=1``.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        names = [*config.reward_heads, *config.task_heads]
+        if not names and config.num_labels == 1:
+            names = config.reward_heads = ["default"]
+        if not names:
+            raise UserError(
+                "reward_heads: expected a model with reward heads (or num_labels=1, for a new one), got one without"
+            )
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+        if len(names) > 1 and config.problem_type is None:
+            config.problem_type = "multi_label_classification"
+        super().__init__(config)
+        self.loss_type = "ForSequenceClassification"
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """None: this form's result depends on the heads."""
+        return []
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        use_cache: bool | None = None,
-        return_dict: bool = True,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Return ``logits`` [B, K]: the rewards of the last tokens that are not padding, which must be ``<|im_end|>``.
+        """Judge a batch.
 
-        ``use_cache`` is ignored; other libraries pass it. Raises ValueError as :meth:`Model.rewards`.
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, return_dict: as those of
+                :meth:`Model.forward`; a row is one document.
+            labels: [B] or [B, K], for transformers' loss of ``config.problem_type`` (by default mean squared error for
+                one head, binary cross-entropy for several).
+            kwargs: ignored; other libraries pass more.
+
+        Returns:
+            ``logits`` [B, K]: the rewards after each row's last ``<|im_end|>``, behind which padding and one token, the
+            chat format's newline, may follow; with ``inputs_embeds`` after the last token that is not padding. Also
+            ``loss`` and ``hidden_states``.
+
+        Raises ValueError as :meth:`Model.rewards`.
         """
-        rewards = self.rewards(input_ids, attention_mask)
-        output = SequenceClassifierOutput(logits=torch.stack([rewards[name] for name in self.head_names], dim=1))
-        return output if return_dict else output.to_tuple()
+        self.check_heads(*self.head_names, training=self.training)
+        inputs = checked_inputs(self.backbone.embedding.weight, input_ids, inputs_embeds)
+        padded = PaddedBatch.from_inputs(inputs, attention_mask, position_ids)
+        padded.check_one_document()
+        end = self.config.im_end_token_id
+        columns = last_positions(inputs, padded.mask, end, newline=True)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states = [] if output_hidden_states else None
+        hidden = padded.scatter(self._hidden(inputs, padded, states=states))
+        rewards = self.rewards_of(hidden[torch.arange(len(hidden), device=hidden.device), columns])
+        logits = torch.stack([rewards[name] for name in self.head_names], dim=1)
+        output = SequenceClassifierOutput(
+            loss=None if labels is None else self.loss_function(labels, logits, self.config),
+            logits=logits,
+            hidden_states=None if states is None else tuple(map(padded.scatter, states)),
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
+AutoModel.register(ModelConfig, BaseModel)
 AutoModelForCausalLM.register(ModelConfig, Model)
 AutoModelForSequenceClassification.register(ModelConfig, RewardModel)

@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 
-from dph._folder import IMPLEMENTATION_KEYS, read_json, refuse_code
+from dph._folder import AUTO_MAP, IMPLEMENTATION_KEYS, MODULE, read_json, refuse_code
 from dph.chat import END
 from dph.checkpoint import RELEASED, config_from_official
 from dph.errors import UserError, shown
@@ -41,6 +41,8 @@ FOREIGN_KEYS = (
     "transformers_weights", "configuration_files", "quantization_config", "fusion_config", "per_layer_config",
     "distributed_config",
 )  # fmt: skip
+
+CLASSES = ["BaseModel", "Model", "ModelConfig", "RewardModel"]  # that transformers' Auto classes open
 
 # Arguments for downloads from the hub, passed on for each file.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -73,6 +75,7 @@ class ModelConfig(PretrainedConfig):
     ``values``, are attributes of PyTorch's modules and cannot be used.
     """
 
+    auto_map: ClassVar = AUTO_MAP  # read by other libraries
     model_type = "dph"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers adds a list to it
 
@@ -172,6 +175,7 @@ class ModelConfig(PretrainedConfig):
         """
         path = kwargs.get("name_or_path")
         where = _config_file(path) if path else "configuration"
+        config_dict = {key: value for key, value in config_dict.items() if (key, value) != ("auto_map", AUTO_MAP)}
         _check_foreign(config_dict, where)
         try:
             result = super().from_dict(config_dict, **kwargs)
@@ -187,6 +191,23 @@ class ModelConfig(PretrainedConfig):
             setattr(config, name, _names(name, getattr(config, name)))
         config._check(config.tie_word_embeddings, token_ids)  # transformers sets arguments without a check
         return result
+
+    def save_pretrained(self, directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Write config.json, and a module that names our classes.
+
+        Programs that were not told of dph find the classes by ``trust_remote_code=True``, where dph is installed.
+        """
+        self.auto_map = AUTO_MAP  # of the instance: what transformers writes
+        try:
+            super().save_pretrained(directory, *args, **kwargs)
+        finally:
+            del self.auto_map
+        text = f"from dph.model.auto_classes import {', '.join(CLASSES)}\n\n__all__ = {CLASSES!r}\n"
+        Path(directory, f"{MODULE}.py").write_text(text, encoding="utf-8")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Do nothing: every saved folder names our classes."""
 
     @classmethod
     def get_config_dict(cls, path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

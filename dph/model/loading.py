@@ -11,15 +11,12 @@ from safetensors import SafetensorError
 
 from dph._folder import describe_other, find_file, read_json, refuse_code
 from dph.chat import END, tokenizer_name
-from dph.checkpoint import RELEASED
-from dph.errors import UserError, one_line, shown, shown_names
-from dph.model.config import ModelConfig, check_fields, read_fields
+from dph.errors import UserError, one_line, shown
+from dph.model.config import check_fields, read_fields
 from dph.model.directories import model_path, tokenizer_path
 from dph.model.model import Model
 
 _reason = partial(one_line, most=300)  # the message of another library's error
-
-KINDS = (ModelConfig.model_type, RELEASED)
 
 # Files whose keys transformers reads for a tokenizer; those of processors are read by others who open the folder.
 SETTINGS = (
@@ -39,12 +36,6 @@ def load_model(name: str, **options: Any) -> Model:
     path = model_path(name)
     disable_progress_bar()
     try:
-        kind = read_fields(path).get("model_type")
-        if kind not in KINDS:
-            got = shown_names([kind])
-            if not kind:
-                got = "a config.json without a model_type (a run that is not finished holds no model)"
-            raise UserError(f"{name}: expected a model of type {' or '.join(KINDS)}, got {got}")
         return Model.from_pretrained(path, **options)
     except SafetensorError as error:
         raise UserError(f"{path}: expected whole safetensors files, got a damaged one: {_reason(error)}") from error

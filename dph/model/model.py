@@ -28,7 +28,7 @@ from dph._folder import find_file, read_json, refuse_code
 from dph._weights import check_tensors, read_weight_files
 from dph.data.packing import PackedBatch, batches, pack
 from dph.devices import host_memory
-from dph.errors import UserError, shown
+from dph.errors import UserError, shown, shown_names
 from dph.losses import IGNORED
 from dph.model.backbone import Backbone
 from dph.model.config import TOKEN_IDS, ModelConfig, hub_arguments, read_fields, with_config
@@ -52,6 +52,10 @@ GENERATION_NUMBERS = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "max_length", "max_new_tokens", "min_length",
     "min_new_tokens", "num_beams", "num_return_sequences", "repetition_penalty", "length_penalty",
 )  # fmt: skip
+
+
+KINDS = (ModelConfig.model_type, checkpoint.RELEASED)
+SAMPLED = 4096
 
 
 class PackedOutput(NamedTuple):
@@ -109,6 +113,7 @@ class Model(PreTrainedModel, GenerationMixin):
         self.lm_head.weight = self.backbone.embedding.weight
         self.heads = nn.ModuleDict()
         self.untrained_heads: set[str] = set()  # heads that a loaded checkpoint lacked
+        self._fresh: dict[str, Tensor] = {}  # samples of the weights that these heads began with, by name
         pooler = config.reward_pooler, config.hidden_size, config.intermediate_size, config.reward_dropout
         for key, names in self._head_groups():
             self.heads[key] = RewardHead(names, *pooler)
@@ -118,6 +123,15 @@ class Model(PreTrainedModel, GenerationMixin):
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         ends = [token for token in dict.fromkeys([*eos, config.im_end_token_id]) if token is not None]
         self.generation_config.eos_token_id = ends or None  # plain ``generate`` stops at the end of an answer, too
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing: every saved folder names our classes."""
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Parameters that DistributedDataParallel leaves alone: ``forward`` never uses the reward heads."""
+        return [name for name, _ in self.named_parameters() if name.startswith("heads.")]
 
     def _head_groups(self) -> list[tuple[str, list[str]]]:
         """(key in ``heads``, names): the heads that share a pooler, and each task head."""
@@ -182,6 +196,9 @@ class Model(PreTrainedModel, GenerationMixin):
         kwargs |= {"use_safetensors": True, "trust_remote_code": False}
         hub, name = hub_arguments(kwargs), str(path)
         kind = read_fields(path, **hub).get("model_type")
+        if kind not in KINDS:
+            got = shown_names([kind]) if kind else "a config.json without a model_type (as a run that is not finished)"
+            raise UserError(f"{name}: expected a model of type {' or '.join(KINDS)}, got {got}")
         kwargs = {**with_config(path, kwargs), **hub}
         files = read_weight_files(path, kwargs.get("variant"), **hub)
         try:
@@ -234,6 +251,7 @@ class Model(PreTrainedModel, GenerationMixin):
                 model.untrained_heads.update(heads)
             model.untrained_heads.update(head for head in heads if f"heads.{key}.reward.{head}.weight" in missing)
         if model.untrained_heads:
+            model._fresh = model._samples()
             log.warning(
                 "no weights for reward heads %s: they start untrained", ", ".join(sorted(model.untrained_heads))
             )
@@ -260,13 +278,48 @@ class Model(PreTrainedModel, GenerationMixin):
         return expected
 
     def save_pretrained(self, directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """Save in transformers' format, without the weights of ``untrained_heads``: they load as untrained again."""
+        """Save in transformers' format, without the weights of ``untrained_heads``: they load as untrained again.
+
+        A head whose weights have changed since it was loaded, by whatever loop, is trained.
+        """
         weights = self._trained_weights(kwargs.pop("state_dict", None) or self.state_dict())
         return super().save_pretrained(directory, *args, state_dict=weights, **kwargs)
+
+    def _samples(self) -> dict[str, Tensor]:
+        """Return up to SAMPLED elements of each weight of the reward heads, on the CPU, by name."""
+        samples = {}
+        for name, weight in self.heads.named_parameters():
+            if not weight.is_meta and type(weight) in checks.PLAIN:  # no shards
+                elements = weight.detach().flatten()
+                samples[name] = elements[:: max(1, len(elements) // SAMPLED)].to("cpu", copy=True)
+        return samples
+
+    def _find_trained_heads(self) -> None:
+        """Remove heads from ``untrained_heads`` whose weights are no longer those that they began with.
+
+        Of several heads on one pooler those are trained whose own vector has changed.
+        """
+        if not self._fresh or not self.untrained_heads:
+            return
+        changed = set()
+        for name, sample in self._samples().items():
+            fresh = self._fresh.get(name)
+            rounded = () if fresh is None else (fresh, fresh.bfloat16(), fresh.half())
+            if not any(torch.equal(sample, values.to(sample.dtype)) for values in rounded):
+                changed.add(name)
+        for key, names in self._head_groups():
+            pooler_changed = any(name.startswith(f"{key}.pooler.") for name in changed)
+            for name in self.untrained_heads.intersection(names):
+                if f"{key}.reward.{name}.weight" in changed or (pooler_changed and len(names) == 1):
+                    self.untrained_heads.discard(name)
 
     def _trained_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Remove the vectors of untrained heads, and the poolers of groups without a trained head."""
         kept = dict(weights)
+        self._find_trained_heads()
+        if self.untrained_heads:
+            names = ", ".join(sorted(self.untrained_heads))
+            log.warning("reward heads %s were not trained since their weights were drawn: they are not saved", names)
         for key, names in self._head_groups():
             untrained = self.untrained_heads.intersection(names)
             for name in untrained:
@@ -560,6 +613,8 @@ class Model(PreTrainedModel, GenerationMixin):
         for name in names:
             if name not in self.head_names:
                 raise ValueError(f"head: expected one of {', '.join(self.head_names)}, got {name!r}")
+            if name in self.untrained_heads and not training:
+                self._find_trained_heads()
             if name in self.untrained_heads and not training:
                 raise ValueError(f"head {name!r}: the checkpoint holds no weights for it; train it before it judges")
 

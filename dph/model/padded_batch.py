@@ -59,20 +59,45 @@ def document_positions(bounds: Tensor, inputs: Tensor) -> Tensor:
     return (torch.arange(columns, device=bounds.device) - starts)[None]
 
 
-def last_positions(input_ids: Tensor, mask: Tensor | None, end: int | None) -> Tensor:
-    """Columns [B] of the last tokens that are not padding; raises ValueError unless each is ``<|im_end|>``."""
-    columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    last = (columns if mask is None else columns.masked_fill(~mask, -1)).amax(1)
-    tokens = input_ids.gather(1, last.clamp(min=0)[:, None]).flatten()
-    if end is None:
+def last_positions(inputs: Tensor, mask: Tensor | None, end: int | None, newline: bool = False) -> Tensor:
+    """Return the columns [B] of the last tokens that are not padding, each of which has to be ``<|im_end|>``.
+
+    Args:
+        inputs: tokens [B, S]; of embeddings [B, S, E] no token is known, and any is taken.
+        mask: [B, S], False for padding.
+        end: id of ``<|im_end|>``.
+        newline: allow one token behind it, in place of the newline of the chat format.
+
+    Raises ValueError if a row ends otherwise, or its end cannot be known.
+    """
+    columns = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
+    if mask is not None:
+        columns = columns.masked_fill(~mask, -1)
+    last = columns.amax(1) if columns.shape[1] else columns.new_full(columns.shape[:1], -1)
+    if inputs.is_floating_point():
+        is_end = last >= 0
+    elif end is None:
         raise ValueError("reward_positions: expected positions, since config.im_end_token_id is not set")
-    wrong = ((tokens != end) | (last < 0)).nonzero().flatten().tolist()
+    else:
+        is_end = _is_token(inputs, last, end)
+        if newline:
+            previous = columns.masked_fill(columns == last[:, None], -1).amax(1)
+            takes_previous = ~is_end & _is_token(inputs, previous, end)
+            last, is_end = torch.where(takes_previous, previous, last), is_end | takes_previous
+    wrong = (~is_end).nonzero().flatten().tolist()
     if wrong:
         raise ValueError(
             f"input_ids: expected <|im_end|> (id {end}) as the last token that is not padding, got another in rows "
             f"{wrong[:8]}: the answer was cut off, or give reward_positions"
         )
     return last
+
+
+def _is_token(tokens: Tensor, columns: Tensor, token: int) -> Tensor:
+    """Whether the token in each row's column [B], if that is one, is ``token``."""
+    if not tokens.shape[1]:
+        return columns >= 0
+    return (tokens.gather(1, columns.clamp(min=0)[:, None]).flatten() == token) & (columns >= 0)
 
 
 @dataclass(frozen=True)

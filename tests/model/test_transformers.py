@@ -145,7 +145,7 @@ def test_saved_and_loaded_bit_for_bit(tmp_path):
     model, ids = tiny_model(task_heads=("task",)), tokens(2, 9)
     model.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors",
+        "config.json", "generation_config.json", "model.safetensors", "modeling_dph.py",
     ]  # fmt: skip
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(again) is dph.Model
