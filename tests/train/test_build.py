@@ -168,7 +168,7 @@ def test_heads_that_are_there_stay():
     assert build.with_heads(model, heads()) is model
     changed = build.with_heads(model, heads(dropout=0.3))
     assert same(model, changed)
-    assert (changed.config.reward_dropout, changed.heads["shared"].dropout) == (0.3, 0.3)
+    assert (changed.config.reward_dropout, changed.heads["shared"].dropout.p) == (0.3, 0.3)
     assert not changed.untrained_heads
 
 
