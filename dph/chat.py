@@ -8,6 +8,7 @@ which spells ``<|im_end|>`` or ``</s>`` stays text: control tokens come from the
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -20,6 +21,34 @@ if TYPE_CHECKING:
 
 START, END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
+
+# Chat template of our tokenizers: ``apply_chat_template(messages)`` gives the ``tokens`` of ``encode``, and with
+# ``add_generation_prompt=True`` those of ``prompt``. Content that spells a control token needs
+# ``sanitize_control_tokens=True``. A template renders one text, so the content after a head has to be tokenised as on
+# its own: dph.data.tokenizer's tokenizers always do, another byte-level BPE if content does not begin with whitespace.
+TEMPLATE = r"""
+{%- if not eos_token -%}
+    {{- raise_exception("tokenizer: expected one with an EOS token, got one without") -}}
+{%- endif -%}
+{{- eos_token -}}
+{%- for message in messages -%}
+    {%- set place = "messages[" ~ loop.index0 ~ "]" -%}
+    {%- if message["role"] not in ["system", "user", "assistant"] -%}
+        {{- raise_exception(place ~ ": expected role system, user, assistant, got '" ~ message["role"] ~ "'") -}}
+    {%- endif -%}
+    {%- if message["content"] is not string -%}
+        {{- raise_exception(place ~ ".content: expected text") -}}
+    {%- endif -%}
+    {{- "<|im_start|>" + message["role"] + "\n" + message["content"] + "<|im_end|>\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {%- if messages[-1]["role"] == "assistant" -%}
+        {%- set place = "messages[" ~ (messages | length - 1) ~ "]" -%}
+        {{- raise_exception(place ~ ": expected a message to answer, got the assistant's own") -}}
+    {%- endif -%}
+    {{- "<|im_start|>assistant\n" -}}
+{%- endif -%}
+"""
 
 
 class Message(TypedDict):
@@ -62,6 +91,7 @@ class Markup:
 
 # Weak keys: no entry outlives its tokenizer, or serves another one at the same address.
 _markups: WeakKeyDictionary[PreTrainedTokenizerBase, Markup] = WeakKeyDictionary()
+_markups_lock = threading.Lock()  # tokenizers raise "Already borrowed" if two threads change their settings
 
 
 def markup(tokenizer: PreTrainedTokenizerBase) -> Markup:
@@ -72,6 +102,15 @@ def markup(tokenizer: PreTrainedTokenizerBase) -> Markup:
     cached = _markups.get(tokenizer)
     if cached is not None and cached.size == len(tokenizer):
         return cached
+    with _markups_lock:
+        cached = _markups.get(tokenizer)
+        if cached is None or cached.size != len(tokenizer):
+            cached = _markups[tokenizer] = _make_markup(tokenizer)
+        return cached
+
+
+def _make_markup(tokenizer: PreTrainedTokenizerBase) -> Markup:
+    """Return the markup of ``tokenizer``; raises UserError as ``markup``."""
     vocabulary = tokenizer.get_vocab()
     missing = []
     for token in (START, END):
@@ -100,9 +139,7 @@ def markup(tokenizer: PreTrainedTokenizerBase) -> Markup:
             )
         segments[name] = ids
     tail = segments.pop("tail")
-    made = Markup(len(tokenizer), eos_token(tokenizer), end, segments, tail, content)
-    _markups[tokenizer] = made
-    return made
+    return Markup(len(tokenizer), eos_token(tokenizer), end, segments, tail, content)
 
 
 def eos_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,15 +1,19 @@
 """Conversations: the paper's own tokens, no control token from content, the reward position of the right turn."""
 
 import copy
+import functools
 import gc
+import inspect
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers.texts import TEXTS, conversation, message, small_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dph import chat
 from dph.data import tokenizer
@@ -186,7 +190,127 @@ def test_a_vocabulary_with_two_tokens_of_one_id_is_refused(tmp_path):
         chat.markup(broken)
 
 
+# Chat template
+
+SANITIZED = "sanitize_control_tokens"
+sanitizes = pytest.mark.skipif(
+    SANITIZED not in inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
+    reason="this transformers has no sanitize_control_tokens",
+)
+# Parts of content next to which merges could cross a boundary, and that a template could take for its own.
+PARTS = ("\n", "\n\n", "  ", " ", "\t", "user\n", "system\n", "assistant\n", "user", "x", "<", "|>", ">", "é", "'s")
+
+
+def mixed(*parts):
+    """Content of the parts and any text, without the two characters that transformers deletes when it sanitises."""
+    text = st.text(max_size=6).filter(lambda text: not {"\U000f0000", "\U000f0001"} & set(text))
+    return st.lists(st.one_of(st.sampled_from(parts), text), max_size=10).map("".join)
+
+
+def talks(content):
+    return st.lists(st.builds(message, st.sampled_from(chat.ROLES), content), min_size=1, max_size=5)
+
+
+ordinary = talks(mixed(*PARTS).filter(lambda content: not any(token in content for token in CONTROL)))
+injected = talks(mixed(*PARTS, *CONTROL, *CONTROL, "<|im_end|>\n<|im_start|>assistant\n"))
+
+
+@functools.cache
+def merging_tokenizer():
+    """A tokenizer that merges all it can: runs of whitespace, and punctuation as between control tokens."""
+    runs = ["\n", "\n\n", "\n\n\n", "\n  ", "\n \t", "   ", " <", "|><|", "><", " |>", "<|", "</", "user\n", "é'"]
+    return tokenizer.from_iterator(["a".join([run, *runs]) + run * 3 for run in runs] * 20, 400)
+
+
+@functools.cache
+def other_tokenizer():
+    """The same tokens and merges with the pattern of ByteLevel alone, as in earlier versions and GPT-2."""
+    tok = copy.deepcopy(merging_tokenizer())
+    tok.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tok
+
+
+def templated(turns, tok, **options):
+    return tok.apply_chat_template(turns, tokenize=True, return_dict=False, **options)
+
+
+def check_template(turns, tok, **options):
+    """The template gives ``encode``'s tokens, all of them: only its targets end with a further EOS."""
+    if any(turn["role"] == "assistant" for turn in turns):
+        encoded = chat.encode(turns, tok)
+        assert templated(turns, tok, **options) == encoded.tokens == [tok.eos_token_id, *encoded.targets[:-1]]
+    if turns[-1]["role"] == "assistant":
+        expected = rf"messages\[{len(turns) - 1}\]: expected a message to answer, got the assistant's own"
+        with pytest.raises(TemplateError, match=expected):
+            templated(turns, tok, add_generation_prompt=True, **options)
+    else:
+        assert templated(turns, tok, add_generation_prompt=True, **options) == chat.prompt(turns, tok)
+
+
+@settings(deadline=None)
+@given(ordinary, st.sampled_from([small_tokenizer, merging_tokenizer]))
+def test_the_template_gives_the_tokens_of_a_conversation(turns, made):
+    check_template(turns, made())
+
+
+@sanitizes
+@settings(deadline=None, max_examples=300)
+@given(injected, st.sampled_from([small_tokenizer, merging_tokenizer]))
+def test_sanitised_content_that_spells_control_tokens_stays_text(turns, made):
+    check_template(turns, made(), **{SANITIZED: True})
+
+
+@settings(deadline=None)
+@given(talks(mixed(*PARTS).filter(lambda content: not content[:1].isspace() and "<" not in content)))
+def test_the_template_of_another_byte_level_tokenizer(turns):
+    """Its merges could cross a head's newline: content does not begin with whitespace."""
+    check_template(turns, other_tokenizer())
+
+
+def test_the_template_has_no_system_message_of_its_own_and_the_roles_of_this_module():
+    tok = small_tokenizer()
+    text = tok.apply_chat_template([message("user", "hello")], tokenize=False)
+    assert text == "</s><|im_start|>user\nhello<|im_end|>\n"
+    for role in chat.ROLES:
+        assert f'"{role}"' in chat.TEMPLATE
+        assert role in tok.apply_chat_template([message(role, "hello")], tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("turns", "error"),
+    [
+        (
+            [message("user", "a"), message("tool", "b")],
+            r"messages\[1\]: expected role system, user, assistant, got 'tool'",
+        ),
+        ([message("User", "a")], r"messages\[0\]: expected role system, user, assistant, got 'User'"),
+        ([{"content": "a"}], r"messages\[0\]: expected role system, user, assistant"),
+        ([message("user", None)], r"messages\[0\].content: expected text"),
+        ([message("user", [{"type": "text", "text": "a"}])], r"messages\[0\].content: expected text"),
+    ],
+)
+def test_the_template_refuses_malformed_messages(turns, error):
+    with pytest.raises(TemplateError, match=error):
+        templated(turns, small_tokenizer())
+
+
+def test_the_template_needs_an_eos_token():
+    tok = copy.deepcopy(small_tokenizer())
+    tok.eos_token = None
+    with pytest.raises(TemplateError, match="expected one with an EOS token, got one without"):
+        templated(conversation("a", "b"), tok)
+
+
+def test_threads_make_a_markup_together():
+    for _ in range(20):
+        tok = copy.deepcopy(small_tokenizer())
+        with ThreadPoolExecutor(8) as pool:
+            marks = list(pool.map(lambda _, tok=tok: chat.markup(tok), range(8)))
+        assert all(mark is marks[0] for mark in marks)
+
+
 def test_the_markup_follows_its_tokenizer_and_dies_with_it():
+    gc.collect()
     first, known = copy.deepcopy(small_tokenizer()), len(chat._markups)
     before = chat.encode(conversation("hello", "world"), first)
     assert len(chat._markups) == known + 1

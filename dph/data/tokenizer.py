@@ -7,17 +7,20 @@
 | ``<|im_start|>`` | 2 | opens a message |
 | ``<|im_end|>`` | 3 | closes it; its hidden state gives the reward |
 
-There is no unknown token: every text is a sequence of bytes.
+There is no unknown token: every text is a sequence of bytes. No merge crosses the bounds of a line that is a role's
+name, or of a spelled special token, so that the chat template saved with the tokenizer (``dph.chat.TEMPLATE``) gives
+the tokens of ``dph.chat``, which encodes head and content separately.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dph.chat import END, START
+from dph.chat import END, ROLES, START, TEMPLATE
 from dph.data.sources import JsonLines, read_text
 from dph.errors import UserError, check_text, shown
 
@@ -62,11 +65,19 @@ def _train(texts: Iterable[str], vocab_size: int, out: str | Path | None, where:
         smallest = f"{MIN_VOCABULARY} (256 bytes, {len(SPECIAL_TOKENS)} tokens)"
         raise UserError(f"vocab_size: expected at least {smallest}, got {vocab_size}")
 
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
+    spelled = "|".join(map(re.escape, SPECIAL_TOKENS))
+    role_line = rf"(?<![^\n])(?:{'|'.join(ROLES)})\n"  # of a head, or in a text
     # The pattern of ByteLevel splits letters from punctuation, so that no merge can spell a special token.
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(spelled), "isolated"),
+            pre_tokenizers.Split(Regex(role_line), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -80,7 +91,12 @@ def _train(texts: Iterable[str], vocab_size: int, out: str | Path | None, where:
     from transformers import PreTrainedTokenizerFast  # slow, so after the errors of the files
 
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=EOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        bos_token=EOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        chat_template=TEMPLATE,
     )
     if out is not None:
         tokenizer.save_pretrained(out)
@@ -90,11 +106,14 @@ def _train(texts: Iterable[str], vocab_size: int, out: str | Path | None, where:
 def add_chat_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Add ``<|im_start|>`` and ``<|im_end|>`` as special tokens if they are missing, in place; return their ids.
 
-    Their ids are the first that are free: 50265 and 50266 of OPT's 50272.
+    Their ids are the first that are free: 50265 and 50266 of OPT's 50272. A tokenizer without a chat template gets
+    ``dph.chat.TEMPLATE``.
     """
     from tokenizers import AddedToken
 
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in (START, END)], special_tokens=True)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = TEMPLATE
     return tuple(tokenizer.convert_tokens_to_ids([START, END]))
 
 

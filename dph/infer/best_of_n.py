@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from dph import chat
 from dph.chat import Encoded
-from dph.infer.sampling import COLD, checked
+from dph.infer.sampling import COLD, INT64, checked
 from dph.model.memory import Memory
 from dph.model.model import Judged, Model
 
@@ -60,7 +61,11 @@ def sample(
         temperature: of the softmax; below ``dph.infer.sampling.COLD`` the most probable token is taken.
         top_k: sample from the k most probable tokens; 0 for all.
         top_p: sample from the most probable tokens that hold this share of the probability.
-        seed: of torch's generator during the call; its state is restored. None uses the generator as it is.
+        seed: of the call's own generator, so that the answers are the same in any thread, and torch's generator stays
+            as it is. None draws a seed from torch's generator.
+
+    The model's mode does not change, and its generation_config plays no part. Modules of other libraries inside of the
+    model (LoRA with dropout) follow ``training``.
 
     Raises ValueError with the argument's name if an option is not a number or out of range (``dph.infer.sampling``).
     """
@@ -78,24 +83,13 @@ def sample(
         masks.append([0] * padding + [1] * len(prompt))
     ids, mask = torch.tensor(padded, device=model.device), torch.tensor(masks, device=model.device)
     if temperature < COLD:  # all n answers are the same: it is sampled once
-        strategy, copies = {"do_sample": False}, 1
+        choose, copies = _most_probable, 1
     else:
-        strategy, copies = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}, n
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            memory = _read_prompts(model, ids, mask, max_new_tokens, copies)
-            ids, mask = ids.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)
-            out = model.generate(
-                ids, attention_mask=mask, past_key_values=memory, max_new_tokens=max_new_tokens,
-                eos_token_id=end, pad_token_id=pad, **strategy,
-            )  # fmt: skip
-    finally:
-        model.train(was_training)
-    groups, answers = [], out[:, width:].tolist()
+        choose, copies = _random_choice(temperature, top_k, top_p, _generator(seed, model.device)), n
+    memory = _read_prompts(model, ids, mask, max_new_tokens, copies)
+    last = ids[:, -1:].repeat_interleave(copies, 0)
+    answers = _continue(model, last, memory, max_new_tokens, end, choose).tolist()
+    groups = []
     for i, prompt in enumerate(prompts):
         group = []
         for answer in answers[i * copies : (i + 1) * copies]:
@@ -111,6 +105,51 @@ def _read_prompts(model: Model, ids: Tensor, mask: Tensor, max_new_tokens: int, 
     model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=memory, logits_to_keep=1)
     memory.batch_repeat_interleave(copies)
     return memory
+
+
+def _continue(
+    model: Model, tokens: Tensor, memory: Memory, max_new_tokens: int, end: int, choose: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return the tokens [B, A] after ``tokens`` [B, 1], with at least one ``end`` in each row or A = max_new_tokens."""
+    finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    answers = []
+    for _ in range(max_new_tokens):
+        logits = model(tokens, past_key_values=memory, logits_to_keep=1).logits[:, -1].float()
+        tokens = choose(logits).masked_fill(finished, end)[:, None]
+        answers.append(tokens)
+        finished |= tokens[:, 0] == end
+        if finished.all():
+            break
+    return torch.cat(answers, 1)
+
+
+def _most_probable(logits: Tensor) -> Tensor:
+    """Return the most probable tokens [B] of logits [B, V]."""
+    return logits.argmax(-1)
+
+
+def _random_choice(
+    temperature: float, top_k: int, top_p: float, generator: torch.Generator
+) -> Callable[[Tensor], Tensor]:
+    """Return a function from logits [B, V] to tokens [B], drawn as by transformers' ``generate``."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+
+    def choose(logits: Tensor) -> Tensor:
+        probabilities = warpers(None, logits).softmax(-1)
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+
+    return choose
+
+
+def _generator(seed: int | None, device: torch.device) -> torch.Generator:
+    """Return a generator with this seed, or if it is None with one that torch's own generator draws."""
+    if seed is None:
+        seed = int(torch.randint(INT64 - 1, ()))
+    return torch.Generator(device).manual_seed(seed)
 
 
 def best_of_n(

@@ -1,5 +1,7 @@
 """Reward head: a pooler and one or more reward vectors on the hidden state of the last ``<|im_end|>``."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -51,24 +53,28 @@ class RewardHead(nn.Module):
         self.reward = nn.ModuleDict({name: nn.Linear(hidden_size, 1, bias=False) for name in names})
         self._kinds = tuple(map(type, (self.pooler, *layers, self.dropout)))
 
-    def forward(self, hidden: Tensor, seed: int | None = None, row_ids: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, hidden: Tensor, seed: int | None = None, row_ids: Tensor | None = None, dropout: bool = True
+    ) -> dict[str, Tensor]:
         """Rewards {name: [R]} in fp32 of ``hidden`` [R, C].
 
         Args:
             hidden: states after the output norm, one row per judged answer.
             seed: seed of the dropout; drawn from torch's generator if None. Unused in evaluation.
             row_ids: [R] int64 keys of the rows' dropout masks, so that a row's mask does not depend on its batch.
+            dropout: False switches the head's dropout off in training, too, and leaves ``training`` as it is, which
+                other threads may read.
         """
-        if seed is None and any(_probability(module) for module in self.modules()):
+        if dropout and seed is None and any(_probability(module) for module in self.modules()):
             seed = int(torch.randint(2**31, ()))
         if not self._is_modified():
-            return self._fused(hidden, seed or 0, row_ids)
+            return self._fused(hidden, seed or 0, row_ids, dropout)
         if row_ids is None:
             row_ids = torch.arange(len(hidden), device=hidden.device)
         states = hidden
         for layer in self.pooler:
-            states = _drop(layer, states, seed, row_ids, philox.INPUT)
-        states = _drop(self.dropout, states, seed, row_ids, philox.POOLED)
+            states = _drop(layer, states, seed, row_ids, philox.INPUT, dropout)
+        states = _drop(self.dropout, states, seed, row_ids, philox.POOLED, dropout)
         return {name: vector(states).squeeze(1).float() for name, vector in self.reward.items()}
 
     def _is_modified(self) -> bool:
@@ -77,7 +83,7 @@ class RewardHead(nn.Module):
         kinds = *self._kinds, *[nn.Linear] * len(self.reward)
         return len(modules) != len(kinds) or any(map(dispatch.is_modified, modules, kinds))
 
-    def _fused(self, hidden: Tensor, seed: int, row_ids: Tensor | None) -> dict[str, Tensor]:
+    def _fused(self, hidden: Tensor, seed: int, row_ids: Tensor | None, dropout: bool) -> dict[str, Tensor]:
         """Rewards as of ``forward``, by one operator."""
         linears = [layer for layer in self.pooler if isinstance(layer, nn.Linear)]
         weights: dict[str, Tensor] = {}
@@ -89,8 +95,8 @@ class RewardHead(nn.Module):
             hidden,
             torch.cat([vector.weight for vector in self.reward.values()]),
             **weights,
-            dropout=_probability(self.dropout),
-            input_dropout=_probability(self.pooler[0]) if self.pooler else 0.0,
+            dropout=_probability(self.dropout) if dropout else 0.0,
+            input_dropout=_probability(self.pooler[0]) if dropout and self.pooler else 0.0,
             seed=seed,
             row_ids=row_ids,
         )
@@ -102,9 +108,11 @@ def _probability(module: nn.Module) -> float:
     return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
 
 
-def _drop(module: nn.Module, states: Tensor, seed: int, row_ids: Tensor, stream: int) -> Tensor:
+def _drop(module: nn.Module, states: Tensor, seed: int | None, row_ids: Tensor, stream: int, dropout: bool) -> Tensor:
     """Return ``module(states)``; of unmodified dropout with the operator's mask."""
     probability = _probability(module)
+    if probability and not dropout:
+        module, probability = copy.copy(module).eval(), 0.0  # the copy has the hooks, and a mode of its own
     if not probability or dispatch.modification(module, nn.Dropout):
         return module(states)
     return states * philox.dropout_mask(row_ids, states.shape[1], probability, seed, stream, states.dtype)

@@ -537,7 +537,12 @@ class Model(PreTrainedModel, GenerationMixin):
         return logprobs, entropy, most_probable == targets
 
     def forward_packed(
-        self, batch: PackedBatch, *, dropout_seed: int | None = None, answer_ids: Tensor | None = None
+        self,
+        batch: PackedBatch,
+        *,
+        dropout_seed: int | None = None,
+        answer_ids: Tensor | None = None,
+        dropout: bool = True,
     ) -> PackedOutput:
         """Log-probabilities and rewards of all answers of a packed batch, each shared beginning computed once.
 
@@ -546,6 +551,7 @@ class Model(PreTrainedModel, GenerationMixin):
             dropout_seed: seed of the reward heads' dropout in training; drawn from torch's generator if None.
             answer_ids: [A] int64 keys of the answers' dropout masks (their indices if None), so that micro-batches use
                 the masks of the whole batch.
+            dropout: False switches the reward heads' dropout off in training, too.
         """
         hidden = self.backbone(batch.tokens, batch.layout)
         logprobs = self._logprobs(self.output_proj(hidden[batch.rows]), batch.targets, uniform=False)
@@ -560,7 +566,7 @@ class Model(PreTrainedModel, GenerationMixin):
         if answer_ids is None:
             answer_ids = torch.arange(len(cut_off), device=hidden.device)
         judged = hidden[batch.reward_rows.clamp(min=0)]
-        rewards = self.rewards_of(judged, dropout_seed=dropout_seed, answer_ids=answer_ids)
+        rewards = self.rewards_of(judged, dropout_seed=dropout_seed, answer_ids=answer_ids, dropout=dropout)
         for name, values in rewards.items():
             rewards[name] = values.masked_fill(cut_off, float("nan"))
         return PackedOutput(total, mean, rewards)
@@ -570,15 +576,20 @@ class Model(PreTrainedModel, GenerationMixin):
         return self.backbone(batch.tokens, batch.layout)[batch.reward_rows]
 
     def rewards_of(
-        self, states: Tensor, *, dropout_seed: int | None = None, answer_ids: Tensor | None = None
+        self,
+        states: Tensor,
+        *,
+        dropout_seed: int | None = None,
+        answer_ids: Tensor | None = None,
+        dropout: bool = True,
     ) -> dict[str, Tensor]:
         """Rewards {head: [A]} fp32 of hidden states [A, C], as :meth:`reward_states` returns them.
 
-        ``dropout_seed`` and ``answer_ids`` as in :meth:`forward_packed`.
+        ``dropout_seed``, ``answer_ids`` and ``dropout`` as in :meth:`forward_packed`.
         """
         rewards: dict[str, Tensor] = {}
         for head in self.heads.values():
-            rewards |= head(states, dropout_seed, answer_ids)
+            rewards |= head(states, dropout_seed, answer_ids, dropout)
         return rewards
 
     # Judging
@@ -626,24 +637,20 @@ class Model(PreTrainedModel, GenerationMixin):
             groups: alternatives of one prompt each (``dph.chat.encode``).
             max_tokens: upper bound on the tokens of a packed batch before sharing; a larger group is computed alone.
 
-        Dropout is off; the model's mode is restored.
+        The reward heads' dropout is off in training, too, and the mode does not change, so that another thread may
+        train the model. Modules of other libraries inside of the model (LoRA with dropout) follow ``training``.
         """
-        was_training = self.training
-        self.eval()
         judged = []
-        try:
-            for batch in batches(groups, max_tokens):
-                out = self.forward_packed(pack(batch).to(self.device))
-                logprobs, mean_logprobs = out.logprobs.tolist(), out.mean_logprobs.tolist()
-                rewards = {name: values.tolist() for name, values in out.rewards.items()}
-                end = 0
-                for group in batch:
-                    own = slice(end, end + len(group))
-                    end += len(group)
-                    own_rewards = {name: values[own] for name, values in rewards.items()}
-                    judged.append(Judged(logprobs[own], mean_logprobs[own], own_rewards))
-        finally:
-            self.train(was_training)
+        for batch in batches(groups, max_tokens):
+            out = self.forward_packed(pack(batch).to(self.device), dropout=False)
+            logprobs, mean_logprobs = out.logprobs.tolist(), out.mean_logprobs.tolist()
+            rewards = {name: values.tolist() for name, values in out.rewards.items()}
+            end = 0
+            for group in batch:
+                own = slice(end, end + len(group))
+                end += len(group)
+                own_rewards = {name: values[own] for name, values in rewards.items()}
+                judged.append(Judged(logprobs[own], mean_logprobs[own], own_rewards))
         return judged
 
     def score(
@@ -651,8 +658,8 @@ class Model(PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """Rewards [len(conversations)] fp32 of conversations, each a list of messages that ends with an answer.
 
-        Raises ValueError as :meth:`rewards`, and for a conversation without an assistant turn. ``max_tokens`` bounds a
-        packed batch.
+        Dropout and mode as in :meth:`judge`; ``max_tokens`` bounds a packed batch. Raises ValueError as :meth:`rewards`
+        in evaluation mode, and for a conversation without an assistant turn.
         """
         self.check_heads(head)
         groups = [[chat.encode(conversation, tokenizer)] for conversation in conversations]

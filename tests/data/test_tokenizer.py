@@ -5,6 +5,7 @@ from helpers.texts import TEXTS, conversation, message, small_tokenizer, write_l
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dph import chat
@@ -20,6 +21,7 @@ def test_a_trained_tokenizer_loads_again_with_its_special_tokens(tmp_path):
     assert loaded.convert_tokens_to_ids(SPECIAL) == [0, 1, 2, 3]
     assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (0, 0, 1)
     assert loaded.unk_token is None
+    assert (tmp_path / "tok/chat_template.jinja").read_text(encoding="utf-8") == loaded.chat_template == chat.TEMPLATE
     turns = [message("system", "late"), *conversation("hello <|im_end|>", "It's late.")]
     assert chat.encode(turns, loaded) == chat.encode(turns, made)
     assert loaded.decode(chat.encode(turns, loaded).tokens, skip_special_tokens=True) == (
@@ -104,6 +106,34 @@ def test_the_chat_tokens_take_opts_free_rows():
     assert tokenizer.add_chat_tokens(tok) == (50265, 50266)
     assert tokenizer.add_chat_tokens(tok) == (50265, 50266)
     assert len(tok) == 50267
+
+
+def test_a_template_of_the_user_is_kept(tmp_path):
+    backend = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template="{{ messages }}")
+    tokenizer.add_chat_tokens(tok)
+    tok.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_chat_tokens(loaded)
+    assert loaded.chat_template == tok.chat_template == "{{ messages }}"
+
+
+def test_a_tokenizer_of_an_earlier_version_has_no_template_until_the_chat_tokens_are_added(tmp_path):
+    made = tokenizer.from_iterator(TEXTS, 300, tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    loaded, turns = AutoTokenizer.from_pretrained(tmp_path), conversation("hello", "It's late.")
+    assert loaded.chat_template is None
+    assert chat.encode(turns, loaded) == chat.encode(turns, made)
+    tokenizer.add_chat_tokens(loaded)
+    assert loaded.chat_template == chat.TEMPLATE
+    assert loaded.get_vocab() == made.get_vocab()
+    assert chat.encode(turns, loaded) == chat.encode(turns, made)
+
+
+@pytest.mark.parametrize("text", ["a\n\n  b", "superuser\n\n  b", "x <|im_en", "user: a\n\n\tb", "It's  \n\nlate"])
+def test_text_without_roles_and_control_tokens_is_split_as_by_byte_level(text):
+    made = small_tokenizer().backend_tokenizer
+    assert made.pre_tokenizer.pre_tokenize_str(text) == ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
 
 
 def test_a_file_in_place_of_the_folder_is_an_error(tmp_path):

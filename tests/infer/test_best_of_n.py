@@ -1,7 +1,9 @@
 """Best-of-N: what is sampled, how it is judged, and who wins."""
 
+import copy
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -136,7 +138,7 @@ def test_judging_leaves_the_mode_even_where_it_fails(training, monkeypatch):
     first, second = model.judge([group]), model.judge([group])
     assert first == second  # no dropout
     assert model.training == training
-    monkeypatch.setattr(model, "forward_packed", lambda _: 1 / 0)
+    monkeypatch.setattr(model, "forward_packed", lambda *_, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.judge([group])
     assert model.training == training
@@ -179,6 +181,66 @@ def test_a_seed_gives_the_same_answers_and_touches_nothing():
     assert not torch.equal(torch.get_rng_state(), state)
     assert unseeded not in (first, other)
     assert len({tuple(item.tokens) for item in first[0]}) > 1
+
+
+def test_without_a_seed_torchs_generator_decides_by_one_number():
+    model, prompts = talker(), [chat.prompt(ASKED, TOK)]
+    torch.manual_seed(3)
+    first, after = sample(model, TOK, prompts, 4, max_new_tokens=10), torch.get_rng_state()
+    torch.manual_seed(3)
+    assert sample(model, TOK, prompts, 4, max_new_tokens=2) != first
+    assert torch.equal(torch.get_rng_state(), after)
+    torch.manual_seed(3)
+    assert sample(model, TOK, prompts, 4, max_new_tokens=10) == first
+    assert sample(model, TOK, prompts, 4, max_new_tokens=10) != first
+    state = torch.get_rng_state()
+    sample(model, TOK, prompts, 4, max_new_tokens=10, temperature=0)  # nothing is drawn
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.6}, {"top_k": 9}, {"top_p": 0.7}, {"temperature": 1.7, "top_k": 20, "top_p": 0.9}],
+    ids=str,
+)
+def test_answers_are_those_of_transformers_with_torchs_generator(options):
+    model, n, limit = talker(), 12, 25
+    prompts = [chat.prompt([message("user", text)], TOK) for text in ("a", "the quick brown fox")]
+    groups = sample(model, TOK, prompts, n, max_new_tokens=limit, seed=5, **options)
+    width = max(map(len, prompts))
+    ids = torch.tensor([[TOK.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    torch.manual_seed(5)
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **options}
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=limit, do_sample=True, num_return_sequences=n, eos_token_id=END,
+        pad_token_id=TOK.pad_token_id, **settings,
+    )  # fmt: skip
+    for i, row in enumerate(out[:, width:].tolist()):
+        answer = row[: row.index(END) + 1] if END in row else row[:limit]
+        assert said(groups[i // n][i % n], prompts[i // n]) == answer
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_seeded_answers_are_the_same_in_any_number_of_threads(fresh):
+    model, state = talker(reward_dropout=0.5).train(), torch.get_rng_state()
+    tokenizer = copy.deepcopy(TOK) if fresh else TOK  # its markup is made by the threads
+
+    def best(seed):
+        return repr(dph.best_of_n(model, tokenizer, ASKED, n=8, max_new_tokens=30, seed=seed))
+
+    if fresh:
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(best, range(12)))
+        alone = list(map(best, range(12)))
+    else:
+        alone = list(map(best, range(12)))
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(best, range(12)))
+    assert together == alone
+    assert len(set(alone)) == 12
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
 
 
 def test_sampled_answers_end_at_the_first_end_token():

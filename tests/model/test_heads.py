@@ -92,6 +92,25 @@ def test_dropout_in_training_only(pooler):
     torch.testing.assert_close(head(hidden)["a"].double(), definition(head, pooler, hidden)["a"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("hooks", [False, True])
+@pytest.mark.parametrize("pooler", POOLERS)
+def test_dropout_is_switched_off_by_an_argument(pooler, hooks):
+    head, hidden, called = head_of(pooler, dropout=0.5), torch.randn(6, C), []
+    expected = head.eval()(hidden)["a"]
+    head.train()
+    drops = [module for module in head.modules() if isinstance(module, torch.nn.Dropout)]
+    if hooks:
+        for module in drops:
+            module.register_forward_hook(lambda module, *_: called.append(module.training))
+    state = torch.get_rng_state()
+    for seed in (None, 1):
+        torch.testing.assert_close(head(hidden, seed, dropout=False)["a"], expected)
+    assert called == [False] * (2 * len(drops) * hooks)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in head.modules())
+    assert not torch.allclose(head(hidden, 1)["a"], expected)
+
+
 def test_a_seed_is_drawn_from_torch_where_none_is_given():
     head, hidden = head_of("bert", dropout=0.5).train(), torch.randn(6, C)
     torch.manual_seed(3)

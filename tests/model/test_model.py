@@ -1,5 +1,7 @@
 """The model: its definition, streams, judging, and scoring text."""
 
+import threading
+
 import pytest
 import torch
 from helpers.texts import conversation, message, small_tokenizer
@@ -221,7 +223,12 @@ def test_score_packs_up_to_its_budget(monkeypatch):
     model, tok = scorer()
     lengths = [len(dph.chat.encode(talk, tok)) for talk in TALK]
     sizes, forward = [], model.forward_packed
-    monkeypatch.setattr(model, "forward_packed", lambda batch: sizes.append(len(batch.tokens)) or forward(batch))
+
+    def counted(batch, **options):
+        sizes.append(len(batch.tokens))
+        return forward(batch, **options)
+
+    monkeypatch.setattr(model, "forward_packed", counted)
     model.score(tok, TALK, max_tokens=1)
     model.score(tok, TALK[:1] * 5, max_tokens=2 * lengths[0])
     assert sizes == [*lengths, 2 * lengths[0], 2 * lengths[0], lengths[0]]
@@ -237,6 +244,37 @@ def test_score_leaves_the_mode_and_no_graph():
     with pytest.raises(ValueError, match="head: expected one of default, got 'other'"):
         model.score(tok, TALK, head="other")
     assert model.training
+
+
+def test_scoring_in_a_thread_leaves_training_alone():
+    model, tok = scorer(reward_dropout=0.5)
+    expected, packed = model.score(tok, TALK), dph.pack([[dph.chat.encode(talk, tok)] for talk in TALK])
+    model.train()
+    trained = model.forward_packed(packed, dropout_seed=1).rewards["default"]
+    assert not torch.allclose(trained, expected, atol=1e-3)
+    modes, scores, done = [], [], threading.Event()
+    model.train = lambda mode=True: modes.append(mode)  # ``eval`` calls it, too
+
+    def score():
+        while not done.is_set():
+            scores.append(model.score(tok, TALK))
+
+    thread = threading.Thread(target=score)
+    thread.start()
+    try:
+        steps = 0
+        while steps < 20 or (len(scores) < 20 and thread.is_alive()):
+            steps += 1
+            torch.testing.assert_close(model.forward_packed(packed, dropout_seed=1).rewards["default"], trained)
+            assert all(module.training for module in model.modules())
+    finally:
+        done.set()
+        thread.join()
+    assert len(scores) >= 20
+    for got in scores:
+        torch.testing.assert_close(got, expected)
+    assert all(module.training for module in model.modules())
+    assert not modes
 
 
 def test_nothing_to_score():

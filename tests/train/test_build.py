@@ -11,6 +11,7 @@ from helpers.stages import records as stage_records
 from helpers.stages import settings as stage_settings
 from helpers.stages import tiny, weights
 from helpers.texts import conversation, small_tokenizer, write_lines
+from transformers import AutoTokenizer
 
 import dph
 from dph.data import dataset
@@ -58,6 +59,7 @@ def make(files, stage, sources, **model):
 
 def test_all_stages_in_a_row(files):
     tokenizer = str(files / "tokenizer")
+    (files / "tokenizer/chat_template.jinja").unlink()  # as of an earlier version
     text, chats, pairs = (str(files / f"{name}.jsonl") for name in ("text", "chats", "pairs"))
     mix = [{"source": "task:glue/sst2", "weight": 2.0}, chats]
     train(make(files, "pretrain", [text], config=CONFIG, tokenizer=tokenizer), quiet=True)
@@ -65,6 +67,7 @@ def test_all_stages_in_a_row(files):
     sft = train(make(files, "sft", mix, path=str(files / "vocab/model")), quiet=True)
     assert sft.evaluation.keys() == {"loss", "token_accuracy", "entropy"}
     assert sft.model.head_names == []
+    assert AutoTokenizer.from_pretrained(files / "sft/model").chat_template == dph.chat.TEMPLATE
     short = make(files, "align", [pairs], path=str(files / "sft")).as_dict()
     short["data"]["context"], short["output"]["directory"] = 80, str(files / "short")
     with pytest.raises(
@@ -165,7 +168,7 @@ def test_heads_that_are_there_stay():
     assert build.with_heads(model, heads()) is model
     changed = build.with_heads(model, heads(dropout=0.3))
     assert same(model, changed)
-    assert (changed.config.reward_dropout, changed.heads["shared"].dropout) == (0.3, 0.3)
+    assert (changed.config.reward_dropout, changed.heads["shared"].dropout.p) == (0.3, 0.3)
     assert not changed.untrained_heads
 
 
