@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dph.errors import UserError
 from dph.model.config import ModelConfig
-from dph.model.model import Model
+from dph.model.model import CAUSAL_NAME, Model
 from dph.model.padded_batch import PaddedBatch, checked_inputs, last_positions
 
 
@@ -17,7 +18,7 @@ class BaseModel(Model):
     """A :class:`Model` whose result is the states that its language-model head multiplies."""
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        """Return ``last_hidden_state`` [B, S, E], ``past_key_values`` and ``hidden_states``, as ``Model.base_model``."""
+        """Return ``last_hidden_state`` [B, S, E] and the memory, as ``Model.base_model``."""
         return self._read(*args, **kwargs)
 
 
@@ -28,6 +29,8 @@ class RewardModel(Model):
     independent of each other (``problem_type`` "multi_label_classification", unless the configuration has another). A
     model without heads gets one, "default", if it is loaded with ``num_labels=1``.
     """
+
+    _get_name = torch.nn.Module._get_name
 
     def __init__(self, config: ModelConfig) -> None:
         names = [*config.reward_heads, *config.task_heads]
@@ -97,5 +100,6 @@ class RewardModel(Model):
 
 
 AutoModel.register(ModelConfig, BaseModel)
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ModelConfig.model_type] = CAUSAL_NAME  # for these the Trainer shifts smoothed labels
 AutoModelForCausalLM.register(ModelConfig, Model)
 AutoModelForSequenceClassification.register(ModelConfig, RewardModel)

@@ -1,6 +1,7 @@
 """Reward head: a pooler and one or more reward vectors on the hidden state of the last ``<|im_end|>``."""
 
 import copy
+from collections.abc import Iterator, ValuesView
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,50 @@ class RewardHead(nn.Module):
             row_ids=row_ids,
         )
         return dict(zip(self.reward, rewards.unbind(1), strict=True))
+
+
+class RewardHeads(nn.Module):
+    """The reward heads of a model by the names of their groups, with the interface of ``torch.nn.ModuleDict``.
+
+    It is called as a whole, so that libraries can replace it as a whole (``modules_to_save=["heads"]`` in PEFT).
+    """
+
+    def __getitem__(self, name: str) -> RewardHead:
+        """Return the heads of a group."""
+        return self._modules[name]
+
+    def __setitem__(self, name: str, head: RewardHead) -> None:
+        """Add or replace the heads of a group."""
+        self.add_module(name, head)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a group of this name."""
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the groups."""
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        """Return the number of groups."""
+        return len(self._modules)
+
+    def values(self) -> ValuesView[RewardHead]:
+        """Return the groups' heads."""
+        return self._modules.values()
+
+    def clear(self) -> None:
+        """Remove all groups."""
+        self._modules.clear()
+
+    def forward(
+        self, hidden: Tensor, seed: int | None = None, row_ids: Tensor | None = None, dropout: bool = True
+    ) -> dict[str, Tensor]:
+        """Rewards {name: [R]} in fp32 of ``hidden`` [R, C] by all heads; arguments as those of :class:`RewardHead`."""
+        rewards: dict[str, Tensor] = {}
+        for head in self.values():
+            rewards |= head(hidden, seed, row_ids, dropout)
+        return rewards
 
 
 def _probability(module: nn.Module) -> float:

@@ -32,7 +32,7 @@ from dph.errors import UserError, shown, shown_names
 from dph.losses import IGNORED
 from dph.model.backbone import Backbone
 from dph.model.config import TOKEN_IDS, ModelConfig, hub_arguments, read_fields, with_config
-from dph.model.heads import RewardHead
+from dph.model.heads import RewardHead, RewardHeads
 from dph.model.memory import Memory
 from dph.model.padded_batch import (
     PaddedBatch,
@@ -42,7 +42,7 @@ from dph.model.padded_batch import (
     document_positions,
     last_positions,
 )
-from dph_kernels import PackedLayout, checks, dispatch, linear_logprob
+from dph_kernels import checks, dispatch, linear_logprob
 from dph_kernels.transfer import to_device
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ GENERATION_NUMBERS = (
 )  # fmt: skip
 
 
+CAUSAL_NAME = "DPHForCausalLM"
 KINDS = (ModelConfig.model_type, checkpoint.RELEASED)
 SAMPLED = 4096
 
@@ -111,7 +112,7 @@ class Model(PreTrainedModel, GenerationMixin):
         self.output_proj = nn.Linear(config.hidden_size, config.embedding_size, bias=False)
         self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=False, device="meta")
         self.lm_head.weight = self.backbone.embedding.weight
-        self.heads = nn.ModuleDict()
+        self.heads = RewardHeads()
         self.untrained_heads: set[str] = set()  # heads that a loaded checkpoint lacked
         self._fresh: dict[str, Tensor] = {}  # samples of the weights that these heads began with, by name
         pooler = config.reward_pooler, config.hidden_size, config.intermediate_size, config.reward_dropout
@@ -142,6 +143,10 @@ class Model(PreTrainedModel, GenerationMixin):
     def head_names(self) -> list[str]:
         """Names of all reward heads."""
         return [*self.config.reward_heads, *self.config.task_heads]
+
+    def _get_name(self) -> str:
+        """Return the name by which transformers' Trainer finds the class among causal models."""
+        return CAUSAL_NAME
 
     def _init_weights(self, module: nn.Module) -> None:
         """Draw fresh weights; those of the language-model head are the embedding's."""
@@ -427,7 +432,10 @@ class Model(PreTrainedModel, GenerationMixin):
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """Compute the states [B, S, E] that the language-model head multiplies; arguments as those of ``forward``."""
-        inputs = checked_inputs(self.backbone.embedding.weight, input_ids, inputs_embeds)
+        embedding = self.backbone.embedding
+        inputs = checked_inputs(embedding.weight, input_ids, inputs_embeds)
+        if inputs_embeds is None and dispatch.is_modified(embedding, nn.Embedding):
+            inputs = embedding(input_ids)  # whole, as hooks and replacements expect it
         if output_attentions:
             raise ValueError("output_attentions: expected False, got True: no kernel of ours forms them")
         if past_key_values is not None and not isinstance(past_key_values, Memory):
@@ -467,7 +475,7 @@ class Model(PreTrainedModel, GenerationMixin):
         """Hidden states [T, C] of the tokens without padding; ``states`` as in the backbone."""
         rows = padded.rows(inputs)
         if memory is None:
-            return self.backbone(rows, PackedLayout.documents(padded.documents).to(rows.device), states=states)
+            return self.backbone(rows, padded.layout(), states=states)
         layers = len(self.backbone.blocks)
         if memory.columns and len(memory) != layers:
             raise ValueError(f"past_key_values: expected a memory of {layers} layers, got one of {len(memory)}")
@@ -587,10 +595,7 @@ class Model(PreTrainedModel, GenerationMixin):
 
         ``dropout_seed``, ``answer_ids`` and ``dropout`` as in :meth:`forward_packed`.
         """
-        rewards: dict[str, Tensor] = {}
-        for head in self.heads.values():
-            rewards |= head(states, dropout_seed, answer_ids, dropout)
-        return rewards
+        return self.heads(states, dropout_seed, answer_ids, dropout)
 
     # Judging
 

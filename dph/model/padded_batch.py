@@ -11,7 +11,9 @@ from torch import Tensor
 
 from dph.losses import IGNORED
 from dph_kernels import checks, dispatch
-from dph_kernels.layout import first_true
+from dph_kernels.layout import PackedLayout, first_true
+
+HOST = "the layout of a batch is computed on the host, from its numbers of tokens"
 
 
 def check_tokens(name: str, tokens: Tensor, vocabulary: int) -> None:
@@ -157,6 +159,18 @@ class PaddedBatch:
                 f"{positions[i + 1]} after {positions[i]}"
             )
         return np.diff(np.flatnonzero(starts), append=len(positions)).tolist()
+
+    def layout(self) -> PackedLayout:
+        """Return the layout of the documents, on the inputs' device."""
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                f"torch.export: expected to export dph.Model.backbone with a layout, got padded tokens: {HOST}"
+            )
+        return self._layout()
+
+    @torch.compiler.disable(reason=HOST)
+    def _layout(self) -> PackedLayout:
+        return PackedLayout.documents(self.documents).to(self.device)
 
     def check_one_document(self) -> None:
         """Raise ValueError if a row holds several documents: the streams of a memory are one document each."""
