@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, ValuesView
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +108,15 @@ class RewardHead(nn.Module):
 class RewardHeads(nn.Module):
     """The reward heads of a model by the names of their groups, with the interface of ``torch.nn.ModuleDict``.
 
-    It is called as a whole, so that libraries can replace it as a whole (``modules_to_save=["heads"]`` in PEFT).
+    It is called as a whole, so that libraries can replace it as a whole (``modules_to_save=["heads"]`` in PEFT). Within
+    such a library's wrapper, or alone, its weights are named ``GROUP.reward=NAME.weight`` in place of
+    ``GROUP.reward.NAME.weight``: PEFT deletes its adapter's name from the path, which may be a head's name as well.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(_rename_wrapped)
+        self.register_load_state_dict_pre_hook(_rename_back)
 
     def __getitem__(self, name: str) -> RewardHead:
         """Return the heads of a group."""
@@ -146,6 +154,31 @@ class RewardHeads(nn.Module):
         for head in self.values():
             rewards |= head(hidden, seed, row_ids, dropout)
         return rewards
+
+
+def _rename_wrapped(heads: RewardHeads, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    """Rename the reward vectors in a state, unless the heads are a model's own."""
+    if prefix != "heads." and not prefix.endswith(".heads."):
+        for name, renamed in _renamed(heads, prefix).items():
+            if name in state:
+                state[renamed] = state.pop(name)
+
+
+def _rename_back(heads: RewardHeads, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Undo ``_rename_wrapped`` before a state is loaded."""
+    for name, renamed in _renamed(heads, prefix).items():
+        if renamed in state:
+            state[name] = state.pop(renamed)
+
+
+def _renamed(heads: RewardHeads, prefix: str) -> dict[str, str]:
+    """Return the other name of each weight of a reward vector."""
+    names = {}
+    for group in heads:
+        start = f"{prefix}{group}.reward"
+        for name, _ in heads[group].reward.named_parameters():
+            names[f"{start}.{name}"] = f"{start}={name}"
+    return names
 
 
 def _probability(module: nn.Module) -> float:

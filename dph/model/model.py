@@ -696,7 +696,7 @@ def _before_loading(model: Model, state: dict[str, Tensor], prefix: str, *_: Any
     for tied, source in model._tied_weights_keys.items():
         if f"{prefix}{source}" in state:
             state.setdefault(f"{prefix}{tied}", state[f"{prefix}{source}"])
-    for key, names in model._head_groups():
+    for key, names in model._head_groups() if isinstance(model.heads, RewardHeads) else ():
         head = f"{prefix}heads.{key}"
         if all(f"{head}.pooler.{name}" in state for name, _ in model.heads[key].pooler.named_parameters()):
             model.untrained_heads -= {name for name in names if f"{head}.reward.{name}.weight" in state}
