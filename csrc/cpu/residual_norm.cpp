@@ -154,20 +154,20 @@ DPH_INLINE void backward(const ResidualNorm& a, int64_t begin, int64_t end, floa
   }
 }
 
-DPH_INLINE void forward_of(const ResidualNorm& a, int64_t begin, int64_t end) {
+DPH_INLINE void run_forward(const ResidualNorm& a, int64_t begin, int64_t end) {
   return a.bf16 ? forward<uint16_t>(a, begin, end) : forward<float>(a, begin, end);
 }
 
 // ``sums`` [sum_count], or null: sums over the rows, for the gradients of weight and bias.
-DPH_INLINE void backward_of(const ResidualNorm& a, int64_t begin, int64_t end, float* sums) {
+DPH_INLINE void run_backward(const ResidualNorm& a, int64_t begin, int64_t end, float* sums) {
   return a.bf16 ? backward<uint16_t>(a, begin, end, sums) : backward<float>(a, begin, end, sums);
 }
 
 // Both passes, instantiated for every instruction set.
 #define DPH_PASSES(target, name)                                                                                \
-  target void name##_forward(const ResidualNorm& a, int64_t begin, int64_t end) { forward_of(a, begin, end); }   \
-  target void name##_backward(const ResidualNorm& a, int64_t begin, int64_t end, float* sums) {                  \
-    backward_of(a, begin, end, sums);                                                                           \
+  target void name##_forward(const ResidualNorm& a, int64_t begin, int64_t end) { run_forward(a, begin, end); } \
+  target void name##_backward(const ResidualNorm& a, int64_t begin, int64_t end, float* sums) {                 \
+    run_backward(a, begin, end, sums);                                                                          \
   }
 DPH_PASSES(, baseline)
 #ifdef DPH_X86

@@ -19,7 +19,7 @@ WIDEST = 16384  # elements of a row that a Triton program holds in registers
 def _fake(
     x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, kind: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, normed, moments), of which the first dimension of the moments stands for the kind in the backward pass."""
+    """(total, normed, moments [2, ...], or [1, ...] of kind "rms", read as the kind by the backward pass)."""
     return reference.results(x, update, kind)
 
 
