@@ -1,7 +1,8 @@
-"""The residual connection and its LayerNorm, against eager PyTorch and torch.compile of it.
+"""The residual connection and its LayerNorm or RMSNorm, against eager PyTorch and torch.compile of it.
 
-The CPU has a small and a large number of rows, a GPU the tokens of a step at the paper's width. On a GPU both passes
-are also timed as a CUDA graph, without Python. The gradients are those of all four inputs.
+The CPU has a small and a large number of rows, a GPU the tokens of a step at the paper's width; the norm of each head
+is that of queries in a joint projection, without a residual. On a GPU both passes are also timed as a CUDA graph,
+without Python. The gradients are those of all inputs.
 """
 
 import functools
@@ -10,14 +11,19 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, rms_norm
 
 from dph_kernels import dispatch, residual_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}[DTYPE]  # of the largest value
-SIZES = {"cpu": [(256, 768), (4096, 768)], "cuda": [(16384, 1536)]}[DEVICE]
+CASES = {
+    "cpu": [("layer", (256, 768)), ("layer", (4096, 768)), ("rms", (256, 768)), ("rms", (4096, 768)),
+            ("rms", (512, 16, 128))],
+    "cuda": [("layer", (16384, 1536)), ("rms", (16384, 1536)), ("rms", (16384, 16, 128))],
+}[DEVICE]  # fmt: skip
+EPS = 1e-5
 SECONDS = 1.0  # approximate time per row
 TITLES = {
     "forward": "forward", "both": "forward + backward", "graph": "forward + backward as a CUDA graph",
@@ -25,10 +31,12 @@ TITLES = {
 GOALS = {"eager": 1.0}
 
 
-def eager(x, update, weight, bias):
+def eager(x, update, weight, bias, kind):
     """The computation of PyTorch's modules."""
-    total = x + update
-    return total, layer_norm(total, weight.shape, weight, bias)
+    total = x if update is None else x + update
+    if kind == "rms":
+        return total, rms_norm(total, weight.shape, weight, EPS)
+    return total, layer_norm(total, weight.shape, weight, bias, EPS)
 
 
 def compiled():
@@ -37,11 +45,11 @@ def compiled():
 
 
 def ours(backend):
-    return functools.partial(residual_norm, backend=backend)
+    return functools.partial(residual_norm, eps=EPS, backend=backend)
 
 
 class Contender(NamedTuple):
-    """``make()`` gives a function of (x, update, weight, bias)."""
+    """``make()`` gives a function of (x, update, weight, bias, kind)."""
 
     who: str
     make: Callable
@@ -56,37 +64,61 @@ CONTENDERS = [
 
 
 @functools.lru_cache(maxsize=1)
-def inputs(rows, columns):
-    """Return (x, update, weight, bias), and the upstream gradients of both results."""
+def inputs(kind, size):
+    """Return the arguments, None for those that a case has not, and the upstream gradients of the results."""
     torch.manual_seed(0)
-    sizes = (rows, columns), (rows, columns), (columns,), (columns,)
-    given = [torch.randn(size, device=DEVICE).to(DTYPE).requires_grad_() for size in sizes]
-    return given, [torch.randn(rows, columns, device=DEVICE).to(DTYPE) for _ in range(2)]
+    columns, heads = size[-1], len(size) == 3
+
+    def random(*size):
+        return torch.randn(size, device=DEVICE).to(DTYPE)
+
+    given = {
+        "x": random(size[0], 2 * size[1], columns)[:, : size[1]] if heads else random(*size),  # queries of a projection
+        "update": None if heads else random(*size),
+        "weight": random(columns),
+        "bias": random(columns) if kind == "layer" else None,
+    }
+    for x in given.values():
+        if x is not None:
+            x.requires_grad_()
+    return given | {"kind": kind}, [random(*size) for _ in range(1 if heads else 2)]
 
 
 def step(run, direction, given, upstream):
-    """Return both results, and for both directions the gradients."""
+    """Return the results that have an upstream gradient, and for both directions the gradients."""
     with torch.set_grad_enabled(direction != "forward"):
-        results = run(*given)
-    return [*results, *(torch.autograd.grad(results, given, upstream) if direction != "forward" else ())]
+        results = run(**given)[-len(upstream) :]
+    if direction == "forward":
+        return [*results]
+    leaves = [x for x in given.values() if isinstance(x, torch.Tensor)]
+    return [*results, *torch.autograd.grad(results, leaves, upstream)]
 
 
 def check(run, direction, given, upstream):
     """Compare with eager PyTorch in fp64."""
-    wide = [x.detach().double().requires_grad_() for x in given]
+    wide = {name: leaf.detach().double().requires_grad_() if isinstance(leaf, torch.Tensor) else leaf
+            for name, leaf in given.items()}  # fmt: skip
     truth = step(eager, direction, wide, [x.double() for x in upstream])
     for got, want in zip(step(run, direction, given, upstream), truth, strict=True):
         error = (got.double() - want).abs().max()
         assert error <= TOLERANCE * want.abs().max(), f"off by {error:.2e}"
 
 
+def bytes_moved(direction, size):
+    """Bytes of rows that are read or written."""
+    with_update = len(size) == 2
+    forward, backward = (4, 4) if with_update else (2, 3)
+    rows = forward if direction == "forward" else forward + backward
+    return DTYPE.itemsize * rows * torch.Size(size).numel()
+
+
 @pytest.mark.parametrize("contender", CONTENDERS, ids=lambda contender: contender.who)
 @pytest.mark.parametrize("direction", ["forward", "both", *(["graph"] if DEVICE == "cuda" else [])])
-@pytest.mark.parametrize(("rows", "columns"), SIZES)
-def bench_residual_norm(rows, columns, direction, contender, timed, peak_memory, record, limits):
+@pytest.mark.parametrize(("kind", "size"), CASES, ids=str)
+def bench_residual_norm(kind, size, direction, contender, timed, peak_memory, record, limits):
     if not contender.rival and (reason := dispatch.missing("residual_norm", contender.who, DEVICE, DTYPE)):
         pytest.skip(reason)
-    (given, upstream), run = inputs(rows, columns), contender.make()
+    (given, upstream), run = inputs(kind, size), contender.make()
     try:
         step(run, direction, given, upstream)
     except Exception as error:
@@ -105,10 +137,12 @@ def bench_residual_norm(rows, columns, direction, contender, timed, peak_memory,
             torch.testing.assert_close(got, want)
         call = graph.replay
     timed(call, SECONDS)
+    letters = ("T", "H", "D") if len(size) == 3 else ("T", "C")
+    labels = ", ".join([*(["rms"] if kind == "rms" else []), *map("{}={}".format, letters, size)])
     record(
-        f"residual_norm, T={rows}, C={columns}, {TITLES[direction]}",
+        f"residual_norm, {labels}, {TITLES[direction]}",
         contender.who,
-        bytes_moved=DTYPE.itemsize * (4 if direction == "forward" else 8) * rows * columns,
+        bytes_moved=bytes_moved(direction, size),
         limit=limits.bandwidth(DEVICE),
         peak=peak,
         rival=contender.rival,

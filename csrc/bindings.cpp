@@ -347,19 +347,26 @@ DLTensor describe(py::handle tensor) {
 
 dph::NormRows norm_rows(py::handle tensor) {
   const DLTensor x = describe(tensor);
-  return {x.data, x.data ? x.strides[0] : 0};
+  if (!x.data) return {};
+  return {x.data, x.strides[0], x.ndim == 3 ? x.strides[1] : 0};
 }
 
+// ``moments``: mean and rstd [2, T] or [2, T, H], of RMSNorm rstd alone.
 dph::ResidualNorm residual_norm(py::handle total, py::handle weight, py::handle moments) {
-  const DLTensor scale = describe(weight), both = describe(moments);
+  const DLTensor scale = describe(weight), found = describe(moments);
   dph::ResidualNorm a;
-  a.rows = both.shape[1];
+  a.heads = found.ndim == 3 ? found.shape[2] : 1;
+  a.rows = found.shape[1] * a.heads;
   a.columns = scale.shape[0];
   a.bf16 = scale.dtype.code == kDLBfloat;
+  a.rms = found.shape[0] == 1;
   a.total = norm_rows(total);
   a.weight = scale.data;
-  a.mean = static_cast<float*>(both.data);
-  a.rstd = a.mean + a.rows;
+  a.rstd = static_cast<float*>(found.data);
+  if (!a.rms) {
+    a.mean = a.rstd;
+    a.rstd += a.rows;
+  }
   return a;
 }
 
@@ -393,6 +400,7 @@ void residual_norm_backward(py::handle d_total, py::handle d_normed, py::handle 
 void bind_residual_norm(py::module_& module) {
   module.def("residual_norm_forward_cpu", &residual_norm_forward);
   module.def("residual_norm_backward_cpu", &residual_norm_backward);
+  module.def("residual_norm_lanes", &dph::residual_norm_lanes);
 }
 
 void bind_swiglu(py::module_& module) {

@@ -1,5 +1,5 @@
-// Residual connection and LayerNorm on the CPU: parallel loops over rows, which stay in the L1 cache between the passes
-// over them. Partial sums are over fixed chunks of rows, so results do not depend on the number of threads.
+// Residual connection and LayerNorm or RMSNorm on the CPU: parallel loops over rows, which stay in the L1 cache between
+// the passes over them. Partial sums are over fixed chunks of rows, so results do not depend on the number of threads.
 #include "../residual_norm.h"
 #include "instruction_sets.h"
 
@@ -24,34 +24,49 @@ DPH_INLINE float get(uint16_t value) { return float_from_bf16(value); }
 DPH_INLINE void put(float& place, float value) { place = value; }
 DPH_INLINE void put(uint16_t& place, float value) { place = bf16_from_float(value); }
 
+// A row of all tensors, which may have different strides.
+struct Row {
+  int64_t heads, index, token, head;
+
+  DPH_INLINE Row(int64_t heads, int64_t index)
+      : heads(heads), index(index), token(index / heads), head(index % heads) {}
+
+  DPH_INLINE void next() {  // a division would take as long as a short row
+    ++index;
+    if (++head == heads) head = 0, ++token;
+  }
+};
+
 template <class T>
-DPH_INLINE T* at(const NormRows& rows, int64_t row) {
-  return static_cast<T*>(rows.data) + row * rows.row;
+DPH_INLINE T* at(const NormRows& rows, const Row& row) {
+  return static_cast<T*>(rows.data) + row.token * rows.token + row.head * rows.head;
 }
 
-template <class T, bool UPDATE, bool BIAS>
-DPH_INLINE void forward_row(const ResidualNorm& a, int64_t row) {
+template <class T, bool RMS, bool UPDATE, bool BIAS>
+DPH_INLINE void forward_row(const ResidualNorm& a, const Row& row) {
   const int64_t size = a.columns;
   T* __restrict total = at<T>(a.total, row);
-  float sum = 0.0f;
+  float sum = 0.0f;  // of squares if RMS
   if (UPDATE) {
     const T* __restrict x = at<T>(a.x, row);
     const T* __restrict update = at<T>(a.update, row);
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < size; ++i) {
       put(total[i], get(x[i]) + get(update[i]));
-      sum += get(total[i]);
+      sum += RMS ? get(total[i]) * get(total[i]) : get(total[i]);
     }
   } else {
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < size; ++i) sum += get(total[i]);
+    for (int64_t i = 0; i < size; ++i) sum += RMS ? get(total[i]) * get(total[i]) : get(total[i]);
   }
-  const float mean = sum / size;
-  float squares = 0.0f;
+  const float mean = RMS ? 0.0f : sum / size;
+  float squares = RMS ? sum : 0.0f;
+  if (!RMS) {
 #pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < size; ++i) {
-    const float centred = get(total[i]) - mean;
-    squares += centred * centred;
+    for (int64_t i = 0; i < size; ++i) {
+      const float centred = get(total[i]) - mean;
+      squares += centred * centred;
+    }
   }
   const float rstd = 1.0f / sqrtf(squares / size + a.eps);
   const T* __restrict weight = static_cast<const T*>(a.weight);
@@ -59,85 +74,101 @@ DPH_INLINE void forward_row(const ResidualNorm& a, int64_t row) {
   T* __restrict normed = at<T>(a.normed, row);
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
-    const float value = (get(total[i]) - mean) * rstd * get(weight[i]);
+    const float centred = RMS ? get(total[i]) : get(total[i]) - mean;
+    const float value = centred * rstd * get(weight[i]);
     put(normed[i], BIAS ? value + get(bias[i]) : value);
   }
-  a.mean[row] = mean;
-  a.rstd[row] = rstd;
+  if (!RMS) a.mean[row.index] = mean;
+  a.rstd[row.index] = rstd;
 }
 
-template <class T, bool SUMS, bool SKIP>
-DPH_INLINE void backward_row(const ResidualNorm& a, int64_t row, float* __restrict to_weight,
+template <class T, bool RMS, bool SUMS, bool SKIP>
+DPH_INLINE void backward_row(const ResidualNorm& a, const Row& row, float* __restrict to_weight,
                              float* __restrict to_bias) {
   const int64_t size = a.columns;
   const T* __restrict total = at<T>(a.total, row);
   const T* __restrict d_normed = at<T>(a.d_normed, row);
   const T* __restrict weight = static_cast<const T*>(a.weight);
-  const float mean = a.mean[row], rstd = a.rstd[row];
+  const float mean = RMS ? 0.0f : a.mean[row.index], rstd = a.rstd[row.index];
   float sum = 0.0f, product = 0.0f;
 #pragma omp simd reduction(+ : sum, product)
   for (int64_t i = 0; i < size; ++i) {
-    const float grad = get(d_normed[i]), normed = (get(total[i]) - mean) * rstd, g = grad * get(weight[i]);
-    sum += g;
+    const float centred = RMS ? get(total[i]) : get(total[i]) - mean;
+    const float grad = get(d_normed[i]), normed = centred * rstd, g = grad * get(weight[i]);
+    if (!RMS) sum += g;
     product += g * normed;
     if (SUMS) {
       to_weight[i] += grad * normed;
-      to_bias[i] += grad;
+      if (!RMS) to_bias[i] += grad;
     }
   }
   if (!a.d_x.data) return;
   const float flat = sum / size, slope = product / size;
-  const T* __restrict d_total = at<T>(a.d_total, SKIP ? row : 0);
+  const T* __restrict d_total = SKIP ? at<T>(a.d_total, row) : nullptr;
   T* __restrict d_x = at<T>(a.d_x, row);
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
-    const float normed = (get(total[i]) - mean) * rstd;
-    const float value = (get(d_normed[i]) * get(weight[i]) - flat - normed * slope) * rstd;
+    const float normed = (RMS ? get(total[i]) : get(total[i]) - mean) * rstd;
+    const float g = get(d_normed[i]) * get(weight[i]);
+    const float value = ((RMS ? g : g - flat) - normed * slope) * rstd;
     put(d_x[i], SKIP ? get(d_total[i]) + value : value);
   }
 }
 
-template <class T, bool SKIP>
-DPH_INLINE void backward_chunk(const ResidualNorm& a, int64_t chunk, float* partials) {
-  const int64_t size = chunk_rows(a.rows), end = std::min(a.rows, (chunk + 1) * size);
-  float* sums = partials ? partials + chunk * 2 * a.columns : nullptr;
-  if (sums) std::fill(sums, sums + 2 * a.columns, 0.0f);
-  for (int64_t row = chunk * size; row < end; ++row) {
-    if (sums) {
-      backward_row<T, true, SKIP>(a, row, sums, sums + a.columns);
-    } else {
-      backward_row<T, false, SKIP>(a, row, nullptr, nullptr);
-    }
+// Rows ``begin`` to ``end``.
+template <class T, bool RMS, bool UPDATE, bool BIAS>
+DPH_INLINE void forward_rows(const ResidualNorm& a, int64_t begin, int64_t end) {
+  for (Row row(a.heads, begin); row.index < end; row.next()) forward_row<T, RMS, UPDATE, BIAS>(a, row);
+}
+
+template <class T, bool RMS, bool SUMS, bool SKIP>
+DPH_INLINE void backward_rows(const ResidualNorm& a, int64_t begin, int64_t end, float* sums) {
+  for (Row row(a.heads, begin); row.index < end; row.next()) {
+    backward_row<T, RMS, SUMS, SKIP>(a, row, sums, SUMS ? sums + a.columns : nullptr);
   }
 }
 
-DPH_INLINE void forward(const ResidualNorm& a, int64_t row) {
-  switch ((a.bf16 ? 4 : 0) + (a.update.data ? 2 : 0) + (a.bias ? 1 : 0)) {
-    case 0: return forward_row<float, false, false>(a, row);
-    case 1: return forward_row<float, false, true>(a, row);
-    case 2: return forward_row<float, true, false>(a, row);
-    case 3: return forward_row<float, true, true>(a, row);
-    case 4: return forward_row<uint16_t, false, false>(a, row);
-    case 5: return forward_row<uint16_t, false, true>(a, row);
-    case 6: return forward_row<uint16_t, true, false>(a, row);
-    default: return forward_row<uint16_t, true, true>(a, row);
+template <class T>
+DPH_INLINE void forward(const ResidualNorm& a, int64_t begin, int64_t end) {
+  switch ((a.rms ? 4 : 0) + (a.update.data ? 2 : 0) + (a.bias ? 1 : 0)) {
+    case 0: return forward_rows<T, false, false, false>(a, begin, end);
+    case 1: return forward_rows<T, false, false, true>(a, begin, end);
+    case 2: return forward_rows<T, false, true, false>(a, begin, end);
+    case 3: return forward_rows<T, false, true, true>(a, begin, end);
+    case 4: return forward_rows<T, true, false, false>(a, begin, end);
+    default: return forward_rows<T, true, true, false>(a, begin, end);
   }
 }
 
-// ``partials`` [chunks, 2, columns], or null: sums over the rows of each chunk, for the gradients of weight and bias.
-DPH_INLINE void backward(const ResidualNorm& a, int64_t chunk, float* partials) {
-  switch ((a.bf16 ? 2 : 0) + (a.d_total.data ? 1 : 0)) {
-    case 0: return backward_chunk<float, false>(a, chunk, partials);
-    case 1: return backward_chunk<float, true>(a, chunk, partials);
-    case 2: return backward_chunk<uint16_t, false>(a, chunk, partials);
-    default: return backward_chunk<uint16_t, true>(a, chunk, partials);
+template <class T>
+DPH_INLINE void backward(const ResidualNorm& a, int64_t begin, int64_t end, float* sums) {
+  switch ((a.rms ? 4 : 0) + (sums ? 2 : 0) + (a.d_total.data ? 1 : 0)) {
+    case 0: return backward_rows<T, false, false, false>(a, begin, end, sums);
+    case 1: return backward_rows<T, false, false, true>(a, begin, end, sums);
+    case 2: return backward_rows<T, false, true, false>(a, begin, end, sums);
+    case 3: return backward_rows<T, false, true, true>(a, begin, end, sums);
+    case 4: return backward_rows<T, true, false, false>(a, begin, end, sums);
+    case 5: return backward_rows<T, true, false, true>(a, begin, end, sums);
+    case 6: return backward_rows<T, true, true, false>(a, begin, end, sums);
+    default: return backward_rows<T, true, true, true>(a, begin, end, sums);
   }
+}
+
+DPH_INLINE void run_forward(const ResidualNorm& a, int64_t begin, int64_t end) {
+  return a.bf16 ? forward<uint16_t>(a, begin, end) : forward<float>(a, begin, end);
+}
+
+// ``sums`` [sum_count], or null: sums over the rows, for the gradients of weight and bias.
+DPH_INLINE void run_backward(const ResidualNorm& a, int64_t begin, int64_t end, float* sums) {
+  return a.bf16 ? backward<uint16_t>(a, begin, end, sums) : backward<float>(a, begin, end, sums);
 }
 
 // Both passes, instantiated for every instruction set.
-#define DPH_PASSES(target, name)                                                      \
-  target void name##_forward(const ResidualNorm& a, int64_t row) { forward(a, row); } \
-  target void name##_backward(const ResidualNorm& a, int64_t chunk, float* partials) { backward(a, chunk, partials); }
+#define DPH_PASSES(target, name)                                                                                \
+  target void name##_forward(const ResidualNorm& a, int64_t begin, int64_t end) { run_forward(a, begin, end); } \
+  target void name##_backward(const ResidualNorm& a, int64_t begin, int64_t end, float* sums) {                 \
+    run_backward(a, begin, end, sums);                                                                          \
+  }
 DPH_PASSES(, baseline)
 #ifdef DPH_X86
 DPH_PASSES(DPH_AVX2, avx2)
@@ -146,19 +177,24 @@ DPH_PASSES(DPH_AVX512, avx512)
 #undef DPH_PASSES
 
 struct Passes {
-  void (*forward)(const ResidualNorm&, int64_t);
-  void (*backward)(const ResidualNorm&, int64_t, float*);
+  int lanes;
+  void (*forward)(const ResidualNorm&, int64_t, int64_t);
+  void (*backward)(const ResidualNorm&, int64_t, int64_t, float*);
 };
 
-Passes pick() {
+Passes pick(int most) {
 #ifdef DPH_X86
-  if (vector_floats() == 16) return {avx512_forward, avx512_backward};
-  if (vector_floats() == 8) return {avx2_forward, avx2_backward};
+  const int lanes = vector_floats(most);
+  if (lanes == 16) return {16, avx512_forward, avx512_backward};
+  if (lanes == 8) return {8, avx2_forward, avx2_backward};
 #endif
-  return {baseline_forward, baseline_backward};
+  return {4, baseline_forward, baseline_backward};
 }
 
-const Passes passes = pick();
+Passes passes = pick(16);
+
+// Partial sums of a chunk: [columns] for the weight, then for the bias unless rms.
+int64_t sum_count(const ResidualNorm& a) { return (a.rms ? 1 : 2) * a.columns; }
 
 // result [columns] = partial sums added over all chunks, in order; ``partials`` points to those of the first chunk.
 void add_up(const ResidualNorm& a, const float* partials, void* result, int threads) {
@@ -168,7 +204,7 @@ void add_up(const ResidualNorm& a, const float* partials, void* result, int thre
     const int64_t size = std::min(BLOCK, a.columns - begin);
     float sums[BLOCK] = {};
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const float* part = partials + chunk * 2 * a.columns + begin;
+      const float* part = partials + chunk * sum_count(a) + begin;
       for (int64_t i = 0; i < size; ++i) sums[i] += part[i];
     }
     for (int64_t i = 0; i < size; ++i) {
@@ -183,17 +219,29 @@ void add_up(const ResidualNorm& a, const float* partials, void* result, int thre
 
 }  // namespace
 
+int residual_norm_lanes(int most) {
+  passes = pick(most);
+  return passes.lanes;
+}
+
 void residual_norm_forward_cpu(const ResidualNorm& a, int threads) {
+  if (!a.rows) return;
 #pragma omp parallel for schedule(static) num_threads(threads) if (a.rows * a.columns > SMALL)
-  for (int64_t row = 0; row < a.rows; ++row) passes.forward(a, row);
+  for (int part = 0; part < threads; ++part) {
+    passes.forward(a, a.rows * part / threads, a.rows * (part + 1) / threads);
+  }
 }
 
 void residual_norm_backward_cpu(const ResidualNorm& a, int threads) {
-  const int64_t chunks = chunk_count(a.rows);
+  const int64_t chunks = chunk_count(a.rows), size = chunk_rows(a.rows), count = sum_count(a);
   const bool summed = a.d_weight || a.d_bias;
-  const std::unique_ptr<float[]> partials(summed ? new float[chunks * 2 * a.columns] : nullptr);
+  const std::unique_ptr<float[]> partials(summed ? new float[chunks * count] : nullptr);
 #pragma omp parallel for schedule(static) num_threads(threads) if (a.rows * a.columns > SMALL)
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) passes.backward(a, chunk, partials.get());
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    float* sums = summed ? partials.get() + chunk * count : nullptr;
+    if (sums) std::fill(sums, sums + count, 0.0f);
+    passes.backward(a, chunk * size, std::min(a.rows, (chunk + 1) * size), sums);
+  }
   if (a.d_weight) add_up(a, partials.get(), a.d_weight, threads);
   if (a.d_bias) add_up(a, partials.get() + a.columns, a.d_bias, threads);
 }

@@ -194,6 +194,7 @@ def _forward(
         weight=weights.attention_norm,
         bias=weights.attention_norm_bias,
         eps=shape.attention_eps,
+        kind="layer",
         backend=AUTO,
     )
     projected = F.linear(normed, weights.qkv, weights.qkv_bias)
@@ -208,7 +209,13 @@ def _forward(
         memory.keep(rotated, v)
     update = F.linear(attended.flatten(1), weights.out, weights.out_bias)
     total, ffn_normed, ffn_moments = NORM.forward(
-        x=x, update=update, weight=weights.ffn_norm, bias=weights.ffn_norm_bias, eps=shape.ffn_eps, backend=AUTO
+        x=x,
+        update=update,
+        weight=weights.ffn_norm,
+        bias=weights.ffn_norm_bias,
+        eps=shape.ffn_eps,
+        kind="layer",
+        backend=AUTO,
     )
     gate = F.linear(ffn_normed, weights.fc1)
     activations = GATE.forward(projected=gate, bias=weights.fc1_bias, backend=AUTO)

@@ -1,4 +1,4 @@
-"""Residual connection and LayerNorm by csrc/cpu/residual_norm.cpp: fp32, or bf16 with fp32 arithmetic."""
+"""Residual connection and LayerNorm or RMSNorm by csrc/cpu/residual_norm.cpp: fp32, or bf16 with fp32 arithmetic."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from dph_kernels.residual_norm.reference import gradients, results
 
 
 def forward(
-    x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+    x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Same results as ``reference.forward``."""
-    outputs = results(x, update)
+    outputs = results(x, update, kind)
     x, update = last_contiguous(x), None if update is None else last_contiguous(update)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     native.module().residual_norm_forward_cpu(x, update, weight, bias, eps, *outputs, native.threads())

@@ -100,6 +100,11 @@ def plain_norm(x, update, weight, bias):
     return total, torch.nn.functional.layer_norm(total, total.shape[1:], weight, bias)
 
 
+def plain_rms_norm(x, update, weight):
+    total = x + update
+    return total, torch.nn.functional.rms_norm(total, weight.shape, weight, 1e-5)
+
+
 # linear_logprob
 
 TARGETS = torch.tensor([3, 69, 31, 32, 0] * 4)
@@ -331,6 +336,12 @@ SUBJECTS = {
         ours=residual_norm,
         plain=plain_norm,
     ),
+    "residual_norm-rms": Subject(
+        operator="residual_norm",
+        make=random_inputs(x=(2, 3, 37), update=(2, 3, 37), weight=(37,)),
+        ours=partial(residual_norm, kind="rms"),
+        plain=plain_rms_norm,
+    ),
     "linear_logprob": Subject(
         operator="linear_logprob",
         make=random_inputs(hidden=(20, 24), weight=(70, 24)),
@@ -473,6 +484,7 @@ def run(name, backend, dtype, seeds, monkeypatch):
         limit = {
             "swiglu_reward": native.module().swiglu_reward_lanes,
             "rope_attention": native.module().attention_lanes,
+            "residual_norm": native.module().residual_norm_lanes,
         }.get(subject.operator)
     for seed in seeds:
         torch.manual_seed(seed)
@@ -508,6 +520,7 @@ def all_lanes():
     if native.missing("cpu") is None:
         native.module().swiglu_reward_lanes(16)
         native.module().attention_lanes(16)
+        native.module().residual_norm_lanes(16)
 
 
 @pytest.mark.parametrize(("name", "backend", "dtype"), WAYS)

@@ -5,10 +5,12 @@ import functools
 import pytest
 import torch
 from helpers.numerics import assert_close_to_fp64, implementations, skip_where_unsupported, strange_nans
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from dph_kernels import dispatch, residual_norm
+from dph_kernels import dispatch, native, residual_norm
 
-SIZES = [(2, 3), (63, 64), (65, 111), (257, 2), (5, 1536)]
+SIZES = [(2, 3), (63, 64), (65, 111), (257, 2), (5, 1536), (5, 3, 64)]
+KINDS = ("layer", "rms")
 BACKENDS = implementations("residual_norm")
 KERNELS = [p for p in BACKENDS if p.values[1] != "reference"]
 NATIVE = [p for p in BACKENDS if p.values[1] == "cpu"]
@@ -17,24 +19,36 @@ over_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, t
 over_backends = pytest.mark.parametrize(("device", "backend"), BACKENDS)
 
 
-def make(rows, columns, dtype=torch.float32, device="cpu", without=()):
-    """The arguments by name, None for those in ``without``."""
-    sizes = {"x": (rows, columns), "update": (rows, columns), "weight": (columns,), "bias": (columns,)}
+def make(*size, dtype=torch.float32, device="cpu", without=(), kind="layer"):
+    """The tensors by name, None for those in ``without``, and the kind."""
+    sizes = {"x": size, "update": size, "weight": size[-1:], "bias": size[-1:]}
+    without = (*without, "bias") if kind == "rms" else without
     return {
         name: None if name in without else torch.randn(size, device=device).to(dtype).requires_grad_()
         for name, size in sizes.items()
-    }
+    } | {"kind": kind}
 
 
-def eager(x, update, weight, bias, eps=1e-5):
+def eager(x, update, weight, bias, kind="layer", eps=1e-5):
     total = x if update is None else x + update
-    return total, torch.nn.functional.layer_norm(total, x.shape[1:], weight, bias, eps)
+    if kind == "rms":
+        return total, torch.nn.functional.rms_norm(total, x.shape[-1:], weight, eps)
+    return total, torch.nn.functional.layer_norm(total, x.shape[-1:], weight, bias, eps)
+
+
+def changed(given, change):
+    """The same arguments with ``change`` applied to each tensor."""
+    return {name: change(x) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+
+
+def leaf(dtype):
+    return lambda x: x.detach().to(dtype).requires_grad_()
 
 
 def results(function, given, upstream):
     """Both results and all gradients by name, of the outputs for which there is an upstream gradient."""
     outputs = dict(zip(BOTH, function(**given), strict=True))
-    wanted = {name: x for name, x in given.items() if x is not None and x.requires_grad}
+    wanted = {name: x for name, x in given.items() if isinstance(x, torch.Tensor) and x.requires_grad}
     used = [outputs[name] for name in upstream]
     found = torch.autograd.grad(used, tuple(wanted.values()), tuple(upstream.values()), allow_unused=True)
     return outputs | {f"gradient of {name}": grad for name, grad in zip(wanted, found, strict=True)}
@@ -48,7 +62,7 @@ def compare(given, backend, upstream=None, eps=1e-5):
     """Results and gradients of an operator call against eager PyTorch; returns the operator's."""
     if upstream is None:
         upstream = {name: torch.randn_like(given["x"]) for name in BOTH}
-    wide = {name: None if x is None else x.detach().double().requires_grad_() for name, x in given.items()}
+    wide = changed(given, leaf(torch.float64))
     got = results(ours(backend, eps=eps), given, upstream)
     same = results(functools.partial(eager, eps=eps), given, upstream)
     truth = results(functools.partial(eager, eps=eps), wide, {name: grad.double() for name, grad in upstream.items()})
@@ -61,18 +75,58 @@ def compare(given, backend, upstream=None, eps=1e-5):
     return got
 
 
-@pytest.mark.parametrize("without", [(), ("update",), ("bias",), ("update", "bias")], ids=" ".join)
+@pytest.mark.parametrize(("kind", "without"), [("layer", ()), ("layer", ("bias",)), ("rms", ("bias",))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @over_backends
 @pytest.mark.parametrize("size", SIZES)
-def test_values_and_gradients(size, device, backend, dtype, without):
+def test_values_and_gradients(size, device, backend, dtype, kind, without):
     skip_where_unsupported("residual_norm", device, backend, dtype)
-    given = make(*size, dtype, device, without)
     # Of few columns some have almost no variance, and without an eps above it rounding would be all that is compared.
-    got = compare(given, backend, eps=1e-5 if size[1] > 16 else 0.1)
-    expected = given["x"] if "update" in without else given["x"] + given["update"]
-    assert torch.equal(got["total"], expected)
-    assert ("update" in without) == (got["total"] is given["x"])
+    eps = 1e-5 if size[-1] > 16 else 0.1
+    for more in ((), ("update",)):
+        given = make(*size, dtype=dtype, device=device, without=without + more, kind=kind)
+        got = compare(given, backend, eps=eps)
+        expected = given["x"] if more else given["x"] + given["update"]
+        assert torch.equal(got["total"], expected)
+        assert bool(more) == (got["total"] is given["x"])
+
+
+@over_dtypes
+@over_backends
+def test_short_rows(device, backend, dtype):
+    """Several in a program or in a call, as many as fill it and some more, some fewer."""
+    skip_where_unsupported("residual_norm", device, backend, dtype)
+    for size in ((5, 1), (3, 2, 1), (1, 1, 7), (33, 5, 100), (4, 8, 128)):
+        compare(make(*size, dtype=dtype, device=device, kind="rms"), backend, eps=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("device", "backend"), NATIVE)
+@pytest.mark.parametrize("lanes", [4, 8])
+def test_narrower_vectors(lanes, device, backend, dtype):
+    """What a processor without AVX-512, or without AVX2, runs."""
+    if native.module().residual_norm_lanes(lanes) != lanes:
+        pytest.skip(f"this processor has no vectors of {lanes} floats")
+    try:
+        for kind in KINDS:
+            for without in ((), ("update",), ("bias",)):
+                compare(make(19, 111, dtype=dtype, without=without, kind=kind), backend)
+    finally:
+        native.module().residual_norm_lanes(16)
+
+
+@over_backends
+def test_equals_the_modules_of_pytorch_and_transformers(device, backend):
+    for size in ((9, 111), (5, 3, 64)):
+        given = make(*size, device=device, without=["update"], kind="rms")
+        for module in (torch.nn.RMSNorm(size[-1], eps=1e-6), LlamaRMSNorm(size[-1], eps=1e-6)):
+            module.weight = torch.nn.Parameter(given["weight"].detach())
+            expected, upstream = module(given["x"]), torch.randn_like(given["x"])
+            got = results(ours(backend, eps=1e-6), given, {"normed": upstream})
+            torch.testing.assert_close(got["normed"], expected)
+            for name, input in (("x", given["x"]), ("weight", module.weight)):
+                (grad,) = torch.autograd.grad(expected, input, upstream, retain_graph=True)
+                torch.testing.assert_close(got[f"gradient of {name}"], grad, rtol=1e-5, atol=1e-5)
 
 
 @over_dtypes
@@ -80,7 +134,7 @@ def test_values_and_gradients(size, device, backend, dtype, without):
 @pytest.mark.parametrize("rows", [1, 5])
 def test_one_column_is_its_own_mean(rows, device, backend, dtype):
     skip_where_unsupported("residual_norm", device, backend, dtype)
-    given = make(rows, 1, dtype, device)
+    given = make(rows, 1, dtype=dtype, device=device)
     upstream = {name: torch.randn_like(given["x"]) for name in BOTH}
     got = results(ours(backend), given, upstream)
     expected = {
@@ -96,29 +150,36 @@ def test_one_column_is_its_own_mean(rows, device, backend, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("device", "backend"), NATIVE)
 def test_more_rows_than_the_smallest_chunks_hold(device, backend, dtype):
-    compare(make(2100, 20, dtype, device), backend)
+    compare(make(2100, 20, dtype=dtype, device=device), backend)
+    compare(make(700, 3, 20, dtype=dtype, device=device, kind="rms"), backend)
 
 
 @over_dtypes
 @over_backends
-@pytest.mark.parametrize("layout", ["transposed", "strided", "sliced", "expanded rows", "expanded columns"])
+@pytest.mark.parametrize(
+    "layout", ["transposed", "strided", "sliced", "expanded rows", "expanded columns", "joint projection"]
+)
 def test_any_strides(layout, device, backend, dtype):
     """Of the inputs, and of what comes back to them."""
     skip_where_unsupported("residual_norm", device, backend, dtype)
     change = {
-        "transposed": lambda x: x.T.contiguous().T,
-        "strided": lambda x: x.repeat_interleave(2, 1)[:, ::2],
-        "sliced": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+        "transposed": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
+        "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+        "sliced": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
         "expanded rows": lambda x: x[:1].expand_as(x),
-        "expanded columns": lambda x: (x[:, :1] + 0).expand_as(x),
+        "expanded columns": lambda x: (x[..., :1] + 0).expand_as(x),
+        "joint projection": lambda x: torch.cat([x, x], -2)[..., x.shape[-2] :, :],
     }[layout]
-    given = {name: x.detach() for name, x in make(17, 33, dtype, device).items()}
-    upstream = {name: change(torch.randn_like(given["x"])) for name in BOTH}
-    given["update"] = change(given["update"])
-    if layout != "expanded columns":  # where a row is constant there is nothing but rounding to compare
-        given["x"] = change(given["x"])
-    given["weight"], given["bias"] = (given[name].repeat_interleave(2)[::2] for name in ("weight", "bias"))
-    compare({name: x.requires_grad_() for name, x in given.items()}, backend, upstream)
+    for kind, size in (("layer", (17, 33)), ("rms", (17, 33)), ("rms", (5, 4, 33))):
+        given = changed(make(*size, dtype=dtype, device=device, kind=kind), torch.Tensor.detach)
+        upstream = {name: change(torch.randn_like(given["x"])) for name in BOTH}
+        given["update"] = change(given["update"])
+        if layout != "expanded columns":  # where a row is constant there is nothing but rounding to compare
+            given["x"] = change(given["x"])
+        given["weight"] = given["weight"].repeat_interleave(2)[::2]
+        if kind == "layer":
+            given["bias"] = given["bias"].repeat_interleave(2)[::2]
+        compare(changed(given, torch.Tensor.requires_grad_), backend, upstream)
 
 
 @over_dtypes
@@ -127,8 +188,9 @@ def test_any_strides(layout, device, backend, dtype):
 @pytest.mark.parametrize("used", BOTH)
 def test_one_result_alone(used, without, device, backend, dtype):
     skip_where_unsupported("residual_norm", device, backend, dtype)
-    given = make(9, 33, dtype, device, without)
-    compare(given, backend, {used: torch.randn_like(given["x"])})
+    for kind in KINDS:
+        given = make(9, 33, dtype=dtype, device=device, without=without, kind=kind)
+        compare(given, backend, {used: torch.randn_like(given["x"])})
 
 
 @over_backends
@@ -144,11 +206,12 @@ def test_gradients_of_x_and_update_have_memory_of_their_own(used, device, backen
 @over_backends
 def test_no_rows(device, backend, dtype):
     skip_where_unsupported("residual_norm", device, backend, dtype)
-    given = make(0, 8, dtype, device)
-    got = results(ours(backend), given, {name: torch.zeros_like(given["x"]) for name in BOTH})
-    for name, value in got.items():
-        assert torch.equal(value, torch.zeros_like(value)), name
-        assert value.shape == ((8,) if name.endswith(("weight", "bias")) else (0, 8))
+    for kind, size in (("layer", (0, 8)), ("rms", (0, 8)), ("rms", (0, 3, 8)), ("rms", (4, 0, 8))):
+        given = make(*size, dtype=dtype, device=device, kind=kind)
+        got = results(ours(backend), given, {name: torch.zeros_like(given["x"]) for name in BOTH})
+        for name, value in got.items():
+            assert torch.equal(value, torch.zeros_like(value)), name
+            assert value.shape == ((8,) if name.endswith(("weight", "bias")) else size)
 
 
 @over_backends
@@ -163,10 +226,11 @@ def test_a_large_offset_does_not_drown_the_variance(device, backend):
 @pytest.mark.parametrize("eps", [1e-5, 1e-2])
 def test_constant_rows(eps, device, backend, dtype):
     skip_where_unsupported("residual_norm", device, backend, dtype)
-    given = make(6, 64, dtype, device)
-    with torch.no_grad():
-        given["x"][::2], given["update"][::2] = 1.5, 0.25
-    compare(given, backend, eps=eps)
+    for kind in KINDS:
+        given = make(6, 64, dtype=dtype, device=device, kind=kind)
+        with torch.no_grad():
+            given["x"][::2], given["update"][::2] = 1.5, 0.25
+        compare(given, backend, eps=eps)
 
 
 @over_backends
@@ -176,11 +240,12 @@ def test_constant_rows(eps, device, backend, dtype):
 )
 def test_numbers_at_the_ends_of_half_precision(dtype, size, device, backend):
     skip_where_unsupported("residual_norm", device, backend, dtype)
-    given = make(6, 64, dtype, device)
-    with torch.no_grad():
-        for name in ("x", "update"):
-            given[name].copy_(torch.rand(6, 64) * size)
-    compare(given, backend)
+    for kind in KINDS:
+        given = make(6, 64, dtype=dtype, device=device, kind=kind)
+        with torch.no_grad():
+            for name in ("x", "update"):
+                given[name].copy_(torch.rand(6, 64) * size)
+        compare(given, backend)
 
 
 @over_dtypes
@@ -189,14 +254,15 @@ def test_numbers_at_the_ends_of_half_precision(dtype, size, device, backend):
 def test_nan_and_infinity_are_not_hidden(bad, device, backend, dtype):
     """Where fp64 has NaN there is NaN, and nowhere else."""
     skip_where_unsupported("residual_norm", device, backend, dtype)
-    given = make(4, 33, dtype, device)
-    with torch.no_grad():
-        given["update"][2, 5] = bad
-    compare(given, backend)
-    given = make(4, 33, dtype, device)
-    upstream = {name: torch.randn_like(given["x"]) for name in BOTH}
-    upstream["normed"][1, 7] = torch.nan
-    compare(given, backend, upstream)
+    for kind in KINDS:
+        given = make(4, 33, dtype=dtype, device=device, kind=kind)
+        with torch.no_grad():
+            given["update"][2, 5] = bad
+        compare(given, backend)
+        given = make(4, 33, dtype=dtype, device=device, kind=kind)
+        upstream = {name: torch.randn_like(given["x"]) for name in BOTH}
+        upstream["normed"][1, 7] = torch.nan
+        compare(given, backend, upstream)
 
 
 @over_dtypes
@@ -204,24 +270,26 @@ def test_nan_and_infinity_are_not_hidden(bad, device, backend, dtype):
 @pytest.mark.usefixtures("poisoned_empty")
 def test_every_element_is_written(device, backend, dtype):
     skip_where_unsupported("residual_norm", device, backend, dtype)
-    compare(make(33, 111, dtype, device), backend)
+    compare(make(33, 111, dtype=dtype, device=device), backend)
+    compare(make(11, 3, 111, dtype=dtype, device=device, kind="rms"), backend)
 
 
 @over_dtypes
 @pytest.mark.parametrize(("device", "backend"), KERNELS)
 def test_repeats_bit_for_bit_on_any_number_of_threads(device, backend, dtype):
     skip_where_unsupported("residual_norm", device, backend, dtype)
-    given = make(40, 500, dtype, device)
-    upstream = {name: torch.randn_like(given["x"]) for name in BOTH}
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 3, 4, 1):
-            torch.set_num_threads(count)
-            found.append(results(ours(backend), given, upstream).values())
-    finally:
-        torch.set_num_threads(threads)
-    for others in found[1:]:
-        assert all(map(torch.equal, found[0], others))
+    threads = torch.get_num_threads()
+    for kind, size in (("layer", (40, 500)), ("rms", (40, 500)), ("rms", (100, 4, 100))):
+        given, found = make(*size, dtype=dtype, device=device, kind=kind), []
+        upstream = {name: torch.randn_like(given["x"]) for name in BOTH}
+        try:
+            for count in (1, 3, 4, 1):
+                torch.set_num_threads(count)
+                found.append(results(ours(backend), given, upstream).values())
+        finally:
+            torch.set_num_threads(threads)
+        for others in found[1:]:
+            assert all(map(torch.equal, found[0], others))
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
@@ -230,19 +298,23 @@ def test_frozen_inputs_cost_nothing(frozen, device, backend, monkeypatch):
     module, asked = dispatch.implementation("residual_norm", device, backend), []
     original = module.backward
     monkeypatch.setattr(module, "backward", lambda **given: asked.append(list(given["needs"])) or original(**given))
-    given = make(5, 8, device=device)
-    for name in frozen:
-        given[name].requires_grad_(False)
-    used = BOTH if given["x"].requires_grad or given["update"].requires_grad else ("normed",)
-    got = compare(given, backend, {name: torch.randn_like(given["x"]) for name in used})
-    assert got["total"].requires_grad == (used == BOTH)
-    assert asked == [[set(frozen) != {"x", "update"}, "weight" not in frozen, "bias" not in frozen]]
+    for kind in KINDS:
+        given = make(5, 8, device=device, kind=kind)
+        for name in set(frozen) - {"bias"} if kind == "rms" else frozen:
+            given[name].requires_grad_(False)
+        used = BOTH if given["x"].requires_grad or given["update"].requires_grad else ("normed",)
+        got = compare(given, backend, {name: torch.randn_like(given["x"]) for name in used})
+        assert got["total"].requires_grad == (used == BOTH)
+        needs_bias = kind == "layer" and "bias" not in frozen
+        assert asked.pop() == [set(frozen) != {"x", "update"}, "weight" not in frozen, needs_bias]
+        assert not asked
 
 
 @pytest.mark.parametrize("without", [(), ("update",), ("bias",)], ids=" ".join)
-def test_gradcheck(without):
-    given = make(4, 5, torch.float64, without=without)
-    names = [name for name in given if name not in without]
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind, without):
+    given = make(4, 5, dtype=torch.float64, without=without, kind=kind)
+    names = [name for name, x in given.items() if isinstance(x, torch.Tensor)]
 
     def function(*tensors):
         return residual_norm(**given | dict(zip(names, tensors, strict=True)), backend="reference")
@@ -255,36 +327,43 @@ def test_gradcheck(without):
 @pytest.mark.parametrize("without", [(), ("update", "bias")], ids=" ".join)
 def test_opcheck(without, device, backend, dtype):
     skip_where_unsupported("residual_norm", device, backend, dtype)
-    inputs = make(5, 8, dtype, device, without).values()
-    torch.library.opcheck(torch.ops.dph.residual_norm.default, (*inputs, 1e-5, backend))
-    x, update, weight, bias = (None if x is None else x.detach() for x in inputs)
-    total, _, moments = torch.ops.dph.residual_norm(x, update, weight, bias, 1e-5, backend)
-    arguments = None if update is None else x.T.contiguous().T, x, x if update is None else total, weight, moments
-    for needs in ([True] * 3, [True, False, False], [False, False, True]):
-        torch.library.opcheck(torch.ops.dph.residual_norm_backward.default, (*arguments, needs, backend))
+    for kind, size in (("layer", (5, 8)), ("rms", (5, 8)), ("rms", (5, 3, 8))):
+        *inputs, kind = make(*size, dtype=dtype, device=device, without=without, kind=kind).values()
+        torch.library.opcheck(torch.ops.dph.residual_norm.default, (*inputs, 1e-5, kind, backend))
+        x, update, weight, bias = (None if x is None else x.detach() for x in inputs)
+        total, _, moments = torch.ops.dph.residual_norm(x, update, weight, bias, 1e-5, kind, backend)
+        d_total = None if update is None else x.movedim(-1, 0).contiguous().movedim(0, -1)
+        arguments = d_total, x, x if update is None else total, weight, moments
+        for needs in ([True, True, kind == "layer"], [True, False, False], [False, kind == "rms", kind == "layer"]):
+            torch.library.opcheck(torch.ops.dph.residual_norm_backward.default, (*arguments, needs, backend))
 
 
 @over_backends
 @pytest.mark.parametrize("used", [BOTH, ("total",), ("normed",)], ids=" ".join)
 def test_the_way_through_the_dispatcher_gives_the_same_bits(used, device, backend, monkeypatch):
-    given = make(5, 33, device=device)
-    upstream = {name: torch.randn_like(given["x"]) for name in used}
-    direct = results(ours(backend), given, upstream)
-    monkeypatch.setattr(dispatch, "can_bypass_dispatcher", lambda tensors: False)
-    for name, value in results(ours(backend), given, upstream).items():
-        assert value is direct[name] is None or torch.equal(value, direct[name])
+    for kind, size in (("layer", (5, 33)), ("rms", (5, 3, 33))):
+        given = make(*size, device=device, kind=kind)
+        upstream = {name: torch.randn_like(given["x"]) for name in used}
+        direct = results(ours(backend), given, upstream)
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, "can_bypass_dispatcher", lambda tensors: False)
+            dispatched = results(ours(backend), given, upstream)
+        for name, value in dispatched.items():
+            assert value is direct[name] is None or torch.equal(value, direct[name])
 
 
 @pytest.mark.parametrize(("device", "backend"), [*BACKENDS, ("cpu", "auto")])
-@pytest.mark.parametrize("without", [(), ("update",)], ids=" ".join)
-def test_compiles_as_one_graph(without, device, backend):
+@pytest.mark.parametrize(("kind", "size", "without"), [
+    ("layer", (5, 8), ()), ("layer", (5, 8), ("update",)), ("rms", (5, 8), ()), ("rms", (5, 3, 8), ("update",)),
+])  # fmt: skip
+def test_compiles_as_one_graph(kind, size, without, device, backend):
     """Left to itself as plain PyTorch, which the compiler fuses; a backend that is asked for stays."""
     torch.compiler.reset()
-    given, graphs = make(5, 8, device=device, without=without), []
+    given, graphs = make(*size, device=device, without=without, kind=kind), []
     upstream = {name: torch.randn_like(given["x"]) for name in BOTH}
 
-    def function(x, update, weight, bias):
-        total, normed = residual_norm(x.tanh(), update, weight, bias, backend=backend)
+    def function(x, update, weight, bias, kind):
+        total, normed = residual_norm(x.tanh(), update, weight, bias, kind=kind, backend=backend)
         return total * 2, normed.tanh()
 
     def keep(graph, inputs):
@@ -304,19 +383,21 @@ def test_compiles_as_one_graph(without, device, backend):
 def test_autocast_by_pytorchs_rules(device, monkeypatch):
     """On a GPU the stream and its norm stay in fp32, though what is added is not."""
     monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", 0)
-    given = make(5, 64, device=device)
-    given["update"] = given["update"].detach().bfloat16()
-    with torch.autocast(device, dtype=torch.bfloat16):
-        for got, expected in zip(residual_norm(**given), eager(**given), strict=True):
-            assert got.dtype == expected.dtype
-            assert torch.equal(got, expected)
+    for kind in KINDS:
+        given = make(5, 64, device=device, kind=kind)
+        given["update"] = given["update"].detach().bfloat16()
+        with torch.autocast(device, dtype=torch.bfloat16):
+            for got, expected in zip(residual_norm(**given), eager(**given), strict=True):
+                assert got.dtype == expected.dtype
+                assert torch.equal(got, expected)
 
 
 def test_rows_that_no_program_holds(monkeypatch):
     monkeypatch.setattr(dispatch, "call", None)
-    given = make(8, 16385)
-    assert given["x"].numel() > dispatch.SMALL_ELEMENTS
-    torch.testing.assert_close(residual_norm(**given), eager(**given))
+    for kind in KINDS:
+        given = make(8, 16385, kind=kind)
+        assert given["x"].numel() > dispatch.SMALL_ELEMENTS
+        torch.testing.assert_close(residual_norm(**given), eager(**given))
 
 
 @over_backends
@@ -328,33 +409,34 @@ def test_an_upstream_gradient_whose_sign_is_put_off(device, backend):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast_casts_all_it_is_given(compiled):
     """To one dtype, with wide arithmetic inside: equal to the same call on inputs cast by hand."""
-    given = make(5, 64)
 
     def function(**given):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return residual_norm(**given, backend="reference")
 
-    upstream = {name: torch.randn(5, 64).bfloat16() for name in BOTH}
-    function = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
-    narrow = {name: x.detach().bfloat16().requires_grad_() for name, x in given.items()}
-    expected = results(ours("reference"), narrow, upstream)
-    for name, value in results(function, given, upstream).items():
-        assert value.dtype == (torch.float32 if name.startswith("gradient") else torch.bfloat16)
-        torch.testing.assert_close(value.bfloat16(), expected[name], rtol=2e-2, atol=2e-2)
+    tested = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
+    for kind in KINDS:
+        given = make(5, 64, kind=kind)
+        upstream = {name: torch.randn(5, 64).bfloat16() for name in BOTH}
+        expected = results(ours("reference"), changed(given, leaf(torch.bfloat16)), upstream)
+        for name, value in results(tested, given, upstream).items():
+            assert value.dtype == (torch.float32 if name.startswith("gradient") else torch.bfloat16)
+            torch.testing.assert_close(value.bfloat16(), expected[name], rtol=2e-2, atol=2e-2)
 
 
 @over_backends
 @pytest.mark.usefixtures("overflow_is_an_error")
 def test_rows_that_lie_further_apart_than_int32_counts(device, backend):
-    """Elements 0, 2**30 and 2**31 of a tensor of which only these pages are touched."""
+    """Elements 0, 2**30 and 2**31 of a tensor of which only these pages are touched: of tokens, and of heads."""
     dtype = torch.bfloat16 if backend == "cpu" else torch.float16
     storage = torch.empty(2**31 + 64, dtype=dtype, device=device)
-    far = [storage.as_strided((3, 16), (2**30, 1), 16 * i).copy_(torch.randn(3, 16)) for i in range(4)]
-    given, found = make(3, 16, dtype, device), []
-    for x, update, *grads in (far, [value.clone(memory_format=torch.contiguous_format) for value in far]):
-        inputs = given | {"x": x.detach().requires_grad_(), "update": update.detach().requires_grad_()}
-        found.append(results(ours(backend), inputs, dict(zip(BOTH, grads, strict=True))).values())
-    assert all(map(torch.equal, *found))
+    for kind, size, strides in (("layer", (3, 16), (2**30, 1)), ("rms", (1, 3, 16), (16, 2**30, 1))):
+        far = [storage.as_strided(size, strides, 16 * i).copy_(torch.randn(size)) for i in range(4)]
+        given, found = make(*size, dtype=dtype, device=device, kind=kind), []
+        for x, update, *grads in (far, [value.clone(memory_format=torch.contiguous_format) for value in far]):
+            inputs = given | {"x": x.detach().requires_grad_(), "update": update.detach().requires_grad_()}
+            found.append(results(ours(backend), inputs, dict(zip(BOTH, grads, strict=True))).values())
+        assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize(("device", "backend"), [p for p in BACKENDS if p.values[1] == "triton"])
@@ -366,15 +448,19 @@ def test_rows_that_do_not_fit_into_registers_are_refused(device, backend):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(5)}, r"x: expected shape \[T, C\], got \[5\]"),
+        ({"x": torch.zeros(5)}, r"x: expected shape \[T, C\] or \[T, H, C\], got \[5\]"),
+        ({"x": torch.zeros(2, 2, 5, 8)}, r"x: expected shape \[T, C\] or \[T, H, C\], got \[2, 2, 5, 8\]"),
         ({"x": torch.zeros(5, 8, dtype=torch.int64)}, "x: expected float16 or .*float64, got int64"),
         ({"x": torch.zeros(5, 0)}, r"x: expected at least one column \(C >= 1\), got shape \[5, 0\]"),
         ({"update": torch.zeros(4, 8)}, r"update: expected shape \[5, 8\], got \[4, 8\]"),
+        ({"update": torch.zeros(5, 1, 8)}, r"update: expected shape \[5, 8\], got \[5, 1, 8\]"),
         ({"update": torch.zeros(5, 8).half()}, "update: expected float32, got float16"),
         ({"weight": None}, "weight: expected a tensor, got NoneType"),
         ({"weight": torch.zeros(7)}, r"weight: expected shape \[8\], got \[7\]"),
         ({"weight": torch.zeros(8, device="meta")}, "weight: expected a tensor on cpu, got one on meta"),
         ({"bias": torch.zeros(8, dtype=torch.float64)}, "bias: expected float32, got float64"),
+        ({"kind": "batch"}, "kind: expected one of 'layer', 'rms', got 'batch'"),
+        ({"kind": "rms"}, "bias: expected None with kind 'rms', got a Tensor"),
         ({"eps": -1.0}, "eps: expected 0.0 <= eps <= inf, got -1.0"),
         ({"backend": "fast"}, "backend: expected 'auto' or one of .*, got 'fast'"),
     ],

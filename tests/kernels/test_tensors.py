@@ -38,6 +38,7 @@ def attention(q, **given):
 SHAPES = {
     "residual_norm": {"x": (3, 8), "update": (3, 8), "weight": (8,), "bias": (8,)},
     "norm_alone": {"x": (3, 8), "weight": (8,)},
+    "rms_norm": {"x": (3, 2, 8), "update": (3, 2, 8), "weight": (8,)},
     "swiglu": {"projected": (3, 8), "bias": (8,)},
     "rope_attention": {"q": (5, 2, 8), "k": (5, 2, 8), "v": (5, 2, 8)},
     "linear_logprob": {"hidden": (4, 8), "weight": (11, 8)},
@@ -47,12 +48,14 @@ SHAPES = {
 CALLS = {
     "residual_norm": lambda **given: residual_norm(**given),
     "norm_alone": lambda **given: residual_norm(update=None, **given)[1:],
+    "rms_norm": lambda **given: residual_norm(kind="rms", **given),
     "swiglu": lambda **given: (swiglu(**given),),
     "rope_attention": lambda **given: (attention(**given),),
     "linear_logprob": lambda **given: (linear_logprob(targets=TARGETS, **given),),
     "preference_loss": lambda **given: preference_loss(**given)[:1],
     "swiglu_reward": lambda **given: (swiglu_reward(dropout=0.2, seed=3, **given),),
 }
+FOLDERS = {"norm_alone": "residual_norm", "rms_norm": "residual_norm"}  # of those called by another name
 OPERATORS = pytest.mark.parametrize("operator", CALLS)
 
 
@@ -322,7 +325,7 @@ def test_a_kernel_by_name_refuses_them(operator):
     function, reference = scalar(operator, names, "cpu"), scalar(operator, names, "reference")
     torch.testing.assert_close(torch.func.grad(reference)(*values), gradients(operator, given)[0])
     values = tuple(x.detach() for x in values)
-    name = "residual_norm" if operator == "norm_alone" else operator
+    name = FOLDERS.get(operator, operator)
     message = f"^{name}: backend 'cpu' cannot run: torch.func and forward-mode differentiation need"
     for transformed in (torch.func.grad(function), torch.func.jacfwd(function), torch.func.hessian(function)):
         with pytest.raises(RuntimeError, match=message):
@@ -359,7 +362,7 @@ def test_gradients_of_gradients_are_right_or_refused(monkeypatch):
         if operator == "preference_loss":
             sum(grad.square().sum() for grad in grads).backward()
             continue
-        name = "residual_norm" if operator == "norm_alone" else operator
+        name = FOLDERS.get(operator, operator)
         with pytest.raises(RuntimeError, match=f"{name}_backward.* no autograd formula|once_differentiable"):
             sum(grad.square().sum() for grad in grads).backward()
 
