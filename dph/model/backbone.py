@@ -38,6 +38,7 @@ class Attention(nn.Module):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.heads, self.rope = config.num_attention_heads, config.rope
+        self.backend = "auto"  # of rope_attention
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -45,8 +46,9 @@ class Attention(nn.Module):
         """Queries, keys and values [T, 3C], and a memory of keys and values -> [T, C]."""
         q, k, v = projected.unflatten(1, (3, self.heads, -1)).unbind(1)
         if memory is None:
-            return rope_attention(q, k, v, layout, rope=self.rope).flatten(1)
-        attended, keys = rope_attention(q, k, v, layout, rope=self.rope, memory=memory.read(k), return_keys=True)
+            return rope_attention(q, k, v, layout, rope=self.rope, backend=self.backend).flatten(1)
+        options = {"rope": self.rope, "memory": memory.read(k), "backend": self.backend}
+        attended, keys = rope_attention(q, k, v, layout, **options, return_keys=True)
         memory.keep(keys, v)
         return attended.flatten(1)
 
@@ -64,7 +66,7 @@ class Attention(nn.Module):
         q = q.unflatten(1, (self.heads, -1))
         k, v = projected.unflatten(1, (2, self.heads, -1)).unbind(1)
         memory.keep(x)
-        return rope_attention(q, k, v, layout, rope=self.rope).flatten(1)
+        return rope_attention(q, k, v, layout, rope=self.rope, backend=self.backend).flatten(1)
 
 
 class FeedForward(nn.Module):
@@ -169,6 +171,8 @@ def block_form(block: Block, x: Tensor, layout: PackedLayout, memory_kind: str |
         return Form(False, "method before or after is replaced (dph.train.compile does so)")
 
     attention, ffn = block.attention, block.ffn
+    if attention.backend != "auto":
+        return Form(False, f"attention's backend {attention.backend!r} is requested by name")
     for name, module, kind in (("attention", attention, Attention), ("ffn", ffn, FeedForward)):
         if change := dispatch.modification(module, kind):
             return Form(False, f"{name} {change}")

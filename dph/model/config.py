@@ -66,6 +66,7 @@ class ModelConfig(PretrainedConfig):
         task_heads: names of reward heads with a pooler each (paper 5.2.2).
         reward_pooler: identity, bert, t5, swiglu_bert or swiglu_t5.
         reward_dropout: dropout of the pooled state (and of the hidden state for the t5 kinds) in training.
+        max_position_embeddings: most tokens of a row, but for a :class:`dph.Memory` that is given; None for any number.
         im_end_token_id: id of ``<|im_end|>``, the token whose hidden state is judged; if None, 50266 for an embedding
             of OPT's 50272 rows.
         released: keys of a released ``config.json`` that this model does not use, written back by ``save_official``.
@@ -95,6 +96,7 @@ class ModelConfig(PretrainedConfig):
         task_heads: tuple[str, ...] = (),
         reward_pooler: str = "swiglu_bert",
         reward_dropout: float = 0.1,
+        max_position_embeddings: int | None = None,
         im_end_token_id: int | None = None,
         bos_token_id: int | None = 2,
         eos_token_id: int | None = 2,
@@ -117,6 +119,7 @@ class ModelConfig(PretrainedConfig):
         self.task_heads = _names("task_heads", task_heads)
         self.reward_pooler = reward_pooler
         self.reward_dropout = reward_dropout
+        self.max_position_embeddings = max_position_embeddings
         self.im_end_token_id = OPT_END if im_end_token_id is None and vocab_size == OPT_ROWS else im_end_token_id
         self.released = {} if released is None else released
         token_ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
@@ -132,6 +135,8 @@ class ModelConfig(PretrainedConfig):
     def _check(self, tied: Any, token_ids: Mapping[str, Any]) -> None:
         for name, (least, most) in SIZES.items():
             _check_integer(name, getattr(self, name), least, most)
+        if self.max_position_embeddings is not None:
+            _check_integer("max_position_embeddings", self.max_position_embeddings, 1, 2**31 - 1)
         for name in ("rope_base", "layer_norm_eps", "initializer_range", "reward_dropout"):
             value = getattr(self, name)
             if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):

@@ -55,6 +55,11 @@ GENERATION_NUMBERS = (
 
 
 CAUSAL_NAME = "DPHForCausalLM"
+# Names of implementations of attention, and the backends of rope_attention.
+ATTENTION = {
+    "auto": "auto", "cpu": "cpu", "triton": "triton", "eager": "reference", "reference": "reference", "sdpa": "sdpa",
+    "flash_attention_2": "flash", "flash": "flash",
+}  # fmt: skip
 KINDS = (ModelConfig.model_type, checkpoint.RELEASED)
 SAMPLED = 4096
 
@@ -120,6 +125,8 @@ class Model(PreTrainedModel, GenerationMixin):
             self.heads[key] = RewardHead(names, *pooler)
         self.register_load_state_dict_pre_hook(_before_loading)
         self.post_init()
+        if requested := self.config._attn_implementation:
+            self.set_attn_implementation(requested)
         self.loss_type = "ForCausalLM"  # read by transformers' Trainer, which would guess it from the class's name
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         ends = [token for token in dict.fromkeys([*eos, config.im_end_token_id]) if token is not None]
@@ -147,6 +154,26 @@ class Model(PreTrainedModel, GenerationMixin):
     def _get_name(self) -> str:
         """Return the name by which transformers' Trainer finds the class among causal models."""
         return CAUSAL_NAME
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> str | None:
+        """Return the name of an implementation of attention, if it is one of ours; transformers calls this."""
+        if attn_implementation is not None and attn_implementation not in ATTENTION:
+            raise UserError(
+                f"attn_implementation: expected one of {', '.join(ATTENTION)}, got {shown(attn_implementation)}"
+            )
+        return attn_implementation
+
+    def set_attn_implementation(self, attn_implementation: str, *_: Any, **__: Any) -> None:
+        """Choose the backend of attention by one of transformers' names or of ours (ATTENTION).
+
+        Raises UserError for another name, RuntimeError if the backend cannot run here.
+        """
+        name = self._check_and_adjust_attn_implementation(attn_implementation)
+        backend = ATTENTION[name] if name else "auto"
+        dispatch.choose("rope_attention", self.device.type if self.device.type != "meta" else "cpu", backend)
+        self.config._attn_implementation_internal = name
+        for block in self.backbone.blocks:
+            block.attention.backend = backend
 
     def _init_weights(self, module: nn.Module) -> None:
         """Draw fresh weights; those of the language-model head are the embedding's."""
@@ -440,8 +467,9 @@ class Model(PreTrainedModel, GenerationMixin):
             raise ValueError("output_attentions: expected False, got True: no kernel of ours forms them")
         if past_key_values is not None and not isinstance(past_key_values, Memory):
             raise ValueError(f"past_key_values: expected dph.Memory, got {type(past_key_values).__name__}")
-        if past_key_values is None and use_cache:
-            past_key_values = Memory(length=max(4096, inputs.shape[1]))
+        if past_key_values is None:
+            self._check_length(inputs.shape[1])
+            past_key_values = Memory(length=max(4096, inputs.shape[1])) if use_cache else None
         if position_ids is None and cu_seq_lens_q is not None:
             position_ids = document_positions(cu_seq_lens_q, inputs)
         padded = PaddedBatch.from_inputs(inputs, attention_mask, position_ids if inputs.shape[1] > 1 else None)
@@ -453,6 +481,15 @@ class Model(PreTrainedModel, GenerationMixin):
         projected = padded.scatter(self.output_proj(self._hidden(inputs, padded, past_key_values, states)))
         hidden_states = None if states is None else tuple(map(padded.scatter, states))
         return BaseModelOutputWithPast(projected, past_key_values, hidden_states)
+
+    def _check_length(self, tokens: int) -> None:
+        """Raise ValueError if rows of ``tokens`` are longer than the model was made for."""
+        limit = self.config.max_position_embeddings
+        if limit is not None and tokens > limit:
+            raise ValueError(
+                f"input_ids: expected at most {limit} tokens (config.max_position_embeddings), got {tokens}; a "
+                "dph.Memory given as past_key_values slides over more"
+            )
 
     def _logprobs(self, states: Tensor, targets: Tensor, *, statistics: bool = False, uniform: bool = True) -> Any:
         """Log-probabilities [R] fp32 of targets [R] after states [R, E]; arguments and results of ``linear_logprob``.
@@ -496,6 +533,7 @@ class Model(PreTrainedModel, GenerationMixin):
             length, embeddings = generation_config.max_length, model_kwargs.get("inputs_embeds")
             if embeddings is not None:  # transformers' length may not count them
                 length += embeddings.shape[1]
+            self._check_length(length)
             model_kwargs["past_key_values"] = Memory(length=length)
 
     def prepare_inputs_for_generation(

@@ -33,6 +33,7 @@ def common(tmp_path):
     return {
         "output_dir": str(tmp_path), "max_steps": 2, "per_device_train_batch_size": 4, "report_to": [],
         "use_cpu": True, "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-3, "max_length": 64,
+        "bf16": False,
     }  # fmt: skip
 
 

@@ -378,3 +378,42 @@ def test_reward_positions_may_be_a_list_and_must_be_whole_numbers():
     for call in (model.rewards, model):
         with pytest.raises(ValueError, match=r"input_ids: expected shape \[B, S\], got \[5\]"):
             call(ids[0])
+
+
+# Settings of transformers
+
+
+@pytest.mark.parametrize(("name", "backend"), [("eager", "reference"), ("sdpa", "sdpa"), ("cpu", "cpu")])
+def test_implementations_of_attention_are_backends(name, backend, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model, ids = dph.Model.from_pretrained(tmp_path, attn_implementation=name), tokens(2, 9)
+    assert {block.attention.backend for block in model.backbone.blocks} == {backend}
+    plain = dph.Model.from_pretrained(tmp_path)
+    assert {block.attention.backend for block in plain.backbone.blocks} == {"auto"}
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+    plain.set_attn_implementation(name)
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+
+
+def test_other_implementations_of_attention_are_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    message = "attn_implementation: expected one of auto, cpu, .*, got 'flex_attention'"
+    with pytest.raises(UserError, match=message):
+        dph.Model.from_pretrained(tmp_path, attn_implementation="flex_attention")
+    with pytest.raises(UserError, match=message):
+        tiny_model().set_attn_implementation("flex_attention")
+
+
+def test_rows_are_no_longer_than_the_model_was_made_for(tmp_path):
+    tiny_model(max_position_embeddings=8).save_pretrained(tmp_path)
+    model = dph.Model.from_pretrained(tmp_path)
+    assert model.config.max_position_embeddings == 8
+    model(tokens(1, 8))
+    message = r"input_ids: expected at most 8 tokens \(config\.max_position_embeddings\), got (9|10)"
+    for call in (model, lambda ids: model(ids, use_cache=True), lambda ids: model.generate(ids, max_new_tokens=1)):
+        with pytest.raises(ValueError, match=message):
+            call(tokens(1, 9))
+    with pytest.raises(ValueError, match=message):
+        model.generate(tokens(1, 5), max_new_tokens=4)
+    model(tokens(1, 9), past_key_values=dph.Memory(4))
+    model.generate(tokens(1, 9), past_key_values=dph.Memory(4), max_new_tokens=4)
