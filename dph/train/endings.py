@@ -17,20 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dph.errors import OtherRankFailed, one_line
+from dph.train.run_dir import RunDirectory, RunLost
 
 if TYPE_CHECKING:
     from dph.model.model import Model
     from dph.train.progress import Progress
-    from dph.train.run_dir import RunDirectory
     from dph.train.trainer import Trainer
 
 
 class Diverged(RuntimeError):
     """Training stopped after too many skipped steps in a row; the weights are those before the first of them."""
-
-
-class RunLost(RuntimeError):
-    """The run directory was deleted or moved while the run trained there: nothing can be saved."""
 
 
 class Reached(enum.Enum):

@@ -37,7 +37,6 @@ from dph.errors import UserError, one_line, shown
 from dph.train import checkpointing, trackers
 from dph.train.checkpointing import Checkpoint
 from dph.train.distributed import SINGLE_PROCESS, World
-from dph.train.endings import RunLost
 from dph.train.recipe import MAY_CHANGE_ON_RESUME
 from dph.train.trackers import TensorBoard, Tracker
 
@@ -58,6 +57,10 @@ LEFTOVERS = re.compile(
 )
 CHECKPOINT_LEFTOVERS = re.compile(r"\.step-\d{8,}\.(partial|old)|\.best\.json\.[0-9a-f]{8}\.partial")
 """Names of files and folders that a killed process leaves (``dph.data.atomic``)."""
+
+
+class RunLost(RuntimeError):
+    """The run directory was deleted or moved while the run trained there: nothing can be saved."""
 
 
 class RunDirectory:
