@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Wrong input; the message names it, what was expected and what came."""
 
 
+class RunLost(RuntimeError):
+    """The run directory was deleted or moved while the run trained there: nothing can be saved."""
+
+
 class OtherRankFailed(RuntimeError):
     """Raised on the ranks that did not fail; the failing rank reports the error."""
 

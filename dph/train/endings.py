@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dph.errors import OtherRankFailed, one_line
-from dph.train.run_dir import RunDirectory, RunLost
+from dph.errors import OtherRankFailed, RunLost, one_line
 
 if TYPE_CHECKING:
     from dph.model.model import Model
     from dph.train.progress import Progress
+    from dph.train.run_dir import RunDirectory
     from dph.train.trainer import Trainer
 
 

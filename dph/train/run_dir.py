@@ -33,7 +33,7 @@ import transformers
 from torch import Tensor
 
 from dph.data import atomic
-from dph.errors import UserError, one_line, shown
+from dph.errors import RunLost, UserError, one_line, shown
 from dph.train import checkpointing, trackers
 from dph.train.checkpointing import Checkpoint
 from dph.train.distributed import SINGLE_PROCESS, World
@@ -57,10 +57,6 @@ LEFTOVERS = re.compile(
 )
 CHECKPOINT_LEFTOVERS = re.compile(r"\.step-\d{8,}\.(partial|old)|\.best\.json\.[0-9a-f]{8}\.partial")
 """Names of files and folders that a killed process leaves (``dph.data.atomic``)."""
-
-
-class RunLost(RuntimeError):
-    """The run directory was deleted or moved while the run trained there: nothing can be saved."""
 
 
 class RunDirectory:

@@ -12,10 +12,9 @@ from helpers.stages import Trap, figures, go, records, same, settings, strike, t
 
 from dph.cli import main
 from dph.data import workers
-from dph.errors import UserError
+from dph.errors import RunLost, UserError
 from dph.train import checkpointing, run_dir, signals, trackers
 from dph.train.entry import Diverged, Trainer
-from dph.train.run_dir import RunLost
 from dph.train.stages.held_out import HeldOut
 from dph.train.stages.lm import LanguageModelStage
 from dph.train.stages.preference import PreferenceStage
