@@ -46,6 +46,7 @@ class Workload:
     plans: name -> batches. "shared" computes no token twice.
     goals: direction -> a kind of rivals -> goal for our speed as a multiple of theirs.
     fresh: bytes of memory rows that calls cycle through, so that they come from memory and not from a cache.
+    group: query heads per key head.
     """
 
     name: str
@@ -55,10 +56,16 @@ class Workload:
     directions: tuple[str, ...] = ("forward", "both")
     goals: dict[str, dict[str, float]] = field(default_factory=dict)
     fresh: int = 0
+    group: int = 1
+
+    @property
+    def key_heads(self) -> int:
+        """Return the number of heads of keys and values."""
+        return self.heads // self.group
 
     def copies(self, item: int) -> int:
         """Return the number of input sets, at ``item`` bytes per number, that make up ``fresh``."""
-        return max(-(-self.fresh // max(2 * item * HEAD_DIM * self.heads * self.layout.memory, 1)), 1)
+        return max(-(-self.fresh // max(2 * item * HEAD_DIM * self.key_heads * self.layout.memory, 1)), 1)
 
     def flops(self, direction: str) -> int:
         """Return the necessary operations: 2 D per product and visible pair of query and key.
@@ -80,10 +87,11 @@ class Workload:
         queries, seen = self.layout.queries, torch.zeros(self.layout.memory + self.layout.keys, dtype=torch.bool)
         for _, _, k0, k1, p0, p1, _ in self.layout.segments.tolist():
             seen[k0:k1] = seen[p0:p1] = True
-        rows = 2 * queries + 2 * int(seen.sum())  # q, out; k, v
+        q_rows, k_rows = 2 * queries, 2 * int(seen.sum())  # q, out; k, v
         if direction == "both":
-            rows += 4 * queries + 2 * int(seen.sum()) + 2 * self.layout.keys  # q, out, dout, dq; k, v; dk, dv
-        return item * HEAD_DIM * self.heads * rows
+            q_rows += 4 * queries  # q, out, dout, dq
+            k_rows += 2 * int(seen.sum()) + 2 * self.layout.keys  # k, v; dk, dv
+        return item * HEAD_DIM * (self.heads * q_rows + self.key_heads * k_rows)
 
 
 # The workloads
@@ -97,21 +105,25 @@ def workloads(large: bool) -> list[Workload]:
         questions = draw(256, 64, 512), [draw(4, 1, 32, seed) for seed in range(256)]
         return [
             *(documents(f"dense {n}", [n] * (16384 // n), 24) for n in (2048, 4096, 16384)),
+            documents("dense 4096, 4 heads a key head", [4096] * 4, 24, group=4),
             memory("memory 2048 + 2048", 8, 2048, 2048, 24, goal=1.15),
             documents("documents of 64 to 4096", lengths, 24),
             branches("64 pairs", *pairs, 24, pad=1280),
             branches("4 choices", *questions, 24, directions=("forward",)),
             *(decode(f"decode {n} on 1024", 1024, draw(n, 1, 64), 24, 128 << 20) for n in (1, 16, 128)),
+            decode("decode 16 on 1024, 4 heads a key head", 1024, draw(16, 1, 64), 24, 128 << 20, group=4),
         ]
     pairs = draw(16, 16, 256), [draw(2, 4, 64, seed) for seed in range(16)]
     questions = draw(16, 32, 256), [draw(4, 1, 16, seed) for seed in range(16)]
     return [
         documents("dense 1024", [1024], 12, goals={"both": {"SDPA": 0.9}}),
+        documents("dense 1024, 4 heads a key head", [1024], 12, group=4),
         memory("memory 256 + 256", 2, 256, 256, 8),
         documents("documents of 16 to 512", draw(12, 16, 512), 12),
         branches("16 pairs", *pairs, 12, pad=512),
         branches("4 choices", *questions, 12, directions=("forward",)),
         *(decode(f"decode {n} on 1024", 1024, draw(n, 1, 64), 12, 64 << 20) for n in (1, 16, 128)),
+        decode("decode 16 on 1024, 4 heads a key head", 1024, draw(16, 1, 64), 12, 64 << 20, group=4),
     ]
 
 
@@ -122,7 +134,7 @@ def draw(count: int, low: int, high: int, seed: int = 0) -> list[int]:
 
 
 def documents(
-    name: str, lengths: Sequence[int], heads: int, goals: dict[str, dict[str, float]] | None = None
+    name: str, lengths: Sequence[int], heads: int, goals: dict[str, dict[str, float]] | None = None, group: int = 1
 ) -> Workload:
     """Concatenated causal sequences; one batch if they are equally long."""
     layout = PackedLayout.documents(lengths)
@@ -130,7 +142,8 @@ def documents(
     if len(set(lengths)) == 1:
         rows = [torch.cat(rows)]
     rows = [r.view(-1, n) for r, n in zip(rows, lengths, strict=False)]
-    return Workload(name, layout, heads, {"shared": [Batch(r, NOTHING, r) for r in rows]}, goals=goals or {})
+    plans = {"shared": [Batch(r, NOTHING, r) for r in rows]}
+    return Workload(name, layout, heads, plans, goals=goals or {}, group=group)
 
 
 def memory(name: str, batch: int, length: int, filled: int, heads: int, goal: float | None = None) -> Workload:
@@ -172,7 +185,7 @@ def _padded(sequences: Sequence[Tensor], length: int = 0) -> Batch:
     return Batch(rows, NOTHING.expand(len(rows), 0), rows)
 
 
-def decode(name: str, prompt: int, generated: Sequence[int], heads: int, fresh: int) -> Workload:
+def decode(name: str, prompt: int, generated: Sequence[int], heads: int, fresh: int, group: int = 1) -> Workload:
     """A new token of each candidate. Plans: one cache of the prompt, or a cache per candidate."""
     capacity = max(generated)
     layout = PackedLayout.decode([prompt], [generated], capacity)
@@ -184,4 +197,4 @@ def decode(name: str, prompt: int, generated: Sequence[int], heads: int, fresh: 
         "shared": [Batch(rows[None], torch.arange(layout.memory)[None], NOTHING, layout.visible()[None])],
         "padded": [Batch(rows[:, None], caches, NOTHING.expand(len(generated), 0), seen[:, None])],
     }
-    return Workload(name, layout, heads, plans, ("forward",), fresh=fresh)
+    return Workload(name, layout, heads, plans, ("forward",), fresh=fresh, group=group)

@@ -155,7 +155,14 @@ def _split(q: Tensor, plan: Plan) -> tuple[Tensor, ...]:
     return q.split([b.rows.numel() for b in plan.batches])
 
 
+def _grouped(q: Tensor, k: Tensor) -> dict[str, bool]:
+    """Return PyTorch's option for fewer key heads than query heads, if there are: not all kernels accept it."""
+    return {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    if q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = (q @ k.transpose(-1, -2) * HEAD_DIM**-0.5).masked_fill(hidden, float("-inf"))
     return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
@@ -180,7 +187,8 @@ def sdpa(plan: Plan, backend: SDPBackend | None = None) -> Run:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
         with sdpa_kernel(backend) if backend else nullcontext():
-            return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            options = {"attn_mask": mask, "is_causal": mask is None} | _grouped(q, k)
+            return scaled_dot_product_attention(q, k, v, **options)
 
     return by_batch(plan, attend, masks)
 
@@ -215,7 +223,7 @@ def flex(plan: Plan) -> Run:
     make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask  # without n x m in memory
     mask = make(seen, None, None, n, m, device=device)
     run = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    return by_batch(plan, lambda q, k, v, block_mask: run(q, k, v, block_mask=block_mask), [mask])
+    return by_batch(plan, lambda q, k, v, block: run(q, k, v, block_mask=block, **_grouped(q, k)), [mask])
 
 
 def varlen(plan: Plan) -> Run:
@@ -224,7 +232,7 @@ def varlen(plan: Plan) -> Run:
 
     older = "is_causal" in inspect.signature(varlen_attn).parameters  # up to PyTorch 2.10
     causal = {"is_causal": True} if older else {"window_size": (-1, 0)}
-    return _packed(plan, functools.partial(varlen_attn, **causal))
+    return _packed(plan, lambda q, k, v, *ends: varlen_attn(q, k, v, *ends, **causal, **_grouped(q, k)))
 
 
 def flash_attn(plan: Plan) -> Run:

@@ -19,13 +19,13 @@ from dph_kernels import PackedLayout, rope_attention
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}[DTYPE]  # of the largest value
-CHECKED = 2  # heads that are compared
+CHECKED = 2  # key heads that are compared, with the query heads of their groups
 SECONDS = 0.7  # approximate time per row
 TITLES = {"forward": "forward", "both": "forward + backward"}
 
 
 class Problem(NamedTuple):
-    """A workload's tensors (q, k, v, memory, upstream gradient), and its result in fp64 on some heads."""
+    """A workload's tensors (q, k, v, memory, upstream gradient), and its result in fp64 on some groups of heads."""
 
     layout: PackedLayout
     tensors: list[tuple]
@@ -40,13 +40,17 @@ def problem(work: Workload) -> Problem:
     sizes = (layout.queries, layout.keys, layout.keys, layout.memory, layout.memory, layout.queries)
     tensors = []
     for _ in range(work.copies(DTYPE.itemsize)):
-        q, k, v, *memory, grad = (torch.randn(n, work.heads, HEAD_DIM, device=DEVICE, dtype=DTYPE) for n in sizes)
+        heads = (work.heads, *[work.key_heads] * 4, work.heads)
+        q, k, v, *memory, grad = (
+            torch.randn(n, h, HEAD_DIM, device=DEVICE, dtype=DTYPE) for n, h in zip(sizes, heads, strict=True)
+        )
         tensors.append((q, k, v, tuple(memory), grad))
     q, k, v, memory, grad = tensors[0]
-    leaves = [x[:, :CHECKED].double().requires_grad_() for x in (q, k, v)]
+    queries = CHECKED * work.group
+    leaves = [x[:, :n].double().requires_grad_() for x, n in ((q, queries), (k, CHECKED), (v, CHECKED))]
     memory = tuple(x[:, :CHECKED].double() for x in memory)
     out = rope_attention(*leaves, layout, rope=ROPE, memory=memory, backend="reference")
-    grads = torch.autograd.grad(out, leaves, grad[:, :CHECKED].double())
+    grads = torch.autograd.grad(out, leaves, grad[:, :queries].double())
     return Problem(layout, tensors, [out.detach(), *grads])
 
 
@@ -64,7 +68,7 @@ def check(results, plan: Plan, truth):
     """Compare the output of every copy of a row, and the sum of the gradients of its copies."""
     places = plan.rows, plan.rows, plan.new, plan.new
     for i, (got, rows, want) in enumerate(zip(results, places, truth, strict=False)):
-        rows, got = rows[rows >= 0], got[rows >= 0, :CHECKED].double()
+        rows, got = rows[rows >= 0], got[rows >= 0, : want.shape[1]].double()
         if i:
             got, rows = torch.zeros_like(want).index_add_(0, rows, got), slice(None)
         error = (got - want[rows]).abs().max() if len(got) else 0.0

@@ -24,7 +24,8 @@ struct AttentionSchedule {
 
 struct AttentionArguments {
   AttentionSchedule work;
-  int64_t heads = 0;
+  int64_t heads = 0;      // of q, out, grad and dq
+  int64_t key_heads = 0;  // of k, v and memory; the query heads of a group, heads / key_heads, are adjacent
   int64_t head_dim = 0;
   int64_t memory = 0;  // keys [0, memory) are rows of memory_k and memory_v
   double scale = 1.0;
@@ -33,11 +34,13 @@ struct AttentionArguments {
   const float* q_cos = nullptr;                    // [T, D/2]
   const float* q_sin = nullptr;
   float* lse = nullptr;  // [T, heads], base 2: a single large score is kept exactly
-  // Backward only. dq has the dtype of q; dk (of the rotated keys) and dv are float and must be zeroed by the caller.
+  // Backward only. dq has the dtype of q; dk (of the rotated keys) and dv are float, must be zeroed by the caller, and
+  // have key_heads * parts heads: the tiles of a task are divided into parts, which add to separate heads.
   AttentionRows grad, dq, dk, dv;
+  int64_t parts = 1;
 };
 
-constexpr int64_t ATTENTION_ROWS = 64;   // queries per tile
+constexpr int64_t ATTENTION_ROWS = 64;   // rows per tile: queries of one head, or of several heads of a group
 constexpr int64_t ATTENTION_BLOCK = 64;  // keys per block
 
 // Limits the vector width to ``most`` floats and returns the width selected for this CPU. For tests.
@@ -45,7 +48,8 @@ int attention_lanes(int most);
 
 void attention_forward_cpu(const AttentionArguments& arguments, int threads);
 
-// Tiles of different tasks share no new keys, so no two threads accumulate into the same elements of dk and dv.
+// Tiles of different tasks share no new keys, so no two threads accumulate into the same elements of dk and dv: one
+// thread computes all tiles of a part of a task, in order.
 void attention_backward_cpu(const AttentionArguments& arguments, int threads);
 
 // out[t, h] = in[t, h] with its two halves rotated by the angles given as cos and sign * sin.

@@ -130,6 +130,8 @@ void bind_attention(py::module_& module) {
            },
            py::kw_only(), "tiles"_a, "runs"_a, "bounds"_a, "count"_a, "tasks"_a = 0, "task_count"_a = 0)
       .def_readwrite("heads", &AttentionArguments::heads)
+      .def_readwrite("key_heads", &AttentionArguments::key_heads)
+      .def_readwrite("parts", &AttentionArguments::parts)
       .def_readwrite("head_dim", &AttentionArguments::head_dim)
       .def_readwrite("memory", &AttentionArguments::memory)
       .def_readwrite("scale", &AttentionArguments::scale)

@@ -42,8 +42,8 @@ namespace avx512 {
 
 struct Kernels {
   int lanes = 4;
-  void (*forward)(const AttentionArguments&, int64_t, int64_t, float*) = baseline::forward_tile;
-  void (*backward)(const AttentionArguments&, int64_t, int64_t, float*) = baseline::backward_tile;
+  int64_t (*forward)(const AttentionArguments&, int64_t, int64_t, int64_t, float*) = baseline::forward_tile;
+  int64_t (*backward)(const AttentionArguments&, int64_t, int64_t, int64_t, int64_t, float*) = baseline::backward_tile;
   void (*rotate)(const RotateArguments&, int64_t, float*) = baseline::rotate_rows;
 };
 
@@ -85,22 +85,28 @@ int attention_lanes(int most) {
 }
 
 void attention_forward_cpu(const AttentionArguments& a, int threads) {
-  const int64_t items = a.work.count * a.heads;
+  const int64_t items = a.work.count * a.key_heads;
   const Scratch scratch(baseline::forward_floats(a.head_dim), threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (items > 1)
   for (int64_t item = 0; item < items; ++item) {  // longest first; the heads of a tile are adjacent in memory
-    kernels.forward(a, item / a.heads, item % a.heads, scratch.of(thread_number()));
+    const int64_t group = a.heads / a.key_heads, end = (item % a.key_heads + 1) * group;
+    for (int64_t head = end - group; head < end;) {
+      head = kernels.forward(a, item / a.key_heads, head, end, scratch.of(thread_number()));
+    }
   }
 }
 
 void attention_backward_cpu(const AttentionArguments& a, int threads) {
-  const int64_t items = a.work.task_count * a.heads;
+  const int64_t slots = a.key_heads * a.parts, items = a.work.task_count * slots;  // slots: heads of dk and dv
   const Scratch scratch(baseline::backward_floats(a.head_dim), threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (items > 1)
   for (int64_t item = 0; item < items; ++item) {
-    const int64_t task = item / a.heads;
-    for (int64_t tile = a.work.tasks[task]; tile < a.work.tasks[task + 1]; ++tile) {
-      kernels.backward(a, tile, item % a.heads, scratch.of(thread_number()));
+    const int64_t task = item / slots, slot = item % slots, key_head = slot / a.parts, part = slot % a.parts;
+    const int64_t group = a.heads / a.key_heads, end = (key_head + 1) * group;
+    for (int64_t tile = a.work.tasks[task] + part; tile < a.work.tasks[task + 1]; tile += a.parts) {
+      for (int64_t head = end - group; head < end;) {
+        head = kernels.backward(a, tile, head, end, slot, scratch.of(thread_number()));
+      }
     }
   }
 }

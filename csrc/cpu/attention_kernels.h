@@ -146,25 +146,33 @@ DPH_FN void transpose(float* to, const float* from, int64_t rows, int64_t width,
   }
 }
 
-// One tile of queries: its sizes and the keys visible to each query.
+// One tile of queries: its sizes and the keys visible to each query. A row is one head of one query; the heads, of one
+// group, are adjacent rows.
 struct Tile {
-  int64_t start, rows, lanes;  // lanes: rows rounded up to whole vectors
+  int64_t heads, key_head, rows, lanes;  // lanes: rows rounded up to whole vectors
+  int32_t query[BM], head[BM];           // of each row
   const int32_t *runs, *first_masked, *last_run;
-  bool thin;                         // few rows per segment: most lanes would be masked
+  bool thin;                         // few queries per segment: most lanes would be masked
   alignas(64) int32_t bound[4][BM];  // per lane; no keys are visible to padding lanes
 };
 
-DPH_FN void open_tile(Tile& t, const AttentionArguments& a, int64_t number) {
+// Opens a tile for heads from ``head`` on, as many of those before ``end`` as it has rows for.
+DPH_FN void open_tile(Tile& t, const AttentionArguments& a, int64_t number, int64_t head, int64_t end) {
   const int32_t* tile = a.work.tiles + 6 * number;
-  t.start = tile[0];
-  t.rows = tile[1] - tile[0];
+  const int64_t queries = tile[1] - tile[0];
+  t.heads = std::min(end - head, BM / queries);
+  t.key_head = head / (a.heads / a.key_heads);
+  t.rows = queries * t.heads;
   t.lanes = (t.rows + W - 1) / W * W;
   t.runs = a.work.runs + 2 * tile[2];
   t.first_masked = a.work.runs + 2 * tile[3];
   t.last_run = a.work.runs + 2 * tile[4];
-  t.thin = t.rows < 3 * tile[5];
+  t.thin = queries < 3 * tile[5] && (tile[5] > 1 || t.rows < MR);
+  for (int64_t i = 0, query = tile[0]; i < t.rows; ++query) {
+    for (int64_t own = head; own < head + t.heads; ++own, ++i) t.query[i] = query, t.head[i] = own;
+  }
   for (int64_t c = 0; c < 4; ++c) {
-    for (int64_t i = 0; i < t.lanes; ++i) t.bound[c][i] = i < t.rows ? a.work.bounds[4 * (t.start + i) + c] : 0;
+    for (int64_t i = 0; i < t.lanes; ++i) t.bound[c][i] = i < t.rows ? a.work.bounds[4 * t.query[i] + c] : 0;
   }
 }
 
@@ -349,14 +357,14 @@ DPH_FN void attend_one(const float* query, const float* keys, int64_t key_stride
 // Processes runs [run, last) whose keys are visible to few rows of the tile, so that most lanes of queries would be
 // masked. ``out`` is [rows, width].
 DPH_FN void forward_thin(const AttentionArguments& a, const Tile& t, const int32_t* run, const int32_t* last,
-                         int64_t head, const float* queries, const Buffers& b) {
+                         const float* queries, const Buffers& b) {
   const int64_t width = padded(a.head_dim);
   for (; run < last; run += 2) {
     for (int64_t start = run[0]; start < run[1]; start += BN) {
       const int64_t end = std::min<int64_t>(start + BN, run[1]);
       int64_t key_stride, value_stride;
-      const float* keys = view_block(key_stride, b.keys, a, a.memory_k, a.k, start, end, head);
-      const float* values = view_block(value_stride, b.values, a, a.memory_v, a.v, start, end, head);
+      const float* keys = view_block(key_stride, b.keys, a, a.memory_k, a.k, start, end, t.key_head);
+      const float* values = view_block(value_stride, b.values, a, a.memory_v, a.v, start, end, t.key_head);
       for (int64_t i = 0; i < t.rows; ++i) {
         for (int64_t part = 0; part < 4; part += 2) {
           const int64_t low = std::max<int64_t>(start, t.bound[part][i]) - start;
@@ -372,7 +380,7 @@ DPH_FN void forward_thin(const AttentionArguments& a, const Tile& t, const int32
 
 // Processes runs [run, last) with queries along the lanes. ``out`` is [width, lanes].
 DPH_FN void forward_wide(const AttentionArguments& a, const Tile& t, const int32_t* run, const int32_t* last,
-                         int64_t head, const float* queries, const Buffers& b) {
+                         const float* queries, const Buffers& b) {
   const int64_t width = padded(a.head_dim), lanes = t.lanes;
   float *keys = b.keys, *values = b.values, *scores = b.scores;
   RowsApart apart;
@@ -381,8 +389,8 @@ DPH_FN void forward_wide(const AttentionArguments& a, const Tile& t, const int32
     for (int64_t start = run[0]; start < run[1]; start += BN) {
       const int64_t end = std::min<int64_t>(start + BN, run[1]), count = end - start;
       const int64_t whole = (count + MR - 1) / MR * MR;
-      load_block(keys, a, a.memory_k, a.k, start, end, head, width);
-      load_block(values, a, a.memory_v, a.v, start, end, head, width);
+      load_block(keys, a, a.memory_k, a.k, start, end, t.key_head, width);
+      load_block(values, a, a.memory_v, a.v, start, end, t.key_head, width);
       multiply<Into::Set>(whole, lanes, a.head_dim, keys, width, 1, queries, lanes, scores, lanes);
       if (masked) {
         mask({scores}, -INFINITY, t, start, end);
@@ -409,16 +417,19 @@ DPH_FN void forward_wide(const AttentionArguments& a, const Tile& t, const int32
   }
 }
 
-DPH_TARGET inline void forward_tile(const AttentionArguments& a, int64_t number, int64_t head, float* workspace) {
+// Computes out and lse of a tile for heads from ``head`` on, before ``end``; returns the first head that is left.
+DPH_TARGET inline int64_t forward_tile(const AttentionArguments& a, int64_t number, int64_t head, int64_t end,
+                                       float* workspace) {
   Tile t;
-  open_tile(t, a, number);
+  open_tile(t, a, number, head, end);
   const int64_t width = padded(a.head_dim), half = a.head_dim / 2;
   Buffers b(workspace, width);
   const float scale = static_cast<float>(a.scale * 1.4426950408889634);  // log2(e), as exponentials are powers of two
   for (int64_t i = 0; i < t.rows; ++i) {
     float* row = b.rows + i * width;
-    load_row(row, a.q, t.start + i, head, a.head_dim, a.bf16);
-    rotate_row(row, a.q_cos + (t.start + i) * half, a.q_sin + (t.start + i) * half, 1.0f, half);
+    const int64_t query = t.query[i];
+    load_row(row, a.q, query, t.head[i], a.head_dim, a.bf16);
+    rotate_row(row, a.q_cos + query * half, a.q_sin + query * half, 1.0f, half);
     for (int64_t d = 0; d < a.head_dim; ++d) row[d] *= scale;
     for (int64_t d = a.head_dim; d < width; ++d) row[d] = 0.0f;
   }
@@ -429,21 +440,22 @@ DPH_TARGET inline void forward_tile(const AttentionArguments& a, int64_t number,
   float* out = b.out;
   if (wide_end > t.runs) {
     transpose(b.queries, b.rows, t.rows, width, t.lanes);
-    forward_wide(a, t, t.runs, wide_end, head, b.queries, b);
+    forward_wide(a, t, t.runs, wide_end, b.queries, b);
     out = b.out_rows;
     transpose(out, b.out, width, t.lanes, width);
   }
   b.out = out;
-  forward_thin(a, t, wide_end, t.last_run, head, b.rows, b);
+  forward_thin(a, t, wide_end, t.last_run, b.rows, b);
   for (int64_t i = 0; i < t.rows; ++i) {
     // A total of 0 of a row that sees keys: all scores are minus infinity, and the softmax is NaN.
     const bool blind = t.bound[0][i] >= t.bound[1][i] && t.bound[2][i] >= t.bound[3][i];
     const float total = b.total[i] == 0.0f ? NAN : b.total[i], inverse = 1.0f / total;
     float* row = b.out + i * width;
     for (int64_t d = 0; d < a.head_dim; ++d) row[d] = blind ? 0.0f : row[d] * inverse;
-    store_row(a.out, t.start + i, head, row, a.head_dim, a.bf16);
-    a.lse[(t.start + i) * a.heads + head] = blind ? -INFINITY : b.peak[i] + log2f(total);
+    store_row(a.out, t.query[i], t.head[i], row, a.head_dim, a.bf16);
+    a.lse[t.query[i] * a.heads + t.head[i]] = blind ? -INFINITY : b.peak[i] + log2f(total);
   }
+  return head + t.heads;
 }
 
 DPH_TARGET inline int64_t backward_floats(int64_t head_dim) {
@@ -459,10 +471,12 @@ DPH_FN void add_rows(const AttentionRows& to, int64_t first, int64_t head, const
   }
 }
 
-// Computes dq of a tile and adds the contributions of its queries to dk and dv of the new keys visible to them.
-DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number, int64_t head, float* workspace) {
+// Computes dq of a tile for heads from ``head`` on, before ``end``, and adds the contributions of its queries to dk and
+// dv, head ``slot``, of the new keys visible to them; returns the first head that is left.
+DPH_TARGET inline int64_t backward_tile(const AttentionArguments& a, int64_t number, int64_t head, int64_t end,
+                                        int64_t slot, float* workspace) {
   Tile t;
-  open_tile(t, a, number);
+  open_tile(t, a, number, head, end);
   const int64_t width = padded(a.head_dim), half = a.head_dim / 2, lanes = t.lanes;
   const float scale = static_cast<float>(a.scale * 1.4426950408889634);
   float* query = workspace;                 // [rows, width], scaled, for dk
@@ -480,16 +494,16 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
   float* lse = ds + BN * BM;
   float* delta = lse + BM;
   for (int64_t i = 0; i < t.rows; ++i) {
-    const int64_t row = t.start + i;
-    load_row(query + i * width, a.q, row, head, a.head_dim, a.bf16);
+    const int64_t row = t.query[i], own = t.head[i];
+    load_row(query + i * width, a.q, row, own, a.head_dim, a.bf16);
     rotate_row(query + i * width, a.q_cos + row * half, a.q_sin + row * half, 1.0f, half);
     for (int64_t d = 0; d < a.head_dim; ++d) query[i * width + d] *= scale;
-    load_row(grad + i * width, a.grad, row, head, a.head_dim, a.bf16);
-    load_row(out + i * width, a.out, row, head, a.head_dim, a.bf16);
+    load_row(grad + i * width, a.grad, row, own, a.head_dim, a.bf16);
+    load_row(out + i * width, a.out, row, own, a.head_dim, a.bf16);
     for (int64_t d = a.head_dim; d < width; ++d) {
       query[i * width + d] = grad[i * width + d] = out[i * width + d] = 0.0f;
     }
-    const float kept = a.lse[row * a.heads + head];
+    const float kept = a.lse[row * a.heads + own];
     lse[i] = kept == -INFINITY ? INFINITY : kept;  // p = 0 for a query without keys
   }
   for (int64_t i = t.rows; i < lanes; ++i) lse[i] = INFINITY;  // p = 0 for the padding lanes, too
@@ -515,8 +529,8 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
     for (int64_t start = run[0]; start < run[1]; start += BN) {
       const int64_t end = std::min<int64_t>(start + BN, run[1]), count = end - start;
       const int64_t whole = (count + MR - 1) / MR * MR;
-      load_block(keys, a, a.memory_k, a.k, start, end, head, width);
-      load_block(values, a, a.memory_v, a.v, start, end, head, width);
+      load_block(keys, a, a.memory_k, a.k, start, end, t.key_head, width);
+      load_block(values, a, a.memory_v, a.v, start, end, t.key_head, width);
       multiply<Into::Set>(whole, lanes, a.head_dim, keys, width, 1, query_lanes, lanes, p, lanes);
       multiply<Into::Set>(whole, lanes, a.head_dim, values, width, 1, grad_lanes, lanes, ds, lanes);
       for (int64_t j = 0; j < count; ++j) {
@@ -539,18 +553,19 @@ DPH_TARGET inline void backward_tile(const AttentionArguments& a, int64_t number
       memset(ds + count * lanes, 0, (whole - count) * lanes * sizeof(float));
       multiply<Into::Set>(whole, width, t.rows, p, lanes, 1, grad, width, sums, width);
       add_queries_apart(grads_apart, t, start, count, p, grad_lanes, 1.0f, sums, a.head_dim, width);
-      add_rows(a.dv, start - a.memory, head, sums, count, a.head_dim, width);
+      add_rows(a.dv, start - a.memory, slot, sums, count, a.head_dim, width);
       multiply<Into::Set>(whole, width, t.rows, ds, lanes, 1, query, width, sums, width);
       add_queries_apart(queries_apart, t, start, count, ds, query_lanes, ln_2, sums, a.head_dim, width);
-      add_rows(a.dk, start - a.memory, head, sums, count, a.head_dim, width);
+      add_rows(a.dk, start - a.memory, slot, sums, count, a.head_dim, width);
     }
   }
   for (int64_t i = 0; i < t.rows; ++i) {
     float* row = query + i * width;
     for (int64_t d = 0; d < a.head_dim; ++d) row[d] = dq[d * lanes + i] * static_cast<float>(a.scale);
-    rotate_row(row, a.q_cos + (t.start + i) * half, a.q_sin + (t.start + i) * half, -1.0f, half);
-    store_row(a.dq, t.start + i, head, row, a.head_dim, a.bf16);
+    rotate_row(row, a.q_cos + t.query[i] * half, a.q_sin + t.query[i] * half, -1.0f, half);
+    store_row(a.dq, t.query[i], t.head[i], row, a.head_dim, a.bf16);
   }
+  return head + t.heads;
 }
 
 DPH_TARGET inline void rotate_rows(const RotateArguments& a, int64_t row, float* workspace) {

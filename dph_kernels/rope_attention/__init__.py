@@ -30,15 +30,18 @@ def rope_attention(
     Equivalent to ``softmax(mask(rot(q) rot(k)^T * scale)) v`` with ``mask = layout.visible()`` and keys
     ``[memory; rot(k)]``, but nothing is concatenated, padded or repeated, and each key is rotated once.
 
+    With fewer key heads K than query heads H (grouped-query attention) the query head h attends to the key head
+    ``h // (H // K)``, as with ``k.repeat_interleave(H // K, 1)``; gradients of keys and values are sums over the group.
+
     Args:
         q: [T, H, D] queries, before rotation; D even.
-        k: [S, H, D] new keys, before rotation.
-        v: [S, H, D] new values.
+        k: [S, K, D] new keys, before rotation; K divides H.
+        v: [S, K, D] new values.
         layout: the visibility of keys to queries, with T queries, S new keys and M memory rows.
         rope: rotary embedding; positions come from the layout.
-        memory: rotated keys and values [M, H, D] of earlier segments; they get no gradient.
+        memory: rotated keys and values [M, K, D] of earlier segments; they get no gradient.
         scale: factor on the scores; D ** -0.5 if None.
-        return_keys: also return the rotated keys [S, H, D] (detached), to be stored as memory.
+        return_keys: also return the rotated keys [S, K, D] (detached), to be stored as memory.
         backend: "auto", or a backend by name (raises if it cannot run).
 
     Returns:
@@ -55,7 +58,8 @@ def rope_attention(
 
     Under ``torch.autocast`` queries, keys, values and memory are cast to its dtype.
 
-    Source: RoFormer (arXiv 2104.09864), Transformer-XL (arXiv 1901.02860), FlashAttention-2 (arXiv 2307.08691).
+    Source: RoFormer (arXiv 2104.09864), Transformer-XL (arXiv 1901.02860), FlashAttention-2 (arXiv 2307.08691),
+    GQA (arXiv 2305.13245).
     """
     memory_k, memory_v = memory if memory is not None else (k[:0], v[:0])
     q, k, v, memory_k, memory_v = checks.cast_together(q, k, v, memory_k, memory_v)
@@ -87,9 +91,13 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Te
     if head_dim % 2:
         raise ValueError(f"q: expected an even head dimension, got {head_dim}")
     checks.dtype("q", q, checks.FLOATS)
+    checks.shape("k", k, layout.keys, "K" if heads else 0, head_dim)
+    key_heads = k.shape[1]
+    if heads and (not key_heads or heads % key_heads):
+        raise ValueError(f"k: expected a number of heads that divides q's H = {heads}, got {key_heads}")
     sizes = {"k": layout.keys, "v": layout.keys, "memory[0]": layout.memory, "memory[1]": layout.memory}
     for (name, rows), tensor in zip(sizes.items(), (k, v, memory_k, memory_v), strict=True):
-        checks.shape(name, tensor, rows, heads, head_dim)
+        checks.shape(name, tensor, rows, key_heads, head_dim)
         checks.dtype(name, tensor, q.dtype)
         checks.device(name, tensor, q.device)
     checks.device("layout", layout.query_positions, q.device)
@@ -99,7 +107,7 @@ def _fake(
     q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, segments: Tensor,
     q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(output [T, H, D], log-sum-exp [T, H] in the unit of the backend, rotated keys [S, H, D])."""
+    """(output [T, H, D], log-sum-exp [T, H] in the unit of the backend, rotated keys [S, K, D])."""
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=q_cos.dtype), k.new_empty(k.shape)
 
 
@@ -150,12 +158,13 @@ OPERATOR = Operator(
 
 
 def joined_gradients(*, backend: str, **arguments: Any) -> Tensor:
-    """Return the gradients of q, k and v as one tensor [T, 3, H, D], for as many keys as queries.
+    """Return the gradients of q, k and v as one tensor [T, 3, H, D], for as many keys and key heads as q has.
 
     The arguments are those of ``OPERATOR.backward``. A backend that can writes all three into one tensor, which is the
     gradient of the product that q, k and v are slices of; the results of the others are stacked.
     """
     q = arguments["q"]
+    checks.shape("v", arguments["v"], *q.shape)
     implementation = dispatch.implementation("rope_attention", q.device.type, backend, q.dtype)
     if not (hasattr(implementation, "backward_into") and dispatch.can_bypass_dispatcher([arguments["grad"]])):
         return torch.stack(OPERATOR.backward(**arguments, backend=backend), 1)

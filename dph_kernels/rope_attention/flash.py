@@ -16,7 +16,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, segments: Tensor,
     q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return output [T, H, D], a log-sum-exp of zeros, which ``backward`` does not use, and rotated keys [S, H, D]."""
+    """Return output [T, H, D], a log-sum-exp of zeros, which ``backward`` does not use, and rotated keys [S, K, D]."""
     rotated, out = contiguous.rotate(k, k_cos, k_sin), torch.zeros_like(q, memory_format=torch.contiguous_format)
     if run := _run(segments, len(memory_k), q.device):
         keys, values = (memory_k, memory_v) if run.cached else (rotated, v)

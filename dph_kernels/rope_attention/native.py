@@ -7,7 +7,12 @@ from torch import Tensor
 
 from dph_kernels import native
 from dph_kernels.checks import last_contiguous
-from dph_kernels.rope_attention import schedule
+from dph_kernels.launcher import cdiv
+from dph_kernels.rope_attention import reference, schedule
+
+# Work items of the backward pass; with fewer, tasks are divided into parts, at most as many as a group has heads. The
+# number of threads does not matter, so that it changes no order of sums.
+MIN_ITEMS = 64
 
 
 def forward(
@@ -21,9 +26,8 @@ def forward(
     memory_k, memory_v = last_contiguous(memory_k), last_contiguous(memory_v)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
-    work = schedule.by_queries(
-        content, len(q), len(memory_k), rows=kernels.ATTENTION_ROWS, block=kernels.ATTENTION_BLOCK, device=q.device
-    )
+    sizes = {"rows": _queries(_group(q, v)), "block": kernels.ATTENTION_BLOCK, "device": q.device}
+    work = schedule.by_queries(content, len(q), len(memory_k), **sizes)
     bounds = schedule.bounds(content, len(q), device=q.device)
     arguments = _arguments(q, rotated, v, memory_k, memory_v, out, lse, q_cos, q_sin, scale)
     arguments.schedule(
@@ -44,15 +48,18 @@ def backward(
     kernels, content = native.module(), schedule.content_of(segments)
     grad, q, v = last_contiguous(grad), last_contiguous(q), last_contiguous(v)
     memory_k, memory_v = last_contiguous(memory_k), last_contiguous(memory_v)
+    group = _group(q, v)
+    sizes = {"rows": _queries(group), "block": kernels.ATTENTION_BLOCK, "device": q.device}
+    work, tasks = schedule.by_component(content, len(q), len(memory_k), **sizes)
+    parts = min(group, cdiv(MIN_ITEMS, max((len(tasks) - 1) * v.shape[1], 1)))
     dq = torch.empty(q.shape, dtype=q.dtype)
-    dk = torch.zeros(v.shape, dtype=torch.float32)  # the kernel adds to dk and dv
-    dv = torch.zeros(v.shape, dtype=torch.float32)
-    work, tasks = schedule.by_component(
-        content, len(q), len(memory_k), rows=kernels.ATTENTION_ROWS, block=kernels.ATTENTION_BLOCK, device=q.device
-    )
+    sums = len(v), v.shape[1] * parts, v.shape[2]
+    dk = torch.zeros(sums, dtype=torch.float32)  # the kernel adds to dk and dv
+    dv = torch.zeros(sums, dtype=torch.float32)
     bounds = schedule.bounds(content, len(q), device=q.device)
     arguments = _arguments(q, rotated, v, memory_k, memory_v, out, lse, q_cos, q_sin, scale)
     arguments.grad, arguments.dq, arguments.dk, arguments.dv = _rows(grad), _rows(dq), _rows(dk), _rows(dv)
+    arguments.parts = parts
     arguments.schedule(
         count=len(work.tiles),
         task_count=len(tasks) - 1,
@@ -62,6 +69,7 @@ def backward(
         tasks=tasks.data_ptr(),
     )
     kernels.attention_backward_cpu(arguments, native.threads())
+    dk, dv = (reference.sum_of_groups(x, v.shape[1]) for x in (dk, dv))
     return dq, rotate(dk, k_cos, k_sin, sign=-1.0, dtype=v.dtype), dv.to(v.dtype)
 
 
@@ -90,6 +98,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float = 1.0, dtype: tor
     return rotated
 
 
+def _group(q: Tensor, v: Tensor) -> int:
+    """Return the number of query heads per key head; 1 if there are none."""
+    return q.shape[1] // max(v.shape[1], 1) or 1
+
+
+def _queries(heads: int) -> int:
+    """Return the number of queries of a tile that holds ``heads`` heads of each, so that they share its keys."""
+    return max(native.module().ATTENTION_ROWS // heads, 1)
+
+
 def _arguments(
     q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, out: Tensor, lse: Tensor,
     q_cos: Tensor, q_sin: Tensor, scale: float,
@@ -97,6 +115,7 @@ def _arguments(
     """Return the kernels' argument, which holds addresses: the tensors have to outlive it."""
     return native.module().AttentionArguments(
         heads=q.shape[1],
+        key_heads=v.shape[1],
         head_dim=q.shape[2],
         memory=len(memory_k),
         scale=scale,

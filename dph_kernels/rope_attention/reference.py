@@ -1,8 +1,10 @@
 """Rotary attention in plain PyTorch: the specification.
 
+Keys and values are repeated for the query heads of their group, and gradients are summed over it.
 Segments of equal shape are computed together, so that thousands of short ones stay affordable.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -23,10 +25,11 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, segments: Tensor,
     q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return output [T, H, D], log-sum-exp [T, H] in the dtype of the tables, and rotated keys [S, H, D]."""
+    """Return output [T, H, D], log-sum-exp [T, H] in the dtype of the tables, and rotated keys [S, K, D]."""
     rotated = rotate(k, k_cos, k_sin).to(k.dtype)
     queries = rotate(q, q_cos, q_sin)
     keys, values = (torch.cat(pair).to(q_cos.dtype) for pair in ((memory_k, rotated), (memory_v, v)))
+    keys, values = (repeat(x, q.shape[1]) for x in (keys, values))
     out = torch.zeros_like(queries)
     lse = queries.new_full(q.shape[:2], float("-inf"))
     for rows, columns, hidden in _groups(segments, q.shape[1], q.device):
@@ -47,6 +50,7 @@ def backward(
     """
     memory, queries = memory_k.shape[0], rotate(q, q_cos, q_sin)
     keys, values = (torch.cat(pair).to(q_cos.dtype) for pair in ((memory_k, rotated), (memory_v, v)))
+    keys, values = (repeat(x, q.shape[1]) for x in (keys, values))
     grad = grad.to(q_cos.dtype)
     dq, dk, dv = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
     for rows, columns, hidden in _groups(segments, q.shape[1], q.device):
@@ -58,9 +62,22 @@ def backward(
         dq[rows] = torch.einsum("ghqk,gkhd->gqhd", ds, keys[columns])
         dk.index_add_(0, flat, torch.einsum("ghqk,gqhd->gkhd", ds, queries[rows]).flatten(0, 1))
         dv.index_add_(0, flat, torch.einsum("ghqk,gqhd->gkhd", p, grads).flatten(0, 1))
-    dq, dk = rotate(dq, q_cos, -q_sin), rotate(dk[memory:], k_cos, -k_sin)
-    dv = dv[memory:].to(v.dtype, copy=True)  # not a view, which would keep the memory's rows
+    dk, dv = (sum_of_groups(x[memory:], v.shape[1]) for x in (dk, dv))
+    dq, dk = rotate(dq, q_cos, -q_sin), rotate(dk, k_cos, -k_sin)
+    dv = dv.to(v.dtype, copy=True)  # not a view, which would keep the memory's rows
     return dq.to(q.dtype), dk.to(q.dtype), dv
+
+
+def repeat(x: Tensor, heads: int) -> Tensor:
+    """Return ``x`` [S, K, D] with each head repeated, [S, heads, D]: the heads of a group are adjacent."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def sum_of_groups(x: Tensor, key_heads: int) -> Tensor:
+    """Return the sums [S, K, D] over adjacent heads of ``x`` [S, H, D], in the order of the heads."""
+    if x.shape[1] == key_heads:
+        return x
+    return functools.reduce(torch.add, x.unflatten(1, (key_heads, -1)).unbind(2))
 
 
 def _groups(segments: Tensor, heads: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

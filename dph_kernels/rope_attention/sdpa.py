@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from dph_kernels.rope_attention import contiguous
+from dph_kernels.rope_attention import contiguous, reference
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, segments: Tensor,
     q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return output [T, H, D], a log-sum-exp of zeros, which ``backward`` does not use, and rotated keys [S, H, D]."""
+    """Return output [T, H, D], a log-sum-exp of zeros, which ``backward`` does not use, and rotated keys [S, K, D]."""
     queries, rotated = contiguous.rotate(q, q_cos, q_sin), contiguous.rotate(k, k_cos, k_sin)
     out = torch.zeros_like(queries)
     for rows, columns, cached in _groups(segments, len(memory_k)):
@@ -51,15 +51,17 @@ def backward(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Compute causal attention, aligned at the end, of q [g, H, n, D] over k and v [g, H, m, D] with n <= m."""
+    """Compute causal attention, aligned at the end, of q [g, H, n, D] over k and v [g, K, m, D] with n <= m."""
     n, m = q.shape[2], k.shape[2]
     mask = causal_lower_right(n, m) if 1 < n < m else None  # a single query sees all
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < n == m, scale=scale)
+    grouped = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < n == m, scale=scale, **grouped)
 
 
 def _attend_unfused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Compute the same as ``_attend`` in separate operations, for NaN and infinities on the CPU."""
     n, m = q.shape[2], k.shape[2]
+    k, v = (reference.repeat(x, q.shape[1]) for x in (k, v))
     hidden = torch.ones(n, m, dtype=torch.bool).triu(m - n + 1)
     scores = (q @ k.transpose(-1, -2) * scale).masked_fill(hidden, float("-inf"))
     return scores.softmax(-1) @ v

@@ -30,9 +30,9 @@ from dph_kernels.rope_attention.schedule import Schedule
 # Configurations
 
 # block_m x block_n is the block of scores (queries x keys, BM x BN), block_k the step along the inner side in masked
-# runs (STEP).
+# runs (STEP). Several heads of a group share the BM rows.
 # For half precision, by architecture, kernel and head dimension; RAGGED: all that are not 16, 32, 64 or 128. "few" is
-# the forward kernel if no segment has more than SHORT_SEGMENT queries. Chosen by the compiler's output (Triton 3.6 and
+# the forward kernel if no segment has more than SHORT_SEGMENT rows. Chosen by the compiler's output (Triton 3.6 and
 # 3.9): no spills in the forward pass and, if possible, two programs or more per SM, so that one computes its softmax
 # while another multiplies. "forward" and "queries" of 64 on 90 are measured on an H200: with 128 rows documents and
 # pairs are up to 22 and 8 % slower, and with 128 keys everything is.
@@ -100,6 +100,7 @@ INTERPRETED = {
     "queries": LaunchConfig(32, 32, 16, 1, 1), "keys": LaunchConfig(32, 32, 16, 1, 1),
 }  # fmt: skip
 SHORT_SEGMENT = 16
+MOST_HEADS = 16  # query heads of a tile, as many as the smallest tile has rows
 ROTATE = LaunchConfig(64, 0, 0, 4, 1)
 MIN_BLOCKS = 4  # blocks of an item if the work of a tile is split
 PROGRAMS_PER_SM = 2  # with fewer, work is split
@@ -191,26 +192,28 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=PLANS)
 def _plan(
-    gpu: TritonDevice, kernel: str, content: bytes, queries: int, keys: int, memory: int, heads: int, head_dim: int,
-    dtype: torch.dtype,
+    gpu: TritonDevice, kernel: str, content: bytes, queries: int, keys: int, memory: int, heads: int, key_heads: int,
+    head_dim: int, dtype: torch.dtype,
 ) -> _Plan:  # fmt: skip
     """Plan of the kernel "forward" ("few" if all segments are short), "queries" or "keys"."""
-    device = gpu.device
-    if kernel == "forward" and _longest(content) <= SHORT_SEGMENT:
+    device, group = gpu.device, heads // key_heads if key_heads else 1
+    pack = _pack(group)
+    if kernel == "forward" and _longest(content) * pack <= SHORT_SEGMENT:
         kernel = "few"
     config = _config(gpu, kernel, head_dim, dtype)
     constants = {
         "D": head_dim, "BD": _padded(head_dim), "BM": config.block_m, "BN": config.block_n, "STEP": config.block_k,
     }  # fmt: skip
     if kernel == "keys":
+        constants["GROUP"] = group
         sizes = {"rows": config.block_n, "block": config.block_m}
         work = schedule.by_keys(content, queries, keys, memory, **sizes, device=device)
     else:
-        constants["MEMORY"] = memory > 0
-        sizes, limit = {"rows": config.block_m, "block": config.block_n}, 0
+        constants |= {"PACK": pack, "SHARE": group // pack, "MEMORY": memory > 0}
+        sizes, limit = {"rows": config.block_m // pack, "block": config.block_n}, 0
         if kernel != "queries":
             whole = schedule.by_queries(content, queries, memory, **sizes, limit=0, device=CPU)
-            limit = _limit(whole, heads, config, gpu)
+            limit = _limit(whole, heads // pack, config, gpu)
         work = schedule.by_queries(content, queries, memory, **sizes, limit=limit, device=device)
     if kernel in ("forward", "few"):
         constants["SPLIT"] = work.split
@@ -226,15 +229,15 @@ def _forward(
     q_cos, q_sin, scale = _positive(q_cos, q_sin, scale)
     q, v, memory_k, memory_v = (last_contiguous(x) for x in (q, v, memory_k, memory_v))
     (queries, heads, head_dim), memory, device = q.shape, len(memory_k), q.device
-    sizes = queries, len(v), memory, heads, head_dim, q.dtype
+    sizes = queries, len(v), memory, heads, v.shape[1], head_dim, q.dtype
     config, work, schedule_tables, constants = _plan(gpu, "forward", schedule.content_of(segments), *sizes)
-    items = len(work.tiles)
+    items, packs = len(work.tiles), heads // constants["PACK"]
 
     out = torch.empty(q.shape, dtype=q.dtype, device=device)
     lse = torch.empty((queries, heads), dtype=torch.float32, device=device)
     partial, partial_lse = out, lse
     if work.split:
-        partial_lse = torch.empty((items, heads, config.block_m), dtype=torch.float32, device=device)
+        partial_lse = torch.empty((items, packs, config.block_m), dtype=torch.float32, device=device)
         partial = torch.empty((*partial_lse.shape, constants["BD"]), dtype=torch.float32, device=device)
     unit, (q_heads, v_heads, *memory_heads) = _heads(q, v, memory_k, memory_v)
     arguments = {
@@ -242,14 +245,14 @@ def _forward(
         "out": partial, "lse": partial_lse, "schedule": schedule_tables, "scale": scale * kernels.LOG2_E.value,
         "M": memory, "H": heads,
     }  # fmt: skip
-    gpu.launch(kernels.forward, (items, heads), config, arguments, {**constants, "UNIT": unit})
+    gpu.launch(kernels.forward, (items, packs), config, arguments, {**constants, "UNIT": unit})
     if work.split:
         arguments = {
             "parts": partial, "parts_lse": partial_lse, "out": out, "lse": lse, "schedule": schedule_tables,
             "pieces": work.pieces, "order": work.order, "H": heads,
         }  # fmt: skip
-        constants = {name: constants[name] for name in ("D", "BD", "BM")}
-        gpu.launch(kernels.combine, (len(work.pieces) - 1, heads), config, arguments, constants)
+        constants = {name: constants[name] for name in ("D", "BD", "BM", "PACK")}
+        gpu.launch(kernels.combine, (len(work.pieces) - 1, packs), config, arguments, constants)
     return out, lse, rotated
 
 
@@ -263,7 +266,7 @@ def _backward(
     grad, q, v, memory_k, memory_v, out = (last_contiguous(x) for x in (grad, q, v, memory_k, memory_v, out))
     rotated, lse = rotated.contiguous(), lse.contiguous()  # they are already, as results of the forward pass
     (queries, heads, head_dim), memory, device = q.shape, len(memory_k), q.device
-    content, sizes = schedule.content_of(segments), (queries, len(v), memory, heads, head_dim, q.dtype)
+    content, sizes = schedule.content_of(segments), (queries, len(v), memory, heads, v.shape[1], head_dim, q.dtype)
     common = {
         "k": rotated, "rotated": torch.empty(q.shape, dtype=q.dtype, device=device),
         "sums": torch.empty((heads, queries, 4), dtype=torch.float32, device=device),
@@ -278,7 +281,7 @@ def _backward(
         **common, "grad": grad_heads, "q": q_heads, "v": v_heads, "memory": tuple(memory_heads), "out": out_heads,
         "lse": lse, "tables": (q_cos, q_sin), "dq": dq_heads, "schedule": schedule_tables,
     }  # fmt: skip
-    grid = (len(work.tiles), heads)
+    grid = (len(work.tiles), heads // constants["PACK"])
     gpu.launch(kernels.backward_queries, grid, config, arguments, {**constants, "UNIT": unit})
 
     config, work, schedule_tables, constants = _plan(gpu, "keys", content, *sizes)
@@ -287,7 +290,7 @@ def _backward(
         **common, "grad": grad_heads, "v": v_heads, "tables": (k_cos, k_sin), "dk": dk_heads, "dv": dv_heads,
         "schedule": schedule_tables,
     }  # fmt: skip
-    grid = (len(work.tiles), heads)
+    grid = (len(work.tiles), v.shape[1])
     gpu.launch(kernels.backward_keys, grid, config, arguments, {**constants, "UNIT": unit})
 
 
@@ -299,6 +302,11 @@ def _padded(head_dim: int) -> int:
 def _longest(content: bytes) -> int:
     segments = schedule.segments_of(content)
     return int((segments[:, 1] - segments[:, 0]).max(initial=0))
+
+
+def _pack(group: int) -> int:
+    """Query heads of a group that a tile holds: the most that divide the group and fit into every configuration."""
+    return max(size for size in range(1, MOST_HEADS + 1) if group % size == 0)
 
 
 def _limit(work: Schedule, heads: int, config: LaunchConfig, gpu: TritonDevice) -> int:
@@ -332,16 +340,25 @@ def _product_rows(kernel: Any, constants: Mapping[str, Any]) -> int:
 
 
 def launches(capability: int) -> list[Launch]:
-    """Launches for the audit: all kernels and configurations for bf16 and fp32; for fp16, which shares them, D = 64."""
-    dims = {torch.bfloat16: (16, 32, 64, 100, 128), torch.float16: (64,), torch.float32: (64, 128)}
-    recorded = [
-        launch for dtype, sizes in dims.items() for head_dim in sizes for launch in _record(capability, dtype, head_dim)
-    ]
+    """Launches for the audit: all kernels and configurations for bf16 and fp32; for fp16, which shares them, D = 64.
+
+    Groups of heads are 1, and 4 for the head dimensions of models that have groups.
+    """
+    recorded: list[Launch] = []
+    for dtype, group, dims in (
+        (torch.bfloat16, 1, (16, 32, 64, 100, 128)),
+        (torch.float16, 1, (64,)),
+        (torch.float32, 1, (64, 128)),
+        (torch.bfloat16, 4, (64, 80, 96, 128)),
+        (torch.float32, 4, (64, 128)),
+    ):
+        for head_dim in dims:
+            recorded += _record(capability, dtype, group, head_dim)
     _plan.cache_clear()  # of recorders
     return distinct(recorded)
 
 
-def _record(capability: int, dtype: torch.dtype, head_dim: int) -> list[Launch]:
+def _record(capability: int, dtype: torch.dtype, group: int, head_dim: int) -> list[Launch]:
     """Launches for long and short segments, with and without memory, split and whole."""
     budgets = {"backward_queries": SPILLS, "backward_keys": SPILLS}
     recorded: list[Launch] = []
@@ -357,7 +374,8 @@ def _record(capability: int, dtype: torch.dtype, head_dim: int) -> list[Launch]:
             rows |= {"memory_k": layout.memory, "memory_v": layout.memory}
             inputs: dict[str, Any] = {"segments": layout.segments, "scale": 1.0}
             for name, count in rows.items():
-                inputs[name] = torch.empty(count, 4, head_dim, dtype=dtype, device=gpu.device)
+                heads = 4 if name == "q" else 4 // group
+                inputs[name] = torch.empty(count, heads, head_dim, dtype=dtype, device=gpu.device)
             tables = layout.to(gpu.device).tables(Rotary(), head_dim, torch.float32)
             inputs |= zip(("q_cos", "q_sin", "k_cos", "k_sin"), tables, strict=True)
             out, lse, rotated = _forward(gpu, **inputs)

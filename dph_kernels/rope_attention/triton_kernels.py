@@ -6,8 +6,12 @@ without a mask, then the masked ones. Keys are rotated once, by a kernel of thei
 gradients are rotated back before they are stored. The softmax is online and in base 2 (FlashAttention-2,
 arXiv 2307.08691, algorithms 1 and 2). There are no atomic additions: one program writes each result, in one order.
 
-Letters: T queries, S new keys, M rows of memory, H heads, D head dimension, BD = D padded to a power of two, N items,
-BM x BN a block of scores (queries x keys).
+If GROUP query heads share a key head, a tile of queries contains a pack of PACK of these heads, each query in PACK
+adjacent rows, so that a key is read once for all of them. SHARE = GROUP / PACK packs have the same key head. A program
+for a tile of keys loops over the heads of the group.
+
+Letters: T queries, S new keys, M rows of memory, H query heads, K key heads, D head dimension, BD = D padded to a power
+of two, N items, BM x BN a block of scores (rows of queries x keys).
 
 Tuples among the arguments: a tensor [rows, H, D] of any strides is (data, row stride, head stride); ``memory`` is such
 a tuple of keys and one of values; ``tables`` are cosines and sines [rows, D/2]; ``schedule`` are tiles [N, 6],
@@ -42,9 +46,12 @@ def _head(x, head, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _tile(x, head, row, column, UNIT: tl.constexpr):
-    """Addresses [rows, columns] of a tile of one head; ``row`` is 64-bit."""
-    return _head(x, head, UNIT) + row[:, None] * _stride(x[1], UNIT) + column[None, :]
+def _tile(x, head, row, column, UNIT: tl.constexpr, PACK: tl.constexpr = 1):
+    """Addresses [rows, columns] of a tile; ``row`` is 64-bit, ``head`` is one, or with PACK > 1 that of each row."""
+    start = _head(x, head, UNIT)
+    if PACK > 1:
+        start = start[:, None]
+    return start + row[:, None] * _stride(x[1], UNIT) + column[None, :]
 
 
 @triton.jit
@@ -89,9 +96,9 @@ def _angles(tables, row, mask, index, HALF: tl.constexpr):
 
 @triton.jit
 def _rotate_into(
-    address, x, head, tables, row, inside, D: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr
+    address, x, head, tables, row, inside, D: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr, PACK: tl.constexpr
 ):  # fmt: skip
-    """Write rows of one head of ``x``, rotated, to ``address`` [rows, 1]: memory that only this program then reads.
+    """Write a tile of ``x``, rotated, to ``address`` [rows, 1]: memory that only this program then reads.
 
     In registers the halves would have to be joined; and Hopper's matrix instructions read their left operand from
     shared memory only if it comes from a load, else from registers again for each block of keys.
@@ -99,7 +106,7 @@ def _rotate_into(
     half: tl.constexpr = D // 2
     index, wide = tl.arange(0, BD // 2), row[:, None].to(tl.int64)
     mask = inside[:, None] & (index < half)[None, :]
-    source = _head(x, head, UNIT) + wide * _stride(x[1], UNIT) + index[None, :]
+    source = _tile(x, head, row.to(tl.int64), index, UNIT, PACK)
     a = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
     c, s = _angles(tables, wide, mask, index, half)
@@ -110,7 +117,8 @@ def _rotate_into(
 
 @triton.jit
 def _store_rotated_back(
-    x, head, value, tables, row, inside, D: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr
+    x, head, value, tables, row, inside, D: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr,
+    PACK: tl.constexpr = 1,
 ):  # fmt: skip
     """Store ``value`` [rows, BD] fp32, in the columns of ``_halves`` and rotated by the negated angles, in ``x``."""
     half: tl.constexpr = D // 2
@@ -118,7 +126,7 @@ def _store_rotated_back(
     index, wide = tl.arange(0, BD // 2), row[:, None].to(tl.int64)
     mask = inside[:, None] & (index < half)[None, :]
     c, s = _angles(tables, wide, mask, index, half)
-    address = _head(x, head, UNIT) + wide * _stride(x[1], UNIT) + index[None, :]
+    address = _tile(x, head, row.to(tl.int64), index, UNIT, PACK)
     tl.store(address, (a * c + b * s).to(x[0].dtype.element_ty), mask=mask)
     tl.store(address + half, (b * c - a * s).to(x[0].dtype.element_ty), mask=mask)
 
@@ -151,13 +159,13 @@ def rotate(
 
 @triton.jit
 def _source(
-    low, k, v, memory, M, head, H, D: tl.constexpr, UNIT: tl.constexpr, MEMORY: tl.constexpr
+    low, k, v, memory, M, head, K, D: tl.constexpr, UNIT: tl.constexpr, MEMORY: tl.constexpr
 ):  # fmt: skip
     """Source of the run that begins at key ``low``: keys, values, their row strides, and the number of row 0.
 
     A run is either in the memory or among the new keys.
     """
-    key_row = tl.cast(H, tl.int64) * D
+    key_row = tl.cast(K, tl.int64) * D
     keys = k + tl.cast(head, tl.int64) * D
     values = _head(v, head, UNIT)
     value_row = _stride(v[1], UNIT)
@@ -173,10 +181,25 @@ def _source(
 
 
 @triton.jit
-def _rows(tile, SIZE: tl.constexpr, AGAIN: tl.constexpr):
-    """Rows [SIZE] of a tile, and whether they exist; AGAIN reloads them, so that they occupy no registers meanwhile."""
-    row = tl.load(tile, volatile=AGAIN) + tl.arange(0, SIZE)
+def _rows(tile, SIZE: tl.constexpr, AGAIN: tl.constexpr, PACK: tl.constexpr = 1):
+    """Queries or keys [SIZE] of a tile's rows, PACK rows each, and whether they exist.
+
+    AGAIN reloads them, so that they occupy no registers meanwhile.
+    """
+    index = tl.arange(0, SIZE)
+    if PACK > 1:
+        index = index // PACK
+    row = tl.load(tile, volatile=AGAIN) + index
     return row, row < tl.load(tile + 1, volatile=AGAIN)
+
+
+@triton.jit
+def _query_heads(pack, SIZE: tl.constexpr, PACK: tl.constexpr):
+    """Query head of the pack, or with PACK > 1 that of each row [SIZE]."""
+    head = pack
+    if PACK > 1:
+        head = pack * PACK + tl.arange(0, SIZE) % PACK
+    return head
 
 
 @triton.jit
@@ -255,16 +278,19 @@ def _blind(bounds, row, inside):
 
 
 @triton.jit
-def _destination(out, row, item, head, H, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr):
+def _destination(
+    out, row, item, pack, H, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PACK: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
     """Offsets [BM] into the log-sum-exp [T, H], and addresses [BM, 1] in the output [T, H, D], of an item's rows.
 
-    With SPLIT in the item's own partial results [N, H, BM] and [N, H, BM, BD].
+    With SPLIT in the item's own partial results [N, H / PACK, BM] and [N, H / PACK, BM, BD].
     """
     if SPLIT:
-        offset = (item.to(tl.int64) * H + head) * BM + tl.arange(0, BM)
+        offset = (item.to(tl.int64) * (H // PACK) + pack) * BM + tl.arange(0, BM)
         address = out + offset[:, None] * BD
     else:
-        offset = row.to(tl.int64) * H + head
+        offset = row.to(tl.int64) * H + _query_heads(pack, BM, PACK)
         address = out + offset[:, None] * D
     return offset, address
 
@@ -273,21 +299,22 @@ def _destination(out, row, item, head, H, D: tl.constexpr, BD: tl.constexpr, BM:
 def forward(
     q, k, v, memory, tables, out, lse, schedule, scale, M, H,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
-    STEP: tl.constexpr, MEMORY: tl.constexpr, SPLIT: tl.constexpr,
+    STEP: tl.constexpr, PACK: tl.constexpr, SHARE: tl.constexpr, MEMORY: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One item: its rows of the output and log-sum-exp [T, H]; with SPLIT partial results for ``combine``.
 
-    ``k`` [S, H, D] is rotated already and contiguous. Masked runs are computed in steps of STEP keys.
+    ``k`` [S, K, D] is rotated already and contiguous. Masked runs are computed in steps of STEP keys.
     """
-    item, head = tl.program_id(0), tl.program_id(1)
+    item, pack = tl.program_id(0), tl.program_id(1)
+    head, K = pack // SHARE, H // (PACK * SHARE)  # of the keys
     tiles, runs, bounds = schedule
     tile = tiles + item * 6
-    row, inside = _rows(tile, BM, False)
+    row, inside = _rows(tile, BM, False, PACK)
     first_run, first_masked, last_run = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
 
-    offset, address = _destination(out, row, item, head, H, D, BD, BM, SPLIT)
+    offset, address = _destination(out, row, item, pack, H, D, BD, BM, PACK, SPLIT)
     rotated = address.to(tl.pointer_type(q[0].dtype.element_ty))  # the output's memory holds the queries until then
-    _rotate_into(rotated, q, head, tables, row, inside, D, BD, UNIT)
+    _rotate_into(rotated, q, _query_heads(pack, BM, PACK), tables, row, inside, D, BD, UNIT, PACK)
     column, column_inside = _columns(D, BD)
     x = _load(rotated + column[None, :], inside, column_inside, True, D != BD)  # [BM, BD]
     acc = tl.zeros((BM, BD), tl.float32)
@@ -295,22 +322,22 @@ def forward(
     total = tl.zeros((BM,), tl.float32)
     for run in range(first_run, first_masked):
         low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
-        source = _source(low, k, v, memory, M, head, H, D, UNIT, MEMORY)
+        source = _source(low, k, v, memory, M, head, K, D, UNIT, MEMORY)
         acc, peak, total = _attend(x, acc, peak, total, (0, 0, 0, 0), source, low, high, scale, D, BD, BN, False)
-    row, inside = _rows(tile, BM, True)
+    row, inside = _rows(tile, BM, True, PACK)
     own_bounds = _four(bounds, row, inside, True)
     for run in range(first_masked, last_run):
         low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
-        source = _source(low, k, v, memory, M, head, H, D, UNIT, MEMORY)
+        source = _source(low, k, v, memory, M, head, K, D, UNIT, MEMORY)
         acc, peak, total = _attend(x, acc, peak, total, own_bounds, source, low, high, scale, D, BD, STEP, True)
 
-    row, inside = _rows(tile, BM, True)
+    row, inside = _rows(tile, BM, True, PACK)
     if SPLIT:
         blind = total == 0.0  # nothing to add; ``combine`` decides
     else:
         blind = _blind(bounds, row, inside)
     acc, logarithm = _finish(acc, peak, total, blind)
-    offset, address = _destination(out, row, item, head, H, D, BD, BM, SPLIT)
+    offset, address = _destination(out, row, item, pack, H, D, BD, BM, PACK, SPLIT)
     tl.store(address + column[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
     tl.store(lse + offset, logarithm, mask=inside)
 
@@ -318,19 +345,19 @@ def forward(
 @triton.jit(do_not_specialize=NUMBERS)
 def combine(
     parts, parts_lse, out, lse, schedule, pieces, order, H,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """Rows of one tile from the partial results of its items, in the order of their keys."""
-    tile, head = tl.program_id(0), tl.program_id(1)
+    tile, pack = tl.program_id(0), tl.program_id(1)
     tiles, _, bounds = schedule
     begin, end = tl.load(pieces + tile), tl.load(pieces + tile + 1)
-    row, inside = _rows(tiles + tl.load(order + begin) * 6, BM, False)
+    row, inside = _rows(tiles + tl.load(order + begin) * 6, BM, False, PACK)
     column, column_inside = _columns(D, BD)
     acc = tl.zeros((BM, BD), tl.float32)
     peak = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     for piece in range(begin, end):
-        offset = (tl.load(order + piece).to(tl.int64) * H + head) * BM + tl.arange(0, BM)
+        offset = (tl.load(order + piece).to(tl.int64) * (H // PACK) + pack) * BM + tl.arange(0, BM)
         x = _load(parts + offset[:, None] * BD + column[None, :], inside, column_inside, True, D != BD)  # [BM, BD]
         weight = tl.load(parts_lse + offset, mask=inside, other=float("-inf"))
         higher = tl.maximum(peak, weight)
@@ -340,7 +367,7 @@ def combine(
         total = total * shrink + weight
         peak = higher
     acc, logarithm = _finish(acc, peak, total, _blind(bounds, row, inside))
-    offset = row.to(tl.int64) * H + head
+    offset = row.to(tl.int64) * H + _query_heads(pack, BM, PACK)
     address = out + offset[:, None] * D + column[None, :]
     tl.store(address, acc.to(out.dtype.element_ty), mask=inside[:, None] & column_inside[None, :])
     tl.store(lse + offset, logarithm, mask=inside)
@@ -384,7 +411,7 @@ def _pull_queries(
 def backward_queries(
     grad, q, k, v, memory, out, lse, tables, dq, rotated, sums, schedule, scales, M, T, H,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
-    STEP: tl.constexpr, MEMORY: tl.constexpr,
+    STEP: tl.constexpr, PACK: tl.constexpr, SHARE: tl.constexpr, MEMORY: tl.constexpr,
 ):  # fmt: skip
     """dq [T, H, D] of one item, and what ``backward_keys`` reads: the rotated queries [T, H, D] and ``sums`` [H, T, 4].
 
@@ -392,43 +419,46 @@ def backward_queries(
     probabilities are then exp2(-inf)), the second the sum of grad * out. ``scales`` are the scale of the scores with
     and without log2(e).
     """
-    item, head = tl.program_id(0), tl.program_id(1)
+    item, pack = tl.program_id(0), tl.program_id(1)
+    head, K = pack // SHARE, H // (PACK * SHARE)  # of the keys
+    query_head = _query_heads(pack, BM, PACK)
     tiles, runs, bounds = schedule
     tile = tiles + item * 6
     scale, factor = scales
-    row, inside = _rows(tile, BM, False)
+    row, inside = _rows(tile, BM, False, PACK)
     first_run, first_masked, last_run = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     wide = row.to(tl.int64)
-    line = tl.cast(H, tl.int64) * D  # stride between the tokens of a contiguous tensor
+    offset = wide * H + query_head
 
     column, column_inside = _columns(D, BD)
-    g = _load(_tile(grad, head, wide, column, UNIT), inside, column_inside, True, D != BD)  # [BM, BD]
-    o = _load(_tile(out, head, wide, column, UNIT), inside, column_inside, True, D != BD)  # [BM, BD]
+    g = _load(_tile(grad, query_head, wide, column, UNIT, PACK), inside, column_inside, True, D != BD)  # [BM, BD]
+    o = _load(_tile(out, query_head, wide, column, UNIT, PACK), inside, column_inside, True, D != BD)  # [BM, BD]
     delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
-    level = tl.load(lse + wide * H + head, mask=inside, other=float("-inf"))
+    level = tl.load(lse + offset, mask=inside, other=float("-inf"))
     level = tl.where(level == float("-inf"), float("inf"), level)
-    own_sums = sums + (tl.cast(head, tl.int64) * T + wide) * 4
+    own_sums = sums + (tl.cast(query_head, tl.int64) * T + wide) * 4
     tl.store(own_sums, level, mask=inside)
     tl.store(own_sums + 1, delta, mask=inside)
 
-    address = rotated + tl.cast(head, tl.int64) * D + wide[:, None] * line
-    _rotate_into(address, q, head, tables, row, inside, D, BD, UNIT)
+    address = rotated + offset[:, None] * D
+    _rotate_into(address, q, query_head, tables, row, inside, D, BD, UNIT, PACK)
     key_column, key_column_inside = _halves(D, BD)
     x = _load(address + key_column[None, :], inside, key_column_inside, True, D != BD)  # [BM, BD]
 
     acc = tl.zeros((BM, BD), tl.float32)
     for run in range(first_run, first_masked):
         low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
-        source = _source(low, k, v, memory, M, head, H, D, UNIT, MEMORY)
+        source = _source(low, k, v, memory, M, head, K, D, UNIT, MEMORY)
         acc = _pull_queries(x, g, acc, level, delta, (0, 0, 0, 0), source, low, high, scale, D, BD, BN, False)
-    row, inside = _rows(tile, BM, True)
+    row, inside = _rows(tile, BM, True, PACK)
     own_bounds = _four(bounds, row, inside, True)
     for run in range(first_masked, last_run):
         low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
-        source = _source(low, k, v, memory, M, head, H, D, UNIT, MEMORY)
+        source = _source(low, k, v, memory, M, head, K, D, UNIT, MEMORY)
         acc = _pull_queries(x, g, acc, level, delta, own_bounds, source, low, high, scale, D, BD, STEP, True)
-    row, inside = _rows(tile, BM, True)
-    _store_rotated_back(dq, head, acc * factor, tables, row, inside, D, BD, UNIT)
+    row, inside = _rows(tile, BM, True, PACK)
+    query_head = _query_heads(pack, BM, PACK)
+    _store_rotated_back(dq, query_head, acc * factor, tables, row, inside, D, BD, UNIT, PACK)
 
 
 # Backward, keys
@@ -469,9 +499,9 @@ def _pull_keys(
 def backward_keys(
     grad, rotated, k, v, sums, tables, dk, dv, schedule, scales, M, T, H,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
-    STEP: tl.constexpr,
+    STEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv [S, H, D] of one tile of new keys, from the queries that see them."""
+    """dk and dv [S, K, D] of one tile of new keys, from the queries that see them, head by head of the group."""
     item, head = tl.program_id(0), tl.program_id(1)
     tiles, runs, bounds = schedule
     tile = tiles + item * 6
@@ -479,32 +509,36 @@ def backward_keys(
     row, inside = _rows(tile, BN, False)
     first_run, first_masked, last_run = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     wide = row.to(tl.int64)
-    line = tl.cast(H, tl.int64) * D
-    start = tl.cast(head, tl.int64) * D
+    key_line = tl.cast(H // GROUP, tl.int64) * D  # strides between the tokens of contiguous tensors
+    query_line = tl.cast(H, tl.int64) * D
 
     key_column, key_column_inside = _halves(D, BD)
     column, column_inside = _columns(D, BD)
     # [BN, BD]
-    x = _load(k + start + wide[:, None] * line + key_column[None, :], inside, key_column_inside, True, D != BD)
+    keys = k + tl.cast(head, tl.int64) * D + wide[:, None] * key_line + key_column[None, :]
+    x = _load(keys, inside, key_column_inside, True, D != BD)
     y = _load(_tile(v, head, wide, column, UNIT), inside, column_inside, True, D != BD)
-    queries, grads, grad_line = rotated + start, _head(grad, head, UNIT), _stride(grad[1], UNIT)
-    sums += tl.cast(head, tl.int64) * T * 4
+    grad_line = _stride(grad[1], UNIT)
     key = M + row  # its number in the bounds
 
     key_acc = tl.zeros((BN, BD), tl.float32)
     value_acc = tl.zeros((BN, BD), tl.float32)
-    for run in range(first_run, first_masked):
-        low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
-        key_acc, value_acc = _pull_keys(
-            x, y, key_acc, value_acc, key, queries, grads, sums, bounds, line, grad_line, low, high, scale,
-            D, BD, BM, False,
-        )  # fmt: skip
-    for run in range(first_masked, last_run):
-        low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
-        key_acc, value_acc = _pull_keys(
-            x, y, key_acc, value_acc, key, queries, grads, sums, bounds, line, grad_line, low, high, scale,
-            D, BD, STEP, True,
-        )  # fmt: skip
+    for member in range(GROUP):
+        query_head = head * GROUP + member
+        queries, grads = rotated + tl.cast(query_head, tl.int64) * D, _head(grad, query_head, UNIT)
+        own_sums = sums + tl.cast(query_head, tl.int64) * T * 4
+        for run in range(first_run, first_masked):
+            low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
+            key_acc, value_acc = _pull_keys(
+                x, y, key_acc, value_acc, key, queries, grads, own_sums, bounds, query_line, grad_line, low, high,
+                scale, D, BD, BM, False,
+            )  # fmt: skip
+        for run in range(first_masked, last_run):
+            low, high = tl.load(runs + run * 2), tl.load(runs + run * 2 + 1)
+            key_acc, value_acc = _pull_keys(
+                x, y, key_acc, value_acc, key, queries, grads, own_sums, bounds, query_line, grad_line, low, high,
+                scale, D, BD, STEP, True,
+            )  # fmt: skip
     row, inside = _rows(tile, BN, True)
     address = _tile(dv, head, row.to(tl.int64), column, UNIT)
     tl.store(address, value_acc.to(dv[0].dtype.element_ty), mask=inside[:, None] & column_inside[None, :])

@@ -43,11 +43,16 @@ def rotate(x, positions, rope):
 
 
 def dense(q, k, v, layout, memory=None, scale=None, rope=ROPE):
-    """softmax(mask(rot(q) rot(k)^T scale)) v over all keys at once, in the dtype of ``q``; blind rows give zeros."""
+    """softmax(mask(rot(q) rot(k)^T scale)) v over all keys at once, in the dtype of ``q``; blind rows give zeros.
+
+    Query heads are grouped by definition: each key head is repeated for the query heads of its group.
+    """
     mask = layout.visible().to(q.device)
     q, k = rotate(q, layout.query_positions, rope), rotate(k, layout.key_positions, rope)
     if memory is not None:
         k, v = torch.cat([memory[0], k]), torch.cat([memory[1], v])
+    if k.shape[1] < q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores.masked_fill(~mask, float("-inf"))
     p = scores.softmax(-1).masked_fill(~mask.any(-1)[:, None], 0)
@@ -55,10 +60,15 @@ def dense(q, k, v, layout, memory=None, scale=None, rope=ROPE):
 
 
 def inputs(layout, heads, head_dim, dtype, device="cpu"):
-    """q, k, v, memory (or None) and an upstream gradient, rounded to ``dtype``."""
+    """q, k, v, memory (or None) and an upstream gradient, rounded to ``dtype``.
+
+    ``heads`` is the number of all heads, or the numbers of query heads and of key heads.
+    """
+    query_heads, key_heads = (heads, heads) if isinstance(heads, int) else heads
     sizes = (layout.queries, layout.keys, layout.keys, layout.memory, layout.memory, layout.queries)
     q, k, v, memory_k, memory_v, grad = (
-        torch.randn(n, heads, head_dim, dtype=torch.float64).to(device, dtype) for n in sizes
+        torch.randn(n, h, head_dim, dtype=torch.float64).to(device, dtype)
+        for n, h in zip(sizes, (query_heads, *[key_heads] * 4, query_heads), strict=True)
     )
     return q, k, v, (memory_k, memory_v) if layout.memory else None, grad
 

@@ -224,9 +224,9 @@ def pair_subject(heads, objective, epsilon):
 # rope_attention
 
 
-def attention_inputs(layout):
+def attention_inputs(layout, heads):
     def make():
-        q, k, v, memory, _ = attention.inputs(layout, 2, 16, torch.float32)
+        q, k, v, memory, _ = attention.inputs(layout, heads, 16, torch.float32)
         memory = dict(zip(("memory_k", "memory_v"), memory, strict=True)) if memory else {}
         return {"q": q, "k": k, "v": v, **memory}
 
@@ -253,6 +253,7 @@ def visible_attention(layout, q, k, v, **memory):
     if memory:
         memory_k, memory_v = memory_of(memory)
         k, v = torch.cat([memory_k, k]), torch.cat([memory_v, v])
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     rows = []
     for query, seen in zip(q, layout.visible(), strict=True):
         scores = torch.einsum("hd,khd->hk", query, k[seen]) * q.shape[-1] ** -0.5
@@ -260,10 +261,10 @@ def visible_attention(layout, q, k, v, **memory):
     return (torch.stack(rows),)
 
 
-def attention_subject(layout):
+def attention_subject(layout, heads=2):
     return Subject(
         operator="rope_attention",
-        make=attention_inputs(layout),
+        make=attention_inputs(layout, heads),
         ours=partial(our_attention, layout=layout),
         plain=partial(visible_attention, layout),
         also=partial(masked_attention, layout),
@@ -367,6 +368,7 @@ SUBJECTS = {
     "preference_loss-contrastive-hard": pair_subject(None, "contrastive", 0.0),
     "rope_attention-documents": attention_subject(PackedLayout.documents([9, 21])),
     "rope_attention-branches": attention_subject(PackedLayout.shared_prefix([7, 3], [[3, 1], [9]])),
+    "rope_attention-groups": attention_subject(PackedLayout.shared_prefix([7, 3], [[3, 1], [9]]), (4, 2)),
     "rope_attention-memory": attention_subject(PackedLayout.with_memory([9, 5], [12, 12], 12)),
     "rope_attention-blind": attention_subject(PackedLayout.aligned([9, 4], [5, 4], [4, 0])),
     "laprop": step_subject({"weight_decay": 0.1, "prior_decay": 0.5}),

@@ -17,7 +17,7 @@ BACKENDS = implementations("rope_attention")
 @pytest.mark.parametrize("name", ["branches", "turned-ring"])
 def test_the_way_through_the_dispatcher_gives_the_same_bits(name, device, backend, monkeypatch):
     layout = LAYOUTS[name]
-    q, k, v, memory, grad = inputs(layout, 2, 16, torch.float32, device)
+    q, k, v, memory, grad = inputs(layout, (4, 2), 16, torch.float32, device)
     found = []
     for observed in (False, True):
         if observed:
@@ -36,7 +36,7 @@ def test_the_way_through_the_dispatcher_gives_the_same_bits(name, device, backen
 @pytest.mark.parametrize("kind", ["negated", "batched"])
 def test_upstream_gradients_that_pytorch_has_put_off(kind, device, backend):
     layout = LAYOUTS["branches"]
-    q, k, v, memory, grad = inputs(layout, 2, 16, torch.float32, device)
+    q, k, v, memory, grad = inputs(layout, (4, 2), 16, torch.float32, device)
     given = [x.detach().requires_grad_() for x in (q, k, v)]
     out = rope_attention(*given, layout.to(device), rope=ROPE, memory=memory, backend=backend)
     expected = torch.autograd.grad(out, given, -grad, retain_graph=True)
@@ -59,13 +59,35 @@ def test_every_layout_agrees_with_the_definition(name, device, backend):
 
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
-@pytest.mark.parametrize("head_dim", [16, 64, 100, 128])
+@pytest.mark.parametrize("heads", [(4, 2), (6, 1)])
+@pytest.mark.parametrize(
+    "name", ["causal-65", "documents", "branches", "part-memory", "turned-ring", "fewer-keys", "decode", "padding"]
+)
+def test_query_heads_that_share_a_key_head(name, heads, device, backend):
+    layout = LAYOUTS[name]
+    compare(layout, inputs(layout, heads, 16, torch.float32, device), device, backend)
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("heads", [(17, 1), (70, 1), (24, 3)])
+@pytest.mark.parametrize("candidates", [1, 2, 20])
+def test_more_heads_in_a_group_than_a_tile_has_rows(candidates, heads, device, backend):
+    """And tiles of few queries, of one segment or of several."""
+    layout = PackedLayout.decode([70], [[1 + i % 5 for i in range(candidates)]], 5)
+    compare(layout, inputs(layout, heads, 16, torch.float32, device), device, backend)
+    layout = PackedLayout.documents([3])
+    compare(layout, inputs(layout, heads, 16, torch.float32, device), device, backend)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize(("head_dim", "heads"), [(16, (6, 1)), (64, (4, 2)), (100, 3), (128, (3, 3))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["branches", "turned-ring"])
-def test_every_dtype_and_head_dimension(name, dtype, head_dim, device, backend):
+def test_every_dtype_and_head_dimension(name, dtype, head_dim, heads, device, backend):
     skip_where_unsupported("rope_attention", device, backend, dtype)
     layout = LAYOUTS[name]
-    compare(layout, inputs(layout, 3, head_dim, dtype, device), device, backend)
+    compare(layout, inputs(layout, heads, head_dim, dtype, device), device, backend)
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
@@ -128,11 +150,12 @@ def test_empty_layouts(dtype, device, backend):
     skip_where_unsupported("rope_attention", device, backend, dtype)
     for layout in (PackedLayout.documents([]), PackedLayout.documents([0, 0]), PackedLayout.aligned([0], [4]),
                    PackedLayout.with_memory([0], [3], 5)):  # fmt: skip
-        q, k, v, memory, grad = inputs(layout, 2, 16, dtype, device)
+        q, k, v, memory, grad = inputs(layout, (4, 2), 16, dtype, device)
         out, dq, dk, dv = run(
             rope_attention, (q, k, v), layout.to(device), memory, grad, dtype, rope=ROPE, backend=backend
         )
         assert out.shape == dq.shape == q.shape
+        assert dk.shape == dv.shape == v.shape
         assert not dk.any()
         assert not dv.any()
 
@@ -140,7 +163,7 @@ def test_empty_layouts(dtype, device, backend):
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 def test_results_are_the_same_in_every_run(device, backend):
     layout = LAYOUTS["branches"]
-    q, k, v, memory, grad = inputs(layout, 4, 64, torch.float32, device)
+    q, k, v, memory, grad = inputs(layout, (4, 2), 64, torch.float32, device)
     runs = [
         run(rope_attention, (q, k, v), layout.to(device), memory, grad, torch.float32, rope=ROPE, backend=backend)
         for _ in range(3)
@@ -158,7 +181,7 @@ def test_narrower_vectors(name, head_dim, lanes):
     if native.module().attention_lanes(lanes) != lanes:
         pytest.skip(f"this processor has no vectors of {lanes} floats")
     try:
-        compare(LAYOUTS[name], inputs(LAYOUTS[name], 2, head_dim, torch.float32), "cpu", "cpu")
+        compare(LAYOUTS[name], inputs(LAYOUTS[name], (6, 2), head_dim, torch.float32), "cpu", "cpu")
     finally:
         native.module().attention_lanes(16)
 
@@ -185,10 +208,11 @@ def test_errors_do_not_grow_with_the_keys(queries, device, backend):
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
-def test_nothing_is_lost_between_many_threads(device, backend):
+@pytest.mark.parametrize("heads", [3, (6, 2)])
+def test_nothing_is_lost_between_many_threads(heads, device, backend):
     """Tiles and heads on several threads give what one thread gives, bit for bit."""
     layout = PackedLayout.shared_prefix([70, 5], [[40, 80], [9, 9, 9]])
-    given = inputs(layout, 3, 32, torch.float32, device)
+    given = inputs(layout, heads, 32, torch.float32, device)
     results = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
@@ -241,7 +265,7 @@ def transposed(x):
 @pytest.mark.parametrize("name", ["branches", "part-memory"])
 def test_inputs_of_any_stride(name, view, device, backend):
     layout = LAYOUTS[name].to(device)
-    q, k, v, memory, grad = inputs(layout, 2, 16, torch.float32, device)
+    q, k, v, memory, grad = inputs(layout, (4, 2), 16, torch.float32, device)
     expected = run(rope_attention, (q, k, v), layout, memory, grad, torch.float32, rope=ROPE, backend=backend)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = rope_attention(
@@ -309,7 +333,7 @@ def test_memory_gets_no_gradient(device, backend):
 def test_returned_keys_serve_as_memory(device, backend):
     """A sequence in two pieces, the second one looking at the first one's returned keys, equals it in one."""
     whole = PackedLayout.documents([40]).to(device)
-    q, k, v, _, _ = inputs(whole, 2, 16, torch.float32, device)
+    q, k, v, _, _ = inputs(whole, (4, 2), 16, torch.float32, device)
     expected = rope_attention(q, k, v, whole, rope=ROPE, backend=backend)
     first, second = PackedLayout.documents([25]).to(device), PackedLayout.with_memory([15], [25], 25).to(device)
     head, keys = rope_attention(
@@ -353,7 +377,7 @@ def test_gradcheck(name, device, backend):
         "part-memory": PackedLayout.with_memory([3, 1], [2, 4], 4),
         "fewer-keys": PackedLayout.aligned([4], [2], [2]),
     }[name].to(device)
-    q, k, v, memory, _ = inputs(layout, 2, 4, torch.float64, device)
+    q, k, v, memory, _ = inputs(layout, (4, 2), 4, torch.float64, device)
 
     def attend(q, k, v):
         return rope_attention(q, k, v, layout, rope=ROPE, memory=memory, backend=backend)
@@ -362,7 +386,7 @@ def test_gradcheck(name, device, backend):
 
 
 def operands(layout, dtype, device, backend):
-    q, k, v, memory, grad = inputs(layout, 2, 16, dtype, device)
+    q, k, v, memory, grad = inputs(layout, (4, 2), 16, dtype, device)
     memory = memory or (k[:0].clone(), v[:0].clone())
     tables = layout.tables(ROPE, 16, torch.float64 if dtype == torch.float64 else torch.float32)
     return (q, k, v, *memory, layout.segments, *tables, 0.25, backend), grad
@@ -393,7 +417,7 @@ def test_opcheck(name, dtype, device, backend):
 @pytest.mark.parametrize("name", ["branches", "part-memory"])
 def test_compiles_to_one_graph(name, device, backend):
     layout = LAYOUTS[name].to(device)
-    q, k, v, memory, grad = inputs(layout, 2, 16, torch.float32, device)
+    q, k, v, memory, grad = inputs(layout, (4, 2), 16, torch.float32, device)
 
     def attend(q, k, v):
         out, keys = rope_attention(q * 2, k, v, layout, rope=ROPE, memory=memory, return_keys=True, backend=backend)
@@ -452,8 +476,15 @@ def call(**changes):
         ({"q": torch.zeros(4, 2, 7)}, "q: expected an even head dimension, got 7"),
         ({"q": torch.zeros(4, 2, 8, dtype=torch.int64)}, "q: expected float16 or bfloat16 or float32 or float64, got"),
         ({"q": None}, "q: expected a tensor, got NoneType"),
-        ({"k": torch.zeros(3, 2, 8)}, r"k: expected shape \[4, 2, 8\], got \[3, 2, 8\]"),
-        ({"k": torch.zeros(4, 1, 8)}, r"k: expected shape \[4, 2, 8\], got \[4, 1, 8\]"),
+        ({"k": torch.zeros(3, 2, 8)}, r"k: expected shape \[4, K, 8\], got \[3, 2, 8\]"),
+        ({"q": torch.zeros(4, 12, 8), "k": torch.zeros(4, 5, 8)},
+         "k: expected a number of heads that divides q's H = 12, got 5"),
+        ({"k": torch.zeros(4, 4, 8)}, "k: expected a number of heads that divides q's H = 2, got 4"),
+        ({"k": torch.zeros(4, 0, 8)}, "k: expected a number of heads that divides q's H = 2, got 0"),
+        ({"q": torch.zeros(4, 0, 8)}, r"k: expected shape \[4, 0, 8\], got \[4, 2, 8\]"),
+        ({"k": torch.zeros(4, 1, 8)}, r"v: expected shape \[4, 1, 8\], got \[4, 2, 8\]"),
+        ({"k": torch.zeros(4, 1, 8), "v": torch.zeros(4, 1, 8)},
+         r"memory\[0\]: expected shape \[3, 1, 8\], got \[3, 2, 8\]"),
         ({"k": torch.zeros(4, 2, 8).half()}, "k: expected float32, got float16"),
         ({"v": torch.zeros(4, 2, 16)}, r"v: expected shape \[4, 2, 8\], got \[4, 2, 16\]"),
         ({"v": torch.zeros(4, 2, 8, device="meta")}, "v: expected a tensor on cpu, got one on meta"),

@@ -84,7 +84,7 @@ def test_other_layouts_are_refused_with_the_segment_and_the_reason(layout, reaso
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 def test_sdpa_agrees_with_the_definition(name, dtype):
     layout = EXPRESSIBLE[name]
-    compare(layout, inputs(layout, 3, 16, dtype), "cpu", "sdpa")
+    compare(layout, inputs(layout, (6, 2), 16, dtype), "cpu", "sdpa")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,13 +136,17 @@ def test_sdpa_is_recomputed_under_a_dispatch_mode():
 
 def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
            softmax_scale, causal, deterministic):  # fmt: skip
-    """flash_attn_varlen_func as its documentation has it: causal is aligned at the end, rows that see nothing are 0."""
+    """flash_attn_varlen_func as its documentation has it: causal is aligned at the end, rows that see nothing are 0.
+
+    With fewer heads of k and v, which divide those of q, query heads 0, 1, 2 of 6 use head 0 of 2.
+    """
     assert q.dtype in (torch.float16, torch.bfloat16)
     assert causal
     assert deterministic
     for ends, longest, x in ((cu_seqlens_q, max_seqlen_q, q), (cu_seqlens_k, max_seqlen_k, k)):
         assert ends.dtype == torch.int32
         assert (ends[0], ends[-1], ends.diff().max()) == (0, len(x), longest)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     parts = []
     for a, b, c, d in zip(cu_seqlens_q, cu_seqlens_q[1:], cu_seqlens_k, cu_seqlens_k[1:], strict=False):
         scores = torch.einsum("qhd,khd->hqk", q[a:b].float(), k[c:d].float()) * softmax_scale
@@ -175,7 +179,8 @@ def flash_attn(monkeypatch):
     pytest.param(PackedLayout.documents([0, 0]), id="empty"),
 ])  # fmt: skip
 def test_flash_agrees_with_the_definition(layout, dtype):
-    compare(layout, inputs(layout, 3, 16, dtype), "cpu", "flash")
+    for heads in (3, (6, 2)):
+        compare(layout, inputs(layout, heads, 16, dtype), "cpu", "flash")
 
 
 @pytest.mark.usefixtures("flash_attn")

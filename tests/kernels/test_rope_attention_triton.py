@@ -21,10 +21,11 @@ interpreted = pytest.mark.skipif(not dispatch.interpreted(), reason="needs Trito
 
 
 @interpreted
-def test_split_work_gives_what_whole_work_gives(monkeypatch):
+@pytest.mark.parametrize("heads", [2, (6, 2), (34, 1)])
+def test_split_work_gives_what_whole_work_gives(heads, monkeypatch):
     """Few queries on many keys: the parts, put together, against one pass and the definition."""
     layout = PackedLayout.decode([300, 5], [[1, 3, 9], [2]], 9)
-    given = inputs(layout, 2, 16, torch.float32)
+    given = inputs(layout, heads, 16, torch.float32)
     taken = []
     monkeypatch.setattr(attention, "_plan", attention._plan.__wrapped__)  # which is kept, however it was limited
     monkeypatch.setattr(attention, "_limit", lambda *_: taken.append(1) or 2)
@@ -65,7 +66,7 @@ def test_strides_in_tuples_are_multiples_of_16(gap, head_dim):
             values.extend(arguments.values())
 
     values, layout = [], PackedLayout.with_memory([9, 20], [4, 12], 12)
-    *tensors, memory, grad = inputs(layout, 2, head_dim + gap, torch.float32)
+    *tensors, memory, grad = inputs(layout, (4, 2), head_dim + gap, torch.float32)
     q, k, v, memory_k, memory_v, grad = (x[..., :head_dim] for x in (*tensors, *memory, grad))
     rest = layout.segments, *layout.tables(ROPE, head_dim, torch.float32), 0.3
     gpu = Device(torch.device("cpu"), 90, 132)
@@ -96,6 +97,12 @@ def test_gradients_side_by_side(layout, heads, head_dim):
     out, lse, rotated = OPERATOR.forward(q=q, k=k, v=v, **rest, backend="triton")
     known = {"grad": grad, "q": q, "rotated": rotated, "v": v, "out": out, "lse": lse, **rest}
     assert torch.equal(joined_gradients(**known, backend="triton"), torch.stack(attention.backward(**known), 1))
+
+
+def test_gradients_side_by_side_need_as_many_key_heads():
+    q = torch.zeros(5, 4, 8, device=DEVICE)
+    with pytest.raises(ValueError, match=r"v: expected shape \[5, 4, 8\], got \[5, 2, 8\]"):
+        joined_gradients(q=q, v=q[:, :2], backend="triton")
 
 
 @interpreted
@@ -146,13 +153,14 @@ def test_rows_that_lie_far_apart():
     ],
 )
 def test_full_size(layout, dtype):
-    compare(layout, inputs(layout, 4, 64, dtype, "cuda"), "cuda", "triton")
+    for heads in (4, (8, 2)):
+        compare(layout, inputs(layout, heads, 64, dtype, "cuda"), "cuda", "triton")
 
 
 @pytest.mark.gpu
 def test_a_hundred_runs_are_the_same_bit_for_bit():
     layout = PackedLayout.shared_prefix([300, 64], [[100, 77, 5], [9]]).to("cuda")
-    q, k, v, memory, grad = inputs(layout, 4, 64, torch.bfloat16, "cuda")
+    q, k, v, memory, grad = inputs(layout, (8, 2), 64, torch.bfloat16, "cuda")
     first = None
     for _ in range(100):
         results = run(rope_attention, (q, k, v), layout, memory, grad, torch.bfloat16, rope=ROPE, backend="triton")
