@@ -1,5 +1,6 @@
 """The model's forms for transformers' Auto classes, and their registration."""
 
+import logging
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from dph.errors import UserError
 from dph.model.config import ModelConfig
 from dph.model.model import CAUSAL_NAME, Model
 from dph.model.padded_batch import PaddedBatch, checked_inputs, last_positions
+
+log = logging.getLogger(__name__)
 
 
 class BaseModel(Model):
@@ -27,7 +30,8 @@ class RewardModel(Model):
 
     The labels are the heads: ``config.num_labels`` and ``config.id2label`` are set from them. Several heads are
     independent of each other (``problem_type`` "multi_label_classification", unless the configuration has another). A
-    model without heads gets one, "default", if it is loaded with ``num_labels=1``.
+    model without heads gets one, "default", if it is loaded with ``num_labels=1``. PEFT, which expects a head of another
+    name, trains and saves them with ``modules_to_save=["heads"]``.
     """
 
     _get_name = torch.nn.Module._get_name
@@ -46,6 +50,7 @@ class RewardModel(Model):
             config.problem_type = "multi_label_classification"
         super().__init__(config)
         self.loss_type = "ForSequenceClassification"
+        self._warned = False  # that no head is trained
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -80,6 +85,9 @@ class RewardModel(Model):
         Raises ValueError as :meth:`Model.rewards`.
         """
         self.check_heads(*self.head_names, training=self.training)
+        if self.training and not self._warned and not any(p.requires_grad for p in self.heads.parameters()):
+            self._warned = True
+            log.warning("no reward head is trained: all are frozen (with PEFT, give modules_to_save=['heads'])")
         inputs = checked_inputs(self.backbone.embedding.weight, input_ids, inputs_embeds)
         padded = PaddedBatch.from_inputs(inputs, attention_mask, position_ids)
         padded.check_one_document()

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from helpers.tiny import END, tiny_model, tokens
+from helpers.tiny import END, tiny_config, tiny_model, tokens
+
+from dph.model.auto_classes import RewardModel
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.ecosystem
@@ -63,6 +65,17 @@ def test_whole_heads_are_saved_with_any_name(adapter, tmp_path):
     path = tmp_path if adapter == "default" else tmp_path / adapter
     loaded = peft.PeftModel.from_pretrained(tiny_model(**heads), path, adapter_name=adapter)
     assert_same(results(loaded), expected, rtol=0, atol=0)
+
+
+def test_heads_that_peft_has_frozen_are_reported_once(caplog):
+    """PEFT's sequence classification looks for modules named score or classifier."""
+    for saved, warnings in ((None, 1), (["heads"], 0)):
+        caplog.clear()
+        config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["qkv"], modules_to_save=saved)
+        adapted = peft.get_peft_model(RewardModel(tiny_config()), config)
+        for _ in range(2):
+            adapted(input_ids=inputs(), labels=torch.zeros(2, 1)).loss.backward()
+        assert caplog.text.count("no reward head is trained") == warnings
 
 
 def test_prompt_tuning_with_the_width_of_the_embedding():
