@@ -30,8 +30,8 @@ class RewardModel(Model):
 
     The labels are the heads: ``config.num_labels`` and ``config.id2label`` are set from them. Several heads are
     independent of each other (``problem_type`` "multi_label_classification", unless the configuration has another). A
-    model without heads gets one, "default", if it is loaded with ``num_labels=1``. PEFT, which expects a head of another
-    name, trains and saves them with ``modules_to_save=["heads"]``.
+    model without heads gets one, "default", if it is loaded with ``num_labels=1``. PEFT, which expects heads of another
+    name, trains and saves these with ``modules_to_save=["heads"]``.
     """
 
     _get_name = torch.nn.Module._get_name

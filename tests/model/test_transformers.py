@@ -1,15 +1,17 @@
 """What transformers and other libraries ask of the model: generation, saving and loading, and what they pass."""
 
+import json
 import logging
 
 import pytest
 import torch
 from helpers.texts import conversation, message, small_tokenizer
 from helpers.tiny import END, PAD, VOCAB, naive, naive_logits, padded, tiny_config, tiny_model, tokens
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import dph
 from dph.errors import UserError
+from dph.model.auto_classes import RewardModel
 
 # Generation
 
@@ -417,3 +419,116 @@ def test_rows_are_no_longer_than_the_model_was_made_for(tmp_path):
         model.generate(tokens(1, 5), max_new_tokens=4)
     model(tokens(1, 9), past_key_values=dph.Memory(4))
     model.generate(tokens(1, 9), past_key_values=dph.Memory(4), max_new_tokens=4)
+
+
+# Forms for other libraries
+
+
+def test_the_base_model_gives_the_states_that_the_head_multiplies(tmp_path):
+    model, ids = tiny_model(), tokens(2, 9)
+    base = model.base_model(input_ids=ids, output_hidden_states=True)
+    torch.testing.assert_close(base.last_hidden_state @ model.get_output_embeddings().weight.T, model(ids).logits)
+    assert len(base.hidden_states) == model.config.num_hidden_layers + 1
+    assert {id(p) for p in model.base_model.parameters()} < {id(p) for p in model.parameters()}
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).last_hidden_state, model.base_model(ids).last_hidden_state)
+
+
+def test_a_language_model_head_that_is_observed_is_called():
+    model, ids = tiny_model(), tokens(2, 9)
+    expected, called = model(ids, labels=ids).loss, []
+    model.lm_head.register_forward_hook(lambda *_: called.append(True))
+    torch.testing.assert_close(model(ids, labels=ids).loss, expected)
+    assert len(called) == 2  # for the loss and for the logits
+
+
+def test_heads_trained_by_any_loop_are_saved(tmp_path, caplog):
+    """Those that a checkpoint lacked, once their weights have changed; others are left out with a warning."""
+    model = tiny_model(reward_heads=())
+    model.save_pretrained(tmp_path / "mute")
+    model = dph.Model.from_pretrained(tmp_path / "mute", reward_heads=["a", "b"])
+    assert model.untrained_heads == {"a", "b"}
+    model.bfloat16().float()  # rounding is no training
+    model.save_pretrained(tmp_path / "untrained")
+    assert "reward heads a, b were not trained" in caplog.text
+    with torch.no_grad():
+        model.heads["shared"].reward["a"].weight += 0.1
+    model.check_heads("a")
+    model.save_pretrained(tmp_path / "trained")
+    assert dph.Model.from_pretrained(tmp_path / "trained").untrained_heads == {"b"}
+    other = dph.Model.from_pretrained(tmp_path / "mute", reward_heads=["a", "b"])
+    torch.nn.Sequential(other).load_state_dict(torch.nn.Sequential(model).state_dict())
+    assert not other.untrained_heads
+
+
+def test_a_sequence_classifier():
+    """Its labels are the heads; it judges the last end of an answer, behind which the format's newline may stand."""
+    model = RewardModel(tiny_config(reward_heads=("a",), task_heads=("b",))).eval()
+    assert (model.config.num_labels, model.config.id2label) == (2, {0: "a", 1: "b"})
+    ids, mask = padded((0, [9, 8, END], 2), (0, [9, 8, 7, END, 6], 0))
+    output = model(ids, attention_mask=mask, output_hidden_states=True)
+    alone = [model.rewards(torch.tensor([row])) for row in ([9, 8, END], [9, 8, 7, END])]
+    for i, head in enumerate(("a", "b")):
+        torch.testing.assert_close(output.logits[:, i], torch.cat([rewards[head] for rewards in alone]))
+    assert len(output.hidden_states) == model.config.num_hidden_layers + 1
+    labels = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(output.logits, labels)
+    torch.testing.assert_close(model(ids, attention_mask=mask, labels=labels).loss, expected)
+    embeds = model.get_input_embeddings()(ids[:1, :3])
+    torch.testing.assert_close(model(inputs_embeds=embeds).logits, output.logits[:1])
+    with pytest.raises(ValueError, match="the answer was cut off"):
+        model(torch.tensor([[9, END, 6, 5]]))
+    with pytest.raises(ValueError, match="expected one document in each row"):
+        model(torch.tensor([[9, END, 9, END]]), position_ids=torch.tensor([[0, 1, 0, 1]]))
+
+
+def test_a_sequence_classifier_of_one_head_is_a_regression():
+    model = RewardModel(tiny_config(reward_heads=(), num_labels=1)).eval()
+    assert (model.head_names, model.config.num_labels) == (["default"], 1)
+    ids = torch.tensor([[9, 8, END]])
+    output = model(ids, labels=torch.tensor([2.0]))
+    torch.testing.assert_close(output.loss, (output.logits - 2.0).square().mean())
+    with pytest.raises(UserError, match="expected a model with reward heads"):
+        RewardModel(tiny_config(reward_heads=()))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_a_model_of_another_kind_is_one_line(kind, tmp_path):
+    sizes = {"vocab_size": 64, "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
+    config = AutoConfig.for_model(kind, **sizes)
+    config.save_pretrained(tmp_path)
+    message = f"^{tmp_path}: expected a model of type dph or lsw_transformer, got {kind}$"
+    with pytest.raises(UserError, match=message):
+        dph.Model.from_pretrained(tmp_path)
+
+
+def test_saved_folders_name_our_classes_and_others_are_refused(tmp_path):
+    model = tiny_model()
+    model.register_for_auto_class("AutoModelForCausalLM")
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["auto_map"]["AutoModelForCausalLM"] == "modeling_dph.Model"
+    assert "auto_map" not in model.config.to_dict()
+    assert len((tmp_path / "modeling_dph.py").read_text().splitlines()) == 3
+    fields["auto_map"]["AutoModelForCausalLM"] = "evil.Model"
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="auto_map: expected no code or kernel to load"):
+        dph.Model.from_pretrained(tmp_path)
+
+
+def test_arguments_of_other_libraries_are_taken():
+    model, ids = tiny_model(), tokens(1, 7)
+    ignored = {"cache_position": torch.arange(7), "token_type_ids": ids * 0, "max_length_q": 7, "seq_idx": None}
+    assert torch.equal(model(ids, **ignored).logits, model(ids).logits)
+    bounds = torch.tensor([0, 3, 7], dtype=torch.int32)
+    expected = torch.cat([model(ids[:, :3]).logits, model(ids[:, 3:]).logits], 1)
+    torch.testing.assert_close(model(ids, cu_seq_lens_q=bounds).logits, expected)
+    for wrong in ([0, 3, 6], [1, 7], [0, 5, 3, 7]):
+        with pytest.raises(ValueError, match="cu_seq_lens_q: expected rising bounds from 0 to 7"):
+            model(ids, cu_seq_lens_q=torch.tensor(wrong))
+
+
+def test_export_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"torch\.export: expected .* the layout of a batch is computed on the host"):
+        torch.export.export(tiny_model(), (tokens(2, 6),))
