@@ -8,6 +8,7 @@ run.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,16 +25,85 @@ COLUMNS = ("query_start", "query_end", "key_start", "key_end", "prefix_start", "
 
 
 @dataclass(frozen=True)
+class LinearScaling:
+    """Positions divided by ``factor`` (position interpolation, arXiv 2306.15595)."""
+
+    factor: float
+
+    def scale(self, frequencies: Tensor, base: float) -> tuple[Tensor, float]:
+        """Return the frequencies [D/2] and the factor of cosines and sines."""
+        return frequencies / self.factor, 1.0
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Wavelengths that are long for the context of training divided by ``factor``, short ones kept (Llama 3.1).
+
+    Args:
+        factor: of the long ones.
+        context: tokens that the model was trained with.
+        low, high: a wavelength is long from ``context / low`` on, and short up to ``context / high``.
+    """
+
+    factor: float
+    context: int
+    low: float = 1.0
+    high: float = 4.0
+
+    def scale(self, frequencies: Tensor, base: float) -> tuple[Tensor, float]:
+        """Return the frequencies [D/2] and the factor of cosines and sines."""
+        periods = self.context * frequencies / (2 * torch.pi)  # in the context
+        kept = ((periods - self.low) / (self.high - self.low)).clamp(0.0, 1.0)
+        return frequencies * (kept + (1.0 - kept) / self.factor), 1.0
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """Frequencies divided by ``factor``, but for those that turn often within the context (YaRN, arXiv 2309.00071).
+
+    Args:
+        factor: of the slow ones.
+        context: tokens that the model was trained with.
+        fast, slow: turns within the context from which a frequency is kept, and up to which it is divided.
+        amplitude: factor of cosines and sines; None for 0.1 ln(factor) + 1.
+        truncate: round the numbers of the two frequencies between which both are mixed.
+    """
+
+    factor: float
+    context: int
+    fast: float = 32.0
+    slow: float = 1.0
+    amplitude: float | None = None
+    truncate: bool = True
+
+    def scale(self, frequencies: Tensor, base: float) -> tuple[Tensor, float]:
+        """Return the frequencies [D/2] and the factor of cosines and sines."""
+        pairs = len(frequencies)
+        low, high = (pairs * math.log(self.context / (turns * 2 * math.pi), base) for turns in (self.fast, self.slow))
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * pairs - 1)
+        number = torch.arange(pairs, dtype=frequencies.dtype, device=frequencies.device)
+        divided = ((number - low) / (high - low or 0.001)).clamp(0.0, 1.0)
+        amplitude = self.amplitude
+        if amplitude is None:
+            amplitude = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+        return frequencies * (1.0 - divided + divided / self.factor), amplitude
+
+
+@dataclass(frozen=True)
 class Rotary:
     """Rotary position embedding in rotate-half form (``reversed`` negates every angle).
 
     Args:
         base: base of the geometric series of wavelengths.
         reversed: positions count from the newest token backwards, which equals negating every angle.
+        scaling: for contexts longer than those of training.
     """
 
     base: float = 500_000.0
     reversed: bool = False
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
 
     def tables(self, positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return cosines and sines [T, head_dim/2] of ``positions`` [T] int64, computed in fp64.
@@ -42,9 +112,14 @@ class Rotary:
         without bound.
         """
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-        angles = positions.double()[:, None] * self.base**-exponents
-        sines = angles.sin()
-        return angles.cos().to(dtype), (-sines if self.reversed else sines).to(dtype)
+        frequencies, amplitude = self.base**-exponents, 1.0
+        if self.scaling is not None:
+            frequencies, amplitude = self.scaling.scale(frequencies, self.base)
+        angles = positions.double()[:, None] * frequencies
+        cosines, sines = angles.cos(), angles.sin()
+        if amplitude != 1.0:
+            cosines, sines = cosines * amplitude, sines * amplitude
+        return cosines.to(dtype), (-sines if self.reversed else sines).to(dtype)
 
 
 def _in_transform() -> bool:

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from dph_kernels import PackedLayout, Rotary
-from dph_kernels.layout import COLUMNS, common_prefix
+from dph_kernels import PackedLayout, Rotary, rope_attention
+from dph_kernels.layout import COLUMNS, LinearScaling, Llama3Scaling, YarnScaling, common_prefix
 
 SMALL = settings(max_examples=60, deadline=None)
 LENGTHS = st.lists(st.integers(0, 6), max_size=5)
@@ -430,3 +432,50 @@ def test_positions_and_tables_on_the_gpu():
     for on_gpu, on_cpu in zip(moved.tables(Rotary(), 64, torch.float32), layout.tables(Rotary(), 64, torch.float32),
                               strict=True):  # fmt: skip
         torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=2e-7)
+
+
+# Rotary embeddings for longer contexts
+
+CONTEXT = {"original_max_position_embeddings": 512}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **CONTEXT}
+YARN = {"factor": 4.0, **CONTEXT}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "scaling"),
+    [
+        ({"rope_type": "linear", "factor": 2.5}, LinearScaling(2.5)),
+        ({"rope_type": "llama3", **LLAMA3}, Llama3Scaling(8.0, 512)),
+        ({"rope_type": "llama3", **LLAMA3, "low_freq_factor": 2.0}, Llama3Scaling(8.0, 512, low=2.0)),
+        ({"rope_type": "yarn", **YARN}, YarnScaling(4.0, 512)),
+        ({"rope_type": "yarn", **YARN, "truncate": False}, YarnScaling(4.0, 512, truncate=False)),
+        ({"rope_type": "yarn", **YARN, "beta_fast": 16, "beta_slow": 2}, YarnScaling(4.0, 512, fast=16, slow=2)),
+        ({"rope_type": "yarn", **YARN, "attention_factor": 1.25}, YarnScaling(4.0, 512, amplitude=1.25)),
+    ],
+)
+@pytest.mark.parametrize("head_dim", [16, 64])
+@pytest.mark.parametrize("base", [10_000.0, 500_000.0])
+def test_scaled_frequencies_are_those_of_transformers(parameters, scaling, head_dim, base):
+    config = LlamaConfig(
+        hidden_size=2 * head_dim, num_attention_heads=2, max_position_embeddings=2048,
+        rope_parameters={"rope_theta": base, **parameters},
+    )  # fmt: skip
+    frequencies, amplitude = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, "cpu")
+    positions = torch.tensor([0, 1, 3, 700, 2047])
+    angles = positions[:, None] * frequencies.double()
+    cosines, sines = Rotary(base, scaling=scaling).tables(positions, head_dim, torch.float64)
+    # transformers rounds frequencies to fp32: an angle of 2000 is off by up to 1e-4.
+    torch.testing.assert_close(cosines, angles.cos() * amplitude, rtol=0, atol=5e-4)
+    torch.testing.assert_close(sines, angles.sin() * amplitude, rtol=0, atol=5e-4)
+
+
+def test_attention_is_rotated_by_scaled_tables():
+    """Gradients too: with an amplitude the rotation is not orthogonal."""
+    rope, layout = Rotary(10_000.0, scaling=YarnScaling(4.0, 8)), PackedLayout.documents([9])
+    given = [torch.randn(9, 2, 16, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda *x: rope_attention(*x, layout, rope=rope), given)
+    float32 = [x.detach().float().requires_grad_() for x in given]
+    expected = torch.autograd.grad(rope_attention(*given, layout, rope=rope).square().sum(), given)
+    got = torch.autograd.grad(rope_attention(*float32, layout, rope=rope, backend="cpu").square().sum(), float32)
+    for mine, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, wanted.float(), rtol=1e-4, atol=1e-5)
