@@ -83,6 +83,12 @@ CONFIGS: dict[int, dict[str, dict[int, LaunchConfig]]] = {
         },
     },
 }  # fmt: skip
+# Exceptions for groups of query heads, whose kernels need more registers and would spill them: by kernel and head
+# dimension.
+GROUPED: dict[int, dict[tuple[str, int], LaunchConfig]] = {
+    80: {("forward", 64): LaunchConfig(64, 64, 32, 4, 3, 255)},
+    90: {("keys", 128): LaunchConfig(32, 64, 32, 8, 2)},
+}
 # For single precision, by the largest head dimension, on all architectures: without tensor cores, which would round its
 # numbers to 11 bits.
 PRECISE: dict[int, dict[str, LaunchConfig]] = {
@@ -110,14 +116,16 @@ PLANS = 64  # size of the caches
 CPU = torch.device("cpu")
 
 
-def _config(gpu: TritonDevice, kernel: str, head_dim: int, dtype: torch.dtype) -> LaunchConfig:
+def _config(gpu: TritonDevice, kernel: str, head_dim: int, dtype: torch.dtype, group: int) -> LaunchConfig:
     """Configuration of a kernel: that of the newest architecture that is not newer than the device."""
     if not gpu.capability:
         return INTERPRETED[kernel]
     configs = gpu.newest(CONFIGS, "rope_attention")
     if dtype == torch.float32:
         return PRECISE[64 if head_dim <= 64 else 128][kernel]
-    return configs[kernel][head_dim if head_dim == _padded(head_dim) else RAGGED]
+    exceptions = gpu.newest(GROUPED, "rope_attention") if group > 1 else {}
+    size = head_dim if head_dim == _padded(head_dim) else RAGGED
+    return exceptions.get((kernel, size)) or configs[kernel][size]
 
 
 # Arguments of kernels
@@ -200,7 +208,7 @@ def _plan(
     pack = _pack(group)
     if kernel == "forward" and _longest(content) * pack <= SHORT_SEGMENT:
         kernel = "few"
-    config = _config(gpu, kernel, head_dim, dtype)
+    config = _config(gpu, kernel, head_dim, dtype, group)
     constants = {
         "D": head_dim, "BD": _padded(head_dim), "BM": config.block_m, "BN": config.block_n, "STEP": config.block_k,
     }  # fmt: skip
