@@ -107,9 +107,9 @@ class PaperModel(nn.Module):
     def rewards(self, states: Tensor, names: Sequence[str]) -> Tensor:
         """Return rewards [B, K] of states [B, C]."""
         (head,) = self.model.heads.values()
-        gate, _, last = head.pooler
+        gate, _, last, _ = head.pooler
         x, g = gate(states).chunk(2, dim=-1)
-        pooled = F.dropout(last(x * F.silu(g)).tanh(), head.dropout, self.training)
+        pooled = F.dropout(last(x * F.silu(g)).tanh(), head.dropout.p, self.training)
         return torch.cat([head.reward[name](pooled) for name in names], dim=1).float()
 
 
