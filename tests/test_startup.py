@@ -119,6 +119,12 @@ def files(tmp_path):
         ("convert own rows.jsonl/new --to own", "rows.jsonl: Not a directory"),
         ("train mini-sft model.path=own --output own", "output.directory: expected a directory that neither is nor"),
         ("train mini-sft model.path=own --output .", "output.directory: expected a directory that neither is nor"),
+        ("train mini-pretrain model.tokenizer=own --output own", "nor contains that of model.tokenizer (own), got own"),
+        ("train mini-pretrain model.tokenizer=own data.sources=[.] --output .", "that of model.tokenizer (own), got ."),
+        (
+            "train mini-pretrain model.tokenizer=own data.sources=[own] --output own/run",
+            "outside of that of data.sources",
+        ),
         ("train mini-pretrain model.tokenizer=. --output rows.jsonl/x", "rows.jsonl: Not a directory"),
         ("quickstart --output rows.jsonl/x", "rows.jsonl: Not a directory"),
         ("plot run nowhere -o x.png", "nowhere: expected a run, got nothing there"),

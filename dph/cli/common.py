@@ -9,7 +9,7 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,20 +131,37 @@ def check_recipe_paths(recipe: Recipe) -> None:
 
 
 def check_run_directory(recipe: Recipe, resume: bool) -> None:
-    """Raise UserError if a new run's directory is, or contains, that of its model; OSError if it cannot be made.
+    """Raise UserError if a new run's directory would mix with a folder that it reads; OSError if it cannot be made.
 
     Of several ranks each would report it, so there the check is left to training.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         return
-    directory, model = recipe.output.directory, recipe.model.path
-    is_new = not resume and model is not None and Path(model).exists()
-    if is_new and Path(os.path.realpath(model)).is_relative_to(os.path.realpath(directory)):
-        raise UserError(
-            "output.directory: expected a directory that neither is nor contains that of the model "
-            f"(model.path: {model}), got {directory}"
-        )
+    directory = recipe.output.directory
+    own = Path(os.path.realpath(directory))
+    for key, name in () if resume else _folders(recipe):
+        folder = Path(os.path.realpath(name))
+        if folder.is_relative_to(own):
+            raise UserError(
+                f"output.directory: expected a directory that neither is nor contains that of {key} ({name}), got "
+                f"{directory}"
+            )
+        if key.endswith("sources") and own.is_relative_to(folder):  # all text files in it are read as records
+            raise UserError(
+                f"output.directory: expected a directory outside of that of {key} ({name}), got {directory}"
+            )
     atomic.check_new_files(directory)
+
+
+def _folders(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield (key, path) of the folders that a run reads."""
+    named = [("model.path", recipe.model.path), ("model.tokenizer", recipe.model.tokenizer)]
+    for key, part in (("data", recipe.data), ("evaluation", recipe.evaluation)):
+        named.append((f"{key}.directory", part.directory))
+        named += [(f"{key}.sources", source.source) for source in part.sources]
+    for key, name in named:
+        if name is not None and os.path.isdir(name):
+            yield key, name
 
 
 def _lacks_file(sources: Sequence[Source]) -> bool:

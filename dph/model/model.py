@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -229,7 +230,13 @@ class Model(PreTrainedModel, GenerationMixin):
         hub, name = hub_arguments(kwargs), str(path)
         kind = read_fields(path, **hub).get("model_type")
         if kind not in KINDS:
-            got = shown_names([kind]) if kind else "a config.json without a model_type (as a run that is not finished)"
+            got = (
+                shown_names([kind])
+                if kind
+                else "a config.json without a model_type (a run that is not finished holds no model)"
+            )
+            if not kind and (Path(path) / "model").is_dir():
+                got = f"the directory of a run: give {path}/model"
             raise UserError(f"{name}: expected a model of type {' or '.join(KINDS)}, got {got}")
         kwargs = {**with_config(path, kwargs), **hub}
         files = read_weight_files(path, kwargs.get("variant"), **hub)

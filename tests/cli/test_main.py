@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 
 import dph
 from dph.cli import main
-from dph.model import directories, loading
+from dph.errors import UserError
+from dph.model import config, directories, loading
+from dph.model import model as modeling
 from dph.train.trainer import Result
 
 # Help and errors
@@ -181,7 +183,7 @@ def test_a_closed_pipe_is_no_traceback(models, tmp_path):
 
 
 def test_a_missing_model_is_one_line_and_never_the_network(refused, models, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading.ModelConfig, "get_config_dict", lambda path: pytest.fail(f"{path} was asked for"))
+    monkeypatch.setattr(config.ModelConfig, "get_config_dict", lambda path: pytest.fail(f"{path} was asked for"))
     rows = write_lines(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER]})
     sst2 = write_lines(tmp_path / "validation.jsonl", {"sentence": "good", "label": 1})
     (tmp_path / "glue/sst2").mkdir(parents=True)
@@ -202,10 +204,10 @@ def test_a_missing_model_is_one_line_and_never_the_network(refused, models, tmp_
 
 
 def test_a_hub_name_is_announced_and_lets_the_error_of_transformers_through(refused, monkeypatch, caplog):
-    def offline(path):
+    def offline(path, **_):
         raise OSError(f"no connection\nwhile asking for {path}")
 
-    monkeypatch.setattr(loading, "read_fields", offline)
+    monkeypatch.setattr(modeling, "read_fields", offline)
     directories._announce.cache_clear()
     assert refused("chat", "owner/model") == (
         "dph: error: owner/model: expected a model in a directory (nothing is there) or on the hub, "
@@ -218,8 +220,12 @@ def test_a_hub_name_is_announced_and_lets_the_error_of_transformers_through(refu
 def test_a_run_directory_stands_for_its_model(dph_command, refused, models, tmp_path):
     (tmp_path / "config.json").write_text('{"stage": "sft"}')
     assert "a run that is not finished holds no model" in refused("chat", tmp_path)
+    with pytest.raises(UserError, match=r"a config.json without a model_type \(a run that is not finished"):
+        dph.Model.from_pretrained(tmp_path)
     shutil.copytree(models / "judge", tmp_path / "model")
     argv = ["--prompt", "x", "-n", 2, "--max-new-tokens", 2, "--seed", 1]
+    with pytest.raises(UserError, match=f"got the directory of a run: give {tmp_path}/model$"):
+        dph.Model.from_pretrained(tmp_path)
     run, model = (dph_command("generate", path, *argv) for path in (tmp_path, tmp_path / "model"))
     assert run[0] == 0
     assert run == model
