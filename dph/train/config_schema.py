@@ -241,6 +241,6 @@ def model_fields(config: Any) -> dict[str, Any]:
     """Return the fields of a ``ModelConfig`` that the network is made of."""
     fields = {}
     for name in inspect.signature(type(config)).parameters:
-        if name not in ("released", "kwargs"):
+        if name not in ("max_position_embeddings", "released", "kwargs"):
             fields[name] = getattr(config, name)
     return fields

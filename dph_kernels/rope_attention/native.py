@@ -7,7 +7,6 @@ from torch import Tensor
 
 from dph_kernels import native
 from dph_kernels.checks import last_contiguous
-from dph_kernels.launcher import cdiv
 from dph_kernels.rope_attention import reference, schedule
 
 # Work items of the backward pass; with fewer, tasks are divided into parts, at most as many as a group has heads. The
@@ -51,7 +50,8 @@ def backward(
     group = _group(q, v)
     sizes = {"rows": _queries(group), "block": kernels.ATTENTION_BLOCK, "device": q.device}
     work, tasks = schedule.by_component(content, len(q), len(memory_k), **sizes)
-    parts = min(group, cdiv(MIN_ITEMS, max((len(tasks) - 1) * v.shape[1], 1)))
+    items = max((len(tasks) - 1) * v.shape[1], 1)
+    parts = min(group, -(-MIN_ITEMS // items))
     dq = torch.empty(q.shape, dtype=q.dtype)
     sums = len(v), v.shape[1] * parts, v.shape[2]
     dk = torch.zeros(sums, dtype=torch.float32)  # the kernel adds to dk and dv
@@ -69,7 +69,8 @@ def backward(
         tasks=tasks.data_ptr(),
     )
     kernels.attention_backward_cpu(arguments, native.threads())
-    dk, dv = (reference.sum_of_groups(x, v.shape[1]) for x in (dk, dv))
+    if parts > 1:
+        dk, dv = reference.sum_of_groups(dk, v.shape[1]), reference.sum_of_groups(dv, v.shape[1])
     return dq, rotate(dk, k_cos, k_sin, sign=-1.0, dtype=v.dtype), dv.to(v.dtype)
 
 

@@ -306,7 +306,7 @@ def test_the_model_directory_opens(tmp_path):
     assert tokenizer.get_vocab() == small_tokenizer().get_vocab()
     files = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "lock" and "tfevents" not in p.name]
     kinds = {p.suffix for p in files}
-    assert kinds <= {".json", ".jsonl", ".safetensors", ".jinja"}
+    assert kinds <= {".json", ".jsonl", ".safetensors", ".jinja", ".py"}
 
 
 def first_line(tmp_path):
