@@ -1,12 +1,14 @@
 """Fixtures of the whole suite: seeds, poisoned memory, shared numbers, commands; skips of GPU tests."""
 
 import dataclasses
+import getpass
 import importlib
 import importlib.util
 import io
 import os
 import random
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy
@@ -18,6 +20,13 @@ from helpers.quick import quicken
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     quicken()
+
+# Code that Inductor has compiled for other instructions than PyTorch uses here (ATEN_CPU_CAPABILITY) gives NaN, and its
+# cache does not tell them apart.
+_CAPABILITY = torch.backends.cpu.get_cpu_capability().replace(" ", "-")
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"inductor-{getpass.getuser()}-{_CAPABILITY}")
+)
 
 # All tensors are tiny: one thread is the fastest, and other processes cannot stall it.
 torch.set_num_threads(1)
