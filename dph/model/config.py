@@ -42,7 +42,13 @@ FOREIGN_KEYS = (
     "distributed_config",
 )  # fmt: skip
 
-CLASSES = ["BaseModel", "Model", "ModelConfig", "RewardModel"]  # that transformers' Auto classes open
+# Of saved folders: the classes that transformers' Auto classes open.
+SOURCE = '''"""The classes of dph that open this folder, for programs that read it with trust_remote_code=True."""
+
+from dph.model.auto_classes import BaseModel, Model, ModelConfig, RewardModel
+
+__all__ = ["BaseModel", "Model", "ModelConfig", "RewardModel"]
+'''
 
 # Arguments for downloads from the hub, passed on for each file.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -207,8 +213,7 @@ class ModelConfig(PretrainedConfig):
             super().save_pretrained(directory, *args, **kwargs)
         finally:
             del self.auto_map
-        text = f"from dph.model.auto_classes import {', '.join(CLASSES)}\n\n__all__ = {CLASSES!r}\n"
-        Path(directory, f"{MODULE}.py").write_text(text, encoding="utf-8")
+        Path(directory, f"{MODULE}.py").write_text(SOURCE, encoding="utf-8")
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
