@@ -466,10 +466,7 @@ class Model(PreTrainedModel, GenerationMixin):
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """Compute the states [B, S, E] that the language-model head multiplies; arguments as those of ``forward``."""
-        embedding = self.backbone.embedding
-        inputs = checked_inputs(embedding.weight, input_ids, inputs_embeds)
-        if inputs_embeds is None and dispatch.is_modified(embedding, nn.Embedding):
-            inputs = embedding(input_ids)  # whole, as hooks and replacements expect it
+        inputs = checked_inputs(self.backbone.embedding.weight, input_ids, inputs_embeds)
         if output_attentions:
             raise ValueError("output_attentions: expected False, got True: no kernel of ours forms them")
         if past_key_values is not None and not isinstance(past_key_values, Memory):
@@ -517,6 +514,9 @@ class Model(PreTrainedModel, GenerationMixin):
         self, inputs: Tensor, padded: PaddedBatch, memory: Memory | None = None, states: list[Tensor] | None = None
     ) -> Tensor:
         """Hidden states [T, C] of the tokens without padding; ``states`` as in the backbone."""
+        embedding = self.backbone.embedding
+        if not inputs.is_floating_point() and dispatch.is_modified(embedding, nn.Embedding):
+            inputs = embedding(inputs)  # with the padding, as hooks and replacements expect it
         rows = padded.rows(inputs)
         if memory is None:
             return self.backbone(rows, padded.layout(), states=states)

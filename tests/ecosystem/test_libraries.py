@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.command_line import save_models
 from helpers.texts import conversation
-from helpers.tiny import END, tiny_model, tokens
+from helpers.tiny import END, tiny_config, tiny_model, tokens
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import dph
+from dph.model.auto_classes import RewardModel
 
 accelerate = pytest.importorskip("accelerate")
 pytestmark = pytest.mark.ecosystem
@@ -102,6 +103,11 @@ def test_noise_in_embeddings(tmp_path):
     model.get_input_embeddings().register_forward_hook(lambda *_: torch.ones(2, 9, model.config.embedding_size))
     ones = torch.ones(2, 9, model.config.embedding_size)
     torch.testing.assert_close(model(tokens(2, 9)).logits, model(inputs_embeds=ones).logits)
+    judge = RewardModel(tiny_config()).eval()
+    expected = judge(inputs_embeds=ones).logits
+    judge.get_input_embeddings().register_forward_hook(lambda *_: ones)
+    torch.testing.assert_close(judge(ended()).logits, expected)
+    torch.testing.assert_close(judge.rewards(ended())["default"], expected[:, 0])
 
 
 def test_flattened_documents_by_positions_or_by_bounds():
