@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
-from dph.model.fused_block import BlockMemory, BlockShape, BlockWeights, fused_block
+from dph.model.fused_block import OPTIONAL, BlockMemory, BlockShape, BlockWeights, fused_block, split_heads
 from dph_kernels import checks, dispatch
 from dph_kernels.layout import PackedLayout
 from dph_kernels.residual_norm import residual_norm
@@ -26,25 +26,62 @@ from dph_kernels.torch_private import has_any_global_hook
 class LayerNorm(nn.LayerNorm):
     """LayerNorm, optionally with the residual connection before it."""
 
+    kind = "layer"
+
     def forward(self, x: Tensor, update: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of ``x`` [T, C]; with an update, ``x + update`` and its norm."""
-        total, normed = residual_norm(x, update, self.weight, self.bias, eps=self.eps)
-        return normed if update is None else (total, normed)
+        return _normed(self, x, update)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm (https://arxiv.org/abs/1910.07467), optionally with the residual connection before it."""
+
+    kind = "rms"
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width, eps)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor, update: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of ``x`` [T, C], or of each head of [T, H, D]; with an update, ``x + update`` and its norm."""
+        return _normed(self, x, update)
+
+
+def _normed(norm: LayerNorm | RMSNorm, x: Tensor, update: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    total, normed = residual_norm(x, update, norm.weight, norm.bias, eps=norm.eps, kind=norm.kind)
+    return normed if update is None else (total, normed)
+
+
+NORMS = {norm.kind: norm for norm in (LayerNorm, RMSNorm)}
 
 
 class Attention(nn.Module):
-    """Rotary multi-head attention over a packed layout, with or without memory; the block applies the two products."""
+    """Rotary multi-head attention over a packed layout, with or without memory; the block applies the two products.
+
+    With ``config.qk_norm`` the queries and keys of each head are normalised before their rotation (Qwen3).
+    """
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
-        self.heads, self.rope = config.num_attention_heads, config.rope
+        self.heads, self.key_heads, self.head_dim = (
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        )  # fmt: skip
+        self.rope = config.rope
         self.backend = "auto"  # of rope_attention
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = nn.Linear(
+            config.hidden_size, (self.heads + 2 * self.key_heads) * self.head_dim, bias=config.qkv_bias
+        )
+        self.out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.out_bias)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.layer_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.layer_norm_eps)
 
     def forward(self, projected: Tensor, layout: PackedLayout, memory: BlockMemory | None = None) -> Tensor:
-        """Queries, keys and values [T, 3C], and a memory of keys and values -> [T, C]."""
-        q, k, v = projected.unflatten(1, (3, self.heads, -1)).unbind(1)
+        """Queries, keys and values [T, (H + 2K) D], and a memory of keys and values -> [T, HD]."""
+        q, k, v = split_heads(projected, self.heads, self.key_heads)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if memory is None:
             return rope_attention(q, k, v, layout, rope=self.rope, backend=self.backend).flatten(1)
         options = {"rope": self.rope, "memory": memory.read(k), "backend": self.backend}
@@ -53,18 +90,21 @@ class Attention(nn.Module):
         return attended.flatten(1)
 
     def forward_inputs(self, x: Tensor, layout: PackedLayout, memory: BlockMemory) -> Tensor:
-        """Inputs [T, C] and a memory of inputs -> [T, C].
+        """Inputs [T, C] and a memory of inputs -> [T, HD].
 
         Keys and values are projected from the stored inputs, so that W_k and W_v get gradients from memory rows too.
         """
-        width, inputs = x.shape[1], memory.concat_inputs(x)
+        width, inputs = self.heads * self.head_dim, memory.concat_inputs(x)
         if dispatch.is_modified(self.qkv, nn.Linear):
             q, projected = self.qkv(x)[:, :width], self.qkv(inputs)[:, width:]
         else:
             weight, bias = self.qkv.weight, self.qkv.bias
-            q, projected = F.linear(x, weight[:width], bias[:width]), F.linear(inputs, weight[width:], bias[width:])
+            q_bias, bias = (None, None) if bias is None else (bias[:width], bias[width:])
+            q, projected = F.linear(x, weight[:width], q_bias), F.linear(inputs, weight[width:], bias)
         q = q.unflatten(1, (self.heads, -1))
-        k, v = projected.unflatten(1, (2, self.heads, -1)).unbind(1)
+        k, v = projected.unflatten(1, (2, self.key_heads, -1)).unbind(1)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         memory.keep(x)
         return rope_attention(q, k, v, layout, rope=self.rope, backend=self.backend).flatten(1)
 
@@ -77,8 +117,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, 2 * config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.ffn_bias)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, C] -> [T, C]."""
@@ -96,9 +136,10 @@ class Block(nn.Module):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
-        self.attention_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        norm = NORMS[config.norm]
+        self.attention_norm = norm(config.hidden_size, config.layer_norm_eps)
         self.attention = Attention(config)
-        self.ffn_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.ffn_norm = norm(config.hidden_size, config.layer_norm_eps)
         self.ffn = FeedForward(config)
 
     def forward(self, x: Tensor, layout: PackedLayout, memory: BlockMemory | None = None) -> Tensor:
@@ -113,13 +154,13 @@ class Block(nn.Module):
         return self.after(x, self.attention(self.before(x), layout, memory))
 
     def before(self, x: Tensor) -> Tensor:
-        """[T, C] -> queries, keys and values [T, 3C]."""
+        """[T, C] -> queries, keys and values [T, (H + 2K) D]."""
         return self.attention.qkv(self.attention_norm(x))
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Residual stream [T, C] and the result of attention [T, C] -> [T, C]."""
+        """Residual stream [T, C] and the result of attention [T, HD] -> [T, C]."""
         attended = self.attention.out(attended)
-        if isinstance(self.ffn_norm, LayerNorm):
+        if isinstance(self.ffn_norm, LayerNorm | RMSNorm):
             x, normed = self.ffn_norm(x, attended)
         else:  # a norm of another class has no residual connection
             x = x + attended
@@ -177,32 +218,47 @@ def block_form(block: Block, x: Tensor, layout: PackedLayout, memory_kind: str |
         if change := dispatch.modification(module, kind):
             return Form(False, f"{name} {change}")
     attention_norm, ffn_norm, parameters = block.attention_norm, block.ffn_norm, []
+    norm = RMSNorm if isinstance(attention_norm, RMSNorm) else LayerNorm
     for name, module, kind in (
-        ("attention_norm", attention_norm, LayerNorm),
+        ("attention_norm", attention_norm, norm),
         ("attention.qkv", attention.qkv, nn.Linear),
         ("attention.out", attention.out, nn.Linear),
-        ("ffn_norm", ffn_norm, LayerNorm),
+        ("ffn_norm", ffn_norm, norm),
         ("ffn.fc1", ffn.fc1, nn.Linear),
+        ("attention.q_norm", attention.q_norm, RMSNorm),
+        ("attention.k_norm", attention.k_norm, RMSNorm),
     ):
+        if module is None:  # no norm of queries and keys
+            parameters.append(None)
+            continue
         if change := dispatch.modification(module, kind):
             return Form(False, f"{name} {change}")
         own = module._parameters
-        parameters += own.get("weight"), own.get("bias")
+        if "weight" not in own or "bias" not in own:
+            return Form(False, f"a tensor of {name} is not a parameter")
+        parameters.append(own["weight"])
+        if kind is not RMSNorm or module is attention_norm or module is ffn_norm:
+            parameters.append(own["bias"])
 
     weights = BlockWeights(*parameters)
-    dtype, device, trained = x.dtype, x.device, 0
+    dtype, device, tensors, trained = x.dtype, x.device, [x], 0
     for name, weight in zip(BlockWeights._fields, weights, strict=True):
         if weight is None:
-            return Form(False, f"{name} is not a parameter")
+            if name not in OPTIONAL:
+                return Form(False, f"{name} is not a parameter")
+            continue
         if weight.dtype != dtype or weight.device != device:
             return Form(False, f"{name} has another dtype or device than x")
+        tensors.append(weight)
         trained += weight.requires_grad
-    tensors = x, *weights
     if not dispatch.can_bypass_dispatcher(tensors):
         return Form(False, dispatch.bypass_obstacle(tensors))
-    if torch.is_grad_enabled() and trained < len(weights) and (trained or x.requires_grad):
+    if torch.is_grad_enabled() and trained < len(tensors) - 1 and (trained or x.requires_grad):
         return Form(False, "only some of its tensors need gradients")
-    shape = BlockShape(attention.heads, attention.rope, attention_norm.eps, ffn_norm.eps)
+    shape = BlockShape(
+        attention.heads, attention.key_heads, attention.head_dim, attention.rope, norm.kind, attention_norm.eps,
+        ffn_norm.eps, None if attention.q_norm is None else attention.q_norm.eps,
+    )  # fmt: skip
     if reason := shape.misfit(x, weights):
         return Form(False, reason)
     return Form(True, "modules are unmodified, tensors plain, of one dtype and on one device", shape, weights)
@@ -219,11 +275,14 @@ class Backbone(nn.Module):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
+        norm = NORMS[config.norm]
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
-        self.input_proj = nn.Linear(config.embedding_size, config.hidden_size, bias=False)
-        self.input_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.input_proj = self.input_norm = nn.Identity()
+        if config.embedding_projection:
+            self.input_proj = nn.Linear(config.embedding_size, config.hidden_size, bias=False)
+            self.input_norm = norm(config.hidden_size, config.layer_norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.output_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.output_norm = norm(config.hidden_size, config.layer_norm_eps)
 
     def forward(
         self,

@@ -16,7 +16,7 @@ from dph._folder import AUTO_MAP, IMPLEMENTATION_KEYS, MODULE, read_json, refuse
 from dph.chat import END
 from dph.checkpoint import RELEASED, config_from_official
 from dph.errors import UserError, shown
-from dph_kernels.layout import Rotary
+from dph_kernels.layout import LinearScaling, Llama3Scaling, Rotary, YarnScaling
 
 POOLERS = ("identity", "bert", "t5", "swiglu_bert", "swiglu_t5")
 OPT_ROWS, OPT_END = 50_272, 50_266
@@ -30,11 +30,40 @@ SIZES = {
     "intermediate_size": (1, 2**20),
     "num_hidden_layers": (0, 1024),
     "num_attention_heads": (1, 2**16),
+    "num_key_value_heads": (1, 2**16),
+    "head_dim": (2, 2**16),
 }
 MAX_HEADS = 256
 MAX_HEAD_NAME = 100  # characters
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "im_end_token_id")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
+NORMS = ("layer", "rms")
+SWITCHES = ("rope_reversed", "qkv_bias", "out_bias", "ffn_bias", "qk_norm", "embedding_projection")
+
+# Keys of rotary_scaling besides rope_type, which has transformers' names, and arguments of the classes.
+SCALINGS: dict[str, tuple[type, dict[str, str]]] = {
+    "linear": (LinearScaling, {"factor": "factor"}),
+    "llama3": (
+        Llama3Scaling,
+        {
+            "factor": "factor",
+            "original_max_position_embeddings": "context",
+            "low_freq_factor": "low",
+            "high_freq_factor": "high",
+        },
+    ),
+    "yarn": (
+        YarnScaling,
+        {
+            "factor": "factor",
+            "original_max_position_embeddings": "context",
+            "beta_fast": "fast",
+            "beta_slow": "slow",
+            "attention_factor": "amplitude",
+            "truncate": "truncate",
+        },
+    ),
+}
 
 # Settings of transformers that load other files, or turn the model into another one.
 FOREIGN_KEYS = (
@@ -63,10 +92,20 @@ class ModelConfig(PretrainedConfig):
         hidden_size: C, width of the blocks.
         intermediate_size: F, width of the SwiGLU feed-forward and of the SwiGLU pooler.
         num_hidden_layers: number of blocks.
-        num_attention_heads: H; C / H is the head dimension.
+        num_attention_heads: H, query heads of attention.
+        num_key_value_heads: K, key heads, each shared by H / K query heads; H if None.
+        head_dim: D, width of a head; C / H if None.
+        qk_norm: RMSNorm of the queries and keys of each head, before their rotation.
+        norm: "layer" for LayerNorm, "rms" for RMSNorm.
+        qkv_bias, out_bias, ffn_bias: biases of attention's two products and of the feed-forward network's.
+        embedding_projection: False without the projections between E, which then equals C, and C, and without the norm
+            after the first.
+        tie_word_embeddings: the weight of the language-model head is the embedding.
         rope_base: base of the rotary embedding.
+        rotary_scaling: for contexts longer than those of training, in the form of transformers' ``rope_parameters``:
+            ``{"rope_type": "linear", "llama3" or "yarn", "factor": ..., ...}``.
         rope_reversed: positions count from the newest token backwards (every angle negated), as in the released models.
-        layer_norm_eps: epsilon of every LayerNorm.
+        layer_norm_eps: epsilon of every norm.
         initializer_range: standard deviation of fresh weights.
         reward_heads: names of the reward heads that share one pooler; () for none.
         task_heads: names of reward heads with a pooler each (paper 5.2.2).
@@ -76,6 +115,8 @@ class ModelConfig(PretrainedConfig):
         im_end_token_id: id of ``<|im_end|>``, the token whose hidden state is judged; if None, 50266 for an embedding
             of OPT's 50272 rows.
         released: keys of a released ``config.json`` that this model does not use, written back by ``save_official``.
+        family: ``model_type`` of the family (``dph.model.families``) that the model comes from.
+        family_fields: its ``config.json``, written back by ``save_family``.
 
     Raises UserError for values of another type or out of range (``SIZES``), sizes that do not divide, unknown poolers,
     and names of heads that are not different, printable names without dots of at most 100 characters; some, such as
@@ -94,8 +135,17 @@ class ModelConfig(PretrainedConfig):
         intermediate_size: int = 4096,
         num_hidden_layers: int = 18,
         num_attention_heads: int = 24,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        qk_norm: bool = False,
+        norm: str = "layer",
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        ffn_bias: bool = True,
+        embedding_projection: bool = True,
         rope_base: float = 500_000.0,
         rope_reversed: bool = True,
+        rotary_scaling: dict[str, Any] | None = None,
         layer_norm_eps: float = 1e-5,
         initializer_range: float = 0.02,
         reward_heads: tuple[str, ...] = ("default",),
@@ -109,6 +159,8 @@ class ModelConfig(PretrainedConfig):
         pad_token_id: int | None = 1,
         tie_word_embeddings: bool = True,
         released: dict[str, Any] | None = None,
+        family: str | None = None,
+        family_fields: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -117,8 +169,17 @@ class ModelConfig(PretrainedConfig):
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.head_dim = _head_dim(hidden_size, num_attention_heads) if head_dim is None else head_dim
+        self.qk_norm = qk_norm
+        self.norm = norm
+        self.qkv_bias = qkv_bias
+        self.out_bias = out_bias
+        self.ffn_bias = ffn_bias
+        self.embedding_projection = embedding_projection
         self.rope_base = rope_base
         self.rope_reversed = rope_reversed
+        self.rotary_scaling = rotary_scaling
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
         self.reward_heads = _names("reward_heads", reward_heads)
@@ -128,6 +189,8 @@ class ModelConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.im_end_token_id = OPT_END if im_end_token_id is None and vocab_size == OPT_ROWS else im_end_token_id
         self.released = {} if released is None else released
+        self.family = family
+        self.family_fields = {} if family_fields is None else family_fields
         token_ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
         self._check(tie_word_embeddings, token_ids)
         super().__init__(
@@ -154,13 +217,18 @@ class ModelConfig(PretrainedConfig):
                 raise UserError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
         if not 0 <= self.reward_dropout < 1:
             raise UserError(f"reward_dropout: expected a probability in [0, 1), got {self.reward_dropout}")
-        if not isinstance(self.rope_reversed, bool):
-            raise UserError(f"rope_reversed: expected true or false, got {shown(self.rope_reversed)}")
-        if self.hidden_size % (2 * self.num_attention_heads):
+        for name, value in (*((name, getattr(self, name)) for name in SWITCHES), ("tie_word_embeddings", tied)):
+            if not isinstance(value, bool):
+                raise UserError(f"{name}: expected true or false, got {shown(value)}")
+        self._check_heads_of_attention()
+        if self.norm not in NORMS:
+            raise UserError(f"norm: expected one of {', '.join(NORMS)}, got {shown(self.norm)}")
+        if not self.embedding_projection and self.embedding_size != self.hidden_size:
             raise UserError(
-                f"hidden_size: expected a multiple of 2 * num_attention_heads = {2 * self.num_attention_heads}, "
-                f"got {self.hidden_size}"
+                f"embedding_size: expected hidden_size = {self.hidden_size} without embedding_projection, "
+                f"got {self.embedding_size}"
             )
+        _scaling(self.rotary_scaling)
         if self.reward_pooler not in POOLERS:
             raise UserError(f"reward_pooler: expected one of {', '.join(POOLERS)}, got {shown(self.reward_pooler)}")
         _check_heads([*self.reward_heads, *self.task_heads])
@@ -170,11 +238,25 @@ class ModelConfig(PretrainedConfig):
                     _check_integer(name, token, 0, SIZES["vocab_size"][1])
         if self.im_end_token_id is not None and self.im_end_token_id >= self.vocab_size:
             raise UserError(f"im_end_token_id: expected below vocab_size {self.vocab_size}, got {self.im_end_token_id}")
-        if not isinstance(self.released, dict):
-            raise UserError(f"released: expected an object, got {shown(self.released)}")
-        if tied is not True:
+        for name in ("released", "family_fields"):
+            if not isinstance(getattr(self, name), dict):
+                raise UserError(f"{name}: expected an object, got {shown(getattr(self, name))}")
+        if self.family is not None and not isinstance(self.family, str):
+            raise UserError(f"family: expected a name, got {shown(self.family)}")
+
+    def _check_heads_of_attention(self) -> None:
+        """Raise UserError unless the numbers of heads divide, and each head into two halves."""
+        width, heads, key_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        if self.head_dim == _head_dim(width, heads) and width % (2 * heads):
             raise UserError(
-                f"tie_word_embeddings: expected True (the head is the transposed embedding), got {shown(tied)}"
+                f"hidden_size: expected a multiple of 2 * num_attention_heads = {2 * heads} (or another head_dim), "
+                f"got {width}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim: expected an even number, got {self.head_dim}")
+        if heads % key_heads:
+            raise UserError(
+                f"num_key_value_heads: expected a divisor of num_attention_heads = {heads}, got {key_heads}"
             )
 
     @classmethod
@@ -231,19 +313,24 @@ class ModelConfig(PretrainedConfig):
         return _own_fields(fields, path, kwargs), {**rest, "name_or_path": str(path)}
 
     @property
-    def head_dim(self) -> int:
-        """D, the width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+    def block_weights(self) -> int:
+        """Number of entries of a block's weight matrices."""
+        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
+        return self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
+
+    @property
+    def projection_weights(self) -> int:
+        """Number of entries of the projection between embedding and blocks, in one direction."""
+        return self.embedding_size * self.hidden_size if self.embedding_projection else 0
 
     @property
     def least_parameters(self) -> int:
         """Number of entries of the weight matrices: a lower bound of the parameters, without a model."""
         width, inner = self.hidden_size, self.intermediate_size
-        block = 4 * width**2 + 3 * width * inner
         pooler = {"identity": 0, "bert": width**2, "t5": width**2}.get(self.reward_pooler, 3 * width * inner)
         groups = len(self.task_heads) + bool(self.reward_heads)
-        embedding = self.embedding_size * (self.vocab_size + 2 * width)
-        return embedding + self.num_hidden_layers * block + groups * pooler
+        tables = self.embedding_size * self.vocab_size * (1 if self.tie_word_embeddings else 2)
+        return tables + 2 * self.projection_weights + self.num_hidden_layers * self.block_weights + groups * pooler
 
     @property
     def memory_kind(self) -> str:
@@ -253,7 +340,7 @@ class ModelConfig(PretrainedConfig):
     @property
     def rope(self) -> Rotary:
         """The rotary embedding of every block."""
-        return Rotary(self.rope_base, self.rope_reversed)
+        return Rotary(self.rope_base, self.rope_reversed, _scaling(self.rotary_scaling))
 
 
 def read_fields(path: str | os.PathLike, **options: Any) -> dict[str, Any]:
@@ -283,6 +370,39 @@ def _names(field: str, names: Iterable[str]) -> list[str]:
     if isinstance(names, str | Mapping) or not isinstance(names, Iterable):
         raise UserError(f"{field}: expected a sequence of names, got {shown(names)}")
     return list(names)
+
+
+def _head_dim(width: Any, heads: Any) -> Any:
+    """Return the width of a head of C / H; of sizes of another type 2, since they are refused later."""
+    numbers = isinstance(width, Integral) and isinstance(heads, Integral) and heads > 0
+    return max(width // heads, 2) if numbers else 2
+
+
+def _scaling(fields: Any) -> LinearScaling | Llama3Scaling | YarnScaling | None:
+    """Return the scaling that ``rotary_scaling`` describes. Raises UserError if it is none that rotary tables have."""
+    if fields is None:
+        return None
+    kind = fields.get("rope_type") if isinstance(fields, dict) else fields
+    if not isinstance(kind, str) or kind not in SCALINGS:
+        raise UserError(f"rotary_scaling: expected rope_type {', '.join(SCALINGS)}, or none, got {shown(kind)}")
+    scaling, names = SCALINGS[kind]
+    arguments = {}
+    for key, value in fields.items():
+        if key == "rope_type" or value is None:
+            continue
+        name = f"rotary_scaling.{key}"
+        if key not in names:
+            raise UserError(f"{name}: expected one of {', '.join(names)}, got another setting of {kind}")
+        if key == "truncate":
+            if not isinstance(value, bool):
+                raise UserError(f"{name}: expected true or false, got {shown(value)}")
+        elif not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or not value > 0:
+            raise UserError(f"{name}: expected a finite number above 0, got {shown(value)}")
+        arguments[names[key]] = value
+    required = ["factor"] if kind == "linear" else ["factor", "original_max_position_embeddings"]
+    if missing := [key for key in required if names[key] not in arguments]:
+        raise UserError(f"rotary_scaling: expected {' and '.join(missing)} of {kind}, got none")
+    return scaling(**arguments)
 
 
 def _check_integer(name: str, value: Any, least: int, most: int) -> None:

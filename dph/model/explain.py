@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dph.model.backbone import Attention, Backbone, Block, FeedForward, LayerNorm, block_form
+from dph.model.backbone import NORMS, Attention, Backbone, Block, FeedForward, block_form
 from dph_kernels import checks, dispatch
 from dph_kernels.dispatch import Choice
 from dph_kernels.layout import PackedLayout
@@ -36,7 +36,8 @@ def report_blocks(backbone: Backbone, tokens: int, memory_kind: str | None = Non
         x.requires_grad_(trained and torch.is_grad_enabled())
         fused, reason, *_ = block_form(block, x, layout, memory_kind)
         attention = _choose("rope_attention", x, {block.attention: Attention})
-        norm = _choose("residual_norm", x, {block.attention_norm: LayerNorm, block.ffn_norm: LayerNorm})
+        kind = NORMS[getattr(block.attention_norm, "kind", "layer")]
+        norm = _choose("residual_norm", x, {block.attention_norm: kind, block.ffn_norm: kind})
         gate = _choose("swiglu", x, {block.ffn: FeedForward})
         if not fused:
             norm, gate = _in_parts(block, x, norm, gate)
@@ -65,7 +66,8 @@ def _in_parts(block: Block, x: Tensor, norm: Choice, gate: Choice) -> tuple[Choi
         replaced = Choice("replaced", "computed by the method in place of before or after")
         return replaced, replaced
     few = Choice("PyTorch", f"its operations are as fast for up to {dispatch.SMALL_ELEMENTS} elements")
-    if isinstance(block.attention_norm, LayerNorm) and isinstance(block.ffn_norm, LayerNorm):
+    norms = tuple(NORMS.values())
+    if isinstance(block.attention_norm, norms) and isinstance(block.ffn_norm, norms):
         if checks.autocast_active(x):
             norm = Choice("PyTorch", "under autocast its rules decide the dtypes")
         elif dispatch.prefer_pytorch(x, "auto"):

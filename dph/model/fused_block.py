@@ -50,43 +50,55 @@ class BlockShape(NamedTuple):
     """Parameters of a block that are not tensors; the width C and the gated width 2F are sizes of its tensors.
 
     Attributes:
-        heads: H of its attention.
+        heads, key_heads, head_dim: H, K and D of its attention.
         rope: rotary embedding of queries and keys.
-        attention_eps, ffn_eps: epsilon of the norm before attention, of the norm before the feed-forward network.
+        norm: kind of the norms before attention and before the feed-forward network.
+        attention_eps, ffn_eps: their epsilons.
+        qk_eps: epsilon of the RMSNorm of queries and keys; None without one.
     """
 
     heads: int
+    key_heads: int
+    head_dim: int
     rope: Rotary
+    norm: str
     attention_eps: float
     ffn_eps: float
+    qk_eps: float | None = None
 
     def misfit(self, x: Tensor, weights: BlockWeights) -> str | None:
         """Return which tensor does not fit ``x`` [T, C], or which size is not supported; None if all fit."""
-        width, gated = x.shape[1], weights.fc1_bias.numel()
+        width, gated, head_dim = x.shape[1], len(weights.fc1), self.head_dim
+        joined = (self.heads + 2 * self.key_heads) * head_dim
         expected = BlockWeights(
             attention_norm=(width,),
             attention_norm_bias=(width,),
-            qkv=(3 * width, width),
-            qkv_bias=(3 * width,),
-            out=(width, width),
+            qkv=(joined, width),
+            qkv_bias=(joined,),
+            out=(width, self.heads * head_dim),
             out_bias=(width,),
             ffn_norm=(width,),
             ffn_norm_bias=(width,),
             fc1=(gated, width),
             fc1_bias=(gated,),
+            q_norm=(head_dim,),
+            k_norm=(head_dim,),
         )
         for name, weight, sizes in zip(BlockWeights._fields, weights, expected, strict=True):
-            if weight.shape != sizes:
+            if weight is not None and weight.shape != sizes:
                 return f"{name} has shape {list(weight.shape)}, not {list(sizes)}"
         if width > WIDEST:
             return f"rows have more than {WIDEST} elements"
-        if width % (2 * self.heads) or gated % 2:
-            return f"the sizes {width} and {gated} do not divide into {self.heads} heads and two halves"
+        if head_dim % 2 or gated % 2:
+            return f"heads of {head_dim} or gates of {gated} elements do not divide into two halves"
         return None
 
 
 class BlockWeights(NamedTuple):
-    """Weights of a block, their shapes or their gradients, in the order in which autograd takes them."""
+    """Weights of a block, their shapes or their gradients, in the order in which autograd takes them.
+
+    Those named in ``OPTIONAL`` may be None.
+    """
 
     attention_norm: Any
     attention_norm_bias: Any
@@ -98,6 +110,11 @@ class BlockWeights(NamedTuple):
     ffn_norm_bias: Any
     fc1: Any
     fc1_bias: Any
+    q_norm: Any
+    k_norm: Any
+
+
+OPTIONAL = {name for name in BlockWeights._fields if name.endswith("_bias")} | {"q_norm", "k_norm"}
 
 
 class _Saved(NamedTuple):
@@ -108,25 +125,35 @@ class _Saved(NamedTuple):
     out: Tensor
     ffn_norm: Tensor
     fc1: Tensor
-    fc1_bias: Tensor
+    fc1_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
     x: Tensor  # [T, C]
     moments: Tensor  # of its norm
     normed: Tensor  # [T, C]
-    projected: Tensor  # [T, 3C]: queries, keys, values
+    projected: Tensor  # [T, (H + 2K) D]: queries, keys, values
+    q: Tensor | None  # [T, H, D]: normed queries
+    q_moments: Tensor | None
+    k_moments: Tensor | None
     attended: Tensor  # [T, H, D]
     lse: Tensor  # [T, H]
-    rotated: Tensor  # [T, H, D]: keys
+    rotated: Tensor  # [T, K, D]: keys
     total: Tensor  # [T, C]: the residual stream after attention
     ffn_moments: Tensor
     ffn_normed: Tensor  # [T, C]
     gate: Tensor  # [T, 2F], without fc1_bias
-    memory_k: Tensor  # [M, H, D]
+    memory_k: Tensor  # [M, K, D]
     memory_v: Tensor
     segments: Tensor
     q_cos: Tensor
     q_sin: Tensor
     k_cos: Tensor
     k_sin: Tensor
+
+
+def split_heads(projected: Tensor, heads: int, key_heads: int) -> tuple[Tensor, ...]:
+    """[T, (H + 2K) D] -> queries [T, H, D], keys and values [T, K, D]."""
+    return projected.unflatten(1, (heads + 2 * key_heads, -1)).split((heads, key_heads, key_heads), 1)
 
 
 def fused_block(
@@ -162,13 +189,14 @@ class _FusedBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, d_activations: Tensor) -> tuple[Tensor | None, ...]:
-        saved, device, needs_x = _Saved(*ctx.saved_tensors), d_total.device.type, ctx.needs_input_grad[0]
+        needs_x, _, _, _, *needs_weights = ctx.needs_input_grad
+        saved, device, needed = _Saved(*ctx.saved_tensors), d_total.device.type, BlockWeights(*needs_weights)
         autocast = torch.is_autocast_enabled(device)
         without_autocast = torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext()
         with torch.no_grad(), without_autocast:
-            d_x, d_weights = _backward(d_total, d_activations, saved, ctx.shape, needs_x)
+            d_x, d_weights = _backward(d_total, d_activations, saved, ctx.shape, needs_x, needed)
         if torch.is_grad_enabled():
-            d_x, *d_weights = _FirstOrderOnly.apply(saved.qkv, d_x, *d_weights)
+            d_x, *d_weights = _FirstOrderOnly.apply(saved.qkv, d_x, *d_weights)  # keeps those that are None
         return d_x if needs_x else None, None, None, None, *d_weights
 
 
@@ -194,11 +222,17 @@ def _forward(
         weight=weights.attention_norm,
         bias=weights.attention_norm_bias,
         eps=shape.attention_eps,
-        kind="layer",
+        kind=shape.norm,
         backend=AUTO,
     )
     projected = F.linear(normed, weights.qkv, weights.qkv_bias)
-    q, k, v = projected.unflatten(1, (3, shape.heads, -1)).unbind(1)
+    q, k, v = split_heads(projected, shape.heads, shape.key_heads)
+    normed_q = q_moments = k_moments = None
+    if weights.q_norm is not None:
+        norm = {"update": None, "bias": None, "eps": shape.qk_eps, "kind": "rms", "backend": AUTO}
+        _, normed_q, q_moments = NORM.forward(x=q, weight=weights.q_norm, **norm)
+        _, k, k_moments = NORM.forward(x=k, weight=weights.k_norm, **norm)
+        q = normed_q
     memory_k, memory_v = (k[:0], v[:0]) if memory is None else memory.read(k)
     if memory is not None or layout.memory:
         check_inputs(q, k, v, memory_k, memory_v, layout)
@@ -214,7 +248,7 @@ def _forward(
         weight=weights.ffn_norm,
         bias=weights.ffn_norm_bias,
         eps=shape.ffn_eps,
-        kind="layer",
+        kind=shape.norm,
         backend=AUTO,
     )
     gate = F.linear(ffn_normed, weights.fc1)
@@ -226,10 +260,15 @@ def _forward(
         ffn_norm=weights.ffn_norm,
         fc1=weights.fc1,
         fc1_bias=weights.fc1_bias,
+        q_norm=weights.q_norm,
+        k_norm=weights.k_norm,
         x=x,
         moments=moments,
         normed=normed,
         projected=projected,
+        q=normed_q,
+        q_moments=q_moments,
+        k_moments=k_moments,
         attended=attended,
         lse=lse,
         rotated=rotated,
@@ -247,15 +286,15 @@ FIXED = "memory_k", "memory_v", "segments", "q_cos", "q_sin", "k_cos", "k_sin"
 
 
 def _backward(
-    d_total: Tensor, d_activations: Tensor, saved: _Saved, shape: BlockShape, needs_x: bool
+    d_total: Tensor, d_activations: Tensor, saved: _Saved, shape: BlockShape, needs_x: bool, needed: BlockWeights
 ) -> tuple[Tensor, BlockWeights]:
-    """Return the gradients of x (empty unless ``needs_x``) and of the weights."""
+    """Return the gradients of x (empty unless ``needs_x``) and of the ``needed`` weights, None for the others."""
     d_gate, d_fc1_bias = GATE.backward(
         grad=d_activations,
         projected=saved.gate,
         bias=saved.fc1_bias,
         projected_needed=True,
-        bias_needed=True,
+        bias_needed=needed.fc1_bias,
         backend=AUTO,
     )
     d_fc1, d_ffn_normed = d_gate.t().mm(saved.ffn_normed), d_gate.mm(saved.fc1)
@@ -266,46 +305,63 @@ def _backward(
         total=saved.total,
         weight=saved.ffn_norm,
         moments=saved.ffn_moments,
-        needs=[True, True, True],
+        needs=[True, True, needed.ffn_norm_bias],
         backend=AUTO,
     )
     del d_ffn_normed
 
-    d_out, d_out_bias = d_total.t().mm(saved.attended.flatten(1)), d_total.sum(0)
+    d_out = d_total.t().mm(saved.attended.flatten(1))
+    d_out_bias = d_total.sum(0) if needed.out_bias else None
     d_attended = d_total.mm(saved.out).view(saved.attended.shape)
-    q, _, v = saved.projected.unflatten(1, (3, shape.heads, -1)).unbind(1)
-    d_projected = joined_gradients(
+    q, k, v = split_heads(saved.projected, shape.heads, shape.key_heads)
+    d_heads = joined_gradients(
         grad=d_attended,
-        q=q,
+        q=q if saved.q is None else saved.q,
         rotated=saved.rotated,
         v=v,
         out=saved.attended,
         lse=saved.lse,
         **{name: getattr(saved, name) for name in FIXED},
-        scale=q.shape[-1] ** -0.5,
+        scale=shape.head_dim**-0.5,
         backend=AUTO,
-    ).view(saved.projected.shape)
+    )
     del d_attended
+    d_q_norm = d_k_norm = None
+    if saved.q_norm is not None:
+        norm = {"d_total": None, "needs": [True, True, False], "backend": AUTO}
+        d_q, d_k, _ = d_heads.split((shape.heads, shape.key_heads, shape.key_heads), 1)
+        d_raw_q, d_q_norm, _ = NORM.backward(
+            d_normed=d_q, total=q, weight=saved.q_norm, moments=saved.q_moments, **norm
+        )
+        d_raw_k, d_k_norm, _ = NORM.backward(
+            d_normed=d_k, total=k, weight=saved.k_norm, moments=saved.k_moments, **norm
+        )
+        d_q.copy_(d_raw_q)
+        d_k.copy_(d_raw_k)
+    d_projected = d_heads.view(saved.projected.shape)
 
-    d_qkv, d_qkv_bias = d_projected.t().mm(saved.normed), d_projected.sum(0)
+    d_qkv = d_projected.t().mm(saved.normed)
+    d_qkv_bias = d_projected.sum(0) if needed.qkv_bias else None
     d_x, d_attention_norm, d_attention_norm_bias = NORM.backward(
         d_total=d_total,
         d_normed=d_projected.mm(saved.qkv),
         total=saved.x,
         weight=saved.attention_norm,
         moments=saved.moments,
-        needs=[needs_x, True, True],
+        needs=[needs_x, True, needed.attention_norm_bias],
         backend=AUTO,
     )
     return d_x, BlockWeights(
         attention_norm=d_attention_norm,
-        attention_norm_bias=d_attention_norm_bias,
+        attention_norm_bias=d_attention_norm_bias if needed.attention_norm_bias else None,
         qkv=d_qkv,
         qkv_bias=d_qkv_bias,
         out=d_out,
         out_bias=d_out_bias,
         ffn_norm=d_ffn_norm,
-        ffn_norm_bias=d_ffn_norm_bias,
+        ffn_norm_bias=d_ffn_norm_bias if needed.ffn_norm_bias else None,
         fc1=d_fc1,
-        fc1_bias=d_fc1_bias,
+        fc1_bias=d_fc1_bias if needed.fc1_bias else None,
+        q_norm=d_q_norm,
+        k_norm=d_k_norm,
     )

@@ -115,9 +115,13 @@ class Model(PreTrainedModel, GenerationMixin):
         _check_host_memory(config)
         super().__init__(config)
         self.backbone = Backbone(config)
-        self.output_proj = nn.Linear(config.hidden_size, config.embedding_size, bias=False)
-        self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=False, device="meta")
-        self.lm_head.weight = self.backbone.embedding.weight
+        self.output_proj = nn.Identity()
+        if config.embedding_projection:
+            self.output_proj = nn.Linear(config.hidden_size, config.embedding_size, bias=False)
+        device = "meta" if config.tie_word_embeddings else None
+        self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=False, device=device)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
         self.heads = RewardHeads()
         self.untrained_heads: set[str] = set()  # heads that a loaded checkpoint lacked
         self._fresh: dict[str, Tensor] = {}  # samples of the weights that these heads began with, by name
@@ -177,18 +181,19 @@ class Model(PreTrainedModel, GenerationMixin):
             block.attention.backend = backend
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw fresh weights; those of the language-model head are the embedding's."""
-        if module is not self.lm_head:
+        """Draw fresh weights; those of a tied language-model head are the embedding's."""
+        if module is not self.lm_head or not self.config.tie_word_embeddings:
             super()._init_weights(module)
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the token embedding, whose weight is also the language-model head's."""
+        """Return the token embedding; if tied, its weight is also the language-model head's."""
         return self.backbone.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding; the language-model head takes over its weight."""
+        """Replace the token embedding; a tied language-model head takes over its weight."""
         self.backbone.embedding = value
-        self.lm_head.weight, self.lm_head.out_features = value.weight, len(value.weight)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight, self.lm_head.out_features = value.weight, len(value.weight)
 
     @property
     def base_model(self) -> "BaseModelView":
@@ -738,7 +743,7 @@ class BaseModelView(nn.Module):
 
 def _before_loading(model: Model, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Before weights are loaded into a model: add the tied one, which files hold once, and mark heads as trained."""
-    for tied, source in model._tied_weights_keys.items():
+    for tied, source in model._tied_weights_keys.items() if model.config.tie_word_embeddings else ():
         if f"{prefix}{source}" in state:
             state.setdefault(f"{prefix}{tied}", state[f"{prefix}{source}"])
     for key, names in model._head_groups() if isinstance(model.heads, RewardHeads) else ():

@@ -238,9 +238,25 @@ def plain(value: Any) -> Any:
 
 
 def model_fields(config: Any) -> dict[str, Any]:
-    """Return the fields of a ``ModelConfig`` that the network is made of."""
+    """Return the fields of a ``ModelConfig`` that the network is made of, without those of ``LATER`` at their default.
+
+    So neither fingerprints nor names of caches change for the models of earlier versions.
+    """
     fields = {}
-    for name in inspect.signature(type(config)).parameters:
-        if name not in ("max_position_embeddings", "released", "kwargs"):
-            fields[name] = getattr(config, name)
+    defaults = {
+        "num_key_value_heads": config.num_attention_heads,
+        "head_dim": config.hidden_size // config.num_attention_heads,
+    }
+    for name, parameter in inspect.signature(type(config)).parameters.items():
+        if name not in ("max_position_embeddings", "released", "family", "family_fields", "kwargs"):
+            value = getattr(config, name)
+            if name not in LATER or value != defaults.get(name, parameter.default):
+                fields[name] = value
     return fields
+
+
+# Fields of ModelConfig that the first version lacked.
+LATER = (
+    "num_key_value_heads", "head_dim", "qk_norm", "norm", "qkv_bias", "out_bias", "ffn_bias", "embedding_projection",
+    "rotary_scaling",
+)  # fmt: skip

@@ -158,17 +158,18 @@ OPERATOR = Operator(
 
 
 def joined_gradients(*, backend: str, **arguments: Any) -> Tensor:
-    """Return the gradients of q, k and v as one tensor [T, 3, H, D], for as many keys and key heads as q has.
+    """Return the gradients of q, k and v as one tensor [T, H + 2K, D], for as many keys as queries.
 
     The arguments are those of ``OPERATOR.backward``. A backend that can writes all three into one tensor, which is the
-    gradient of the product that q, k and v are slices of; the results of the others are stacked.
+    gradient of the product that q, k and v are slices of; the results of the others are concatenated.
     """
-    q = arguments["q"]
-    checks.shape("v", arguments["v"], *q.shape)
+    q, key_heads = arguments["q"], arguments["v"].shape[1]
+    checks.shape("v", arguments["v"], len(q), key_heads, q.shape[2])
     implementation = dispatch.implementation("rope_attention", q.device.type, backend, q.dtype)
     if not (hasattr(implementation, "backward_into") and dispatch.can_bypass_dispatcher([arguments["grad"]])):
-        return torch.stack(OPERATOR.backward(**arguments, backend=backend), 1)
-    joined = torch.empty((len(q), 3, *q.shape[1:]), dtype=q.dtype, device=q.device)
+        return torch.cat(OPERATOR.backward(**arguments, backend=backend), 1)
+    sizes = q.shape[1], key_heads, key_heads
+    joined = torch.empty((len(q), sum(sizes), q.shape[2]), dtype=q.dtype, device=q.device)
     with dispatch.profile_range(f"{OPERATOR.name}_backward"):
-        dispatch.call(implementation.backward_into, q.device.type, {"results": joined.unbind(1), **arguments})
+        dispatch.call(implementation.backward_into, q.device.type, {"results": joined.split(sizes, 1), **arguments})
     return joined

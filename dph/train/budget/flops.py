@@ -109,13 +109,12 @@ def batch_flops(stage: Stage, batch: StepBatch) -> float:
 
 def backbone_weights(config: ModelConfig) -> int:
     """Return the weights that every token is multiplied with: the up-projection and the blocks."""
-    width, ffn = config.hidden_size, config.intermediate_size
-    return config.embedding_size * width + config.num_hidden_layers * (4 * width**2 + 3 * width * ffn)
+    return config.projection_weights + config.num_hidden_layers * config.block_weights
 
 
 def head_weights(config: ModelConfig) -> int:
-    """Return the weights that every target's row is multiplied with: the down-projection and the tied embedding."""
-    return config.embedding_size * (config.hidden_size + config.vocab_size)
+    """Return the weights that every target's row is multiplied with: down-projection and language-model head."""
+    return config.projection_weights + config.embedding_size * config.vocab_size
 
 
 def pooler_weights(config: ModelConfig) -> tuple[int, int]:
@@ -152,7 +151,7 @@ def step_flops(config: ModelConfig, stage: str, workload: Workload, *, reference
     """
     blocks, head = backbone_weights(config) * workload.tokens, head_weights(config) * workload.targets
     first_layer, pooler = pooler_weights(config)
-    attention = 2 * config.hidden_size * config.num_hidden_layers  # of one product, over all layers and heads
+    attention = 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers  # of one product, all heads
     forward = 2 * (blocks + head) + 2 * attention * workload.visible
     backward_attention = attention * (4 * workload.visible - 2 * workload.detached)
     if stage == "head":  # only the forward pass of the frozen backbone, without the language-model head

@@ -42,7 +42,7 @@ def on_device(stage: Stage, rows: int, device: torch.device, place: str, *, alon
     if sharded:
         sizes = _per_rank(stage, sizes, size)
     if has_memory(recipe):
-        sizes |= _stream_memory(stage, rows, place, size * config.hidden_size)
+        sizes |= _stream_memory(stage, rows, place, size * _memory_width(recipe, config))
     if recipe.stage != "head":
         saved = activations(recipe, config, rows, size)
         if alone:
@@ -88,7 +88,7 @@ def on_host(stage: Stage, device: torch.device, place: str) -> dict[str, float]:
     if not has_memory(recipe) or place != "host":
         return {}
     size = 2 if low_precision(recipe.precision, device) else 4
-    ring = 2 * stage.micro_size * recipe.data.memory * config.hidden_size * size
+    ring = 2 * stage.micro_size * recipe.data.memory * _memory_width(recipe, config) * size
     if device.type == "cuda":
         ring = 1 << (ring - 1).bit_length()  # PyTorch's allocator of pinned memory takes powers of two
     micro_batch = _memory_tensors(recipe) * config.num_hidden_layers * ring
@@ -105,8 +105,13 @@ def has_memory(recipe: Recipe) -> bool:
 
 
 def _memory_tensors(recipe: Recipe) -> int:
-    """Return the number of rows, of the model's width, that a token leaves in the memory of a layer."""
+    """Return the number of rows that a token leaves in the memory of a layer."""
     return 2 if recipe.data.memory_kind == "kv" else 1
+
+
+def _memory_width(recipe: Recipe, config: ModelConfig) -> int:
+    """Return the elements of such a row: of the keys, the values or the input of attention."""
+    return config.num_key_value_heads * config.head_dim if recipe.data.memory_kind == "kv" else config.hidden_size
 
 
 def held_out_streams(stage: Stage) -> int:
@@ -177,10 +182,12 @@ def size_text(count: float) -> str:
 def activations(recipe: Recipe, config: ModelConfig, rows: int, size: int) -> float:
     """Return bytes that autograd saves for ``rows`` rows of numbers of ``size`` bytes.
 
-    A block saves its input, the outputs of both norms, q, k (and rotated k) and v, attention's output with its
-    log-sum-exp, the sum after attention, [x | gate], and the SwiGLU activations.
+    A block saves its input, the outputs of both norms, q (and normed q), k (and rotated k) and v, attention's output
+    with its log-sum-exp, the sum after attention, [x | gate], and the SwiGLU activations.
     """
-    block = size * (10 * config.hidden_size + 3 * config.intermediate_size) + 4 * config.num_attention_heads
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    per_head = (3 if config.qk_norm else 2) * heads + 3 * key_heads
+    block = size * (5 * config.hidden_size + per_head * config.head_dim + 3 * config.intermediate_size) + 4 * heads
     saved = config.num_hidden_layers * block
     if recipe.checkpointing == "block":
         saved = config.num_hidden_layers * size * config.hidden_size + block
