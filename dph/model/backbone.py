@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
-from dph.model.fused_block import OPTIONAL, BlockMemory, BlockShape, BlockWeights, fused_block, split_heads
+from dph.model.fused_block import OPTIONAL, BlockMemory, BlockShape, BlockWeights, fused_block
 from dph_kernels import checks, dispatch
 from dph_kernels.layout import PackedLayout
 from dph_kernels.residual_norm import residual_norm
-from dph_kernels.rope_attention import rope_attention
+from dph_kernels.rope_attention import rope_attention, split_heads
 from dph_kernels.swiglu import swiglu
 from dph_kernels.torch_private import has_any_global_hook
 
@@ -29,8 +29,9 @@ class LayerNorm(nn.LayerNorm):
     kind = "layer"
 
     def forward(self, x: Tensor, update: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of ``x`` [T, C]; with an update, ``x + update`` and its norm."""
-        return _normed(self, x, update)
+        """The norm of ``x`` [T, C], or of each head of [T, H, D]; with an update, ``x + update`` and its norm."""
+        total, normed = residual_norm(x, update, self.weight, self.bias, eps=self.eps, kind=self.kind)
+        return normed if update is None else (total, normed)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -42,14 +43,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps)
         self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor, update: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of ``x`` [T, C], or of each head of [T, H, D]; with an update, ``x + update`` and its norm."""
-        return _normed(self, x, update)
-
-
-def _normed(norm: LayerNorm | RMSNorm, x: Tensor, update: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-    total, normed = residual_norm(x, update, norm.weight, norm.bias, eps=norm.eps, kind=norm.kind)
-    return normed if update is None else (total, normed)
+    forward = LayerNorm.forward
 
 
 NORMS = {norm.kind: norm for norm in (LayerNorm, RMSNorm)}

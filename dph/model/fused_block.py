@@ -21,7 +21,7 @@ from dph_kernels.layout import PackedLayout, Rotary
 from dph_kernels.residual_norm import OPERATOR as NORM
 from dph_kernels.residual_norm import WIDEST
 from dph_kernels.rope_attention import OPERATOR as ATTENTION
-from dph_kernels.rope_attention import check_inputs, joined_gradients
+from dph_kernels.rope_attention import check_inputs, joined_gradients, split_heads
 from dph_kernels.swiglu import OPERATOR as GATE
 
 AUTO = "auto"
@@ -149,11 +149,6 @@ class _Saved(NamedTuple):
     q_sin: Tensor
     k_cos: Tensor
     k_sin: Tensor
-
-
-def split_heads(projected: Tensor, heads: int, key_heads: int) -> tuple[Tensor, ...]:
-    """[T, (H + 2K) D] -> queries [T, H, D], keys and values [T, K, D]."""
-    return projected.unflatten(1, (heads + 2 * key_heads, -1)).split((heads, key_heads, key_heads), 1)
 
 
 def fused_block(

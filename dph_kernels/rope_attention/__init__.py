@@ -157,6 +157,11 @@ OPERATOR = Operator(
 )
 
 
+def split_heads(projected: Tensor, heads: int, key_heads: int) -> tuple[Tensor, ...]:
+    """[T, (H + 2K) D] -> queries [T, H, D], keys and values [T, K, D], which are views."""
+    return projected.unflatten(1, (heads + 2 * key_heads, -1)).split((heads, key_heads, key_heads), 1)
+
+
 def joined_gradients(*, backend: str, **arguments: Any) -> Tensor:
     """Return the gradients of q, k and v as one tensor [T, H + 2K, D], for as many keys as queries.
 

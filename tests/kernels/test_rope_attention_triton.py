@@ -81,7 +81,7 @@ def flattened(value):
     return [x for element in value for x in flattened(element)] if isinstance(value, tuple) else [value]
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [(2, 16), (3, 6)])
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 16), ((3, 1), 6), ((4, 2), 16)])
 @pytest.mark.parametrize(
     "layout",
     [PackedLayout.shared_prefix([33, 5], [[7, 1], [2]]), PackedLayout.with_memory([9, 20], [4, 12], 12)],
@@ -96,13 +96,13 @@ def test_gradients_side_by_side(layout, heads, head_dim):
     rest |= {"q_cos": q_cos, "q_sin": q_sin, "k_cos": k_cos, "k_sin": k_sin}
     out, lse, rotated = OPERATOR.forward(q=q, k=k, v=v, **rest, backend="triton")
     known = {"grad": grad, "q": q, "rotated": rotated, "v": v, "out": out, "lse": lse, **rest}
-    assert torch.equal(joined_gradients(**known, backend="triton"), torch.stack(attention.backward(**known), 1))
+    assert torch.equal(joined_gradients(**known, backend="triton"), torch.cat(attention.backward(**known), 1))
 
 
-def test_gradients_side_by_side_need_as_many_key_heads():
+def test_gradients_side_by_side_need_as_many_keys():
     q = torch.zeros(5, 4, 8, device=DEVICE)
-    with pytest.raises(ValueError, match=r"v: expected shape \[5, 4, 8\], got \[5, 2, 8\]"):
-        joined_gradients(q=q, v=q[:, :2], backend="triton")
+    with pytest.raises(ValueError, match=r"v: expected shape \[5, 2, 8\], got \[3, 2, 8\]"):
+        joined_gradients(q=q, v=q[:3, :2], backend="triton")
 
 
 @interpreted
