@@ -5,13 +5,15 @@ A model never starts from weights that a file lacks: transformers would make the
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from dph.errors import UserError, one_line
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and PyTorch's
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers prefers these to others
+CHUNK = 2**22  # elements that are converted to another dtype at a time
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -143,6 +146,72 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     except OSError as error:
         raise UserError(f"{path}: expected a readable file, got: {error.strerror or one_line(error)}") from None
     return headers
+
+
+def read_tensors(
+    pieces: Mapping[str, Sequence[str]], headers: Mapping[str, TensorHeader], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Read tensors, each of which may be several of the files' tensors above each other, into memory of their own.
+
+    The files are not mapped: mapped pages count as the process's memory, and another program may change them. So the
+    peak is the size of the result.
+
+    Args:
+        pieces: {name of the result: names in the files, of one shape but for their rows}.
+        headers: by name in the files.
+        dtype: of the results; that of the first piece if None.
+
+    Raises UserError, which begins with the file, if it became shorter since its header was read.
+    """
+    starts: dict[Path, dict[str, int]] = {}
+    results = {}
+    for result, names in pieces.items():
+        parts = [headers[name] for name in names]
+        shape = parts[0].shape
+        if len(parts) > 1:
+            shape = (sum(part.shape[0] for part in parts), *shape[1:])
+        results[result] = torch.empty(shape, dtype=dtype or getattr(torch, parts[0].dtype))
+        blocks = [results[result]]
+        if len(parts) > 1:
+            blocks = results[result].split([part.shape[0] for part in parts])
+        for name, part, block in zip(names, parts, blocks, strict=True):
+            if part.file not in starts:
+                starts[part.file] = _tensor_starts(part.file)
+            _read_into(block.flatten(), part, starts[part.file][name])
+    return results
+
+
+def _tensor_starts(path: Path) -> dict[str, int]:
+    """Return the position of each tensor's first byte in a safetensors file with a sound header."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in entries.items() if name != "__metadata__"}
+
+
+def _read_into(target: Tensor, header: TensorHeader, start: int) -> None:
+    """Copy a tensor of a file into ``target`` [N], converted to its dtype in chunks."""
+    stored = getattr(torch, header.dtype)
+    size = len(target) if stored == target.dtype else min(CHUNK, len(target))
+    buffer = target if stored == target.dtype else torch.empty(size, dtype=stored)
+    with header.file.open("rb") as file:
+        file.seek(start)
+        for first in range(0, len(target), max(size, 1)):
+            chunk = buffer[: min(size, len(target) - first)]
+            content = memoryview(chunk.view(torch.uint8).numpy())
+            if file.readinto(content) != len(content):
+                raise UserError(f"{header.file}: expected a whole safetensors file, got one that became shorter")
+            if chunk.dtype != target.dtype:
+                target[first : first + len(chunk)] = chunk
+
+
+def same_tensors(first: TensorHeader, second: TensorHeader, names: tuple[str, str]) -> bool:
+    """Return whether two tensors of files, by these names, are equal bit for bit."""
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    tensors = read_tensors({name: [name] for name in names}, dict(zip(names, (first, second), strict=True)))
+    bits = [tensor.view(torch.uint8) for tensor in tensors.values()]
+    return torch.equal(*bits)
 
 
 def check_tensors(

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from dph._layouts import names_of, renamed
 from dph.errors import UserError, shown
 
 RELEASED = "lsw_transformer"
@@ -33,12 +34,11 @@ RENAMED = {
 JOINED = ("proj_q", "proj_k", "proj_v")  # row blocks of qkv, in this order
 
 
-def _rename(name: str, table: dict[str, str]) -> str:
-    """Return the name that ``table`` gives a tensor; ValueError if it has none."""
-    for source, target in table.items():
-        if match := re.fullmatch(re.escape(source).replace(r"\{\}", r"([^.]+)"), name):
-            return target.format(*match.groups())
-    raise ValueError(f"{name}: expected a name of the checkpoint layout, such as {next(iter(table))}")
+def own_name(name: str) -> str:
+    """Return the own name of a tensor of the released layout; ValueError if it has none."""
+    if (own := renamed(name, RENAMED)) is None:
+        raise ValueError(f"{name}: expected a name of the checkpoint layout, such as {next(iter(RENAMED))}")
+    return own
 
 
 def from_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ def from_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     own: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        target = _rename(name, RENAMED)
+        target = own_name(name)
         if ".attention.qkv." not in target:
             own[target] = tensor
         elif target not in own:
@@ -64,20 +64,15 @@ def to_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
     ``lm_head.weight`` is left out: it is the embedding.
     """
-    table = {}
-    for official_name, own_name in RENAMED.items():
-        if "proj_k" not in official_name and "proj_v" not in official_name:
-            table[own_name] = official_name
     official: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name == "lm_head.weight":
             continue
-        renamed = _rename(name, table)
-        if ".att.proj_q." in renamed:
-            for projection, rows in zip(JOINED, tensor.chunk(3), strict=True):
-                official[renamed.replace("proj_q", projection)] = rows.contiguous()
-        else:
-            official[renamed] = tensor
+        names = names_of(name, RENAMED)
+        if not names:
+            raise ValueError(f"{name}: expected a name of the own layout, such as {next(iter(RENAMED.values()))}")
+        blocks = [tensor] if len(names) == 1 else [rows.contiguous() for rows in tensor.chunk(len(names))]
+        official |= dict(zip(names, blocks, strict=True))
     return official
 
 

@@ -16,6 +16,12 @@ from dph._folder import AUTO_MAP, IMPLEMENTATION_KEYS, MODULE, read_json, refuse
 from dph.chat import END
 from dph.checkpoint import RELEASED, config_from_official
 from dph.errors import UserError, shown
+from dph.model.families import Family
+from dph.model.families.fields import own_fields
+from dph.model.families.llama import LLAMA
+from dph.model.families.mistral import MISTRAL
+from dph.model.families.qwen2 import QWEN2
+from dph.model.families.qwen3 import QWEN3
 from dph_kernels.layout import LinearScaling, Llama3Scaling, Rotary, YarnScaling
 
 POOLERS = ("identity", "bert", "t5", "swiglu_bert", "swiglu_t5")
@@ -37,6 +43,7 @@ MAX_HEADS = 256
 MAX_HEAD_NAME = 100  # characters
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "im_end_token_id")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 NORMS = ("layer", "rms")
 SWITCHES = ("rope_reversed", "qkv_bias", "out_bias", "ffn_bias", "qk_norm", "embedding_projection")
 
@@ -430,11 +437,9 @@ def _check_heads(names: list[Any]) -> None:
 
 def _check_foreign(fields: Mapping[str, Any], where: str) -> None:
     """Raise UserError for keys of a config.json that are no settings of this model, but would change how it loads."""
-    refuse_code(dict(fields), where)
+    _check_foreign_keys(fields, where)
     settings = {field.name for field in dataclasses.fields(PretrainedConfig)}
     for key, value in fields.items():
-        if key in FOREIGN_KEYS and value not in (None, {}, []):
-            raise UserError(f"{where}: {key}: expected none (it does not fit this model), got {shown(value)}")
         attribute = getattr(ModelConfig, key, None)
         if isinstance(attribute, property):
             is_setting = attribute.fset is not None
@@ -444,6 +449,14 @@ def _check_foreign(fields: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where}: {shown(key)}: expected the name of a setting, got that of a method or property")
         if IMPLEMENTATION_KEYS.fullmatch(key) and not isinstance(value, str | dict | None):
             raise UserError(f"{where}: {key}: expected the name of an implementation, got {shown(value)}")
+
+
+def _check_foreign_keys(fields: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for keys that name code, other files or another form of the weights."""
+    refuse_code(dict(fields), where)
+    for key, value in fields.items():
+        if key in FOREIGN_KEYS and value not in (None, {}, []):
+            raise UserError(f"{where}: {key}: expected none (it does not fit this model), got {shown(value)}")
         if key in ("dtype", "torch_dtype") and value is not None:
             dtype = str(value).removeprefix("torch.")
             if dtype not in DTYPES:
@@ -475,23 +488,30 @@ class ReleasedConfig(ModelConfig):
 
 def check_fields(fields: dict[str, Any], path: str | os.PathLike) -> None:
     """Raise UserError, as :class:`ModelConfig` does, if ``path`` holds a model of ours with these fields in error."""
-    if fields.get("model_type") in (RELEASED, ModelConfig.model_type):
+    if fields.get("model_type") in (RELEASED, ModelConfig.model_type, *FAMILIES):
         ModelConfig.from_dict(dict(_renamed(fields, path)), name_or_path=str(path))
 
 
 def _own_fields(fields: dict[str, Any], path: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Convert released fields to own names, and add the id of ``<|im_end|>`` from the tokenizer at ``path``."""
+    """Convert released or a family's fields to own names, and add the id of ``<|im_end|>`` from the tokenizer."""
     own = _renamed(fields, path)
-    if fields.get("model_type") == RELEASED and own["im_end_token_id"] is None and path is not None:
+    if own is not fields and own.get("im_end_token_id") is None and path is not None:
         own["im_end_token_id"] = _end_token(path, **hub_arguments(options))
     return own
 
 
 def _renamed(fields: dict[str, Any], path: Any) -> dict[str, Any]:
-    """Convert released fields to own names; others are returned as they are."""
-    if fields.get("model_type") != RELEASED:
+    """Convert released or a family's fields to own names; others are returned as they are."""
+    kind = fields.get("model_type")
+    if kind != RELEASED and kind not in FAMILIES:
         return fields
     where = _config_file(path) if path is not None else "config.json"
+    if kind in FAMILIES:
+        _check_foreign_keys(fields, where)
+        try:
+            return {**own_fields(FAMILIES[kind], fields), "model_type": ModelConfig.model_type}
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
     _check_foreign(fields, where)
     try:
         return {**config_from_official(fields), "model_type": ModelConfig.model_type}

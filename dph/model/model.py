@@ -13,26 +13,28 @@ import copy
 import json
 import logging
 import os
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from dph import chat, checkpoint
-from dph._folder import find_file, read_json, refuse_code
-from dph._weights import check_tensors, read_weight_files
+from dph._layouts import names_of, pieces, row_blocks
+from dph._weights import TensorHeader, WeightFiles, check_tensors, read_tensors, read_weight_files, same_tensors
 from dph.data.packing import PackedBatch, batches, pack
 from dph.devices import host_memory
 from dph.errors import UserError, shown, shown_names
 from dph.losses import IGNORED
 from dph.model.backbone import Backbone
-from dph.model.config import TOKEN_IDS, ModelConfig, hub_arguments, read_fields, with_config
+from dph.model.config import FAMILIES, ModelConfig, hub_arguments, read_fields, with_config
+from dph.model.families import Family
+from dph.model.generation_settings import read_generation_config
 from dph.model.heads import RewardHead, RewardHeads
 from dph.model.memory import Memory
 from dph.model.padded_batch import (
@@ -48,20 +50,20 @@ from dph_kernels.transfer import to_device
 
 log = logging.getLogger(__name__)
 
-# Settings of generation_config.json that transformers uses without a check of their type.
-GENERATION_NUMBERS = (
-    "temperature", "top_k", "top_p", "min_p", "typical_p", "max_length", "max_new_tokens", "min_length",
-    "min_new_tokens", "num_beams", "num_return_sequences", "repetition_penalty", "length_penalty",
-)  # fmt: skip
-
-
 CAUSAL_NAME = "DPHForCausalLM"
+EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
+Pieces = dict[str, list[str]]  # names in files, by own name
 # Names of implementations of attention, and the backends of rope_attention.
 ATTENTION = {
     "auto": "auto", "cpu": "cpu", "triton": "triton", "eager": "reference", "reference": "reference", "sdpa": "sdpa",
     "flash_attention_2": "flash", "flash": "flash",
 }  # fmt: skip
-KINDS = (ModelConfig.model_type, checkpoint.RELEASED)
+# Layouts of directories by model_type: tables of the weights' names.
+LAYOUTS = {
+    ModelConfig.model_type: None,
+    checkpoint.RELEASED: checkpoint.RENAMED,
+    **{name: family.weights for name, family in FAMILIES.items()},
+}
 SAMPLED = 4096
 
 
@@ -106,7 +108,7 @@ class Model(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # so that transformers' Trainer passes num_items_in_batch
     _no_split_modules = ("Block",)
-    _tied_weights_keys = {"lm_head.weight": "backbone.embedding.weight"}  # noqa: RUF012
+    _tied_weights_keys = {HEAD: EMBEDDING}  # noqa: RUF012
     # Checked and reported here, by from_pretrained, in place of transformers' table.
     _keys_to_ignore_on_load_missing = [r"^heads\."]  # noqa: RUF012 - transformers adds to it
     _keys_to_ignore_on_load_unexpected = [r"^heads\."]  # noqa: RUF012
@@ -217,7 +219,11 @@ class Model(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *args: Any, **kwargs: Any) -> "Model":
-        """Load the own format or a released ``lsw_transformer`` model, from disk or hub; safetensors only.
+        """Load the own format, a released ``lsw_transformer`` model or one of a native family; safetensors only.
+
+        ``path`` is a directory or the name of a model on the hub. Native families are Llama, Mistral, Qwen2 and Qwen3
+        (``dph.model.families``); what of them this model cannot compute, such as sliding windows, is refused. Weights
+        are read in their dtype, or in that of ``dtype``; the peak of memory is their size.
 
         Keyword arguments named as fields of :class:`ModelConfig` override the configuration. Reward heads that the
         checkpoint lacks get fresh weights and a warning, and raise if they are used to score. No code of the folder or
@@ -234,60 +240,27 @@ class Model(PreTrainedModel, GenerationMixin):
         kwargs |= {"use_safetensors": True, "trust_remote_code": False}
         hub, name = hub_arguments(kwargs), str(path)
         kind = read_fields(path, **hub).get("model_type")
-        if kind not in KINDS:
-            got = (
-                shown_names([kind])
-                if kind
-                else "a config.json without a model_type (a run that is not finished holds no model)"
-            )
-            if not kind and (Path(path) / "model").is_dir():
-                got = f"the directory of a run: give {path}/model"
-            raise UserError(f"{name}: expected a model of type {' or '.join(KINDS)}, got {got}")
+        if kind not in LAYOUTS:
+            raise UserError(f"{name}: expected a model of type {', '.join(LAYOUTS)}, got {_other_kind(kind, path)}")
         kwargs = {**with_config(path, kwargs), **hub}
+        config = kwargs["config"]
+        if "generation_config" not in kwargs:
+            kwargs["generation_config"] = read_generation_config(path, hub)
         files = read_weight_files(path, kwargs.get("variant"), **hub)
         try:
-            expected = cls.expected_weights(kwargs["config"])
+            expected = cls.expected_weights(config)
         except UserError:
             raise
         except Exception as error:  # of any kind, from transformers' use of settings that are its own
-            raise _faulty_setting(kwargs["config"], path, error) from error
-        if kind == checkpoint.RELEASED:
-            named = {name: tensor for name, tensor in expected.items() if not name.startswith("heads.task_")}
-            named = checkpoint.to_official(named)
-        else:
-            named = expected
-        headers = dict(files.tensors)
-        if kwargs.get("ignore_mismatched_sizes"):  # heads of other sizes count as missing
-            for tensor_name, header in files.tensors.items():
-                is_head = _is_head(tensor_name) and tensor_name in named
-                if is_head and tuple(header.shape) != tuple(named[tensor_name].shape):
-                    del headers[tensor_name]
-        check_tensors(named, headers, files.path, optional=_is_head)
-        if unexpected := sorted(name for name in headers if name not in named):
-            log.warning(
-                "%s: %d weights of reward heads that are not in the configuration are left out, the first is %s",
-                files.path, len(unexpected), shown(unexpected[0]),
-            )  # fmt: skip
-        names: Collection[str] = headers
-        if kind == checkpoint.RELEASED:
-            tensors = {}
-            for file in files.files:
-                tensors |= load_file(file)
-            for tensor_name in tensors.keys() - headers.keys():
-                del tensors[tensor_name]
-            try:
-                kwargs["state_dict"] = names = checkpoint.from_official(tensors)
-            except ValueError as error:  # a name that only begins as a head's
-                raise UserError(f"{files.path}: {shown(str(error))}") from error
-            path = None
-        else:
-            _check_generation_config(path, hub)
-        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        for parameter in model.parameters():
-            if parameter.device.type == "cpu":  # a mapped file, which another program may truncate or write to
-                parameter.data = parameter.data.clone()
+            raise _faulty_setting(config, path, error) from error
+        names = _names_in_files(kind, config, expected, files)
+        mismatched = bool(kwargs.get("ignore_mismatched_sizes"))
+        headers = _checked_headers(kind, config, expected, names, files, mismatched)
+        found = {own: own_names for own, own_names in names.items() if headers.keys() >= set(own_names)}
+        weights = read_tensors(found, headers, _dtype(kwargs, config))
+        model, info = super().from_pretrained(None, *args, output_loading_info=True, state_dict=weights, **kwargs)
         model.name_or_path = model.config.name_or_path = name
-        missing = {weight for weight in expected if weight not in names}
+        missing = expected.keys() - found.keys()
         info["missing_keys"] = missing.union(info["missing_keys"])
         model.untrained_heads = set()
         for key, heads in model._head_groups():
@@ -757,6 +730,97 @@ def _is_head(name: str) -> bool:
     return name.startswith(("heads.", "pooler_pipeline.", "reward_heads."))
 
 
+def _other_kind(kind: Any, path: str | os.PathLike) -> str:
+    """Return what a directory without a model of a known type holds, for a message."""
+    if kind:
+        return shown_names([kind])
+    if (Path(path) / "model").is_dir():
+        return f"the directory of a run: give {path}/model"
+    return "a config.json without a model_type (a run that is not finished holds no model)"
+
+
+def _dtype(options: dict[str, Any], config: ModelConfig) -> torch.dtype | None:
+    """Return the dtype in which ``from_pretrained`` with these options reads weights; None for that of the file."""
+    dtype = options.get("dtype") or options.get("torch_dtype") or "auto"
+    if dtype == "auto":
+        dtype = config.dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _names_in_files(kind: str, config: ModelConfig, expected: Collection[str], files: WeightFiles) -> Pieces:
+    """Return the names of weights in files of a layout, by own name; without those that the layout lacks.
+
+    Of a family's tied embedding that is stored as the language-model head alone, it is that name.
+    """
+    names = pieces(expected, LAYOUTS[kind])
+    if kind in FAMILIES and config.tie_word_embeddings:
+        (head,) = names_of(HEAD, FAMILIES[kind].weights)
+        if names[EMBEDDING][0] not in files.tensors and head in files.tensors:
+            names[EMBEDDING] = [head]
+    return {own: own_names for own, own_names in names.items() if own_names}
+
+
+def _checked_headers(
+    kind: str, config: ModelConfig, expected: dict[str, Tensor], names: Pieces, files: WeightFiles, mismatched: bool
+) -> dict[str, TensorHeader]:
+    """Return the headers of the model's weights in ``files``.
+
+    Args:
+        kind: layout of the files.
+        config: of the model.
+        expected: its weights without memory, by own name.
+        names: their names in the files.
+        files: headers of all tensors.
+        mismatched: whether reward heads of other shapes count as missing.
+
+    Raises UserError, which begins with the file, for missing, misshapen or unknown weights (reward heads apart).
+    """
+    named: dict[str, Tensor] = {}
+    for own, own_names in names.items():
+        tensor = expected[own]
+        rows = row_blocks(own, len(tensor), config) if len(own_names) > 1 else [len(tensor)]
+        named |= dict(zip(own_names, tensor.split(rows), strict=True))
+    headers = dict(files.tensors)
+    if kind in FAMILIES:
+        for name in _without_weights(FAMILIES[kind], config, headers, named, files.path):
+            del headers[name]
+    for name, header in files.tensors.items() if mismatched else ():
+        if _is_head(name) and name in named and tuple(header.shape) != tuple(named[name].shape):
+            del headers[name]
+    check_tensors(named, headers, files.path, optional=_is_head)
+    unexpected = sorted(name for name in headers if name not in named)
+    for name in unexpected if kind == checkpoint.RELEASED else ():
+        try:
+            checkpoint.own_name(name)
+        except ValueError as error:  # a name that only begins as a head's
+            raise UserError(f"{files.path}: {shown(str(error))}") from error
+    if unexpected:
+        log.warning(
+            "%s: %d weights of reward heads that are not in the configuration are left out, the first is %s",
+            files.path, len(unexpected), shown(unexpected[0]),
+        )  # fmt: skip
+    return {name: header for name, header in headers.items() if name in named}
+
+
+def _without_weights(
+    family: Family, config: ModelConfig, headers: dict[str, TensorHeader], named: Collection[str], path: Path
+) -> list[str]:
+    """Return the names of a family's tensors that are no weights: tables, and the copy of a tied embedding.
+
+    Raises UserError, which begins with the file, if that copy is not equal to the embedding.
+    """
+    names = [name for name in headers if re.fullmatch(family.ignored, name)]
+    (embedding,), (head,) = names_of(EMBEDDING, family.weights), names_of(HEAD, family.weights)
+    if config.tie_word_embeddings and head in headers and head not in named:
+        if embedding in headers and not same_tensors(headers[embedding], headers[head], (embedding, head)):
+            raise UserError(
+                f"{path}: {head}: expected the values of {embedding} (tie_word_embeddings is true in config.json), "
+                "got others"
+            )
+        names.append(head)
+    return names
+
+
 def _check_host_memory(config: ModelConfig) -> None:
     """Raise UserError before memory is allocated if the weights of a new model do not fit on the host."""
     if nn.LayerNorm(1).weight.device.type != "cpu":  # of a context for another device, or one without memory
@@ -782,25 +846,3 @@ def _faulty_setting(config: ModelConfig, path: str | os.PathLike, error: Excepti
         return UserError(f"{path}/config.json: {name}: expected a setting that transformers can use, got {got}")
     got = shown(f"{type(error).__name__}: {error}")
     return UserError(f"{path}/config.json: expected settings that transformers can use, got {got}")
-
-
-def _check_generation_config(path: str | os.PathLike, hub: dict[str, Any]) -> None:
-    """Raise UserError, which begins with the file, if transformers cannot use the model's generation_config.json."""
-    file = find_file("generation_config.json", path, hub)
-    if file is None:
-        return
-    fields = read_json(file)
-    refuse_code(fields, str(file))
-    for name in TOKEN_IDS:
-        ids = fields.get(name)
-        for token in ids if isinstance(ids, list) else [ids]:
-            if token is not None and (not isinstance(token, int) or isinstance(token, bool)):
-                raise UserError(f"{file}: {name}: expected a whole number, got {shown(token)}")
-    for name in GENERATION_NUMBERS:
-        value = fields.get(name)
-        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
-            raise UserError(f"{file}: {name}: expected a number, got {shown(value)}")
-    try:
-        GenerationConfig.from_dict(fields)
-    except Exception as error:  # of any kind, from transformers' checks of its settings
-        raise UserError(f"{file}: expected settings of generation, got: {shown(str(error))}") from error
