@@ -101,6 +101,14 @@ KEPT_CONFIG = (
 LAYER_NORM_EPS = 1e-5
 """Value of every released model, which their configurations do not contain."""
 
+# Fields of ModelConfig that are the same in every released model.
+FORM = {
+    "norm": "layer",
+    "qk_norm": False,
+    "rotary_scaling": None,
+    **dict.fromkeys(("qkv_bias", "out_bias", "ffn_bias", "embedding_projection", "tie_word_embeddings"), True),
+}
+
 # Options that no released model uses and this model lacks: any other value is an error.
 FIXED_CONFIG = {
     "enable_bias": True,
@@ -132,6 +140,19 @@ def config_to_official(config: Any) -> dict[str, Any]:
         raise ValueError(
             f"config: expected layer_norm_eps = {LAYER_NORM_EPS} and no task_heads, which the released layout lacks, "
             f"got {config.layer_norm_eps} and {config.task_heads}"
+        )
+    for name, value in FORM.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"config: expected {name} = {value}, as in the released layout, got {getattr(config, name)}"
+            )
+    if (config.num_key_value_heads, config.head_dim * config.num_attention_heads) != (
+        config.num_attention_heads,
+        config.hidden_size,
+    ):
+        raise ValueError(
+            f"config: expected as many key heads as num_attention_heads = {config.num_attention_heads}, and heads that "
+            f"fill hidden_size, as in the released layout, got {config.num_key_value_heads} of {config.head_dim}"
         )
     renamed = {official: getattr(config, own) for official, own in RENAMED_CONFIG.items()}
     extra = {

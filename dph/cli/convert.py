@@ -15,9 +15,10 @@ from dph.errors import UserError, printable
 if TYPE_CHECKING:
     from dph.model.model import Model
 
-HELP = "turn a released lsw_transformer model, or a run's checkpoint into the own format, or back"
+HELP = "turn a model or a run's checkpoint into the own format, a family's own (Llama, Qwen, ...), or the released one"
 EXAMPLE = """dph convert released-model own-model --to own
-dph convert runs/align/checkpoints/step-00004096 best --to own"""
+dph convert runs/align/checkpoints/step-00004096 best --to own
+dph convert runs/align/model SmolLM2-aligned --to hf"""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,7 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "input", metavar="IN", help="model directory, hub name, or a run's checkpoint (RUN/checkpoints/step-NNNNNNNN)"
     )
     parser.add_argument("output", metavar="OUT", help="directory to write; must be new or empty")
-    parser.add_argument("--to", required=True, choices=("own", "official"), help="layout of OUT")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("own", "hf", "official"),
+        help="layout of OUT: own; hf, that of the family which the model comes from, for its class in transformers; or "
+        "official, that of lsw_transformer",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -62,6 +69,8 @@ def run(args: argparse.Namespace) -> None:
     with atomic.new_files(output, last="config.json") as folder:
         if args.to == "own":
             model.save_pretrained(folder)
+        elif args.to == "hf":
+            model.save_family(folder)
         else:
             model.save_official(folder)
         if tokenizer is None and Path(source).is_dir():

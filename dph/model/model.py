@@ -10,7 +10,6 @@
 """
 
 import copy
-import json
 import logging
 import os
 import re
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from dph import chat, checkpoint
@@ -31,6 +30,7 @@ from dph.data.packing import PackedBatch, batches, pack
 from dph.devices import host_memory
 from dph.errors import UserError, shown, shown_names
 from dph.losses import IGNORED
+from dph.model import saving
 from dph.model.backbone import Backbone
 from dph.model.config import FAMILIES, ModelConfig, hub_arguments, read_fields, with_config
 from dph.model.families import Family
@@ -246,6 +246,8 @@ class Model(PreTrainedModel, GenerationMixin):
         config = kwargs["config"]
         if "generation_config" not in kwargs:
             kwargs["generation_config"] = read_generation_config(path, hub)
+            if kwargs["generation_config"] is None and kind != checkpoint.RELEASED:
+                kwargs["generation_config"] = GenerationConfig.from_model_config(config)
         files = read_weight_files(path, kwargs.get("variant"), **hub)
         try:
             expected = cls.expected_weights(config)
@@ -349,17 +351,20 @@ class Model(PreTrainedModel, GenerationMixin):
         """Write a directory in the released layout (``lsw_transformer``): config.json and model.safetensors.
 
         Untrained heads are left out, as by :meth:`save_pretrained`. Raises ValueError, before anything is written, for
-        a model that the layout cannot represent: with task heads, or another epsilon.
+        a model that the layout cannot represent: with task heads, another epsilon, or the form of another family.
         """
-        from safetensors.torch import save_file
+        saving.save_official(self, self._trained_weights(self.state_dict()), directory)
 
-        config = checkpoint.config_to_official(self.config)
-        tensors = checkpoint.to_official(self._trained_weights(self.state_dict()))
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        os.makedirs(directory, exist_ok=True)
-        save_file(tensors, os.path.join(directory, "model.safetensors"), metadata={"format": "pt"})
-        with open(os.path.join(directory, "config.json"), "w") as file:
-            json.dump(config, file, indent=2)
+    def save_family(self, directory: str | os.PathLike, max_shard_size: str = "5GB") -> None:
+        """Write a directory of the family that the model comes from, which transformers' own class opens.
+
+        config.json, weights in files of at most ``max_shard_size``, generation_config.json; no tokenizer. Weights that
+        were not trained are those of the original bit for bit. Reward heads are left out with a warning: the layout has
+        none. Raises UserError, before anything is written, for a model of no family, and for settings that have changed
+        and that the family lacks.
+        """
+        family = FAMILIES.get(self.config.family)
+        saving.save_family(self, family, self.state_dict(), directory, max_shard_size)
 
     # Padded batches
 

@@ -233,7 +233,9 @@ def test_a_run_directory_stands_for_its_model(dph_command, refused, models, tmp_
 
 def test_other_models_and_missing_tokenizers_are_refused(refused, models, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "opt"}')
-    assert "expected a model of type dph or lsw_transformer, got opt" in refused("chat", tmp_path)
+    assert "expected a model of type dph, lsw_transformer, llama, mistral, qwen2, qwen3, got opt" in refused(
+        "chat", tmp_path
+    )
     dph.Model.from_pretrained(models / "judge").save_pretrained(tmp_path / "bare")
     assert "got one without tokenizer.json" in refused("generate", tmp_path / "bare", "--prompt", "x")
 

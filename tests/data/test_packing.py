@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from helpers.tiny import VOCAB, tiny_model, tokens
+from helpers.tiny import FORMS, VOCAB, tiny_model, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -93,8 +93,10 @@ def gradients(model, results):
     return {f"gradient {name}": grad for name, grad in zip(names, grads, strict=True)}
 
 
-MODEL = tiny_model(reward_heads=("default", "other"), task_heads=("task",))
-EXACT = copy.deepcopy(MODEL).double()
+HEADS = {"reward_heads": ("default", "other"), "task_heads": ("task",)}
+MODELS = {name: tiny_model(**form, **HEADS) for name, form in ({"dph": {}} | FORMS).items()}
+EXACT = {name: copy.deepcopy(model).double() for name, model in MODELS.items()}
+MODEL = MODELS["dph"]
 
 
 def separately(model, documents):
@@ -112,7 +114,7 @@ def packed(model, documents):
     batch = dph.pack(documents)
     out = model.forward_packed(batch)
     hidden = model.backbone(batch.tokens, batch.layout)
-    logits = torch.nn.functional.linear(model.output_proj(hidden), model.backbone.embedding.weight)
+    logits = model.lm_head(model.output_proj(hidden))
     results = {}
     for i, (rows, item) in enumerate(zip(packed_rows(documents), itertools.chain(*documents), strict=True)):
         assert batch.tokens[rows].tolist() == item.tokens
@@ -140,14 +142,15 @@ def largest_error(got, want):
     return (got - want).abs().nan_to_num(0.0).max().item() if want.numel() else 0.0
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(st.lists(alternatives(), min_size=1, max_size=2))
-def test_packed_equals_every_sequence_alone(documents):
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(st.lists(alternatives(), min_size=1, max_size=2), st.sampled_from(sorted(MODELS)))
+def test_packed_equals_every_sequence_alone(documents, name_of_model):
     """The sequences alone in fp64 are the truth. Packed, fp64 is within 1e-11 of it, fp32 within 1e-5 of the largest.
 
     If rounding is larger (one packing in some thousands), fp32 may err twice as far as the sequences alone in fp32.
     """
-    truth, exact, single = separately(EXACT, documents), packed(EXACT, documents), packed(MODEL, documents)
+    model, in_fp64 = MODELS[name_of_model], EXACT[name_of_model]
+    truth, exact, single = separately(in_fp64, documents), packed(in_fp64, documents), packed(model, documents)
     assert truth.keys() == exact.keys() == single.keys()
     steepest = max(1e-3, *(truth[name].abs().max().item() for name in truth if name.startswith("gradient")))
     for name, want in truth.items():
@@ -156,7 +159,7 @@ def test_packed_equals_every_sequence_alone(documents):
         assert largest_error(exact[name], want) <= 1e-11 * scale, name
         error = largest_error(single[name], want)
         if error > 1e-5 * scale:
-            earned = largest_error(separately(MODEL, documents)[name], want)
+            earned = largest_error(separately(model, documents)[name], want)
             assert error <= 2 * earned + 1e-5 * scale, f"{name}: {error:.2e} of {scale:.2e}"
 
 
@@ -165,7 +168,8 @@ def test_the_strategy_draws_what_it_promises():
     a, b = tokens(9, seed=1).tolist(), tokens(5, seed=2).tolist()
     documents = [[encoded(ids, i) for i, ids in enumerate([a, a, a[:4], a[:4] + b, a[:1], b])],
                  [encoded([7], 8), encoded([7], 9)], [encoded(a + b, 10, finished=False)]]  # fmt: skip
-    test_packed_equals_every_sequence_alone.hypothesis.inner_test(documents)
+    for name in MODELS:
+        test_packed_equals_every_sequence_alone.hypothesis.inner_test(documents, name)
 
 
 # Contents of a batch

@@ -7,6 +7,16 @@ import dph
 PAD, END, VOCAB = 1, 3, 61
 
 
+# Changes that give the tiny model the form of a family (dph.model.families).
+_NO_BIAS = dict.fromkeys(("qkv_bias", "out_bias", "ffn_bias"), False)
+_FAMILY = {"norm": "rms", "embedding_projection": False, "embedding_size": 16, "rope_reversed": False, **_NO_BIAS}
+FORMS = {
+    "llama": {**_FAMILY, "num_key_value_heads": 1, "tie_word_embeddings": False},
+    "qwen2": {**_FAMILY, "qkv_bias": True, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen3": {**_FAMILY, "qk_norm": True, "head_dim": 6, "num_key_value_heads": 1},
+}
+
+
 def tiny_config(**changes):
     sizes = {
         "vocab_size": VOCAB, "embedding_size": 12, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.forced import forced
 from helpers.numerics import assert_close_to_fp64
-from helpers.tiny import tiny_config
+from helpers.tiny import FORMS, tiny_config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,8 +24,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
-def block_of(dtype=torch.float64, device="cpu"):
-    block = Block(tiny_config())
+def block_of(dtype=torch.float64, device="cpu", **form):
+    block = Block(tiny_config(**form))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in block.parameters():
@@ -58,9 +58,10 @@ def results(block, x, grad, layout=LAYOUT):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_it_equals_the_block_in_parts(device, dtype):
-    block, layout = block_of(dtype, device), LAYOUT.to(device)
-    exact = block_of(torch.float64, device).requires_grad_()
+@pytest.mark.parametrize("form", [{}, *FORMS.values()], ids=["dph", *FORMS])
+def test_it_equals_the_block_in_parts(device, dtype, form):
+    block, layout = block_of(dtype, device, **form), LAYOUT.to(device)
+    exact = block_of(torch.float64, device, **form).requires_grad_()
     with torch.no_grad():
         for p, q in zip(exact.parameters(), block.parameters(), strict=True):
             p.copy_(q)
@@ -75,7 +76,7 @@ def test_it_equals_the_block_in_parts(device, dtype):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         assert_close_to_fp64(a, b, c, name)
     assert torch.equal(whole[0], parts[0])
-    assert all(map(torch.equal, whole, results(block_of(dtype, device), x, grad, layout)))
+    assert all(map(torch.equal, whole, results(block_of(dtype, device, **form), x, grad, layout)))
 
 
 @pytest.mark.skipif(not dispatch.interpreted(), reason="needs Triton's interpreter")

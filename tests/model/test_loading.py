@@ -18,6 +18,7 @@ import dph
 from dph.errors import UserError
 from dph.model import model as modeling
 from dph.model.config import MAX_HEADS, POOLERS
+from dph.model.generation_settings import read_generation_config
 from dph.model.loading import check_settings, check_tokenizer, load_model, load_tokenizer
 
 ENTRIES = {
@@ -431,7 +432,7 @@ def test_generation_settings_of_a_hub_name_are_looked_through(tmp_path, monkeypa
     file.write_text('{"custom_generate": "owner/code"}', encoding="utf-8")
     monkeypatch.setattr("transformers.utils.cached_file", lambda path, name, **_: str(file))
     with pytest.raises(UserError, match="custom_generate: expected no code or kernel to load"):
-        modeling._check_generation_config("owner/model", {})
+        read_generation_config("owner/model", {})
 
 
 def test_a_model_without_memory_may_be_larger_than_the_host(monkeypatch):

@@ -51,7 +51,7 @@ def their_fields(family: Family, config: Any) -> dict[str, Any]:
     before = own_fields(family, fields)
     for key, name in family.fields.items():
         value = getattr(config, name)
-        if name == "dtype" or value == before.get(name):
+        if name == "dtype" or name not in before or value == before[name]:  # the dtype is that of the weights
             continue
         fields[key] = value
     for name, value in before.items():

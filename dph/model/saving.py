@@ -1,0 +1,82 @@
+"""Directories in the layouts of other programs: the released ``lsw_transformer`` layout, and those of families."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dph import checkpoint
+from dph._layouts import names_of, row_blocks
+from dph.errors import UserError, shown
+from dph.model.families import Family
+from dph.model.families.fields import their_fields
+
+if TYPE_CHECKING:
+    from dph.model.model import Model
+
+log = logging.getLogger(__name__)
+
+
+def save_official(model: Model, weights: Mapping[str, Tensor], directory: str | os.PathLike) -> None:
+    """Write config.json and model.safetensors in the released layout; as :meth:`Model.save_official`."""
+    config = checkpoint.config_to_official(model.config)
+    tensors = checkpoint.to_official(dict(weights))
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    os.makedirs(directory, exist_ok=True)
+    save_file(tensors, os.path.join(directory, "model.safetensors"), metadata={"format": "pt"})
+    _write_json(Path(directory, "config.json"), config)
+
+
+def save_family(
+    model: Model, family: Family | None, weights: Mapping[str, Tensor], directory: str | os.PathLike, shard_size: str
+) -> None:
+    """Write config.json, weights and generation_config.json of a family; as :meth:`Model.save_family`.
+
+    Args:
+        family: of the model; None if it comes from none.
+        weights: of the model, by own name.
+        shard_size: most bytes of a file, such as "5GB".
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    if family is None:
+        raise UserError(
+            "family: expected a model that comes from a Hugging Face family's directory, got one of "
+            f"{shown(model.config.family or 'none')}: no class of transformers computes it"
+        )
+    fields = their_fields(family, model.config)
+    tensors: dict[str, Tensor] = {}
+    for own, weight in weights.items():
+        if own.startswith("heads.") or (own == "lm_head.weight" and model.config.tie_word_embeddings):
+            continue
+        names = names_of(own, family.weights)
+        rows = row_blocks(own, len(weight), model.config) if len(names) > 1 else [len(weight)]
+        tensors |= dict(zip(names, weight.split(rows), strict=True))
+    dtype = next(iter(tensors.values())).dtype
+    fields["torch_dtype" if "torch_dtype" in fields else "dtype"] = str(dtype).removeprefix("torch.")
+    if model.head_names:
+        log.warning("reward heads %s are left out: the family's layout has none", ", ".join(model.head_names))
+
+    os.makedirs(directory, exist_ok=True)
+    shards = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_size
+    )
+    for file, names in shards.filename_to_tensors.items():
+        content = {name: tensors[name].contiguous() for name in names}
+        save_file(content, os.path.join(directory, file), metadata={"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": dict(shards.metadata), "weight_map": dict(shards.tensor_to_filename)}
+        _write_json(Path(directory, "model.safetensors.index.json"), index)
+    _write_json(Path(directory, "config.json"), fields)
+    model.generation_config.save_pretrained(directory)
+
+
+def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
