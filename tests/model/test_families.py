@@ -139,7 +139,7 @@ def test_settings_that_changed_are_written_back(tmp_path):
     ids = ids_of(1, 9)
     assert_close(model.eval()(ids).logits, back(ids).logits, 1e-5)
     model.config.rope_base = 77.0
-    with pytest.raises(UserError, match="rope_base: expected 10000.0, as in .* of the family qwen2, got 77.0"):
+    with pytest.raises(UserError, match=r"rope_base: expected 10000\.0, as in .* of the family qwen2, got 77\.0"):
         model.save_family(tmp_path / "other")
     assert not (tmp_path / "other").exists()
     with pytest.raises(UserError, match="family: expected a model that comes from a Hugging Face family's directory"):
@@ -149,8 +149,8 @@ def test_settings_that_changed_are_written_back(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "changes", "text"),
     [
-        ("mistral", {"sliding_window": 32}, "sliding_window: expected none, or one of at least max_pos.* 64 .*, got 32"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding_window: .* got 8"),
+        ("mistral", {"sliding_window": 32}, "sliding_window: expected none, or one of at least .* 64 .*, got 32"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "window: .* got 8"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic'"),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor: "),
         ("llama", {"hidden_act": "gelu"}, "hidden_act: expected silu, got 'gelu'"),
@@ -238,7 +238,7 @@ def test_padding_packing_and_memory_change_nothing(name, tmp_path):
 def test_longer_rows_than_the_context_are_refused(tmp_path):
     write(tmp_path, "llama", {})
     model = dph.Model.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="expected at most 64 tokens .*, got 65"):
+    with pytest.raises(ValueError, match=r"expected at most 64 tokens .*, got 65"):
         model(ids_of(1, 65))
 
 
