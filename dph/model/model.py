@@ -260,6 +260,8 @@ class Model(PreTrainedModel, GenerationMixin):
         headers = _checked_headers(kind, config, expected, names, files, mismatched)
         found = {own: own_names for own, own_names in names.items() if headers.keys() >= set(own_names)}
         weights = read_tensors(found, headers, _dtype(kwargs, config))
+        if config.tie_word_embeddings:
+            weights[HEAD] = weights[EMBEDDING]  # which transformers needs to offload both
         model, info = super().from_pretrained(None, *args, output_loading_info=True, state_dict=weights, **kwargs)
         model.name_or_path = model.config.name_or_path = name
         missing = expected.keys() - found.keys()
@@ -285,7 +287,7 @@ class Model(PreTrainedModel, GenerationMixin):
         one_block = copy.deepcopy(config)
         one_block.num_hidden_layers = min(1, config.num_hidden_layers)
         with torch.device("meta"):
-            weights = dict(Model(one_block).named_parameters())
+            weights = dict(cls(one_block).named_parameters())
         expected: dict[str, Tensor] = {}
         for name, tensor in weights.items():
             if not name.startswith("backbone.blocks.0."):

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 import dph
 from dph._layouts import names_of, row_blocks
 from dph.errors import UserError
+from dph.model.auto_classes import RewardModel
 from dph.model.config import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("every_kernel")
@@ -269,3 +270,11 @@ def test_the_command_line_writes_the_family_s_directory(tmp_path):
     assert {path.name for path in back.iterdir()} == {path.name for path in source.iterdir()}
     ids = ids_of(1, 9)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(back)(ids).logits, theirs(ids).logits)
+
+
+def test_a_classifier_of_a_family_begins_with_an_untrained_head(tmp_path, caplog):
+    write(tmp_path, "qwen2", {"tie_word_embeddings": True})
+    model = RewardModel.from_pretrained(tmp_path, num_labels=1)
+    assert model.untrained_heads == {"default"}
+    assert "no weights for reward heads default" in caplog.text
+    assert model.lm_head.weight is model.backbone.embedding.weight

@@ -157,9 +157,9 @@ def step_flops(config: ModelConfig, stage: str, workload: Workload, *, reference
     if stage == "head":  # only the forward pass of the frozen backbone, without the language-model head
         frozen = 2 * blocks + 2 * attention * workload.visible
         return frozen + 2 * workload.judged * (3 * pooler - first_layer)
-    if stage == "vocab":  # the tied embedding is the only weight with a gradient
-        tied = 2 * config.embedding_size * config.vocab_size * workload.targets
-        return forward + 2 * (blocks + head) + tied + backward_attention
+    if stage == "vocab":  # of the weights only the embedding and the language-model head have gradients
+        table = 2 * config.embedding_size * config.vocab_size * workload.targets
+        return forward + 2 * (blocks + head) + table + backward_attention
     total = 3 * 2 * (blocks + head) + 2 * attention * workload.visible + backward_attention
     if stage == "align":
         total += 3 * 2 * pooler * workload.judged + (forward if reference else 0)

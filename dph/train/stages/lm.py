@@ -99,8 +99,10 @@ class LanguageModelStage(Stage):
         self.memories = self.new_memories(self.rank_size)
 
     def trains(self, name: str) -> bool:
-        """Return whether ``name`` is trained: the embedding in stage vocab, else all but the reward heads."""
-        return "embedding" in name if self.recipe.stage == "vocab" else not name.startswith("heads.")
+        """Return whether ``name`` is trained: embedding and untied output in stage vocab, else all but reward heads."""
+        if self.recipe.stage == "vocab":
+            return name.startswith(("backbone.embedding.", "lm_head."))
+        return not name.startswith("heads.")
 
     def next_batch(self) -> StepBatch:
         """Return the next segment of every stream."""
