@@ -11,7 +11,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 Names = Mapping[str, str]
+Pieces = dict[str, list[str]]
+"""Names in a layout, by own name."""
 
 
 def renamed(name: str, table: Names) -> str | None:
@@ -39,14 +43,26 @@ def _patterns(table: tuple[tuple[str, str], ...]) -> list[tuple[re.Pattern[str],
     return patterns
 
 
+def pieces(own_names: Iterable[str], table: Names | None) -> Pieces:
+    """Return the names in a layout of weights that it holds; the own layout (``table`` None) has one name each."""
+    if table is None:
+        return {own: [own] for own in own_names}
+    return {own: names for own in own_names if (names := names_of(own, table))}
+
+
 def row_blocks(own: str, rows: int, config: Any) -> list[int]:
-    """Return the rows of each block of a weight of ours that other layouts hold apart; [rows] of all others."""
+    """Return the rows of each block of a weight of ours that a layout holds apart."""
     if ".attention.qkv." in own:
         width = config.head_dim
         return [config.num_attention_heads * width, *[config.num_key_value_heads * width] * 2]
-    return [rows // 2, rows // 2] if ".ffn.fc1." in own else [rows]
+    return [rows // 2, rows // 2]
 
 
-def pieces(own_names: Iterable[str], table: Names | None) -> dict[str, list[str]]:
-    """Return the names in a layout by own name; the own layout (``table`` None) has one name each."""
-    return {name: [name] if table is None else names_of(name, table) for name in own_names}
+def blocks_of(weights: Mapping[str, Tensor], names: Pieces, config: Any) -> dict[str, Tensor]:
+    """Return weights by their ``names`` in a layout: views of the row blocks of those that it holds apart."""
+    blocks: dict[str, Tensor] = {}
+    for own, parts in names.items():
+        weight = weights[own]
+        sizes = row_blocks(own, len(weight), config) if len(parts) > 1 else [len(weight)]
+        blocks |= dict(zip(parts, weight.split(sizes), strict=True))
+    return blocks

@@ -205,13 +205,28 @@ def _read_into(target: Tensor, header: TensorHeader, start: int) -> None:
                 target[first : first + len(chunk)] = chunk
 
 
-def same_tensors(first: TensorHeader, second: TensorHeader, names: tuple[str, str]) -> bool:
-    """Return whether two tensors of files, by these names, are equal bit for bit."""
-    if (first.shape, first.dtype) != (second.shape, second.dtype):
-        return False
-    tensors = read_tensors({name: [name] for name in names}, dict(zip(names, (first, second), strict=True)))
-    bits = [tensor.view(torch.uint8) for tensor in tensors.values()]
-    return torch.equal(*bits)
+def remove_tables(files: WeightFiles, headers: dict[str, TensorHeader], pattern: str) -> None:
+    """Remove tensors from ``headers`` whose names match: tables that follow from the configuration."""
+    for name in files.tensors:
+        if re.fullmatch(pattern, name):
+            del headers[name]
+
+
+def remove_copy(files: WeightFiles, headers: dict[str, TensorHeader], original: str, copy: str) -> None:
+    """Remove the second copy of a tied tensor from ``headers``, if there is one.
+
+    Raises UserError, which begins with the file, if it is not equal to the original bit for bit.
+    """
+    if copy not in headers or original not in headers or copy == original:
+        return
+    both = {name: headers[name] for name in (original, copy)}
+    first, second = read_tensors({name: [name] for name in both}, both).values()
+    if first.dtype != second.dtype or not torch.equal(first.view(torch.uint8), second.view(torch.uint8)):
+        raise UserError(
+            f"{files.path}: {copy}: expected the values of {original} (tie_word_embeddings is true in config.json), "
+            "got others"
+        )
+    del headers[copy]
 
 
 def check_tensors(

@@ -22,7 +22,8 @@ from dph.model.families.llama import LLAMA
 from dph.model.families.mistral import MISTRAL
 from dph.model.families.qwen2 import QWEN2
 from dph.model.families.qwen3 import QWEN3
-from dph_kernels.layout import LinearScaling, Llama3Scaling, Rotary, YarnScaling
+from dph.model.rotary_scaling import scaling_of
+from dph_kernels.layout import Rotary
 
 POOLERS = ("identity", "bert", "t5", "swiglu_bert", "swiglu_t5")
 OPT_ROWS, OPT_END = 50_272, 50_266
@@ -46,31 +47,6 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 NORMS = ("layer", "rms")
 SWITCHES = ("rope_reversed", "qkv_bias", "out_bias", "ffn_bias", "qk_norm", "embedding_projection")
-
-# Keys of rotary_scaling besides rope_type, which has transformers' names, and arguments of the classes.
-SCALINGS: dict[str, tuple[type, dict[str, str]]] = {
-    "linear": (LinearScaling, {"factor": "factor"}),
-    "llama3": (
-        Llama3Scaling,
-        {
-            "factor": "factor",
-            "original_max_position_embeddings": "context",
-            "low_freq_factor": "low",
-            "high_freq_factor": "high",
-        },
-    ),
-    "yarn": (
-        YarnScaling,
-        {
-            "factor": "factor",
-            "original_max_position_embeddings": "context",
-            "beta_fast": "fast",
-            "beta_slow": "slow",
-            "attention_factor": "amplitude",
-            "truncate": "truncate",
-        },
-    ),
-}
 
 # Settings of transformers that load other files, or turn the model into another one.
 FOREIGN_KEYS = (
@@ -235,7 +211,7 @@ class ModelConfig(PretrainedConfig):
                 f"embedding_size: expected hidden_size = {self.hidden_size} without embedding_projection, "
                 f"got {self.embedding_size}"
             )
-        _scaling(self.rotary_scaling)
+        scaling_of(self.rotary_scaling)
         if self.reward_pooler not in POOLERS:
             raise UserError(f"reward_pooler: expected one of {', '.join(POOLERS)}, got {shown(self.reward_pooler)}")
         _check_heads([*self.reward_heads, *self.task_heads])
@@ -344,7 +320,7 @@ class ModelConfig(PretrainedConfig):
     @property
     def rope(self) -> Rotary:
         """The rotary embedding of every block."""
-        return Rotary(self.rope_base, self.rope_reversed, _scaling(self.rotary_scaling))
+        return Rotary(self.rope_base, self.rope_reversed, scaling_of(self.rotary_scaling))
 
 
 def read_fields(path: str | os.PathLike, **options: Any) -> dict[str, Any]:
@@ -380,33 +356,6 @@ def _head_dim(width: Any, heads: Any) -> Any:
     """Return the width of a head of C / H; of sizes of another type 2, since they are refused later."""
     numbers = isinstance(width, Integral) and isinstance(heads, Integral) and heads > 0
     return max(width // heads, 2) if numbers else 2
-
-
-def _scaling(fields: Any) -> LinearScaling | Llama3Scaling | YarnScaling | None:
-    """Return the scaling that ``rotary_scaling`` describes. Raises UserError if it is none that rotary tables have."""
-    if fields is None:
-        return None
-    kind = fields.get("rope_type") if isinstance(fields, dict) else fields
-    if not isinstance(kind, str) or kind not in SCALINGS:
-        raise UserError(f"rotary_scaling: expected rope_type {', '.join(SCALINGS)}, or none, got {shown(kind)}")
-    scaling, names = SCALINGS[kind]
-    arguments = {}
-    for key, value in fields.items():
-        if key == "rope_type" or value is None:
-            continue
-        name = f"rotary_scaling.{key}"
-        if key not in names:
-            raise UserError(f"{name}: expected one of {', '.join(names)}, got another setting of {kind}")
-        if key == "truncate":
-            if not isinstance(value, bool):
-                raise UserError(f"{name}: expected true or false, got {shown(value)}")
-        elif not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or not value > 0:
-            raise UserError(f"{name}: expected a finite number above 0, got {shown(value)}")
-        arguments[names[key]] = value
-    required = ["factor"] if kind == "linear" else ["factor", "original_max_position_embeddings"]
-    if missing := [key for key in required if names[key] not in arguments]:
-        raise UserError(f"rotary_scaling: expected {' and '.join(missing)} of {kind}, got none")
-    return scaling(**arguments)
 
 
 def _check_integer(name: str, value: Any, least: int, most: int) -> None:

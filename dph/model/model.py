@@ -12,8 +12,7 @@
 import copy
 import logging
 import os
-import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +23,16 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from dph import chat, checkpoint
-from dph._layouts import names_of, pieces, row_blocks
-from dph._weights import TensorHeader, WeightFiles, check_tensors, read_tensors, read_weight_files, same_tensors
+from dph._layouts import Pieces, blocks_of, names_of, pieces
+from dph._weights import (
+    TensorHeader,
+    WeightFiles,
+    check_tensors,
+    read_tensors,
+    read_weight_files,
+    remove_copy,
+    remove_tables,
+)
 from dph.data.packing import PackedBatch, batches, pack
 from dph.devices import host_memory
 from dph.errors import UserError, shown, shown_names
@@ -33,7 +40,6 @@ from dph.losses import IGNORED
 from dph.model import saving
 from dph.model.backbone import Backbone
 from dph.model.config import FAMILIES, ModelConfig, hub_arguments, read_fields, with_config
-from dph.model.families import Family
 from dph.model.generation_settings import read_generation_config
 from dph.model.heads import RewardHead, RewardHeads
 from dph.model.memory import Memory
@@ -52,7 +58,6 @@ log = logging.getLogger(__name__)
 
 CAUSAL_NAME = "DPHForCausalLM"
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
-Pieces = dict[str, list[str]]  # names in files, by own name
 # Names of implementations of attention, and the backends of rope_attention.
 ATTENTION = {
     "auto": "auto", "cpu": "cpu", "triton": "triton", "eager": "reference", "reference": "reference", "sdpa": "sdpa",
@@ -255,7 +260,9 @@ class Model(PreTrainedModel, GenerationMixin):
             raise
         except Exception as error:  # of any kind, from transformers' use of settings that are its own
             raise _faulty_setting(config, path, error) from error
-        names = _names_in_files(kind, config, expected, files)
+        names = pieces(expected, LAYOUTS[kind])
+        if kind in FAMILIES and config.tie_word_embeddings and names[EMBEDDING][0] not in files.tensors:
+            names[EMBEDDING] = names_of(HEAD, FAMILIES[kind].weights)  # the name under which some converters store it
         mismatched = bool(kwargs.get("ignore_mismatched_sizes"))
         headers = _checked_headers(kind, config, expected, names, files, mismatched)
         found = {own: own_names for own, own_names in names.items() if headers.keys() >= set(own_names)}
@@ -754,19 +761,6 @@ def _dtype(options: dict[str, Any], config: ModelConfig) -> torch.dtype | None:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype if isinstance(dtype, torch.dtype) else None
 
 
-def _names_in_files(kind: str, config: ModelConfig, expected: Collection[str], files: WeightFiles) -> Pieces:
-    """Return the names of weights in files of a layout, by own name; without those that the layout lacks.
-
-    Of a family's tied embedding that is stored as the language-model head alone, it is that name.
-    """
-    names = pieces(expected, LAYOUTS[kind])
-    if kind in FAMILIES and config.tie_word_embeddings:
-        (head,) = names_of(HEAD, FAMILIES[kind].weights)
-        if names[EMBEDDING][0] not in files.tensors and head in files.tensors:
-            names[EMBEDDING] = [head]
-    return {own: own_names for own, own_names in names.items() if own_names}
-
-
 def _checked_headers(
     kind: str, config: ModelConfig, expected: dict[str, Tensor], names: Pieces, files: WeightFiles, mismatched: bool
 ) -> dict[str, TensorHeader]:
@@ -782,15 +776,12 @@ def _checked_headers(
 
     Raises UserError, which begins with the file, for missing, misshapen or unknown weights (reward heads apart).
     """
-    named: dict[str, Tensor] = {}
-    for own, own_names in names.items():
-        tensor = expected[own]
-        rows = row_blocks(own, len(tensor), config) if len(own_names) > 1 else [len(tensor)]
-        named |= dict(zip(own_names, tensor.split(rows), strict=True))
-    headers = dict(files.tensors)
+    named, headers = blocks_of(expected, names, config), dict(files.tensors)
     if kind in FAMILIES:
-        for name in _without_weights(FAMILIES[kind], config, headers, named, files.path):
-            del headers[name]
+        remove_tables(files, headers, FAMILIES[kind].ignored)
+        if config.tie_word_embeddings:
+            (embedding,), (head,) = names[EMBEDDING], names_of(HEAD, FAMILIES[kind].weights)
+            remove_copy(files, headers, embedding, head)
     for name, header in files.tensors.items() if mismatched else ():
         if _is_head(name) and name in named and tuple(header.shape) != tuple(named[name].shape):
             del headers[name]
@@ -807,25 +798,6 @@ def _checked_headers(
             files.path, len(unexpected), shown(unexpected[0]),
         )  # fmt: skip
     return {name: header for name, header in headers.items() if name in named}
-
-
-def _without_weights(
-    family: Family, config: ModelConfig, headers: dict[str, TensorHeader], named: Collection[str], path: Path
-) -> list[str]:
-    """Return the names of a family's tensors that are no weights: tables, and the copy of a tied embedding.
-
-    Raises UserError, which begins with the file, if that copy is not equal to the embedding.
-    """
-    names = [name for name in headers if re.fullmatch(family.ignored, name)]
-    (embedding,), (head,) = names_of(EMBEDDING, family.weights), names_of(HEAD, family.weights)
-    if config.tie_word_embeddings and head in headers and head not in named:
-        if embedding in headers and not same_tensors(headers[embedding], headers[head], (embedding, head)):
-            raise UserError(
-                f"{path}: {head}: expected the values of {embedding} (tie_word_embeddings is true in config.json), "
-                "got others"
-            )
-        names.append(head)
-    return names
 
 
 def _check_host_memory(config: ModelConfig) -> None:

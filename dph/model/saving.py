@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dph import checkpoint
-from dph._layouts import names_of, row_blocks
+from dph._layouts import blocks_of, pieces
 from dph.errors import UserError, shown
 from dph.model.families import Family
 from dph.model.families.fields import their_fields
@@ -52,13 +52,10 @@ def save_family(
             f"{shown(model.config.family or 'none')}: no class of transformers computes it"
         )
     fields = their_fields(family, model.config)
-    tensors: dict[str, Tensor] = {}
-    for own, weight in weights.items():
-        if own.startswith("heads.") or (own == "lm_head.weight" and model.config.tie_word_embeddings):
-            continue
-        names = names_of(own, family.weights)
-        rows = row_blocks(own, len(weight), model.config) if len(names) > 1 else [len(weight)]
-        tensors |= dict(zip(names, weight.split(rows), strict=True))
+    kept = dict(weights)
+    if model.config.tie_word_embeddings:
+        del kept["lm_head.weight"]
+    tensors = blocks_of(kept, pieces(kept, family.weights), model.config)  # without the reward heads
     dtype = next(iter(tensors.values())).dtype
     fields["torch_dtype" if "torch_dtype" in fields else "dtype"] = str(dtype).removeprefix("torch.")
     if model.head_names:
