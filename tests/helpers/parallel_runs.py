@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from helpers.stages import Trap, go, records, settings, strike, taken, tiny, weights
+from helpers.tiny import FORMS
 from helpers.two import meeting
 from safetensors.torch import save_file
 
@@ -45,6 +46,8 @@ CASES = {
         {"batch__tokens": 110, "data__cache_states": False, "parallel": "replicate"},
         {"reward_dropout": 0.5},
     ),
+    "sft-llama": ("sft", {"batch__micro": 1}, FORMS["llama"]),
+    "align-qwen3": ("align", {"batch__tokens": 110}, FORMS["qwen3"]),
     "align-bf16": ("align", {"precision": "bf16", "objective__reference": "cache"}, {}),
     "head-bf16": ("head", {"precision": "bf16"}, {}),
 }

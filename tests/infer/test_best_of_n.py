@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.texts import message, small_tokenizer
-from helpers.tiny import tiny_model
+from helpers.tiny import FORMS, tiny_model
 
 import dph
 from dph import chat
@@ -162,8 +162,9 @@ def said(item, prompt):
     return item.tokens[len(prompt) : end]
 
 
-def test_temperature_zero_takes_the_likeliest_token():
-    model = talker()
+@pytest.mark.parametrize("form", [{}, *FORMS.values()], ids=["dph", *FORMS])
+def test_temperature_zero_takes_the_likeliest_token(form):
+    model = talker(**form)
     prompts = [chat.prompt([message("user", text)], TOK) for text in ("a", "the quick brown fox", "12")]
     groups = sample(model, TOK, prompts, 3, max_new_tokens=15, temperature=0)
     for prompt, group in zip(prompts, groups, strict=True):
@@ -337,8 +338,9 @@ def test_a_tiny_temperature_is_its_limit(temperature):
 # Best of N
 
 
-def test_best_of_n_is_sampling_judging_and_ranking():
-    model = talker()
+@pytest.mark.parametrize("form", [{}, FORMS["qwen3"]], ids=["dph", "qwen3"])
+def test_best_of_n_is_sampling_judging_and_ranking(form):
+    model = talker(**form)
     state = torch.get_rng_state()
     candidates = dph.best_of_n(model, TOK, ASKED, n=24, max_new_tokens=40, seed=0)
     assert torch.equal(torch.get_rng_state(), state)
