@@ -42,7 +42,7 @@ def test_tokens_targets_and_masks_are_those_of_the_papers_code(shared):
             got = chat.encode(record["messages"], tok)
         wanted = [record[key] for key in ("tokens", "targets", "train_mask", "test_mask")]
         assert [got.tokens, got.targets, got.loss_mask, got.score_mask] == wanted, record["task"]
-        assert got.reward_position == max(i for i, t in enumerate(got.tokens) if t == chat.markup(tok).end)
+        assert got.reward_position == max(i for i, t in enumerate(got.tokens) if t == chat.markup(tok).end_of_turn)
 
 
 @settings(deadline=None)
@@ -64,7 +64,7 @@ def test_any_text_round_trips_and_only_the_markup_gives_control_tokens(turns):
 @given(answered, st.booleans())
 def test_masks_speak_of_targets_and_the_reward_is_read_at_the_final_assistant_turn(turns, last_only):
     tok = small_tokenizer()
-    got, end = chat.encode(turns, tok, last_only=last_only), chat.markup(tok).end
+    got, end = chat.encode(turns, tok, last_only=last_only), chat.markup(tok).end_of_turn
     assert len(got) == len(got.targets) == len(got.loss_mask) == len(got.score_mask)
     assert got.targets == [*got.tokens[1:], tok.eos_token_id]
     ends = [i for i, token in enumerate(got.tokens) if token == end]
@@ -84,7 +84,7 @@ def test_a_finished_continuation_is_the_encoded_conversation(turns, answer):
     asked = chat.prompt(turns, tok)
     whole = chat.encode([*turns, message("assistant", answer)], tok, last_only=True)
     assert whole.tokens[: len(asked)] == asked
-    content, end = chat.plain(tok)(answer), chat.markup(tok).end
+    content, end = chat.plain(tok)(answer), chat.markup(tok).end_of_turn
     assert chat.continuation(asked, [*content, end], tok) == whole
 
 
@@ -103,7 +103,7 @@ def test_a_cut_off_answer_has_no_reward_position():
 
 def test_an_answer_that_ends_twice_is_refused():
     tok = small_tokenizer()
-    end = chat.markup(tok).end
+    end = chat.markup(tok).end_of_turn
     with pytest.raises(ValueError, match="only as the last of 3, got one at 1"):
         chat.continuation([0], [9, end, 9], tok)
 
@@ -330,5 +330,5 @@ def test_settings_of_the_tokenizer_do_not_reach_content():
     assert chat.encode(long, tok) == wanted
     assert chat.plain(tok)(TEXTS[0]) == chat.plain(small_tokenizer())(TEXTS[0])
     assert tok("<|im_end|>", add_special_tokens=False)["input_ids"] == [
-        chat.markup(tok).end
+        chat.markup(tok).end_of_turn
     ]  # its own state is as it was

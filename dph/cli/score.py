@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``dph score``."""
     parser.description = f"""{HELP}.
 
-The sum is the log-probability of the final answer, its <|im_end|> included, in nats. The mean is per content token
-and leaves out the <|im_end|>; an empty answer has none (-)."""
+The sum is the log-probability of the final answer, its end-of-turn token included, in nats. The mean is per content
+token and leaves out the end-of-turn token; an empty answer has none (-)."""
     common.add_model(parser)
     parser.add_argument(
         "file", metavar="CONVERSATIONS.jsonl", help="one object a line: messages, or chosen and rejected (TRL's forms)"

@@ -40,7 +40,8 @@ class PackedBatch:
         answers: [R] int64, the answer of each row, ascending.
         trained: [R] bool, counts in the answer's summed log-probability (``loss_mask``).
         scored: [R] bool, counts in the answer's mean log-probability (``score_mask``).
-        reward_rows: [A] int64, row of the ``<|im_end|>`` whose hidden state gives the reward; -1 for a cut-off answer.
+        reward_rows: [A] int64, row of the end-of-turn token, whose hidden state gives the reward; -1 for a cut-off
+            answer.
         documents: [A] int64, the document of each answer.
     """
 

@@ -24,11 +24,11 @@ class Candidate:
 
     Attributes:
         text: the answer's content.
-        reward: its reward; NaN without a head, and for an answer that was cut off before ``<|im_end|>``.
-        logprob: summed log-probability of its tokens in nats, ``<|im_end|>`` included.
+        reward: its reward; NaN without a head, and for an answer that was cut off before the end-of-turn token.
+        logprob: summed log-probability of its tokens in nats, the end-of-turn token included.
         mean_logprob: mean log-probability of its content tokens in nats; NaN for an empty answer.
-        finished: whether it ended with ``<|im_end|>``.
-        tokens: its token ids, and those of the chat format after ``<|im_end|>``.
+        finished: whether it ended with the end-of-turn token.
+        tokens: its token ids, and those of the chat format after the end-of-turn token.
     """
 
     text: str
@@ -57,7 +57,7 @@ def sample(
     Args:
         prompts: token ids up to the beginning of the answer (``dph.chat.prompt``).
         n: answers per prompt.
-        max_new_tokens: an answer that reaches it without ``<|im_end|>`` is cut off.
+        max_new_tokens: an answer that reaches it without the end-of-turn token is cut off.
         temperature: of the softmax; below ``dph.infer.sampling.COLD`` the most probable token is taken.
         top_k: sample from the k most probable tokens; 0 for all.
         top_p: sample from the most probable tokens that hold this share of the probability.
@@ -75,7 +75,9 @@ def sample(
     if not prompts:
         return []
     width = max(map(len, prompts))
-    pad, end = tokenizer.pad_token_id, chat.markup(tokenizer).end
+    marks = chat.markup(tokenizer)
+    end = marks.end_of_turn
+    pad = marks.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # any token: it is masked
     padded, masks = [], []
     for prompt in prompts:
         padding = width - len(prompt)

@@ -78,9 +78,9 @@ class RewardModel(Model):
             kwargs: ignored; other libraries pass more.
 
         Returns:
-            ``logits`` [B, K]: the rewards after each row's last ``<|im_end|>``, behind which padding and one token, the
-            chat format's newline, may follow; with ``inputs_embeds`` after the last token that is not padding. Also
-            ``loss`` and ``hidden_states``.
+            ``logits`` [B, K]: the rewards after each row's last end-of-turn token, behind which padding and one token,
+            the chat format's newline, may follow; with ``inputs_embeds`` after the last token that is not padding.
+            Also ``loss`` and ``hidden_states``.
 
         Raises ValueError as :meth:`Model.rewards`.
         """

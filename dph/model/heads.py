@@ -1,4 +1,4 @@
-"""Reward head: a pooler and one or more reward vectors on the hidden state of the last ``<|im_end|>``."""
+"""Reward head: a pooler and one or more reward vectors on the hidden state of the last end-of-turn token."""
 
 import copy
 from collections.abc import Iterator, ValuesView

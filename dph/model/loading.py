@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from dph._folder import describe_other, find_file, read_json, refuse_code
-from dph.chat import END, tokenizer_name
+from dph.chat import end_of_turn, tokenizer_name
 from dph.errors import UserError, one_line, shown
 from dph.model.config import check_fields, read_fields
 from dph.model.directories import model_path, tokenizer_path
@@ -135,7 +135,7 @@ def _broken_tokenizer(path: str, error: Exception) -> UserError:
 
 
 def check_tokenizer(model: Model, tokenizer: Any) -> None:
-    """Raise UserError if the tokenizer does not match the model's vocabulary and its token ``<|im_end|>``."""
+    """Raise UserError if the tokenizer does not match the model's vocabulary and its end-of-turn token."""
     size, vocabulary = model.config.vocab_size, tokenizer.get_vocab()
     where = tokenizer_name(tokenizer)
     if len(tokenizer) > size:
@@ -143,11 +143,13 @@ def check_tokenizer(model: Model, tokenizer: Any) -> None:
     last = max(vocabulary, key=vocabulary.get)
     if vocabulary[last] >= size:
         raise UserError(f"{where}: expected ids below {size}, got {vocabulary[last]} for {shown(last)}")
-    end = vocabulary.get(END)
+    end = end_of_turn(tokenizer)
     if end is not None and model.config.im_end_token_id is None:
         model.config.im_end_token_id = end
     if end is not None and end != model.config.im_end_token_id:
-        raise UserError(f"{where}: expected {END} as id {model.config.im_end_token_id}, got {end}")
+        (name,) = tokenizer.convert_ids_to_tokens([end])
+        expected = model.config.im_end_token_id
+        raise UserError(f"{where}: expected its end-of-turn token {shown(name)} as id {expected}, got {end}")
 
 
 def _user_error(name: str, kind: str, error: OSError) -> UserError:

@@ -62,12 +62,12 @@ def document_positions(bounds: Tensor, inputs: Tensor) -> Tensor:
 
 
 def last_positions(inputs: Tensor, mask: Tensor | None, end: int | None, newline: bool = False) -> Tensor:
-    """Return the columns [B] of the last tokens that are not padding, each of which has to be ``<|im_end|>``.
+    """Return the columns [B] of the last tokens that are not padding, each of which has to be the end-of-turn token.
 
     Args:
         inputs: tokens [B, S]; of embeddings [B, S, E] no token is known, and any is taken.
         mask: [B, S], False for padding.
-        end: id of ``<|im_end|>``.
+        end: id of the end-of-turn token.
         newline: allow one token behind it, in place of the newline of the chat format.
 
     Raises ValueError if a row ends otherwise, or its end cannot be known.
@@ -89,8 +89,8 @@ def last_positions(inputs: Tensor, mask: Tensor | None, end: int | None, newline
     wrong = (~is_end).nonzero().flatten().tolist()
     if wrong:
         raise ValueError(
-            f"input_ids: expected <|im_end|> (id {end}) as the last token that is not padding, got another in rows "
-            f"{wrong[:8]}: the answer was cut off, or give reward_positions"
+            f"input_ids: expected the end-of-turn token (id {end}) as the last token that is not padding, got another "
+            f"in rows {wrong[:8]}: the answer was cut off, or give reward_positions"
         )
     return last
 

@@ -90,7 +90,7 @@ def make_stage(
 
 
 def open_model(recipe: Recipe) -> tuple[Model, Any]:
-    """Return the starting model in fp32 on the CPU, and its tokenizer with the chat tokens.
+    """Return the starting model in fp32 on the CPU, and its tokenizer, which has a chat format.
 
     Raises UserError if they are missing or do not match.
     """
@@ -101,8 +101,7 @@ def open_model(recipe: Recipe) -> tuple[Model, Any]:
         raise UserError("model.tokenizer: expected a directory or hub name with model.config, got nothing")
     if start.path is not None:
         model_path(start.path)  # a missing model is reported before its missing tokenizer
-    tokenizer = load_tokenizer(start.tokenizer or start.path)
-    add_chat_tokens(tokenizer)
+    tokenizer = _load_chat_tokenizer(start.tokenizer or start.path)
     torch.manual_seed(recipe.seed)
     if start.path is not None:
         model = load_model(start.path, dtype=torch.float32)
@@ -142,9 +141,16 @@ def reopen_model(recipe: Recipe, start: Path) -> tuple[Model, Any, tuple[str, ..
         return *open_model(recipe), tuple(notes)
     if names.path is not None and names.path != place:
         notes.append(f"{names.path} is not a directory here: the model's configuration is the run's copy")
-    tokenizer = load_tokenizer(recipe.model.tokenizer or place)
-    add_chat_tokens(tokenizer)
+    tokenizer = _load_chat_tokenizer(recipe.model.tokenizer or place)
     return stored_model(start), tokenizer, tuple(notes)
+
+
+def _load_chat_tokenizer(name: str) -> Any:
+    """Return the tokenizer ``name``, with the paper's chat tokens if it has no chat template of its own."""
+    tokenizer = load_tokenizer(name)
+    if chat.own_template(tokenizer) is None:
+        add_chat_tokens(tokenizer)
+    return tokenizer
 
 
 def stored_model(start: Path) -> Model:
@@ -191,7 +197,7 @@ def new_model(config: dict[str, Any], tokenizer: Any) -> Model:
     It has no reward heads unless ``config`` names some: the stages that train heads add them.
     """
     values: dict[str, Any] = {"vocab_size": len(tokenizer), "reward_heads": ()}
-    values["im_end_token_id"] = tokenizer.convert_tokens_to_ids(chat.END)
+    values["im_end_token_id"] = chat.end_of_turn(tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         values[name] = getattr(tokenizer, name)
     arguments = inspect.signature(ModelConfig).parameters

@@ -31,9 +31,13 @@ def of_stage(stage: Stage) -> dict[str, Any]:
 
 
 def of_tokenizer(tokenizer: Any) -> str:
-    """Return a digest of vocabulary, merges, processing and special tokens; padding and truncation do not count."""
+    """Return a digest of vocabulary, merges, processing, special tokens and a chat template of the tokenizer's own.
+
+    Padding and truncation do not count, and neither does the template of the paper's format.
+    """
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    special += tokenizer.convert_tokens_to_ids([chat.START, chat.END])
+    template = chat.own_template(tokenizer)
+    special += tokenizer.convert_tokens_to_ids([chat.START, chat.END]) if template is None else [template]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         parts: Any = [type(tokenizer).__name__, tokenizer.get_vocab()]

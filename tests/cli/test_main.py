@@ -35,7 +35,7 @@ def test_help_shows_an_example(dph_command, command):
 
 
 def test_help_of_score_says_what_the_mean_is_of(dph_command):
-    assert "The mean is per content token\nand leaves out the <|im_end|>" in dph_command("score", "--help")[1]
+    assert "The mean is per content\ntoken and leaves out the end-of-turn token" in dph_command("score", "--help")[1]
 
 
 def test_help_names_every_command(dph_command):

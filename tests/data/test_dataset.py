@@ -512,7 +512,7 @@ def test_pairs_are_masked_to_the_final_answer():
     tok = small_tokenizer()
     for side, text in ((chosen, "yes yes yes <|im_end|>"), (rejected, "no no no <|im_end|>")):
         assert tok.decode([t for t, on in zip(side.targets, side.loss_mask, strict=True) if on]) == text
-        assert side.tokens[side.reward_position] == chat.markup(tok).end
+        assert side.tokens[side.reward_position] == chat.markup(tok).end_of_turn
 
 
 def test_pairs_are_refused_whole_and_counted():

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from helpers import templates
 from helpers.texts import message, small_tokenizer
 from helpers.tiny import FORMS, tiny_model
 
@@ -401,3 +402,17 @@ def test_plain_generate_stops_at_the_end_of_an_answer(tmp_path):
             after = row[row.index(END) + 1 :] if END in row else []
             assert set(after) <= {TOK.pad_token_id}
     assert tiny_model(im_end_token_id=None, eos_token_id=2).generation_config.eos_token_id == [2]
+
+
+def test_answers_in_the_format_of_another_chat_template():
+    """Its tokenizer has no padding token, and its prompts have other lengths."""
+    tok = templates.made("llama3")
+    assert tok.pad_token_id is None
+    end = chat.markup(tok).end_of_turn
+    model = tiny_model(vocab_size=len(tok), im_end_token_id=end, pad_token_id=None, eos_token_id=end, bos_token_id=None)
+    prompts = [chat.prompt([message("user", text)], tok) for text in ("Hello there, how are you?", "Who?")]
+    together = sample(model, tok, prompts, 2, max_new_tokens=4, temperature=0.0)
+    alone = [sample(model, tok, [prompt], 2, max_new_tokens=4, temperature=0.0)[0] for prompt in prompts]
+    assert together == alone
+    best = dph.best_of_n(model, tok, [message("user", "Who?")], n=2, max_new_tokens=4, seed=0)
+    assert all(c.finished == (end in c.tokens) for c in best)

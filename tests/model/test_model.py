@@ -144,7 +144,7 @@ def test_rewards_of_the_last_token_that_is_not_padding():
 def test_an_earlier_turn_is_not_judged_in_the_last_ones_place():
     model = tiny_model()
     ids = torch.tensor([[5, 6, END, 7, 8]])  # an earlier <|im_end|>, and an answer that was cut off
-    with pytest.raises(ValueError, match=r"expected <\|im_end\|> \(id 3\) as the last token.*rows \[0\].*cut off"):
+    with pytest.raises(ValueError, match=r"expected the end-of-turn token \(id 3\) as the last.*rows \[0\].*cut off"):
         model.rewards(ids)
 
 

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from helpers import templates
 from helpers.stages import records as stage_records
 from helpers.stages import settings as stage_settings
 from helpers.stages import tiny, weights
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 import dph
 from dph.data import dataset
 from dph.errors import UserError
+from dph.model import loading
 from dph.train import build, recipe
 from dph.train.entry import train
 
@@ -95,6 +97,18 @@ def test_fresh_weights_follow_the_seed(files):
     assert (one.config.eos_token_id, one.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
+def test_a_tokenizer_with_a_chat_template_of_its_own_gets_no_chat_tokens(files):
+    made = templates.made("llama3")
+    made.save_pretrained(files / "own")
+    model, tokenizer = build.open_model(make(files, "pretrain", [], config=CONFIG, tokenizer=str(files / "own")))
+    assert len(tokenizer) == len(made)
+    assert model.config.im_end_token_id == tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert dph.chat.encode(conversation("a", "b"), tokenizer) == dph.chat.encode(conversation("a", "b"), made)
+    model.config.im_end_token_id = 3
+    with pytest.raises(UserError, match=r"expected its end-of-turn token '<\|eot_id\|>' as id 3, got"):
+        loading.check_tokenizer(model, tokenizer)
+
+
 def held_out(r):
     section = r.evaluation
     return dataset.open_held_out(section.sources, r.kind, directory=section.directory, seed=r.seed)
@@ -134,7 +148,7 @@ def test_a_source_that_cannot_be_read_is_named_by_its_key(files, monkeypatch):
         ({"config": {**CONFIG, "vocab_size": 9}, "tokenizer": "tokenizer"}, "tokenizer: expected at most 9 tokens"),
         (
             {"config": {**CONFIG, "im_end_token_id": 9}, "tokenizer": "tokenizer"},
-            r"expected <\|im_end\|> as id 9, got 3",
+            r"expected its end-of-turn token '<\|im_end\|>' as id 9, got 3",
         ),
     ],
 )

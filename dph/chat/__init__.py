@@ -1,19 +1,24 @@
-"""Conversations as tokens (ChatML), with the masks for training and scoring and the position of the reward.
+"""Conversations as tokens, with the masks for training and scoring and the position of the reward.
+
+A tokenizer with a chat template of its own gets that format (``dph.chat.templates``): for text that spells no control
+token, the tokens of ``apply_chat_template``. Any other gets the paper's, which is ChatML after a single EOS:
 
     </s><|im_start|>user\\nHello<|im_end|>\\n<|im_start|>assistant\\nHi<|im_end|>\\n
 
-Head, content and tail of a message are tokenised separately, and special tokens in content are split, so that a text
-which spells ``<|im_end|>`` or ``</s>`` stays text: control tokens come from the markup of this module only.
+In both, text that spells ``<|im_end|>`` or ``</s>`` stays text: control tokens come from the format only. In the
+paper's, head, content and tail of a message are tokenised separately, and special tokens in content are split.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 from weakref import WeakKeyDictionary, proxy
 
+from dph.chat.templates import Refused, TemplateFormat
 from dph.errors import UserError, check_text, one_line, shown, shown_names
 
 if TYPE_CHECKING:
@@ -67,9 +72,9 @@ class Encoded:
 
     tokens: list[int]
     targets: list[int]  # the tokens shifted by one, and EOS at the end
-    loss_mask: list[bool]  # assistant content and the <|im_end|> after it
+    loss_mask: list[bool]  # assistant content up to the end-of-turn token after it
     score_mask: list[bool]  # assistant content only
-    # Position of the <|im_end|> of the final assistant message in tokens; None for a cut-off answer.
+    # Position of the end-of-turn token of the final assistant message in tokens; None for a cut-off answer.
     reward_position: int | None
 
     def __len__(self) -> int:
@@ -79,34 +84,73 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Markup:
-    """Token ids of the constant segments of a conversation, and the function that encodes content."""
+    """The paper's format: ids of the constant segments of a conversation, and the function that encodes content."""
 
     size: int  # of the tokenizer's vocabulary
+    template: Any  # the tokenizer's chat template
     eos: int
-    end: int
+    end_of_turn: int
     heads: dict[str, list[int]]  # role -> "<|im_start|>ROLE\n"
     tail: list[int]  # "<|im_end|>\n"
     content: Callable[[str], list[int]]
 
 
 # Weak keys: no entry outlives its tokenizer, or serves another one at the same address.
-_markups: WeakKeyDictionary[PreTrainedTokenizerBase, Markup] = WeakKeyDictionary()
+_markups: WeakKeyDictionary[PreTrainedTokenizerBase, Markup | TemplateFormat] = WeakKeyDictionary()
 _markups_lock = threading.Lock()  # tokenizers raise "Already borrowed" if two threads change their settings
 
 
-def markup(tokenizer: PreTrainedTokenizerBase) -> Markup:
-    """Return the markup of ``tokenizer``, made once per tokenizer and vocabulary size.
+def markup(tokenizer: PreTrainedTokenizerBase) -> Markup | TemplateFormat:
+    """Return the chat format of ``tokenizer``, made once per tokenizer, vocabulary size and chat template.
 
-    Raises UserError if the tokenizer lacks the chat tokens or EOS, or if text can spell a control token.
+    Both kinds have ``eos``, ``end_of_turn`` and ``tail``: the end-of-turn token and the constant tokens after it.
+
+    Raises UserError if the tokenizer lacks EOS, if text can spell a control token, for the paper's format if it lacks
+    the chat tokens, and for its own chat template if no control token ends the assistant's turn.
     """
     cached = _markups.get(tokenizer)
-    if cached is not None and cached.size == len(tokenizer):
+    if cached is not None and cached.size == len(tokenizer) and cached.template == tokenizer.chat_template:
         return cached
     with _markups_lock:
         cached = _markups.get(tokenizer)
-        if cached is None or cached.size != len(tokenizer):
-            cached = _markups[tokenizer] = _make_markup(tokenizer)
+        if cached is None or cached.size != len(tokenizer) or cached.template != tokenizer.chat_template:
+            if own_template(tokenizer) is None:
+                cached = _make_markup(tokenizer)
+            else:
+                with _user_errors(lambda index: tokenizer_name(tokenizer)):
+                    cached = TemplateFormat(tokenizer, eos_token(tokenizer))
+            _markups[tokenizer] = cached
         return cached
+
+
+def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the tokenizer's own chat template, None if it has none or ``TEMPLATE``: the paper's format."""
+    if not tokenizer.chat_template or tokenizer.chat_template == TEMPLATE:
+        return None
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:  # several, and none is the default
+        raise UserError(f"{tokenizer_name(tokenizer)}: {one_line(error, most=300)}") from error
+    return None if template == TEMPLATE else template
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id of the end-of-turn token; None if the tokenizer has no chat format."""
+    if own_template(tokenizer) is None:
+        return tokenizer.get_vocab().get(END)
+    try:
+        return markup(tokenizer).end_of_turn
+    except UserError:
+        return None
+
+
+@contextmanager
+def _user_errors(name: Callable[[int | None], str]) -> Iterator[None]:
+    """Turn the refusal of a tokenizer or conversation into a UserError; ``name`` gives a message's name."""
+    try:
+        yield
+    except Refused as error:
+        raise UserError(f"{name(error.index)}: {one_line(error, most=400)}") from error
 
 
 def _make_markup(tokenizer: PreTrainedTokenizerBase) -> Markup:
@@ -139,7 +183,7 @@ def _make_markup(tokenizer: PreTrainedTokenizerBase) -> Markup:
             )
         segments[name] = ids
     tail = segments.pop("tail")
-    return Markup(len(tokenizer), eos_token(tokenizer), end, segments, tail, content)
+    return Markup(len(tokenizer), tokenizer.chat_template, eos_token(tokenizer), end, segments, tail, content)
 
 
 def eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -204,8 +248,8 @@ def encode(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, last
     """Return tokens, targets, masks and reward position of one conversation.
 
     With ``last_only`` the masks cover only the final assistant message: earlier turns are part of the prompt. Raises
-    UserError for a malformed message, a conversation without an assistant message, and a tokenizer without the chat
-    tokens.
+    UserError for a malformed message, a conversation without an assistant message, a tokenizer without a chat format,
+    and for a conversation or content that its chat template refuses or changes.
     """
     return encode_many([messages], tokenizer, last_only=last_only)
 
@@ -216,7 +260,7 @@ def encode_many(
     repeat_system: bool = True,
     last_only: bool = False,
 ) -> Encoded:
-    """Return conversations end to end after a single EOS; the reward position is that of the last one.
+    """Return conversations end to end as one; the reward position is that of the last one.
 
     ``repeat_system=False`` drops the system messages after the first conversation. With ``last_only`` the conversations
     before the last are few-shot examples.
@@ -234,6 +278,9 @@ def encode_many(
                     last_answer = len(turns)
                 turns.append(message)
     marks = markup(tokenizer)
+    if isinstance(marks, TemplateFormat):
+        with _user_errors(lambda index: _turn_name(conversations, repeat_system, index)):
+            return _encode_template(marks, turns, last_answer, last_only)
     tokens, loss_mask, score_mask, reward_position = [marks.eos], [], [], None
     for i, message in enumerate(turns):
         head, content = marks.heads[message["role"]], marks.content(message["content"])
@@ -249,12 +296,49 @@ def encode_many(
     return Encoded(tokens, [*tokens[1:], marks.eos], [*loss_mask, False], [*score_mask, False], reward_position)
 
 
+def _encode_template(marks: TemplateFormat, turns: Sequence[Message], last_answer: int, last_only: bool) -> Encoded:
+    """Return a conversation in a format of a chat template; otherwise as ``encode_many``. Raises Refused."""
+    rendered = marks.render(turns)
+    tokens = rendered.tokens
+    loss_mask, score_mask = [False] * len(tokens), [False] * len(tokens)
+    for i, message in enumerate(turns):
+        if i != last_answer and (message["role"] != "assistant" or last_only):
+            continue
+        if i not in rendered.ends:
+            raise Refused("expected a chat template that ends this turn with its end-of-turn token, got another", i)
+        begin, has_content = rendered.answer(i)
+        for position, scored in enumerate([*has_content, False], begin):
+            if position:  # no token predicts the first one
+                loss_mask[position - 1], score_mask[position - 1] = True, scored
+    return Encoded(tokens, [*tokens[1:], marks.eos], loss_mask, score_mask, rendered.ends[last_answer])
+
+
+def _turn_name(conversations: Sequence[Sequence[Message]], repeat_system: bool, index: int | None) -> str:
+    """Return the name of a turn of ``encode_many`` for error messages, or of all of them."""
+    if index is None:
+        return "conversations" if len(conversations) > 1 else "messages"
+    names = []
+    for i, messages in enumerate(conversations):
+        where = f"conversations[{i}]" if len(conversations) > 1 else "messages"
+        for k, message in enumerate(messages):
+            if repeat_system or i == 0 or message["role"] != "system":
+                names.append(f"{where}[{k}]")
+    return names[index]
+
+
 def prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens before an answer: the conversation and ``<|im_start|>assistant\\n``."""
+    """Return the tokens before an answer: the conversation and the beginning of the assistant's turn.
+
+    With a chat template of the tokenizer's own they need not be the first tokens of ``encode``: it may put something
+    between the two (the empty ``<think>`` block of Qwen3), and merges may cross the border.
+    """
     check(messages)
     if messages[-1]["role"] == "assistant":
         raise UserError(f"messages[{len(messages) - 1}]: expected a message to answer, got the assistant's own")
     marks = markup(tokenizer)
+    if isinstance(marks, TemplateFormat):
+        with _user_errors(lambda index: "messages" if index is None else f"messages[{index}]"):
+            return marks.render(messages, generate=True).tokens
     tokens = [marks.eos]
     for message in messages:
         tokens += marks.heads[message["role"]] + marks.content(message["content"]) + marks.tail
@@ -264,16 +348,20 @@ def prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> l
 def continuation(
     prompt_tokens: Sequence[int], answer_tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> Encoded:
-    """Return a sampled answer after its ``prompt``, equal to ``encode`` of the whole conversation.
+    """Return a sampled answer after its ``prompt``, in the paper's format equal to ``encode`` of all of it.
 
-    The answer is finished if its last token is ``<|im_end|>``; a cut-off answer has reward position None. The masks
-    cover only the answer. Raises ValueError for ``<|im_end|>`` before the end of the answer.
+    The answer is finished if its last token is the end-of-turn token, after which the constant tokens of the format
+    are added; a cut-off answer has reward position None. The masks cover only the answer. Raises ValueError for an
+    end-of-turn token before the end of the answer.
     """
     marks, answer = markup(tokenizer), list(answer_tokens)
-    if marks.end in answer[:-1]:
-        position = answer.index(marks.end)
-        raise ValueError(f"answer_tokens: expected {END} only as the last of {len(answer)}, got one at {position}")
-    finished = answer[-1:] == [marks.end]
+    if marks.end_of_turn in answer[:-1]:
+        position = answer.index(marks.end_of_turn)
+        raise ValueError(
+            f"answer_tokens: expected the end-of-turn token (id {marks.end_of_turn}) only as the last of "
+            f"{len(answer)}, got one at {position}"
+        )
+    finished = answer[-1:] == [marks.end_of_turn]
     after = marks.tail[1:] if finished else []
     tokens = [*prompt_tokens, *answer, *after]
     before, content = [False] * (len(prompt_tokens) - 1), len(answer) - finished
