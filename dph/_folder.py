@@ -28,13 +28,16 @@ AUTO_MAP = {
 IMPLEMENTATION_KEYS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 
 
-def find_file(name: str, path: str | os.PathLike, hub: Mapping[str, Any] | None = None) -> Path | None:
+def find_file(
+    name: str, path: str | os.PathLike, hub: Mapping[str, Any] | None = None, *, offline: bool = False
+) -> Path | None:
     """Return the path of a file of a model, None if there is none.
 
     Args:
         name: of the file.
         path: folder, or the name of a model on the hub, from which the file is downloaded.
         hub: arguments for downloads; ``subfolder`` also counts in a folder.
+        offline: whether a file that is not in the cache while the hub cannot be reached counts as none.
     """
     hub = hub or {}
     if os.path.isdir(path):
@@ -42,7 +45,8 @@ def find_file(name: str, path: str | os.PathLike, hub: Mapping[str, Any] | None 
         return file if os.path.lexists(file) else None
     from transformers.utils import cached_file
 
-    found = cached_file(path, name, **hub, _raise_exceptions_for_missing_entries=False)
+    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": not offline}
+    found = cached_file(path, name, **hub, **optional)
     return None if found is None else Path(found)
 
 
@@ -57,31 +61,40 @@ def describe_other(path: Path) -> str | None:
     return "a pipe or device" if path.exists() else "nothing there"
 
 
+def read_text(path: str | Path, kind: str = "a text file") -> str:
+    """Return the text of a file of a folder.
+
+    Raises UserError, which begins with the path, for anything else: no regular file, unreadable, larger than 64 MiB, or
+    not UTF-8; ``kind`` names what was expected.
+    """
+    path = Path(path)
+    if got := describe_other(path):
+        raise UserError(f"{path}: expected {kind}, got {got}")
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON + 1)
+        if len(content) > MAX_JSON:
+            raise UserError(f"{path}: expected {kind} of at most {MAX_JSON >> 20} MiB, got a larger one")
+        return content.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: expected a readable file, got: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8, got another byte at position {error.start}") from None
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """Return the object in a JSON file of a folder.
 
     Raises UserError, which begins with the path, for anything else: no regular file, unreadable, larger than 64 MiB,
     not UTF-8, not JSON, nested too deeply, numbers of thousands of digits, or a value that is no object.
     """
-    path = Path(path)
-    if got := describe_other(path):
-        raise UserError(f"{path}: expected a JSON file, got {got}")
+    text = read_text(path, "a JSON file")
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_JSON + 1)
-        if len(content) > MAX_JSON:
-            raise UserError(f"{path}: expected a JSON file of at most {MAX_JSON >> 20} MiB, got a larger one")
-        value = json.loads(content.decode("utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: expected a readable file, got: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8, got another byte at position {error.start}") from None
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: expected JSON, got: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise UserError(f"{path}: expected JSON of a usual depth, got hundreds of nested lists or objects") from None
-    except UserError:
-        raise
     except ValueError:
         raise UserError(f"{path}: expected numbers of a usual size, got an integer of thousands of digits") from None
     if not isinstance(value, dict):

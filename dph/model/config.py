@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
-from transformers.utils import cached_file
 
-from dph._folder import AUTO_MAP, IMPLEMENTATION_KEYS, MODULE, read_json, refuse_code
+from dph._folder import AUTO_MAP, IMPLEMENTATION_KEYS, MODULE, find_file, read_json, read_text, refuse_code
 from dph.chat import END
 from dph.checkpoint import RELEASED, config_from_official
 from dph.errors import UserError, shown
@@ -95,8 +94,8 @@ class ModelConfig(PretrainedConfig):
         reward_pooler: identity, bert, t5, swiglu_bert or swiglu_t5.
         reward_dropout: dropout of the pooled state (and of the hidden state for the t5 kinds) in training.
         max_position_embeddings: most tokens of a row, but for a :class:`dph.Memory` that is given; None for any number.
-        im_end_token_id: id of ``<|im_end|>``, the token whose hidden state is judged; if None, 50266 for an embedding
-            of OPT's 50272 rows.
+        im_end_token_id: id of the end-of-turn token, ``<|im_end|>`` in ChatML, whose hidden state is judged; if None,
+            50266 for an embedding of OPT's 50272 rows.
         released: keys of a released ``config.json`` that this model does not use, written back by ``save_official``.
         family: ``model_type`` of the family (``dph.model.families``) that the model comes from.
         family_fields: its ``config.json``, written back by ``save_family``.
@@ -442,11 +441,26 @@ def check_fields(fields: dict[str, Any], path: str | os.PathLike) -> None:
 
 
 def _own_fields(fields: dict[str, Any], path: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Convert released or a family's fields to own names, and add the id of ``<|im_end|>`` from the tokenizer."""
+    """Convert released or a family's fields to own names, and add the id of ``<|im_end|>`` from the tokenizer.
+
+    In a family it has to be a token of the chat template, which the end-of-turn token of other formats is not read from
+    here: ``dph.model.loading.check_tokenizer`` adds it.
+    """
     own = _renamed(fields, path)
     if own is not fields and own.get("im_end_token_id") is None and path is not None:
-        own["im_end_token_id"] = _end_token(path, **hub_arguments(options))
+        hub = hub_arguments(options)
+        if fields.get("model_type") == RELEASED or END in _chat_template(path, hub):
+            own["im_end_token_id"] = _end_token(path, **hub)
     return own
+
+
+def _chat_template(path: str | os.PathLike, hub: dict[str, Any]) -> str:
+    """Return the chat template of a model's tokenizer; "" if it has none, or several."""
+    if file := find_file("chat_template.jinja", path, hub, offline=True):
+        return read_text(file)
+    file = find_file("tokenizer_config.json", path, hub, offline=True)
+    template = read_json(file).get("chat_template") if file else None
+    return template if isinstance(template, str) else ""
 
 
 def _renamed(fields: dict[str, Any], path: Any) -> dict[str, Any]:
@@ -473,10 +487,7 @@ def _end_token(path: str | os.PathLike, **hub: Any) -> int | None:
 
     Raises UserError, which begins with the file, if it is broken.
     """
-    optional = dict.fromkeys(
-        ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
-    )
-    file = cached_file(path, "tokenizer.json", **hub, **optional)
+    file = find_file("tokenizer.json", path, hub, offline=True)
     if file is None:
         return None
     tokens = read_json(file).get("added_tokens")

@@ -644,10 +644,11 @@ class Model(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Tensor]:
         """Rewards {head: [B]} fp32 of conversations [B, S].
 
-        Without ``reward_positions`` [B] the last token that is not padding is judged, which must be ``<|im_end|>``.
+        Without ``reward_positions`` [B] the last token that is not padding is judged, which must be the end-of-turn
+        token.
 
         Raises ValueError for a model without heads, for heads whose weights were never loaded or trained (in evaluation
-        mode), and if the judged token is not ``<|im_end|>`` and no position was given.
+        mode), and if the judged token is not the end-of-turn token and no position was given.
         """
         self.check_heads(*self.head_names, training=self.training)
         padded = PaddedBatch.from_inputs(checked_inputs(self.backbone.embedding.weight, input_ids), attention_mask)
