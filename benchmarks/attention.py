@@ -7,6 +7,7 @@ before the timing starts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dph_kernels import PackedLayout
 
-HEAD_DIM = 64
+# Query heads, key heads and head dimension of the workloads that gpu_check.sh times: the paper's, Llama 2 7B's,
+# Llama 3.2 1B's, Llama 3.1 8B's and SmolLM2 135M's.
+MODELS_HEADS = ((24, 24, 64), (32, 32, 128), (32, 8, 64), (32, 8, 128), (9, 3, 64))
 NOTHING = torch.empty(1, 0, dtype=torch.int64)
 
 
@@ -47,6 +50,8 @@ class Workload:
     goals: direction -> a kind of rivals -> goal for our speed as a multiple of theirs.
     fresh: bytes of memory rows that calls cycle through, so that they come from memory and not from a cache.
     group: query heads per key head.
+    head_dim: D.
+    brief: timed by gpu_check.sh.
     """
 
     name: str
@@ -57,6 +62,8 @@ class Workload:
     goals: dict[str, dict[str, float]] = field(default_factory=dict)
     fresh: int = 0
     group: int = 1
+    head_dim: int = 64
+    brief: bool = False
 
     @property
     def key_heads(self) -> int:
@@ -65,7 +72,7 @@ class Workload:
 
     def copies(self, item: int) -> int:
         """Return the number of input sets, at ``item`` bytes per number, that make up ``fresh``."""
-        return max(-(-self.fresh // max(2 * item * HEAD_DIM * self.key_heads * self.layout.memory, 1)), 1)
+        return max(-(-self.fresh // max(2 * item * self.head_dim * self.key_heads * self.layout.memory, 1)), 1)
 
     def flops(self, direction: str) -> int:
         """Return the necessary operations: 2 D per product and visible pair of query and key.
@@ -80,7 +87,7 @@ class Workload:
         products = 2 * (causal + full).sum()
         if direction == "both":
             products += 5 * (causal + full).sum() - 2 * detached
-        return 2 * HEAD_DIM * self.heads * int(products)
+        return 2 * self.head_dim * self.heads * int(products)
 
     def bytes_moved(self, direction: str, item: int) -> int:
         """Return the necessary bytes at ``item`` bytes per number: every used input once, every output once."""
@@ -91,7 +98,7 @@ class Workload:
         if direction == "both":
             q_rows += 4 * queries  # q, out, dout, dq
             k_rows += 2 * int(seen.sum()) + 2 * self.layout.keys  # k, v; dk, dv
-        return item * HEAD_DIM * (self.heads * q_rows + self.key_heads * k_rows)
+        return item * self.head_dim * (self.heads * q_rows + self.key_heads * k_rows)
 
 
 # The workloads
@@ -104,27 +111,46 @@ def workloads(large: bool) -> list[Workload]:
         pairs = draw(64, 64, 1024), [draw(2, 4, 256, seed) for seed in range(64)]
         questions = draw(256, 64, 512), [draw(4, 1, 32, seed) for seed in range(256)]
         return [
+            *models_heads(2, 4096),
             *(documents(f"dense {n}", [n] * (16384 // n), 24) for n in (2048, 4096, 16384)),
             documents("dense 4096, 4 heads a key head", [4096] * 4, 24, group=4),
             memory("memory 2048 + 2048", 8, 2048, 2048, 24, goal=1.15),
             documents("documents of 64 to 4096", lengths, 24),
-            branches("64 pairs", *pairs, 24, pad=1280),
+            branches("64 pairs", *pairs, 24, pad=1280, brief=True),
+            branches(f"64 pairs, {_heads_text(32, 8, 128)}", *pairs, 32, group=4, head_dim=128, brief=True),
             branches("4 choices", *questions, 24, directions=("forward",)),
             *(decode(f"decode {n} on 1024", 1024, draw(n, 1, 64), 24, 128 << 20) for n in (1, 16, 128)),
             decode("decode 16 on 1024, 4 heads a key head", 1024, draw(16, 1, 64), 24, 128 << 20, group=4),
         ]
     pairs = draw(16, 16, 256), [draw(2, 4, 64, seed) for seed in range(16)]
+    few = pairs[0][:4], pairs[1][:4]
     questions = draw(16, 32, 256), [draw(4, 1, 16, seed) for seed in range(16)]
     return [
+        *models_heads(2, 256),
         documents("dense 1024", [1024], 12, goals={"both": {"SDPA": 0.9}}),
         documents("dense 1024, 4 heads a key head", [1024], 12, group=4),
         memory("memory 256 + 256", 2, 256, 256, 8),
         documents("documents of 16 to 512", draw(12, 16, 512), 12),
         branches("16 pairs", *pairs, 12, pad=512),
+        branches(f"4 pairs, {_heads_text(32, 8, 128)}", *few, 32, group=4, head_dim=128, brief=True),
         branches("4 choices", *questions, 12, directions=("forward",)),
         *(decode(f"decode {n} on 1024", 1024, draw(n, 1, 64), 12, 64 << 20) for n in (1, 16, 128)),
         decode("decode 16 on 1024, 4 heads a key head", 1024, draw(16, 1, 64), 12, 64 << 20, group=4),
     ]
+
+
+def models_heads(count: int, length: int) -> list[Workload]:
+    """Return dense sequences with the heads of several models."""
+    made = []
+    for heads, key_heads, head_dim in MODELS_HEADS:
+        name = f"dense {count} x {length}, {_heads_text(heads, key_heads, head_dim)}"
+        shape = {"group": heads // key_heads, "head_dim": head_dim, "brief": True}
+        made.append(documents(name, [length] * count, heads, **shape))
+    return made
+
+
+def _heads_text(heads: int, key_heads: int, head_dim: int) -> str:
+    return f"{heads} heads of {head_dim}" + (f", {key_heads} of keys" if key_heads < heads else "")
 
 
 def draw(count: int, low: int, high: int, seed: int = 0) -> list[int]:
@@ -134,7 +160,7 @@ def draw(count: int, low: int, high: int, seed: int = 0) -> list[int]:
 
 
 def documents(
-    name: str, lengths: Sequence[int], heads: int, goals: dict[str, dict[str, float]] | None = None, group: int = 1
+    name: str, lengths: Sequence[int], heads: int, goals: dict[str, dict[str, float]] | None = None, **shape: Any
 ) -> Workload:
     """Concatenated causal sequences; one batch if they are equally long."""
     layout = PackedLayout.documents(lengths)
@@ -143,7 +169,7 @@ def documents(
         rows = [torch.cat(rows)]
     rows = [r.view(-1, n) for r, n in zip(rows, lengths, strict=False)]
     plans = {"shared": [Batch(r, NOTHING, r) for r in rows]}
-    return Workload(name, layout, heads, plans, goals=goals or {}, group=group)
+    return Workload(name, layout, heads, plans, goals=goals or {}, **shape)
 
 
 def memory(name: str, batch: int, length: int, filled: int, heads: int, goal: float | None = None) -> Workload:
@@ -156,7 +182,7 @@ def memory(name: str, batch: int, length: int, filled: int, heads: int, goal: fl
 
 def branches(
     name: str, prompts: Sequence[int], answers: Sequence[Sequence[int]], heads: int, pad: int = 0,
-    directions: tuple[str, ...] = ("forward", "both"),
+    directions: tuple[str, ...] = ("forward", "both"), **shape: Any,
 ) -> Workload:  # fmt: skip
     """Answers to prompts. Plans: a document with its mask, or every answer after its own copy of the prompt."""
     shared, sequences, start = [], [], 0
@@ -175,7 +201,7 @@ def branches(
     if pad:
         plans["padded"] = [_padded(sequences, pad)]
     goals = {"both": {"without sharing": 1.5, "padded": 4}} if pad else {}
-    return Workload(name, PackedLayout.shared_prefix(prompts, answers), heads, plans, directions, goals)
+    return Workload(name, PackedLayout.shared_prefix(prompts, answers), heads, plans, directions, goals, **shape)
 
 
 def _padded(sequences: Sequence[Tensor], length: int = 0) -> Batch:

@@ -17,7 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from benchmarks.attention import HEAD_DIM, Batch, Workload
+from benchmarks.attention import Batch, Workload
 from dph_kernels import PackedLayout, Rotary, dispatch, rope_attention
 from dph_kernels.rope_attention import schedule
 
@@ -49,11 +49,11 @@ class Plan(NamedTuple):
     tables: list[Tensor]
 
     @classmethod
-    def from_batches(cls, batches: list[Batch], layout: PackedLayout) -> "Plan":
+    def from_batches(cls, batches: list[Batch], layout: PackedLayout, head_dim: int = 64) -> "Plan":
         """Return the plan of ``batches`` over ``layout``."""
         device = layout.query_positions.device
         rows, new = (torch.cat([getattr(b, name).flatten() for b in batches]).to(device) for name in ("rows", "new"))
-        q_cos, q_sin, k_cos, k_sin = layout.tables(ROPE, HEAD_DIM, torch.float32)
+        q_cos, q_sin, k_cos, k_sin = layout.tables(ROPE, head_dim, torch.float32)
         tables = [*(pick(t, rows) for t in (q_cos, q_sin)), *(pick(t, new) for t in (k_cos, k_sin))]
         return cls(batches, layout, rows, new, tables)
 
@@ -163,7 +163,7 @@ def _grouped(q: Tensor, k: Tensor) -> dict[str, bool]:
 def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = (q @ k.transpose(-1, -2) * HEAD_DIM**-0.5).masked_fill(hidden, float("-inf"))
+    scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(hidden, float("-inf"))
     return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
@@ -242,6 +242,21 @@ def flash_attn(plan: Plan) -> Run:
     return _packed(plan, functools.partial(flash_attn_varlen_func, causal=True))
 
 
+def flash_attn_4(plan: Plan) -> Run:
+    """The flash-attn-4 package (CuTe DSL) over concatenated sequences."""
+    if not installed("flash_attn.cute"):
+        raise RuntimeError("not installed: pip install --pre flash-attn-4")
+    from flash_attn.cute import flash_attn_varlen_func
+
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *ends: Any) -> Tensor:
+        out = flash_attn_varlen_func(q, k, v, causal=True, **dict(zip(names, ends, strict=True)))
+        return out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp, too
+
+    return _packed(plan, attend)
+
+
 def _packed(plan: Plan, attend: Callable[..., Tensor]) -> Run:
     """Run ``attend`` on concatenated rows, causal and aligned at the end, with the sequences' start offsets."""
     q_lengths, k_lengths = [], []
@@ -267,12 +282,26 @@ def _packed(plan: Plan, attend: Callable[..., Tensor]) -> Run:
 
 
 class Contender(NamedTuple):
-    """An implementation with its plan; ``kind`` is the goal that it counts for."""
+    """An implementation with its plan.
+
+    Attributes:
+        kind: the goal that it counts for.
+        brief: timed by gpu_check.sh, which has no time for compilers and dense masks.
+    """
 
     who: str
     batches: list[Batch]
     make: Callable[[Plan], Run]
     kind: str | None = None
+    brief: bool = True
+
+
+def installed(module: str) -> bool:
+    """Return whether a module of a package can be imported: flash-attn and flash-attn-4 share the name flash_attn."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def contenders(work: Workload, device: str, dtype: torch.dtype) -> Iterator[Contender]:
@@ -284,8 +313,8 @@ def contenders(work: Workload, device: str, dtype: torch.dtype) -> Iterator[Cont
     batches = work.plans[name]
     note = "" if name == "shared" else ", prompts repeated"
     causal = all(b.mask is None for b in batches)
-    yield Contender(f"eager{note}", batches, eager, None if name == "shared" else kind)
-    yield Contender(f"torch.compile{note}", batches, compiled, None if name == "shared" else kind)
+    yield Contender(f"eager{note}", batches, eager, None if name == "shared" else kind, brief=False)
+    yield Contender(f"torch.compile{note}", batches, compiled, None if name == "shared" else kind, brief=False)
     if device == "cuda":
         for kernel in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
             make = functools.partial(sdpa, backend=getattr(SDPBackend, kernel))
@@ -296,8 +325,9 @@ def contenders(work: Workload, device: str, dtype: torch.dtype) -> Iterator[Cont
         yield Contender(f"SDPA, our rotation{note}", batches, our_sdpa, kind)
     if causal and device == "cuda":
         yield Contender(f"varlen_attn{note}", batches, varlen, kind)
-        if importlib.util.find_spec("flash_attn"):
+        if installed("flash_attn.flash_attn_interface"):
             yield Contender(f"flash-attn{note}", batches, flash_attn, kind)
+        yield Contender(f"flash-attn 4{note}", batches, flash_attn_4, kind)
     if name != "shared":
         yield Contender("SDPA, mask a document", work.plans["shared"], sdpa, "sharing")
         if "by length" in work.plans:
@@ -306,4 +336,4 @@ def contenders(work: Workload, device: str, dtype: torch.dtype) -> Iterator[Cont
                 length = work.plans["padded"][0].rows.shape[1]
                 yield Contender(f"SDPA, padded to {length}", work.plans["padded"], sdpa, "padded")
     one = len(work.plans["shared"]) == 1 and work.plans["shared"][0].mask is None
-    yield Contender("FlexAttention", work.plans["shared"] if one else whole(work), flex)
+    yield Contender("FlexAttention", work.plans["shared"] if one else whole(work), flex, brief=False)

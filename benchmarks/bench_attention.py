@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks.attention import HEAD_DIM, Workload, workloads
+from benchmarks.attention import Workload, workloads
 from benchmarks.attention_rivals import ROPE, Contender, Inputs, Plan, contenders
 from dph_kernels import PackedLayout, rope_attention
 
@@ -42,7 +42,7 @@ def problem(work: Workload) -> Problem:
     for _ in range(work.copies(DTYPE.itemsize)):
         heads = (work.heads, *[work.key_heads] * 4, work.heads)
         q, k, v, *memory, grad = (
-            torch.randn(n, h, HEAD_DIM, device=DEVICE, dtype=DTYPE) for n, h in zip(sizes, heads, strict=True)
+            torch.randn(n, h, work.head_dim, device=DEVICE, dtype=DTYPE) for n, h in zip(sizes, heads, strict=True)
         )
         tensors.append((q, k, v, tuple(memory), grad))
     q, k, v, memory, grad = tensors[0]
@@ -82,7 +82,13 @@ def reason(error):
 
 
 CASES = [
-    pytest.param(work, direction, contender, id=f"{work.name}-{direction}-{contender.who}")
+    pytest.param(
+        work,
+        direction,
+        contender,
+        id=f"{work.name}-{direction}-{contender.who}",
+        marks=[pytest.mark.brief] if work.brief and contender.brief else [],
+    )
     for work in workloads(DEVICE == "cuda")
     for direction in work.directions
     for contender in contenders(work, DEVICE, DTYPE)
@@ -92,7 +98,7 @@ CASES = [
 @pytest.mark.parametrize(("work", "direction", "contender"), CASES)
 def bench_attention(work: Workload, direction: str, contender: Contender, timed, peak_memory, record, limits):
     layout, tensors, truth = problem(work)
-    plan = Plan.from_batches(contender.batches, layout)
+    plan = Plan.from_batches(contender.batches, layout, work.head_dim)
     given = [plan.lay_out(*each) for each in tensors]
     rival = contender.kind != "ours"
     try:

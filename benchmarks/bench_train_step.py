@@ -32,36 +32,37 @@ CLOSE = 0.02  # tolerance relative to our first loss, at the timed shape and pre
 ALIGN = {"cpu": {"paper_layout": 4, "padding-free, no sharing": 1.4}, "cuda": {"paper_layout": 8}}[DEVICE]
 GOALS = {"align": ALIGN, "sft": {"paper_layout": 1.3}}
 STAGES = ("vocab", "sft", "align", "head")
+BRIEF = (("sft", "ours"), ("align", "ours"))
 
 
-def title(stage):
-    shape = SHAPE
+def title(stage, shape=SHAPE):
     if stage in PAIRS:
         return f"{stage}, {shape.name}, {shape.pairs} pairs, {lengths.by_source()[0]}"
     return f"{stage}, {shape.name}, {shape.streams} x {shape.context} tokens, memory {shape.memory}"
 
 
 @functools.cache
-def amounts(stage):
-    return Job(stage=stage, shape=SHAPE).amounts()
+def amounts(stage, shape):
+    return Job(stage=stage, shape=shape).amounts()
 
 
 @functools.cache
-def first_loss(stage):
-    job = Job(stage=stage, shape=SHAPE, device=DEVICE, lowered=LOWERED, dropout=0.0)
-    return float(contenders(stage, SHAPE.pad)[0].make(job).step())
+def first_loss(stage, shape):
+    job = Job(stage=stage, shape=shape, device=DEVICE, lowered=LOWERED, dropout=0.0)
+    return float(contenders(stage, shape.pad)[0].make(job).step())
 
 
-def checked(contender, stage):
+def checked(contender, stage, shape):
     """Return the contender at the timed shape, after checks there and, in fp32, at a tiny shape."""
     index = [c.who for c in contenders(stage, SHAPE.pad)].index(contender.who)
     train_step.check(contenders(stage, TINY.pad)[index], Job(stage=stage, shape=TINY, device=DEVICE))
     gc.collect()  # here and below: a trainer is a reference cycle, and would count in the next peak
-    job = Job(stage=stage, shape=SHAPE, device=DEVICE, lowered=LOWERED, dropout=0.0)
-    loss, expected = float(contender.make(job).step()), first_loss(stage) if contender.check is None else math.log(2)
+    job = Job(stage=stage, shape=shape, device=DEVICE, lowered=LOWERED, dropout=0.0)
+    loss = float(contender.make(job).step())
+    expected = first_loss(stage, shape) if contender.check is None else math.log(2)
     assert abs(loss - expected) <= CLOSE * abs(expected), f"loss: expected {expected}, got {loss}"
     gc.collect()
-    return contender.make(Job(stage=stage, shape=SHAPE, device=DEVICE, lowered=LOWERED))
+    return contender.make(Job(stage=stage, shape=shape, device=DEVICE, lowered=LOWERED))
 
 
 def peak(step):
@@ -71,6 +72,11 @@ def peak(step):
     torch.cuda.reset_peak_memory_stats()
     step()
     return torch.cuda.max_memory_allocated()
+
+
+@pytest.fixture(scope="session")
+def shape(request):
+    return TINY if request.config.getoption("--quick") else SHAPE
 
 
 @pytest.fixture
@@ -86,33 +92,38 @@ def clean():
 @pytest.mark.usefixtures("clean")
 @pytest.mark.parametrize(
     ("stage", "contender"),
-    [(stage, c) for stage in STAGES for c in contenders(stage, SHAPE.pad)],
-    ids=lambda x: x if isinstance(x, str) else x.who,
+    [
+        pytest.param(stage, c, id=f"{stage}-{c.who}", marks=[pytest.mark.brief] if (stage, c.who) in BRIEF else [])
+        for stage in STAGES
+        for c in contenders(stage, SHAPE.pad)
+    ],
 )
-def bench_train_step(stage, contender, timed, record, limits):
+def bench_train_step(stage, contender, shape, timed, record, limits):
     ours = contender.kind == "ours"
     if contender.missing:
         pytest.skip(contender.missing)
     try:
-        training = checked(contender, stage)
+        training = checked(contender, stage, shape)
     except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, UserError) as error:
         if isinstance(error, UserError) and not str(error).startswith("compile:"):
             raise
         pytest.skip(f"torch.compile does not work here: {str(error).strip().splitlines()[0]}")
     for _ in range(
-        max(math.ceil(SHAPE.memory / SHAPE.context), WARMUP_CALLS) + 1
+        max(math.ceil(shape.memory / shape.context), WARMUP_CALLS) + 1
     ):  # memories filled, kernels tuned, graph recorded
         training.step()
     used = peak(training.step)
+    estimate = training.estimated_peak() if ours and used and not contender.cached else None
     timed(training.step, SECONDS, ROUND)
-    done = flops.Workload(judged=2 * SHAPE.pairs) if contender.cached else amounts(stage)
+    done = flops.Workload(judged=2 * shape.pairs) if contender.cached else amounts(stage, shape)
     record(
-        title(stage) + (", states cached" if contender.cached else ""),
+        title(stage, shape) + (", states cached" if contender.cached else ""),
         contender.who,
-        flops=Job(stage=stage, shape=SHAPE).needs(done),
+        flops=Job(stage=stage, shape=shape).needs(done),
         tokens=done.tokens or None,
         limit=limits.matmul(DEVICE, torch.bfloat16 if LOWERED else torch.float32),
         peak=used,
+        estimate=estimate,
         rival=not ours,
         kind=contender.kind,
         target=GOALS.get(stage) if ours else None,

@@ -30,6 +30,7 @@ import torch
 
 from benchmarks.report import Result, cells
 from dph.evaluate.tables import table
+from dph.train.budget.flops import peak_flops
 from dph_kernels import native
 from dph_kernels.linear_logprob.native import mkl_is_faster
 from dph_kernels.torch_private import linear_pointwise
@@ -40,6 +41,20 @@ def clock():
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("benchmarks of dph")
+    group.addoption("--quick", action="store_true", help="time each row in the fewest rounds, to try the benchmarks")
+    group.addoption(
+        "--llama",
+        metavar="DIR",
+        help="a Llama-family model of transformers for bench_family.py (default: a random one)",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "brief: timed by gpu_check.sh")
 
 
 def pytest_collection_modifyitems(items):
@@ -89,21 +104,26 @@ def limits():
 
 
 @pytest.fixture
-def timed(benchmark):
+def timed(benchmark, request):
     """Time a warm function for about ``seconds``, in 5 to 100 rounds of at least ``least`` seconds (3 if over 1 s).
 
     In a round of many calls the host runs ahead of a GPU, as it does in a model. On a GPU, which no other process uses,
-    a third of the time suffices.
+    a third of the time suffices. ``before`` runs untimed before every round, which then is a single call: a rival takes
+    turns with the function, so that both are timed in the same minutes.
     """
+    quick = request.config.getoption("--quick")
 
-    def run(function, seconds=1.0, least=2e-3):
+    def run(function, seconds=1.0, least=2e-3, before=None):
         if not benchmark.enabled:
             return benchmark(function)
+        if quick:
+            seconds, least = 0.0, 0.0
         once = _median_seconds(function, 1)
-        iterations = max(math.ceil(least / once), 1)
+        iterations = 1 if before else max(math.ceil(least / once), 1)
         seconds /= 3 if torch.cuda.is_initialized() else 1
         rounds = min(max(int(seconds / (once * iterations)), 5 if once * iterations < 1 else 3), 100)
-        benchmark.pedantic(function, rounds=rounds, iterations=iterations)  # already warm: called twice above
+        setup = None if before is None else lambda: before() and None
+        benchmark.pedantic(function, setup=setup, rounds=rounds, iterations=iterations)  # warm: called twice above
         return None
 
     return run
@@ -137,21 +157,24 @@ def record(benchmark):
         limit: the machine's limit per second, of ``flops`` if given, else of ``bytes_moved``.
         bandwidth: the machine's bytes per second, if ``limit`` is one of ``flops``.
         peak: peak bytes allocated by a call.
+        estimate: estimate of ``peak`` before the run.
         rival: whether the implementation is not ours.
         kind: rivals of one kind share a goal.
         target: for ours: a rival, a kind, or "best rival" -> goal for our speed as a multiple of its speed.
         memory_target: likewise -> goal for its peak memory as a multiple of ours.
     """
 
-    def note(operator, who, *, bytes_moved=None, flops=None, limit=None, bandwidth=None, peak=None, tokens=None,
-             rival=False, kind=None, target=None, memory_target=None):  # fmt: skip
+    def note(operator, who, *, bytes_moved=None, flops=None, limit=None, bandwidth=None, peak=None, estimate=None,
+             tokens=None, rival=False, kind=None, target=None, memory_target=None):  # fmt: skip
         if bytes_moved is None and flops is None:
             raise ValueError("record: expected bytes_moved or flops or both, got neither")
         if flops is None:
             limit, bandwidth = None, limit if bandwidth is None else bandwidth
         info = {"bytes_moved": bytes_moved, "flops": flops, "limit": limit, "bandwidth": bandwidth, "peak": peak}
         info |= {"operator": operator, "who": who, "rival": rival, "kind": kind, "tokens": tokens}
-        info |= {"target": target, "memory_target": memory_target}
+        info |= {"target": target, "memory_target": memory_target, "estimate": estimate}
+        if torch.cuda.is_available() and flops is not None:
+            info["data_sheet"] = peak_flops(torch.device("cuda"))
         if benchmark.stats:  # None if timing is disabled
             info["quantiles"] = _quantiles(benchmark.stats.stats.sorted_data)
         benchmark.extra_info.update(info)

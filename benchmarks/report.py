@@ -31,10 +31,12 @@ HEADERS = (
     "tokens/s",
     "rate",
     "of the limit",
+    "of the bf16 peak",
     "MB",
     "rate",
     "of the limit",
     "peak MB",
+    "of the estimate",
     "speed of ours",
 )
 COLUMNS = 3  # of pictures
@@ -46,6 +48,8 @@ class Result:
     """The fields of ``record`` (benchmarks/conftest.py) for one benchmark, with its median and quantiles in seconds.
 
     source: the file and the benchmark's module, whose results were measured together.
+    data_sheet: bf16 operations per second of a GPU's data sheet.
+    estimate: of ``peak`` before the run, in bytes.
     """
 
     operator: str
@@ -58,6 +62,8 @@ class Result:
     limit: float | None = None
     bandwidth: float | None = None
     peak: float | None = None
+    data_sheet: float | None = None
+    estimate: float | None = None
     tokens: float | None = None
     rival: bool = False
     kind: str | None = None
@@ -102,9 +108,11 @@ def _row(result: Result, mine: Sequence[Result], rivals: Sequence[Result]) -> tu
         " - ".join(f"{1e3 * q:.3f}" for q in result.quantiles),
         None if result.tokens is None else f"{result.tokens / result.seconds:,.0f}",
         *_rate(result.flops, result.seconds, result.limit, unit, scale),
+        _percentage(result.flops and result.flops / result.seconds, result.data_sheet),
         None if result.bytes_moved is None else result.bytes_moved / 1e6,
         *_rate(result.bytes_moved, result.seconds, result.bandwidth, "GB/s", 1e9),
         None if result.peak is None else result.peak / 1e6,
+        _percentage(result.peak, result.estimate),
         _compared(result, mine, rivals),
     )
 
@@ -116,6 +124,10 @@ def _rate(work: float | None, seconds: float, limit: float | None, unit: str, sc
     rate = work / seconds
     share = f"{100 * rate / limit:.0f}% of {limit / scale:.3g}" if limit else ""
     return f"{rate / scale:.3g} {unit}", share
+
+
+def _percentage(value: float | None, whole: float | None) -> str:
+    return f"{100 * value / whole:.0f}%" if value and whole else ""
 
 
 def _compared(result: Result, mine: Sequence[Result], rivals: Sequence[Result]) -> str:
@@ -137,9 +149,12 @@ def _compared(result: Result, mine: Sequence[Result], rivals: Sequence[Result]) 
     return ", ".join(parts)
 
 
-def markdown(results: Sequence[Result]) -> str:
-    """Return one table, with a column for the file if there are several."""
+def markdown(results: Sequence[Result], columns: Sequence[str] | None = None) -> str:
+    """Return one table, with a column for the file if there are several; ``columns``: only those of HEADERS."""
     headers, rows = cells(results)
+    if columns is not None:
+        kept = [headers.index(name) for name in columns if name in headers]  # the first column of a name
+        headers, rows = [headers[i] for i in kept], [[row[i] for i in kept] for row in rows]
     sources = [group[0].source[0] for group in _groups(results, lambda r: (r.source, r.operator)) for _ in group]
     if len(set(sources)) > 1:
         headers, rows = ["file", *headers], [[source, *row] for source, row in zip(sources, rows, strict=True)]

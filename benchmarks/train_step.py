@@ -20,7 +20,7 @@ from benchmarks.paper_layout import PaperTrainer
 from dph.data.packing import PackedBatch, pack
 from dph.losses import IGNORED
 from dph.train import build, recipe, run_dir
-from dph.train.budget import flops
+from dph.train.budget import flops, memory
 from dph.train.cuda_graph import WARMUP_CALLS
 from dph.train.progress import Progress
 from dph.train.stages.base import Stage
@@ -32,7 +32,7 @@ PAIRS = ("align", "head")
 MARKS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "im_end_token_id": 3}  # of lengths.small_tokenizer
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Shape:
     """Sizes of a model and of its optimizer steps.
 
@@ -78,6 +78,14 @@ TINY = Shape(  # for checks; weights large enough to matter
     name="tiny", model=_model(400, 24, 64, 48, 2, 2, initializer_range=0.1), context=40, memory=60, streams=4,
     micro_streams=2, pairs=6, micro_pairs=3, tokens=600, pad=220,
 )  # fmt: skip
+FAMILY = Shape(  # steps of a Llama-family model, which brings its sizes; without memory, as its own trainers
+    name="family", model={}, context=256, memory=0, streams=4, micro_streams=4, pairs=8, micro_pairs=8,
+)  # fmt: skip
+FAMILY_TINY = dataclasses.replace(TINY, model={}, context=200, memory=0)  # rows with targets, even the first
+FAMILY_GPU = Shape(
+    name="family", model={}, context=2048, memory=0, streams=32, micro_streams=8, pairs=64, micro_pairs=16,
+    tokens=16384,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +94,15 @@ class Job:
 
     Attributes:
         lowered: bf16 with fp32 master weights; else fp32.
+        model: directory of a Llama-family model, whose weights all contenders start from; None: new weights of the
+            shape's sizes.
         dropout: of the reward head; steps are comparable only without it.
         overrides: of the stage's shipped recipe, in addition to the sizes.
     """
 
     stage: str
     shape: Shape
+    model: str | None = None
     device: str = "cpu"
     lowered: bool = False
     dropout: float = 0.1
@@ -121,7 +132,21 @@ class Job:
 
     def config(self) -> dph.ModelConfig:
         """Return the model's configuration."""
-        return dph.ModelConfig(**self.shape.model, **MARKS, reward_dropout=self.dropout)
+        if self.model is not None:
+            return dph.ModelConfig.from_pretrained(self.model, **self._fields())
+        return dph.ModelConfig(**self.shape.model, **self._fields())
+
+    def _fields(self) -> dict[str, Any]:
+        return {**MARKS, "reward_dropout": self.dropout}
+
+    def make_model(self) -> dph.Model:
+        """Return a model, the same in every call."""
+        torch.manual_seed(0)
+        if self.model is not None:
+            heads = self.recipe().objective.heads if self.stage in PAIRS else ()
+            return dph.Model.from_pretrained(self.model, **self._fields(), reward_heads=heads).to(self.device)
+        with torch.device(self.device):
+            return dph.Model(self.config())
 
     def records(self) -> list[Any]:
         """Return the pairs of one step, so that all steps are equally long; or many conversations for streams."""
@@ -132,10 +157,7 @@ class Job:
 
     def make_stage(self) -> Stage:
         """Return a new stage on a fresh model, the same in every call."""
-        torch.manual_seed(0)
-        with torch.device(self.device):
-            model = dph.Model(self.config())
-        return build.make_stage(self.recipe(), model, lengths.small_tokenizer(), self.records(), {})
+        return build.make_stage(self.recipe(), self.make_model(), lengths.small_tokenizer(), self.records(), {})
 
     def amounts(self) -> flops.Workload:
         """Return the workload of one step, the mean of several, with full memories."""
@@ -203,6 +225,14 @@ class Ours:
     def weights(self) -> dict[str, Tensor]:
         """Return the trained weights."""
         return self.trainer.optimiser.weights(self.trainer.names)
+
+    def estimated_peak(self) -> float:
+        """Return the estimate of the peak bytes in use during a step (``dph.train.budget``); takes a batch."""
+        stage = self.trainer.stage
+        parts = stage.next_batch().micro_batches
+        rows, device = max(part.rows for part in parts), self.trainer.model.device
+        sizes = memory.on_device(stage, rows, device, stage.memory_place, alone=len(parts) == 1)
+        return sum(sizes.values())
 
 
 def with_states(job: Job, *more: str) -> Ours:
@@ -318,12 +348,12 @@ def check(contender: Contender, job: Job, steps: int = 3) -> None:
     for rate in (0.0, 1e-3):  # a decay that shows within a few steps
         overrides = (f"optimiser.lr={rate}", "optimiser.final_lr=0", "optimiser.warmup=2", "optimiser.prior_decay=50")
         still = job.with_overrides(*overrides)
-        with _kernels():
+        with every_kernel():
             _compare(contender.make(still), ours.make(still), steps, moves=rate > 0)
 
 
 @contextlib.contextmanager
-def _kernels() -> Iterator[None]:
+def every_kernel() -> Iterator[None]:
     """Compute a tiny model with the kernels of a large one instead of plain PyTorch."""
     few, dispatch.SMALL_ELEMENTS = dispatch.SMALL_ELEMENTS, 0
     try:

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer, the most common way to align a model, on a Llama of our model's size.
+"""TRL's DPOTrainer, the most common way to align a model, on a Llama of our model's size, or on the job's own Llama.
 
 It trains other weights by the DPO loss alone (no reward, no label smoothing, AdamW), pads each batch to its longest
 sequence and computes every prompt twice. Since its architecture differs, its loss and gradients are compared with DPO's
@@ -22,12 +22,17 @@ MISSING = None if importlib.util.find_spec("trl") else "TRL is not installed: pi
 BETA = 0.6
 
 
-def llama(config: Any) -> Any:
-    """Return a Llama of our backbone's sizes, with a tied embedding as wide as its hidden states."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama(job: Any) -> Any:
+    """Return the job's model in transformers' implementation.
 
+    Without one, a Llama of our backbone's sizes, with a tied embedding as wide as its hidden states.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    if job.model is not None:
+        return AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32, attn_implementation="sdpa")
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    sizes = {name: getattr(config, name) for name in same}
+    sizes = {name: getattr(job.config(), name) for name in same}
     return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True, max_position_embeddings=4096))
 
 
@@ -57,7 +62,7 @@ class TrlTrainer:
         self.watch, self.examples = None, [example(pair) for pair in job.records()]
         self._folder, self.micro = tempfile.TemporaryDirectory(), job.recipe().batch.micro
         torch.manual_seed(0)
-        model = llama(job.config()).to(job.device)
+        model = llama(job).to(job.device)
         self.trainer = Tokenised(
             model,
             copy.deepcopy(model),
@@ -98,23 +103,28 @@ class TrlTrainer:
 
     def expected(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Return loss and gradients of the next step by DPO's equation, one answer at a time."""
-        logprobs = {}
-        for role, model in (("policy", self.model), ("reference", self.reference)):
-            for side in ("chosen", "rejected"):
-                values = torch.stack([self._logprob(model, e, side) for e in self.examples])
-                logprobs[f"{role}_{side}"] = values.detach() if role == "reference" else values
-        loss = cdpo_loss(**logprobs, beta=BETA, epsilon=0.0)
+        loss = equation(self.model, self.reference, self.examples)
         loss.backward()
         gradients = self.gradients()
         self.model.zero_grad()
         return loss.detach(), gradients
 
-    @staticmethod
-    def _logprob(model: Any, pair: dict[str, list[int]], side: str) -> Tensor:
-        tokens = torch.tensor([pair["prompt_ids"] + pair[f"{side}_ids"]], device=model.device)
-        targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
-        targets[:, : len(pair["prompt_ids"]) - 1] = -100
-        return sequence_logprobs(model(tokens).logits, targets)[0]
+
+def equation(model: Any, reference: Any, examples: list[dict[str, list[int]]]) -> Tensor:
+    """Return DPO's loss of a causal model on the pairs of ``example``, one answer at a time."""
+    logprobs = {}
+    for role, each in (("policy", model), ("reference", reference)):
+        for side in ("chosen", "rejected"):
+            values = torch.stack([_logprob(each, pair, side) for pair in examples])
+            logprobs[f"{role}_{side}"] = values.detach() if role == "reference" else values
+    return cdpo_loss(**logprobs, beta=BETA, epsilon=0.0)
+
+
+def _logprob(model: Any, pair: dict[str, list[int]], side: str) -> Tensor:
+    tokens = torch.tensor([pair["prompt_ids"] + pair[f"{side}_ids"]], device=model.device)
+    targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
+    targets[:, : len(pair["prompt_ids"]) - 1] = -100
+    return sequence_logprobs(model(tokens).logits, targets)[0]
 
 
 def check(job: Any, steps: int = 3) -> None:

@@ -114,6 +114,11 @@ def implemented(operator: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(itertools.chain(*AUTO[operator].values())))
 
 
+def _has_flash_attn() -> bool:
+    """Return whether flash-attn is installed: flash-attn-4, another package, has the same name without that module."""
+    return all(importlib.util.find_spec(name) for name in ("flash_attn", "flash_attn.flash_attn_interface"))
+
+
 @functools.cache
 def missing(operator: str, backend: str, device: str, dtype: torch.dtype | None = None) -> str | None:
     """Return why ``backend`` cannot run ``operator`` on ``device`` in ``dtype`` here, or None if it can."""
@@ -123,7 +128,7 @@ def missing(operator: str, backend: str, device: str, dtype: torch.dtype | None 
         return f"it works on CPU and CUDA tensors, and these are on {device}"
     if backend == "cpu" and device != "cpu":
         return f"the C++ kernel works on CPU tensors, and these are on {device}"
-    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
+    if backend == "flash" and not _has_flash_attn():
         return "flash-attn is not installed: pip install flash-attn"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
