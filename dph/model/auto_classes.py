@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dph.errors import UserError
 from dph.model.config import ModelConfig
 from dph.model.model import CAUSAL_NAME, Model
-from dph.model.padded_batch import PaddedBatch, checked_inputs, last_positions
+from dph.model.padded_batch import last_positions
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +66,14 @@ class RewardModel(Model):
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Judge a batch.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, return_dict: as those of
-                :meth:`Model.forward`; a row is one document.
+            input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, return_dict,
+                output_attentions: as those of :meth:`Model.forward`; a row is one document.
             labels: [B] or [B, K], for transformers' loss of ``config.problem_type`` (by default mean squared error for
                 one head, binary cross-entropy for several).
             kwargs: ignored; other libraries pass more.
@@ -88,14 +89,13 @@ class RewardModel(Model):
         if self.training and not self._warned and not any(p.requires_grad for p in self.heads.parameters()):
             self._warned = True
             log.warning("no reward head is trained: all are frozen (with PEFT, give modules_to_save=['heads'])")
-        inputs = checked_inputs(self.backbone.embedding.weight, input_ids, inputs_embeds)
-        padded = PaddedBatch.from_inputs(inputs, attention_mask, position_ids)
+        inputs, padded = self._padded(
+            input_ids, attention_mask, position_ids, inputs_embeds, kwargs.get("cu_seq_lens_q"), output_attentions
+        )
         padded.check_one_document()
         end = self.config.im_end_token_id
         columns = last_positions(inputs, padded.mask, end, newline=True)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        states = [] if output_hidden_states else None
+        states = self._states_list(output_hidden_states)
         hidden = padded.scatter(self._hidden(inputs, padded, states=states))
         rewards = self.rewards_of(hidden[torch.arange(len(hidden), device=hidden.device), columns])
         logits = torch.stack([rewards[name] for name in self.head_names], dim=1)

@@ -458,25 +458,48 @@ class Model(PreTrainedModel, GenerationMixin):
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """Compute the states [B, S, E] that the language-model head multiplies; arguments as those of ``forward``."""
-        inputs = checked_inputs(self.backbone.embedding.weight, input_ids, inputs_embeds)
-        if output_attentions:
-            raise ValueError("output_attentions: expected False, got True: no kernel of ours forms them")
         if past_key_values is not None and not isinstance(past_key_values, Memory):
             raise ValueError(f"past_key_values: expected dph.Memory, got {type(past_key_values).__name__}")
-        if past_key_values is None:
-            self._check_length(inputs.shape[1])
-            past_key_values = Memory(length=max(4096, inputs.shape[1])) if use_cache else None
-        if position_ids is None and cu_seq_lens_q is not None:
-            position_ids = document_positions(cu_seq_lens_q, inputs)
-        padded = PaddedBatch.from_inputs(inputs, attention_mask, position_ids if inputs.shape[1] > 1 else None)
+        inputs, padded = self._padded(
+            input_ids, attention_mask, position_ids, inputs_embeds, cu_seq_lens_q, output_attentions,
+            slides=past_key_values is not None,
+        )  # fmt: skip
+        if past_key_values is None and use_cache:
+            past_key_values = Memory(length=max(4096, inputs.shape[1]))
         if past_key_values is not None:
             padded.check_one_document()
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        states = [] if output_hidden_states else None
+        states = self._states_list(output_hidden_states)
         projected = padded.scatter(self.output_proj(self._hidden(inputs, padded, past_key_values, states)))
         hidden_states = None if states is None else tuple(map(padded.scatter, states))
         return BaseModelOutputWithPast(projected, past_key_values, hidden_states)
+
+    def _padded(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        cu_seq_lens_q: Tensor | None,
+        output_attentions: bool | None,
+        slides: bool = False,
+    ) -> tuple[Tensor, PaddedBatch]:
+        """Check arguments of ``forward``; return tokens or embeddings, and the batch without its padding.
+
+        ``slides``: a memory is given, so that rows may be longer than the model's context.
+        """
+        inputs = checked_inputs(self.backbone.embedding.weight, input_ids, inputs_embeds)
+        if output_attentions:
+            raise ValueError("output_attentions: expected False, got True: no kernel of ours forms them")
+        if not slides:
+            self._check_length(inputs.shape[1])
+        if position_ids is None and cu_seq_lens_q is not None:
+            position_ids = document_positions(cu_seq_lens_q, inputs)
+        return inputs, PaddedBatch.from_inputs(inputs, attention_mask, position_ids if inputs.shape[1] > 1 else None)
+
+    def _states_list(self, output_hidden_states: bool | None) -> list[Tensor] | None:
+        """Return a list for the blocks' inputs if they are asked for, by the argument or the configuration."""
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return [] if asked else None
 
     def _check_length(self, tokens: int) -> None:
         """Raise ValueError if rows of ``tokens`` are longer than the model was made for."""
