@@ -79,7 +79,10 @@ def last_positions(inputs: Tensor, mask: Tensor | None, end: int | None, newline
     if inputs.is_floating_point():
         is_end = last >= 0
     elif end is None:
-        raise ValueError("reward_positions: expected positions, since config.im_end_token_id is not set")
+        raise ValueError(
+            "reward_positions: expected positions, since config.im_end_token_id is not set "
+            "(dph.chat.end_of_turn(tokenizer) gives it)"
+        )
     else:
         is_end = _is_token(inputs, last, end)
         if newline:

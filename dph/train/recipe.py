@@ -45,7 +45,10 @@ typed = dataclass(frozen=True, kw_only=True, slots=True)
 class InitialModel:
     """Initial weights: those in ``path``, or fresh ones with the sizes in ``config``."""
 
-    path: str | None = option(None, "model directory or hub name, in our own format or a released lsw_transformer one")
+    path: str | None = option(
+        None,
+        "model directory or hub name: our own format, a Llama, Mistral or Qwen, or a released lsw_transformer model",
+    )
     config: dict[str, Any] | None = option(None, "arguments of dph.ModelConfig for fresh weights")
     tokenizer: str | None = option(None, "tokenizer directory or hub name; null: the one in path")
     embeddings: str | None = option(
