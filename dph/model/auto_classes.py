@@ -1,6 +1,7 @@
 """The model's forms for transformers' Auto classes, and their registration."""
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from dph.errors import UserError
 from dph.model.config import ModelConfig
-from dph.model.model import CAUSAL_NAME, Model
+from dph.model.model import CAUSAL_NAME, JudgedStates, Model
 from dph.model.padded_batch import last_positions
 
 log = logging.getLogger(__name__)
@@ -96,8 +97,15 @@ class RewardModel(Model):
         end = self.config.im_end_token_id
         columns = last_positions(inputs, padded.mask, end, newline=True)
         states = self._states_list(output_hidden_states)
-        hidden = padded.scatter(self._hidden(inputs, padded, states=states))
-        rewards = self.rewards_of(hidden[torch.arange(len(hidden), device=hidden.device), columns])
+        judged = JudgedStates(self, partial(padded.select, columns=columns))
+
+        def observe(number: int, rows: Tensor) -> None:
+            judged(number, rows)
+            if states is not None:
+                states.append(rows)
+
+        self._hidden(inputs, padded, observe=observe)
+        rewards = self.rewards_of(judged.joined())
         logits = torch.stack([rewards[name] for name in self.head_names], dim=1)
         output = SequenceClassifierOutput(
             loss=None if labels is None else self.loss_function(labels, logits, self.config),

@@ -283,26 +283,31 @@ class Backbone(nn.Module):
         tokens: Tensor,
         layout: PackedLayout,
         memory: Callable[[int], BlockMemory] | None = None,
-        states: list[Tensor] | None = None,
+        observe: Callable[[int, Tensor], None] | None = None,
+        blocks: int | None = None,
     ) -> Tensor:
         """Tokens [T] int64, or their embeddings [T, E], -> [T, C].
 
         Args:
             tokens, layout: rows and their layout.
             memory: maps the number of a block to its memory, which the call reads and updates.
-            states: a list to which the input [T, C] of each block and the result are appended.
+            observe: called with the number of each block and its input [T, C], and with the number of blocks and the
+                result.
+            blocks: the number of blocks to compute; the result is then the input of the next one, without output norm.
         """
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         x = self.input_norm(self.input_proj(tokens if tokens.is_floating_point() else self.embedding(tokens)))
         for i, block in enumerate(self.blocks):
-            if states is not None:
-                states.append(x)
+            if observe is not None:
+                observe(i, x)
+            if i == blocks:
+                return x
             layer_memory = None if memory is None else memory(i)
             if recompute:  # without the state of random generators: a block draws nothing
                 x = checkpoint(block, x, layout, layer_memory, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, layout, layer_memory)
         x = self.output_norm(x)
-        if states is not None:
-            states.append(x)
+        if observe is not None:
+            observe(len(self.blocks), x)
         return x

@@ -45,7 +45,15 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "im_end_token_id")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 NORMS = ("layer", "rms")
-SWITCHES = ("rope_reversed", "qkv_bias", "out_bias", "ffn_bias", "qk_norm", "embedding_projection")
+SWITCHES = (
+    "reward_standardised",
+    "rope_reversed",
+    "qkv_bias",
+    "out_bias",
+    "ffn_bias",
+    "qk_norm",
+    "embedding_projection",
+)
 
 # Settings of transformers that load other files, or turn the model into another one.
 FOREIGN_KEYS = (
@@ -92,6 +100,8 @@ class ModelConfig(PretrainedConfig):
         reward_heads: names of the reward heads that share one pooler; () for none.
         task_heads: names of reward heads with a pooler each (paper 5.2.2).
         reward_pooler: identity, bert, t5, swiglu_bert or swiglu_t5.
+        reward_layer: number of the block whose input the heads judge; -1 for the states after the output norm.
+        reward_standardised: standardise the judged states by mean and deviation of those of the training answers.
         reward_dropout: dropout of the pooled state (and of the hidden state for the t5 kinds) in training.
         max_position_embeddings: most tokens of a row, but for a :class:`dph.Memory` that is given; None for any number.
         im_end_token_id: id of the end-of-turn token, ``<|im_end|>`` in ChatML, whose hidden state is judged; if None,
@@ -133,6 +143,8 @@ class ModelConfig(PretrainedConfig):
         reward_heads: tuple[str, ...] = ("default",),
         task_heads: tuple[str, ...] = (),
         reward_pooler: str = "swiglu_bert",
+        reward_layer: int = -1,
+        reward_standardised: bool = False,
         reward_dropout: float = 0.1,
         max_position_embeddings: int | None = None,
         im_end_token_id: int | None = None,
@@ -167,6 +179,8 @@ class ModelConfig(PretrainedConfig):
         self.reward_heads = _names("reward_heads", reward_heads)
         self.task_heads = _names("task_heads", task_heads)
         self.reward_pooler = reward_pooler
+        self.reward_layer = reward_layer
+        self.reward_standardised = reward_standardised
         self.reward_dropout = reward_dropout
         self.max_position_embeddings = max_position_embeddings
         self.im_end_token_id = OPT_END if im_end_token_id is None and vocab_size == OPT_ROWS else im_end_token_id
@@ -211,6 +225,7 @@ class ModelConfig(PretrainedConfig):
                 f"got {self.embedding_size}"
             )
         scaling_of(self.rotary_scaling)
+        _check_integer("reward_layer", self.reward_layer, -1, max(self.num_hidden_layers - 1, -1))
         if self.reward_pooler not in POOLERS:
             raise UserError(f"reward_pooler: expected one of {', '.join(POOLERS)}, got {shown(self.reward_pooler)}")
         _check_heads([*self.reward_heads, *self.task_heads])
@@ -364,7 +379,8 @@ def _check_integer(name: str, value: Any, least: int, most: int) -> None:
     if value < least:
         raise UserError(f"{name}: expected at least {least}, got {shown(value)}")
     if value > most:
-        raise UserError(f"{name}: expected at most {most} (no known model has more), got {shown(value)}")
+        reason = " (no known model has more)" if name in SIZES else ""
+        raise UserError(f"{name}: expected at most {most}{reason}, got {shown(value)}")
 
 
 def _check_heads(names: list[Any]) -> None:

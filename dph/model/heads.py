@@ -18,6 +18,32 @@ class SwiGLU(nn.Module):
         return swiglu(projected)
 
 
+class Standardise(nn.Module):
+    """(h - mean) / deviation, by figures of the training answers' states; (0, 1) until they are set."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(width), requires_grad=False)
+        self.deviation = nn.Parameter(torch.ones(width), requires_grad=False)
+
+    @torch.no_grad()
+    def fit(self, states: Tensor) -> None:
+        """Set the figures from states [R, C], of at least two different rows; a constant column keeps its scale."""
+        exact = states.double()
+        self.mean.copy_(exact.mean(0))
+        deviation = exact.std(0)
+        self.deviation.copy_(torch.where(deviation > 0, deviation, 1.0))
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the figures have been set."""
+        return bool(self.mean.any()) or bool((self.deviation != 1).any())
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[R, C] -> [R, C]."""
+        return (states - self.mean) / self.deviation
+
+
 class RewardHead(nn.Module):
     """reward = w_r . dropout(f(h)) for K named reward vectors over one pooler f (arXiv 2405.20053).
 
@@ -38,12 +64,24 @@ class RewardHead(nn.Module):
         hidden_size: C.
         intermediate_size: F, for the SwiGLU poolers.
         dropout: probability in [0, 1), in training only.
+        layer: number of the block whose input is judged; -1 for the states after the output norm (the paper's).
+        standardised: standardise the states before the pooler.
     """
 
     def __init__(
-        self, names: list[str], pooler: str, hidden_size: int, intermediate_size: int, dropout: float = 0.0
+        self,
+        names: list[str],
+        pooler: str,
+        hidden_size: int,
+        intermediate_size: int,
+        dropout: float = 0.0,
+        *,
+        layer: int = -1,
+        standardised: bool = False,
     ) -> None:
         super().__init__()
+        self.layer = layer
+        self.standardise = Standardise(hidden_size) if standardised else None
         layers: list[nn.Module] = [nn.Dropout(dropout)] if pooler.endswith("t5") else []
         if pooler.startswith("swiglu"):
             layers += [nn.Linear(hidden_size, 2 * intermediate_size), SwiGLU()]
@@ -61,7 +99,7 @@ class RewardHead(nn.Module):
         """Rewards {name: [R]} in fp32 of ``hidden`` [R, C].
 
         Args:
-            hidden: states after the output norm, one row per judged answer.
+            hidden: states of ``layer``, one row per judged answer.
             seed: seed of the dropout; drawn from torch's generator if None. Unused in evaluation.
             row_ids: [R] int64 keys of the rows' dropout masks, so that a row's mask does not depend on its batch.
             dropout: False switches the head's dropout off in training, too, and leaves ``training`` as it is, which
@@ -69,6 +107,8 @@ class RewardHead(nn.Module):
         """
         if dropout and seed is None and any(_probability(module) for module in self.modules()):
             seed = int(torch.randint(2**31, ()))
+        if self.standardise is not None:
+            hidden = self.standardise(hidden)
         if not self._is_modified():
             return self._fused(hidden, seed or 0, row_ids, dropout)
         if row_ids is None:
@@ -146,13 +186,29 @@ class RewardHeads(nn.Module):
         """Remove all groups."""
         self._modules.clear()
 
+    @property
+    def layers(self) -> list[int]:
+        """Layers whose states the heads judge, in the order in which ``forward`` takes them; -1 comes last."""
+        layers = []
+        for head in self.values():
+            if head.layer not in layers:
+                layers.append(head.layer)
+        layers.sort()
+        return [*layers[1:], -1] if layers[:1] in ([], [-1]) else layers
+
     def forward(
         self, hidden: Tensor, seed: int | None = None, row_ids: Tensor | None = None, dropout: bool = True
     ) -> dict[str, Tensor]:
-        """Rewards {name: [R]} in fp32 of ``hidden`` [R, C] by all heads; arguments as those of :class:`RewardHead`."""
-        rewards: dict[str, Tensor] = {}
+        """Rewards {name: [R]} in fp32 by all heads.
+
+        Args:
+            hidden: [R, N C], the states of the N ``layers`` side by side.
+            seed, row_ids, dropout: as those of :class:`RewardHead`.
+        """
+        layers, rewards = self.layers, {}
+        states = dict(zip(layers, hidden.chunk(len(layers), 1), strict=True))
         for head in self.values():
-            rewards |= head(hidden, seed, row_ids, dropout)
+            rewards |= head(states[head.layer], seed, row_ids, dropout)
         return rewards
 
 

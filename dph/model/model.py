@@ -12,8 +12,9 @@
 import copy
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ from dph.model import saving
 from dph.model.backbone import Backbone
 from dph.model.config import FAMILIES, ModelConfig, hub_arguments, read_fields, with_config
 from dph.model.generation_settings import read_generation_config
-from dph.model.heads import RewardHead, RewardHeads
+from dph.model.heads import RewardHead, RewardHeads, Standardise
 from dph.model.memory import Memory
 from dph.model.padded_batch import (
     PaddedBatch,
@@ -133,8 +134,9 @@ class Model(PreTrainedModel, GenerationMixin):
         self.untrained_heads: set[str] = set()  # heads that a loaded checkpoint lacked
         self._fresh: dict[str, Tensor] = {}  # samples of the weights that these heads began with, by name
         pooler = config.reward_pooler, config.hidden_size, config.intermediate_size, config.reward_dropout
+        judged = {"layer": config.reward_layer, "standardised": config.reward_standardised}
         for key, names in self._head_groups():
-            self.heads[key] = RewardHead(names, *pooler)
+            self.heads[key] = RewardHead(names, *pooler, **judged)
         self.register_load_state_dict_pre_hook(_before_loading)
         self.post_init()
         if requested := self.config._attn_implementation:
@@ -189,7 +191,10 @@ class Model(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Draw fresh weights; those of a tied language-model head are the embedding's."""
-        if module is not self.lm_head or not self.config.tie_word_embeddings:
+        if isinstance(module, Standardise):
+            nn.init.zeros_(module.mean)
+            nn.init.ones_(module.deviation)
+        elif module is not self.lm_head or not self.config.tie_word_embeddings:
             super()._init_weights(module)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -469,7 +474,8 @@ class Model(PreTrainedModel, GenerationMixin):
         if past_key_values is not None:
             padded.check_one_document()
         states = self._states_list(output_hidden_states)
-        projected = padded.scatter(self.output_proj(self._hidden(inputs, padded, past_key_values, states)))
+        observe = None if states is None else lambda _, x: states.append(x)
+        projected = padded.scatter(self.output_proj(self._hidden(inputs, padded, past_key_values, observe)))
         hidden_states = None if states is None else tuple(map(padded.scatter, states))
         return BaseModelOutputWithPast(projected, past_key_values, hidden_states)
 
@@ -526,20 +532,24 @@ class Model(PreTrainedModel, GenerationMixin):
             return chosen, torch.special.entr(logprobs.exp()).sum(-1), logprobs.argmax(-1)
 
     def _hidden(
-        self, inputs: Tensor, padded: PaddedBatch, memory: Memory | None = None, states: list[Tensor] | None = None
+        self,
+        inputs: Tensor,
+        padded: PaddedBatch,
+        memory: Memory | None = None,
+        observe: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """Hidden states [T, C] of the tokens without padding; ``states`` as in the backbone."""
+        """Hidden states [T, C] of the tokens without padding; ``observe`` as in the backbone."""
         embedding = self.backbone.embedding
         if not inputs.is_floating_point() and dispatch.is_modified(embedding, nn.Embedding):
             inputs = embedding(inputs)  # with the padding, as hooks and replacements expect it
         rows = padded.rows(inputs)
         if memory is None:
-            return self.backbone(rows, padded.layout(), states=states)
+            return self.backbone(rows, padded.layout(), observe=observe)
         layers = len(self.backbone.blocks)
         if memory.columns and len(memory) != layers:
             raise ValueError(f"past_key_values: expected a memory of {layers} layers, got one of {len(memory)}")
         layout = memory.begin(padded.counts).to(rows.device)
-        hidden = self.backbone(rows, layout, memory.by_layer(padded.counts), states)
+        hidden = self.backbone(rows, layout, memory.by_layer(padded.counts), observe)
         memory.end(padded.counts, padded.shape[1])
         return hidden
 
@@ -621,7 +631,8 @@ class Model(PreTrainedModel, GenerationMixin):
                 the masks of the whole batch.
             dropout: False switches the reward heads' dropout off in training, too.
         """
-        hidden = self.backbone(batch.tokens, batch.layout)
+        judged = JudgedStates(self, lambda states: states[batch.reward_rows.clamp(min=0)])
+        hidden = self.backbone(batch.tokens, batch.layout, observe=judged)
         logprobs = self._logprobs(self.output_proj(hidden[batch.rows]), batch.targets, uniform=False)
         zeros = logprobs.new_zeros(len(batch.reward_rows))
         scored = batch.scored.to(logprobs.dtype)
@@ -633,15 +644,19 @@ class Model(PreTrainedModel, GenerationMixin):
         cut_off = batch.reward_rows < 0  # computed like the others: only the device has their number
         if answer_ids is None:
             answer_ids = torch.arange(len(cut_off), device=hidden.device)
-        judged = hidden[batch.reward_rows.clamp(min=0)]
-        rewards = self.rewards_of(judged, dropout_seed=dropout_seed, answer_ids=answer_ids, dropout=dropout)
+        rewards = self.rewards_of(judged.joined(), dropout_seed=dropout_seed, answer_ids=answer_ids, dropout=dropout)
         for name, values in rewards.items():
             rewards[name] = values.masked_fill(cut_off, float("nan"))
         return PackedOutput(total, mean, rewards)
 
     def reward_states(self, batch: PackedBatch) -> Tensor:
-        """Hidden states [A, C] of the judged tokens of a packed batch whose A answers are all finished."""
-        return self.backbone(batch.tokens, batch.layout)[batch.reward_rows]
+        """Hidden states [A, N C] of the judged tokens of a packed batch whose A answers are all finished.
+
+        Those of the N layers that the heads judge (``heads.layers``), side by side; no later block is computed.
+        """
+        judged = JudgedStates(self, lambda states: states[batch.reward_rows])
+        self.backbone(batch.tokens, batch.layout, observe=judged, blocks=judged.blocks)
+        return judged.joined()
 
     def rewards_of(
         self,
@@ -651,7 +666,7 @@ class Model(PreTrainedModel, GenerationMixin):
         answer_ids: Tensor | None = None,
         dropout: bool = True,
     ) -> dict[str, Tensor]:
-        """Rewards {head: [A]} fp32 of hidden states [A, C], as :meth:`reward_states` returns them.
+        """Rewards {head: [A]} fp32 of hidden states [A, N C], as :meth:`reward_states` returns them.
 
         ``dropout_seed``, ``answer_ids`` and ``dropout`` as in :meth:`forward_packed`.
         """
@@ -678,8 +693,9 @@ class Model(PreTrainedModel, GenerationMixin):
         if reward_positions is None:
             reward_positions = last_positions(input_ids, padded.mask, self.config.im_end_token_id)
         positions = padded.token_columns("reward_positions", reward_positions)
-        hidden = padded.scatter(self._hidden(input_ids, padded))
-        return self.rewards_of(hidden[torch.arange(len(hidden), device=hidden.device), positions])
+        judged = JudgedStates(self, partial(padded.select, columns=positions))
+        self._hidden(input_ids, padded, observe=judged)
+        return self.rewards_of(judged.joined())
 
     def check_heads(self, *names: str, training: bool = False) -> None:
         """Raise ValueError if a reward head is missing or, outside of training, has no trained weights."""
@@ -730,6 +746,35 @@ class Model(PreTrainedModel, GenerationMixin):
         self.check_heads(head)
         groups = [[chat.encode(conversation, tokenizer)] for conversation in conversations]
         return torch.tensor([judged.rewards[head][0] for judged in self.judge(groups, max_tokens)])
+
+
+class JudgedStates:
+    """Observer of a backbone that keeps the states which a model's heads judge.
+
+    Args:
+        model: with heads.
+        select: of the states [T, C] of all rows those of A judged tokens [A, C].
+
+    Attributes:
+        blocks: number of blocks that have to be computed; None for all, and the output norm.
+    """
+
+    def __init__(self, model: Model, select: Callable[[Tensor], Tensor]) -> None:
+        self.layers, self.select, self._all = model.heads.layers, select, len(model.backbone.blocks)
+        self.blocks = None if self.layers[-1] == -1 else self.layers[-1]
+        self._states: dict[int, Tensor] = {}
+
+    def __call__(self, number: int, states: Tensor) -> None:
+        """Keep the input of block ``number``, or the backbone's result, if a head judges it."""
+        layer = -1 if number == self._all else number
+        if layer in self.layers:
+            self._states[layer] = self.select(states)
+
+    def joined(self) -> Tensor:
+        """Return the states [A, N C] of the N layers side by side, as ``RewardHeads`` takes them."""
+        if len(self.layers) == 1:
+            return self._states[self.layers[0]]
+        return torch.cat([self._states[layer] for layer in self.layers], 1)
 
 
 class BaseModelView(nn.Module):

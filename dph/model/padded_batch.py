@@ -207,3 +207,7 @@ class PaddedBatch:
         if self.mask is None:
             return rows.view(*self.shape, rows.shape[1])
         return rows.new_zeros(*self.shape, rows.shape[1]).masked_scatter(self.mask[..., None], rows)
+
+    def select(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """[T, X] -> [B, X], the rows of one column [B] of each sequence."""
+        return self.scatter(rows)[torch.arange(self.shape[0], device=rows.device), columns]
