@@ -25,6 +25,7 @@ from dph.data.sources import (
     JsonlRecords,
     Limited,
     Records,
+    Selected,
     TextRecords,
     combined_fingerprint,
     read_hub,
@@ -238,21 +239,50 @@ def mixture(
 
 
 def open_training(
-    sources: Sequence[Source], kind: str, *, directory: str | None, seed: int, consecutive: int
-) -> Interleaved:
-    """Return the sampler of the training records; ``consecutive`` records of one source follow each other.
+    sources: Sequence[Source], kind: str, *, directory: str | None, seed: int, consecutive: int, share: float = 0.0
+) -> tuple[Interleaved, Sequence[Record]]:
+    """Return the sampler of the training records, and the development records, which are not among them.
 
-    Raises UserError, which begins with the source's key ``data.sources.N``, if a source cannot be read.
+    Args:
+        sources, kind, directory, seed: see :func:`load`.
+        consecutive: records of one source that follow each other.
+        share: of the prompts, those of the development records (kind "preference").
+
+    Raises UserError, which begins with the source's key ``data.sources.N``, if a source cannot be read, or if a share
+    leaves it no training records.
     """
     if not sources:
         raise UserError("data.sources: expected at least one source, got none")
-    datasets = []
+    datasets, development = [], []
     for i, source in enumerate(sources):
         try:
-            datasets.append(_open_source(source, kind, "train", directory, seed))
+            records = _open_source(source, kind, "train", directory, seed)
         except UserError as error:
             raise UserError(f"data.sources.{i}: {error}") from error
-    return mixture(datasets, seed, consecutive, [source.weight for source in sources])
+        if share:
+            records, kept = split_by_prompt(records, share, seed)
+            development += kept
+        if not len(records):
+            raise UserError(f"data.sources.{i}: expected records besides the share {share} of evaluation, got none")
+        datasets.append(records)
+    return mixture(datasets, seed, consecutive, [source.weight for source in sources]), development
+
+
+def split_by_prompt(records: Sequence[Preference | None], share: float, seed: int) -> tuple[Records, list[Preference]]:
+    """Return the records to train on, and those of a ``share`` of the prompts, drawn by ``seed`` and prompt alone."""
+    train, kept = array("q"), []
+    for i in range(len(records)):
+        record = records[i]
+        if record is not None and draw(2**32, seed, "development", prompt_key(record)) < share * 2**32:
+            kept.append(record)
+        else:
+            train.append(i)
+    return Selected(records, train), kept
+
+
+def prompt_key(record: Preference) -> str:
+    """Return a text that is the same for preferences with the same prompt."""
+    return repr([(message["role"], message["content"]) for message in record.chosen[:-1]])
 
 
 def open_held_out(

@@ -407,6 +407,25 @@ class Concatenated(Records):
         return combined_fingerprint(*map(fingerprint, self._parts))
 
 
+class Selected(Records):
+    """The records of a sequence with the given indices."""
+
+    def __init__(self, records: Sequence[Record], indices: array) -> None:
+        self._records, self._indices = records, indices
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Record | None:
+        """Return one record."""
+        return self._records[self._indices[index]]
+
+    def fingerprint(self) -> str:
+        """Return a digest of the whole sequence and of the indices."""
+        return combined_fingerprint(fingerprint(self._records), self._indices.tobytes())
+
+
 class Limited(Records):
     """The first ``limit`` records of a sequence."""
 

@@ -212,6 +212,12 @@ class Model(PreTrainedModel, GenerationMixin):
         """The model without its heads, as transformers and other libraries call it: tokens to last hidden states."""
         return BaseModelView(self)
 
+    def set_reward_layer(self, layer: int) -> None:
+        """Let all heads, which have to be untrained, judge another layer (``config.reward_layer``)."""
+        self.config.reward_layer = layer
+        for head in self.heads.values():
+            head.layer = layer
+
     def explain(self, tokens: int = 4096, memory_kind: str | None = None) -> str:
         """Print and return the form of each block (fused or in parts), the backends of its operators, and why.
 

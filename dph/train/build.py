@@ -54,16 +54,21 @@ def make_stage(
     check_tokenizer(model, tokenizer)
     if records is None:
         data = recipe.data
-        sampler = dataset.open_training(
-            data.sources, recipe.kind, directory=data.directory, seed=recipe.seed, consecutive=data.consecutive
-        )
+        sampler, development = dataset.open_training(
+            data.sources, recipe.kind, directory=data.directory, seed=recipe.seed, consecutive=data.consecutive,
+            share=recipe.evaluation.share,
+        )  # fmt: skip
     else:
+        if recipe.evaluation.share:
+            raise UserError("evaluation.share: expected 0 with records in memory, got a share: give them as held_out")
         sampler = Shuffled(records, recipe.seed)
     if recipe.data.workers:
         sampler = WorkerPool(sampler, tokenizer, recipe.data.workers)
     if held_out is None:
         section = recipe.evaluation
         held_out = dataset.open_held_out(section.sources, recipe.kind, directory=section.directory, seed=recipe.seed)
+        if records is None and development:
+            held_out["development"] = development
     elif not isinstance(held_out, Mapping):
         held_out = {"held out": held_out}
     if device is None:
@@ -215,16 +220,16 @@ def with_heads(model: Model, objective: Objective) -> Model:
 
     The first heads share a pooler; in a model that has heads, each new head gets a pooler of its own (paper 5.2.2).
     """
-    config, pooler, dropout = model.config, objective.pooler, objective.dropout
-    if pooler is None:
-        pooler = config.reward_pooler
-    if dropout is None:
-        dropout = config.reward_dropout
+    config, asked = model.config, {"reward_pooler": objective.pooler, "reward_dropout": objective.dropout}
+    asked |= {"reward_layer": objective.layer, "reward_standardised": objective.standardised}
+    if objective.layer == "auto":  # chosen later, by dph.train.head_states
+        asked["reward_layer"] = None
+    asked = {name: getattr(config, name) if value is None else value for name, value in asked.items()}
     new_heads = [name for name in objective.heads if name not in model.head_names]
-    if not new_heads and (pooler, dropout) == (config.reward_pooler, config.reward_dropout):
+    if not new_heads and all(getattr(config, name) == value for name, value in asked.items()):
         return model
-    fields = {**config.to_dict(), "reward_pooler": pooler, "reward_dropout": dropout}
-    same_pooler = pooler == config.reward_pooler
+    fields = {**config.to_dict(), **asked}
+    same_pooler = all(getattr(config, name) == asked[name] for name in asked if name != "reward_dropout")
     if same_pooler:
         fields["task_heads" if model.head_names else "reward_heads"] += new_heads
         untrained = model.untrained_heads | set(new_heads)

@@ -10,6 +10,7 @@ An option is one field of a frozen dataclass: type, default, help, range, and wh
 is a :class:`UserError` with the dotted key, the expected type and the value.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -164,8 +165,13 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
 def _convert(kind: Any, value: Any, key: str) -> Any:
     """Return ``value`` as the type ``kind``; UserError with the key, the expected type and the value."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in UNIONS:  # X | None
-        return None if value is None else _convert(args[0], value, key)
+    if origin in UNIONS:  # X | None, or several types | None
+        if value is None:
+            return None
+        for alternative in args[:-2]:
+            with contextlib.suppress(UserError):
+                return _convert(alternative, value, key)
+        return _convert(args[-2], value, key)
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, key)
     if origin is tuple and isinstance(value, list | tuple) and (args[1] is Ellipsis or len(value) == len(args)):
@@ -196,7 +202,7 @@ def _name(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(args)
     if origin in UNIONS:
-        return f"{_name(args[0])} or null"
+        return ", ".join(map(_name, args[:-1])) + " or null"
     if origin is tuple:
         return f"a list of {_name(args[0])}" if args[1] is Ellipsis else f"a list of {len(args)} numbers"
     names = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}

@@ -117,14 +117,16 @@ def finish(trainer: Trainer, stopped: int | None, progress: Progress) -> Result:
             _note_saved(error, run, trainer.step)
             raise
         progress.note(f"the model is in {path}")
-        if best.state is not None:
+        if best.state is not None and recipe.output.model == "best":
+            progress.note(f"its weights are those of step {best.state['step']}, {best}")
+        elif best.state is not None:
             path = run.checkpoint_path(best.state["step"])
             progress.note(f"{best} is {path}, which dph convert makes a model")
     return Result(
         model=model,
         tokenizer=trainer.stage.tokenizer,
         run=run.directory,
-        step=trainer.settings.steps if stopped is None else stopped,
+        step=trainer.step if stopped is None else stopped,
         interrupted=stopped is not None,
         signal=trainer.signal(),
         evaluation=trainer.evaluation,

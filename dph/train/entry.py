@@ -14,6 +14,7 @@ from dph.model.model import Model
 from dph.train import build
 from dph.train.distributed import init_distributed
 from dph.train.endings import Diverged, Result
+from dph.train.head_states import prepare_heads
 from dph.train.progress import harmless_output
 from dph.train.recipe import Recipe
 from dph.train.run_dir import RunDirectory
@@ -71,6 +72,8 @@ def train(
                     model, tokenizer, notes = build.reopen_model(recipe, run.directory / "start")
                 stage = build.make_stage(recipe, model, tokenizer, records, held_out, world=world)
                 stage.notes += notes
+                if run.checkpoint is None and recipe.kind == "preference":
+                    prepare_heads(stage, quiet or world.rank > 0)
             if resume and run.checkpoint is None:
                 stage.notes += (f"{run.directory} holds no checkpoint to resume, starting from the beginning",)
             with contextlib.closing(stage):

@@ -179,6 +179,21 @@ class Objective:
         None, "pooler of new reward heads; null: the model's"
     )
     dropout: float | None = option(None, "dropout of the heads; null: the model's", minimum=0, below=1)
+    layer: Literal["auto"] | int | None = option(
+        None,
+        "layer that new heads judge: the number of the block whose input it is, or -1 for the states after the output "
+        "norm; auto: the best by linear probes on a sample of the training pairs (dph.train.layer_choice); null: the "
+        "model's",
+    )
+    standardised: bool | None = option(
+        None, "whether new heads judge standardised states, by those of a sample of training answers; null: the model's"
+    )
+    sample: int = option(
+        1000,
+        "training pairs in the sample of layer auto and standardised",
+        minimum=10,
+        maximum=(2**20, "it is held in memory"),
+    )
     reference: Literal["fly", "cache"] = option(
         "fly",
         "cDPO's reference log-probabilities: computed in every step (fly), or once per pair and stored in data.cache "
@@ -211,6 +226,16 @@ class Evaluation:
     sources: tuple[Source, ...] = option((), "sources of held-out records; none: no evaluation")
     directory: str | None = option(None, "folder with local files of tasks for all sources; null: the hub")
     every: int = option(0, "steps between evaluations; 0: only after the last step", minimum=0)
+    share: float = option(
+        0.0,
+        "share of the prompts of the training sources that are kept for evaluation, as the source development, and not "
+        "trained on (preference stages)",
+        minimum=0,
+        below=1,
+    )
+    patience: int | None = option(
+        None, "evaluations in a row without a better output.best after which the run ends; null: it does not", minimum=1
+    )
 
 
 @typed
@@ -227,6 +252,7 @@ class Output:
         "name of a held-out metric (loss, reward_accuracy, reward_accuracy/glue/rte, ...): the best step by it is "
         "saved when it is evaluated, and its checkpoint is kept in addition (dph.train.best_checkpoint)",
     )
+    model: Literal["last", "best"] = option("last", "step whose weights the finished model has; best: by output.best")
     log_every: int = option(10, "steps between lines of metrics.jsonl, which hold means over these steps", minimum=1)
     tracker: Literal["wandb", "trackio"] | None = option(
         None, "tracker that receives these lines in addition to TensorBoard (dph.train.trackers)"
@@ -294,6 +320,11 @@ class Recipe:
             raise UserError(f"batch.micro: expected a divisor of batch.size {self.batch.size}, got {self.batch.micro}")
         if self.cuda_graph and self.stage != "head":
             raise UserError(f"cuda_graph: expected false in stage {self.stage}, whose steps differ in shape, got true")
+        if self.evaluation.share and self.kind != "preference":
+            raise UserError(f"evaluation.share: expected 0 in stage {self.stage}, got {self.evaluation.share}")
+        for key, value in (("evaluation.patience", self.evaluation.patience), ("output.model", self.output.model)):
+            if value not in (None, "last") and self.output.best is None:
+                raise UserError(f"output.best: expected the metric that {key} {value} goes by, got null")
         if self.output.best is not None and not self.evaluation.every:
             raise UserError(f"evaluation.every: expected at least 1 with output.best {self.output.best}, got 0")
         if self.batch.tokens is not None and (self.batch.micro or self.kind != "preference"):

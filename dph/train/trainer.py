@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dph.devices import low_precision
 from dph.optim import LaProp, gradient_norm, param_groups, warmup_cosine
-from dph.train import compile, cuda_graph, endings, fingerprints, saved_state
+from dph.train import checkpointing, compile, cuda_graph, endings, fingerprints, saved_state
 from dph.train.best_checkpoint import BestCheckpoint, check_metric
 from dph.train.budget import flops
 from dph.train.distributed import full_tensor
@@ -341,6 +341,9 @@ class Trainer:
                 self._reset_model()
             raise
         self._reset_model()
+        if stopped is None and self.recipe.output.model == "best" and self.best.state is not None:
+            best = checkpointing.Checkpoint(0, self.run.checkpoint_path(self.best.state["step"]))
+            saved_state.copy_weights(best.tensors("weights"), self.model)
         self._report_left_out(self._left_out_messages(), progress, final=True)
         return endings.finish(self, stopped, progress)
 
@@ -352,6 +355,8 @@ class Trainer:
             self._evaluate(self.step, progress)
             self.save_checkpoint()
         for step in range(self.run.step + 1, total + 1):
+            if self._is_exhausted(step - 1, progress):
+                break
             metrics = self.train_step(step)
             try:
                 self.log_pending(progress)  # of the previous step, while the device computes this one
@@ -380,6 +385,16 @@ class Trainer:
             if stop and not last:
                 return step
         return None
+
+    def _is_exhausted(self, step: int, progress: Progress) -> bool:
+        """Return whether ``step`` is the last, ``evaluation.patience`` evaluations after the best one."""
+        patience, every = self.recipe.evaluation.patience, self.recipe.evaluation.every
+        if patience is None or self.best.state is None or step - self.best.state["step"] < patience * every:
+            return False
+        progress.note(f"step {step} is the last: {self.best} is step {self.best.state['step']}")
+        if self.run.saved_step != step:
+            self.save_checkpoint()
+        return True
 
     @staticmethod
     def _due(every: int, step: int) -> bool:

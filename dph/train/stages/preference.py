@@ -138,7 +138,7 @@ class FrozenModel:
         stage, config = self.stage, self.stage.model.config
         frozen, width = stage.reference, 2
         if self.kind == "states":
-            frozen, width = stage.model.backbone, 2 * config.hidden_size
+            frozen, width = stage.model.backbone, 2 * len(stage.model.heads.layers) * config.hidden_size
         weights = {}
         for name, weight in frozen.named_parameters():
             if not name.startswith("heads."):
@@ -217,7 +217,7 @@ class PreferenceStage(Stage):
         heads, (_, group, kind, *rest) = self.recipe.objective.heads, name.split(".")
         if kind == "reward":
             return rest[0] in heads
-        return any(head in heads for head in self.model.heads[group].reward)
+        return kind != "standardise" and any(head in heads for head in self.model.heads[group].reward)
 
     def next_batch(self) -> StepBatch:
         """Return the next pairs, of which this rank's are divided into micro-batches."""

@@ -1,0 +1,88 @@
+"""Preparation of new reward heads by a sample of the training pairs: their layer, and the figures of their states."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dph.data.packing import batches, pack
+from dph.errors import UserError
+from dph.model.model import Model
+from dph.train.layer_choice import best_layer, probe_layers
+from dph.train.stages.preference import Pair, PreferenceStage
+
+TOKENS = 8192  # of a packed batch
+
+
+def prepare_heads(stage: PreferenceStage, quiet: bool = False) -> None:
+    """Choose the layer of new heads if the recipe leaves it open, and fit their standardisation, in place.
+
+    Adds the probes' accuracies to the stage's notes. The stage's position in the data does not change.
+
+    Raises UserError on several ranks, where the model is not on a device yet.
+    """
+    model, objective = stage.model, stage.recipe.objective
+    chooses = objective.layer == "auto" and model.untrained_heads.issuperset(model.head_names)
+    unfitted = [
+        head for head in model.heads.values() if head.standardise is not None and not head.standardise.is_fitted
+    ]
+    if not (chooses or unfitted):
+        return
+    if stage.world.world_size > 1:
+        raise UserError(
+            "objective.layer, objective.standardised: expected a number and false with several processes, got a choice "
+            "by a sample of the pairs: train the head by one process"
+        )
+    pairs = _sample(stage, objective.sample)
+    layers = [*range(model.config.num_hidden_layers), -1] if chooses else model.heads.layers
+    states = sample_states(model, pairs, layers, quiet)
+    if chooses:
+        accuracies = probe_layers(states, [prompt_of(pair) for pair in pairs], stage.recipe.seed)
+        layer = layers[best_layer(accuracies)]
+        model.set_reward_layer(layer)
+        figures = ", ".join(f"{number}: {value:.3f}" for number, value in zip(layers, accuracies, strict=True))
+        stage.notes += (
+            f"the head judges layer {layer}; linear probes judge right, of {len(pairs)} pairs in five folds, by layer: "
+            f"{figures}",
+        )
+    for head in unfitted:
+        head.standardise.fit(states[:, :, layers.index(head.layer)].flatten(0, 1))
+
+
+def _sample(stage: PreferenceStage, count: int) -> list[Pair]:
+    """Return the first ``count`` training pairs, or all if there are fewer, in the order of training."""
+    state, pairs = stage.batches.state_dict(), []
+    while len(pairs) < min(count, stage.batches.records.size):
+        pairs += next(stage.batches)
+    stage.batches.load_state_dict(state)
+    return pairs[:count]
+
+
+def prompt_of(pair: Pair) -> tuple[int, ...]:
+    """Return the tokens before the chosen answer."""
+    chosen = pair[0]
+    first = chosen.loss_mask.index(True) if True in chosen.loss_mask else len(chosen)
+    return tuple(chosen.tokens[: first + 1])
+
+
+@torch.no_grad()
+def sample_states(model: Model, pairs: Sequence[Pair], layers: Sequence[int], quiet: bool = False) -> Tensor:
+    """Return the states [P, 2, N, C] fp32, on the CPU, of the judged tokens of P pairs in N layers."""
+    last = len(model.backbone.blocks)
+    wanted = {last if layer == -1 else layer: number for number, layer in enumerate(layers)}
+    results = []
+    with tqdm(desc="sample", total=len(pairs), unit="pair", dynamic_ncols=True, disable=quiet) as progress:
+        for batch in batches(pairs, TOKENS):
+            packed = pack(batch).to(model.device)
+            states = torch.empty(len(packed.reward_rows), len(layers), model.config.hidden_size)
+
+            def observe(number: int, rows: Tensor, packed=packed, states=states) -> None:  # noqa: ANN001
+                if number in wanted:
+                    states[:, wanted[number]] = rows[packed.reward_rows].float().cpu()
+
+            until = None if last in wanted else max(wanted)
+            model.backbone(packed.tokens, packed.layout, observe=observe, blocks=until)
+            results.append(states)
+            progress.update(len(batch))
+    return torch.cat(results).unflatten(0, (-1, 2))

@@ -1,0 +1,80 @@
+"""Choice of the layer whose states a reward head judges: a linear probe of each layer on a sample of training pairs.
+
+Middle layers often hold more of what a head has to find than the last one, whose states serve the next token
+(truthfulqa_human on a frozen SmolLM2-135M: 0.81 on layer 20 of 30, 0.77 on the last).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dph.data.sampler import draw
+
+FOLDS = 5
+DECAYS = (0.03, 0.1, 0.3)  # of the probes, relative to the mean loss
+STEPS = 60  # of L-BFGS
+
+
+def probe_layers(states: Tensor, prompts: Sequence[object], seed: int = 0) -> list[float]:
+    """Return the accuracy of a linear probe on each of N layers.
+
+    A probe is a logistic regression on the difference of the standardised states of chosen and rejected answers. It
+    judges pairs whose prompts it was not fitted to (``FOLDS`` folds); of several decays the best counts.
+
+    Args:
+        states: [P, 2, N, C] of the chosen and the rejected answers of P pairs.
+        prompts: P keys; pairs of one prompt are in one fold.
+        seed: of the folds.
+    """
+    folds = torch.tensor([draw(FOLDS, seed, repr(prompt)) for prompt in prompts])
+    accuracies = []
+    for layer in range(states.shape[2]):
+        own = states[:, :, layer].double()
+        deviation = own.flatten(0, 1).std(0)
+        difference = (own[:, 0] - own[:, 1]) / torch.where(deviation > 0, deviation, 1.0)
+        accuracies.append(max(_cross_validated(difference, folds, decay) for decay in DECAYS))
+    return accuracies
+
+
+def best_layer(accuracies: Sequence[float]) -> int:
+    """Return the index of the best layer: the mean of each layer with its neighbours counts, as single ones are noisy.
+
+    Of equals it is the last.
+    """
+    best, best_mean = 0, float("-inf")
+    for layer in range(len(accuracies)):
+        neighbours = accuracies[max(layer - 1, 0) : layer + 2]
+        mean = sum(neighbours) / len(neighbours)
+        if mean >= best_mean:
+            best, best_mean = layer, mean
+    return best
+
+
+def _cross_validated(difference: Tensor, folds: Tensor, decay: float) -> float:
+    """Return the share of pairs that probes judge right which were fitted to the other folds; a tie is half right."""
+    right = 0.0
+    for fold in range(FOLDS):
+        held_out = folds == fold
+        margins = difference[held_out] @ fit_probe(difference[~held_out], decay)
+        right += float((margins > 0).sum()) + 0.5 * float((margins == 0).sum())
+    return right / max(len(difference), 1)
+
+
+def fit_probe(difference: Tensor, decay: float) -> Tensor:
+    """Return the weights [C] that minimise mean log(1 + exp(-d w)) + decay |w|^2 / 2 over the rows d of [P, C] fp64."""
+    weights = torch.zeros(difference.shape[1], dtype=difference.dtype, requires_grad=True)
+    if not len(difference):
+        return weights.detach()
+    optimiser = torch.optim.LBFGS([weights], max_iter=STEPS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = F.softplus(-difference @ weights).mean() + decay / 2 * weights.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimiser.step(loss)
+    return weights.detach()
