@@ -40,7 +40,7 @@ from dph.losses import IGNORED
 from dph.model import saving
 from dph.model.backbone import Backbone
 from dph.model.config import DTYPES, FAMILIES, ModelConfig, hub_arguments, read_fields, with_config
-from dph.model.generation_settings import read_generation_config
+from dph.model.generation_settings import allow_saving, read_generation_config
 from dph.model.heads import RewardHead, RewardHeads
 from dph.model.memory import Memory
 from dph.model.padded_batch import (
@@ -311,6 +311,7 @@ class Model(PreTrainedModel, GenerationMixin):
         A head whose weights have changed since it was loaded, by whatever loop, is trained.
         """
         weights = self._trained_weights(kwargs.pop("state_dict", None) or self.state_dict())
+        allow_saving(self.generation_config)
         return super().save_pretrained(directory, *args, state_dict=weights, **kwargs)
 
     def _samples(self) -> dict[str, Tensor]:
@@ -373,6 +374,7 @@ class Model(PreTrainedModel, GenerationMixin):
         and that the family lacks.
         """
         family = FAMILIES.get(self.config.family)
+        allow_saving(self.generation_config)
         saving.save_family(self, family, self.state_dict(), directory, max_shard_size)
 
     # Padded batches

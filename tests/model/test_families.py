@@ -228,6 +228,20 @@ def test_forms_of_rotary_settings_in_released_files(settings, context, tmp_path)
     assert json.loads((tmp_path / "back/config.json").read_text()) == fields | settings
 
 
+def test_settings_of_generation_that_transformers_warns_about_are_saved(tmp_path):
+    write(tmp_path / "source", "llama", {})
+    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2, "transformers_version": "4.31.0"}  # Vicuna's
+    (tmp_path / "source/generation_config.json").write_text(json.dumps(settings))
+    model = dph.Model.from_pretrained(tmp_path / "source")
+    model.generation_config.pad_token_id = 0  # as trainers do
+    model.save_pretrained(tmp_path / "own")
+    dph.Model.from_pretrained(tmp_path / "own").save_family(tmp_path / "back")
+    written = json.loads((tmp_path / "back/generation_config.json").read_text())
+    assert {key: written[key] for key in settings if key != "transformers_version"} == {
+        "temperature": 0.9, "top_p": 0.6, "eos_token_id": 2,
+    }  # fmt: skip
+
+
 def test_wrong_arguments_are_named(tmp_path):
     write(tmp_path, "qwen3", {})
     for dtype in ("int8", "real", torch.int32, 3):
