@@ -137,6 +137,8 @@ def _resolve_yarn(given: dict[str, Any], theirs: Any) -> None:
     for key in (FACTOR, CONTEXT, "mscale", "mscale_all_dim"):
         if given.get(key):
             _check_number(f"rope_parameters.{key}", given[key])
+    if "truncate" in given and given["truncate"] is None:
+        given["truncate"] = False
     if given.get(FACTOR) is None and given[CONTEXT]:
         given[FACTOR] = theirs.max_position_embeddings / given[CONTEXT]
     scale, of_all = given.pop("mscale", None), given.pop("mscale_all_dim", None)
