@@ -333,6 +333,10 @@ def bench_step(stage, contender, shape, tiny, model_path, timed, record, limits)
     else:
         contender.check(Job(stage=stage, shape=FAMILY_TINY, model=tiny, device=DEVICE))
     job = Job(stage=stage, shape=shape, model=model_path, device=DEVICE, lowered=DEVICE == "cuda")
+    if contender.kind != "ours" and DEVICE == "cpu":
+        job = job.with_overrides(train_step.FEW_PAIRS)
+    for models in (Models.load, compared):  # of the rows before, whose memory the step needs
+        models.cache_clear()
     training = contender.make(job)
     training.step()
     if DEVICE == "cuda":

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.llama import TINY_LLAMA, save_llama
-from benchmarks.train_step import FAMILY, FAMILY_TINY, Job, Ours, contenders
+from benchmarks.train_step import FAMILY, FAMILY_TINY, FEW_PAIRS, Job, Ours, contenders
 
 STEPS = 2
 
@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tiny = save_llama(Path(folder), TINY_LLAMA, torch.float32)
         contender.make(Job(stage="align", shape=FAMILY_TINY, model=tiny)).step()
     baseline = resident()
-    training = contender.make(Job(stage="align", shape=FAMILY, model=options.model))
+    job = Job(stage="align", shape=FAMILY, model=options.model)
+    training = contender.make(job if contender.kind == "ours" else job.with_overrides(FEW_PAIRS))
     for _ in range(STEPS):
         training.step()
     peak = resident()

@@ -81,6 +81,7 @@ TINY = Shape(  # for checks; weights large enough to matter
 FAMILY = Shape(  # steps of a Llama-family model, which brings its sizes; without memory, as its own trainers
     name="family", model={}, context=256, memory=0, streams=4, micro_streams=4, pairs=8, micro_pairs=8,
 )  # fmt: skip
+FEW_PAIRS = "batch.micro=2"  # for TRL: the logits of eight padded pairs fill 20 GB at a vocabulary of 49,152
 FAMILY_TINY = dataclasses.replace(TINY, model={}, context=200, memory=0)  # rows with targets, even the first
 FAMILY_GPU = Shape(
     name="family", model={}, context=2048, memory=0, streams=32, micro_streams=8, pairs=64, micro_pairs=16,

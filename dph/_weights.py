@@ -22,7 +22,7 @@ from dph.errors import UserError, one_line
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and PyTorch's
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers prefers these to others
-CHUNK = 2**22  # elements that are converted to another dtype at a time
+CHUNK = 2**20  # elements that are converted to another dtype at a time
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -164,7 +164,7 @@ def read_tensors(
     Raises UserError, which begins with the file, if it became shorter since its header was read.
     """
     starts: dict[Path, dict[str, int]] = {}
-    results = {}
+    results, scratch = {}, torch.empty(CHUNK, dtype=torch.float64)
     for result, names in pieces.items():
         parts = [headers[name] for name in names]
         shape = parts[0].shape
@@ -177,7 +177,7 @@ def read_tensors(
         for name, part, block in zip(names, parts, blocks, strict=True):
             if part.file not in starts:
                 starts[part.file] = _tensor_starts(part.file)
-            _read_into(block.flatten(), part, starts[part.file][name])
+            _read_into(block.flatten(), part, starts[part.file][name], scratch)
     return results
 
 
@@ -189,15 +189,15 @@ def _tensor_starts(path: Path) -> dict[str, int]:
     return {name: 8 + size + entry["data_offsets"][0] for name, entry in entries.items() if name != "__metadata__"}
 
 
-def _read_into(target: Tensor, header: TensorHeader, start: int) -> None:
-    """Copy a tensor of a file into ``target`` [N], converted to its dtype in chunks."""
-    stored = getattr(torch, header.dtype)
-    size = len(target) if stored == target.dtype else min(CHUNK, len(target))
-    buffer = target if stored == target.dtype else torch.empty(size, dtype=stored)
+def _read_into(target: Tensor, header: TensorHeader, start: int, scratch: Tensor) -> None:
+    """Copy a tensor of a file into ``target`` [N], converted to its dtype by chunks in ``scratch``."""
+    stored, buffer = getattr(torch, header.dtype), target
+    if stored != target.dtype:
+        buffer = scratch.view(stored)[:CHUNK]
     with header.file.open("rb") as file:
         file.seek(start)
-        for first in range(0, len(target), max(size, 1)):
-            chunk = buffer[: min(size, len(target) - first)]
+        for first in range(0, len(target), max(len(buffer), 1)):
+            chunk = buffer[: len(target) - first]
             content = memoryview(chunk.view(torch.uint8).numpy())
             if file.readinto(content) != len(content):
                 raise UserError(f"{header.file}: expected a whole safetensors file, got one that became shorter")

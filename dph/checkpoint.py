@@ -136,16 +136,16 @@ def config_from_official(config: dict[str, Any]) -> dict[str, Any]:
 
 def config_to_official(config: Any) -> dict[str, Any]:
     """Return a released ``config.json`` from a :class:`dph.ModelConfig`; ValueError for settings that it lacks."""
-    if config.layer_norm_eps != LAYER_NORM_EPS or config.task_heads:
-        raise ValueError(
-            f"config: expected layer_norm_eps = {LAYER_NORM_EPS} and no task_heads, which the released layout lacks, "
-            f"got {config.layer_norm_eps} and {config.task_heads}"
-        )
     for name, value in FORM.items():
         if getattr(config, name) != value:
             raise ValueError(
                 f"config: expected {name} = {value}, as in the released layout, got {getattr(config, name)}"
             )
+    if config.layer_norm_eps != LAYER_NORM_EPS or config.task_heads:
+        raise ValueError(
+            f"config: expected layer_norm_eps = {LAYER_NORM_EPS} and no task_heads, which the released layout lacks, "
+            f"got {config.layer_norm_eps} and {config.task_heads}"
+        )
     if (config.num_key_value_heads, config.head_dim * config.num_attention_heads) != (
         config.num_attention_heads,
         config.hidden_size,

@@ -1,4 +1,4 @@
-"""``dph convert``: a model in the other layout, own or released."""
+"""``dph convert``: a model in another layout: own, released, or a family's own."""
 
 from __future__ import annotations
 
@@ -20,14 +20,9 @@ EXAMPLE = """dph convert released-model own-model --to own
 dph convert runs/align/checkpoints/step-00004096 best --to own
 dph convert runs/align/model SmolLM2-aligned --to hf"""
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write weights and configuration in the other layout, and the tokenizer's files unchanged."""
+    """Write weights and configuration in another layout, and the tokenizer's files unchanged."""
     from dph.model.directories import MANIFEST, model_path
 
     is_checkpoint = (Path(args.input) / MANIFEST).is_file()
@@ -66,11 +61,13 @@ def run(args: argparse.Namespace) -> None:
     else:
         check_settings(source)  # of the tokenizer, whose files are copied
         model, tokenizer = _load_with_trained_heads(source), None
+    parameters = model.num_parameters()
     with atomic.new_files(output, last="config.json") as folder:
         if args.to == "own":
             model.save_pretrained(folder)
         elif args.to == "hf":
             model.save_family(folder)
+            parameters -= sum(weight.numel() for weight in model.heads.parameters())
         else:
             model.save_official(folder)
         if tokenizer is None and Path(source).is_dir():
@@ -82,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
                 tokenizer = load_tokenizer(source)
             copied = [Path(name).name for name in tokenizer.save_pretrained(folder)]
     copied_names = ", ".join(copied) or "none"
-    common.print_text(f"{output}: {model.num_parameters():,} parameters, tokenizer files: {copied_names}")
+    common.print_text(f"{output}: {parameters:,} parameters, tokenizer files: {copied_names}")
 
 
 def _load_with_trained_heads(source: str) -> Model:

@@ -1,6 +1,8 @@
 """The model's forms for transformers' Auto classes, and their registration."""
 
 import logging
+import os
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,8 +12,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.modeling_outputs import BaseModelOutputWithPast, SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from dph import chat
 from dph.errors import UserError
-from dph.model.config import ModelConfig
+from dph.model.config import ModelConfig, hub_arguments
+from dph.model.loading import load_tokenizer
 from dph.model.model import CAUSAL_NAME, JudgedStates, Model
 from dph.model.padded_batch import last_positions
 
@@ -36,6 +40,7 @@ class RewardModel(Model):
     """
 
     _get_name = torch.nn.Module._get_name
+    _behind = 1  # most tokens behind the end-of-turn token of a row
 
     def __init__(self, config: ModelConfig) -> None:
         names = [*config.reward_heads, *config.task_heads]
@@ -52,6 +57,28 @@ class RewardModel(Model):
         super().__init__(config)
         self.loss_type = "ForSequenceClassification"
         self._warned = False  # that no head is trained
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, *args: Any, **kwargs: Any) -> "RewardModel":
+        """Load a model as :meth:`Model.from_pretrained`; for one of a family, also the end of an answer.
+
+        The chat format of the tokenizer in the same place gives it, unless ``config.im_end_token_id`` has another.
+        """
+        result = super().from_pretrained(path, *args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        if model.config.family is not None:
+            model._read_chat_format(path, hub_arguments(kwargs))
+        return result
+
+    def _read_chat_format(self, path: str | os.PathLike, hub: Mapping[str, Any]) -> None:
+        try:
+            marks = chat.markup(load_tokenizer(str(path), **hub))
+        except UserError:  # no tokenizer, or one without a chat format
+            return
+        if self.config.im_end_token_id is None and marks.end_of_turn < self.config.vocab_size:
+            self.config.im_end_token_id = marks.end_of_turn
+        if self.config.im_end_token_id == marks.end_of_turn:
+            self._behind = max(1, len(marks.tail) - 1)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -80,8 +107,9 @@ class RewardModel(Model):
             kwargs: ignored; other libraries pass more.
 
         Returns:
-            ``logits`` [B, K]: the rewards after each row's last end-of-turn token, behind which padding and one token,
-            the chat format's newline, may follow; with ``inputs_embeds`` after the last token that is not padding.
+            ``logits`` [B, K]: the rewards after each row's last end-of-turn token, behind which padding and the tokens
+            of the chat format, by default one for a newline, may follow; with ``inputs_embeds`` after the last token
+            that is not padding.
             Also ``loss`` and ``hidden_states``.
 
         Raises ValueError as :meth:`Model.rewards`.
@@ -95,7 +123,7 @@ class RewardModel(Model):
         )
         padded.check_one_document()
         end = self.config.im_end_token_id
-        columns = last_positions(inputs, padded.mask, end, newline=True)
+        columns = last_positions(inputs, padded.mask, end, self._behind)
         states = self._states_list(output_hidden_states)
         judged = JudgedStates(self, partial(padded.select, columns=columns))
 

@@ -465,6 +465,7 @@ def _own_fields(fields: dict[str, Any], path: Any, options: dict[str, Any]) -> d
     own = _renamed(fields, path)
     if own is not fields and own.get("im_end_token_id") is None and path is not None:
         hub = hub_arguments(options)
+        path = Path(path).parent if os.path.isfile(path) else path
         if fields.get("model_type") == RELEASED or END in _chat_template(path, hub):
             own["im_end_token_id"] = _end_token(path, **hub)
     return own
@@ -522,9 +523,12 @@ def hub_arguments(options: dict[str, Any]) -> dict[str, Any]:
 
 def with_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return arguments of ``from_pretrained`` in which fields of the configuration have moved into ``config``."""
-    if isinstance(kwargs.get("config"), PretrainedConfig):
+    config = kwargs.get("config")
+    if isinstance(config, ModelConfig):
         return kwargs
-    source = kwargs.get("config") or path
+    if isinstance(config, PretrainedConfig):
+        raise UserError(f"config: expected a dph.ModelConfig, or the path of one, got a {type(config).__name__}")
+    source = config or path
     fields = {name: value for name, value in kwargs.items() if name not in ("config", "dtype")}
     config, rest = ModelConfig.from_pretrained(source, return_unused_kwargs=True, **fields)
     if "dtype" in kwargs:  # of the weights, not a field

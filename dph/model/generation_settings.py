@@ -40,3 +40,12 @@ def read_generation_config(path: str | os.PathLike, hub: Mapping[str, Any]) -> G
         return GenerationConfig.from_dict(fields)
     except Exception as error:  # of any kind, from transformers' checks of its settings
         raise UserError(f"{file}: expected settings of generation, got: {shown(str(error))}") from error
+
+
+def allow_saving(config: GenerationConfig) -> None:
+    """Mark settings as those of a file: transformers saves these even if it warns about them.
+
+    It raises for others, which would end a run without its model: released files have a temperature without do_sample
+    (Vicuna), and trainers change settings of tokens.
+    """
+    config._original_object_hash = hash(config)

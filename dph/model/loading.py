@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ def load_model(name: str, **options: Any) -> Model:
         raise _user_error(name, "a model", error) from error
 
 
-def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer of a directory (a model's or its own) or of a hub name.
+def load_tokenizer(name: str, **hub: Any) -> Any:
+    """Load the tokenizer of a directory (a model's or its own) or of a hub name (``hub`` for downloads).
 
     Raises UserError if there is none, if one of its files is broken, or if one names code to run.
     """
@@ -52,8 +53,8 @@ def load_tokenizer(name: str) -> Any:
 
     path = tokenizer_path(name)
     try:
-        check_settings(path)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        check_settings(path, hub)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub)
         tokenizer.encode("")  # fails if settings that are only used later have the wrong type
         size = len(tokenizer)
     except UserError:
@@ -69,16 +70,17 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def check_settings(path: str) -> None:
+def check_settings(path: str, hub: Mapping[str, Any] | None = None) -> None:
     """Raise UserError if a settings file of a tokenizer or processor is broken or names code to run.
 
-    ``path`` is a folder, or the name of a model on the hub, of which the files that AutoTokenizer reads are checked.
+    ``path`` is a folder, or the name of a model on the hub (``hub`` for downloads), of which the files that
+    AutoTokenizer reads are checked.
     """
     for name in SETTINGS:
         if name == "config.json" and os.path.isdir(path):
             if os.path.lexists(os.path.join(path, name)):
                 check_fields(read_fields(path), path)
-        elif file := find_file(name, path):
+        elif file := find_file(name, path, hub):
             fields = read_json(file)
             refuse_code(fields, str(file))
             _check_tokens(name, fields, str(file))

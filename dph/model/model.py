@@ -40,8 +40,8 @@ from dph.errors import UserError, shown, shown_names
 from dph.losses import IGNORED
 from dph.model import saving
 from dph.model.backbone import Backbone
-from dph.model.config import FAMILIES, ModelConfig, hub_arguments, read_fields, with_config
-from dph.model.generation_settings import read_generation_config
+from dph.model.config import DTYPES, FAMILIES, ModelConfig, hub_arguments, read_fields, with_config
+from dph.model.generation_settings import allow_saving, read_generation_config
 from dph.model.heads import RewardHead, RewardHeads, Standardise
 from dph.model.memory import Memory
 from dph.model.padded_batch import (
@@ -276,13 +276,13 @@ class Model(PreTrainedModel, GenerationMixin):
             names[EMBEDDING] = names_of(HEAD, FAMILIES[kind].weights)  # the name under which some converters store it
         mismatched = bool(kwargs.get("ignore_mismatched_sizes"))
         headers = _checked_headers(kind, config, expected, names, files, mismatched)
-        found = {own: own_names for own, own_names in names.items() if headers.keys() >= set(own_names)}
-        weights = read_tensors(found, headers, _dtype(kwargs, config))
+        stored = {own: own_names for own, own_names in names.items() if headers.keys() >= set(own_names)}
+        weights = read_tensors(stored, headers, _dtype(kwargs, config))
         if config.tie_word_embeddings:
             weights[HEAD] = weights[EMBEDDING]  # which transformers needs to offload both
         model, info = super().from_pretrained(None, *args, output_loading_info=True, state_dict=weights, **kwargs)
         model.name_or_path = model.config.name_or_path = name
-        missing = expected.keys() - found.keys()
+        missing = expected.keys() - stored.keys()
         info["missing_keys"] = missing.union(info["missing_keys"])
         model.untrained_heads = set()
         for key, heads in model._head_groups():
@@ -322,6 +322,7 @@ class Model(PreTrainedModel, GenerationMixin):
         A head whose weights have changed since it was loaded, by whatever loop, is trained.
         """
         weights = self._trained_weights(kwargs.pop("state_dict", None) or self.state_dict())
+        allow_saving(self.generation_config)
         return super().save_pretrained(directory, *args, state_dict=weights, **kwargs)
 
     def _samples(self) -> dict[str, Tensor]:
@@ -384,6 +385,7 @@ class Model(PreTrainedModel, GenerationMixin):
         and that the family lacks.
         """
         family = FAMILIES.get(self.config.family)
+        allow_saving(self.generation_config)
         saving.save_family(self, family, self.state_dict(), directory, max_shard_size)
 
     # Padded batches
@@ -830,10 +832,14 @@ def _other_kind(kind: Any, path: str | os.PathLike) -> str:
 
 def _dtype(options: dict[str, Any], config: ModelConfig) -> torch.dtype | None:
     """Return the dtype in which ``from_pretrained`` with these options reads weights; None for that of the file."""
-    dtype = options.get("dtype") or options.get("torch_dtype") or "auto"
-    if dtype == "auto":
-        dtype = config.dtype
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype if isinstance(dtype, torch.dtype) else None
+    requested = options.get("dtype") or options.get("torch_dtype") or "auto"
+    dtype = config.dtype if requested == "auto" else requested
+    if dtype is None or isinstance(dtype, dict):  # transformers' form for models of several parts
+        return None
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, torch.dtype) or str(dtype).removeprefix("torch.") not in DTYPES:
+        raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, or auto, got {shown(requested)}")
+    return dtype
 
 
 def _checked_headers(

@@ -61,14 +61,14 @@ def document_positions(bounds: Tensor, inputs: Tensor) -> Tensor:
     return (torch.arange(columns, device=bounds.device) - starts)[None]
 
 
-def last_positions(inputs: Tensor, mask: Tensor | None, end: int | None, newline: bool = False) -> Tensor:
+def last_positions(inputs: Tensor, mask: Tensor | None, end: int | None, behind: int = 0) -> Tensor:
     """Return the columns [B] of the last tokens that are not padding, each of which has to be the end-of-turn token.
 
     Args:
         inputs: tokens [B, S]; of embeddings [B, S, E] no token is known, and any is taken.
         mask: [B, S], False for padding.
         end: id of the end-of-turn token.
-        newline: allow one token behind it, in place of the newline of the chat format.
+        behind: number of tokens allowed behind it, in place of those of the chat format, such as a newline.
 
     Raises ValueError if a row ends otherwise, or its end cannot be known.
     """
@@ -85,10 +85,11 @@ def last_positions(inputs: Tensor, mask: Tensor | None, end: int | None, newline
         )
     else:
         is_end = _is_token(inputs, last, end)
-        if newline:
-            previous = columns.masked_fill(columns == last[:, None], -1).amax(1)
-            takes_previous = ~is_end & _is_token(inputs, previous, end)
-            last, is_end = torch.where(takes_previous, previous, last), is_end | takes_previous
+        column = last
+        for _ in range(min(behind, columns.shape[1])):
+            column = columns.masked_fill(columns >= column[:, None], -1).amax(1)
+            takes_previous = ~is_end & _is_token(inputs, column, end)
+            last, is_end = torch.where(takes_previous, column, last), is_end | takes_previous
     wrong = (~is_end).nonzero().flatten().tolist()
     if wrong:
         raise ValueError(

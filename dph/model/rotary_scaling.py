@@ -57,4 +57,9 @@ def scaling_of(fields: Any) -> LinearScaling | Llama3Scaling | YarnScaling | Non
     required = [key for key in ("factor", CONTEXT) if key in names]
     if missing := [key for key in required if names[key] not in arguments]:
         raise UserError(f"rotary_scaling: expected {' and '.join(missing)} of {kind}, got none")
-    return scaling(**arguments)
+    result = scaling(**arguments)
+    if isinstance(result, Llama3Scaling) and result.low > result.high:
+        raise UserError(
+            f"rotary_scaling.low_freq_factor: expected at most high_freq_factor = {result.high}, got {result.low}"
+        )
+    return result

@@ -83,6 +83,12 @@ def make_stage(
         records=sampler,
         held_out={name: source for name, source in held_out.items() if len(source)},
     )
+    limit = model.config.max_position_embeddings
+    if limit is not None and recipe.data.context > limit:
+        stage.notes += (
+            f"data.context: {recipe.data.context} tokens, longer than the {limit} that the model was made for "
+            "(config.max_position_embeddings)",
+        )
     if recipe.kind != "preference":
         memory.check_host_batch(stage)
         if recipe.data.memory:

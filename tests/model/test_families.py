@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.templates import made
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
 import dph
 from dph._layouts import blocks_of, pieces
@@ -27,6 +28,7 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16,
     "low_freq_factor": 1.0, "high_freq_factor": 4.0,
 }  # fmt: skip
+CONTEXT = "original_max_position_embeddings"
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 CASES = {
     "llama": ("llama", {}),
@@ -153,6 +155,12 @@ def test_settings_that_changed_are_written_back(tmp_path):
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "window: .* got 8"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic'"),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor: "),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, "the same for all layers, got others"),
+        ("llama", {"rope_theta": "1e4"}, "rope_theta: expected a finite number, got '1e4'"),
+        ("llama", {"rope_parameters": YARN | {"mscale": "1", "mscale_all_dim": 1}}, "mscale: expected a finite number"),
+        ("llama", {"rope_parameters": LLAMA3 | {"low_freq_factor": 5.0}}, "low_freq_factor: expected at most .* 4.0"),
+        ("qwen2", {"rope_parameters": YARN | {"factor": 8.0}, "use_sliding_window": True, "sliding_window": 64,
+                   "max_window_layers": 0}, "sliding_window: .* the context of 128 tokens .*, got 64"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act: expected silu, got 'gelu'"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout: expected 0, got 0.1"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config: expected none"),
@@ -194,6 +202,56 @@ def test_files_of_old_and_odd_converters(tmp_path):
     save_file(alone | {"lm_head.weight": embedding, "score.weight": torch.ones(1, 32)}, file)
     with pytest.raises(UserError, match=r"1 missing \(the first is model.norm.weight\), 1 not .*score.weight"):
         dph.Model.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "context"),
+    [
+        ({"original_max_position_embeddings": 8, "rope_scaling": {**LLAMA3, CONTEXT: 16}}, 24),
+        ({"original_max_position_embeddings": 8, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 32),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "finetuned": True, CONTEXT: 16}}, 64),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 99.0}, 48),
+        ({"rope_scaling": None, "rope_theta": 77}, 24),
+    ],
+)
+def test_forms_of_rotary_settings_in_released_files(settings, context, tmp_path):
+    """The context of the scaling counts, which ``max_position_embeddings`` of these files may not include."""
+    write(tmp_path, "llama", {"max_position_embeddings": 24})
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(fields | settings))
+    theirs, ours = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), dph.Model.from_pretrained(tmp_path)
+    assert ours.config.max_position_embeddings == context
+    ids = ids_of(2, context)
+    assert_close(ours(ids).logits, theirs(ids).logits, 1e-5)
+    ours.save_family(tmp_path / "back")
+    assert json.loads((tmp_path / "back/config.json").read_text()) == fields | settings
+
+
+def test_settings_of_generation_that_transformers_warns_about_are_saved(tmp_path):
+    write(tmp_path / "source", "llama", {})
+    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2, "transformers_version": "4.31.0"}  # Vicuna's
+    (tmp_path / "source/generation_config.json").write_text(json.dumps(settings))
+    model = dph.Model.from_pretrained(tmp_path / "source")
+    model.generation_config.pad_token_id = 0  # as trainers do
+    model.save_pretrained(tmp_path / "own")
+    dph.Model.from_pretrained(tmp_path / "own").save_family(tmp_path / "back")
+    written = json.loads((tmp_path / "back/generation_config.json").read_text())
+    assert {key: written[key] for key in settings if key != "transformers_version"} == {
+        "temperature": 0.9, "top_p": 0.6, "eos_token_id": 2,
+    }  # fmt: skip
+
+
+def test_wrong_arguments_are_named(tmp_path):
+    write(tmp_path, "qwen3", {})
+    for dtype in ("int8", "real", torch.int32, 3):
+        with pytest.raises(UserError, match=r"^dtype: expected one of float64, .* or auto, got "):
+            dph.Model.from_pretrained(tmp_path, dtype=dtype)
+    with pytest.raises(UserError, match=r"^config: expected a dph\.ModelConfig, or the path of one, got a Qwen3Config"):
+        dph.Model.from_pretrained(tmp_path, config=AutoConfig.from_pretrained(tmp_path))
+    assert dph.ModelConfig.from_pretrained(tmp_path / "config.json").family == "qwen3"
+    with pytest.raises(ValueError, match="expected norm = layer, as in the released layout, got rms"):
+        dph.Model.from_pretrained(tmp_path).save_official(tmp_path / "released")
 
 
 PEAK = """
@@ -258,17 +316,38 @@ def test_a_real_model_speaks_as_in_transformers(stories, tmp_path):
         assert torch.equal(ours.generate(prompt, **options), theirs.generate(prompt, **options))
 
 
-def test_the_command_line_writes_the_family_s_directory(tmp_path):
+def test_the_command_line_writes_the_family_s_directory(tmp_path, capsys):
     from dph.cli.main import main
 
     source, back = tmp_path / "source", tmp_path / "back"
     theirs = write(source, *CASES["qwen3"])
     shutil.copy(Path(__file__).parents[1] / "train/interrupted_runs/model/tokenizer.json", source)
     (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "tokenizer.model").write_bytes(b"of sentencepiece")
     main(["convert", str(source), str(back), "--to", "hf"])
     assert {path.name for path in back.iterdir()} == {path.name for path in source.iterdir()}
     ids = ids_of(1, 9)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(back)(ids).logits, theirs(ids).logits)
+    model = dph.Model.from_pretrained(source, reward_heads=["judge"])
+    model.untrained_heads.clear()
+    model.save_pretrained(tmp_path / "own")
+    capsys.readouterr()
+    main(["convert", str(tmp_path / "own"), str(tmp_path / "again"), "--to", "hf"])
+    assert f"again: {theirs.num_parameters():,} parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("template", ["llama3", "zephyr", "phi3", "qwen2"])
+def test_a_classifier_finds_the_end_of_an_answer_in_the_chat_format(template, tmp_path):
+    tokenizer = made(template)
+    write(tmp_path, "llama", {"vocab_size": len(tokenizer), "max_position_embeddings": 512})
+    tokenizer.save_pretrained(tmp_path)
+    model = RewardModel.from_pretrained(tmp_path, num_labels=1).eval()
+    model.untrained_heads.clear()
+    conversation = [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "Fine, thanks!"}]
+    ids = torch.tensor([dph.chat.encode(conversation, tokenizer).tokens])
+    assert_close(model(ids).logits[:, 0], model.score(tokenizer, [conversation]), 1e-5)
+    model.save_pretrained(tmp_path)
+    assert_close(AutoModelForSequenceClassification.from_pretrained(tmp_path)(ids).logits, model(ids).logits, 1e-5)
 
 
 def test_a_classifier_of_a_family_begins_with_an_untrained_head(tmp_path, caplog):

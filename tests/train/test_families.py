@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from helpers.stages import STAGES, Killed, Trap, die, figures, go, records, same, settings, taken, tiny, weights
+from helpers.texts import small_tokenizer
 from helpers.tiny import FORMS
 
 import dph
+from dph.train.build import make_stage
 
 CHANGES = {"sft": {"data__memory_kind": "hidden", "checkpointing": "block"}, "align": {"batch__tokens": 110}}
 
@@ -34,6 +36,15 @@ def test_stages_train_and_resume(stage, form, tmp_path):
     resumed = go(interrupted, model=copy.deepcopy(model), resume=True)
     same(whole, resumed)
     assert figures(tmp_path / "parts") == figures(tmp_path / "whole")
+
+
+def test_segments_longer_than_the_model_s_context_are_noted(tmp_path):
+    for limit in (23, 24):
+        model = tiny(**FORMS["llama"], max_position_embeddings=limit)
+        notes = make_stage(settings("sft", tmp_path), model, small_tokenizer(), records("sft"), {}).notes
+        assert [note for note in notes if "data.context: 24 tokens, longer than the 23" in note] == [*notes][
+            : 24 - limit
+        ]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,13 +1,16 @@
 """Conversion of a family's config.json to fields of ``ModelConfig``, and back."""
 
 import copy
+import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from dph.errors import UserError, one_line, shown
 from dph.model.families import Family
 
 ACTIVATIONS = ("silu", "swish")  # names of the same function
+FACTOR, CONTEXT = "factor", "original_max_position_embeddings"
 
 
 def own_fields(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,10 +29,12 @@ def own_fields(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
         own["dtype"] = str(own["dtype"]).removeprefix("torch.")
     if isinstance(own.get("pad_token_id"), int) and own["pad_token_id"] < 0:  # means none in old files
         own["pad_token_id"] = None
-    _check_supported(theirs)
     base, scaling = _rotary(theirs)
+    context = _context(theirs, scaling)
+    _check_supported(theirs, context)
     return {
         **own,
+        "max_position_embeddings": context,
         **family.constants,
         "embedding_size": own["hidden_size"],
         "embedding_projection": False,
@@ -79,18 +84,18 @@ def _their_config(family: Family, fields: Mapping[str, Any]) -> Any:
         raise UserError(f"expected settings of a {family.model_type} model, got: {got}") from error
 
 
-def _check_supported(theirs: Any) -> None:
-    """Raise UserError for settings that would change what the model computes, and that it lacks."""
+def _check_supported(theirs: Any, context: int) -> None:
+    """Raise UserError for settings that change the result within ``context`` tokens, and that this model lacks."""
     if theirs.hidden_act not in ACTIVATIONS:
         raise UserError(f"hidden_act: expected {ACTIVATIONS[0]}, got {shown(theirs.hidden_act)}")
     if theirs.attention_dropout:
         raise UserError(f"attention_dropout: expected 0, got {shown(theirs.attention_dropout)}")
-    window, context = getattr(theirs, "sliding_window", None), theirs.max_position_embeddings
+    window = getattr(theirs, "sliding_window", None)
     layers = set(getattr(theirs, "layer_types", None) or ["sliding_attention"])
     if window is not None and window < context and "sliding_attention" in layers:
         raise UserError(
-            f"sliding_window: expected none, or one of at least max_position_embeddings = {context} tokens, "
-            f"got {shown(window)}"
+            f"sliding_window: expected none, or one of at least the context of {context} tokens "
+            f"(max_position_embeddings), got {shown(window)}"
         )
     if other := layers - {"sliding_attention", "full_attention"}:
         raise UserError(f"layer_types: expected full_attention, got {shown(sorted(map(str, other)))}")
@@ -98,10 +103,16 @@ def _check_supported(theirs: Any) -> None:
 
 def _rotary(theirs: Any) -> tuple[float, dict[str, Any] | None]:
     """Return the base and the scaling, None without one, of the rotary embedding."""
+    theirs.standardize_rope_params()  # again, as their model does: other settings of the configuration are known now
     given = dict(theirs.rope_parameters or {})
     base, kind = given.pop("rope_theta", theirs.default_theta), given.pop("rope_type", "default")
-    given.pop("type", None)  # an earlier name of rope_type
+    for key in ("type", "finetuned"):  # an earlier name of rope_type, and a remark of the first YaRN models
+        given.pop(key, None)
     partial = given.pop("partial_rotary_factor", None)
+    _check_number("rope_theta", base)
+    for key, value in given.items():
+        if isinstance(value, dict):
+            raise UserError(f"rope_parameters: expected the same for all layers, got others for {shown(key)}")
     if partial not in (None, 1.0):
         raise UserError(f"partial_rotary_factor: expected 1 (the whole head is rotated), got {shown(partial)}")
     if kind == "default":
@@ -111,13 +122,31 @@ def _rotary(theirs: Any) -> tuple[float, dict[str, Any] | None]:
     return float(base), {"rope_type": kind, **{key: value for key, value in given.items() if value is not None}}
 
 
+def _context(theirs: Any, scaling: Mapping[str, Any] | None) -> int:
+    """Return the tokens that the rotary embedding is made for, of which ``max_position_embeddings`` may be a part."""
+    longest = theirs.max_position_embeddings
+    if scaling is None or scaling["rope_type"] not in ("linear", "yarn"):  # Llama 3's counts all of them
+        return longest
+    factor, before = scaling.get(FACTOR), scaling.get(CONTEXT, longest)
+    _check_number(f"rope_parameters.{FACTOR}", factor)
+    return max(longest, int(factor * before))
+
+
 def _resolve_yarn(given: dict[str, Any], theirs: Any) -> None:
     """Compute settings of YaRN that others imply, as transformers does: the factor, and that of the amplitude."""
-    import math
-
-    if given.get("factor") is None:
-        given["factor"] = theirs.max_position_embeddings / given["original_max_position_embeddings"]
+    for key in (FACTOR, CONTEXT, "mscale", "mscale_all_dim"):
+        if given.get(key):
+            _check_number(f"rope_parameters.{key}", given[key])
+    if "truncate" in given and given["truncate"] is None:
+        given["truncate"] = False
+    if given.get(FACTOR) is None and given[CONTEXT]:
+        given[FACTOR] = theirs.max_position_embeddings / given[CONTEXT]
     scale, of_all = given.pop("mscale", None), given.pop("mscale_all_dim", None)
-    if given.get("attention_factor") is None and scale and of_all and given["factor"] > 1:
-        logarithm = 0.1 * math.log(given["factor"])
+    if given.get("attention_factor") is None and scale and of_all and given[FACTOR] > 1:
+        logarithm = 0.1 * math.log(given[FACTOR])
         given["attention_factor"] = (scale * logarithm + 1) / (of_all * logarithm + 1)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise UserError(f"{name}: expected a finite number, got {shown(value)}")
