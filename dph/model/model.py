@@ -282,6 +282,9 @@ class Model(PreTrainedModel, GenerationMixin):
             weights[HEAD] = weights[EMBEDDING]  # which transformers needs to offload both
         model, info = super().from_pretrained(None, *args, output_loading_info=True, state_dict=weights, **kwargs)
         model.name_or_path = model.config.name_or_path = name
+        for head in model.heads.values():
+            if head.standardise is not None:  # transformers makes all weights trainable
+                head.standardise.requires_grad_(False)
         missing = expected.keys() - stored.keys()
         info["missing_keys"] = missing.union(info["missing_keys"])
         model.untrained_heads = set()

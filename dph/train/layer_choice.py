@@ -47,7 +47,7 @@ def best_layer(accuracies: Sequence[float]) -> int:
     for layer in range(len(accuracies)):
         neighbours = accuracies[max(layer - 1, 0) : layer + 2]
         mean = sum(neighbours) / len(neighbours)
-        if mean >= best_mean:
+        if mean >= best_mean - 1e-9:
             best, best_mean = layer, mean
     return best
 

@@ -1,0 +1,82 @@
+"""Heads on the states of other layers than the last, standardised or not: every way to a reward gives the same."""
+
+import copy
+
+import pytest
+import torch
+from helpers.tiny import END, FORMS, tiny_config, tiny_model, tokens
+
+import dph
+from dph.chat import Encoded
+from dph.errors import UserError
+from dph.model.auto_classes import RewardModel
+
+IDS = torch.cat([tokens(3, 9), torch.full((3, 1), END)], 1)
+
+
+def finished(ids):
+    ids, mask = ids.tolist(), [False] * len(ids)
+    return Encoded(ids, ids, mask, mask, len(ids) - 1)
+
+
+@pytest.mark.parametrize("form", [{}, FORMS["qwen3"]], ids=["dph", "qwen3"])
+@pytest.mark.parametrize("layer", [0, 1, 2, -1])
+def test_rewards_are_those_of_the_layer_s_states(layer, form):
+    model = tiny_model(reward_layer=layer, num_hidden_layers=3, reward_standardised=True, **form)
+    states = model(IDS, output_hidden_states=True).hidden_states[layer][:, -1]
+    model.heads["shared"].standardise.fit(torch.randn(20, 16) * 3 + 1)
+    plain = tiny_model(num_hidden_layers=3, **form).heads["shared"]  # the same head without the two
+    plain.load_state_dict(model.heads["shared"].state_dict(), strict=False)
+    figures = model.heads["shared"].standardise
+    expected = plain((states - figures.mean) / figures.deviation)["default"]
+    torch.testing.assert_close(model.rewards(IDS)["default"], expected)
+    batch = dph.pack([[finished(ids)] for ids in IDS])
+    torch.testing.assert_close(model.forward_packed(batch).rewards["default"], expected)
+    torch.testing.assert_close(model.rewards_of(model.reward_states(batch))["default"], expected)
+    classifier = RewardModel(copy.deepcopy(model.config)).eval()
+    classifier.load_state_dict(model.state_dict())
+    output = classifier(IDS, output_hidden_states=True)
+    torch.testing.assert_close(output.logits[:, 0], expected)
+    assert len(output.hidden_states) == 4
+
+
+def test_states_of_a_layer_need_no_later_block():
+    model, called = tiny_model(reward_layer=1, num_hidden_layers=3), []
+    for number, block in enumerate(model.backbone.blocks):
+        block.register_forward_hook(lambda *_, number=number: called.append(number))
+    assert model.reward_states(dph.pack([[finished(IDS[0])]])).shape == (1, 16)
+    assert called == [0]
+
+
+def test_heads_of_several_layers_share_a_pass():
+    model = tiny_model(reward_heads=("a",), task_heads=("b", "c"), num_hidden_layers=3)
+    model.heads["task_b"].layer, model.heads["task_c"].layer = 2, 1
+    assert model.heads.layers == [1, 2, -1]
+    states = [x[:, -1] for x in model(IDS, output_hidden_states=True).hidden_states]
+    rewards = model.rewards(IDS)
+    for name, group, layer in (("a", "shared", -1), ("b", "task_b", 2), ("c", "task_c", 1)):
+        torch.testing.assert_close(rewards[name], model.heads[group](states[layer])[name])
+
+
+def test_figures_of_states_are_saved_and_begin_as_none(tmp_path):
+    model = dph.Model(tiny_config(reward_standardised=True))
+    standardise = model.heads["shared"].standardise
+    assert not standardise.is_fitted
+    states = torch.randn(50, 16) * torch.arange(16)  # the first column is constant
+    standardise.fit(states)
+    assert standardise.is_fitted
+    torch.testing.assert_close(standardise.deviation[1:], states.std(0)[1:])
+    assert standardise.deviation[0] == 1
+    model.save_pretrained(tmp_path)
+    opened = dph.Model.from_pretrained(tmp_path)
+    assert torch.equal(opened.heads["shared"].standardise.mean, standardise.mean)
+    assert not opened.heads["shared"].standardise.mean.requires_grad
+    fresh = dph.Model.from_pretrained(tmp_path, task_heads=["new"]).heads["task_new"].standardise
+    assert (fresh.mean == 0).all()
+    assert (fresh.deviation == 1).all()
+
+
+@pytest.mark.parametrize("layer", [-2, 2, 1.0, True])
+def test_layers_that_are_none(layer):
+    with pytest.raises(UserError, match="reward_layer: expected"):
+        tiny_model(reward_layer=layer)
