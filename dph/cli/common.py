@@ -54,7 +54,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_judging(parser: argparse.ArgumentParser) -> None:
     """Add the reward head, or the choice of none."""
-    parser.add_argument("--head", default="default", help="reward head to score with")
+    parser.add_argument("--head", default="default", help="reward head to score with: its name, or a head's directory")
     parser.add_argument("--logprob-only", action="store_true", help="no rewards: for a model without a reward head")
 
 
@@ -63,7 +63,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     types = {name: number_type(*rule) for name, rule in sampling.RULES.items()}
     parser.add_argument("-n", "--n", type=types["n"], default=16, help="answers to choose from (default: 16)")
     parser.add_argument("--rank", choices=("reward", "logprob"), default="reward", help="score that ranks the answers")
-    parser.add_argument("--head", default="default", help="reward head to score with")
+    parser.add_argument("--head", default="default", help="reward head to score with: its name, or a head's directory")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     for name, default, metavar, text in (
         ("max_new_tokens", 256, "N", "(default: 256)"),
@@ -192,6 +192,7 @@ def open_model(args: argparse.Namespace, head: str | None, alternative: str) -> 
     import torch
 
     from dph import devices
+    from dph.model.head_file import is_head
     from dph.model.loading import check_tokenizer, load_model, load_tokenizer
 
     device = devices.choose(args.device, "--device")
@@ -201,12 +202,24 @@ def open_model(args: argparse.Namespace, head: str | None, alternative: str) -> 
     model = load_model(args.model, dtype=getattr(torch, dtype))
     tokenizer = load_tokenizer(args.model)
     check_tokenizer(model, tokenizer)
+    if head is not None and is_head(head):
+        args.head = head = _load_head(model, head)
     if head is not None:
         try:
             model.check_heads(head)
         except ValueError as error:
             raise UserError(f"{error}; {alternative}") from None
     return model.to(device).eval(), tokenizer
+
+
+def _load_head(model: Model, directory: str) -> str:
+    """Add the head of a directory to a model; return its name, another one if the model has a head of that name."""
+    from dph.model import head_file
+
+    name = head_file.read(directory).name
+    while name in model.head_names:
+        name += "_"
+    return model.load_head(directory, name)
 
 
 # Output

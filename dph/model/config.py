@@ -99,6 +99,8 @@ class ModelConfig(PretrainedConfig):
         initializer_range: standard deviation of fresh weights.
         reward_heads: names of the reward heads that share one pooler; () for none.
         task_heads: names of reward heads with a pooler each (paper 5.2.2).
+        task_head_forms: by name of a task head, its pooler, intermediate_size, dropout, layer and standardised, if they
+            are others than the following.
         reward_pooler: identity, bert, t5, swiglu_bert or swiglu_t5.
         reward_layer: number of the block whose input the heads judge; -1 for the states after the output norm.
         reward_standardised: standardise the judged states by mean and deviation of those of the training answers.
@@ -142,6 +144,7 @@ class ModelConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         reward_heads: tuple[str, ...] = ("default",),
         task_heads: tuple[str, ...] = (),
+        task_head_forms: dict[str, dict[str, Any]] | None = None,
         reward_pooler: str = "swiglu_bert",
         reward_layer: int = -1,
         reward_standardised: bool = False,
@@ -178,6 +181,7 @@ class ModelConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.reward_heads = _names("reward_heads", reward_heads)
         self.task_heads = _names("task_heads", task_heads)
+        self.task_head_forms = {} if task_head_forms is None else task_head_forms
         self.reward_pooler = reward_pooler
         self.reward_layer = reward_layer
         self.reward_standardised = reward_standardised
@@ -229,6 +233,7 @@ class ModelConfig(PretrainedConfig):
         if self.reward_pooler not in POOLERS:
             raise UserError(f"reward_pooler: expected one of {', '.join(POOLERS)}, got {shown(self.reward_pooler)}")
         _check_heads([*self.reward_heads, *self.task_heads])
+        self._check_forms()
         for name, ids in {**token_ids, "im_end_token_id": self.im_end_token_id}.items():
             for token in ids if name == "eos_token_id" and isinstance(ids, list) else [ids]:
                 if token is not None:
@@ -240,6 +245,36 @@ class ModelConfig(PretrainedConfig):
                 raise UserError(f"{name}: expected an object, got {shown(getattr(self, name))}")
         if self.family is not None and not isinstance(self.family, str):
             raise UserError(f"family: expected a name, got {shown(self.family)}")
+
+    def _check_forms(self) -> None:
+        """Raise UserError unless ``task_head_forms`` describes heads that this model can have."""
+        if not isinstance(self.task_head_forms, dict):
+            raise UserError(f"task_head_forms: expected an object, got {shown(self.task_head_forms)}")
+        fields = self.head_form("shared").keys()
+        for name, form in self.task_head_forms.items():
+            where = f"task_head_forms.{name}"
+            if name not in self.task_heads or not isinstance(form, dict) or form.keys() != fields:
+                raise UserError(f"{where}: expected {', '.join(fields)} of a task head, got {shown(form)}")
+            if form["pooler"] not in POOLERS:
+                raise UserError(f"{where}.pooler: expected one of {', '.join(POOLERS)}, got {shown(form['pooler'])}")
+            _check_integer(f"{where}.layer", form["layer"], -1, max(self.num_hidden_layers - 1, -1))
+            _check_integer(f"{where}.intermediate_size", form["intermediate_size"], *SIZES["intermediate_size"])
+            dropout = form["dropout"]
+            if not isinstance(dropout, Real) or isinstance(dropout, bool) or not 0 <= dropout < 1:
+                raise UserError(f"{where}.dropout: expected a probability in [0, 1), got {shown(dropout)}")
+            if not isinstance(form["standardised"], bool):
+                raise UserError(f"{where}.standardised: expected true or false, got {shown(form['standardised'])}")
+
+    def head_form(self, group: str) -> dict[str, Any]:
+        """Return the form of a group of heads, "shared" or "task_NAME": arguments of ``RewardHead``."""
+        form = {
+            "pooler": self.reward_pooler,
+            "intermediate_size": self.intermediate_size,
+            "dropout": self.reward_dropout,
+            "layer": self.reward_layer,
+            "standardised": self.reward_standardised,
+        }
+        return self.task_head_forms.get(group.removeprefix("task_"), form) if group.startswith("task_") else form
 
     def _check_heads_of_attention(self) -> None:
         """Raise UserError unless the numbers of heads divide, and each head into two halves."""

@@ -12,7 +12,7 @@
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from dph.data.packing import PackedBatch, batches, pack
 from dph.devices import host_memory
 from dph.errors import UserError, shown, shown_names
 from dph.losses import IGNORED
-from dph.model import saving
+from dph.model import head_file, saving
 from dph.model.backbone import Backbone
 from dph.model.config import DTYPES, FAMILIES, ModelConfig, hub_arguments, read_fields, with_config
 from dph.model.generation_settings import allow_saving, read_generation_config
@@ -133,10 +133,8 @@ class Model(PreTrainedModel, GenerationMixin):
         self.heads = RewardHeads()
         self.untrained_heads: set[str] = set()  # heads that a loaded checkpoint lacked
         self._fresh: dict[str, Tensor] = {}  # samples of the weights that these heads began with, by name
-        pooler = config.reward_pooler, config.hidden_size, config.intermediate_size, config.reward_dropout
-        judged = {"layer": config.reward_layer, "standardised": config.reward_standardised}
         for key, names in self._head_groups():
-            self.heads[key] = RewardHead(names, *pooler, **judged)
+            self.heads[key] = RewardHead(names, hidden_size=config.hidden_size, **config.head_form(key))
         self.register_load_state_dict_pre_hook(_before_loading)
         self.post_init()
         if requested := self.config._attn_implementation:
@@ -370,6 +368,68 @@ class Model(PreTrainedModel, GenerationMixin):
             for name, _ in self.heads[key].pooler.named_parameters() if untrained == set(names) else ():
                 kept.pop(f"heads.{key}.pooler.{name}", None)
         return kept
+
+    def save_head(
+        self, directory: str | os.PathLike, name: str | None = None, about: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write one reward head alone: its weights and form, and name and digest of the backbone.
+
+        Args:
+            directory: new, or an older head's.
+            name: of the head; None if the model has only one.
+            about: further JSON for its description, such as the data that it was trained on.
+
+        Raises ValueError for an unknown or untrained head.
+        """
+        if name is None and len(self.head_names) != 1:
+            raise UserError(f"name: expected one of {', '.join(self.head_names) or 'the heads'}, got none")
+        name = self.head_names[0] if name is None else name
+        self.check_heads(name)
+        (key,) = (key for key, names in self._head_groups() if name in names)
+        weights = self.heads[key].state_dict()
+        for other in self.heads[key].reward:
+            if other != name:
+                del weights[f"reward.{other}.weight"]
+        backbone = {"name": str(self.name_or_path), "digest": head_file.backbone_digest(self.backbone)}
+        head_file.write(directory, name, self.config.head_form(key), weights, backbone, about or {})
+
+    def load_head(self, directory: str | os.PathLike, name: str | None = None, *, force: bool = False) -> str:
+        """Add a head that :meth:`save_head` wrote; the backbone is not read again. Return the head's name.
+
+        Args:
+            directory: of the head.
+            name: that the head gets; None for the one that it was saved with.
+            force: take a head that was trained on other weights of a backbone of the same width.
+
+        Raises UserError for a name that the model has already, and for another backbone.
+        """
+        saved = head_file.read(directory)
+        name = saved.name if name is None else name
+        if name in self.head_names:
+            raise UserError(f"name: expected one that the model lacks, got {shown(name)}: give another name")
+        if saved.hidden_size != self.config.hidden_size:
+            raise UserError(
+                f"{directory}: expected a head for states of {self.config.hidden_size} elements, got one for "
+                f"{saved.hidden_size}"
+            )
+        if not force and saved.backbone["digest"] != head_file.backbone_digest(self.backbone):
+            raise UserError(
+                f"{directory}: expected a head of this backbone, got one of {shown(saved.backbone['name'])}, whose "
+                "weights are others; force=True takes it nevertheless"
+            )
+        config = copy.deepcopy(self.config)
+        config.task_heads = [*config.task_heads, name]
+        config.task_head_forms = {**config.task_head_forms, name: saved.form}
+        ModelConfig.from_dict(config.to_dict())  # checks names and form
+        head = RewardHead([name], hidden_size=config.hidden_size, **saved.form)
+        own = f"reward.{saved.name}.weight"
+        weights = {key.replace(own, f"reward.{name}.weight"): weight for key, weight in saved.weights().items()}
+        check_tensors(head.state_dict(), weights, saved.path / head_file.WEIGHTS)
+        head.load_state_dict(weights)
+        like = self.backbone.output_norm.weight
+        self.config.task_heads, self.config.task_head_forms = config.task_heads, config.task_head_forms
+        self.heads[f"task_{name}"] = head.to(like.device, like.dtype).train(self.training)
+        return name
 
     def save_official(self, directory: str | os.PathLike) -> None:
         """Write a directory in the released layout (``lsw_transformer``): config.json and model.safetensors.

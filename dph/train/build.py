@@ -240,7 +240,7 @@ def with_heads(model: Model, objective: Objective) -> Model:
         fields["task_heads" if model.head_names else "reward_heads"] += new_heads
         untrained = model.untrained_heads | set(new_heads)
     else:  # no weight of the old heads fits
-        fields |= {"reward_heads": list(objective.heads), "task_heads": []}
+        fields |= {"reward_heads": list(objective.heads), "task_heads": [], "task_head_forms": {}}
         untrained = set(objective.heads)
     extended = Model(ModelConfig.from_dict(fields))
     weights = {}
