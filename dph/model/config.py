@@ -228,7 +228,7 @@ class ModelConfig(PretrainedConfig):
     def _check_heads_of_attention(self) -> None:
         """Raise UserError unless the numbers of heads divide, and each head into two halves."""
         width, heads, key_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        if self.head_dim == _head_dim(width, heads) and width % (2 * heads):
+        if self.family is None and self.head_dim == _head_dim(width, heads) and width % (2 * heads):
             raise UserError(f"hidden_size: expected a multiple of 2 * num_attention_heads = {2 * heads}, got {width}")
         if self.head_dim % 2:
             raise UserError(f"head_dim: expected an even number, got {self.head_dim}")
