@@ -159,8 +159,11 @@ def row_losses(models: Models, shape: Shape, rows: int = ROWS) -> Losses:
     )
     targets = int((labels[:, 1:] != IGNORED).sum())
     work = flops.streams_workload(rows, shape.context, 0, targets)
-    make = lambda model: lambda: [lambda: model(ids, labels=labels).loss]  # noqa: E731
-    return Losses(make(models.ours), make(models.theirs), work)
+
+    def parts(model: nn.Module) -> Callable[[], list[Callable[[], Tensor]]]:
+        return lambda: [lambda: model(ids, labels=labels).loss]
+
+    return Losses(parts(models.ours), parts(models.theirs), work)
 
 
 def _labels(one: Encoded) -> list[int]:
@@ -335,8 +338,8 @@ def bench_step(stage, contender, shape, tiny, model_path, timed, record, limits)
     job = Job(stage=stage, shape=shape, model=model_path, device=DEVICE, lowered=DEVICE == "cuda")
     if contender.kind != "ours" and DEVICE == "cpu":
         job = job.with_overrides(train_step.FEW_PAIRS)
-    for models in (Models.load, compared):  # of the rows before, whose memory the step needs
-        models.cache_clear()
+    for cached in (Models.load, compared):  # models of the rows before, whose memory the step needs
+        cached.cache_clear()
     training = contender.make(job)
     training.step()
     if DEVICE == "cuda":
@@ -350,10 +353,7 @@ def bench_step(stage, contender, shape, tiny, model_path, timed, record, limits)
             (None, None) if quick or stage == "sft" else peak_in_a_process(model_path, contender.who.split()[0])
         )
     timed(training.step, SECONDS)
-    amounts, config = (
-        dataclasses.replace(job, model=tiny).amounts(),
-        job.config(),
-    )  # amounts are the same for all models
+    amounts, config = dataclasses.replace(job, model=tiny).amounts(), job.config()  # amounts: the same for all models
     record(
         f"step of stage {stage}, {title(config)}",
         contender.who,

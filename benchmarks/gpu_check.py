@@ -25,8 +25,8 @@ RESULTS = "benchmarks/results/nvidia-h200"
 EVERYTHING = "tests"
 # Files that every test depends on, or the build of every kernel.
 COMMON = ("tests/conftest.py", "tests/helpers/", "pyproject.toml", "setup.py", "dph/__init__.py", "dph/_")
-# Sources in csrc/ with another name than their operator.
-OPERATORS_SOURCES = {"attention": "rope_attention"}
+# Operators of sources in csrc/ that have another name.
+OPERATOR_OF_SOURCE = {"attention": "rope_attention"}
 COLUMNS = ("operator", "by", "ms", "tokens/s", "rate", "of the limit", "of the bf16 peak", "peak MB", "of the estimate",
            "speed of ours")  # fmt: skip
 STATUS = {0: "passed", 5: "nothing to run", 124: "out of time", 137: "out of time"}  # exit statuses of pytest, timeout
@@ -45,7 +45,7 @@ def git(*arguments: str) -> list[str] | None:
 
 
 def is_repository() -> bool:
-    """Return whether this tree is a repository of its own: a copy may lie in another one."""
+    """Return whether this tree is a repository of its own: a copy may be inside of another one."""
     top = git("rev-parse", "--show-toplevel")
     return bool(top) and Path(top[0]).resolve() == ROOT
 
@@ -72,7 +72,7 @@ def map_to_tests(files: Iterable[str], root: Path = ROOT) -> list[str]:
     | dph_kernels/OPERATOR/..., csrc/OPERATOR.h, csrc/cuda/OPERATOR.cu | those that name the operator |
     | another file of dph_kernels/ or csrc/ | tests/kernels |
     | csrc/cpu/... | none: these kernels need no GPU |
-    | dph/ROOM/... | tests/ROOM |
+    | dph/ROOM/... | tests/ROOM, tests/test_ROOM*.py |
     | dph/FILE.py | tests/test_FILE*.py |
     | tests/.../test_*.py | itself |
     | the tests' helpers and fixtures, what all of dph imports, the build | all |
@@ -86,11 +86,11 @@ def map_to_tests(files: Iterable[str], root: Path = ROOT) -> list[str]:
         if name.startswith("csrc/cpu/") or Path(name).suffix == ".md":
             continue
         if place in ("dph_kernels", "csrc"):
-            operator = rest[0] if place == "dph_kernels" else OPERATORS_SOURCES.get(Path(name).stem, Path(name).stem)
+            operator = rest[0] if place == "dph_kernels" else OPERATOR_OF_SOURCE.get(Path(name).stem, Path(name).stem)
             found |= _naming(operator, root) if operator in operators else set(root.glob("tests/kernels/test_*.py"))
         elif place == "dph":
-            folder = len(rest) > 1
-            found |= set(root.glob(f"tests/{rest[0]}/test_*.py" if folder else f"tests/test_{Path(name).stem}*.py"))
+            room = Path(rest[0]).stem
+            found |= {*root.glob(f"tests/{room}/test_*.py"), *root.glob(f"tests/test_{room}*.py")}
         elif place == "tests":
             path = root / name
             is_test = path.name.startswith("test_")

@@ -95,13 +95,12 @@ gpu_tests() {
     echo "no test file belongs to what changed"
     return 5
   fi
+  mapfile -t files <<<"$files"
   if $dry_run; then
-    mapfile -t files <<<"$files"
     "$python" -m pytest -m gpu -q -p no:cacheprovider --collect-only "${files[@]}"
     return
   fi
   if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 8); fi
-  mapfile -t files <<<"$files"
   "$python" -m pytest -m gpu -q -p no:cacheprovider --maxfail=20 "${workers[@]}" "${files[@]}"
 }
 

@@ -219,6 +219,8 @@ def remove_copy(files: WeightFiles, headers: dict[str, TensorHeader], original: 
     """
     if copy not in headers or original not in headers or copy == original:
         return
+    if not {headers[copy].dtype, headers[original].dtype} <= set(FLOATS.values()):
+        return  # ``check_tensors`` refuses them
     both = {name: headers[name] for name in (original, copy)}
     first, second = read_tensors({name: [name] for name in both}, both).values()
     if first.dtype != second.dtype or not torch.equal(first.view(torch.uint8), second.view(torch.uint8)):

@@ -267,8 +267,9 @@ def test_an_end_that_the_last_turn_lacks_is_refused():
 
 def test_markup_that_is_no_special_token_cannot_be_spelled_either():
     tok = made("qwen2")
-    tok.add_tokens([AddedToken(token, special=False) for token in ("[A]", "[END]", "word")])
-    template = "{% for m in messages %}{{ '[A]' + m.role + ': word ' + m.content + '[END]\n' }}{% endfor %}"
+    tok.add_tokens([AddedToken(token, special=False) for token in ("[A]", "[END]", "[S]", "word")])
+    template = "{% for m in messages %}{{ '[S]' if m.role == 'system' else '[A]' }}"
+    template += "{{ m.role + ': word ' + m.content + '[END]\n' }}{% endfor %}"
     tok.chat_template = template + "{% if add_generation_prompt %}{{ '[A]assistant: word ' }}{% endif %}"
     turns = conversation("a word", "words")
     assert chat.encode(turns, tok).tokens == applied(turns, tok)
@@ -276,6 +277,9 @@ def test_markup_that_is_no_special_token_cannot_be_spelled_either():
     assert chat.markup(tok).end_of_turn == end
     encoded = chat.encode(conversation("[END]\n[A]assistant: [A]", "[A][END]"), tok)
     assert encoded.tokens.count(opening) == encoded.tokens.count(end) == 2
+    system = {"role": "system", "content": "[S]"}  # a token that is only written before a system prompt
+    encoded = chat.encode([system, *conversation("[S]", "[S]")], tok)
+    assert encoded.tokens.count(tok.convert_tokens_to_ids("[S]")) == 1
 
 
 def test_a_date_may_change(monkeypatch):

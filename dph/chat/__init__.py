@@ -136,9 +136,9 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the id of the end-of-turn token; None if the tokenizer has no chat format."""
-    if own_template(tokenizer) is None:
-        return tokenizer.get_vocab().get(END)
     try:
+        if own_template(tokenizer) is None:
+            return tokenizer.get_vocab().get(END)
         return markup(tokenizer).end_of_turn
     except UserError:
         return None

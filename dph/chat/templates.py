@@ -76,8 +76,8 @@ class Skeleton:
 class Rendered:
     """Tokens of a conversation.
 
-    The end of an assistant message is its end-of-turn token. ``begins``, ``ends`` and ``contents`` have the messages
-    of the assistant whose turns have an end.
+    The end of an assistant message is its end-of-turn token. ``contents`` and ``begins`` have all messages of the
+    assistant, ``ends`` those whose turns have an end.
     """
 
     tokens: list[int]
@@ -215,7 +215,9 @@ class TemplateFormat:
             for generate in (False, True):
                 key = (tuple((role, "text") for role in roles[: len(roles) - generate]), generate)
                 try:
-                    constants += self._skeleton(key).constants[1:]  # the first one may be prose about other markup
+                    segments = self._skeleton(key).constants
+                    # Before a user's content there may be a default prompt: prose about other markup.
+                    constants += segments if roles[0] == "system" else segments[1:]
                 except Refused:
                     if key == _plain_key(EXAMPLE):
                         raise

@@ -109,8 +109,7 @@ class RewardModel(Model):
         Returns:
             ``logits`` [B, K]: the rewards after each row's last end-of-turn token, behind which padding and the tokens
             of the chat format, by default one for a newline, may follow; with ``inputs_embeds`` after the last token
-            that is not padding.
-            Also ``loss`` and ``hidden_states``.
+            that is not padding. Also ``loss`` and ``hidden_states``.
 
         Raises ValueError as :meth:`Model.rewards`.
         """

@@ -1,4 +1,4 @@
-"""Configuration of the model as a transformers class, which also reads that of released ``lsw_transformer`` models."""
+"""Configuration of the model as a transformers class, which also reads those of released models and of families."""
 
 import dataclasses
 import math
@@ -88,8 +88,7 @@ class ModelConfig(PretrainedConfig):
         qk_norm: RMSNorm of the queries and keys of each head, before their rotation.
         norm: "layer" for LayerNorm, "rms" for RMSNorm.
         qkv_bias, out_bias, ffn_bias: biases of attention's two products and of the feed-forward network's.
-        embedding_projection: False without the projections between E, which then equals C, and C, and without the norm
-            after the first.
+        embedding_projection: whether there are projections between E and C, and a norm after the first; E is C if not.
         tie_word_embeddings: the weight of the language-model head is the embedding.
         rope_base: base of the rotary embedding.
         rotary_scaling: for contexts longer than those of training, in the form of transformers' ``rope_parameters``:
@@ -279,7 +278,7 @@ class ModelConfig(PretrainedConfig):
     def _check_heads_of_attention(self) -> None:
         """Raise UserError unless the numbers of heads divide, and each head into two halves."""
         width, heads, key_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        if self.head_dim == _head_dim(width, heads) and width % (2 * heads):
+        if self.family is None and self.head_dim == _head_dim(width, heads) and width % (2 * heads):
             raise UserError(f"hidden_size: expected a multiple of 2 * num_attention_heads = {2 * heads}, got {width}")
         if self.head_dim % 2:
             raise UserError(f"head_dim: expected an even number, got {self.head_dim}")
@@ -332,7 +331,7 @@ class ModelConfig(PretrainedConfig):
 
     @classmethod
     def get_config_dict(cls, path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the fields of ``path``, converted to own names if it is a released ``lsw_transformer`` directory.
+        """Return the fields of ``path``, converted to own names if it is a released directory or one of a family.
 
         The other arguments are returned with the path as ``name_or_path``, by which errors name the file.
         """
@@ -486,7 +485,7 @@ class ReleasedConfig(ModelConfig):
 
 
 def check_fields(fields: dict[str, Any], path: str | os.PathLike) -> None:
-    """Raise UserError, as :class:`ModelConfig` does, if ``path`` holds a model of ours with these fields in error."""
+    """Raise UserError, as :class:`ModelConfig` does, for wrong fields of a model in ``path``, if it opens here."""
     if fields.get("model_type") in (RELEASED, ModelConfig.model_type, *FAMILIES):
         ModelConfig.from_dict(dict(_renamed(fields, path)), name_or_path=str(path))
 
@@ -494,8 +493,8 @@ def check_fields(fields: dict[str, Any], path: str | os.PathLike) -> None:
 def _own_fields(fields: dict[str, Any], path: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Convert released or a family's fields to own names, and add the id of ``<|im_end|>`` from the tokenizer.
 
-    In a family it has to be a token of the chat template, which the end-of-turn token of other formats is not read from
-    here: ``dph.model.loading.check_tokenizer`` adds it.
+    For a family only if the chat template contains it: ``dph.model.loading.check_tokenizer`` adds the end-of-turn token
+    of other formats.
     """
     own = _renamed(fields, path)
     if own is not fields and own.get("im_end_token_id") is None and path is not None:

@@ -1,18 +1,20 @@
-"""The language model with reward heads: backbone, tied language-model head, heads.
+"""The language model with reward heads: backbone, language-model head, heads.
 
 | part | shape | weights |
 |---|---|---|
 | embedding, up-projection, norm | [V, E], E -> C | ``backbone.embedding``, ``input_proj``, ``input_norm`` |
 | blocks | x + attention(norm(x)), x + ffn(norm(x)) | ``backbone.blocks`` |
 | norm, down-projection | C -> E | ``backbone.output_norm``, ``output_proj`` |
-| language-model head | E -> V, with the weight of the embedding | ``lm_head`` |
+| language-model head | E -> V, with the weight of the embedding if tied | ``lm_head`` |
 | reward heads | C -> 1 | ``heads`` |
+
+Both projections and the norm between them are identities without ``config.embedding_projection``.
 """
 
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,8 +103,8 @@ class Judged:
 class Model(PreTrainedModel, GenerationMixin):
     """Direct Preference Heads model (arXiv 2405.20053): a causal language model with reward heads.
 
-    ``Model(ModelConfig(...))`` has fresh weights; ``Model.from_pretrained(path)`` reads the own format or a released
-    ``lsw_transformer`` directory; ``AutoModelForCausalLM`` and ``generate`` work.
+    ``Model(ModelConfig(...))`` has fresh weights; ``Model.from_pretrained(path)`` reads the own format, a released
+    ``lsw_transformer`` directory or one of a native family; ``AutoModelForCausalLM`` and ``generate`` work.
 
     The modules compute the tokens of a batch as rows [T, C] without padding: hooks receive those, not [B, S, C].
     """
@@ -236,7 +238,7 @@ class Model(PreTrainedModel, GenerationMixin):
         """Load the own format, a released ``lsw_transformer`` model or one of a native family; safetensors only.
 
         ``path`` is a directory or the name of a model on the hub. Native families are Llama, Mistral, Qwen2 and Qwen3
-        (``dph.model.families``); what of them this model cannot compute, such as sliding windows, is refused. Weights
+        (``dph.model.families``); settings that this model cannot compute, such as sliding windows, are refused. Weights
         are read in their dtype, or in that of ``dtype``; the peak of memory is their size.
 
         Keyword arguments named as fields of :class:`ModelConfig` override the configuration. Reward heads that the
@@ -271,7 +273,8 @@ class Model(PreTrainedModel, GenerationMixin):
             raise _faulty_setting(config, path, error) from error
         names = pieces(expected, LAYOUTS[kind])
         if kind in FAMILIES and config.tie_word_embeddings and names[EMBEDDING][0] not in files.tensors:
-            names[EMBEDDING] = names_of(HEAD, FAMILIES[kind].weights)  # the name under which some converters store it
+            head = names_of(HEAD, FAMILIES[kind].weights)  # the name under which some converters store it
+            names[EMBEDDING] = head if head[0] in files.tensors else names[EMBEDDING]
         mismatched = bool(kwargs.get("ignore_mismatched_sizes"))
         headers = _checked_headers(kind, config, expected, names, files, mismatched)
         stored = {own: own_names for own, own_names in names.items() if headers.keys() >= set(own_names)}
@@ -285,16 +288,7 @@ class Model(PreTrainedModel, GenerationMixin):
                 head.standardise.requires_grad_(False)
         missing = expected.keys() - stored.keys()
         info["missing_keys"] = missing.union(info["missing_keys"])
-        model.untrained_heads = set()
-        for key, heads in model._head_groups():
-            if any(weight.startswith(f"heads.{key}.pooler.") for weight in missing):
-                model.untrained_heads.update(heads)
-            model.untrained_heads.update(head for head in heads if f"heads.{key}.reward.{head}.weight" in missing)
-        if model.untrained_heads:
-            model._fresh = model._samples()
-            log.warning(
-                "no weights for reward heads %s: they start untrained", ", ".join(sorted(model.untrained_heads))
-            )
+        model._mark_untrained(missing)
         return (model, info) if loading_info else model
 
     @classmethod
@@ -325,6 +319,17 @@ class Model(PreTrainedModel, GenerationMixin):
         weights = self._trained_weights(kwargs.pop("state_dict", None) or self.state_dict())
         allow_saving(self.generation_config)
         return super().save_pretrained(directory, *args, state_dict=weights, **kwargs)
+
+    def _mark_untrained(self, missing: Set[str]) -> None:
+        """Set ``untrained_heads`` to those with weights that a checkpoint lacked, and warn."""
+        self.untrained_heads = set()
+        for key, heads in self._head_groups():
+            if any(weight.startswith(f"heads.{key}.pooler.") for weight in missing):
+                self.untrained_heads.update(heads)
+            self.untrained_heads.update(head for head in heads if f"heads.{key}.reward.{head}.weight" in missing)
+        if self.untrained_heads:
+            self._fresh = self._samples()
+            log.warning("no weights for reward heads %s: they start untrained", ", ".join(sorted(self.untrained_heads)))
 
     def _samples(self) -> dict[str, Tensor]:
         """Return up to SAMPLED elements of each weight of the reward heads, on the CPU, by name."""
@@ -444,8 +449,8 @@ class Model(PreTrainedModel, GenerationMixin):
 
         config.json, weights in files of at most ``max_shard_size``, generation_config.json; no tokenizer. Weights that
         were not trained are those of the original bit for bit. Reward heads are left out with a warning: the layout has
-        none. Raises UserError, before anything is written, for a model of no family, and for settings that have changed
-        and that the family lacks.
+        none. Raises UserError, before anything is written, for a model of no family, for settings that have changed and
+        that the family lacks, and for weights that its layout lacks.
         """
         family = FAMILIES.get(self.config.family)
         allow_saving(self.generation_config)
@@ -574,9 +579,9 @@ class Model(PreTrainedModel, GenerationMixin):
         return inputs, PaddedBatch.from_inputs(inputs, attention_mask, position_ids if inputs.shape[1] > 1 else None)
 
     def _states_list(self, output_hidden_states: bool | None) -> list[Tensor] | None:
-        """Return a list for the blocks' inputs if they are asked for, by the argument or the configuration."""
-        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return [] if asked else None
+        """Return a list for the blocks' inputs if the argument or the configuration requests them."""
+        requested = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return [] if requested else None
 
     def _check_length(self, tokens: int) -> None:
         """Raise ValueError if rows of ``tokens`` are longer than the model was made for."""

@@ -55,7 +55,13 @@ def save_family(
     kept = dict(weights)
     if model.config.tie_word_embeddings:
         del kept["lm_head.weight"]
-    tensors = blocks_of(kept, pieces(kept, family.weights), model.config)  # without the reward heads
+    names = pieces(kept, family.weights)
+    if others := [name for name in kept if name not in names and not name.startswith("heads.")]:
+        raise UserError(
+            f"weights: expected those of the family {family.model_type}, got {len(others)} others, the first is "
+            f"{shown(others[0])}"
+        )
+    tensors = blocks_of(kept, names, model.config)
     dtype = next(iter(tensors.values())).dtype
     fields["torch_dtype" if "torch_dtype" in fields else "dtype"] = str(dtype).removeprefix("torch.")
     if model.head_names:

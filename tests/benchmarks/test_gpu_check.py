@@ -76,6 +76,7 @@ def test_wrong_options_are_refused(options, message, tmp_path):
         ("dph_kernels/launcher.py", "tests/kernels/test_swiglu.py", "tests/test_optim.py"),
         ("dph/model/fused_block.py", "tests/model/test_fused_block.py", "tests/train/test_trainer.py"),
         ("dph/optim.py", "tests/test_optim.py", "tests/test_losses.py"),
+        ("dph/chat/templates.py", "tests/test_chat_templates.py", "tests/test_losses.py"),
         ("tests/train/test_trainer.py", "tests/train/test_trainer.py", "tests/train/test_compile.py"),
         ("tests/kernels/conftest.py", "tests/kernels/test_swiglu.py", "tests/test_optim.py"),
     ],

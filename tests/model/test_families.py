@@ -141,7 +141,11 @@ def test_settings_that_changed_are_written_back(tmp_path):
     ids = ids_of(1, 9)
     assert_close(model.eval()(ids).logits, back(ids).logits, 1e-5)
     model.config.rope_base = 77.0
-    with pytest.raises(UserError, match=r"rope_base: expected 10000\.0, as in .* of the family qwen2, got 77\.0"):
+    with pytest.raises(UserError, match=r"rope_base: expected 10000\.0, as in the qwen2 model that .*, got 77\.0"):
+        model.save_family(tmp_path / "other")
+    model.config.rope_base = 10000.0
+    model.backbone.blocks[0].attention.adapter = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"^weights: expected those of the family qwen2, got 2 others"):
         model.save_family(tmp_path / "other")
     assert not (tmp_path / "other").exists()
     with pytest.raises(UserError, match="family: expected a model that comes from a Hugging Face family's directory"):
@@ -158,6 +162,9 @@ def test_settings_that_changed_are_written_back(tmp_path):
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, "the same for all layers, got others"),
         ("llama", {"rope_theta": "1e4"}, "rope_theta: expected a finite number, got '1e4'"),
         ("llama", {"rope_parameters": YARN | {"mscale": "1", "mscale_all_dim": 1}}, "mscale: expected a finite number"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 1e308, "rope_theta": 1e4}}, "number, got inf"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, CONTEXT: "x"}},
+         f"rope_parameters.{CONTEXT}: expected a finite number, got 'x'"),
         ("llama", {"rope_parameters": LLAMA3 | {"low_freq_factor": 5.0}}, "low_freq_factor: expected at most .* 4.0"),
         ("qwen2", {"rope_parameters": YARN | {"factor": 8.0}, "use_sliding_window": True, "sliding_window": 64,
                    "max_window_layers": 0}, "sliding_window: .* the context of 128 tokens .*, got 64"),
@@ -197,6 +204,13 @@ def test_files_of_old_and_odd_converters(tmp_path):
     assert_close(dph.Model.from_pretrained(tmp_path)(ids).logits, expected, 1e-5)
     save_file(weights | {"lm_head.weight": embedding * 2}, file)
     with pytest.raises(UserError, match=r"lm_head.weight: expected the values of model.embed_tokens.weight .*, got o"):
+        dph.Model.from_pretrained(tmp_path)
+    numbers = embedding.to(torch.int32)
+    save_file(alone | {"model.embed_tokens.weight": numbers, "lm_head.weight": numbers.clone()}, file)
+    with pytest.raises(UserError, match=r"2 of another type \(the first is lm_head.weight: I32\)"):
+        dph.Model.from_pretrained(tmp_path)
+    save_file({name: tensor for name, tensor in alone.items() if name != "lm_head.weight"}, file)
+    with pytest.raises(UserError, match=r"1 missing \(the first is model.embed_tokens.weight\)"):
         dph.Model.from_pretrained(tmp_path)
     del alone["model.norm.weight"]
     save_file(alone | {"lm_head.weight": embedding, "score.weight": torch.ones(1, 32)}, file)

@@ -62,18 +62,17 @@ def their_fields(family: Family, config: Any) -> dict[str, Any]:
     for name, value in before.items():
         if name in family.fields.values() or name in ("reward_heads", "family", "family_fields"):
             continue
-        if name == "embedding_size":
-            value = config.hidden_size
-        if getattr(config, name) != value:
+        expected = config.hidden_size if name == "embedding_size" else value
+        if getattr(config, name) != expected:
             raise UserError(
-                f"{name}: expected {shown(value)}, as in every or this model of the family {family.model_type}, "
+                f"{name}: expected {shown(expected)}, as in the {family.model_type} model that this one comes from, "
                 f"got {shown(getattr(config, name))}"
             )
     return {**fields, "architectures": [family.architecture], "model_type": family.model_type}
 
 
 def _their_config(family: Family, fields: Mapping[str, Any]) -> Any:
-    """Return transformers' configuration, which knows the defaults of settings and the forms of earlier versions."""
+    """Return transformers' configuration, which has the defaults of settings and reads forms of earlier versions."""
     from transformers import AutoConfig
 
     known = {key: value for key, value in fields.items() if key not in ("model_type", "transformers_version")}
@@ -129,18 +128,21 @@ def _context(theirs: Any, scaling: Mapping[str, Any] | None) -> int:
         return longest
     factor, before = scaling.get(FACTOR), scaling.get(CONTEXT, longest)
     _check_number(f"rope_parameters.{FACTOR}", factor)
+    _check_number(f"rope_parameters.{CONTEXT}", before)
+    _check_number(f"rope_parameters.{FACTOR} * {CONTEXT}", factor * before)
     return max(longest, int(factor * before))
 
 
 def _resolve_yarn(given: dict[str, Any], theirs: Any) -> None:
     """Compute settings of YaRN that others imply, as transformers does: the factor, and that of the amplitude."""
     for key in (FACTOR, CONTEXT, "mscale", "mscale_all_dim"):
-        if given.get(key):
+        if given.get(key) is not None:
             _check_number(f"rope_parameters.{key}", given[key])
     if "truncate" in given and given["truncate"] is None:
         given["truncate"] = False
     if given.get(FACTOR) is None and given[CONTEXT]:
         given[FACTOR] = theirs.max_position_embeddings / given[CONTEXT]
+    _check_number(f"rope_parameters.{FACTOR}", given.get(FACTOR))
     scale, of_all = given.pop("mscale", None), given.pop("mscale_all_dim", None)
     if given.get("attention_factor") is None and scale and of_all and given[FACTOR] > 1:
         logarithm = 0.1 * math.log(given[FACTOR])
