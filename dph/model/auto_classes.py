@@ -15,8 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dph import chat
 from dph.errors import UserError
 from dph.model.config import ModelConfig, hub_arguments
+from dph.model.heads import JudgedStates
 from dph.model.loading import load_tokenizer
-from dph.model.model import CAUSAL_NAME, JudgedStates, Model
+from dph.model.model import CAUSAL_NAME, Model
 from dph.model.padded_batch import last_positions
 
 log = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class RewardModel(Model):
         end = self.config.im_end_token_id
         columns = last_positions(inputs, padded.mask, end, self._behind)
         states = self._states_list(output_hidden_states)
-        judged = JudgedStates(self, partial(padded.select, columns=columns))
+        judged = JudgedStates(self.heads, len(self.backbone.blocks), partial(padded.select, columns=columns))
 
         def observe(number: int, rows: Tensor) -> None:
             judged(number, rows)

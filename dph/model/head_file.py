@@ -4,21 +4,28 @@ head.json          name, form (pooler, layer, ...), name and digest of the backb
 head.safetensors   the weights, by their names within ``RewardHead``
 """
 
+from __future__ import annotations
+
+import copy
 import hashlib
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from dph._folder import read_json
 from dph.data import atomic
 from dph.errors import UserError, shown
+from dph.model.heads import RewardHead
+
+if TYPE_CHECKING:
+    from dph.model.model import Model
 
 DESCRIPTION, WEIGHTS = "head.json", "head.safetensors"
 FORMAT = 1
@@ -46,10 +53,6 @@ class HeadFile:
     about: dict[str, Any]
     path: Path
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return the weights by their names within ``RewardHead``, with the head's own name."""
-        return load_file(self.path / WEIGHTS)
-
 
 def is_head(path: str | os.PathLike) -> bool:
     """Whether a path is the directory of a head."""
@@ -68,28 +71,62 @@ def backbone_digest(backbone: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def write(
-    directory: str | os.PathLike,
-    name: str,
-    form: Mapping[str, Any],
-    weights: Mapping[str, Tensor],
-    backbone: Mapping[str, str],
-    about: Mapping[str, Any],
-) -> None:
-    """Write a head's directory, all at once; see :class:`HeadFile`."""
-    hidden_size = weights[f"reward.{name}.weight"].shape[1]
-    fields = {
+def save(model: Model, directory: str | os.PathLike, name: str | None, about: Mapping[str, Any]) -> None:
+    """Write one head of a model; see :meth:`Model.save_head`."""
+    if name is None and len(model.head_names) != 1:
+        raise UserError(f"name: expected one of {', '.join(model.head_names) or 'the heads'}, got none")
+    name = model.head_names[0] if name is None else name
+    model.check_heads(name)
+    (group,) = (key for key, head in model.heads.items() if name in head.reward)
+    tensors = {}
+    for key, weight in model.heads[group].state_dict().items():
+        if not key.startswith("reward.") or key == f"reward.{name}.weight":
+            tensors[key] = weight.detach().to("cpu").contiguous()
+    description = {
         "format": FORMAT,
         "name": name,
-        "form": dict(form),
-        "hidden_size": hidden_size,
-        "backbone": dict(backbone),
+        "form": model.config.head_form(group),
+        "hidden_size": model.config.hidden_size,
+        "backbone": {"name": str(model.name_or_path), "digest": backbone_digest(model.backbone)},
         "about": dict(about),
     }
     with atomic.new_files(directory, last=DESCRIPTION) as folder:
-        tensors = {key: weight.detach().to("cpu").contiguous() for key, weight in weights.items()}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / DESCRIPTION).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def load(model: Model, directory: str | os.PathLike, name: str | None, *, force: bool) -> str:
+    """Add a saved head to a model, and return its name; see :meth:`Model.load_head`."""
+    saved = read(directory)
+    name = saved.name if name is None else name
+    if name in model.head_names:
+        raise UserError(f"name: expected one that the model lacks, got {shown(name)}: give another name")
+    if saved.hidden_size != model.config.hidden_size:
+        raise UserError(
+            f"{directory}: expected a head for states of {model.config.hidden_size} elements, got one for "
+            f"{saved.hidden_size}"
+        )
+    if not force and saved.backbone["digest"] != backbone_digest(model.backbone):
+        raise UserError(
+            f"{directory}: expected a head of this backbone, got one of {shown(saved.backbone['name'])}, whose weights "
+            "are others; force=True takes it nevertheless"
+        )
+    config = copy.deepcopy(model.config)
+    config.task_heads = [*config.task_heads, name]
+    config.task_head_forms = {**config.task_head_forms, name: saved.form}
+    type(config).from_dict(config.to_dict())  # checks name and form
+    head = RewardHead([name], hidden_size=config.hidden_size, **saved.form)
+    own, weights = f"reward.{saved.name}.weight", {}
+    for key, weight in load_file(saved.path / WEIGHTS).items():
+        weights[f"reward.{name}.weight" if key == own else key] = weight
+    shapes = {key: list(weight.shape) for key, weight in head.state_dict().items()}
+    if (got := {key: list(weight.shape) for key, weight in weights.items()}) != shapes:
+        raise UserError(f"{saved.path / WEIGHTS}: expected tensors of shapes {shapes}, got {shown(got)}")
+    head.load_state_dict(weights)
+    like = model.backbone.output_norm.weight
+    model.config.task_heads, model.config.task_head_forms = config.task_heads, config.task_head_forms
+    model.heads[f"task_{name}"] = head.to(like.device, like.dtype).train(model.training)
+    return name
 
 
 def read(directory: str | os.PathLike) -> HeadFile:

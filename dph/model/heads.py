@@ -1,7 +1,7 @@
 """Reward head: a pooler and one or more reward vectors on the hidden state of the last end-of-turn token."""
 
 import copy
-from collections.abc import Iterator, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, ValuesView
 from typing import Any
 
 import torch
@@ -182,6 +182,10 @@ class RewardHeads(nn.Module):
         """Return the groups' heads."""
         return self._modules.values()
 
+    def items(self) -> ItemsView[str, RewardHead]:
+        """Return the groups' names and heads."""
+        return self._modules.items()
+
     def clear(self) -> None:
         """Remove all groups."""
         self._modules.clear()
@@ -210,6 +214,36 @@ class RewardHeads(nn.Module):
         for head in self.values():
             rewards |= head(states[head.layer], seed, row_ids, dropout)
         return rewards
+
+
+class JudgedStates:
+    """Observer of a backbone that keeps the states which a model's heads judge.
+
+    Args:
+        heads: of a model.
+        blocks: number of blocks of its backbone.
+        select: of the states [T, C] of all rows those of A judged tokens [A, C].
+
+    Attributes:
+        blocks: number of blocks that have to be computed; None for all, and the output norm.
+    """
+
+    def __init__(self, heads: RewardHeads, blocks: int, select: Callable[[Tensor], Tensor]) -> None:
+        self.layers, self.select, self._all = heads.layers, select, blocks
+        self.blocks = None if self.layers[-1] == -1 else self.layers[-1]
+        self._states: dict[int, Tensor] = {}
+
+    def __call__(self, number: int, states: Tensor) -> None:
+        """Keep the input of block ``number``, or the backbone's result, if a head judges it."""
+        layer = -1 if number == self._all else number
+        if layer in self.layers:
+            self._states[layer] = self.select(states)
+
+    def joined(self) -> Tensor:
+        """Return the states [A, N C] of the N layers side by side, as ``RewardHeads`` takes them."""
+        if len(self.layers) == 1:
+            return self._states[self.layers[0]]
+        return torch.cat([self._states[layer] for layer in self.layers], 1)
 
 
 def _rename_wrapped(heads: RewardHeads, state: dict[str, Tensor], prefix: str, _: Any) -> None:

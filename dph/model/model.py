@@ -44,7 +44,7 @@ from dph.model import head_file, saving
 from dph.model.backbone import Backbone
 from dph.model.config import DTYPES, FAMILIES, ModelConfig, hub_arguments, read_fields, with_config
 from dph.model.generation_settings import allow_saving, read_generation_config
-from dph.model.heads import RewardHead, RewardHeads, Standardise
+from dph.model.heads import JudgedStates, RewardHead, RewardHeads, Standardise
 from dph.model.memory import Memory
 from dph.model.padded_batch import (
     PaddedBatch,
@@ -386,17 +386,7 @@ class Model(PreTrainedModel, GenerationMixin):
 
         Raises ValueError for an unknown or untrained head.
         """
-        if name is None and len(self.head_names) != 1:
-            raise UserError(f"name: expected one of {', '.join(self.head_names) or 'the heads'}, got none")
-        name = self.head_names[0] if name is None else name
-        self.check_heads(name)
-        (key,) = (key for key, names in self._head_groups() if name in names)
-        weights = self.heads[key].state_dict()
-        for other in self.heads[key].reward:
-            if other != name:
-                del weights[f"reward.{other}.weight"]
-        backbone = {"name": str(self.name_or_path), "digest": head_file.backbone_digest(self.backbone)}
-        head_file.write(directory, name, self.config.head_form(key), weights, backbone, about or {})
+        head_file.save(self, directory, name, about or {})
 
     def load_head(self, directory: str | os.PathLike, name: str | None = None, *, force: bool = False) -> str:
         """Add a head that :meth:`save_head` wrote; the backbone is not read again. Return the head's name.
@@ -408,33 +398,7 @@ class Model(PreTrainedModel, GenerationMixin):
 
         Raises UserError for a name that the model has already, and for another backbone.
         """
-        saved = head_file.read(directory)
-        name = saved.name if name is None else name
-        if name in self.head_names:
-            raise UserError(f"name: expected one that the model lacks, got {shown(name)}: give another name")
-        if saved.hidden_size != self.config.hidden_size:
-            raise UserError(
-                f"{directory}: expected a head for states of {self.config.hidden_size} elements, got one for "
-                f"{saved.hidden_size}"
-            )
-        if not force and saved.backbone["digest"] != head_file.backbone_digest(self.backbone):
-            raise UserError(
-                f"{directory}: expected a head of this backbone, got one of {shown(saved.backbone['name'])}, whose "
-                "weights are others; force=True takes it nevertheless"
-            )
-        config = copy.deepcopy(self.config)
-        config.task_heads = [*config.task_heads, name]
-        config.task_head_forms = {**config.task_head_forms, name: saved.form}
-        ModelConfig.from_dict(config.to_dict())  # checks names and form
-        head = RewardHead([name], hidden_size=config.hidden_size, **saved.form)
-        own = f"reward.{saved.name}.weight"
-        weights = {key.replace(own, f"reward.{name}.weight"): weight for key, weight in saved.weights().items()}
-        check_tensors(head.state_dict(), weights, saved.path / head_file.WEIGHTS)
-        head.load_state_dict(weights)
-        like = self.backbone.output_norm.weight
-        self.config.task_heads, self.config.task_head_forms = config.task_heads, config.task_head_forms
-        self.heads[f"task_{name}"] = head.to(like.device, like.dtype).train(self.training)
-        return name
+        return head_file.load(self, directory, name, force=force)
 
     def save_official(self, directory: str | os.PathLike) -> None:
         """Write a directory in the released layout (``lsw_transformer``): config.json and model.safetensors.
@@ -707,7 +671,9 @@ class Model(PreTrainedModel, GenerationMixin):
                 the masks of the whole batch.
             dropout: False switches the reward heads' dropout off in training, too.
         """
-        judged = JudgedStates(self, lambda states: states[batch.reward_rows.clamp(min=0)])
+        judged = JudgedStates(
+            self.heads, len(self.backbone.blocks), lambda states: states[batch.reward_rows.clamp(min=0)]
+        )
         hidden = self.backbone(batch.tokens, batch.layout, observe=judged)
         logprobs = self._logprobs(self.output_proj(hidden[batch.rows]), batch.targets, uniform=False)
         zeros = logprobs.new_zeros(len(batch.reward_rows))
@@ -730,7 +696,7 @@ class Model(PreTrainedModel, GenerationMixin):
 
         Those of the N layers that the heads judge (``heads.layers``), side by side; no later block is computed.
         """
-        judged = JudgedStates(self, lambda states: states[batch.reward_rows])
+        judged = JudgedStates(self.heads, len(self.backbone.blocks), lambda states: states[batch.reward_rows])
         self.backbone(batch.tokens, batch.layout, observe=judged, blocks=judged.blocks)
         return judged.joined()
 
@@ -769,7 +735,7 @@ class Model(PreTrainedModel, GenerationMixin):
         if reward_positions is None:
             reward_positions = last_positions(input_ids, padded.mask, self.config.im_end_token_id)
         positions = padded.token_columns("reward_positions", reward_positions)
-        judged = JudgedStates(self, partial(padded.select, columns=positions))
+        judged = JudgedStates(self.heads, len(self.backbone.blocks), partial(padded.select, columns=positions))
         self._hidden(input_ids, padded, observe=judged)
         return self.rewards_of(judged.joined())
 
@@ -822,35 +788,6 @@ class Model(PreTrainedModel, GenerationMixin):
         self.check_heads(head)
         groups = [[chat.encode(conversation, tokenizer)] for conversation in conversations]
         return torch.tensor([judged.rewards[head][0] for judged in self.judge(groups, max_tokens)])
-
-
-class JudgedStates:
-    """Observer of a backbone that keeps the states which a model's heads judge.
-
-    Args:
-        model: with heads.
-        select: of the states [T, C] of all rows those of A judged tokens [A, C].
-
-    Attributes:
-        blocks: number of blocks that have to be computed; None for all, and the output norm.
-    """
-
-    def __init__(self, model: Model, select: Callable[[Tensor], Tensor]) -> None:
-        self.layers, self.select, self._all = model.heads.layers, select, len(model.backbone.blocks)
-        self.blocks = None if self.layers[-1] == -1 else self.layers[-1]
-        self._states: dict[int, Tensor] = {}
-
-    def __call__(self, number: int, states: Tensor) -> None:
-        """Keep the input of block ``number``, or the backbone's result, if a head judges it."""
-        layer = -1 if number == self._all else number
-        if layer in self.layers:
-            self._states[layer] = self.select(states)
-
-    def joined(self) -> Tensor:
-        """Return the states [A, N C] of the N layers side by side, as ``RewardHeads`` takes them."""
-        if len(self.layers) == 1:
-            return self._states[self.layers[0]]
-        return torch.cat([self._states[layer] for layer in self.layers], 1)
 
 
 class BaseModelView(nn.Module):
