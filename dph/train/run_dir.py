@@ -37,7 +37,7 @@ from dph.errors import RunLost, UserError, one_line, shown
 from dph.train import checkpointing, trackers
 from dph.train.checkpointing import Checkpoint
 from dph.train.distributed import SINGLE_PROCESS, World
-from dph.train.recipe import MAY_CHANGE_ON_RESUME
+from dph.train.recipe import MAY_CHANGE_ON_RESUME, from_dict
 from dph.train.trackers import TensorBoard, Tracker
 
 log = logging.getLogger(__name__)
@@ -234,6 +234,9 @@ class RunDirectory:
         Places may change if the newest checkpoint holds fingerprints, which the trainer compares.
         """
         before, now = _flatten(self._read_config()), _flatten(self._config)
+        # Options that a later version added had their default.
+        defaults = _flatten(from_dict({"stage": self._config["stage"]}).as_dict())
+        before |= {key: defaults[key] for key in (now.keys() & defaults.keys()) - before.keys()}
         different, places_may_change = [], self._has_fingerprints()
         for key in sorted(before.keys() | now.keys(), key=lambda key: (key != "stage", key)):
             may_change = key in MAY_CHANGE_ON_RESUME or key.split(".")[0] in MAY_CHANGE_ON_RESUME
