@@ -52,8 +52,8 @@ def prepare_heads(stage: PreferenceStage, quiet: bool = False) -> None:
 
 def _sample(stage: PreferenceStage, count: int) -> list[Pair]:
     """Return the first ``count`` training pairs, or all if there are fewer, in the order of training."""
-    state, pairs = stage.batches.state_dict(), []
-    while len(pairs) < min(count, stage.batches.records.size):
+    state, pairs, count = stage.batches.state_dict(), [], min(count, stage.batches.records.size)
+    while len(pairs) < count:
         pairs += next(stage.batches)
     stage.batches.load_state_dict(state)
     return pairs[:count]

@@ -234,8 +234,8 @@ class RunDirectory:
         Places may change if the newest checkpoint holds fingerprints, which the trainer compares.
         """
         before, now = _flatten(self._read_config()), _flatten(self._config)
-        # Options that a later version added had their default.
-        defaults = _flatten(from_dict({"stage": self._config["stage"]}).as_dict())
+        # Options that a later version added had their default, which is the same in every stage.
+        defaults = _flatten(from_dict({"stage": "sft"}).as_dict())
         before |= {key: defaults[key] for key in (now.keys() & defaults.keys()) - before.keys()}
         different, places_may_change = [], self._has_fingerprints()
         for key in sorted(before.keys() | now.keys(), key=lambda key: (key != "stage", key)):
