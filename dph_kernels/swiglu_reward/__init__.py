@@ -156,7 +156,7 @@ def swiglu_reward(
     Without w1 the pooler is ``tanh(hidden @ w2.T + b2)`` (bert, t5); without w1 and w2 it is the identity.
 
     Args:
-        hidden: [R, C] last-layer states at each answer's final `<|im_end|>`, fp16, bf16, fp32 or fp64. R may be 0.
+        hidden: [R, C] states at each answer's end-of-turn token, fp16, bf16, fp32 or fp64. R may be 0.
         reward: [K, C] reward vectors, as all weights of hidden's dtype and device.
         w1: [2F, C], rows of [x | gate]; b1: [2F].
         w2: [C, F], or [C, C] without w1; b2: [C]. Both biases are optional.
