@@ -106,6 +106,8 @@ FORM = {
     "norm": "layer",
     "qk_norm": False,
     "rotary_scaling": None,
+    "reward_layer": -1,
+    "reward_standardised": False,
     **dict.fromkeys(("qkv_bias", "out_bias", "ffn_bias", "embedding_projection", "tie_word_embeddings"), True),
 }
 

@@ -12,6 +12,7 @@ from dph.data import dataset
 from dph.errors import UserError
 from dph.train import build, head_states, layer_choice
 from dph.train.entry import train
+from dph.train.precompute.fill import fill_cache
 from dph.train.stages.held_out import HeldOutPairs
 
 AUTO = {"objective__layer": "auto", "objective__standardised": True, "objective__sample": 20}
@@ -73,6 +74,28 @@ def test_a_run_chooses_once_and_resumes(stage, tmp_path, monkeypatch, capsys):
     model.set_reward_layer(2)
     monkeypatch.setattr(head_states, "sample_states", die)
     same(whole, go(parts, model=model, resume=True))
+
+
+def test_states_of_each_layer_have_a_cache_of_their_own(tmp_path):
+    """Runs in one folder share caches: the same backbone and pairs, but not the same states."""
+    changes = {"data__cache": f"{tmp_path}/cache"}
+    for layer in (-1, 1, 2):
+        model = tiny(num_hidden_layers=3, reward_layer=layer)
+        shared = go(settings("head", tmp_path / f"shared{layer}", **changes), model=model)
+        alone = go(settings("head", tmp_path / f"alone{layer}"), model=tiny(num_hidden_layers=3, reward_layer=layer))
+        same(shared, alone)
+    kinds = sorted(path.name.split("-")[0:2] for path in (tmp_path / "cache").iterdir())
+    assert [kind for kind in kinds if kind[1] in ("1", "2")] == [["states", "1"], ["states", "2"]]
+    assert len(kinds) == 3
+
+
+def test_a_cache_is_filled_with_the_states_of_the_chosen_layer(tmp_path, monkeypatch):
+    monkeypatch.setattr(head_states, "best_layer", lambda values: 2)
+    recipe = settings("head", tmp_path / "run", **AUTO)
+    model = new_model()
+    filled = fill_cache(recipe, model=model, tokenizer=small_tokenizer(), records=records("head"), quiet=True)
+    assert model.config.reward_layer == 2
+    assert filled.directory.name.startswith("states-2-")
 
 
 def test_trained_heads_keep_their_layer(tmp_path):

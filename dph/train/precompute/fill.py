@@ -22,6 +22,7 @@ from dph.errors import UserError
 from dph.model.model import Model
 from dph.train import build, compile
 from dph.train.distributed import torchrun_world
+from dph.train.head_states import prepare_heads
 from dph.train.recipe import Recipe
 from dph.train.stages.preference import PreferenceStage
 
@@ -64,6 +65,7 @@ def fill_cache(
     if model is None:
         model, tokenizer = build.open_model(recipe)
     stage = build.make_stage(recipe, model, tokenizer, records, held_out={})
+    prepare_heads(stage, quiet)  # whose layer decides which states are stored
     if recipe.compile:
         compile.require(model.device)
     if low_precision(recipe.precision, model.device):

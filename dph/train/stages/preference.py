@@ -136,9 +136,12 @@ class FrozenModel:
     def cache(self) -> PairCache:
         """Cache on disk, opened at the first use: by then the weights that name it have the precision of the run."""
         stage, config = self.stage, self.stage.model.config
-        frozen, width = stage.reference, 2
+        frozen, width, kind = stage.reference, 2, self.kind
         if self.kind == "states":
-            frozen, width = stage.model.backbone, 2 * len(stage.model.heads.layers) * config.hidden_size
+            layers = stage.model.heads.layers
+            frozen, width = stage.model.backbone, 2 * len(layers) * config.hidden_size
+            if layers != [-1]:  # the name of the last layer's caches is that of earlier versions
+                kind = "-".join(["states", *map(str, layers)])
         weights = {}
         for name, weight in frozen.named_parameters():
             if not name.startswith("heads."):
@@ -146,7 +149,7 @@ class FrozenModel:
                     weight = full_tensor(weight, compute_dtype(stage.model)).cpu()
                 weights[name] = weight
         directory, any_rank = cache_directory(stage.recipe), stage.world.any_rank
-        return PairCache(directory, self.kind, weights, config, stage.tokenizer, width, any_rank)
+        return PairCache(directory, kind, weights, config, stage.tokenizer, width, any_rank)
 
     def flush(self) -> None:
         """Write the new outputs to the disk."""
