@@ -125,7 +125,7 @@ class RewardModel(Model):
         end = self.config.im_end_token_id
         columns = last_positions(inputs, padded.mask, end, self._behind)
         states = self._states_list(output_hidden_states)
-        judged = JudgedStates(self.heads, len(self.backbone.blocks), partial(padded.select, columns=columns))
+        judged = JudgedStates(self.heads.layers, len(self.backbone.blocks), partial(padded.select, columns=columns))
 
         def observe(number: int, rows: Tensor) -> None:
             judged(number, rows)

@@ -220,7 +220,7 @@ class JudgedStates:
     """Observer of a backbone that keeps the states which a model's heads judge.
 
     Args:
-        heads: of a model.
+        layers: numbers of blocks whose input is judged, rising; -1 at the end for the result (``RewardHeads.layers``).
         blocks: number of blocks of its backbone.
         select: of the states [T, C] of all rows those of A judged tokens [A, C].
 
@@ -228,8 +228,8 @@ class JudgedStates:
         blocks: number of blocks that have to be computed; None for all, and the output norm.
     """
 
-    def __init__(self, heads: RewardHeads, blocks: int, select: Callable[[Tensor], Tensor]) -> None:
-        self.layers, self.select, self._all = heads.layers, select, blocks
+    def __init__(self, layers: list[int], blocks: int, select: Callable[[Tensor], Tensor]) -> None:
+        self.layers, self.select, self._all = layers, select, blocks
         self.blocks = None if self.layers[-1] == -1 else self.layers[-1]
         self._states: dict[int, Tensor] = {}
 

@@ -672,7 +672,7 @@ class Model(PreTrainedModel, GenerationMixin):
             dropout: False switches the reward heads' dropout off in training, too.
         """
         judged = JudgedStates(
-            self.heads, len(self.backbone.blocks), lambda states: states[batch.reward_rows.clamp(min=0)]
+            self.heads.layers, len(self.backbone.blocks), lambda states: states[batch.reward_rows.clamp(min=0)]
         )
         hidden = self.backbone(batch.tokens, batch.layout, observe=judged)
         logprobs = self._logprobs(self.output_proj(hidden[batch.rows]), batch.targets, uniform=False)
@@ -696,7 +696,7 @@ class Model(PreTrainedModel, GenerationMixin):
 
         Those of the N layers that the heads judge (``heads.layers``), side by side; no later block is computed.
         """
-        judged = JudgedStates(self.heads, len(self.backbone.blocks), lambda states: states[batch.reward_rows])
+        judged = JudgedStates(self.heads.layers, len(self.backbone.blocks), lambda states: states[batch.reward_rows])
         self.backbone(batch.tokens, batch.layout, observe=judged, blocks=judged.blocks)
         return judged.joined()
 
@@ -735,7 +735,7 @@ class Model(PreTrainedModel, GenerationMixin):
         if reward_positions is None:
             reward_positions = last_positions(input_ids, padded.mask, self.config.im_end_token_id)
         positions = padded.token_columns("reward_positions", reward_positions)
-        judged = JudgedStates(self.heads, len(self.backbone.blocks), partial(padded.select, columns=positions))
+        judged = JudgedStates(self.heads.layers, len(self.backbone.blocks), partial(padded.select, columns=positions))
         self._hidden(input_ids, padded, observe=judged)
         return self.rewards_of(judged.joined())
 

@@ -1,6 +1,7 @@
 """Preparation of new reward heads by a sample of the training pairs: their layer, and the figures of their states."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from tqdm import tqdm
 
 from dph.data.packing import batches, pack
 from dph.errors import UserError
+from dph.model.heads import JudgedStates
 from dph.model.model import Model
 from dph.train.layer_choice import best_layer, probe_layers
 from dph.train.stages.preference import Pair, PreferenceStage
@@ -67,22 +69,19 @@ def prompt_of(pair: Pair) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def sample_states(model: Model, pairs: Sequence[Pair], layers: Sequence[int], quiet: bool = False) -> Tensor:
-    """Return the states [P, 2, N, C] fp32, on the CPU, of the judged tokens of P pairs in N layers."""
-    last = len(model.backbone.blocks)
-    wanted = {last if layer == -1 else layer: number for number, layer in enumerate(layers)}
+def sample_states(model: Model, pairs: Sequence[Pair], layers: list[int], quiet: bool = False) -> Tensor:
+    """Return the states [P, 2, N, C] fp32, on the CPU, of the judged tokens of P pairs in N layers (JudgedStates)."""
     results = []
     with tqdm(desc="sample", total=len(pairs), unit="pair", dynamic_ncols=True, disable=quiet) as progress:
         for batch in batches(pairs, TOKENS):
             packed = pack(batch).to(model.device)
-            states = torch.empty(len(packed.reward_rows), len(layers), model.config.hidden_size)
-
-            def observe(number: int, rows: Tensor, packed=packed, states=states) -> None:  # noqa: ANN001
-                if number in wanted:
-                    states[:, wanted[number]] = rows[packed.reward_rows].float().cpu()
-
-            until = None if last in wanted else max(wanted)
-            model.backbone(packed.tokens, packed.layout, observe=observe, blocks=until)
-            results.append(states)
+            select = partial(_rows_on_host, numbers=packed.reward_rows)
+            judged = JudgedStates(layers, len(model.backbone.blocks), select)
+            model.backbone(packed.tokens, packed.layout, observe=judged, blocks=judged.blocks)
+            results.append(judged.joined())
             progress.update(len(batch))
-    return torch.cat(results).unflatten(0, (-1, 2))
+    return torch.cat(results).view(len(pairs), 2, len(layers), -1)
+
+
+def _rows_on_host(states: Tensor, numbers: Tensor) -> Tensor:
+    return states[numbers].float().cpu()
