@@ -101,7 +101,8 @@ class ModelConfig(PretrainedConfig):
         task_head_forms: by name of a task head, its pooler, intermediate_size, dropout, layer and standardised, if they
             are others than the following.
         reward_pooler: identity, bert, t5, swiglu_bert or swiglu_t5.
-        reward_layer: number of the block whose input the heads judge; -1 for the states after the output norm.
+        reward_layer: number of the block whose input the heads judge; -1 for the states after the output norm. A list
+            of several: a learnt mix of them.
         reward_standardised: standardise the judged states by mean and deviation of those of the training answers.
         reward_dropout: dropout of the pooled state (and of the hidden state for the t5 kinds) in training.
         max_position_embeddings: most tokens of a row, but for a :class:`dph.Memory` that is given; None for any number.
@@ -145,7 +146,7 @@ class ModelConfig(PretrainedConfig):
         task_heads: tuple[str, ...] = (),
         task_head_forms: dict[str, dict[str, Any]] | None = None,
         reward_pooler: str = "swiglu_bert",
-        reward_layer: int = -1,
+        reward_layer: int | list[int] = -1,
         reward_standardised: bool = False,
         reward_dropout: float = 0.1,
         max_position_embeddings: int | None = None,
@@ -228,7 +229,7 @@ class ModelConfig(PretrainedConfig):
                 f"got {self.embedding_size}"
             )
         scaling_of(self.rotary_scaling)
-        _check_integer("reward_layer", self.reward_layer, -1, max(self.num_hidden_layers - 1, -1))
+        _check_layer("reward_layer", self.reward_layer, self.num_hidden_layers)
         if self.reward_pooler not in POOLERS:
             raise UserError(f"reward_pooler: expected one of {', '.join(POOLERS)}, got {shown(self.reward_pooler)}")
         _check_heads([*self.reward_heads, *self.task_heads])
@@ -256,7 +257,7 @@ class ModelConfig(PretrainedConfig):
                 raise UserError(f"{where}: expected {', '.join(fields)} of a task head, got {shown(form)}")
             if form["pooler"] not in POOLERS:
                 raise UserError(f"{where}.pooler: expected one of {', '.join(POOLERS)}, got {shown(form['pooler'])}")
-            _check_integer(f"{where}.layer", form["layer"], -1, max(self.num_hidden_layers - 1, -1))
+            _check_layer(f"{where}.layer", form["layer"], self.num_hidden_layers)
             _check_integer(f"{where}.intermediate_size", form["intermediate_size"], *SIZES["intermediate_size"])
             dropout = form["dropout"]
             if not isinstance(dropout, Real) or isinstance(dropout, bool) or not 0 <= dropout < 1:
@@ -415,6 +416,15 @@ def _check_integer(name: str, value: Any, least: int, most: int) -> None:
     if value > most:
         reason = " (no known model has more)" if name in SIZES else ""
         raise UserError(f"{name}: expected at most {most}{reason}, got {shown(value)}")
+
+
+def _check_layer(name: str, layer: Any, blocks: int) -> None:
+    """Raise UserError unless ``layer`` is the number of a layer that heads can judge, or a list of several."""
+    layers = layer if isinstance(layer, list) else [layer]
+    for number in layers:
+        _check_integer(name, number, -1, max(blocks - 1, -1))
+    if isinstance(layer, list) and (len(layer) < 2 or len(set(layer)) < len(layer)):
+        raise UserError(f"{name}: expected a number, or a list of at least two different ones, got {shown(layer)}")
 
 
 def _check_heads(names: list[Any]) -> None:

@@ -44,6 +44,23 @@ class Standardise(nn.Module):
         return (states - self.mean) / self.deviation
 
 
+class Mix(nn.Module):
+    """sum over N layers of weight_n * h_n, elementwise: a learnt mix of their states; it begins as sum h_n / sqrt(N)."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(layers, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weights with which the mix of uncorrelated states has their scale."""
+        nn.init.constant_(self.weight, len(self.weight) ** -0.5)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[R, N C] -> [R, C]."""
+        return (states.unflatten(1, self.weight.shape) * self.weight).sum(1)
+
+
 class RewardHead(nn.Module):
     """reward = w_r . dropout(f(h)) for K named reward vectors over one pooler f (arXiv 2405.20053).
 
@@ -64,8 +81,9 @@ class RewardHead(nn.Module):
         hidden_size: C.
         intermediate_size: F, for the SwiGLU poolers.
         dropout: probability in [0, 1), in training only.
-        layer: number of the block whose input is judged; -1 for the states after the output norm (the paper's).
-        standardised: standardise the states before the pooler.
+        layer: number of the block whose input is judged; -1 for the states after the output norm (the paper's). A list
+            of them: h is a learnt mix of these layers (:class:`Mix`).
+        standardised: standardise the states before the pooler, and before they are mixed.
     """
 
     def __init__(
@@ -76,12 +94,12 @@ class RewardHead(nn.Module):
         intermediate_size: int,
         dropout: float = 0.0,
         *,
-        layer: int = -1,
+        layer: int | list[int] = -1,
         standardised: bool = False,
     ) -> None:
         super().__init__()
-        self.layer = layer
-        self.standardise = Standardise(hidden_size) if standardised else None
+        self.hidden_size, self.standardised = hidden_size, standardised
+        self.set_layer(layer)
         layers: list[nn.Module] = [nn.Dropout(dropout)] if pooler.endswith("t5") else []
         if pooler.startswith("swiglu"):
             layers += [nn.Linear(hidden_size, 2 * intermediate_size), SwiGLU()]
@@ -93,13 +111,24 @@ class RewardHead(nn.Module):
         self.reward = nn.ModuleDict({name: nn.Linear(hidden_size, 1, bias=False) for name in names})
         self._kinds = tuple(map(type, (self.pooler, *layers, self.dropout)))
 
+    def set_layer(self, layer: int | list[int]) -> None:
+        """Judge ``layer``, or a fresh mix of layers, of states whose figures are not known yet."""
+        self.layers = (layer,) if isinstance(layer, int) else tuple(layer)
+        count, width = len(self.layers), self.hidden_size
+        self.standardise = Standardise(count * width) if self.standardised else None
+        self.mix = Mix(count, width) if count > 1 else None
+
+    def shared_weights(self) -> list[str]:
+        """Return the names of the trained weights that the reward vectors share: those of mix and pooler."""
+        return [name for name, _ in self.named_parameters() if name.startswith(("mix.", "pooler."))]
+
     def forward(
         self, hidden: Tensor, seed: int | None = None, row_ids: Tensor | None = None, dropout: bool = True
     ) -> dict[str, Tensor]:
-        """Rewards {name: [R]} in fp32 of ``hidden`` [R, C].
+        """Rewards {name: [R]} in fp32 of ``hidden`` [R, N C].
 
         Args:
-            hidden: states of ``layer``, one row per judged answer.
+            hidden: states of the N ``layers`` side by side, one row per judged answer.
             seed: seed of the dropout; drawn from torch's generator if None. Unused in evaluation.
             row_ids: [R] int64 keys of the rows' dropout masks, so that a row's mask does not depend on its batch.
             dropout: False switches the head's dropout off in training, too, and leaves ``training`` as it is, which
@@ -109,6 +138,8 @@ class RewardHead(nn.Module):
             seed = int(torch.randint(2**31, ()))
         if self.standardise is not None:
             hidden = self.standardise(hidden)
+        if self.mix is not None:
+            hidden = self.mix(hidden)
         if not self._is_modified():
             return self._fused(hidden, seed or 0, row_ids, dropout)
         if row_ids is None:
@@ -193,11 +224,7 @@ class RewardHeads(nn.Module):
     @property
     def layers(self) -> list[int]:
         """Layers whose states the heads judge, in the order in which ``forward`` takes them; -1 comes last."""
-        layers = []
-        for head in self.values():
-            if head.layer not in layers:
-                layers.append(head.layer)
-        layers.sort()
+        layers = sorted({layer for head in self.values() for layer in head.layers})
         return [*layers[1:], -1] if layers[:1] in ([], [-1]) else layers
 
     def forward(
@@ -212,7 +239,8 @@ class RewardHeads(nn.Module):
         layers, rewards = self.layers, {}
         states = dict(zip(layers, hidden.chunk(len(layers), 1), strict=True))
         for head in self.values():
-            rewards |= head(states[head.layer], seed, row_ids, dropout)
+            own = [states[layer] for layer in head.layers]
+            rewards |= head(torch.cat(own, 1) if len(own) > 1 else own[0], seed, row_ids, dropout)
         return rewards
 
 

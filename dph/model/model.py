@@ -44,7 +44,7 @@ from dph.model import head_file, saving
 from dph.model.backbone import Backbone
 from dph.model.config import DTYPES, FAMILIES, ModelConfig, hub_arguments, read_fields, with_config
 from dph.model.generation_settings import allow_saving, read_generation_config
-from dph.model.heads import JudgedStates, RewardHead, RewardHeads, Standardise
+from dph.model.heads import JudgedStates, Mix, RewardHead, RewardHeads, Standardise
 from dph.model.memory import Memory
 from dph.model.padded_batch import (
     PaddedBatch,
@@ -194,6 +194,8 @@ class Model(PreTrainedModel, GenerationMixin):
         if isinstance(module, Standardise):
             nn.init.zeros_(module.mean)
             nn.init.ones_(module.deviation)
+        elif isinstance(module, Mix):
+            module.reset_parameters()
         elif module is not self.lm_head or not self.config.tie_word_embeddings:
             super()._init_weights(module)
 
@@ -212,11 +214,13 @@ class Model(PreTrainedModel, GenerationMixin):
         """The model without its heads, as transformers and other libraries call it: tokens to last hidden states."""
         return BaseModelView(self)
 
-    def set_reward_layer(self, layer: int) -> None:
-        """Let all heads, which have to be untrained, judge another layer (``config.reward_layer``)."""
+    def set_reward_layer(self, layer: int | list[int]) -> None:
+        """Let all heads, which have to be untrained, judge another layer or mix (``config.reward_layer``)."""
         self.config.reward_layer = layer
+        like = self.backbone.output_norm.weight
         for head in self.heads.values():
-            head.layer = layer
+            head.set_layer(layer)
+            head.to(like.device, like.dtype)
 
     def explain(self, tokens: int = 4096, memory_kind: str | None = None) -> str:
         """Print and return the form of each block (fused or in parts), the backends of its operators, and why.
@@ -324,7 +328,7 @@ class Model(PreTrainedModel, GenerationMixin):
         """Set ``untrained_heads`` to those with weights that a checkpoint lacked, and warn."""
         self.untrained_heads = set()
         for key, heads in self._head_groups():
-            if any(weight.startswith(f"heads.{key}.pooler.") for weight in missing):
+            if not missing.isdisjoint(f"heads.{key}.{name}" for name in self.heads[key].shared_weights()):
                 self.untrained_heads.update(heads)
             self.untrained_heads.update(head for head in heads if f"heads.{key}.reward.{head}.weight" in missing)
         if self.untrained_heads:
@@ -354,7 +358,7 @@ class Model(PreTrainedModel, GenerationMixin):
             if not any(torch.equal(sample, values.to(sample.dtype)) for values in rounded):
                 changed.add(name)
         for key, names in self._head_groups():
-            pooler_changed = any(name.startswith(f"{key}.pooler.") for name in changed)
+            pooler_changed = not changed.isdisjoint(f"{key}.{name}" for name in self.heads[key].shared_weights())
             for name in self.untrained_heads.intersection(names):
                 if f"{key}.reward.{name}.weight" in changed or (pooler_changed and len(names) == 1):
                     self.untrained_heads.discard(name)
@@ -370,8 +374,8 @@ class Model(PreTrainedModel, GenerationMixin):
             untrained = self.untrained_heads.intersection(names)
             for name in untrained:
                 kept.pop(f"heads.{key}.reward.{name}.weight", None)
-            for name, _ in self.heads[key].pooler.named_parameters() if untrained == set(names) else ():
-                kept.pop(f"heads.{key}.pooler.{name}", None)
+            for name in self.heads[key].shared_weights() if untrained == set(names) else ():
+                kept.pop(f"heads.{key}.{name}", None)
         return kept
 
     def save_head(
@@ -817,7 +821,7 @@ def _before_loading(model: Model, state: dict[str, Tensor], prefix: str, *_: Any
             state.setdefault(f"{prefix}{tied}", state[f"{prefix}{source}"])
     for key, names in model._head_groups() if isinstance(model.heads, RewardHeads) else ():
         head = f"{prefix}heads.{key}"
-        if all(f"{head}.pooler.{name}" in state for name, _ in model.heads[key].pooler.named_parameters()):
+        if all(f"{head}.{name}" in state for name in model.heads[key].shared_weights()):
             model.untrained_heads -= {name for name in names if f"{head}.reward.{name}.weight" in state}
 
 

@@ -24,6 +24,7 @@ from dph.model.model import Model
 from dph.train import checkpointing
 from dph.train.budget import memory
 from dph.train.distributed import SINGLE_PROCESS, World
+from dph.train.layer_choice import mixed_layers
 from dph.train.recipe import Objective, Recipe, from_dict
 from dph.train.stages.base import Stage
 from dph.train.stages.lm import LanguageModelStage
@@ -230,6 +231,12 @@ def with_heads(model: Model, objective: Objective) -> Model:
     asked |= {"reward_layer": objective.layer, "reward_standardised": objective.standardised}
     if objective.layer == "auto":  # chosen later, by dph.train.head_states
         asked["reward_layer"] = None
+    elif objective.layer == "mix":
+        asked["reward_layer"] = mixed_layers(config.num_hidden_layers)
+        if not asked["reward_layer"]:
+            raise UserError("objective.layer: expected a model of at least 2 blocks for mix, got one of 1")
+    elif isinstance(objective.layer, tuple):
+        asked["reward_layer"] = list(objective.layer)
     asked = {name: getattr(config, name) if value is None else value for name, value in asked.items()}
     new_heads = [name for name in objective.heads if name not in model.head_names]
     if not new_heads and all(getattr(config, name) == value for name, value in asked.items()):

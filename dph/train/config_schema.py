@@ -168,10 +168,13 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
     if origin in UNIONS:  # X | None, or several types | None
         if value is None:
             return None
-        for alternative in args[:-2]:
+        *alternatives, _ = args
+        if len(alternatives) == 1:
+            return _convert(alternatives[0], value, key)
+        for alternative in alternatives:
             with contextlib.suppress(UserError):
                 return _convert(alternative, value, key)
-        return _convert(args[-2], value, key)
+        raise UserError(f"{key}: expected {_name(kind)}, got {shown(value)}")
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, key)
     if origin is tuple and isinstance(value, list | tuple) and (args[1] is Ellipsis or len(value) == len(args)):

@@ -11,7 +11,7 @@ from dph.data.packing import batches, pack
 from dph.errors import UserError
 from dph.model.heads import JudgedStates
 from dph.model.model import Model
-from dph.train.layer_choice import best_layer, probe_layers
+from dph.train.layer_choice import best_layer, mixed_layers, probe_layers
 from dph.train.stages.preference import Pair, PreferenceStage
 
 TOKENS = 8192  # of a packed batch
@@ -26,10 +26,8 @@ def prepare_heads(stage: PreferenceStage, quiet: bool = False) -> None:
     """
     model, objective = stage.model, stage.recipe.objective
     chooses = objective.layer == "auto" and model.untrained_heads.issuperset(model.head_names)
-    unfitted = [
-        head for head in model.heads.values() if head.standardise is not None and not head.standardise.is_fitted
-    ]
-    if not (chooses or unfitted):
+    figures = [head.standardise for head in model.heads.values() if head.standardise is not None]
+    if not chooses and all(standardise.is_fitted for standardise in figures):
         return
     if stage.world.world_size > 1:
         raise UserError(
@@ -40,16 +38,24 @@ def prepare_heads(stage: PreferenceStage, quiet: bool = False) -> None:
     layers = [*range(model.config.num_hidden_layers), -1] if chooses else model.heads.layers
     states = sample_states(model, pairs, layers, quiet)
     if chooses:
-        accuracies = probe_layers(states, [prompt_of(pair) for pair in pairs], stage.recipe.seed)
-        layer = layers[best_layer(accuracies)]
-        model.set_reward_layer(layer)
+        prompts, seed = [prompt_of(pair) for pair in pairs], stage.recipe.seed
+        accuracies = probe_layers(states, prompts, seed)
+        best = best_layer(accuracies)
+        layer, mix = layers[best], mixed_layers(model.config.num_hidden_layers)
         figures = ", ".join(f"{number}: {value:.3f}" for number, value in zip(layers, accuracies, strict=True))
+        if mix:
+            (mixed,) = probe_layers(states, prompts, seed, [mix])
+            figures += f", mix of {mix}: {mixed:.3f}"
+            layer = mix if mixed > accuracies[best] else layer
+        model.set_reward_layer(layer)
         stage.notes += (
             f"the head judges layer {layer}; linear probes judge right, of {len(pairs)} pairs in five folds, by layer: "
             f"{figures}",
         )
-    for head in unfitted:
-        head.standardise.fit(states[:, :, layers.index(head.layer)].flatten(0, 1))
+    for head in model.heads.values():
+        if head.standardise is not None and not head.standardise.is_fitted:
+            own = [layers.index(layer) for layer in head.layers]
+            head.standardise.fit(states[:, :, own].flatten(2).flatten(0, 1))
 
 
 def _sample(stage: PreferenceStage, count: int) -> list[Pair]:

@@ -1,7 +1,8 @@
-"""Choice of the layer whose states a reward head judges: a linear probe of each layer on a sample of training pairs.
+"""Choice of the layers whose states a reward head judges, by linear probes on a sample of training pairs.
 
-Middle layers often hold more of what a head has to find than the last one, whose states serve the next token
-(truthfulqa_human on a frozen SmolLM2-135M: 0.81 on layer 20 of 30, 0.77 on the last).
+Middle layers often hold more of what a head has to find than the last one, whose states serve the next token, and
+several layers more than one (linear probes on truthfulqa_human pairs, frozen SmolLM2-135M, two folds by prompt: 0.823 on
+layer 20 of 30, 0.808 on the last, 0.835 on ``mixed_layers``).
 """
 
 from collections.abc import Sequence
@@ -15,10 +16,19 @@ from dph.data.sampler import draw
 FOLDS = 5
 DECAYS = (0.03, 0.1, 0.3)  # of the probes, relative to the mean loss
 STEPS = 60  # of L-BFGS
+MIXED = (6, 8, 10, 12, 14)  # depths of the layers of a mix, in fifteenths: the last blocks need not be computed
 
 
-def probe_layers(states: Tensor, prompts: Sequence[object], seed: int = 0) -> list[float]:
-    """Return the accuracy of a linear probe on each of N layers.
+def mixed_layers(blocks: int) -> list[int]:
+    """Return the layers of the mix that a model of ``blocks`` blocks is offered; [] for a single block."""
+    layers = list(dict.fromkeys(blocks * depth // 15 for depth in MIXED))
+    return layers if len(layers) > 1 else []
+
+
+def probe_layers(
+    states: Tensor, prompts: Sequence[object], seed: int = 0, chosen: Sequence[Sequence[int]] | None = None
+) -> list[float]:
+    """Return the accuracy of a linear probe on each of N layers, or on each choice of layers.
 
     A probe is a logistic regression on the difference of the standardised states of chosen and rejected answers. It
     judges pairs whose prompts it was not fitted to (``FOLDS`` folds); of several decays the best counts.
@@ -27,11 +37,12 @@ def probe_layers(states: Tensor, prompts: Sequence[object], seed: int = 0) -> li
         states: [P, 2, N, C] of the chosen and the rejected answers of P pairs.
         prompts: P keys; pairs of one prompt are in one fold.
         seed: of the folds.
+        chosen: indices of the layers that a probe reads together; None for each layer alone.
     """
     folds = torch.tensor([draw(FOLDS, seed, repr(prompt)) for prompt in prompts])
     accuracies = []
-    for layer in range(states.shape[2]):
-        own = states[:, :, layer].double()
+    for layers in [[layer] for layer in range(states.shape[2])] if chosen is None else chosen:
+        own = states[:, :, layers].flatten(2).double()
         deviation = own.flatten(0, 1).std(0)
         difference = (own[:, 0] - own[:, 1]) / torch.where(deviation > 0, deviation, 1.0)
         accuracies.append(max(_cross_validated(difference, folds, decay) for decay in DECAYS))

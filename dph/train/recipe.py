@@ -179,11 +179,11 @@ class Objective:
         None, "pooler of new reward heads; null: the model's"
     )
     dropout: float | None = option(None, "dropout of the heads; null: the model's", minimum=0, below=1)
-    layer: Literal["auto"] | int | None = option(
+    layer: Literal["auto", "mix"] | int | tuple[int, ...] | None = option(
         None,
         "layer that new heads judge: the number of the block whose input it is, or -1 for the states after the output "
-        "norm; auto: the best by linear probes on a sample of the training pairs (dph.train.layer_choice); null: the "
-        "model's",
+        "norm; a list: a learnt mix of several; mix: of five in the upper part of the model; auto: the best single one "
+        "or that mix, by linear probes on a sample of the training pairs (dph.train.layer_choice); null: the model's",
     )
     standardised: bool | None = option(
         None, "whether new heads judge standardised states, by those of a sample of training answers; null: the model's"

@@ -40,6 +40,40 @@ def test_rewards_are_those_of_the_layer_s_states(layer, form):
     assert len(output.hidden_states) == 4
 
 
+@pytest.mark.parametrize("layers", [[1, 2], [2, 0, -1]])
+@pytest.mark.parametrize("pooler", ["identity", "swiglu_bert"])
+def test_a_mix_judges_the_weighted_sum_of_its_layers(layers, pooler, tmp_path):
+    model = tiny_model(reward_layer=layers, num_hidden_layers=3, reward_standardised=True, reward_pooler=pooler)
+    head = model.heads["shared"]
+    head.standardise.fit(torch.randn(20, 16 * len(layers)) * 3 + 1)
+    states = model(IDS, output_hidden_states=True).hidden_states
+    joined = torch.cat([states[layer][:, -1] for layer in layers], 1)
+    mixed = (((joined - head.standardise.mean) / head.standardise.deviation).view(3, -1, 16) * head.mix.weight).sum(1)
+    plain = tiny_model(num_hidden_layers=3, reward_pooler=pooler).heads["shared"]
+    plain.load_state_dict(head.state_dict(), strict=False)
+    expected = plain(mixed)["default"]
+    torch.testing.assert_close(model.rewards(IDS)["default"], expected)
+    batch = dph.pack([[finished(ids)] for ids in IDS])
+    torch.testing.assert_close(model.forward_packed(batch).rewards["default"], expected)
+    torch.testing.assert_close(model.rewards_of(model.reward_states(batch))["default"], expected)
+    model.save_pretrained(tmp_path / "model")
+    opened = dph.Model.from_pretrained(tmp_path / "model")
+    assert torch.equal(opened.rewards(IDS)["default"], model.rewards(IDS)["default"])
+    model.save_head(tmp_path / "head")
+    opened.load_head(tmp_path / "head", "again")
+    assert torch.equal(opened.rewards(IDS)["again"], model.rewards(IDS)["default"])
+
+
+def test_a_mix_that_a_checkpoint_lacks_is_untrained(tmp_path):
+    tiny_model(num_hidden_layers=3, reward_pooler="identity").save_pretrained(tmp_path)
+    model = dph.Model.from_pretrained(tmp_path, reward_layer=[0, 2])
+    assert model.untrained_heads == {"default"}
+    assert torch.equal(model.heads["shared"].mix.weight, torch.full((2, 16), 2**-0.5))
+    with torch.no_grad():
+        model.heads["shared"].mix.weight[0, 0] = 1.0  # trained by a loop that we do not know
+    model.check_heads("default")
+
+
 def test_states_of_a_layer_need_no_later_block():
     model, called = tiny_model(reward_layer=1, num_hidden_layers=3), []
     for number, block in enumerate(model.backbone.blocks):
@@ -50,7 +84,8 @@ def test_states_of_a_layer_need_no_later_block():
 
 def test_heads_of_several_layers_share_a_pass():
     model = tiny_model(reward_heads=("a",), task_heads=("b", "c"), num_hidden_layers=3)
-    model.heads["task_b"].layer, model.heads["task_c"].layer = 2, 1
+    model.heads["task_b"].set_layer(2)
+    model.heads["task_c"].set_layer(1)
     assert model.heads.layers == [1, 2, -1]
     states = [x[:, -1] for x in model(IDS, output_hidden_states=True).hidden_states]
     rewards = model.rewards(IDS)
@@ -76,7 +111,7 @@ def test_figures_of_states_are_saved_and_begin_as_none(tmp_path):
     assert (fresh.deviation == 1).all()
 
 
-@pytest.mark.parametrize("layer", [-2, 2, 1.0, True])
+@pytest.mark.parametrize("layer", [-2, 2, 1.0, True, [], [1], [1, 1], [0, 2]])
 def test_layers_that_are_none(layer):
     with pytest.raises(UserError, match="reward_layer: expected"):
         tiny_model(reward_layer=layer)

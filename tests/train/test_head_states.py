@@ -55,23 +55,29 @@ def new_model():
     return model
 
 
-@pytest.mark.parametrize("stage", ["head", "align"])
-def test_a_run_chooses_once_and_resumes(stage, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(head_states, "probe_layers", lambda states, *_: [0.5, 0.6, 0.9, 0.6][: states.shape[2]])
+def probes(single, mixed):
+    """Stand-in for the probes: the accuracy of layer 2, of four, and that of the mix."""
+    return lambda states, prompts, seed, chosen=None: [0.5, 0.6, single, 0.6] if chosen is None else [mixed]
+
+
+@pytest.mark.parametrize(("stage", "mixed", "layer"), [("head", 0.8, 2), ("align", 0.8, 2), ("head", 0.95, [1, 2])])
+def test_a_run_chooses_once_and_resumes(stage, mixed, layer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(head_states, "probe_layers", probes(0.9, mixed))
     monkeypatch.setattr(head_states, "best_layer", lambda values: values.index(max(values)))
     recipe = settings(stage, tmp_path / "whole", **AUTO)
     whole = go(recipe, model=new_model(), quiet=False)
-    assert "the head judges layer 2; linear probes judge right, of 20 pairs" in capsys.readouterr().err
-    assert whole.model.config.reward_layer == 2
+    assert f"the head judges layer {layer}; linear probes judge right, of 20 pairs" in capsys.readouterr().err
+    assert whole.model.config.reward_layer == layer
     assert whole.model.heads["shared"].standardise.is_fitted
     opened = dph.Model.from_pretrained(tmp_path / "whole/model")
-    assert (opened.config.reward_layer, opened.heads["shared"].layer) == (2, 2)
+    assert opened.config.reward_layer == layer
+    assert opened.heads["shared"].layers == (tuple(layer) if isinstance(layer, list) else (layer,))
 
     parts = settings(stage, tmp_path / "parts", **AUTO)
     with pytest.raises(Killed):
         go(parts, Trap(records(stage), 20 + taken(recipe, 5), die), model=new_model())
     model = new_model()
-    model.set_reward_layer(2)
+    model.set_reward_layer(layer)
     monkeypatch.setattr(head_states, "sample_states", die)
     same(whole, go(parts, model=model, resume=True))
 
@@ -90,6 +96,7 @@ def test_states_of_each_layer_have_a_cache_of_their_own(tmp_path):
 
 
 def test_a_cache_is_filled_with_the_states_of_the_chosen_layer(tmp_path, monkeypatch):
+    monkeypatch.setattr(head_states, "probe_layers", probes(0.9, 0.8))
     monkeypatch.setattr(head_states, "best_layer", lambda values: 2)
     recipe = settings("head", tmp_path / "run", **AUTO)
     model = new_model()

@@ -32,19 +32,19 @@ def test_paper_stages():
         "vocab": (6e-5, 0.0, 200, 4096, 0.0, None, 128),
         "sft": (3e-5, 0.0, 200, 6144, 0.5, ("embedding",), 128),
         "align": (3e-6, 3e-7, 200, 23040, 0.5, (), 64),
-        "head": (3e-6, 3e-7, 200, 7680, 0.5, (), 64),
+        "paper-head": (3e-6, 3e-7, 200, 7680, 0.5, (), 64),
     }
     for name, (lr, final, warmup, steps, prior, no_decay, size) in table.items():
         r = recipe.load(name)
         o = r.optimiser
-        assert r.stage == name
+        assert r.stage == name.removeprefix("paper-")
         assert (o.lr, o.final_lr, o.warmup, o.steps, o.prior_decay, o.clip) == (lr, final, warmup, steps, prior, 1.0)
         assert o.betas == (0.9, 0.95)
         assert o.eps == 1e-8
         assert no_decay is None or o.no_decay == no_decay
         assert r.batch.size == size
         assert (r.data.context, r.data.memory) == (2048, 2048)
-    align, head = recipe.load("align").objective, recipe.load("head").objective
+    align, head = recipe.load("align").objective, recipe.load("paper-head").objective
     assert (align.beta, align.dpo_epsilon, align.dph_epsilon, align.dropout) == (0.6, 0.25, 0.1, 0.1)
     assert (align.dpo_weight, align.dph_weight) == (1.0, 1.0)
     assert head.dpo_weight == 0.0
@@ -53,7 +53,7 @@ def test_paper_stages():
     assert (pretrain.optimiser.weight_decay, pretrain.batch.size, pretrain.data.memory_kind) == (0.1, 480, "hidden")
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "vocab", "sft", "align", "head"])
+@pytest.mark.parametrize("stage", ["pretrain", "vocab", "sft", "align", "paper-head"])
 def test_the_paper_s_stages_come_out_even_among_processes(stage):
     """A share of every update for each of 1 to 32 processes, in parts that fill it."""
     batch = recipe.load(stage).batch
