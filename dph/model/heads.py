@@ -45,7 +45,7 @@ class Standardise(nn.Module):
 
 
 class Mix(nn.Module):
-    """sum over N layers of weight_n * h_n, elementwise: a learnt mix of their states; it begins as sum h_n / sqrt(N)."""
+    """Learnt mix of N layers: sum of weight_n * h_n, elementwise; it begins as sum of h_n / sqrt(N)."""
 
     def __init__(self, layers: int, width: int) -> None:
         super().__init__()
