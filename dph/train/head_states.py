@@ -40,13 +40,13 @@ def prepare_heads(stage: PreferenceStage, quiet: bool = False) -> None:
     if chooses:
         prompts, seed = [prompt_of(pair) for pair in pairs], stage.recipe.seed
         accuracies = probe_layers(states, prompts, seed)
-        best = best_layer(accuracies)
+        best, accuracy = best_layer(accuracies)
         layer, mix = layers[best], mixed_layers(model.config.num_hidden_layers)
         figures = ", ".join(f"{number}: {value:.3f}" for number, value in zip(layers, accuracies, strict=True))
         if mix:
             (mixed,) = probe_layers(states, prompts, seed, [mix])
             figures += f", mix of {mix}: {mixed:.3f}"
-            layer = mix if mixed > accuracies[best] else layer
+            layer = mix if mixed > accuracy else layer
         model.set_reward_layer(layer)
         stage.notes += (
             f"the head judges layer {layer}; linear probes judge right, of {len(pairs)} pairs in five folds, by layer: "

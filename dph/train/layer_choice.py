@@ -14,7 +14,7 @@ from torch import Tensor
 from dph.data.sampler import draw
 
 FOLDS = 5
-DECAYS = (0.03, 0.1, 0.3)  # of the probes, relative to the mean loss
+DECAYS = (0.03, 0.1, 0.3, 1.0)  # of the probes, relative to the mean loss
 STEPS = 60  # of L-BFGS
 MIXED = (6, 8, 10, 12, 14)  # depths of the layers of a mix, in fifteenths: the last blocks need not be computed
 
@@ -49,8 +49,8 @@ def probe_layers(
     return accuracies
 
 
-def best_layer(accuracies: Sequence[float]) -> int:
-    """Return the index of the best layer: the mean of each layer with its neighbours counts, as single ones are noisy.
+def best_layer(accuracies: Sequence[float]) -> tuple[int, float]:
+    """Return the index of the best layer, and its accuracy: its mean with its neighbours, as single ones are noisy.
 
     Of equals it is the last.
     """
@@ -60,7 +60,7 @@ def best_layer(accuracies: Sequence[float]) -> int:
         mean = sum(neighbours) / len(neighbours)
         if mean >= best_mean - 1e-9:
             best, best_mean = layer, mean
-    return best
+    return best, best_mean
 
 
 def _cross_validated(difference: Tensor, folds: Tensor, decay: float) -> float:

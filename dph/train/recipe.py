@@ -110,7 +110,7 @@ class Data:
     cache_states: bool = option(
         True,
         "stage head caches the frozen backbone's hidden states of judged tokens and runs the backbone once per pair: "
-        "8 * hidden_size bytes per pair, 6 GB for the 491,520 pairs of the recipe head",
+        "8 * hidden_size bytes per pair, 6 GB for the 491,520 pairs of the recipe paper-head, for one layer",
     )
     workers: int = option(
         0,

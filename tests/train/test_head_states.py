@@ -35,9 +35,9 @@ def test_the_layer_that_tells_is_found(good):
 
 
 def test_neighbours_count_and_the_last_of_equals_wins():
-    assert layer_choice.best_layer([0.5, 0.9, 0.5, 0.8, 0.8, 0.8]) == 5
-    assert layer_choice.best_layer([0.7, 0.9, 0.8, 0.2]) == 1
-    assert layer_choice.best_layer([0.6]) == 0
+    assert layer_choice.best_layer([0.5, 0.9, 0.5, 0.8, 0.8, 0.8]) == (5, pytest.approx(0.8))
+    assert layer_choice.best_layer([0.7, 0.9, 0.8, 0.2]) == (1, pytest.approx(0.8))
+    assert layer_choice.best_layer([0.6]) == (0, 0.6)
 
 
 def test_pairs_of_one_prompt_are_in_one_fold():
@@ -63,7 +63,7 @@ def probes(single, mixed):
 @pytest.mark.parametrize(("stage", "mixed", "layer"), [("head", 0.8, 2), ("align", 0.8, 2), ("head", 0.95, [1, 2])])
 def test_a_run_chooses_once_and_resumes(stage, mixed, layer, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(head_states, "probe_layers", probes(0.9, mixed))
-    monkeypatch.setattr(head_states, "best_layer", lambda values: values.index(max(values)))
+    monkeypatch.setattr(head_states, "best_layer", lambda values: (values.index(max(values)), max(values)))
     recipe = settings(stage, tmp_path / "whole", **AUTO)
     whole = go(recipe, model=new_model(), quiet=False)
     assert f"the head judges layer {layer}; linear probes judge right, of 20 pairs" in capsys.readouterr().err
@@ -97,7 +97,7 @@ def test_states_of_each_layer_have_a_cache_of_their_own(tmp_path):
 
 def test_a_cache_is_filled_with_the_states_of_the_chosen_layer(tmp_path, monkeypatch):
     monkeypatch.setattr(head_states, "probe_layers", probes(0.9, 0.8))
-    monkeypatch.setattr(head_states, "best_layer", lambda values: 2)
+    monkeypatch.setattr(head_states, "best_layer", lambda values: (2, 0.9))
     recipe = settings("head", tmp_path / "run", **AUTO)
     model = new_model()
     filled = fill_cache(recipe, model=model, tokenizer=small_tokenizer(), records=records("head"), quiet=True)

@@ -1,0 +1,196 @@
+"""Reward heads on a frozen model, from raw preference files to a table of what they are worth.
+
+For each set PREFS/NAME.jsonl ({prompt, chosen, rejected}) a fifth of the prompts is held out. Heads of several seeds
+are trained on the others by the recipe ``head`` (``dph train head``), which keeps a tenth of its prompts to choose the
+step; the frozen states are computed once for all seeds. On the held-out prompts the table has the share of pairs in which the
+chosen answer scores higher, by
+
+    reward      the head, mean over the seeds, and the range of the seeds
+    sum, mean   summed and mean log-probability of the model itself
+    surface     logistic regression on words, pairs of words and length of the answer: what needs no understanding
+
+and, if there is RERANK/NAME.jsonl ({prompt, candidates, correct}), the share of right answers when one of N candidates
+is chosen at random, as the most probable (mean log-probability), by reward, and by an oracle.
+
+    python examples/real_heads.py MODEL --prefs DIR --rerank DIR --sets truthfulqa_human gsm8k --output runs/real
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dph import chat
+from dph.data.atomic import write_text
+from dph.data.dataset import prompt_key
+from dph.data.formats import Preference, parse_record
+from dph.data.sampler import draw
+from dph.data.sources import read_jsonl
+from dph.evaluate.choices import prefer
+from dph.evaluate.tables import table
+from dph.model.loading import load_model, load_tokenizer
+from dph.train import recipe
+from dph.train.entry import train
+
+SHARE = 0.2  # of the prompts that are held out
+DRAWS = 200  # of N candidates of a prompt
+RERANK = {"truthfulqa_human": "truthfulqa"}  # name of a set's candidates, if it is another
+RULES = ("reward", "sum", "mean")
+
+
+def main() -> None:
+    """Train and judge every set, print the tables, and write them with all figures to OUTPUT."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="directory or hub name")
+    parser.add_argument("--prefs", type=Path, required=True, metavar="DIR", help="folder of NAME.jsonl with pairs")
+    parser.add_argument("--rerank", type=Path, metavar="DIR", help="folder of NAME.jsonl with candidates")
+    parser.add_argument("--sets", nargs="+", required=True, metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=3, metavar="K", help="seeds 0 to K - 1 (default: 3)")
+    parser.add_argument("--output", type=Path, default=Path("runs/real"), metavar="DIR", help="runs, heads and tables")
+    parser.add_argument("--override", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the recipe head")
+    args = parser.parse_args()
+    tokenizer, pairs, choices = load_tokenizer(args.model), [], []
+    for name in args.sets:
+        rows = list(read_jsonl(args.prefs / f"{name}.jsonl"))
+        records = [parse_record(row, "preference", f"{name}: record {i}") for i, row in enumerate(rows)]
+        held_out = [is_held_out(record) for record in records]
+        train_rows = [row for row, held in zip(rows, held_out, strict=True) if not held]
+        heads = train_heads(args, name, train_rows)
+        model = load_model(args.model)
+        for seed, head in enumerate(heads):
+            model.load_head(head, f"seed{seed}")
+        kept = [record for record, held in zip(records, held_out, strict=True) if held]
+        train_records = [record for record, held in zip(records, held_out, strict=True) if not held]
+        pairs += judge_pairs(name, model, tokenizer, kept, surface_margins(train_records, kept))
+        candidates = None if args.rerank is None else args.rerank / f"{RERANK.get(name, name)}.jsonl"
+        if candidates is not None and candidates.is_file():
+            choices += judge_candidates(name, model, tokenizer, list(read_jsonl(candidates)))
+        show(args.output, pairs, choices)
+
+
+def is_held_out(record: Preference) -> bool:
+    """Whether a pair's prompt is held out, the same in every run."""
+    return draw(2**32, "held out", prompt_key(record)) < SHARE * 2**32
+
+
+def train_heads(args: argparse.Namespace, name: str, rows: Sequence[dict[str, Any]]) -> list[Path]:
+    """Train a head of each seed on ``rows``, unless it is there already; return their directories."""
+    folder = args.output / name
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "train.jsonl"
+    write_text(source, "".join(json.dumps(row) + "\n" for row in rows))
+    heads = []
+    for seed in range(args.seeds):
+        run, head = folder / f"seed{seed}", folder / f"head{seed}"
+        heads.append(head)
+        if head.is_dir():
+            continue
+        changes = [f"model.path={args.model}", f"data.sources=[{source}]", f"output.directory={run}", f"seed={seed}"]
+        settings = recipe.load("head", [*changes, f"data.cache={folder / 'cache'}", *args.override])
+        result = train(settings, resume=run.is_dir())
+        result.model.save_head(head, about={"trained on": f"{len(rows)} pairs of {name}", "seed": seed})
+    return heads
+
+
+def judge_pairs(
+    name: str, model: Any, tokenizer: Any, records: Sequence[Preference], surface: np.ndarray
+) -> list[dict[str, Any]]:
+    """Return the share of held-out pairs in which the chosen answer scores higher, by each rule."""
+    groups = []
+    for record in tqdm(records, f"{name}: pairs", disable=None):
+        groups.append([chat.encode(side, tokenizer, last_only=True) for side in (record.chosen, record.rejected)])
+    judged, found = model.judge(groups, max_tokens=8192), {}
+    for head in model.head_names:
+        found[f"reward, {head}"] = [group.rewards[head] for group in judged]
+    found["sum"] = [group.logprobs for group in judged]
+    found["mean"] = [group.mean_logprobs for group in judged]
+    found["surface"] = np.stack([surface, np.zeros(len(surface))], 1)
+    rows = []
+    for rule, scores in found.items():
+        chosen, rejected = zip(*scores, strict=True)
+        agreement = prefer(rule, chosen, rejected).accuracy
+        rows.append({"set": name, "n": len(records), "rule": rule, **vars(agreement)})
+    return rows
+
+
+def surface_margins(train_records: Sequence[Preference], held_out: Sequence[Preference]) -> np.ndarray:
+    """Return how much more likely the chosen answers of held-out pairs are, by words, word pairs and length alone."""
+    from scipy.sparse import csr_matrix, hstack
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    def answers(records: Sequence[Preference], side: str) -> list[str]:
+        return [getattr(record, side)[-1]["content"] for record in records]
+
+    words = CountVectorizer(ngram_range=(1, 2), binary=True, token_pattern=r"\S+", min_df=2)
+    words.fit(answers(train_records, "chosen") + answers(train_records, "rejected"))
+
+    def features(texts: list[str]) -> Any:
+        lengths = [[len(text) / 100, len(text.split()) / 20, np.log1p(len(text))] for text in texts]
+        return hstack([words.transform(texts), csr_matrix(lengths)]).tocsr()
+
+    def differences(records: Sequence[Preference]) -> Any:
+        return features(answers(records, "chosen")) - features(answers(records, "rejected"))
+
+    own = differences(train_records)
+    signs = np.where(np.arange(own.shape[0]) % 2, 1, -1)  # both classes, for the library
+    fitted = LogisticRegression(fit_intercept=False, C=0.1, max_iter=1000).fit(own.multiply(signs[:, None]), signs)
+    return fitted.decision_function(differences(held_out))
+
+
+def judge_candidates(name: str, model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the share of right answers among the chosen ones of N candidates, for N from 1 to all."""
+    groups, correct = [], []
+    for row in rows:
+        prompt = parse_record({**row, "chosen": "", "rejected": ""}, "preference").chosen[:-1]
+        if is_held_out(Preference([*prompt, {"role": "assistant", "content": ""}], [])):
+            answers = [[*prompt, {"role": "assistant", "content": text}] for text in row["candidates"]]
+            groups.append([chat.encode(answer, tokenizer, last_only=True) for answer in answers])
+            correct.append(np.array(row["correct"], dtype=float))
+    scores: dict[str, list[np.ndarray]] = {rule: [] for rule in ("most probable", *model.head_names)}
+    for judged in tqdm(model.judge(groups, max_tokens=8192), f"{name}: candidates", disable=None):
+        scores["most probable"].append(np.nan_to_num(judged.mean_logprobs, nan=-np.inf))
+        for head in model.head_names:
+            scores[head].append(np.array(judged.rewards[head]))
+    most, rows = max(map(len, correct)), []
+    for n in [n for n in (1, 2, 4, 8, 16) if n < most] + [most]:
+        figures: dict[str, list[float]] = {rule: [] for rule in ("random", *scores, "oracle")}
+        rng = np.random.default_rng(0)
+        for i, right in enumerate(correct):
+            size = min(n, len(right))
+            drawn = np.stack([rng.permutation(len(right))[:size] for _ in range(DRAWS)])
+            figures["random"].append(right.mean())
+            figures["oracle"].append(right[drawn].max(1).mean())
+            for rule, values in scores.items():
+                best = np.take_along_axis(drawn, values[i][drawn].argmax(1)[:, None], 1)
+                figures[rule].append(right[best].mean())
+        for rule, values in figures.items():
+            mean, error = float(np.mean(values)), float(np.std(values)) / len(values) ** 0.5
+            interval = {"low": mean - 1.96 * error, "high": mean + 1.96 * error}  # over prompts
+            rows.append({"set": name, "n": n, "prompts": len(correct), "rule": rule, "value": mean, **interval})
+    return rows
+
+
+def show(output: Path, pairs: Sequence[dict[str, Any]], choices: Sequence[dict[str, Any]]) -> None:
+    """Print both tables, and write them to the folder ``output``."""
+    cells = [
+        [row["set"], row["n"], row["rule"], row["value"], f"{row['low']:.3f} to {row['high']:.3f}"] for row in pairs
+    ]
+    text = table(["pairs", "held out", "rule", "accuracy", "95% interval"], cells)
+    cells = []
+    for row in choices:
+        interval = f"{row['low']:.3f} to {row['high']:.3f}"
+        cells.append([row["set"], row["prompts"], row["n"], row["rule"], row["value"], interval])
+    if cells:
+        text += "\n\n" + table(["candidates", "prompts", "N", "rule", "right", "95% interval"], cells)
+    print(text)
+    write_text(output / "tables.txt", text + "\n")
+    write_text(output / "figures.json", json.dumps({"pairs": list(pairs), "candidates": list(choices)}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
