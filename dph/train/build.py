@@ -197,7 +197,7 @@ def open_checkpoint(path: str | Path) -> tuple[Model, Any]:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[name])
-    if recipe.kind == "preference":
+    if recipe.kind == "preference" and recipe.objective.dph_weight > 0:
         model.untrained_heads -= set(recipe.objective.heads)
     return model, tokenizer
 
