@@ -218,7 +218,7 @@ def open_model(args: argparse.Namespace, head: str | Sequence[str] | None, alter
     if head:
         names = []
         for value in [head] if isinstance(head, str) else head:
-            names += _add_heads(model, value)
+            names += add_heads(model, value)
         if isinstance(head, str) and len(names) > 1:
             raise UserError(f"--head: expected one head, got a run of {', '.join(names)}: give {head}/heads/NAME")
         args.head = names[0] if isinstance(head, str) else list(dict.fromkeys(names))
@@ -229,7 +229,7 @@ def open_model(args: argparse.Namespace, head: str | Sequence[str] | None, alter
     return model.to(device).eval(), tokenizer
 
 
-def _add_heads(model: Model, value: str) -> list[str]:
+def add_heads(model: Model, value: str) -> list[str]:
     """Return the names in a model of the heads of a value of ``--head``; those of directories are added.
 
     A head whose name is taken becomes NAME-2, NAME-3, ...
