@@ -67,7 +67,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the options of best-of-N sampling."""
     types = {name: number_type(*rule) for name, rule in sampling.RULES.items()}
     parser.add_argument("-n", "--n", type=types["n"], default=16, help="answers to choose from (default: 16)")
-    parser.add_argument("--rank", choices=("reward", "logprob"), default="reward", help="score that ranks the answers")
+    parser.add_argument(
+        "--rank",
+        choices=("reward", "logprob", "lower_bound"),
+        default="reward",
+        help="score that ranks the answers; lower_bound: the reward less --risk times its spread, for an ensemble",
+    )
+    parser.add_argument("--risk", type=types["risk"], default=1.0, help="weight of the spread (default: 1)")
     parser.add_argument(
         "--head", default="default", help="reward head to score with: its name, or the directory of a head or its run"
     )

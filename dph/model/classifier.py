@@ -51,16 +51,17 @@ def save_classifier(
     weights = model.state_dict()
     fields, tensors = saving.family_form(model, FAMILIES.get(model.config.family), weights)
     tensors.pop("lm_head.weight", None)
+    vector = weights[f"heads.{group}.reward.{head}.weight"].mean(0, keepdim=True)  # of an ensemble's members
     labels = {"id2label": {"0": head}, "label2id": {head: 0}, "pad_token_id": pad}
     if form["pooler"] == "identity" and form["layer"] == -1 and not form["standardised"]:
         name = FAMILIES[model.config.family].architecture.replace("ForCausalLM", "ForSequenceClassification")
-        tensors["score.weight"] = weights[f"heads.{group}.reward.{head}.weight"]
+        tensors["score.weight"] = vector
         saving.write_form({**fields, **labels, "architectures": [name]}, tensors, directory, shard_size)
         return name
     layer = form["layer"]
     if layer >= 0:
         tensors = {key: weight for key, weight in tensors.items() if _is_before(key, layer)}
-    tensors |= _head_tensors(weights, group, head)
+    tensors |= {"score.weight": vector, **_pooler_tensors(weights, group)}
     module, name = SOURCE.stem, "RewardClassifier"
     config = {
         "model_type": "reward_classifier",
@@ -88,13 +89,13 @@ def _is_before(name: str, layer: int) -> bool:
     return name != "model.norm.weight"
 
 
-def _head_tensors(weights: dict[str, Tensor], group: str, head: str) -> dict[str, Tensor]:
-    """Return the weights of a head by their names in ``RewardClassifier``."""
+def _pooler_tensors(weights: dict[str, Tensor], group: str) -> dict[str, Tensor]:
+    """Return the other weights of a head by their names in ``RewardClassifier``."""
     own = {}
     for key, weight in weights.items():
         if key.startswith(f"heads.{group}.") and not key.startswith(f"heads.{group}.reward."):
             own[key.removeprefix(f"heads.{group}.")] = weight
-    tensors = {"score.weight": weights[f"heads.{group}.reward.{head}.weight"]}
+    tensors = {}
     for key, name in STANDARDISE.items():
         if key in own:
             tensors[name] = own.pop(key)

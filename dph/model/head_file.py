@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 DESCRIPTION, WEIGHTS = "head.json", "head.safetensors"
 FORMAT = 1
 FORM = ("pooler", "intermediate_size", "dropout", "layer", "standardised")
-"""Fields of a head's form: arguments of ``RewardHead``."""
+"""Fields of a head's form: arguments of ``RewardHead``. ``members`` is a further one of an ensemble."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def read(directory: str | os.PathLike) -> HeadFile:
     for key, kind in (("name", str), ("form", dict), ("hidden_size", int), ("backbone", dict), ("about", dict)):
         if not isinstance(fields.get(key), kind):
             raise UserError(f"{where}: {key}: expected a {kind.__name__}, got {shown(fields.get(key))}")
-    if set(fields["form"]) != set(FORM):
+    if set(fields["form"]) - {"members"} != set(FORM):
         raise UserError(f"{where}: form: expected {', '.join(FORM)}, got {shown(sorted(fields['form']))}")
     if not all(isinstance(fields["backbone"].get(key), str) for key in ("name", "digest")):
         raise UserError(f"{where}: backbone: expected name and digest, got {shown(fields['backbone'])}")

@@ -228,6 +228,7 @@ def with_heads(model: Model, objective: Objective) -> Model:
     """
     config, asked = model.config, {"reward_pooler": objective.pooler, "reward_dropout": objective.dropout}
     asked |= {"reward_layer": objective.layer, "reward_standardised": objective.standardised}
+    asked["reward_members"] = objective.ensemble
     if objective.layer == "auto":  # chosen later, by dph.train.head_states
         asked["reward_layer"] = None
     asked = {name: getattr(config, name) if value is None else value for name, value in asked.items()}
