@@ -108,6 +108,7 @@ FORM = {
     "rotary_scaling": None,
     "reward_layer": -1,
     "reward_standardised": False,
+    "reward_members": 1,
     **dict.fromkeys(("qkv_bias", "out_bias", "ffn_bias", "embedding_projection", "tie_word_embeddings"), True),
 }
 

@@ -2,8 +2,8 @@
 
 For each set PREFS/NAME.jsonl ({prompt, chosen, rejected}) a fifth of the prompts is held out. Heads of several seeds
 are trained on the others by the recipe ``head`` (``dph train head``), which keeps a tenth of its prompts to choose the
-step; the frozen states are computed once for all seeds. On the held-out prompts the table has the share of pairs in which the
-chosen answer scores higher, by
+step; the frozen states are computed once for all seeds. On the held-out prompts the table has the share of pairs in
+which the chosen answer scores higher, by
 
     reward      the head, mean over the seeds, and the range of the seeds
     sum, mean   summed and mean log-probability of the model itself

@@ -53,8 +53,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_judging(parser: argparse.ArgumentParser) -> None:
-    """Add the reward head, or the choice of none."""
-    parser.add_argument("--head", default="default", help="reward head to score with: its name, or a head's directory")
+    """Add the reward heads, or the choice of none."""
+    parser.add_argument(
+        "--head",
+        action="append",
+        help="reward head to score with: its name, a head's directory, or a run's for all of its heads; may be "
+        "repeated, all score in one pass; of equal names the second becomes NAME-2 (default: default)",
+    )
     parser.add_argument("--logprob-only", action="store_true", help="no rewards: for a model without a reward head")
 
 
@@ -62,8 +67,16 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the options of best-of-N sampling."""
     types = {name: number_type(*rule) for name, rule in sampling.RULES.items()}
     parser.add_argument("-n", "--n", type=types["n"], default=16, help="answers to choose from (default: 16)")
-    parser.add_argument("--rank", choices=("reward", "logprob"), default="reward", help="score that ranks the answers")
-    parser.add_argument("--head", default="default", help="reward head to score with: its name, or a head's directory")
+    parser.add_argument(
+        "--rank",
+        choices=("reward", "logprob", "lower_bound"),
+        default="reward",
+        help="score that ranks the answers; lower_bound: the reward less --risk times its spread, for an ensemble",
+    )
+    parser.add_argument("--risk", type=types["risk"], default=1.0, help="weight of the spread (default: 1)")
+    parser.add_argument(
+        "--head", default="default", help="reward head to score with: its name, or the directory of a head or its run"
+    )
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     for name, default, metavar, text in (
         ("max_new_tokens", 256, "N", "(default: 256)"),
@@ -183,16 +196,22 @@ def check_model(args: argparse.Namespace) -> None:
     model_path(args.model)
 
 
-def open_model(args: argparse.Namespace, head: str | None, alternative: str) -> tuple[Model, Any]:
+def heads_of(args: argparse.Namespace) -> list[str]:
+    """Set ``args.head`` to the values of ``--head``, by default one, or to none with ``--logprob-only``; return it."""
+    args.head = [] if args.logprob_only else args.head or ["default"]
+    return args.head
+
+
+def open_model(args: argparse.Namespace, head: str | Sequence[str] | None, alternative: str) -> tuple[Model, Any]:
     """Return the model in evaluation mode, on ``--device`` in ``--dtype``, and its tokenizer.
 
-    Raises UserError if the model lacks ``head`` (None: not needed) or its weights; ``alternative`` names an option
-    that needs no head.
+    ``head`` is the value of ``--head``, or a list of values; None: not needed. ``args.head`` becomes the name of the
+    head in the model, or the list of names. Raises UserError if the model lacks one of them or its weights;
+    ``alternative`` names an option that needs no head.
     """
     import torch
 
     from dph import devices
-    from dph.model.head_file import is_head
     from dph.model.loading import check_tokenizer, load_model, load_tokenizer
 
     device = devices.choose(args.device, "--device")
@@ -202,24 +221,36 @@ def open_model(args: argparse.Namespace, head: str | None, alternative: str) -> 
     model = load_model(args.model, dtype=getattr(torch, dtype))
     tokenizer = load_tokenizer(args.model)
     check_tokenizer(model, tokenizer)
-    if head is not None and is_head(head):
-        args.head = head = _load_head(model, head)
-    if head is not None:
+    if head:
+        names = []
+        for value in [head] if isinstance(head, str) else head:
+            names += add_heads(model, value)
+        if isinstance(head, str) and len(names) > 1:
+            raise UserError(f"--head: expected one head, got a run of {', '.join(names)}: give {head}/heads/NAME")
+        args.head = names[0] if isinstance(head, str) else list(dict.fromkeys(names))
         try:
-            model.check_heads(head)
+            model.check_heads(*names)
         except ValueError as error:
             raise UserError(f"{error}; {alternative}") from None
     return model.to(device).eval(), tokenizer
 
 
-def _load_head(model: Model, directory: str) -> str:
-    """Add the head of a directory to a model; return its name, another one if the model has a head of that name."""
+def add_heads(model: Model, value: str) -> list[str]:
+    """Return the names in a model of the heads of a value of ``--head``; those of directories are added.
+
+    A head whose name is taken becomes NAME-2, NAME-3, ...
+    """
     from dph.model import head_file
 
-    name = head_file.read(directory).name
-    while name in model.head_names:
-        name += "_"
-    return model.load_head(directory, name)
+    names = []
+    for directory in head_file.head_directories(value):
+        name, number = head_file.read(directory).name, 1
+        free = name
+        while free in model.head_names:
+            number += 1
+            free = f"{name}-{number}"
+        names.append(model.load_head(directory, free))
+    return names or [value]
 
 
 # Output

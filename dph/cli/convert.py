@@ -6,7 +6,7 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dph.cli import common
 from dph.data import atomic
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 HELP = "turn a model or a run's checkpoint into the own format, a family's own (Llama, Qwen, ...), or the released one"
 EXAMPLE = """dph convert released-model own-model --to own
 dph convert runs/align/checkpoints/step-00004096 best --to own
-dph convert runs/align/model SmolLM2-aligned --to hf"""
+dph convert runs/align/model SmolLM2-aligned --to hf
+dph convert runs/head/model SmolLM2-reward --to classifier"""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
@@ -34,10 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         required=True,
-        choices=("own", "hf", "official"),
-        help="layout of OUT: own; hf, that of the family which the model comes from, for its class in transformers; or "
-        "official, that of lsw_transformer",
+        choices=("own", "hf", "classifier", "official"),
+        help="layout of OUT: own; hf, that of the family which the model comes from, for its class in transformers; "
+        "classifier, the same with one reward head, for AutoModelForSequenceClassification without dph "
+        "(dph.model.classifier); or official, that of lsw_transformer",
     )
+    parser.add_argument("--head", help="head of a classifier: its name, or its directory (default: the only one)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -53,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{output}: expected a new or empty directory, got one that exists with files in it")
     atomic.check_new_files(output)
 
-    from dph.model.loading import check_settings, load_tokenizer
+    from dph.model.loading import check_settings, check_tokenizer, load_tokenizer
     from dph.train.build import open_checkpoint
 
     if is_checkpoint:
@@ -61,6 +64,12 @@ def run(args: argparse.Namespace) -> None:
     else:
         check_settings(source)  # of the tokenizer, whose files are copied
         model, tokenizer = _load_with_trained_heads(source), None
+    if args.to == "classifier":
+        if tokenizer is None:
+            tokenizer = load_tokenizer(source)
+        check_tokenizer(model, tokenizer)
+    elif args.head is not None:
+        raise UserError(f"--head: expected none with --to {args.to}, got {args.head}")
     parameters = model.num_parameters()
     with atomic.new_files(output, last="config.json") as folder:
         if args.to == "own":
@@ -68,6 +77,8 @@ def run(args: argparse.Namespace) -> None:
         elif args.to == "hf":
             model.save_family(folder)
             parameters -= sum(weight.numel() for weight in model.heads.parameters())
+        elif args.to == "classifier":
+            _save_classifier(model, tokenizer, folder, args.head)
         else:
             model.save_official(folder)
         if tokenizer is None and Path(source).is_dir():
@@ -80,6 +91,23 @@ def run(args: argparse.Namespace) -> None:
             copied = [Path(name).name for name in tokenizer.save_pretrained(folder)]
     copied_names = ", ".join(copied) or "none"
     common.print_text(f"{output}: {parameters:,} parameters, tokenizer files: {copied_names}")
+
+
+def _save_classifier(model: Model, tokenizer: Any, folder: Path, head: str | None) -> None:
+    """Write a classifier without its tokenizer, and print which class opens it."""
+    from dph.model.classifier import save_classifier
+
+    if head is not None:
+        names = common.add_heads(model, head)
+        if len(names) > 1:
+            raise UserError(f"--head: expected one head, got a run of {', '.join(names)}: give {head}/heads/NAME")
+        head = names[0]
+    try:
+        name = save_classifier(model, tokenizer, folder, head)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    needs = ", with trust_remote_code=True" if name == "RewardClassifier" else ""
+    common.print_text(f"AutoModelForSequenceClassification opens it as {name}{needs}; texts end with the end of turn")
 
 
 def _load_with_trained_heads(source: str) -> Model:

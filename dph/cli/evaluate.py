@@ -42,13 +42,12 @@ def run(args: argparse.Namespace) -> None:
 
     from dph.evaluate.choices import evaluate
 
-    head = None if args.logprob_only else args.head
-    model, tokenizer = common.open_model(args, head, WITHOUT_HEAD)
+    model, tokenizer = common.open_model(args, common.heads_of(args), WITHOUT_HEAD)
     reports = []
     for task, documents in sources:
         total = min(len(documents), args.limit or len(documents))
         progress = tqdm(islice(documents, total), task.name, total, disable=None)
-        reports.append(evaluate(model, tokenizer, task, progress, head=head))
+        reports.append(evaluate(model, tokenizer, task, progress, head=args.head))
         if args.json:
             common.print_json(reports[-1].as_dict(), flush=True)
     if not args.json:

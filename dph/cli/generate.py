@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 HELP = "sample several answers to a prompt and rank them"
 EXAMPLE = """dph generate runs/align --prompt "Name a prime number." -n 8
 dph generate runs/align --file prompts.jsonl --json > answers.jsonl"""
-JSON_FIELDS = ("text", "reward", "logprob", "mean_logprob", "finished")
+JSON_FIELDS = ("text", "reward", "spread", "logprob", "mean_logprob", "finished")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 HELP = "rewards and log-probabilities of conversations, and how often they prefer the chosen answer of a pair"
 EXAMPLE = """dph score runs/align conversations.jsonl --json
-dph score runs/align preferences.jsonl --output scores.jsonl"""
+dph score runs/align preferences.jsonl --output scores.jsonl
+dph score MODEL preferences.jsonl --head runs/helpful --head runs/harmless"""
 WITHOUT_HEAD = "--logprob-only needs no rewards"
 SIDES = ("chosen", "rejected")
 TITLES = {"reward": "reward", "logprob": "log-probability (sum)", "mean_logprob": "log-probability (mean)"}
 
-# Keys of TITLES with their values; log-probabilities in nats, None for the mean of an empty answer.
+# Keys of TITLES, and reward_NAME, with their values; log-probabilities in nats, None for the mean of an empty answer.
 Scores = dict[str, float | None]
 
 
@@ -56,17 +57,21 @@ def run(args: argparse.Namespace) -> None:
     records = dataset.load(args.file, kind)
     common.check_model(args)
 
-    head = None if args.logprob_only else args.head
-    model, tokenizer = common.open_model(args, head, WITHOUT_HEAD)
+    model, tokenizer = common.open_model(args, common.heads_of(args), WITHOUT_HEAD)
     scored = []
     empty: list[list[bool]] = []
     groups = _encode(tqdm(records, "score", disable=None), tokenizer, empty)
     for judged, empty_sides in zip(model.judge(groups), empty, strict=True):
-        scored.append(_scores(judged, empty_sides, head))
+        scored.append(_scores(judged, empty_sides, args.head))
     if args.output is not None:
         _write(args.output, scored)
     show = _show_pairs if kind == "preference" else _show_conversations
     common.check_nans(show(scored, args.json))
+
+
+def _title(key: str) -> str:
+    """Return the title of a score; that of ``reward_NAME`` is "reward NAME"."""
+    return TITLES.get(key, key.replace("_", " ", 1))
 
 
 def _write(path: str, scored: Iterable[Sequence[Scores]]) -> None:
@@ -94,11 +99,13 @@ def _encode(
         yield alternatives
 
 
-def _scores(judged: Judged, empty: Sequence[bool], head: str | None) -> list[Scores]:
-    """Return the scores of each alternative of one record."""
+def _scores(judged: Judged, empty: Sequence[bool], heads: Sequence[str]) -> list[Scores]:
+    """Return the scores of each alternative of one record: ``reward``, or ``reward_NAME`` for each of several heads."""
     scores = []
     for i, is_empty in enumerate(empty):
-        one: Scores = {} if head is None else {"reward": judged.rewards[head][i]}
+        one: Scores = {}
+        for head in heads:
+            one["reward" if len(heads) == 1 else f"reward_{head}"] = judged.rewards[head][i]
         one["logprob"] = judged.logprobs[i]
         one["mean_logprob"] = None if is_empty else judged.mean_logprobs[i]
         scores.append(one)
@@ -114,7 +121,7 @@ def _show_conversations(scored: Sequence[Sequence[Scores]], as_json: bool) -> in
         for line in lines:
             common.print_json(line)
     else:
-        headers = ["record", *(TITLES[key] for key in lines[0])]
+        headers = ["record", *map(_title, lines[0])]
         print(table(headers, [[i, *scores.values()] for i, scores in enumerate(lines)]))
     nans = 0
     for scores in lines:
@@ -139,7 +146,7 @@ def _show_pairs(scored: Sequence[Sequence[Scores]], as_json: bool) -> int:
             if chosen_scores[key] is not None and rejected_scores[key] is not None:
                 chosen.append(chosen_scores[key])
                 rejected.append(rejected_scores[key])
-        rows.append(prefer(TITLES[key], chosen, rejected))
+        rows.append(prefer(_title(key), chosen, rejected))
     nans = sum(row.nans for row in rows)
     if as_json:
         for row in rows:

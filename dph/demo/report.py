@@ -15,7 +15,7 @@ from dph.data.atomic import atomic_file
 from dph.demo.puzzles import Puzzle
 from dph.evaluate.choices import Interval, bootstrap
 from dph.evaluate.tables import table
-from dph.infer.best_of_n import rank, sample
+from dph.infer.best_of_n import ranked, sample
 from dph.model.model import Judged, Model
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _candidate_table(samples: SampledAnswers, i: int, tokenizer: Any) -> str:
     group, puzzle = samples.groups[i], samples.puzzles[i]
     start = len(chat.prompt(puzzle.question(), tokenizer))
     rows = []
-    for candidate in rank(group, samples.judged[i], tokenizer, head="default", start=start):
+    for candidate in ranked(group, samples.judged[i], tokenizer, head="default", start=start):
         reward = candidate.reward if candidate.finished else None
         right = "yes" if puzzle.check(candidate.text) else ""
         rows.append([reward, candidate.logprob, candidate.text, right])

@@ -56,22 +56,24 @@ def evaluate(
     task: Task,
     docs: Iterable[Mapping[str, Any]],
     *,
-    head: str | None = "default",
+    head: str | Sequence[str] | None = "default",
     max_tokens: int = 16_384,
 ) -> Report:
     """Score all choices of every record and report the task's metric.
 
     Args:
         docs: records of ``task``, for instance ``dph.data.dataset.task_documents(task, "validation")``.
-        head: reward head; None evaluates by log-probability only.
+        head: reward head, or several that are evaluated in the same pass (rows "reward NAME"); None, or an empty
+            list, evaluates by log-probability only.
         max_tokens: upper bound on the tokens of a packed batch.
 
     Raises:
         ValueError: the head is missing or untrained.
         UserError: the task has no choices, a record has no reference, or there are no records.
     """
-    if head is not None:
-        model.check_heads(head)
+    heads = [head] if isinstance(head, str) else list(head or ())
+    if heads:
+        model.check_heads(*heads)
     if task.metric is None:
         raise UserError(f"task {task.name}: expected one with choices to score, got one that is answered freely")
     references: list[float] = []
@@ -80,8 +82,9 @@ def evaluate(
         raise UserError(f"task {task.name}: expected at least one record, got none")
     gold, metrics = np.array(references), METRICS[task.metric]
     rows = [_row("log-probability", [record.mean_logprobs for record in judged], gold, metrics)]
-    if head is not None:
-        rows.append(_row("reward", [record.rewards[head] for record in judged], gold, metrics))
+    for name in heads:
+        method = "reward" if len(heads) == 1 else f"reward {name}"
+        rows.append(_row(method, [record.rewards[name] for record in judged], gold, metrics))
     return Report(task.name, len(gold), tuple(rows))
 
 

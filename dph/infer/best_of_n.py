@@ -17,6 +17,8 @@ from dph.infer.sampling import COLD, INT64, checked
 from dph.model.memory import Memory
 from dph.model.model import Judged, Model
 
+RANKS = ("reward", "logprob", "lower_bound")
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -29,6 +31,7 @@ class Candidate:
         mean_logprob: mean log-probability of its content tokens in nats; NaN for an empty answer.
         finished: whether it ended with the end-of-turn token.
         tokens: its token ids, and those of the chat format after the end-of-turn token.
+        spread: standard deviation of the reward over the members of an ensemble; 0 for any other head.
     """
 
     text: str
@@ -37,6 +40,7 @@ class Candidate:
     mean_logprob: float
     finished: bool
     tokens: tuple[int, ...]
+    spread: float = 0.0
 
 
 @torch.no_grad()
@@ -161,6 +165,8 @@ def best_of_n(
     n: int = 16,
     *,
     head: str | None = "default",
+    rank: str = "reward",
+    risk: float = 1.0,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -170,26 +176,58 @@ def best_of_n(
     """Sample ``n`` answers to a conversation and rank them by reward, best first (paper, section 1).
 
     An answer that was cut off has no token to judge and ranks after all finished ones. Cut-off answers rank by
-    log-probability, and so do all answers if ``head`` is None: their rewards are NaN. The other arguments are those of
-    :func:`dph.infer.best_of_n.sample`.
+    log-probability, and so do all answers if ``head`` is None: their rewards are NaN.
 
-    Raises ValueError if the model lacks the head or its weights, if an option is out of range, and if the reward of a
-    finished answer is NaN.
+    Args:
+        head: reward head; None for none.
+        rank: "reward"; "logprob"; or "lower_bound", the reward less ``risk`` times its spread over the members of an
+            ensemble (``objective.ensemble``): they disagree on answers unlike those of training, whose reward may be
+            too high.
+        risk: at least 0.
+
+    The other arguments are those of :func:`dph.infer.best_of_n.sample`.
+
+    Raises ValueError if the model lacks the head or its weights, if an option is out of range, if the reward of a
+    finished answer is NaN, and for "lower_bound" without a head that is an ensemble.
     """
-    if head is not None:
-        model.check_heads(head)
+    check_rank(model, head, rank)
+    risk = checked("risk", risk)
     prompt = chat.prompt(messages, tokenizer)
     (group,) = sample(
         model, tokenizer, [prompt], n,
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
     )  # fmt: skip
     (judged,) = model.judge([group])
-    return rank(group, judged, tokenizer, head=head, start=len(prompt))
+    return ranked(group, judged, tokenizer, head=head, start=len(prompt), by=rank, risk=risk)
 
 
-def rank(group: Sequence[Encoded], judged: Judged, tokenizer: Any, *, head: str | None, start: int) -> list[Candidate]:
+def check_rank(model: Model, head: str | None, rank: str) -> None:
+    """Raise ValueError if the model lacks the head, its weights, or what ``rank`` needs."""
+    if head is not None:
+        model.check_heads(head)
+    if rank not in RANKS:
+        raise ValueError(f"rank: expected one of {', '.join(RANKS)}, got {rank!r}")
+    members = 1
+    for heads in model.heads.values():
+        if head in heads.reward:
+            members = heads.members
+    if rank == "lower_bound" and members == 1:
+        raise ValueError(f"rank: expected an ensemble (objective.ensemble) for lower_bound, got head {head!r}")
+
+
+def ranked(
+    group: Sequence[Encoded],
+    judged: Judged,
+    tokenizer: Any,
+    *,
+    head: str | None,
+    start: int,
+    by: str = "reward",
+    risk: float = 1.0,
+) -> list[Candidate]:
     """Candidates of one prompt of ``start`` tokens, best first; without a head by log-probability."""
     candidates, scores = [], []
+    spreads = judged.spreads.get(head)
     for i, encoded in enumerate(group):
         finished = encoded.reward_position is not None
         end = encoded.reward_position if finished else len(encoded.tokens)
@@ -203,8 +241,12 @@ def rank(group: Sequence[Encoded], judged: Judged, tokenizer: Any, *, head: str 
             mean_logprob=judged.mean_logprobs[i],
             finished=finished,
             tokens=tuple(encoded.tokens[start:]),
+            spread=0.0 if spreads is None else spreads[i],
         )
         candidates.append(candidate)
-        scores.append((finished, reward if finished and head is not None else candidate.logprob))
+        score = candidate.logprob
+        if finished and head is not None and by != "logprob":
+            score = reward - (risk * candidate.spread if by == "lower_bound" else 0.0)
+        scores.append((finished, score))
     order = sorted(range(len(candidates)), key=scores.__getitem__, reverse=True)
     return [candidates[i] for i in order]

@@ -34,6 +34,7 @@ RULES = {
     "n": COUNT,
     "max_new_tokens": COUNT,
     "temperature": Rule(float, lambda t: 0 <= t < math.inf, "a finite number of at least 0"),
+    "risk": Rule(float, lambda r: 0 <= r < math.inf, "a finite number of at least 0"),
     "top_k": Rule(int, lambda k: 0 <= k < INT64, "a whole number of at least 0"),
     "top_p": Rule(float, lambda p: 0 < p <= 1, "a number above 0 and at most 1"),
     "seed": Rule(int, lambda s: -INT64 <= s < INT64, "a whole number of at least -2**63 and below 2**63"),

@@ -41,6 +41,7 @@ SIZES = {
 }
 MAX_HEADS = 256
 MAX_HEAD_NAME = 100  # characters
+MAX_MEMBERS = 64  # of a head
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "im_end_token_id")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
@@ -98,12 +99,13 @@ class ModelConfig(PretrainedConfig):
         initializer_range: standard deviation of fresh weights.
         reward_heads: names of the reward heads that share one pooler; () for none.
         task_heads: names of reward heads with a pooler each (paper 5.2.2).
-        task_head_forms: by name of a task head, its pooler, intermediate_size, dropout, layer and standardised, if they
-            are others than the following.
+        task_head_forms: by name of a task head, its pooler, intermediate_size, dropout, layer, standardised and, if not
+            1, members, if they are others than the following.
         reward_pooler: identity, bert, t5, swiglu_bert or swiglu_t5.
         reward_layer: number of the block whose input the heads judge; -1 for the states after the output norm. A list
             of several: a learnt mix of them.
         reward_standardised: standardise the judged states by mean and deviation of those of the training answers.
+        reward_members: reward vectors of each head, whose mean is the reward (``RewardHead``).
         reward_dropout: dropout of the pooled state (and of the hidden state for the t5 kinds) in training.
         max_position_embeddings: most tokens of a row, but for a :class:`dph.Memory` that is given; None for any number.
         im_end_token_id: id of the end-of-turn token, ``<|im_end|>`` in ChatML, whose hidden state is judged; if None,
@@ -148,6 +150,7 @@ class ModelConfig(PretrainedConfig):
         reward_pooler: str = "swiglu_bert",
         reward_layer: int | list[int] = -1,
         reward_standardised: bool = False,
+        reward_members: int = 1,
         reward_dropout: float = 0.1,
         max_position_embeddings: int | None = None,
         im_end_token_id: int | None = None,
@@ -185,6 +188,7 @@ class ModelConfig(PretrainedConfig):
         self.reward_pooler = reward_pooler
         self.reward_layer = reward_layer
         self.reward_standardised = reward_standardised
+        self.reward_members = reward_members
         self.reward_dropout = reward_dropout
         self.max_position_embeddings = max_position_embeddings
         self.im_end_token_id = OPT_END if im_end_token_id is None and vocab_size == OPT_ROWS else im_end_token_id
@@ -230,6 +234,7 @@ class ModelConfig(PretrainedConfig):
             )
         scaling_of(self.rotary_scaling)
         _check_layer("reward_layer", self.reward_layer, self.num_hidden_layers)
+        _check_integer("reward_members", self.reward_members, 1, MAX_MEMBERS)
         if self.reward_pooler not in POOLERS:
             raise UserError(f"reward_pooler: expected one of {', '.join(POOLERS)}, got {shown(self.reward_pooler)}")
         _check_heads([*self.reward_heads, *self.task_heads])
@@ -250,14 +255,15 @@ class ModelConfig(PretrainedConfig):
         """Raise UserError unless ``task_head_forms`` describes heads that this model can have."""
         if not isinstance(self.task_head_forms, dict):
             raise UserError(f"task_head_forms: expected an object, got {shown(self.task_head_forms)}")
-        fields = self.head_form("shared").keys()
+        fields = self.head_form("shared").keys() - {"members"}
         for name, form in self.task_head_forms.items():
             where = f"task_head_forms.{name}"
-            if name not in self.task_heads or not isinstance(form, dict) or form.keys() != fields:
+            if name not in self.task_heads or not isinstance(form, dict) or form.keys() - {"members"} != fields:
                 raise UserError(f"{where}: expected {', '.join(fields)} of a task head, got {shown(form)}")
             if form["pooler"] not in POOLERS:
                 raise UserError(f"{where}.pooler: expected one of {', '.join(POOLERS)}, got {shown(form['pooler'])}")
             _check_layer(f"{where}.layer", form["layer"], self.num_hidden_layers)
+            _check_integer(f"{where}.members", form.get("members", 1), 1, MAX_MEMBERS)
             _check_integer(f"{where}.intermediate_size", form["intermediate_size"], *SIZES["intermediate_size"])
             dropout = form["dropout"]
             if not isinstance(dropout, Real) or isinstance(dropout, bool) or not 0 <= dropout < 1:
@@ -274,6 +280,8 @@ class ModelConfig(PretrainedConfig):
             "layer": self.reward_layer,
             "standardised": self.reward_standardised,
         }
+        if self.reward_members != 1:  # earlier versions have no such argument
+            form["members"] = self.reward_members
         return self.task_head_forms.get(group.removeprefix("task_"), form) if group.startswith("task_") else form
 
     def _check_heads_of_attention(self) -> None:

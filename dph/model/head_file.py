@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 DESCRIPTION, WEIGHTS = "head.json", "head.safetensors"
 FORMAT = 1
 FORM = ("pooler", "intermediate_size", "dropout", "layer", "standardised")
-"""Fields of a head's form: arguments of ``RewardHead``."""
+"""Fields of a head's form: arguments of ``RewardHead``. ``members`` is a further one of an ensemble."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class HeadFile:
         name: of the head.
         form: arguments of ``RewardHead`` named in ``FORM``.
         hidden_size: C of the backbone.
-        backbone: ``name`` and ``digest`` of the backbone.
+        backbone: ``name`` and ``digest`` of the backbone, and the digest of its weights in ``bfloat16``.
         about: what else the description holds.
         path: the directory.
     """
@@ -54,25 +54,44 @@ class HeadFile:
     path: Path
 
 
-def is_head(path: str | os.PathLike) -> bool:
-    """Whether a path is the directory of a head."""
-    return Path(path, DESCRIPTION).is_file()
+def head_directories(path: str | os.PathLike) -> list[Path]:
+    """Return the directories of heads that a path names: a head's own, or those of a run (``RUN/heads/NAME``)."""
+    if Path(path, DESCRIPTION).is_file():
+        return [Path(path)]
+    return sorted(file.parent for file in Path(path, "heads").glob(f"*/{DESCRIPTION}"))
 
 
-def backbone_digest(backbone: nn.Module) -> str:
-    """Return a digest of a backbone's weights, the same in every dtype that represents them exactly.
+def backbone_digest(backbone: nn.Module, dtype: torch.dtype = torch.float32) -> str:
+    """Return a digest of a backbone's weights in ``dtype``, the same in every dtype that represents them exactly.
 
     A model that is read in fp32 from a bf16 file has the digest of the bf16 one.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(backbone.named_parameters()):
         digest.update(f"{name} {list(weight.shape)}".encode())
-        digest.update(weight.detach().to("cpu", torch.float32).contiguous().view(torch.uint8).numpy())
+        exact = weight.detach().to("cpu", dtype).to(torch.float32)
+        digest.update(exact.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def save(model: Model, directory: str | os.PathLike, name: str | None, about: Mapping[str, Any]) -> None:
-    """Write one head of a model; see :meth:`Model.save_head`."""
+def backbone_digests(backbone: nn.Module) -> dict[str, str]:
+    """Return the digests of a backbone's weights, and of them in bf16, as a GPU may read them."""
+    return {"digest": backbone_digest(backbone), "bfloat16": backbone_digest(backbone, torch.bfloat16)}
+
+
+def save(
+    model: Model,
+    directory: str | os.PathLike,
+    name: str | None,
+    about: Mapping[str, Any],
+    backbone: str | None = None,
+    digests: Mapping[str, str] | None = None,
+) -> None:
+    """Write one head of a model; see :meth:`Model.save_head`.
+
+    ``backbone`` is the name of the backbone (that of the model if None), ``digests`` its digests if they are computed
+    already.
+    """
     if name is None and len(model.head_names) != 1:
         raise UserError(f"name: expected one of {', '.join(model.head_names) or 'the heads'}, got none")
     name = model.head_names[0] if name is None else name
@@ -87,7 +106,10 @@ def save(model: Model, directory: str | os.PathLike, name: str | None, about: Ma
         "name": name,
         "form": model.config.head_form(group),
         "hidden_size": model.config.hidden_size,
-        "backbone": {"name": str(model.name_or_path), "digest": backbone_digest(model.backbone)},
+        "backbone": {
+            "name": str(model.name_or_path if backbone is None else backbone),
+            **(backbone_digests(model.backbone) if digests is None else digests),
+        },
         "about": dict(about),
     }
     with atomic.new_files(directory, last=DESCRIPTION) as folder:
@@ -106,7 +128,8 @@ def load(model: Model, directory: str | os.PathLike, name: str | None, *, force:
             f"{directory}: expected a head for states of {model.config.hidden_size} elements, got one for "
             f"{saved.hidden_size}"
         )
-    if not force and saved.backbone["digest"] != backbone_digest(model.backbone):
+    accepted = {saved.backbone["digest"], saved.backbone.get("bfloat16")}
+    if not force and backbone_digest(model.backbone) not in accepted:
         raise UserError(
             f"{directory}: expected a head of this backbone, got one of {shown(saved.backbone['name'])}, whose weights "
             "are others; force=True takes it nevertheless"
@@ -144,7 +167,7 @@ def read(directory: str | os.PathLike) -> HeadFile:
     for key, kind in (("name", str), ("form", dict), ("hidden_size", int), ("backbone", dict), ("about", dict)):
         if not isinstance(fields.get(key), kind):
             raise UserError(f"{where}: {key}: expected a {kind.__name__}, got {shown(fields.get(key))}")
-    if set(fields["form"]) != set(FORM):
+    if set(fields["form"]) - {"members"} != set(FORM):
         raise UserError(f"{where}: form: expected {', '.join(FORM)}, got {shown(sorted(fields['form']))}")
     if not all(isinstance(fields["backbone"].get(key), str) for key in ("name", "digest")):
         raise UserError(f"{where}: backbone: expected name and digest, got {shown(fields['backbone'])}")

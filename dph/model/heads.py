@@ -84,6 +84,9 @@ class RewardHead(nn.Module):
         layer: number of the block whose input is judged; -1 for the states after the output norm (the paper's). A list
             of them: h is a learnt mix of these layers (:class:`Mix`).
         standardised: standardise the states before the pooler, and before they are mixed.
+        members: M vectors of each name, an ensemble: their mean is the reward. They share the pooler and its dropout
+            mask, and differ by their fresh weights and by the pairs that training shows to each
+            (``dph.train.stages.preference``).
     """
 
     def __init__(
@@ -96,9 +99,10 @@ class RewardHead(nn.Module):
         *,
         layer: int | list[int] = -1,
         standardised: bool = False,
+        members: int = 1,
     ) -> None:
         super().__init__()
-        self.hidden_size, self.standardised = hidden_size, standardised
+        self.hidden_size, self.standardised, self.members = hidden_size, standardised, members
         self.set_layer(layer)
         layers: list[nn.Module] = [nn.Dropout(dropout)] if pooler.endswith("t5") else []
         if pooler.startswith("swiglu"):
@@ -108,7 +112,7 @@ class RewardHead(nn.Module):
             layers += [nn.Linear(hidden_size, hidden_size), nn.Tanh()]
         self.pooler = nn.Sequential(*layers)
         self.dropout = nn.Dropout(dropout)
-        self.reward = nn.ModuleDict({name: nn.Linear(hidden_size, 1, bias=False) for name in names})
+        self.reward = nn.ModuleDict({name: nn.Linear(hidden_size, members, bias=False) for name in names})
         self._kinds = tuple(map(type, (self.pooler, *layers, self.dropout)))
 
     def set_layer(self, layer: int | list[int]) -> None:
@@ -123,7 +127,12 @@ class RewardHead(nn.Module):
         return [name for name, _ in self.named_parameters() if name.startswith(("mix.", "pooler."))]
 
     def forward(
-        self, hidden: Tensor, seed: int | None = None, row_ids: Tensor | None = None, dropout: bool = True
+        self,
+        hidden: Tensor,
+        seed: int | None = None,
+        row_ids: Tensor | None = None,
+        dropout: bool = True,
+        each: bool = False,
     ) -> dict[str, Tensor]:
         """Rewards {name: [R]} in fp32 of ``hidden`` [R, N C].
 
@@ -133,6 +142,7 @@ class RewardHead(nn.Module):
             row_ids: [R] int64 keys of the rows' dropout masks, so that a row's mask does not depend on its batch.
             dropout: False switches the head's dropout off in training, too, and leaves ``training`` as it is, which
                 other threads may read.
+            each: return the rewards [R, M] of an ensemble's members in place of their mean.
         """
         if dropout and seed is None and any(_probability(module) for module in self.modules()):
             seed = int(torch.randint(2**31, ()))
@@ -141,14 +151,16 @@ class RewardHead(nn.Module):
         if self.mix is not None:
             hidden = self.mix(hidden)
         if not self._is_modified():
-            return self._fused(hidden, seed or 0, row_ids, dropout)
+            rewards = self._fused(hidden, seed or 0, row_ids, dropout)
+            return rewards if each or self.members == 1 else _means(rewards)
         if row_ids is None:
             row_ids = torch.arange(len(hidden), device=hidden.device)
         states = hidden
         for layer in self.pooler:
             states = _drop(layer, states, seed, row_ids, philox.INPUT, dropout)
         states = _drop(self.dropout, states, seed, row_ids, philox.POOLED, dropout)
-        return {name: vector(states).squeeze(1).float() for name, vector in self.reward.items()}
+        rewards = {name: vector(states).squeeze(1).float() for name, vector in self.reward.items()}
+        return rewards if each or self.members == 1 else _means(rewards)
 
     def _is_modified(self) -> bool:
         """Whether a module is not the original, or observed by hooks."""
@@ -157,7 +169,7 @@ class RewardHead(nn.Module):
         return len(modules) != len(kinds) or any(map(dispatch.is_modified, modules, kinds))
 
     def _fused(self, hidden: Tensor, seed: int, row_ids: Tensor | None, dropout: bool) -> dict[str, Tensor]:
-        """Rewards as of ``forward``, by one operator."""
+        """Rewards {name: [R]}, or [R, M] of an ensemble, by one operator."""
         linears = [layer for layer in self.pooler if isinstance(layer, nn.Linear)]
         weights: dict[str, Tensor] = {}
         if len(linears) == 2:
@@ -173,6 +185,8 @@ class RewardHead(nn.Module):
             seed=seed,
             row_ids=row_ids,
         )
+        if self.members > 1:
+            rewards = rewards.view(len(hidden), len(self.reward), self.members)
         return dict(zip(self.reward, rewards.unbind(1), strict=True))
 
 
@@ -228,19 +242,24 @@ class RewardHeads(nn.Module):
         return [*layers[1:], -1] if layers[:1] in ([], [-1]) else layers
 
     def forward(
-        self, hidden: Tensor, seed: int | None = None, row_ids: Tensor | None = None, dropout: bool = True
+        self,
+        hidden: Tensor,
+        seed: int | None = None,
+        row_ids: Tensor | None = None,
+        dropout: bool = True,
+        each: bool = False,
     ) -> dict[str, Tensor]:
         """Rewards {name: [R]} in fp32 by all heads.
 
         Args:
             hidden: [R, N C], the states of the N ``layers`` side by side.
-            seed, row_ids, dropout: as those of :class:`RewardHead`.
+            seed, row_ids, dropout, each: as those of :class:`RewardHead`.
         """
         layers, rewards = self.layers, {}
         states = dict(zip(layers, hidden.chunk(len(layers), 1), strict=True))
         for head in self.values():
             own = [states[layer] for layer in head.layers]
-            rewards |= head(torch.cat(own, 1) if len(own) > 1 else own[0], seed, row_ids, dropout)
+            rewards |= head(torch.cat(own, 1) if len(own) > 1 else own[0], seed, row_ids, dropout, each)
         return rewards
 
 
@@ -297,6 +316,11 @@ def _renamed(heads: RewardHeads, prefix: str) -> dict[str, str]:
         for name, _ in heads[group].reward.named_parameters():
             names[f"{start}.{name}"] = f"{start}={name}"
     return names
+
+
+def _means(rewards: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the means [R] over the members of ensembles {name: [R, M]}."""
+    return {name: values.mean(1) for name, values in rewards.items()}
 
 
 def _probability(module: nn.Module) -> float:

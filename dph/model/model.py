@@ -15,7 +15,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,20 +84,26 @@ class PackedOutput(NamedTuple):
         logprobs: [A] fp32 sum over ``loss_mask``.
         mean_logprobs: [A] fp32 mean over ``score_mask``; NaN for an answer without content.
         rewards: {head: [A]} fp32; NaN for an answer that was cut off, which has no token to judge.
+        members: {head: [A, M]}, the rewards by each member of a head that is an ensemble; rewards has their means.
     """
 
     logprobs: Tensor
     mean_logprobs: Tensor
     rewards: dict[str, Tensor]
+    members: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Result of :meth:`Model.judge` for one group of alternatives, in plain numbers; see :class:`PackedOutput`."""
+    """Result of :meth:`Model.judge` for one group of alternatives, in plain numbers; see :class:`PackedOutput`.
+
+    ``spreads`` has, by head that is an ensemble, the standard deviation over its members of each answer's rewards.
+    """
 
     logprobs: list[float]
     mean_logprobs: list[float]
     rewards: dict[str, list[float]]
+    spreads: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Model(PreTrainedModel, GenerationMixin):
@@ -690,10 +696,14 @@ class Model(PreTrainedModel, GenerationMixin):
         cut_off = batch.reward_rows < 0  # computed like the others: only the device has their number
         if answer_ids is None:
             answer_ids = torch.arange(len(cut_off), device=hidden.device)
-        rewards = self.rewards_of(judged.joined(), dropout_seed=dropout_seed, answer_ids=answer_ids, dropout=dropout)
+        rewards = self.heads(judged.joined(), dropout_seed, answer_ids, dropout, each=True)
+        members = {}
         for name, values in rewards.items():
+            if values.dim() == 2:
+                members[name] = values.masked_fill(cut_off[:, None], float("nan"))
+                values = values.mean(1)
             rewards[name] = values.masked_fill(cut_off, float("nan"))
-        return PackedOutput(total, mean, rewards)
+        return PackedOutput(total, mean, rewards, members)
 
     def reward_states(self, batch: PackedBatch) -> Tensor:
         """Hidden states [A, N C] of the judged tokens of a packed batch whose A answers are all finished.
@@ -711,12 +721,14 @@ class Model(PreTrainedModel, GenerationMixin):
         dropout_seed: int | None = None,
         answer_ids: Tensor | None = None,
         dropout: bool = True,
+        each: bool = False,
     ) -> dict[str, Tensor]:
         """Rewards {head: [A]} fp32 of hidden states [A, N C], as :meth:`reward_states` returns them.
 
-        ``dropout_seed``, ``answer_ids`` and ``dropout`` as in :meth:`forward_packed`.
+        ``dropout_seed``, ``answer_ids`` and ``dropout`` as in :meth:`forward_packed`; with ``each`` the rewards [A, M]
+        by each member of a head that is an ensemble.
         """
-        return self.heads(states, dropout_seed, answer_ids, dropout)
+        return self.heads(states, dropout_seed, answer_ids, dropout, each)
 
     # Judging
 
@@ -773,12 +785,14 @@ class Model(PreTrainedModel, GenerationMixin):
             out = self.forward_packed(pack(batch).to(self.device), dropout=False)
             logprobs, mean_logprobs = out.logprobs.tolist(), out.mean_logprobs.tolist()
             rewards = {name: values.tolist() for name, values in out.rewards.items()}
+            spreads = {name: values.std(1).tolist() for name, values in out.members.items()}
             end = 0
             for group in batch:
                 own = slice(end, end + len(group))
                 end += len(group)
                 own_rewards = {name: values[own] for name, values in rewards.items()}
-                judged.append(Judged(logprobs[own], mean_logprobs[own], own_rewards))
+                own_spreads = {name: values[own] for name, values in spreads.items()}
+                judged.append(Judged(logprobs[own], mean_logprobs[own], own_rewards, own_spreads))
         return judged
 
     def score(

@@ -44,8 +44,17 @@ def save_family(
         weights: of the model, by own name.
         shard_size: most bytes of a file, such as "5GB".
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
+    fields, tensors = family_form(model, family, weights)
+    if model.head_names:
+        log.warning("reward heads %s are left out: the family's layout has none", ", ".join(model.head_names))
+    write_form(fields, tensors, directory, shard_size)
+    model.generation_config.save_pretrained(directory)
 
+
+def family_form(
+    model: Model, family: Family | None, weights: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return config.json and weights of a family, without reward heads; errors as :meth:`Model.save_family`."""
     if family is None:
         raise UserError(
             "family: expected a model that comes from a Hugging Face family's directory, got one of "
@@ -64,8 +73,14 @@ def save_family(
     tensors = blocks_of(kept, names, model.config)
     dtype = next(iter(tensors.values())).dtype
     fields["torch_dtype" if "torch_dtype" in fields else "dtype"] = str(dtype).removeprefix("torch.")
-    if model.head_names:
-        log.warning("reward heads %s are left out: the family's layout has none", ", ".join(model.head_names))
+    return fields, tensors
+
+
+def write_form(
+    fields: Mapping[str, Any], tensors: Mapping[str, Tensor], directory: str | os.PathLike, shard_size: str
+) -> None:
+    """Write config.json, and weights in files of at most ``shard_size`` with an index if there are several."""
+    from huggingface_hub import split_torch_state_dict_into_shards
 
     os.makedirs(directory, exist_ok=True)
     shards = split_torch_state_dict_into_shards(
@@ -78,7 +93,6 @@ def save_family(
         index = {"metadata": dict(shards.metadata), "weight_map": dict(shards.tensor_to_filename)}
         _write_json(Path(directory, "model.safetensors.index.json"), index)
     _write_json(Path(directory, "config.json"), fields)
-    model.generation_config.save_pretrained(directory)
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:

@@ -198,7 +198,7 @@ def open_checkpoint(path: str | Path) -> tuple[Model, Any]:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[name])
-    if recipe.kind == "preference":
+    if recipe.kind == "preference" and recipe.objective.dph_weight > 0:
         model.untrained_heads -= set(recipe.objective.heads)
     return model, tokenizer
 
@@ -229,6 +229,7 @@ def with_heads(model: Model, objective: Objective) -> Model:
     """
     config, asked = model.config, {"reward_pooler": objective.pooler, "reward_dropout": objective.dropout}
     asked |= {"reward_layer": objective.layer, "reward_standardised": objective.standardised}
+    asked["reward_members"] = objective.ensemble
     if objective.layer == "auto":  # chosen later, by dph.train.head_states
         asked["reward_layer"] = None
     elif objective.layer == "mix":

@@ -267,5 +267,5 @@ def model_fields(config: Any) -> dict[str, Any]:
 # Fields of ModelConfig that the first version lacked.
 LATER = (
     "num_key_value_heads", "head_dim", "qk_norm", "norm", "qkv_bias", "out_bias", "ffn_bias", "embedding_projection",
-    "rotary_scaling", "reward_layer", "reward_standardised", "task_head_forms",
+    "rotary_scaling", "reward_layer", "reward_standardised", "reward_members", "task_head_forms",
 )  # fmt: skip

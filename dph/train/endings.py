@@ -109,7 +109,7 @@ def finish(trainer: Trainer, stopped: int | None, progress: Progress) -> Result:
     if stopped is not None:
         progress.note(f"stopped after step {stopped}, which is saved; a resumed run continues from it")
     else:
-        if recipe.kind == "preference":
+        if recipe.kind == "preference" and recipe.objective.dph_weight > 0:
             model.untrained_heads -= set(recipe.objective.heads)
         try:
             path = run.save_model(model.eval(), trainer.stage.tokenizer)

@@ -11,7 +11,7 @@ from typing import Any
 from dph._openmp import sleeping_when_contended
 from dph.errors import UserError
 from dph.model.model import Model
-from dph.train import build
+from dph.train import build, head_files
 from dph.train.distributed import init_distributed
 from dph.train.endings import Diverged, Result
 from dph.train.head_states import prepare_heads
@@ -77,6 +77,10 @@ def train(
             if resume and run.checkpoint is None:
                 stage.notes += (f"{run.directory} holds no checkpoint to resume, starting from the beginning",)
             with contextlib.closing(stage):
-                return Trainer(recipe, stage, run, quiet or world.rank > 0, force_resume).train()
+                trainer = Trainer(recipe, stage, run, quiet or world.rank > 0, force_resume)
+                result = trainer.train()
+                if recipe.kind == "preference" and not result.interrupted:
+                    head_files.write(stage, run, result, trainer.best)
+                return result
         finally:
             run.close()

@@ -188,6 +188,13 @@ class Objective:
     standardised: bool | None = option(
         None, "whether new heads judge standardised states, by those of a sample of training answers; null: the model's"
     )
+    ensemble: int | None = option(
+        None,
+        "reward vectors of each new head, whose mean is the reward; best-of-N can subtract their spread (rank "
+        "lower_bound); each learns from a random half of the pairs of its own; null: the model's, by default 1",
+        minimum=1,
+        maximum=(64, "they share one pooler"),
+    )
     sample: int = option(
         1000,
         "training pairs in the sample of layer auto and standardised",

@@ -11,6 +11,7 @@
     checkpoints/step-*.damaged    a damaged checkpoint, newer than the one from which the run resumed
     checkpoints/best.json         the best checkpoint with its metric and value, if ``output.best`` is set
     model/                        the finished model and its tokenizer
+    heads/NAME/                   its trained reward heads (``dph.train.head_files``)
 
 Tensors are safetensors, the rest is JSON; nothing is pickled.
 """
@@ -46,14 +47,14 @@ BEST = "best.json"
 MACHINE_METRICS = ("seconds", "tokens_per_second", "tflops_per_second", "mfu", "memory_gb")
 """Keys of metrics.jsonl that differ between equal runs."""
 
-WRITTEN = ("config.json", "metrics.jsonl", "start", "checkpoints", "model", "tensorboard", "tracker.json")
+WRITTEN = ("config.json", "metrics.jsonl", "start", "checkpoints", "model", "heads", "tensorboard", "tracker.json")
 """Names that a run writes."""
 
 PLACES = re.compile(r"model\.(path|tokenizer|embeddings)|data\.(directory|sources\.\d+\.(source|directory))")
 """Options that name a place: a resumed run may change them if the content is the same (``dph.train.fingerprints``)."""
 
 LEFTOVERS = re.compile(
-    r"\.(model|start|shares)\.(partial|old)|\.(config\.json|metrics\.jsonl|tracker\.json)\.[0-9a-f]{8}\.partial"
+    r"\.(model|heads|start|shares)\.(partial|old)|\.(config\.json|metrics\.jsonl|tracker\.json)\.[0-9a-f]{8}\.partial"
 )
 CHECKPOINT_LEFTOVERS = re.compile(r"\.step-\d{8,}\.(partial|old)|\.best\.json\.[0-9a-f]{8}\.partial")
 """Names of files and folders that a killed process leaves (``dph.data.atomic``)."""

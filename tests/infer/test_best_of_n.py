@@ -14,7 +14,7 @@ from helpers.tiny import FORMS, tiny_model
 
 import dph
 from dph import chat
-from dph.infer.best_of_n import rank, sample
+from dph.infer.best_of_n import ranked, sample
 from dph.model.model import Judged
 
 TOK = small_tokenizer()
@@ -50,7 +50,7 @@ def judged(rewards, logprobs=None):
 
 def test_the_best_reward_comes_first():
     prompt, group = answers("one", "two", "three")
-    candidates = rank(group, judged([0.5, 2.0, -1.0], [-3.0, -9.0, -1.0]), TOK, head="default", start=len(prompt))
+    candidates = ranked(group, judged([0.5, 2.0, -1.0], [-3.0, -9.0, -1.0]), TOK, head="default", start=len(prompt))
     assert [c.text for c in candidates] == ["two", "one", "three"]
     assert [c.reward for c in candidates] == [2.0, 0.5, -1.0]
     assert [c.logprob for c in candidates] == [-9.0, -3.0, -1.0]
@@ -62,7 +62,7 @@ def test_the_best_reward_comes_first():
 def test_without_a_head_the_likeliest_comes_first_and_the_cut_off_last():
     prompt, group = answers("one", "two", "three", finished=(0, 1))
     without = Judged([-3.0, -2.0, -1.0], [-1.5, -1.0, -0.5], {})
-    candidates = rank(group, without, TOK, head=None, start=len(prompt))
+    candidates = ranked(group, without, TOK, head=None, start=len(prompt))
     assert [c.text for c in candidates] == ["two", "one", "three"]
     assert [c.logprob for c in candidates] == [-2.0, -3.0, -1.0]
     assert [c.mean_logprob for c in candidates] == [-1.0, -1.5, -0.5]
@@ -73,7 +73,7 @@ def test_without_a_head_the_likeliest_comes_first_and_the_cut_off_last():
 def test_answers_that_were_cut_off_come_last_whatever_their_probability():
     nan = math.nan
     prompt, group = answers("a", "b", "c", "d", finished=(1, 3))
-    candidates = rank(
+    candidates = ranked(
         group, judged([nan, -50.0, nan, -40.0], [-0.1, -9.0, -0.2, -9.0]), TOK, head="default", start=len(prompt)
     )
     assert [c.text for c in candidates] == ["d", "b", "a", "c"]
@@ -87,12 +87,12 @@ def test_a_reward_that_is_no_number_wins_nothing(place):
     rewards = [1.0, 2.0, 3.0]
     rewards[place] = math.nan
     with pytest.raises(ValueError, match=f"candidate {place}: expected a number as its reward, got NaN"):
-        rank(group, judged(rewards), TOK, head="default", start=len(prompt))
+        ranked(group, judged(rewards), TOK, head="default", start=len(prompt))
 
 
 def test_text_is_the_content_alone():
     prompt, group = answers("12 lazy dogs\n", "", "<|im_end|> said", finished=(0, 1))
-    texts = {c.text for c in rank(group, judged([1.0, 2.0, math.nan]), TOK, head="default", start=len(prompt))}
+    texts = {c.text for c in ranked(group, judged([1.0, 2.0, math.nan]), TOK, head="default", start=len(prompt))}
     assert texts == {"12 lazy dogs\n", "", "<|im_end|> said"}
 
 

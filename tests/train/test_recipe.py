@@ -267,7 +267,8 @@ RANGES = {  # every option with a range: minimum, bound
     "objective.dph_epsilon": (0, 0.5), "objective.dpo_weight": (0, math.inf), "objective.dph_weight": (0, math.inf),
     "objective.dropout": (0, 1), "guard.stop_after": (1, math.inf), "guard.spike": (1e-12, math.inf),
     "evaluation.sources.limit": (1, math.inf), "evaluation.sources.weight": (0, math.inf),
-    "objective.sample": (10, math.inf), "evaluation.share": (0, 1), "evaluation.patience": (1, math.inf),
+    "objective.sample": (10, math.inf), "objective.ensemble": (1, math.inf),
+    "evaluation.share": (0, 1), "evaluation.patience": (1, math.inf),
     "evaluation.every": (0, math.inf), "output.save_every": (0, math.inf), "output.keep": (1, math.inf),
     "output.log_every": (1, math.inf),
 }  # fmt: skip
@@ -303,7 +304,8 @@ def test_the_range_of_an_option_is_that_of_its_field(key):
             recipe.from_dict(outside(key, value))
 
 
-MAXIMA = {"objective.sample": 2**20, 
+MAXIMA = {
+    "objective.sample": 2**20, "objective.ensemble": 64,
     "data.workers": 256, "data.context": 2**24, "data.memory": 2**24, "data.consecutive": 2**16,
     "optimiser.steps": 10**9, "batch.size": 2**20, "batch.tokens": 2**31 - 1,
 }  # fmt: skip

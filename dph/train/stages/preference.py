@@ -82,11 +82,14 @@ class PairInputs(NamedTuple):
         answer_ids: [2N] int64 keys of the dropout masks, chosen and rejected in turn.
         frozen_outputs: of the frozen model (:class:`FrozenModel`), if the loss uses them.
         packed: tokens for the trained model; None in stage head, which trains only the heads.
+        shown: [N, K] factors of the gradients of the rewards' K columns (:meth:`PreferenceStage.shown`); None without
+            an ensemble.
     """
 
     answer_ids: Tensor
     frozen_outputs: Tensor | None
     packed: PackedBatch | None
+    shown: Tensor | None = None
 
 
 class FrozenModel:
@@ -201,7 +204,11 @@ class PreferenceStage(Stage):
         if missing or not objective.heads:
             got = ", ".join(missing) or "none"
             raise UserError(f"objective.heads: expected at least one name, of {', '.join(heads)}, got {got}")
-        names = metric_names(objective.heads if self.rewarded else ())
+        self.members = {}  # of the heads to train
+        for head in self.model.heads.values():
+            self.members |= {name: head.members for name in head.reward if name in objective.heads}
+        self.has_ensemble = self.rewarded and max(self.members.values()) > 1
+        names = metric_names(self._columns() if self.rewarded else ())
         self._not_logged = names.index("finite")
         self.metrics = names[: self._not_logged] + names[self._not_logged + 1 :]
         self.frozen = FrozenModel(self)
@@ -212,6 +219,33 @@ class PreferenceStage(Stage):
     def open_pairs(self, records: Sampler, size: int) -> PairBatches:
         """Return lists of ``size`` pairs of ``records``."""
         return PairBatches(records, self.encode, size, self.recipe.data.context, self.recipe.batch.tokens)
+
+    def _columns(self) -> list[str]:
+        """Return the names of the rewards in the loss: the heads, and of an ensemble HEAD_0, HEAD_1, ..."""
+        columns = []
+        for name in self.recipe.objective.heads:
+            count = self.members[name]
+            columns += [name] if count == 1 else [f"{name}_{member}" for member in range(count)]
+        return columns
+
+    def shown(self, pairs: Sequence[Pair]) -> Tensor:
+        """Return the factors [N, K] of the gradients of each pair for each column: 2 or 0 for a member, else 1.
+
+        With one pooler and the same pairs the members of an ensemble would become equal. So each learns from a random
+        half of the pairs of its own, the same in every epoch, with twice the weight; the loss and its metrics are those
+        of all pairs.
+        """
+        rows = []
+        for chosen, rejected in pairs:
+            bits, row = draw(2**62, self.recipe.seed, "ensemble", repr((chosen.tokens, rejected.tokens))), []
+            for name in self.recipe.objective.heads:
+                if self.members[name] == 1:
+                    row.append(1.0)
+                    continue
+                for member in range(self.members[name]):
+                    row.append(2.0 * draw(2, bits, name, member))
+            rows.append(row)
+        return torch.tensor(rows, device=self.model.device)
 
     def trains(self, name: str) -> bool:
         """Return whether ``name`` is trained: the recipe's heads and poolers, and in stage align the backbone."""
@@ -273,25 +307,35 @@ class PreferenceStage(Stage):
         # Pinned, so that the copy does not wait for the GPU's earlier work.
         host_ids = torch.tensor(ids, dtype=torch.int64, pin_memory=device.type == "cuda")
         answer_ids = host_ids.to(device, non_blocking=True)
+        shown = self.shown(micro_batch.pairs) if self.has_ensemble else None
         if self.recipe.stage == "head":
-            return PairInputs(answer_ids, self.frozen(micro_batch), None)
+            return PairInputs(answer_ids, self.frozen(micro_batch), None, shown)
         if not self.needs_reference:
-            return PairInputs(answer_ids, None, without_targets(micro_batch.packed).to(device))
+            return PairInputs(answer_ids, None, without_targets(micro_batch.packed).to(device), shown)
         packed = micro_batch.packed.to(device)
-        return PairInputs(answer_ids, self.frozen(micro_batch, packed), packed)
+        return PairInputs(answer_ids, self.frozen(micro_batch, packed), packed, shown)
 
     def loss(self, inputs: PairInputs) -> LossSum:
         """Return the joint preference objective and its metrics."""
         dropout = {"dropout_seed": self.dropout_seed, "answer_ids": inputs.answer_ids}
         if inputs.packed is None:
-            rewards, logprobs, reference = self.model.rewards_of(inputs.frozen_outputs, **dropout), None, None
+            rewards, logprobs, reference = (
+                self.model.rewards_of(inputs.frozen_outputs, **dropout, each=True),
+                None,
+                None,
+            )
         else:
             out = self.model.forward_packed(inputs.packed, **dropout)
-            rewards, logprobs, reference = out.rewards, out.logprobs, inputs.frozen_outputs
+            rewards, logprobs, reference = out.rewards | out.members, out.logprobs, inputs.frozen_outputs
         objective, count = self.recipe.objective, len(inputs.answer_ids) // 2
         sides: list[Tensor | None] = [None] * 6
         if self.rewarded:
-            stacked = torch.stack([rewards[name] for name in objective.heads], 1)
+            if inputs.shown is None:
+                stacked = torch.stack([rewards[name] for name in objective.heads], 1)
+            else:
+                stacked = torch.cat([rewards[name].view(2 * count, -1) for name in objective.heads], 1)
+                value = stacked.detach()
+                stacked = value + inputs.shown.repeat_interleave(2, 0) * (stacked - value)
             sides[:2] = stacked[0::2], stacked[1::2]
         if reference is not None:
             sides[2:] = logprobs[0::2], logprobs[1::2], reference[0::2], reference[1::2]
