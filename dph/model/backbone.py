@@ -296,6 +296,7 @@ class Backbone(nn.Module):
             blocks: the number of blocks to compute; the result is then the input of the next one, without output norm.
         """
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        draws = recompute and _has_dropout(self.blocks)
         x = self.input_norm(self.input_proj(tokens if tokens.is_floating_point() else self.embedding(tokens)))
         for i, block in enumerate(self.blocks):
             if observe is not None:
@@ -303,11 +304,17 @@ class Backbone(nn.Module):
             if i == blocks:
                 return x
             layer_memory = None if memory is None else memory(i)
-            if recompute:  # without the state of random generators: a block draws nothing
-                x = checkpoint(block, x, layout, layer_memory, use_reentrant=False, preserve_rng_state=False)
+            if recompute:
+                options = {"use_reentrant": False, "preserve_rng_state": draws}
+                x = checkpoint(block, x, layout, layer_memory, **options)
             else:
                 x = block(x, layout, layer_memory)
         x = self.output_norm(x)
         if observe is not None:
             observe(len(self.blocks), x)
         return x
+
+
+def _has_dropout(modules: nn.Module) -> bool:
+    """Whether adapters of other libraries draw random numbers, which a recomputation has to repeat: a block has none."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules.modules())

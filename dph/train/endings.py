@@ -113,6 +113,8 @@ def finish(trainer: Trainer, stopped: int | None, progress: Progress) -> Result:
             model.untrained_heads -= set(recipe.objective.heads)
         try:
             path = run.save_model(model.eval(), trainer.stage.tokenizer)
+            if trainer.adapters is not None:
+                run.save_adapter(trainer.adapters.save)
         except Exception as error:
             _note_saved(error, run, trainer.step)
             raise

@@ -216,7 +216,7 @@ class PreferenceStage(Stage):
     def trains(self, name: str) -> bool:
         """Return whether ``name`` is trained: the recipe's heads and poolers, and in stage align the backbone."""
         if not name.startswith("heads."):
-            return self.recipe.stage == "align"
+            return self.recipe.stage == "align" and self.trains_backbone(name)
         heads, (_, group, kind, *rest) = self.recipe.objective.heads, name.split(".")
         if kind == "reward":
             return rest[0] in heads

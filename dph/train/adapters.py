@@ -1,0 +1,121 @@
+"""Low-rank adapters (LoRA) on the blocks of a model while a run trains them, by PEFT.
+
+While a model has adapters its blocks are computed in parts (``dph.model.backbone.block_form``). Its own weights are
+frozen, with the same tensors as before, so that a second set of modules over them (``shared_copy``) is the model
+without adapters, bit for bit and in its fused form, at no cost in memory: the reference of stage align.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dph.errors import UserError
+
+if TYPE_CHECKING:
+    from dph.model.model import Model
+    from dph.train.recipe import Recipe
+
+NAME = "default"  # of the adapter, as PEFT calls the only one
+PARTS = {"qkv": "attention", "out": "attention", "fc1": "ffn", "fc2": "ffn"}  # of a block, by name of the layer
+
+
+def load_package() -> Any:
+    """Return PEFT. Raises UserError if it is missing."""
+    try:
+        import peft
+    except ImportError:
+        raise UserError("lora.rank: needs the peft package: pip install -e '.[lora]' or pip install peft") from None
+    return peft
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of a model with adapters is one of theirs."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def count_adapted(model: Model, recipe: Recipe) -> int:
+    """Return the number of parameters of the adapters that a run adds to ``model``."""
+    count = 0
+    for block in model.backbone.blocks[_first_block(model, recipe) :]:
+        for target in recipe.lora.targets:
+            linear = getattr(getattr(block, PARTS[target]), target)
+            count += recipe.lora.rank * (linear.in_features + linear.out_features)
+    return count
+
+
+def _first_block(model: Model, recipe: Recipe) -> int:
+    return len(model.backbone.blocks) - (recipe.train.last_layers or len(model.backbone.blocks))
+
+
+def shared_copy(model: Model) -> Model:
+    """Return a copy of ``model`` in evaluation mode, without reward heads, that shares its frozen weights.
+
+    The other weights are copied, and frozen.
+    """
+    shared = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad or name.startswith("heads."):
+            shared[id(p)] = p  # which deepcopy takes for a copy that it has made
+    twin = copy.deepcopy(model, shared)
+    twin.heads.clear()
+    return twin.requires_grad_(False).eval()
+
+
+class Adapters:
+    """Adapters of a model, from their injection until they are merged into its weights or removed.
+
+    Args:
+        model: plain model, changed in place: every weight but the adapters' is frozen, and each adapted layer is the
+            ``base_layer`` of PEFT's module in its place.
+        recipe: of the run; its seed draws the weights A, without effect on torch's generator.
+
+    Raises UserError if PEFT is missing.
+    """
+
+    def __init__(self, model: Model, recipe: Recipe) -> None:
+        peft, lora = load_package(), recipe.lora
+        numbers = "|".join(map(str, range(_first_block(model, recipe), len(model.backbone.blocks))))
+        layers = "|".join(f"{PARTS[target]}\\.{target}" for target in lora.targets)
+        self.config = peft.LoraConfig(
+            r=lora.rank,
+            lora_alpha=2 * lora.rank if lora.alpha is None else lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=rf"backbone\.blocks\.({numbers})\.({layers})",
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=recipe.model.path,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self._tuner = peft.LoraModel(model, self.config, NAME)
+        self.model, self._merged = model, {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return copies of the adapters' weights on the CPU, by their names in PEFT's files."""
+        tensors = {}
+        for name, p in self.model.named_parameters():
+            if is_adapter(name):
+                saved = name.replace(f".{NAME}.", ".")
+                tensors[f"base_model.model.{saved}"] = p.detach().to("cpu", copy=True).contiguous()
+        return tensors
+
+    def merge(self) -> None:
+        """Add the adapters to the model's weights, and give the model its own layers back."""
+        self._merged = self.tensors()
+        self._tuner.merge_and_unload()
+
+    def remove(self) -> None:
+        """Give the model its own layers back, with their weights as they were."""
+        self._tuner.unload()
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write the merged adapters in PEFT's format, for ``peft.PeftModel.from_pretrained(base, directory)``."""
+        self.config.inference_mode = True  # the adapter is loaded to be used
+        save_file(self._merged, Path(directory, "adapter_model.safetensors"), metadata={"format": "pt"})
+        self.config.save_pretrained(directory)
