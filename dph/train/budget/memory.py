@@ -8,7 +8,7 @@ from dph import devices
 from dph.devices import low_precision
 from dph.errors import UserError
 from dph.model.config import ModelConfig
-from dph.train.adapters import count_adapted
+from dph.train.adapters import count_adapted, is_adapter
 from dph.train.recipe import Lora, Recipe
 from dph.train.stages.base import Stage
 
@@ -26,7 +26,8 @@ def on_device(stage: Stage, rows: int, device: torch.device, place: str, *, alon
         alone: whether these are all rows of the step. Then gradients are not accumulated in fp32, and they replace the
             activations as the backward pass frees them (except for the embedding's gradient, which is neglected).
     """
-    recipe, config, total = stage.recipe, stage.model.config, stage.model.num_parameters()
+    recipe, config = stage.recipe, stage.model.config
+    total = sum(p.numel() for name, p in stage.model.named_parameters() if not is_adapter(name))
     adapters = 0 if recipe.lora.rank is None else count_adapted(stage.model, recipe)
     trained, low = count_trained(stage), low_precision(recipe.precision, device)
     sharded = stage.world.world_size > 1
@@ -122,8 +123,8 @@ def held_out_streams(stage: Stage) -> int:
 
 
 def count_trained(stage: Stage) -> int:
-    """Return the number of trained parameters, with those of adapters that training will add."""
-    own = sum(p.numel() for name, p in stage.model.named_parameters() if stage.trains(name))
+    """Return the number of trained parameters, with those of adapters, whether the model has them yet or not."""
+    own = sum(p.numel() for name, p in stage.model.named_parameters() if stage.trains(name) and not is_adapter(name))
     return own if stage.recipe.lora.rank is None else own + count_adapted(stage.model, stage.recipe)
 
 
@@ -131,7 +132,7 @@ def _count_copied(stage: Stage) -> int:
     """Return the number of parameters that a reference model has of its own: it shares those that are frozen."""
     count = 0
     for name, p in stage.model.named_parameters():
-        if stage.trains(name) and not name.startswith("heads."):
+        if stage.trains(name) and not name.startswith("heads.") and not is_adapter(name):
             count += p.numel()
     return count
 
