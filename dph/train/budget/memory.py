@@ -41,7 +41,7 @@ def on_device(stage: Stage, rows: int, device: torch.device, place: str, *, alon
     if recipe.optimiser.prior_decay:
         sizes["priors"] = 4 * trained
     if stage.needs_reference:
-        sizes["reference model"] = size * (total if sharded else _count_copied(stage))
+        sizes["reference model"] = size * _count_reference(stage)
     if sharded:
         sizes = _per_rank(stage, sizes, size)
     if has_memory(recipe):
@@ -128,12 +128,12 @@ def count_trained(stage: Stage) -> int:
     return own if stage.recipe.lora.rank is None else own + count_adapted(stage.model, stage.recipe)
 
 
-def _count_copied(stage: Stage) -> int:
-    """Return the number of parameters that a reference model has of its own: it shares those that are frozen."""
+def _count_reference(stage: Stage) -> int:
+    """Return the number of parameters that a reference model has of its own: on one rank it shares those frozen."""
     count = 0
     for name, p in stage.model.named_parameters():
-        if stage.trains(name) and not name.startswith("heads.") and not is_adapter(name):
-            count += p.numel()
+        if not name.startswith("heads.") and not is_adapter(name):
+            count += p.numel() if stage.world.world_size > 1 or stage.trains(name) else 0
     return count
 
 
@@ -208,6 +208,8 @@ def activations(recipe: Recipe, config: ModelConfig, rows: int, size: int) -> fl
     saved = layers * block
     if recipe.checkpointing == "block":
         saved = layers * size * config.hidden_size + block
+    if recipe.lora.rank is not None:  # gradients of a block's activations, for which those of weights leave room else
+        saved += block
     return rows * (saved + size * (2 * config.embedding_size + 3 * config.hidden_size))
 
 
