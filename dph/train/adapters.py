@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dph._layouts import Names, names_of, row_blocks
 from dph.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,12 +113,11 @@ class Adapters:
         self.model, self._merged = model, {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return copies of the adapters' weights on the CPU, by their names in PEFT's files."""
+        """Return copies of the adapters' weights on the CPU: by name of the layer, ``LAYER.lora_A.weight`` and B's."""
         tensors = {}
         for name, p in self.model.named_parameters():
             if is_adapter(name):
-                saved = name.replace(f".{NAME}.", ".")
-                tensors[f"base_model.model.{saved}"] = p.detach().to("cpu", copy=True).contiguous()
+                tensors[name.replace(f".{NAME}.", ".")] = p.detach().to("cpu", copy=True).contiguous()
         return tensors
 
     def merge(self) -> None:
@@ -129,7 +130,33 @@ class Adapters:
         self._tuner.unload()
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write the merged adapters in PEFT's format, for ``peft.PeftModel.from_pretrained(base, directory)``."""
-        self.config.inference_mode = True  # the adapter is loaded to be used
-        save_file(self._merged, Path(directory, "adapter_model.safetensors"), metadata={"format": "pt"})
-        self.config.save_pretrained(directory)
+        """Write the merged adapters in PEFT's format, to be loaded on a ``dph.Model``."""
+        tensors = {f"base_model.model.{name}": tensor for name, tensor in self._merged.items()}
+        self._write(directory, tensors, self.config.target_modules)
+
+    def save_family(self, table: Names, directory: str | os.PathLike) -> None:
+        """Write the merged adapters in PEFT's format, to be loaded on the class of transformers of the model's family.
+
+        A layer that the class holds in several parts has there as many adapters, which share A. ``table``: names of the
+        family's weights.
+        """
+        config, tensors, targets = self.model.config, {}, set()
+        for name, a in self._merged.items():
+            if ".lora_A." not in name:
+                continue
+            b = self._merged[name.replace(".lora_A.", ".lora_B.")]
+            own = name.replace(".lora_A.", ".")
+            names = names_of(own, table)
+            rows = row_blocks(own, len(b), config) if len(names) > 1 else [len(b)]
+            for part, part_b in zip(names, b.split(rows), strict=True):
+                target = part.removesuffix(".weight")
+                targets.add(target)
+                tensors[f"base_model.model.{target}.lora_A.weight"] = a.clone()
+                tensors[f"base_model.model.{target}.lora_B.weight"] = part_b.clone()
+        self._write(directory, tensors, targets)
+
+    def _write(self, directory: str | os.PathLike, tensors: Mapping[str, Tensor], targets: str | set[str]) -> None:
+        config = copy.copy(self.config)
+        config.target_modules, config.inference_mode = targets, True  # the adapter is loaded to be used
+        save_file(tensors, Path(directory, "adapter_model.safetensors"), metadata={"format": "pt"})
+        config.save_pretrained(directory)

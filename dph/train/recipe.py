@@ -152,7 +152,8 @@ class Lora:
         "[outputs, r]. Only A, B and the recipe's reward heads are trained. The reference model is the same weights "
         "without adapters. B begins as zero and A as random numbers: optimiser.prior_decay pulls B to zero, which "
         "is no adapter, and A to these numbers. The run's folder model has the adapters merged into the weights, its "
-        "folder adapter has them alone, in PEFT's format. Needs PEFT; null: no adapters",
+        "folder adapter has them alone, in PEFT's format, for dph.Model; adapter-hf for a family's own class. Needs "
+        "PEFT; null: no adapters",
         minimum=1,
         maximum=(2**14, "such adapters have more weights than the layers"),
     )

@@ -11,7 +11,8 @@
     checkpoints/step-*.damaged    a damaged checkpoint, newer than the one from which the run resumed
     checkpoints/best.json         the best checkpoint with its metric and value, if ``output.best`` is set
     model/                        the finished model and its tokenizer
-    adapter/                      the adapters alone in PEFT's format, if the run trained adapters
+    adapter/                      the adapters alone in PEFT's format, for dph.Model, if the run trained adapters
+    adapter-hf/                   the same for transformers' own class, if the model comes from a family
 
 Tensors are safetensors, the rest is JSON; nothing is pickled.
 """
@@ -47,14 +48,24 @@ BEST = "best.json"
 MACHINE_METRICS = ("seconds", "tokens_per_second", "tflops_per_second", "mfu", "memory_gb")
 """Keys of metrics.jsonl that differ between equal runs."""
 
-WRITTEN = ("config.json", "metrics.jsonl", "start", "checkpoints", "model", "adapter", "tensorboard", "tracker.json")
+WRITTEN = (
+    "config.json",
+    "metrics.jsonl",
+    "start",
+    "checkpoints",
+    "model",
+    "adapter",
+    "adapter-hf",
+    "tensorboard",
+    "tracker.json",
+)
 """Names that a run writes."""
 
 PLACES = re.compile(r"model\.(path|tokenizer|embeddings)|data\.(directory|sources\.\d+\.(source|directory))")
 """Options that name a place: a resumed run may change them if the content is the same (``dph.train.fingerprints``)."""
 
 LEFTOVERS = re.compile(
-    r"\.(model|adapter|start|shares)\.(partial|old)|\.(config\.json|metrics\.jsonl|tracker\.json)\.[0-9a-f]{8}\.partial"
+    r"\.(model|adapter|adapter-hf|start|shares)\.(partial|old)|\.(config\.json|metrics\.jsonl|tracker\.json)\.[0-9a-f]{8}\.partial"
 )
 CHECKPOINT_LEFTOVERS = re.compile(r"\.step-\d{8,}\.(partial|old)|\.best\.json\.[0-9a-f]{8}\.partial")
 """Names of files and folders that a killed process leaves (``dph.data.atomic``)."""
@@ -400,12 +411,12 @@ class RunDirectory:
                         tokenizer.save_pretrained(folder)
         return path
 
-    def save_adapter(self, save: Callable[[Path], None]) -> None:
-        """Write the folder ``adapter`` by ``save``, which gets its path."""
+    def save_adapter(self, name: str, save: Callable[[Path], None]) -> None:
+        """Write the folder ``name`` by ``save``, which gets a path."""
         with self.world.fail_together():
             if self.world.rank == 0:
                 self._check_present()
-                with atomic.atomic_directory(self.directory / "adapter") as folder:
+                with atomic.atomic_directory(self.directory / name) as folder:
                     save(folder)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from helpers.stages import Killed, Trap, die, figures, go, records, same, settin
 from helpers.texts import small_tokenizer
 from helpers.tiny import FORMS
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import dph
 from dph.cli import main
@@ -274,17 +275,36 @@ def test_a_run_without_these_options_resumes_and_one_with_others_does_not(tmp_pa
 
 
 def test_the_command(tmp_path, capsys):
-    """On a model in the layout of its family, without a head."""
-    model = tiny(**FORMS["llama"], reward_heads=())
-    model.save_pretrained(tmp_path / "base")
-    small_tokenizer().save_pretrained(tmp_path / "base")
+    """On a directory of transformers' own class, which PEFT gives the adapter that the run has saved for it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokenizer, base = small_tokenizer(), tmp_path / "base"
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_key_value_heads=1,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        **sizes,
+        **ids,
+    )
+    LlamaForCausalLM(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
     pairs = [{"prompt": f"hello {i}", "chosen": "world", "rejected": "late"} for i in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    words = ["train", "align", f"model.path={tmp_path / 'base'}", f"data.sources=[{tmp_path / 'pairs.jsonl'}]"]
-    words += ["lora.rank=16", "evaluation.sources=[]", "batch={size: 4, tokens: 512}", "device=cpu"]
-    words += ["optimiser={steps: 2, warmup: 1}", f"--output={tmp_path / 'run'}"]
+    words = ["train", "align", f"model.path={base}", f"data.sources=[{tmp_path / 'pairs.jsonl'}]", "lora.rank=16"]
+    words += ["evaluation.sources=[]", "batch={size: 4, tokens: 512}", "device=cpu", "data.context=100"]
+    words += ["optimiser={steps: 4, warmup: 1, lr: 0.01}", f"--output={tmp_path / 'run'}"]
     assert main.main([*words, "--dry-run"]) == 0
     assert "trained parameters" in capsys.readouterr().out
     assert main.main(words) == 0
-    assert dph.Model.from_pretrained(tmp_path / "run/model").untrained_heads == set()
-    assert json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["r"] == 16
+    merged = dph.Model.from_pretrained(tmp_path / "run/model").eval()
+    assert merged.untrained_heads == set()
+    tokens = torch.arange(4, 40).view(2, 18)
+    before = LlamaForCausalLM.from_pretrained(base).eval()
+    assert not torch.allclose(before(tokens).logits, merged(tokens).logits, atol=1e-2)
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run/adapter-hf").eval()
+    assert isinstance(loaded.base_model.model, LlamaForCausalLM)
+    torch.testing.assert_close(loaded(input_ids=tokens).logits, merged(tokens).logits, rtol=1e-4, atol=1e-5)
+    own = peft.PeftModel.from_pretrained(dph.Model.from_pretrained(base), tmp_path / "run/adapter").eval()
+    torch.testing.assert_close(own(input_ids=tokens).logits, merged(tokens).logits, rtol=1e-4, atol=1e-5)
