@@ -285,6 +285,7 @@ class Backbone(nn.Module):
         memory: Callable[[int], BlockMemory] | None = None,
         observe: Callable[[int, Tensor], None] | None = None,
         blocks: int | None = None,
+        states: tuple[int, Tensor] | None = None,
     ) -> Tensor:
         """Tokens [T] int64, or their embeddings [T, E], -> [T, C].
 
@@ -294,20 +295,34 @@ class Backbone(nn.Module):
             observe: called with the number of each block and its input [T, C], and with the number of blocks and the
                 result.
             blocks: the number of blocks to compute; the result is then the input of the next one, without output norm.
+            states: the number of a block and its input [T, C], from an earlier call: no block below it is computed.
         """
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        x = self.input_norm(self.input_proj(tokens if tokens.is_floating_point() else self.embedding(tokens)))
+        draws = recompute and _has_dropout(self.blocks)
+        if states is None:
+            first = 0
+            x = self.input_norm(self.input_proj(tokens if tokens.is_floating_point() else self.embedding(tokens)))
+        else:
+            first, x = states
         for i, block in enumerate(self.blocks):
+            if i < first:
+                continue
             if observe is not None:
                 observe(i, x)
             if i == blocks:
                 return x
             layer_memory = None if memory is None else memory(i)
-            if recompute:  # without the state of random generators: a block draws nothing
-                x = checkpoint(block, x, layout, layer_memory, use_reentrant=False, preserve_rng_state=False)
+            if recompute:
+                options = {"use_reentrant": False, "preserve_rng_state": draws}
+                x = checkpoint(block, x, layout, layer_memory, **options)
             else:
                 x = block(x, layout, layer_memory)
         x = self.output_norm(x)
         if observe is not None:
             observe(len(self.blocks), x)
         return x
+
+
+def _has_dropout(modules: nn.Module) -> bool:
+    """Whether modules of another library draw random numbers, which a recomputation has to repeat."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules.modules())

@@ -671,6 +671,7 @@ class Model(PreTrainedModel, GenerationMixin):
         dropout_seed: int | None = None,
         answer_ids: Tensor | None = None,
         dropout: bool = True,
+        states: tuple[int, Tensor] | None = None,
     ) -> PackedOutput:
         """Log-probabilities and rewards of all answers of a packed batch, each shared beginning computed once.
 
@@ -680,11 +681,13 @@ class Model(PreTrainedModel, GenerationMixin):
             answer_ids: [A] int64 keys of the answers' dropout masks (their indices if None), so that micro-batches use
                 the masks of the whole batch.
             dropout: False switches the reward heads' dropout off in training, too.
+            states: the number of a block and its input [T, C], from an earlier call: no block below it is computed, and
+                no head may judge one.
         """
         judged = JudgedStates(
             self.heads.layers, len(self.backbone.blocks), lambda states: states[batch.reward_rows.clamp(min=0)]
         )
-        hidden = self.backbone(batch.tokens, batch.layout, observe=judged)
+        hidden = self.backbone(batch.tokens, batch.layout, observe=judged, states=states)
         logprobs = self._logprobs(self.output_proj(hidden[batch.rows]), batch.targets, uniform=False)
         zeros = logprobs.new_zeros(len(batch.reward_rows))
         scored = batch.scored.to(logprobs.dtype)

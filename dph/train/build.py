@@ -22,6 +22,7 @@ from dph.model.directories import model_path
 from dph.model.loading import check_settings, check_tokenizer, load_model, load_tokenizer
 from dph.model.model import Model
 from dph.train import checkpointing
+from dph.train.adapters import Adapters, is_adapter, load_package
 from dph.train.budget import memory
 from dph.train.distributed import SINGLE_PROCESS, World
 from dph.train.layer_choice import mixed_layers
@@ -50,8 +51,11 @@ def make_stage(
         records: training records in memory; None for the recipe's sources.
         held_out: records for evaluation, or a mapping from names to them; None for the recipe's sources.
 
-    Raises UserError for errors in the recipe or the data, and if the host has too little memory.
+    Raises UserError for errors in the recipe or the data, if a package is missing, and if the host has too little
+    memory.
     """
+    if recipe.lora.rank is not None:
+        load_package()
     check_tokenizer(model, tokenizer)
     if records is None:
         data = recipe.data
@@ -194,10 +198,16 @@ def open_checkpoint(path: str | Path) -> tuple[Model, Any]:
         model, tokenizer = open_model(recipe)
     tensors = checkpointing.load_start(directory) | checkpointing.Checkpoint(0, path).tensors("weights")
     where = f"{path / 'weights.safetensors'} and {start / 'start.safetensors'}"
-    check_tensors(dict(model.named_parameters()), tensors, where)
+    params = dict(model.named_parameters())
+    adapters = None if recipe.lora.rank is None else Adapters(model, recipe)
+    params |= {name: p for name, p in model.named_parameters() if is_adapter(name)}
+    check_tensors(params, tensors, where)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in params.items():
             parameter.copy_(tensors[name])
+    if adapters is not None:
+        adapters.merge()
+        model.requires_grad_(True)
     if recipe.kind == "preference" and recipe.objective.dph_weight > 0:
         model.untrained_heads -= set(recipe.objective.heads)
     return model, tokenizer

@@ -13,10 +13,12 @@ import contextlib
 import enum
 import signal
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dph.errors import OtherRankFailed, RunLost, one_line
+from dph.model.config import FAMILIES
 
 if TYPE_CHECKING:
     from dph.model.model import Model
@@ -113,6 +115,11 @@ def finish(trainer: Trainer, stopped: int | None, progress: Progress) -> Result:
             model.untrained_heads -= set(recipe.objective.heads)
         try:
             path = run.save_model(model.eval(), trainer.stage.tokenizer)
+            if trainer.adapters is not None:
+                run.save_adapter("adapter", trainer.adapters.save)
+                if model.config.family is not None:
+                    table = FAMILIES[model.config.family].weights
+                    run.save_adapter("adapter-hf", partial(trainer.adapters.save_family, table))
         except Exception as error:
             _note_saved(error, run, trainer.step)
             raise

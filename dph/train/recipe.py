@@ -143,6 +143,49 @@ class Optimiser:
 
 
 @typed
+class Lora:
+    """Low-rank adapters on the linear layers of the blocks (LoRA, arXiv 2106.09685; stages pretrain, sft and align)."""
+
+    rank: int | None = option(
+        None,
+        "rank r of the adapters: the weight W of a layer is used as W + alpha / r * B A, with A [r, inputs] and B "
+        "[outputs, r]. Only A, B and the recipe's reward heads are trained. The reference model is the same weights "
+        "without adapters. B begins as zero and A as random numbers: optimiser.prior_decay pulls B to zero, which "
+        "is no adapter, and A to these numbers. The run's folder model has the adapters merged into the weights, its "
+        "folder adapter has them alone, in PEFT's format, for dph.Model; adapter-hf for a family's own class. Needs "
+        "PEFT; null: no adapters",
+        minimum=1,
+        maximum=(2**14, "such adapters have more weights than the layers"),
+    )
+    alpha: float | None = option(None, "numerator of the adapters' scale; null: twice the rank", minimum=POSITIVE)
+    dropout: float = option(
+        0.0,
+        "dropout of the adapters' inputs, drawn per micro-batch: with dropout, batch.micro changes the result",
+        minimum=0,
+        below=1,
+    )
+    targets: tuple[Literal["qkv", "out", "fc1", "fc2"], ...] = option(
+        ("qkv", "out", "fc1", "fc2"),
+        "layers of a block with an adapter. Queries, keys and values are one layer (qkv) with one A for all three, and "
+        "so are gate and up-projection (fc1)",
+    )
+
+
+@typed
+class Trained:
+    """Part of the backbone that is trained (stages pretrain, sft and align)."""
+
+    last_layers: int | None = option(
+        None,
+        "number of blocks, the last ones, that are trained, with the output norm and in stage align the recipe's "
+        "reward heads; the embedding, the language-model head and the other blocks are frozen, and no activation of "
+        "theirs is stored. With lora.rank, the blocks with adapters. null: all",
+        minimum=1,
+        maximum=(1024, "no model has more blocks"),
+    )
+
+
+@typed
 class Batch:
     """Batch and micro-batches; in stage head micro-batches are the backbone's, the heads judge all pairs at once."""
 
@@ -277,6 +320,8 @@ class Recipe:
     model: InitialModel = section(InitialModel)
     data: Data = section(Data)
     optimiser: Optimiser = section(Optimiser)
+    train: Trained = section(Trained)
+    lora: Lora = section(Lora)
     batch: Batch = section(Batch)
     objective: Objective = section(Objective)
     guard: Guard = section(Guard)
@@ -327,6 +372,13 @@ class Recipe:
             raise UserError(f"batch.micro: expected a divisor of batch.size {self.batch.size}, got {self.batch.micro}")
         if self.cuda_graph and self.stage != "head":
             raise UserError(f"cuda_graph: expected false in stage {self.stage}, whose steps differ in shape, got true")
+        for key, value in (("lora.rank", self.lora.rank), ("train.last_layers", self.train.last_layers)):
+            if value is not None and self.stage in ("vocab", "head"):
+                raise UserError(f"{key}: expected null in stage {self.stage}, got {value}")
+        if self.lora.rank is not None and self.compile:
+            raise UserError(f"compile: expected false with lora.rank {self.lora.rank}, got true")
+        if not self.lora.targets:
+            raise UserError("lora.targets: expected at least one of qkv, out, fc1, fc2, got none")
         if self.evaluation.share and self.kind != "preference":
             raise UserError(f"evaluation.share: expected 0 in stage {self.stage}, got {self.evaluation.share}")
         for key, value in (("evaluation.patience", self.evaluation.patience), ("output.model", self.output.model)):

@@ -12,6 +12,8 @@
     checkpoints/best.json         the best checkpoint with its metric and value, if ``output.best`` is set
     model/                        the finished model and its tokenizer
     heads/NAME/                   its trained reward heads (``dph.train.head_files``)
+    adapter/                      the adapters alone in PEFT's format, for dph.Model, if the run trained adapters
+    adapter-hf/                   the same for transformers' own class, if the model comes from a family
 
 Tensors are safetensors, the rest is JSON; nothing is pickled.
 """
@@ -47,14 +49,18 @@ BEST = "best.json"
 MACHINE_METRICS = ("seconds", "tokens_per_second", "tflops_per_second", "mfu", "memory_gb")
 """Keys of metrics.jsonl that differ between equal runs."""
 
-WRITTEN = ("config.json", "metrics.jsonl", "start", "checkpoints", "model", "heads", "tensorboard", "tracker.json")
+WRITTEN = (
+    "config.json", "metrics.jsonl", "start", "checkpoints", "model", "heads", "adapter", "adapter-hf", "tensorboard",
+    "tracker.json",
+)  # fmt: skip
 """Names that a run writes."""
 
 PLACES = re.compile(r"model\.(path|tokenizer|embeddings)|data\.(directory|sources\.\d+\.(source|directory))")
 """Options that name a place: a resumed run may change them if the content is the same (``dph.train.fingerprints``)."""
 
 LEFTOVERS = re.compile(
-    r"\.(model|heads|start|shares)\.(partial|old)|\.(config\.json|metrics\.jsonl|tracker\.json)\.[0-9a-f]{8}\.partial"
+    r"\.(model|heads|adapter|adapter-hf|start|shares)\.(partial|old)"
+    r"|\.(config\.json|metrics\.jsonl|tracker\.json)\.[0-9a-f]{8}\.partial"
 )
 CHECKPOINT_LEFTOVERS = re.compile(r"\.step-\d{8,}\.(partial|old)|\.best\.json\.[0-9a-f]{8}\.partial")
 """Names of files and folders that a killed process leaves (``dph.data.atomic``)."""
@@ -234,10 +240,9 @@ class RunDirectory:
 
         Places may change if the newest checkpoint holds fingerprints, which the trainer compares.
         """
-        before, now = _flatten(self._read_config()), _flatten(self._config)
         # Options that a later version added had their default, which is the same in every stage.
-        defaults = _flatten(from_dict({"stage": "sft"}).as_dict())
-        before |= {key: defaults[key] for key in (now.keys() & defaults.keys()) - before.keys()}
+        defaults = json.loads(json.dumps(from_dict({"stage": "sft"}).as_dict()))
+        before, now = _flatten(_with_defaults(self._read_config(), self._config, defaults)), _flatten(self._config)
         different, places_may_change = [], self._has_fingerprints()
         for key in sorted(before.keys() | now.keys(), key=lambda key: (key != "stage", key)):
             may_change = key in MAY_CHANGE_ON_RESUME or key.split(".")[0] in MAY_CHANGE_ON_RESUME
@@ -401,6 +406,14 @@ class RunDirectory:
                         tokenizer.save_pretrained(folder)
         return path
 
+    def save_adapter(self, name: str, save: Callable[[Path], None]) -> None:
+        """Write the folder ``name`` by ``save``, which gets a path."""
+        with self.world.fail_together():
+            if self.world.rank == 0:
+                self._check_present()
+                with atomic.atomic_directory(self.directory / name) as folder:
+                    save(folder)
+
     def close(self) -> None:
         """Flush and close the files, and release the lock."""
         for name, reader in list(self._readers.items()):
@@ -455,6 +468,17 @@ def _logged_step(line: str) -> tuple[int | None, Mapping[str, Any]]:
     if not isinstance(values, dict) or type(values.get("step")) is not int:
         return None, {}
     return values["step"], values
+
+
+def _with_defaults(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``before`` with the default of each option that it lacks and ``now`` has; a list is one value."""
+    values = dict(before)
+    for key in now.keys() & defaults.keys():
+        if key not in values:
+            values[key] = defaults[key]
+        elif all(isinstance(part.get(key), Mapping) for part in (before, now, defaults)):
+            values[key] = _with_defaults(before[key], now[key], defaults[key])
+    return values
 
 
 def _flatten(value: Any, key: str = "") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dph._weights import check_tensors
 from dph.errors import UserError
@@ -243,21 +243,20 @@ def load_start(trainer: Trainer) -> None:
     """Load the weights that :func:`save_start` saved."""
     start = trainer.run.load_start()
     check_tensors(_unchanged(trainer), start, trainer.run.directory / "start" / "start.safetensors")
-    copy_weights(start, trainer.full_model)
+    copy_weights(start, trainer.weights)
 
 
 def _unchanged(trainer: Trainer) -> dict[str, Tensor]:
     """Return the starting weights that a resume needs: frozen ones, and all for a reference model."""
     unchanged = {}
-    for name, p in trainer.full_model.named_parameters():
+    for name, p in trainer.weights.items():
         if trainer.stage.needs_reference or not p.requires_grad:
             unchanged[name] = p
     return unchanged
 
 
-def copy_weights(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+def copy_weights(tensors: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
     """Copy full tensors into parameters of the same names, which may be shards."""
-    params = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():
             params[name].copy_(shard_like(tensor, params[name]))
@@ -296,7 +295,7 @@ def load(trainer: Trainer, checkpoint: Checkpoint, state: Mapping[str, Any]) -> 
         if f"{name}/prior" in saved:  # not in groups without prior decay, of which from_tensors makes sure
             moments[f"{name}/prior"] = p
     check_tensors(moments, saved, checkpoint.path / "optimiser.safetensors")
-    copy_weights(weights, trainer.model)
+    copy_weights(weights, params)
     optimiser = {}
     with checkpointing.loading(checkpoint.path / "optimiser.safetensors"):
         for key, tensor in saved.items():

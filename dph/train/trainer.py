@@ -19,6 +19,7 @@ from torch import Tensor
 from dph.devices import low_precision
 from dph.optim import LaProp, gradient_norm, param_groups, warmup_cosine
 from dph.train import checkpointing, compile, cuda_graph, endings, fingerprints, saved_state
+from dph.train.adapters import Adapters, shared_copy
 from dph.train.best_checkpoint import BestCheckpoint, check_metric
 from dph.train.budget import flops
 from dph.train.distributed import full_tensor
@@ -97,41 +98,49 @@ class Trainer:
                 compile.require(device)
         if recipe.cuda_graph:
             cuda_graph.require(device, self.world.world_size)
-        self._required_grad = {name: p.requires_grad for name, p in self.model.named_parameters()}
-        for name, p in self.model.named_parameters():
+        self.weights = dict(self.model.named_parameters())  # of the full model, without adapters
+        self._required_grad = {name: p.requires_grad for name, p in self.weights.items()}
+        for name, p in self.weights.items():
             p.requires_grad_(stage.trains(name))
         if saved is not None:
             saved_state.load_start(self)
-        if stage.needs_reference:
+        if stage.needs_reference and self.world.world_size == 1:
+            stage.reference = shared_copy(self.model)
+        elif stage.needs_reference:  # each is sharded on its own
             stage.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
             stage.reference.heads.clear()
-        low = low_precision(recipe.precision, device)
-        self._place_models(torch.bfloat16 if low else None)
-        self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
-        s = self.settings
-        groups = param_groups(self.model, s.weight_decay, s.prior_decay, s.no_decay)
-        self.optimiser = LaProp(groups, lr=s.lr, betas=s.betas, eps=s.eps)
-        self.means = RunningMeans((*stage.metrics, "grad_norm"))
-        self.evaluation: dict[str, float] = {}
-        check_metric(recipe.output.best, stage.held_out.names())
-        self.best = BestCheckpoint(recipe.output.best)
-        self.guard = StepGuard(recipe.guard.stop_after, recipe.guard.spike, self.model.device)
-        self.pending: StepMetrics | None = None  # of the last step, not yet logged
-        self.memory_reset_step = 0  # before which the stage resets its memory
-        self._last_logged = 0.0  # time when metrics were last read
-        self._left_out: dict[str, str] = {}  # messages that were shown, by source
-        self.signal: Callable[[], int] = int
-        self._stop_requested = False  # whether some rank received a signal, as all ranks have read
-        self.reached = Reached.NOTHING
-        self.common_error: Exception | None = None  # raised by this rank, while all others raise one as well
-        self.evaluation_due = False  # whether the evaluation after the last step is still to be done
-        self._has_memory = any(memory is not None for memory in stage.memories)
-        if saved is not None:
-            saved_state.load(self, run.checkpoint, saved)
+        self.adapters: Adapters | None = None
+        if recipe.lora.rank is not None:
+            self.adapters = Adapters(self.model, recipe)
+            for name, p in self.model.named_parameters():  # PEFT has frozen the reward heads, too
+                p.requires_grad_(stage.trains(name))
         try:
+            low = low_precision(recipe.precision, device)
+            self._place_models(torch.bfloat16 if low else None)
+            self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+            s = self.settings
+            groups = param_groups(self.model, s.weight_decay, s.prior_decay, s.no_decay)
+            self.optimiser = LaProp(groups, lr=s.lr, betas=s.betas, eps=s.eps)
+            self.means = RunningMeans((*stage.metrics, "grad_norm"))
+            self.evaluation: dict[str, float] = {}
+            check_metric(recipe.output.best, stage.held_out.names())
+            self.best = BestCheckpoint(recipe.output.best)
+            self.guard = StepGuard(recipe.guard.stop_after, recipe.guard.spike, self.model.device)
+            self.pending: StepMetrics | None = None  # of the last step, not yet logged
+            self.memory_reset_step = 0  # before which the stage resets its memory
+            self._last_logged = 0.0  # time when metrics were last read
+            self._left_out: dict[str, str] = {}  # messages that were shown, by source
+            self.signal: Callable[[], int] = int
+            self._stop_requested = False  # whether some rank received a signal, as all ranks have read
+            self.reached = Reached.NOTHING
+            self.common_error: Exception | None = None  # raised by this rank, while all others raise one as well
+            self.evaluation_due = False  # whether the evaluation after the last step is still to be done
+            self._has_memory = any(memory is not None for memory in stage.memories)
+            if saved is not None:
+                saved_state.load(self, run.checkpoint, saved)
             run.begin(self.best.state)
         except BaseException:  # the model is the caller's
-            self._restore_required_grad()
+            self._restore_modules()
             raise
         if saved is None:
             saved_state.save_start(self)
@@ -139,7 +148,8 @@ class Trainer:
         self.low = low and self.world.world_size == 1
         if self.low:
             self.optimiser.to_mixed_precision(torch.bfloat16)
-            self.model.to(torch.bfloat16)
+            for model in filter(None, (self.model, self.stage.reference)):  # which share their frozen weights
+                model.to(torch.bfloat16)
         if recipe.compile:
             for model in filter(None, (self.model, self.stage.reference)):
                 compile.switch_on(model.backbone)
@@ -339,11 +349,14 @@ class Trainer:
         except BaseException:
             with contextlib.suppress(Exception):  # such as weights in a run directory that is gone
                 self._reset_model()
+            self._restore_modules()
             raise
         self._reset_model()
         if stopped is None and self.recipe.output.model == "best" and self.best.state is not None:
             best = checkpointing.Checkpoint(0, self.run.checkpoint_path(self.best.state["step"]))
-            saved_state.copy_weights(best.tensors("weights"), self.model)
+            saved_state.copy_weights(best.tensors("weights"), dict(self.model.named_parameters()))
+        if self.adapters is not None:
+            self.adapters.merge()
         self._report_left_out(self._left_out_messages(), progress, final=True)
         return endings.finish(self, stopped, progress)
 
@@ -425,13 +438,12 @@ class Trainer:
     # Model and checkpoints
 
     def _place_models(self, dtype: torch.dtype | None) -> None:
-        """Turn the reference into ``dtype``; with several ranks, shard it and a copy of the model."""
-        if self.stage.reference is not None and dtype is not None:
-            self.stage.reference.to(dtype)
+        """With several ranks, turn the reference into ``dtype`` and shard it and a copy of the model."""
         if self.world.world_size > 1:
             self.model = self.stage.model = self.world.shard(copy.deepcopy(self.full_model), dtype)
             if self.stage.reference is not None:
-                self.stage.reference = self.world.shard(self.stage.reference, dtype)
+                reference = self.stage.reference if dtype is None else self.stage.reference.to(dtype)
+                self.stage.reference = self.world.shard(reference, dtype)
 
     def save_checkpoint(self) -> None:
         """Save the state after the last whole step."""
@@ -450,8 +462,14 @@ class Trainer:
 
     def _restore_required_grad(self) -> None:
         """Freeze the weights again that were frozen when the trainer was made, and no others."""
-        for name, p in self.full_model.named_parameters():
+        for name, p in self.weights.items():
             p.requires_grad_(self._required_grad[name])
+
+    def _restore_modules(self) -> None:
+        """After an error: the caller's model without adapters, its weights frozen as they were."""
+        if self.adapters is not None:
+            self.adapters.remove()
+        self._restore_required_grad()
 
     def _reset_model(self) -> None:
         """Turn the model back into fp32, with frozen weights and attributes as they were, however training ended."""
@@ -464,4 +482,4 @@ class Trainer:
             self.model.float()
             trained = set(self.names.values())
             frozen = {name: tensor for name, tensor in self.run.load_start().items() if name not in trained}
-            saved_state.copy_weights(frozen, self.model)
+            saved_state.copy_weights(frozen, self.weights)

@@ -270,7 +270,8 @@ RANGES = {  # every option with a range: minimum, bound
     "objective.sample": (10, math.inf), "objective.ensemble": (1, math.inf),
     "evaluation.share": (0, 1), "evaluation.patience": (1, math.inf),
     "evaluation.every": (0, math.inf), "output.save_every": (0, math.inf), "output.keep": (1, math.inf),
-    "output.log_every": (1, math.inf),
+    "output.log_every": (1, math.inf), "train.last_layers": (1, math.inf), "lora.rank": (1, math.inf),
+    "lora.alpha": (1e-12, math.inf), "lora.dropout": (0, 1),
 }  # fmt: skip
 
 
@@ -308,6 +309,7 @@ MAXIMA = {
     "objective.sample": 2**20, "objective.ensemble": 64,
     "data.workers": 256, "data.context": 2**24, "data.memory": 2**24, "data.consecutive": 2**16,
     "optimiser.steps": 10**9, "batch.size": 2**20, "batch.tokens": 2**31 - 1,
+    "train.last_layers": 1024, "lora.rank": 2**14,
 }  # fmt: skip
 
 

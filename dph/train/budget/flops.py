@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dph.train.adapters import count_adapted
 from dph.train.stages.base import Stage, StepBatch
 from dph_kernels import PackedLayout
 from dph_kernels.layout import common_prefix
@@ -104,7 +105,34 @@ def batch_flops(stage: Stage, batch: StepBatch) -> float:
     else:
         workload = pairs_workload(batch.pairs)
         reference = reference and not stage.frozen.cached
-    return step_flops(config, recipe.stage, workload, reference=reference)
+    needed = step_flops(config, recipe.stage, workload, reference=reference)
+    if recipe.lora.rank is None and recipe.train.last_layers is None:
+        return needed
+    return needed - _spared_flops(stage, workload, reference and stage.shares_states)
+
+
+def _spared_flops(stage: Stage, workload: Workload, shared: bool) -> float:
+    """Return the operations of training all of the backbone that the part which the recipe trains does not need.
+
+    Args:
+        stage: stage pretrain, sft or align.
+        workload: of a step.
+        shared: whether the reference takes the frozen blocks' results from the trained model.
+    """
+    recipe, config = stage.recipe, stage.model.config
+    blocks = config.num_hidden_layers * config.block_weights * workload.tokens
+    others = config.projection_weights * workload.tokens + head_weights(config) * workload.targets
+    backward = 2 * config.num_attention_heads * config.head_dim * (4 * workload.visible - 2 * workload.detached)
+    frozen = stage.frozen_blocks / config.num_hidden_layers
+    # No gradient of frozen weights, and below the trained part none of rows and of attention.
+    spared = 2 * others + 2 * config.projection_weights * workload.tokens
+    spared += frozen * 4 * blocks + stage.frozen_blocks * backward
+    if shared:
+        attention = 2 * config.num_attention_heads * config.head_dim
+        spared += 2 * frozen * blocks + stage.frozen_blocks * 2 * attention * workload.visible
+    if recipe.lora.rank is not None:
+        spared += 2 * (1 - frozen) * blocks - 6 * count_adapted(stage.model, recipe) * workload.tokens
+    return spared
 
 
 def backbone_weights(config: ModelConfig) -> int:

@@ -8,7 +8,8 @@ from dph import devices
 from dph.devices import low_precision
 from dph.errors import UserError
 from dph.model.config import ModelConfig
-from dph.train.recipe import Recipe
+from dph.train.adapters import count_adapted, is_adapter
+from dph.train.recipe import Lora, Recipe
 from dph.train.stages.base import Stage
 
 LOGPROBS = {"cuda": 300e6, "cpu": 64e6}  # bytes of log-probabilities and their gradients, at most
@@ -25,12 +26,14 @@ def on_device(stage: Stage, rows: int, device: torch.device, place: str, *, alon
         alone: whether these are all rows of the step. Then gradients are not accumulated in fp32, and they replace the
             activations as the backward pass frees them (except for the embedding's gradient, which is neglected).
     """
-    recipe, config, total = stage.recipe, stage.model.config, stage.model.num_parameters()
+    recipe, config = stage.recipe, stage.model.config
+    total = sum(p.numel() for name, p in stage.model.named_parameters() if not is_adapter(name))
+    adapters = 0 if recipe.lora.rank is None else count_adapted(stage.model, recipe)
     trained, low = count_trained(stage), low_precision(recipe.precision, device)
     sharded = stage.world.world_size > 1
     size = 2 if low else 4
     # Shards are fp32 and their own masters; only gathered weights are bf16.
-    sizes = {"weights": (4 if sharded else size) * total}
+    sizes = {"weights": (4 if sharded else size) * (total + adapters)}
     sizes["gradients"] = (size if alone and not sharded else 4) * trained
     sizes["momentum and second moment"] = 8 * trained
     if low and not sharded:
@@ -38,7 +41,7 @@ def on_device(stage: Stage, rows: int, device: torch.device, place: str, *, alon
     if recipe.optimiser.prior_decay:
         sizes["priors"] = 4 * trained
     if stage.needs_reference:
-        sizes["reference model"] = size * total
+        sizes["reference model"] = size * _count_reference(stage)
     if sharded:
         sizes = _per_rank(stage, sizes, size)
     if has_memory(recipe):
@@ -120,8 +123,18 @@ def held_out_streams(stage: Stage) -> int:
 
 
 def count_trained(stage: Stage) -> int:
-    """Return the number of trained parameters."""
-    return sum(p.numel() for name, p in stage.model.named_parameters() if stage.trains(name))
+    """Return the number of trained parameters, with those of adapters, whether the model has them yet or not."""
+    own = sum(p.numel() for name, p in stage.model.named_parameters() if stage.trains(name) and not is_adapter(name))
+    return own if stage.recipe.lora.rank is None else own + count_adapted(stage.model, stage.recipe)
+
+
+def _count_reference(stage: Stage) -> int:
+    """Return the number of parameters that a reference model has of its own: on one rank it shares those frozen."""
+    count = 0
+    for name, p in stage.model.named_parameters():
+        if not name.startswith("heads.") and not is_adapter(name):
+            count += p.numel() if stage.world.world_size > 1 or stage.trains(name) else 0
+    return count
 
 
 def choose_place(stage: Stage, device: torch.device) -> str:
@@ -183,12 +196,34 @@ def activations(recipe: Recipe, config: ModelConfig, rows: int, size: int) -> fl
     """Return bytes that autograd saves for ``rows`` rows of numbers of ``size`` bytes.
 
     A block saves its input, the outputs of both norms, q (and normed q), k (and rotated k) and v, attention's output
-    with its log-sum-exp, the sum after attention, [x | gate], and the SwiGLU activations.
+    with its log-sum-exp, the sum after attention, [x | gate], and the SwiGLU activations. Frozen blocks below those
+    that are trained save nothing.
     """
+    layers = recipe.train.last_layers or config.num_hidden_layers
     heads, key_heads = config.num_attention_heads, config.num_key_value_heads
     per_head = (3 if config.qk_norm else 2) * heads + 3 * key_heads
     block = size * (5 * config.hidden_size + per_head * config.head_dim + 3 * config.intermediate_size) + 4 * heads
-    saved = config.num_hidden_layers * block
+    if recipe.lora.rank is not None:
+        block += size * _adapter_activations(recipe.lora, config)
+    saved = layers * block
     if recipe.checkpointing == "block":
-        saved = config.num_hidden_layers * size * config.hidden_size + block
+        saved = layers * size * config.hidden_size + block
+    if recipe.lora.rank is not None:  # gradients of a block's activations, for which those of weights leave room else
+        saved += block
     return rows * (saved + size * (2 * config.embedding_size + 3 * config.hidden_size))
+
+
+def _adapter_activations(lora: Lora, config: ModelConfig) -> float:
+    """Return the numbers that autograd saves for a row of a block with adapters, beyond those without.
+
+    A layer saves its input for its adapter alone, since its own weight is frozen, and the adapter A's output.
+    """
+    width, attended = config.hidden_size, config.num_attention_heads * config.head_dim
+    inputs = {"qkv": width, "out": attended, "fc1": width, "fc2": config.intermediate_size}
+    count: float = 0
+    for name, size in inputs.items():
+        if name in lora.targets:
+            count += lora.rank + (1.25 * size if lora.dropout else 0)  # the dropped input, and a mask of bytes
+        elif name != "out":  # whose input is saved by attention
+            count -= size
+    return count

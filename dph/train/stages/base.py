@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from dph.errors import UserError
+from dph.train.adapters import is_adapter
 from dph.train.distributed import SINGLE_PROCESS, World
 from dph.train.recipe import Recipe
 
@@ -88,8 +89,10 @@ class Stage(ABC):
         micro_size: sequences or pairs that go through the backbone at a time.
         notes: messages about the setup, printed when training starts.
         memory_place: "device" or "host", for the Transformer-XL memory.
+        frozen_blocks: number of the first blocks, below all that is trained (``recipe.train``).
 
-    Raises UserError if the batch size is not divisible by the number of ranks and the size of a micro-batch.
+    Raises UserError if the batch size is not divisible by the number of ranks and the size of a micro-batch, and for
+    more trained blocks than the model has.
     """
 
     metrics: tuple[str, ...]
@@ -113,6 +116,18 @@ class Stage(ABC):
                 f"batch.micro: expected a divisor of {self.rank_size}, the batch of each of {ranks} ranks, "
                 f"got {self.micro_size}"
             )
+        blocks, last = model.config.num_hidden_layers, recipe.train.last_layers
+        if last is not None and last > blocks:
+            raise UserError(f"train.last_layers: expected at most the {blocks} blocks of the model, got {last}")
+        self.frozen_blocks = 0 if last is None else blocks - last
+
+    def trains_backbone(self, name: str) -> bool:
+        """Return whether the parameter ``name``, of no reward head, is trained in stages pretrain, sft and align."""
+        if self.recipe.lora.rank is not None:
+            return is_adapter(name)
+        if self.recipe.train.last_layers is None or name.startswith("backbone.output_norm."):
+            return True
+        return name.startswith("backbone.blocks.") and int(name.split(".")[2]) >= self.frozen_blocks
 
     @abstractmethod
     def trains(self, name: str) -> bool:

@@ -99,10 +99,13 @@ class LanguageModelStage(Stage):
         self.memories = self.new_memories(self.rank_size)
 
     def trains(self, name: str) -> bool:
-        """Return whether ``name`` is trained: embedding and untied output in stage vocab, else all but reward heads."""
+        """Return whether ``name`` is trained: embedding and untied output in stage vocab, else what the recipe trains.
+
+        Reward heads are not trained.
+        """
         if self.recipe.stage == "vocab":
             return name.startswith(("backbone.embedding.", "lm_head."))
-        return not name.startswith("heads.")
+        return not name.startswith("heads.") and self.trains_backbone(name)
 
     def next_batch(self) -> StepBatch:
         """Return the next segment of every stream."""

@@ -84,12 +84,14 @@ class PairInputs(NamedTuple):
         packed: tokens for the trained model; None in stage head, which trains only the heads.
         shown: [N, K] factors of the gradients of the rewards' K columns (:meth:`PreferenceStage.shown`); None without
             an ensemble.
+        states: number of the first trained block and its input [T, C], if trained model and reference share them.
     """
 
     answer_ids: Tensor
     frozen_outputs: Tensor | None
     packed: PackedBatch | None
     shown: Tensor | None = None
+    states: tuple[int, Tensor] | None = None
 
 
 class FrozenModel:
@@ -113,14 +115,25 @@ class FrozenModel:
             self.cached = stage.needs_reference and recipe.objective.reference == "cache"
 
     @torch.no_grad()
-    def __call__(self, micro_batch: PairMicroBatch, packed: PackedBatch | None = None) -> Tensor:
-        """Return the outputs for all pairs. ``packed``: the only bin on the model's device, if it is there already."""
+    def __call__(
+        self,
+        micro_batch: PairMicroBatch,
+        packed: PackedBatch | None = None,
+        states: tuple[int, Tensor] | None = None,
+    ) -> Tensor:
+        """Return the outputs for all pairs.
+
+        Args:
+            micro_batch: the pairs.
+            packed: the only bin on the model's device, if it is there already.
+            states: of it, number and input of the first block that differs from the trained model's.
+        """
         outputs, device = [], self.stage.model.device
         for bin_batch in micro_batch.bins():
             if self.cached:
                 outputs.append(self.cache.rows(bin_batch.pairs, lambda pairs=bin_batch: self._compute(pairs, packed)))
             else:
-                outputs.append(self._compute(bin_batch, packed))
+                outputs.append(self._compute(bin_batch, packed, states))
         joined = torch.cat(outputs)
         if not self.cached:
             return joined
@@ -128,12 +141,14 @@ class FrozenModel:
             return to_device(joined.flatten(), device)
         return to_device(joined.view(2 * len(joined), -1), device).to(self.stage.model.dtype)
 
-    def _compute(self, micro_batch: PairMicroBatch, packed: PackedBatch | None) -> Tensor:
+    def _compute(
+        self, micro_batch: PairMicroBatch, packed: PackedBatch | None, states: tuple[int, Tensor] | None = None
+    ) -> Tensor:
         if packed is None:
             packed = micro_batch.packed.to(self.stage.model.device)
         if self.kind == "states":
             return self.stage.model.reward_states(packed)
-        return self.stage.reference.forward_packed(packed).logprobs
+        return self.stage.reference.forward_packed(packed, states=states).logprobs
 
     @cached_property
     def cache(self) -> PairCache:
@@ -250,7 +265,7 @@ class PreferenceStage(Stage):
     def trains(self, name: str) -> bool:
         """Return whether ``name`` is trained: the recipe's heads and poolers, and in stage align the backbone."""
         if not name.startswith("heads."):
-            return self.recipe.stage == "align"
+            return self.recipe.stage == "align" and self.trains_backbone(name)
         heads, (_, group, kind, *rest) = self.recipe.objective.heads, name.split(".")
         if kind == "reward":
             return rest[0] in heads
@@ -312,8 +327,25 @@ class PreferenceStage(Stage):
             return PairInputs(answer_ids, self.frozen(micro_batch), None, shown)
         if not self.needs_reference:
             return PairInputs(answer_ids, None, without_targets(micro_batch.packed).to(device), shown)
-        packed = micro_batch.packed.to(device)
-        return PairInputs(answer_ids, self.frozen(micro_batch, packed), packed, shown)
+        packed, states = micro_batch.packed.to(device), None
+        if self.frozen_blocks and self.shares_states:
+            states = self.frozen_blocks, self._frozen_states(packed)
+        return PairInputs(answer_ids, self.frozen(micro_batch, packed, states), packed, shown, states)
+
+    @property
+    def shares_states(self) -> bool:
+        """Whether the frozen blocks are computed once for trained model and reference.
+
+        Not if a head judges one of them, nor on several ranks, whose shards are gathered for one model at a time.
+        """
+        computed = self.needs_reference and not self.frozen.cached and self.world.world_size == 1
+        layers = self.model.heads.layers
+        return computed and all(layer == -1 or layer >= self.frozen_blocks for layer in layers)
+
+    @torch.no_grad()
+    def _frozen_states(self, packed: PackedBatch) -> Tensor:
+        """Return the input [T, C] of the first trained block."""
+        return self.model.backbone(packed.tokens, packed.layout, blocks=self.frozen_blocks)
 
     def loss(self, inputs: PairInputs) -> LossSum:
         """Return the joint preference objective and its metrics."""
@@ -325,7 +357,7 @@ class PreferenceStage(Stage):
                 None,
             )
         else:
-            out = self.model.forward_packed(inputs.packed, **dropout)
+            out = self.model.forward_packed(inputs.packed, **dropout, states=inputs.states)
             rewards, logprobs, reference = out.rewards | out.members, out.logprobs, inputs.frozen_outputs
         objective, count = self.recipe.objective, len(inputs.answer_ids) // 2
         sides: list[Tensor | None] = [None] * 6
