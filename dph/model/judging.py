@@ -45,7 +45,7 @@ class PackedOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Judged:
-    """Result of :meth:`JudgingModel.judge` for one group of alternatives, in plain numbers, as :class:`PackedOutput`."""
+    """Result of :meth:`JudgingModel.judge` for a group of alternatives, as :class:`PackedOutput` in plain numbers."""
 
     logprobs: list[float]
     mean_logprobs: list[float]

@@ -586,7 +586,7 @@ def _is_head(name: str) -> bool:
 def _other_kind(kind: Any, path: str | os.PathLike) -> str:
     """Return what a directory without a model of a known type holds, for a message."""
     if kind:
-        return shown_names([kind])
+        return f"{shown_names([kind])} (dph.attach adds heads to causal language models of transformers)"
     if (Path(path) / "model").is_dir():
         return f"the directory of a run: give {path}/model"
     return "a config.json without a model_type (a run that is not finished holds no model)"
