@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> None:
 
     from dph.evaluate.choices import evaluate
 
-    head = None if args.logprob_only else args.head
-    model, tokenizer = common.open_model(args, head, WITHOUT_HEAD)
+    model, tokenizer = common.open_model(args, None if args.logprob_only else args.head, WITHOUT_HEAD)
+    head = None if args.logprob_only else args.head  # in place of a head's directory, by now its name
     reports = []
     for task, documents in sources:
         total = min(len(documents), args.limit or len(documents))

@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> None:
     records = dataset.load(args.file, kind)
     common.check_model(args)
 
-    head = None if args.logprob_only else args.head
-    model, tokenizer = common.open_model(args, head, WITHOUT_HEAD)
+    model, tokenizer = common.open_model(args, None if args.logprob_only else args.head, WITHOUT_HEAD)
+    head = None if args.logprob_only else args.head  # in place of a head's directory, by now its name
     scored = []
     empty: list[list[bool]] = []
     groups = _encode(tqdm(records, "score", disable=None), tokenizer, empty)
