@@ -7,6 +7,7 @@ are those of :class:`dph.Model`. :func:`dph.attach` makes one.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -22,6 +23,8 @@ from dph.model.attached_backbone import AttachedBackbone, Observer
 from dph.model.config import SIZES, HeadFields, check_integer, list_of_names, read_fields
 from dph.model.judging import JudgingModel
 from dph.model.padded_batch import PaddedBatch
+
+log = logging.getLogger(__name__)
 
 LOGITS = 2**25  # elements of logits that are computed at a time
 VOLATILE = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "name_or_path", "use_cache")
@@ -105,7 +108,7 @@ class AttachedModel(JudgingModel):
 
     Args:
         config: of the network and the heads.
-        network: with its weights; None for one with random weights.
+        network: with its weights; None for one whose weights the caller loads.
     """
 
     config_class = AttachedConfig
@@ -252,6 +255,17 @@ class AttachedModel(JudgingModel):
     def load_head(self, directory: str | os.PathLike, name: str | None = None, *, force: bool = False) -> str:
         """Add a head that :meth:`save_head` wrote, as :meth:`dph.Model.load_head`."""
         return head_file.load(self, directory, name, force=force)
+
+    def save_family(self, directory: str | os.PathLike) -> None:
+        """Write a directory of the network alone, which transformers opens; heads are left out with a warning."""
+        if self.head_names:
+            log.warning("reward heads %s are left out: the family's layout has none", ", ".join(self.head_names))
+        self.backbone.network.save_pretrained(directory)
+
+    def save_official(self, directory: str | os.PathLike) -> None:
+        """Raise UserError: the released layout has networks of our own alone."""
+        kind = self.config.network.get("model_type")
+        raise UserError(f"{directory}: expected a network of our own for the released layout, got one of type {kind}")
 
     def remade(self, config: AttachedConfig) -> AttachedModel:
         """Return a model with the same network and the heads of another configuration."""

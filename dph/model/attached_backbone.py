@@ -60,7 +60,9 @@ class AttachedBackbone(nn.Module):
         self._output = getattr(self.body, "project_out", None) is not None  # OPT's, from C to E
         watched = [*self.blocks, self.body.project_out] if self._output else self.blocks
         for number, module in enumerate(watched):
-            module.register_forward_pre_hook(partial(_observe, number), with_kwargs=True)
+            hooks = module._forward_pre_hooks.values()
+            if not any(isinstance(hook, partial) and hook.func is _observe for hook in hooks):  # of another model
+                module.register_forward_pre_hook(partial(_observe, number), with_kwargs=True)
 
     @property
     def body(self) -> nn.Module:
@@ -262,15 +264,14 @@ class AttachedBackbone(nn.Module):
             raise UserError(f"{kind}: expected logits that follow from the states of its last block, got others")
         if not _has_plain_cache(network):
             return
-        self.shares_prompts = True
         packed = torch.cat([ids[0], ids[1, shared:], ids[0]])
+        expected = torch.cat([states[:length], states[length + shared :], states[:length]])
         layout = PackedLayout.shared_prefix([shared, short], [[length - shared] * 2, [length - short]])
-        with contextlib.suppress(Exception):
-            got = self(packed, layout)
-            expected = torch.cat([states[:length], states[length + shared :], states[:length]])
-            self.shares_prompts = _close(got, expected)
-            return
-        self.shares_prompts = False
+        self.shares_prompts = True
+        try:
+            self.shares_prompts = _close(self(packed, layout), expected)
+        except Exception:  # of any kind: a cache of its own
+            self.shares_prompts = False
 
 
 class _Document(NamedTuple):
@@ -335,13 +336,14 @@ class _Rows:
 
         Of each sequence, the states of the first ``known`` [B] tokens are not kept.
         """
-        device, mask, rows = self.tokens.device, batch.mask, batch.rows
-        ids, real = self.tokens.new_zeros(mask.shape), torch.from_numpy(mask).to(device)
-        ids[real] = self.tokens[torch.from_numpy(rows).to(device)]
+        device, ids, places = self.tokens.device, self.tokens.new_zeros(batch.mask.shape), np.flatnonzero(batch.mask)
+        rows = torch.from_numpy(batch.rows).to(device)
+        ids.view(-1)[torch.from_numpy(places).to(device)] = self.tokens[rows]
+        new = slice(None)
         if any(known):
-            new = np.arange(mask.shape[1]) >= np.array(known)[:, None]
-            rows, mask = rows[new[mask]], mask & new
-        self._index, self._mask = torch.from_numpy(rows).to(device), torch.from_numpy(mask).to(device)
+            new = (np.arange(batch.mask.shape[1]) >= np.array(known)[:, None])[batch.mask]
+        self._rows = torch.from_numpy(batch.rows[new]).to(device)
+        self._places = torch.from_numpy(places[new]).to(device)
         self._observed.clear()
         return ids
 
@@ -361,7 +363,7 @@ class _Rows:
     def _keep(self, number: int, hidden: Tensor) -> None:
         if number not in self.states:
             self.states[number] = hidden.new_zeros(len(self.tokens), hidden.shape[-1])
-        self.states[number][self._index] = hidden[self._mask]
+        self.states[number][self._rows] = hidden.flatten(0, 1)[self._places]
 
 
 class _Stopped(BaseException):

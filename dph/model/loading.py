@@ -84,8 +84,11 @@ def attach(
         dropout, standardised: of new heads, as ``reward_dropout`` and ``reward_standardised`` of ``ModelConfig``.
         options: ``dtype`` of the weights (by default that of the file), and arguments for downloads.
 
-    No code that comes with a model runs. Raises UserError for broken files, code, and models of another kind, such as
-    encoders.
+    The tokenizer needs a chat template, or the paper's format two tokens for which the embedding has unused rows (OPT
+    and GPT-NeoX have some, GPT-2 has none). A family's model with settings that ours cannot compute, such as a sliding
+    window, can be given as a transformers model. No code that comes with a model runs.
+
+    Raises UserError for broken files, code, and models of another kind, such as encoders.
     """
     form = {"pooler": pooler, "layer": layer, "dropout": dropout, "standardised": standardised}
     fields = {f"reward_{name}": value for name, value in form.items()}

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin
+from transformers import CONFIG_MAPPING, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from dph import checkpoint
@@ -585,8 +585,10 @@ def _is_head(name: str) -> bool:
 
 def _other_kind(kind: Any, path: str | os.PathLike) -> str:
     """Return what a directory without a model of a known type holds, for a message."""
+    if kind in CONFIG_MAPPING:
+        return f"{kind} (dph.attach adds heads to causal language models of transformers)"
     if kind:
-        return f"{shown_names([kind])} (dph.attach adds heads to causal language models of transformers)"
+        return shown_names([kind])
     if (Path(path) / "model").is_dir():
         return f"the directory of a run: give {path}/model"
     return "a config.json without a model_type (a run that is not finished holds no model)"

@@ -98,8 +98,8 @@ def finished(tokens):
 def groups():
     """Alternatives of prompts of different lengths, one without another, one that ends where another goes on."""
     first, second = ids(40, 1), ids(7, 2)
-    both = [[first + ids(n, n) + [END] for n in (4, 11, 60)], [second + [END], second + [END, 9, END]]]
-    return [list(map(finished, group)) for group in (*both, [ids(30, 3) + [END]])]
+    both = [[first + ids(n, n) + [END] for n in (4, 11, 60)], [[*second, END], [*second, END, 9, END]]]
+    return [list(map(finished, group)) for group in (*both, [[*ids(30, 3), END]])]
 
 
 def plain(model, tokens, layer):
@@ -164,8 +164,8 @@ def test_only_what_is_needed_is_computed():
     assert not states.requires_grad
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
     assert all(parameter.requires_grad for parameter in model.heads.parameters())
-    with pytest.raises(ValueError, match="at most 300 .config.max_position_embeddings., got 301"):
-        model.judge([[finished(ids(300, 1) + [END])]])
+    with pytest.raises(ValueError, match=r"at most 300 .config.max_position_embeddings., got 301"):
+        model.judge([[finished([*ids(300, 1), END])]])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "gemma3", "mamba"])
@@ -192,7 +192,7 @@ def test_best_of_n_samples_and_judges(kind):
         assert candidate.logprob == pytest.approx(one.logprobs[0], rel=1e-5)
         assert not candidate.finished or candidate.reward == pytest.approx(one.rewards["default"][0], abs=1e-5)
     if model.config.max_position_embeddings:
-        with pytest.raises(ValueError, match="max_new_tokens: expected at most .* got 300"):
+        with pytest.raises(ValueError, match=r"max_new_tokens: expected at most .* got 300"):
             dph.best_of_n(model, tokenizer, messages[0], n=2, max_new_tokens=300)
 
 
@@ -319,10 +319,14 @@ def test_the_commands_take_its_directory(folders, tmp_path, capsys):
     main(train_command)
     main(["heads", "--save", str(tmp_path / "head"), "--model", run_directory])
     capsys.readouterr()
+    main(["convert", run_directory, str(tmp_path / "theirs"), "--to", "hf"])
+    theirs, expected = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"), network("opt").state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in theirs.state_dict().items())
+    capsys.readouterr()
     for model, head in ((run_directory, "default"), (folder, str(tmp_path / "head"))):
         main(["score", model, pairs, "--head", head, "--json"])
         scores = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        assert [score["method"] for score in scores][0] == "reward"
+        assert next(score["method"] for score in scores) == "reward"
         main(["generate", model, "--prompt", "hello", "-n", "2", "--max-new-tokens", "4", "--head", head, "--json"])
         assert len(json.loads(capsys.readouterr().out)["candidates"]) == 2
         main(["evaluate", model, "--task", "glue/sst2", "--directory", str(tmp_path), "--head", head])
@@ -371,5 +375,5 @@ def test_what_cannot_be_attached_is_named(folders, tmp_path):
     bidirectional.config.use_bidirectional_attention = bidirectional.model.config.use_bidirectional_attention = True
     with pytest.raises(UserError, match="expected a causal language model, got one whose tokens attend to later ones"):
         dph.attach(bidirectional)
-    with pytest.raises(UserError, match="got gpt2 .dph.attach adds heads to causal language models of transformers."):
+    with pytest.raises(UserError, match=r"got gpt2 .dph.attach adds heads to causal language models of transformers."):
         dph.Model.from_pretrained(folders / "gpt2")
