@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dph.infer.best_of_n import best_of_n
     from dph.model.config import ModelConfig
     from dph.model.heads import RewardHead
+    from dph.model.loading import attach
     from dph.model.memory import Memory
     from dph.model.model import Model
     from dph.optim import LaProp
@@ -27,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "PackedBatch",
     "RewardHead",
+    "attach",
     "best_of_n",
     "chat",
     "checkpoint",
@@ -46,6 +48,7 @@ _MODULES = {
     "ModelConfig": "dph.model.config",
     "PackedBatch": "dph.data.packing",
     "RewardHead": "dph.model.heads",
+    "attach": "dph.model.loading",
     "best_of_n": "dph.infer.best_of_n",
     "pack": "dph.data.packing",
 }

@@ -14,7 +14,7 @@ from dph.data.atomic import atomic_file
 if TYPE_CHECKING:
     from dph.chat import Encoded
     from dph.data.formats import Conversation, Preference
-    from dph.model.model import Judged
+    from dph.model.judging import Judged
 
 HELP = "rewards and log-probabilities of conversations, and how often they prefer the chosen answer of a pair"
 EXAMPLE = """dph score runs/align conversations.jsonl --json

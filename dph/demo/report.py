@@ -16,7 +16,8 @@ from dph.demo.puzzles import Puzzle
 from dph.evaluate.choices import Interval, bootstrap
 from dph.evaluate.tables import table
 from dph.infer.best_of_n import ranked, sample
-from dph.model.model import Judged, Model
+from dph.model.judging import Judged
+from dph.model.model import Model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

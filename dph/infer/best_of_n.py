@@ -14,8 +14,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from dph import chat
 from dph.chat import Encoded
 from dph.infer.sampling import COLD, INT64, checked
-from dph.model.memory import Memory
-from dph.model.model import Judged, Model
+from dph.model.judging import Judged, JudgingModel
 
 RANKS = ("reward", "logprob", "lower_bound")
 
@@ -45,7 +44,7 @@ class Candidate:
 
 @torch.no_grad()
 def sample(
-    model: Model,
+    model: JudgingModel,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     n: int,
@@ -92,9 +91,9 @@ def sample(
         choose, copies = _most_probable, 1
     else:
         choose, copies = _random_choice(temperature, top_k, top_p, _generator(seed, model.device)), n
-    memory = _read_prompts(model, ids, mask, max_new_tokens, copies)
+    next_logits = model.decoder(ids, mask, max_new_tokens, copies)
     last = ids[:, -1:].repeat_interleave(copies, 0)
-    answers = _continue(model, last, memory, max_new_tokens, end, choose).tolist()
+    answers = _continue(next_logits, last, max_new_tokens, end, choose).tolist()
     groups = []
     for i, prompt in enumerate(prompts):
         group = []
@@ -105,23 +104,18 @@ def sample(
     return groups
 
 
-def _read_prompts(model: Model, ids: Tensor, mask: Tensor, max_new_tokens: int, copies: int) -> Memory:
-    """Compute all tokens of the prompts except their last ones; return their memory, ``copies`` streams per prompt."""
-    memory = Memory(length=ids.shape[1] + max_new_tokens)
-    model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=memory, logits_to_keep=1)
-    memory.batch_repeat_interleave(copies)
-    return memory
-
-
 def _continue(
-    model: Model, tokens: Tensor, memory: Memory, max_new_tokens: int, end: int, choose: Callable[[Tensor], Tensor]
+    next_logits: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    max_new_tokens: int,
+    end: int,
+    choose: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Return the tokens [B, A] after ``tokens`` [B, 1], with at least one ``end`` in each row or A = max_new_tokens."""
     finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     answers = []
     for _ in range(max_new_tokens):
-        logits = model(tokens, past_key_values=memory, logits_to_keep=1).logits[:, -1].float()
-        tokens = choose(logits).masked_fill(finished, end)[:, None]
+        tokens = choose(next_logits(tokens).float()).masked_fill(finished, end)[:, None]
         answers.append(tokens)
         finished |= tokens[:, 0] == end
         if finished.all():
@@ -159,7 +153,7 @@ def _generator(seed: int | None, device: torch.device) -> torch.Generator:
 
 
 def best_of_n(
-    model: Model,
+    model: JudgingModel,
     tokenizer: Any,
     messages: Sequence[dict[str, str]],
     n: int = 16,
@@ -201,7 +195,7 @@ def best_of_n(
     return ranked(group, judged, tokenizer, head=head, start=len(prompt), by=rank, risk=risk)
 
 
-def check_rank(model: Model, head: str | None, rank: str) -> None:
+def check_rank(model: JudgingModel, head: str | None, rank: str) -> None:
     """Raise ValueError if the model lacks the head, its weights, or what ``rank`` needs."""
     if head is not None:
         model.check_heads(head)

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from dph import chat
 from dph.errors import UserError
+from dph.model.attached import AttachedConfig, AttachedModel
 from dph.model.config import ModelConfig, hub_arguments
 from dph.model.heads import JudgedStates
 from dph.model.loading import load_tokenizer
@@ -146,4 +147,5 @@ class RewardModel(Model):
 AutoModel.register(ModelConfig, BaseModel)
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ModelConfig.model_type] = CAUSAL_NAME  # for these the Trainer shifts smoothed labels
 AutoModelForCausalLM.register(ModelConfig, Model)
+AutoModelForCausalLM.register(AttachedConfig, AttachedModel)
 AutoModelForSequenceClassification.register(ModelConfig, RewardModel)

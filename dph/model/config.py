@@ -47,7 +47,6 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 NORMS = ("layer", "rms")
 SWITCHES = (
-    "reward_standardised",
     "rope_reversed",
     "qkv_bias",
     "out_bias",
@@ -74,7 +73,63 @@ __all__ = ["BaseModel", "Model", "ModelConfig", "RewardModel"]
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-class ModelConfig(PretrainedConfig):
+class HeadFields:
+    """The part of a configuration that describes reward heads, and its checks.
+
+    Attributes:
+        reward_heads, task_heads, task_head_forms, reward_pooler, reward_layer, reward_standardised, reward_members,
+            reward_dropout, hidden_size, intermediate_size, num_hidden_layers: as those of :class:`ModelConfig`.
+    """
+
+    def _check_rewards(self) -> None:
+        """Raise UserError unless the fields describe heads that this model can have."""
+        dropout = self.reward_dropout
+        if not isinstance(dropout, Real) or isinstance(dropout, bool) or not 0 <= dropout < 1:
+            raise UserError(f"reward_dropout: expected a probability in [0, 1), got {shown(dropout)}")
+        if not isinstance(self.reward_standardised, bool):
+            raise UserError(f"reward_standardised: expected true or false, got {shown(self.reward_standardised)}")
+        _check_layer("reward_layer", self.reward_layer, self.num_hidden_layers)
+        check_integer("reward_members", self.reward_members, 1, MAX_MEMBERS)
+        if self.reward_pooler not in POOLERS:
+            raise UserError(f"reward_pooler: expected one of {', '.join(POOLERS)}, got {shown(self.reward_pooler)}")
+        _check_heads([*self.reward_heads, *self.task_heads])
+        self._check_forms()
+
+    def _check_forms(self) -> None:
+        """Raise UserError unless ``task_head_forms`` describes heads that this model can have."""
+        if not isinstance(self.task_head_forms, dict):
+            raise UserError(f"task_head_forms: expected an object, got {shown(self.task_head_forms)}")
+        fields = self.head_form("shared").keys() - {"members"}
+        for name, form in self.task_head_forms.items():
+            where = f"task_head_forms.{name}"
+            if name not in self.task_heads or not isinstance(form, dict) or form.keys() - {"members"} != fields:
+                raise UserError(f"{where}: expected {', '.join(fields)} of a task head, got {shown(form)}")
+            if form["pooler"] not in POOLERS:
+                raise UserError(f"{where}.pooler: expected one of {', '.join(POOLERS)}, got {shown(form['pooler'])}")
+            _check_layer(f"{where}.layer", form["layer"], self.num_hidden_layers)
+            check_integer(f"{where}.members", form.get("members", 1), 1, MAX_MEMBERS)
+            check_integer(f"{where}.intermediate_size", form["intermediate_size"], *SIZES["intermediate_size"])
+            dropout = form["dropout"]
+            if not isinstance(dropout, Real) or isinstance(dropout, bool) or not 0 <= dropout < 1:
+                raise UserError(f"{where}.dropout: expected a probability in [0, 1), got {shown(dropout)}")
+            if not isinstance(form["standardised"], bool):
+                raise UserError(f"{where}.standardised: expected true or false, got {shown(form['standardised'])}")
+
+    def head_form(self, group: str) -> dict[str, Any]:
+        """Return the form of a group of heads, "shared" or "task_NAME": arguments of ``RewardHead``."""
+        form = {
+            "pooler": self.reward_pooler,
+            "intermediate_size": self.intermediate_size,
+            "dropout": self.reward_dropout,
+            "layer": self.reward_layer,
+            "standardised": self.reward_standardised,
+        }
+        if self.reward_members != 1:  # earlier versions have no such argument
+            form["members"] = self.reward_members
+        return self.task_head_forms.get(group.removeprefix("task_"), form) if group.startswith("task_") else form
+
+
+class ModelConfig(HeadFields, PretrainedConfig):
     """Sizes and switches of :class:`dph.Model`; the defaults are the paper's 551M model (arXiv 2405.20053).
 
     Args:
@@ -182,8 +237,8 @@ class ModelConfig(PretrainedConfig):
         self.rotary_scaling = rotary_scaling
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
-        self.reward_heads = _names("reward_heads", reward_heads)
-        self.task_heads = _names("task_heads", task_heads)
+        self.reward_heads = list_of_names("reward_heads", reward_heads)
+        self.task_heads = list_of_names("task_heads", task_heads)
         self.task_head_forms = {} if task_head_forms is None else task_head_forms
         self.reward_pooler = reward_pooler
         self.reward_layer = reward_layer
@@ -207,9 +262,9 @@ class ModelConfig(PretrainedConfig):
 
     def _check(self, tied: Any, token_ids: Mapping[str, Any]) -> None:
         for name, (least, most) in SIZES.items():
-            _check_integer(name, getattr(self, name), least, most)
+            check_integer(name, getattr(self, name), least, most)
         if self.max_position_embeddings is not None:
-            _check_integer("max_position_embeddings", self.max_position_embeddings, 1, 2**31 - 1)
+            check_integer("max_position_embeddings", self.max_position_embeddings, 1, 2**31 - 1)
         for name in ("rope_base", "layer_norm_eps", "initializer_range", "reward_dropout"):
             value = getattr(self, name)
             if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
@@ -219,8 +274,6 @@ class ModelConfig(PretrainedConfig):
         for name in ("layer_norm_eps", "initializer_range"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
-        if not 0 <= self.reward_dropout < 1:
-            raise UserError(f"reward_dropout: expected a probability in [0, 1), got {self.reward_dropout}")
         for name, value in (*((name, getattr(self, name)) for name in SWITCHES), ("tie_word_embeddings", tied)):
             if not isinstance(value, bool):
                 raise UserError(f"{name}: expected true or false, got {shown(value)}")
@@ -233,16 +286,11 @@ class ModelConfig(PretrainedConfig):
                 f"got {self.embedding_size}"
             )
         scaling_of(self.rotary_scaling)
-        _check_layer("reward_layer", self.reward_layer, self.num_hidden_layers)
-        _check_integer("reward_members", self.reward_members, 1, MAX_MEMBERS)
-        if self.reward_pooler not in POOLERS:
-            raise UserError(f"reward_pooler: expected one of {', '.join(POOLERS)}, got {shown(self.reward_pooler)}")
-        _check_heads([*self.reward_heads, *self.task_heads])
-        self._check_forms()
+        self._check_rewards()
         for name, ids in {**token_ids, "im_end_token_id": self.im_end_token_id}.items():
             for token in ids if name == "eos_token_id" and isinstance(ids, list) else [ids]:
                 if token is not None:
-                    _check_integer(name, token, 0, SIZES["vocab_size"][1])
+                    check_integer(name, token, 0, SIZES["vocab_size"][1])
         if self.im_end_token_id is not None and self.im_end_token_id >= self.vocab_size:
             raise UserError(f"im_end_token_id: expected below vocab_size {self.vocab_size}, got {self.im_end_token_id}")
         for name in ("released", "family_fields"):
@@ -250,39 +298,6 @@ class ModelConfig(PretrainedConfig):
                 raise UserError(f"{name}: expected an object, got {shown(getattr(self, name))}")
         if self.family is not None and not isinstance(self.family, str):
             raise UserError(f"family: expected a name, got {shown(self.family)}")
-
-    def _check_forms(self) -> None:
-        """Raise UserError unless ``task_head_forms`` describes heads that this model can have."""
-        if not isinstance(self.task_head_forms, dict):
-            raise UserError(f"task_head_forms: expected an object, got {shown(self.task_head_forms)}")
-        fields = self.head_form("shared").keys() - {"members"}
-        for name, form in self.task_head_forms.items():
-            where = f"task_head_forms.{name}"
-            if name not in self.task_heads or not isinstance(form, dict) or form.keys() - {"members"} != fields:
-                raise UserError(f"{where}: expected {', '.join(fields)} of a task head, got {shown(form)}")
-            if form["pooler"] not in POOLERS:
-                raise UserError(f"{where}.pooler: expected one of {', '.join(POOLERS)}, got {shown(form['pooler'])}")
-            _check_layer(f"{where}.layer", form["layer"], self.num_hidden_layers)
-            _check_integer(f"{where}.members", form.get("members", 1), 1, MAX_MEMBERS)
-            _check_integer(f"{where}.intermediate_size", form["intermediate_size"], *SIZES["intermediate_size"])
-            dropout = form["dropout"]
-            if not isinstance(dropout, Real) or isinstance(dropout, bool) or not 0 <= dropout < 1:
-                raise UserError(f"{where}.dropout: expected a probability in [0, 1), got {shown(dropout)}")
-            if not isinstance(form["standardised"], bool):
-                raise UserError(f"{where}.standardised: expected true or false, got {shown(form['standardised'])}")
-
-    def head_form(self, group: str) -> dict[str, Any]:
-        """Return the form of a group of heads, "shared" or "task_NAME": arguments of ``RewardHead``."""
-        form = {
-            "pooler": self.reward_pooler,
-            "intermediate_size": self.intermediate_size,
-            "dropout": self.reward_dropout,
-            "layer": self.reward_layer,
-            "standardised": self.reward_standardised,
-        }
-        if self.reward_members != 1:  # earlier versions have no such argument
-            form["members"] = self.reward_members
-        return self.task_head_forms.get(group.removeprefix("task_"), form) if group.startswith("task_") else form
 
     def _check_heads_of_attention(self) -> None:
         """Raise UserError unless the numbers of heads divide, and each head into two halves."""
@@ -318,7 +333,7 @@ class ModelConfig(PretrainedConfig):
         config = result[0] if isinstance(result, tuple) else result
         token_ids = {name: getattr(config, name) for name in TOKEN_IDS}
         for name in ("reward_heads", "task_heads"):
-            setattr(config, name, _names(name, getattr(config, name)))
+            setattr(config, name, list_of_names(name, getattr(config, name)))
         config._check(config.tie_word_embeddings, token_ids)  # transformers sets arguments without a check
         return result
 
@@ -403,7 +418,8 @@ def _config_file(path: str | os.PathLike) -> str:
     return str(path) if str(path).endswith(".json") else f"{path}/config.json"
 
 
-def _names(field: str, names: Iterable[str]) -> list[str]:
+def list_of_names(field: str, names: Iterable[str]) -> list[str]:
+    """Return names as a list. Raises UserError for a text, and for what is no sequence."""
     if isinstance(names, str | Mapping) or not isinstance(names, Iterable):
         raise UserError(f"{field}: expected a sequence of names, got {shown(names)}")
     return list(names)
@@ -415,7 +431,7 @@ def _head_dim(width: Any, heads: Any) -> Any:
     return max(width // heads, 2) if numbers else 2
 
 
-def _check_integer(name: str, value: Any, least: int, most: int) -> None:
+def check_integer(name: str, value: Any, least: int, most: int) -> None:
     """Raise UserError unless ``value`` is a whole number in [least, most]."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise UserError(f"{name}: expected a whole number, got {shown(value)}")
@@ -430,7 +446,7 @@ def _check_layer(name: str, layer: Any, blocks: int) -> None:
     """Raise UserError unless ``layer`` is the number of a layer that heads can judge, or a list of several."""
     layers = layer if isinstance(layer, list) else [layer]
     for number in layers:
-        _check_integer(name, number, -1, max(blocks - 1, -1))
+        check_integer(name, number, -1, max(blocks - 1, -1))
     if isinstance(layer, list) and (len(layer) < 2 or len(set(layer)) < len(layer)):
         raise UserError(f"{name}: expected a number, or a list of at least two different ones, got {shown(layer)}")
 

@@ -25,7 +25,7 @@ from dph.errors import UserError, shown
 from dph.model.heads import RewardHead
 
 if TYPE_CHECKING:
-    from dph.model.model import Model
+    from dph.model.judging import JudgingModel
 
 DESCRIPTION, WEIGHTS = "head.json", "head.safetensors"
 FORMAT = 1
@@ -80,7 +80,7 @@ def backbone_digests(backbone: nn.Module) -> dict[str, str]:
 
 
 def save(
-    model: Model,
+    model: JudgingModel,
     directory: str | os.PathLike,
     name: str | None,
     about: Mapping[str, Any],
@@ -117,7 +117,7 @@ def save(
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def load(model: Model, directory: str | os.PathLike, name: str | None, *, force: bool) -> str:
+def load(model: JudgingModel, directory: str | os.PathLike, name: str | None, *, force: bool) -> str:
     """Add a saved head to a model, and return its name; see :meth:`Model.load_head`."""
     saved = read(directory)
     name = saved.name if name is None else name
@@ -146,7 +146,7 @@ def load(model: Model, directory: str | os.PathLike, name: str | None, *, force:
     if (got := {key: list(weight.shape) for key, weight in weights.items()}) != shapes:
         raise UserError(f"{saved.path / WEIGHTS}: expected tensors of shapes {shapes}, got {shown(got)}")
     head.load_state_dict(weights)
-    like = model.backbone.output_norm.weight
+    like = next(model.backbone.parameters())
     model.config.task_heads, model.config.task_head_forms = config.task_heads, config.task_head_forms
     model.heads[f"task_{name}"] = head.to(like.device, like.dtype).train(model.training)
     return name

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from dph._folder import describe_other, find_file, read_json, refuse_code
 from dph.chat import end_of_turn, tokenizer_name
 from dph.errors import UserError, one_line, shown
-from dph.model.config import check_fields, read_fields
+from dph.model.attached import AttachedConfig, AttachedModel
+from dph.model.config import ModelConfig, check_fields, hub_arguments, read_fields
 from dph.model.directories import model_path, tokenizer_path
-from dph.model.model import Model
+from dph.model.judging import JudgingModel
+from dph.model.model import LAYOUTS, Model
 
 _reason = partial(one_line, most=300)  # the message of another library's error
 
@@ -27,21 +31,90 @@ SETTINGS = (
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
 
 
-def load_model(name: str, **options: Any) -> Model:
-    """Load a model with ``Model.from_pretrained``, without progress bars.
+def load_model(name: str | os.PathLike, **options: Any) -> Model | AttachedModel:
+    """Load a model of any type, without progress bars.
+
+    Those of :meth:`dph.Model.from_pretrained` by it, other causal language models of transformers attached, without
+    heads of their own. ``options``: ``dtype``, arguments for downloads, and fields of the configuration.
 
     Raises UserError if there is no model, one of another kind, or a file that is broken or lacks weights.
     """
     from transformers.utils.logging import disable_progress_bar
 
-    path = model_path(name)
+    path = model_path(str(name))
     disable_progress_bar()
+    hub = hub_arguments(options)
+    others = {key: value for key, value in options.items() if key not in hub}
     try:
-        return Model.from_pretrained(path, **options)
+        kind = read_fields(path, **hub).get("model_type")
+        if kind == AttachedConfig.model_type:
+            return AttachedModel.from_pretrained(path, hub=hub, **others)
+        if kind in LAYOUTS or kind not in CONFIG_MAPPING:
+            return Model.from_pretrained(path, **options)
+        return AttachedModel.from_transformers(path, hub=hub, **others)
     except SafetensorError as error:
         raise UserError(f"{path}: expected whole safetensors files, got a damaged one: {_reason(error)}") from error
     except OSError as error:
-        raise _user_error(name, "a model", error) from error
+        raise _user_error(str(name), "a model", error) from error
+
+
+def attach(
+    model: str | os.PathLike | PreTrainedModel,
+    heads: Sequence[str] = ("default",),
+    pooler: str = "swiglu_bert",
+    layer: int = -1,
+    *,
+    dropout: float = 0.1,
+    standardised: bool = False,
+    **options: Any,
+) -> Model | AttachedModel:
+    """Return a language model with reward heads, for any causal language model of transformers.
+
+    A directory or name of a type that :meth:`dph.Model.from_pretrained` opens (Llama, Mistral, Qwen2, Qwen3 and our
+    own) becomes a :class:`dph.Model`. All others, such as GPT-2, GPT-NeoX, OPT, Gemma or Phi, become an
+    ``AttachedModel`` around transformers' own network, which is frozen: ``judge``, ``score``, ``rewards``,
+    :func:`dph.best_of_n` and stage ``head`` work alike. New heads are untrained, and raise if they are used to score.
+
+    Args:
+        model: directory or name of a model with safetensors, or a transformers model, of whatever type, with its
+            weights: it is frozen in place.
+        heads: names of the heads; those that a directory has already are kept as they are.
+        pooler: of new heads, one of ``dph.model.config.POOLERS``.
+        layer: number of the block whose input new heads judge; -1 for the states after the final norm.
+        dropout, standardised: of new heads, as ``reward_dropout`` and ``reward_standardised`` of ``ModelConfig``.
+        options: ``dtype`` of the weights (by default that of the file), and arguments for downloads.
+
+    The tokenizer needs a chat template, or the paper's format two tokens for which the embedding has unused rows (OPT
+    and GPT-NeoX have some, GPT-2 has none). A family's model with settings that ours cannot compute, such as a sliding
+    window, can be given as a transformers model. No code that comes with a model runs.
+
+    Raises UserError for broken files, code, and models of another kind, such as encoders.
+    """
+    form = {"pooler": pooler, "layer": layer, "dropout": dropout, "standardised": standardised}
+    fields = {f"reward_{name}": value for name, value in form.items()}
+    if isinstance(model, PreTrainedModel) and not isinstance(model, JudgingModel):
+        return AttachedModel.from_network(model, reward_heads=heads, **fields)
+    if not isinstance(model, str | os.PathLike):
+        raise UserError(
+            f"model: expected a directory, a name or a model of transformers, got {type(model).__name__}: a dph model "
+            "has heads of its own (load_head adds one)"
+        )
+    path, hub = model_path(str(model)), hub_arguments(options)
+    kind = read_fields(path, **hub).get("model_type")
+    if kind in LAYOUTS or kind == AttachedConfig.model_type:
+        config = (ModelConfig if kind in LAYOUTS else AttachedConfig).from_pretrained(path, **hub)
+        new = [name for name in heads if name not in (*config.reward_heads, *config.task_heads)]
+        fields |= {"reward_heads": heads}
+        if config.reward_heads or config.task_heads:
+            forms = dict(config.task_head_forms)
+            for name in new:
+                forms[name] = {**form, "intermediate_size": config.intermediate_size}
+            fields = {"task_heads": [*config.task_heads, *new], "task_head_forms": forms}
+        return load_model(model, **fields, **options)
+    attached = load_model(model, reward_heads=heads, **fields, **options)
+    with contextlib.suppress(UserError):  # no tokenizer, or one without a chat format
+        attached.config.im_end_token_id = end_of_turn(load_tokenizer(str(model), **hub))
+    return attached
 
 
 def load_tokenizer(name: str, **hub: Any) -> Any:
@@ -136,7 +209,7 @@ def _broken_tokenizer(path: str, error: Exception) -> UserError:
     return UserError(f"{where}: expected settings of a tokenizer that fit its other files, got {got}")
 
 
-def check_tokenizer(model: Model, tokenizer: Any) -> None:
+def check_tokenizer(model: JudgingModel, tokenizer: Any) -> None:
     """Raise UserError if the tokenizer does not match the model's vocabulary and its end-of-turn token."""
     size, vocabulary = model.config.vocab_size, tokenizer.get_vocab()
     where = tokenizer_name(tokenizer)

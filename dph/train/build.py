@@ -17,8 +17,10 @@ from dph.data.sampler import Shuffled
 from dph.data.tokenizer import add_chat_tokens
 from dph.data.workers import WorkerPool
 from dph.errors import UserError
-from dph.model.config import ModelConfig
+from dph.model.attached import AttachedConfig, AttachedModel
+from dph.model.config import FAMILIES, ModelConfig
 from dph.model.directories import model_path
+from dph.model.judging import JudgingModel
 from dph.model.loading import check_settings, check_tokenizer, load_model, load_tokenizer
 from dph.model.model import Model
 from dph.train import checkpointing
@@ -34,7 +36,7 @@ from dph.train.stages.preference import PreferenceStage
 
 def make_stage(
     recipe: Recipe,
-    model: Model,
+    model: JudgingModel,
     tokenizer: Any,
     records: Any,
     held_out: Any,
@@ -57,6 +59,8 @@ def make_stage(
     if recipe.lora.rank is not None:
         load_package()
     check_tokenizer(model, tokenizer)
+    if isinstance(model, AttachedModel):
+        _check_attached(recipe, model, world)
     if records is None:
         data = recipe.data
         sampler, development = dataset.open_training(
@@ -105,7 +109,22 @@ def make_stage(
     return stage
 
 
-def open_model(recipe: Recipe) -> tuple[Model, Any]:
+def _check_attached(recipe: Recipe, model: AttachedModel, world: World) -> None:
+    """Raise UserError unless the recipe trains only the heads of a frozen network of transformers, in one process."""
+    kind = model.config.network.get("model_type")
+    if recipe.stage != "head":
+        families = ", ".join(FAMILIES)
+        raise UserError(
+            f"stage: expected head, got {recipe.stage}: the {kind} model is frozen and only its heads are trained "
+            f"(models of {families} and our own train in every stage)"
+        )
+    if recipe.compile:
+        raise UserError(f"compile: expected false, got true: the {kind} model is computed by transformers")
+    if world.world_size > 1:
+        raise UserError(f"WORLD_SIZE: expected one process for heads of a {kind} model, got {world.world_size}")
+
+
+def open_model(recipe: Recipe) -> tuple[JudgingModel, Any]:
     """Return the starting model in fp32 on the CPU, and its tokenizer, which has a chat format.
 
     Raises UserError if they are missing or do not match.
@@ -133,7 +152,7 @@ def open_model(recipe: Recipe) -> tuple[Model, Any]:
     return model, tokenizer
 
 
-def reopen_model(recipe: Recipe, start: Path) -> tuple[Model, Any, tuple[str, ...]]:
+def reopen_model(recipe: Recipe, start: Path) -> tuple[JudgingModel, Any, tuple[str, ...]]:
     """Return the model of a run that resumes, its tokenizer, and notes; all weights are then loaded from the run.
 
     What the recipe names is opened if it is a directory. Otherwise, if it is gone or a hub name, configuration and
@@ -169,18 +188,21 @@ def _load_chat_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def stored_model(start: Path) -> Model:
+def stored_model(start: Path) -> JudgingModel:
     """Return the model of a run, with random weights, of the configuration in its folder ``start``."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     with checkpointing.loading(start / "config.json"):
-        model = Model(ModelConfig.from_pretrained(start))
+        if checkpointing.read_json(start / "config.json").get("model_type") == AttachedConfig.model_type:
+            model: JudgingModel = AttachedModel(AttachedConfig.from_pretrained(start))
+        else:
+            model = Model(ModelConfig.from_pretrained(start))
         model.untrained_heads = set(checkpointing.read_json(start / "state.json")["untrained_heads"])
     return model
 
 
-def open_checkpoint(path: str | Path) -> tuple[Model, Any]:
+def open_checkpoint(path: str | Path) -> tuple[JudgingModel, Any]:
     """Return the model in fp32 of a run's checkpoint (``RUN/checkpoints/step-NNNNNNNN``), and its tokenizer.
 
     Configuration and tokenizer come from the run's copies, or from the starting model if an earlier version made the
@@ -232,7 +254,7 @@ def new_model(config: dict[str, Any], tokenizer: Any) -> Model:
         raise UserError(f"model.config.{error}") from None
 
 
-def with_heads(model: Model, objective: Objective) -> Model:
+def with_heads(model: JudgingModel, objective: Objective) -> JudgingModel:
     """Return ``model`` with the reward heads, pooler and dropout of the recipe; new parts have random weights.
 
     The first heads share a pooler; in a model that has heads, each new head gets a pooler of its own (paper 5.2.2).
@@ -260,7 +282,7 @@ def with_heads(model: Model, objective: Objective) -> Model:
     else:  # no weight of the old heads fits
         fields |= {"reward_heads": list(objective.heads), "task_heads": [], "task_head_forms": {}}
         untrained = set(objective.heads)
-    extended = Model(ModelConfig.from_dict(fields))
+    extended = model.remade(type(config).from_dict(fields))
     weights = {}
     for name, weight in model.state_dict().items():
         if same_pooler or not name.startswith("heads."):

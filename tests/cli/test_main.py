@@ -20,7 +20,6 @@ import dph
 from dph.cli import main
 from dph.errors import UserError
 from dph.model import config, directories, loading
-from dph.model import model as modeling
 from dph.train.trainer import Result
 
 # Help and errors
@@ -207,7 +206,7 @@ def test_a_hub_name_is_announced_and_lets_the_error_of_transformers_through(refu
     def offline(path, **_):
         raise OSError(f"no connection\nwhile asking for {path}")
 
-    monkeypatch.setattr(modeling, "read_fields", offline)
+    monkeypatch.setattr(loading, "read_fields", offline)
     directories._announce.cache_clear()
     assert refused("chat", "owner/model") == (
         "dph: error: owner/model: expected a model in a directory (nothing is there) or on the hub, "
@@ -232,10 +231,12 @@ def test_a_run_directory_stands_for_its_model(dph_command, refused, models, tmp_
 
 
 def test_other_models_and_missing_tokenizers_are_refused(refused, models, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
-    assert "expected a model of type dph, lsw_transformer, llama, mistral, qwen2, qwen3, got opt" in refused(
-        "chat", tmp_path
-    )
+    for kind, words in (
+        ("other", "expected a model of type dph, lsw_transformer, llama, mistral, qwen2, qwen3, got other"),
+        ("opt", "expected weights in model.safetensors or model.safetensors.index.json, got none of them"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        assert words in refused("chat", tmp_path)
     dph.Model.from_pretrained(models / "judge").save_pretrained(tmp_path / "bare")
     assert "got one without tokenizer.json" in refused("generate", tmp_path / "bare", "--prompt", "x")
 

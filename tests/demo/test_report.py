@@ -6,7 +6,7 @@ import pytest
 from dph.chat import Encoded
 from dph.demo import puzzles, report
 from dph.demo.report import SampledAnswers, correctness
-from dph.model.model import Judged
+from dph.model.judging import Judged
 
 
 def answer(finished=True):

@@ -15,7 +15,7 @@ from helpers.tiny import FORMS, tiny_model
 import dph
 from dph import chat
 from dph.infer.best_of_n import ranked, sample
-from dph.model.model import Judged
+from dph.model.judging import Judged
 
 TOK = small_tokenizer()
 END = TOK.convert_tokens_to_ids("<|im_end|>")
@@ -125,7 +125,7 @@ def test_judging_equals_every_answer_alone(budget):
 def test_judging_keeps_to_its_budget(monkeypatch):
     groups = [answers("one", "two")[1], answers("three")[1], answers("four")[1]]
     sizes, pack = [], dph.pack
-    monkeypatch.setattr("dph.model.model.pack", lambda part: sizes.append(len(part)) or pack(part))
+    monkeypatch.setattr("dph.model.judging.pack", lambda part: sizes.append(len(part)) or pack(part))
     one = len(groups[1][0].tokens)
     talker().judge(groups, max_tokens=2 * one)
     assert sizes == [1, 2]
