@@ -372,7 +372,6 @@ def _config_for(backbone: AttachedBackbone, fields: Mapping[str, Any]) -> Attach
     kept = json.loads(json.dumps({**kept, "model_type": theirs.model_type}, sort_keys=True))
     inner, heads = getattr(theirs, "intermediate_size", None), getattr(theirs, "num_attention_heads", 1)
     entries = sum(p.numel() for p in backbone.blocks.parameters() if p.ndim > 1)
-    limit = getattr(theirs, "max_position_embeddings", None)
     own = {
         "network": kept,
         "vocab_size": len(output.weight),
@@ -384,7 +383,7 @@ def _config_for(backbone: AttachedBackbone, fields: Mapping[str, Any]) -> Attach
         "head_dim": max(getattr(theirs, "head_dim", None) or theirs.hidden_size // heads, 2),
         "block_weights": entries // max(len(backbone.blocks), 1),
         "shares_prompts": backbone.shares_prompts,
-        "max_position_embeddings": limit if isinstance(limit, int) else None,
+        "max_position_embeddings": backbone.context,
     }
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         own[name] = getattr(theirs, name, None)
@@ -400,7 +399,7 @@ def _new_network(config: AttachedConfig) -> PreTrainedModel:
     if kind not in CONFIG_MAPPING:
         raise UserError(f"network.model_type: expected a type that transformers opens, got {shown(kind)}")
     try:
-        theirs = CONFIG_MAPPING[kind].from_dict(config.network)
+        theirs = CONFIG_MAPPING[kind].from_dict(_with_floats(config.network))
         _check_kind(theirs)
         with no_init_weights():
             network = AutoModelForCausalLM.from_config(theirs, dtype=torch.get_default_dtype(), trust_remote_code=False)
@@ -411,6 +410,15 @@ def _new_network(config: AttachedConfig) -> PreTrainedModel:
     except Exception as error:  # of any kind, from settings that transformers cannot use
         got = f"{type(error).__name__}: {one_line(error, 300)}"
         raise UserError(f"network: expected settings that transformers can use, got {got}") from error
+
+
+def _with_floats(value: Any) -> Any:
+    """Return JSON with the floating-point numbers that it lacks in place of transformers' objects for them."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(item) for key, item in value.items()}
+    return list(map(_with_floats, value)) if isinstance(value, list) else value
 
 
 AutoConfig.register(AttachedConfig.model_type, AttachedConfig)

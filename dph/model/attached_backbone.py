@@ -31,7 +31,7 @@ Observer = Callable[[int, Tensor], None]
 TOKENS = 8192  # of a padded batch, those in its cache included; a longer conversation is a batch alone
 SLACK = 32  # tokens of padding in a row that are not worth another batch
 PROBE = 12  # tokens of a row with which a network is tried out
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative, of trying out; 0.05 in lower precision
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative, of trying out; 0.05 in lower precision
 _observer: ContextVar[Observer | None] = ContextVar("observer", default=None)  # of the call in this thread
 
 
@@ -55,10 +55,11 @@ class AttachedBackbone(nn.Module):
         self.network, self.shares_prompts = network.requires_grad_(False).eval(), shares_prompts
         _freeze_buffers(network)
         self._blocks = _blocks_path(network)
+        self._body = _body_path(network, self._blocks)
         accepted = inspect.signature(self.body.forward).parameters
         self.accepts = {name for name in ("attention_mask", "position_ids", "use_cache") if name in accepted}
-        self._output = getattr(self.body, "project_out", None) is not None  # OPT's, from C to E
-        watched = [*self.blocks, self.body.project_out] if self._output else self.blocks
+        self.has_projection = getattr(self.body, "project_out", None) is not None  # OPT's, from C to E
+        watched = [*self.blocks, self.body.project_out] if self.has_projection else self.blocks
         for number, module in enumerate(watched):
             hooks = module._forward_pre_hooks.values()
             if not any(isinstance(hook, partial) and hook.func is _observe for hook in hooks):  # of another model
@@ -67,7 +68,7 @@ class AttachedBackbone(nn.Module):
     @property
     def body(self) -> nn.Module:
         """The network without its language-model head."""
-        return self.network.get_submodule(self._blocks.rpartition(".")[0])
+        return self.network.get_submodule(self._body)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -106,7 +107,10 @@ class AttachedBackbone(nn.Module):
         if memory is not None:
             raise ValueError("memory: expected none with a network of transformers, got one")
         documents, last = _documents(layout), len(self.blocks) if blocks is None else blocks
-        self._check_length(max((document.length for document in documents), default=0))
+        longest = max((document.length for document in documents), default=0)
+        if self.context is not None and longest > self.context:
+            expected = f"conversations of at most {self.context} (config.max_position_embeddings)"
+            raise ValueError(f"tokens: expected {expected}, got {longest}")
         layers = getattr(observe, "layers", None)
         wanted = {last}
         if layers is not None:
@@ -134,19 +138,25 @@ class AttachedBackbone(nn.Module):
         """C, the width of the blocks."""
         return self.network.config.hidden_size
 
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a conversation; None for any number."""
+        limit = getattr(self.network.config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
     def project(self, states: Tensor) -> Tensor:
         """[.., C] after the final norm -> [.., E] that the language-model head multiplies."""
-        return self.body.project_out(states) if self._output else states
+        return self.body.project_out(states) if self.has_projection else states
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [R, V] of states [R, E], by the network's own code, with its biases, scales and caps.
 
         A copy of the network, made of the same modules, gets the states in place of those that its body computes.
         """
-        readout = _copy(self.network)
-        parent, names = readout, self._blocks.split(".")[:-1]
-        for name in names:
-            parent._modules[name] = parent = _GivenStates()
+        parent = readout = _copy(self.network)
+        for name in self._body.split("."):
+            parent._modules[name] = parent = _copy(parent._modules[name])
+            parent.forward = _given_states
         return readout(inputs_embeds=states[None], use_cache=False).logits[0]
 
     def continued(self, ids: Tensor, mask: Tensor, copies: int) -> Callable[[Tensor], Tensor]:
@@ -229,13 +239,6 @@ class AttachedBackbone(nn.Module):
         except _Stopped:
             return None
 
-    def _check_length(self, tokens: int) -> None:
-        limit = getattr(self.network.config, "max_position_embeddings", None)
-        if isinstance(limit, int) and tokens > limit:
-            raise ValueError(
-                f"tokens: expected conversations of at most {limit} (config.max_position_embeddings), got {tokens}"
-            )
-
     # Trying out
 
     @torch.no_grad()
@@ -246,11 +249,10 @@ class AttachedBackbone(nn.Module):
         """
         network, config = self.network, self.network.config
         kind, vocabulary = config.model_type, self.embedding.weight.shape[0]
-        limit = getattr(config, "max_position_embeddings", None)
-        length = min(PROBE, limit) if isinstance(limit, int) else PROBE
+        length = PROBE if self.context is None else min(PROBE, self.context)
         shared, short = length // 2, max(length // 4, 1)
         row = torch.arange(length, device=network.device)
-        ids = torch.stack([row, torch.where(row < shared, row, 7 * row + 3)]) % vocabulary
+        ids = (5 + torch.stack([row, torch.where(row < shared, row, 7 * row)])) % vocabulary  # 0 to 4 may be padding
         try:
             logits = network(input_ids=ids, use_cache=False).logits
             self.shares_prompts = False
@@ -262,7 +264,8 @@ class AttachedBackbone(nn.Module):
         if shared < length - 1 and not _close(logits[0, :shared], logits[1, :shared]):
             raise UserError(f"{kind}: expected a causal language model, got one whose tokens attend to later ones")
         if not _close(own, logits):
-            raise UserError(f"{kind}: expected logits that follow from the states of its last block, got others")
+            expected = "logits that follow from the states of its last block, with positions from 0"
+            raise UserError(f"{kind}: expected {expected}, got others")
         if not _has_plain_cache(network):
             return
         packed = torch.cat([ids[0], ids[1, shared:], ids[0]])
@@ -380,12 +383,9 @@ class _Output(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
-class _GivenStates(nn.Module):
-    """In place of a network's body: returns the states that it gets as embeddings."""
-
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Output:
-        """[B, S, E] -> the same."""
-        return _Output(last_hidden_state=inputs_embeds)
+def _given_states(*_: Any, inputs_embeds: Tensor, **__: Any) -> _Output:
+    """In place of a body's forward: return the states [B, S, E] that it gets as embeddings."""
+    return _Output(last_hidden_state=inputs_embeds)
 
 
 @contextlib.contextmanager
@@ -425,6 +425,14 @@ def _blocks_path(network: PreTrainedModel) -> str:
         kind = network.config.model_type
         raise UserError(f"{kind}: expected a model with a list of num_hidden_layers = {count} blocks, got none")
     return min(paths, key=lambda name: name.count("."))
+
+
+def _body_path(network: PreTrainedModel, blocks: str) -> str:
+    """Return the name of the innermost module around the blocks that takes tokens."""
+    path = blocks.rpartition(".")[0]
+    while "." in path and "input_ids" not in inspect.signature(network.get_submodule(path).forward).parameters:
+        path = path.rpartition(".")[0]
+    return path
 
 
 def _documents(layout: PackedLayout) -> list[_Document]:

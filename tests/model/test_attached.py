@@ -20,6 +20,7 @@ from transformers import (
     MambaConfig,
     OPTConfig,
     PhiConfig,
+    RobertaConfig,
     T5Config,
 )
 
@@ -53,12 +54,15 @@ CONFIGS = {
     "mamba": MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=3, state_size=4, **IDS),
     "llama": LlamaConfig(**COMMON, intermediate_size=24),
 }
+ROBERTA = RobertaConfig(**COMMON, intermediate_size=24, is_decoder=True)  # its positions begin at 2
 
 
 def network(kind, seed=0):
-    """A tiny network, with weights that are large enough to matter."""
+    """A tiny network of a kind or a configuration, with weights that are large enough to matter."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(
+        CONFIGS[kind] if isinstance(kind, str) else kind, dtype=torch.float32
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.3 + 0.5 * (parameter.ndim == 1))
@@ -106,7 +110,7 @@ def plain(model, tokens, layer):
     """State of the last token in a layer and log-probability of all others, by the network alone, by hand."""
     net, states = model.backbone.network, []
     watched = model.backbone.blocks[layer] if layer >= 0 else net.get_output_embeddings()
-    if layer < 0 and hasattr(model.backbone.body, "project_out"):
+    if layer < 0 and model.backbone.has_projection:
         watched = model.backbone.body.project_out
     hook = watched.register_forward_pre_hook(lambda _, args: states.append(args[0]))
     with torch.no_grad():
@@ -275,6 +279,8 @@ def test_a_head_is_trained_on_the_states_of_plain_passes(kind, layer, folders, t
     before = network(kind).state_dict()
     for name, tensor in result.model.backbone.network.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+    (cache,) = (tmp_path / "run/cache").iterdir()
+    assert cache.name.startswith("states-1-") == (layer == 1)
     opened = load_model(tmp_path / "run")
     assert not opened.untrained_heads
     for (name, tensor), other in zip(result.model.named_parameters(), opened.parameters(), strict=True):
@@ -359,6 +365,7 @@ def test_what_cannot_be_attached_is_named(folders, tmp_path):
         (code, r"config.json: auto_map: expected no code or kernel to load"),
         (deeper, r"expected all weights of the model, got 12 missing or of another shape, the first is 'transformer"),
         (pickled, "expected weights in model.safetensors .* got pytorch_model.bin: a pickle"),
+        (network(ROBERTA), "roberta: expected logits that follow from .* with positions from 0, got others"),
         (tmp_path / "nothing", "expected the directory of a model, got nothing there"),
         (7, "model: expected a directory, a name or a model of transformers, got int"),
     ):
