@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("modeling_reward_classifier.py")
 # Names in the exported class of the weights of a RewardHead; the linear layers of its pooler are renamed apart.
-STANDARDISE = {"standardise.mean": "mean", "standardise.deviation": "deviation"}
+RENAMED = {"standardise.mean": "mean", "standardise.deviation": "deviation", "mix.weight": "mix"}
 
 
 def save_classifier(
@@ -58,9 +58,9 @@ def save_classifier(
         tensors["score.weight"] = vector
         saving.write_form({**fields, **labels, "architectures": [name]}, tensors, directory, shard_size)
         return name
-    layer = form["layer"]
-    if layer >= 0:
-        tensors = {key: weight for key, weight in tensors.items() if _is_before(key, layer)}
+    layers = model.heads[group].layers
+    if -1 not in layers:
+        tensors = {key: weight for key, weight in tensors.items() if _is_before(key, max(layers))}
     tensors |= {"score.weight": vector, **_pooler_tensors(weights, group)}
     module, name = SOURCE.stem, "RewardClassifier"
     config = {
@@ -96,7 +96,7 @@ def _pooler_tensors(weights: dict[str, Tensor], group: str) -> dict[str, Tensor]
         if key.startswith(f"heads.{group}.") and not key.startswith(f"heads.{group}.reward."):
             own[key.removeprefix(f"heads.{group}.")] = weight
     tensors = {}
-    for key, name in STANDARDISE.items():
+    for key, name in RENAMED.items():
         if key in own:
             tensors[name] = own.pop(key)
     layers = sorted({int(key.split(".")[1]) for key in own})  # of the pooler, the last of which is the outer one

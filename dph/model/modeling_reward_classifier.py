@@ -4,7 +4,8 @@ Needs torch and transformers only; ``AutoModelForSequenceClassification.from_pre
 opens the folder that holds this file. The logit [B, 1] of a row is the reward at its last end-of-turn token, behind
 which padding and other tokens may follow; padding may be on either side.
 
-reward = score . f(h), h being the state of ``layer``, (h - mean) / deviation if ``standardised``:
+reward = score . f(h), h being the state of ``layer``, (h - mean) / deviation if ``standardised``; of several layers the
+sum of mix_n * h_n, elementwise:
 
 | pooler | f(h) |
 |---|---|
@@ -26,7 +27,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 class RewardConfig(PretrainedConfig):
     """Configuration of the backbone (the fields of its own config.json), and the form of the head.
 
-    ``layer`` is the number of the block whose input is judged, -1 for the result after the last norm.
+    ``layer`` is the number of the block whose input is judged, -1 for the result after the last norm, or a list.
     """
 
     model_type = "reward_classifier"
@@ -35,7 +36,7 @@ class RewardConfig(PretrainedConfig):
         self,
         backbone: dict[str, Any] | None = None,
         pooler: str = "identity",
-        layer: int = -1,
+        layer: int | list[int] = -1,
         standardised: bool = False,
         intermediate_size: int = 1,
         end_of_turn_token_id: int | None = None,
@@ -60,12 +61,15 @@ class RewardClassifier(PreTrainedModel):
     def __init__(self, config: RewardConfig) -> None:
         super().__init__(config)
         self.model = AutoModel.from_config(AutoConfig.for_model(**config.backbone))
-        if config.layer >= 0:
-            self.model.layers, self.model.norm = self.model.layers[: config.layer], nn.Identity()
-        width, inner = self.model.config.hidden_size, config.intermediate_size
+        self.layers = config.layer if isinstance(config.layer, list) else [config.layer]
+        if -1 not in self.layers:
+            self.model.layers, self.model.norm = self.model.layers[: max(self.layers)], nn.Identity()
+        width, inner, count = self.model.config.hidden_size, config.intermediate_size, len(self.layers)
         if config.standardised:
-            self.mean = nn.Parameter(torch.zeros(width), requires_grad=False)
-            self.deviation = nn.Parameter(torch.ones(width), requires_grad=False)
+            self.mean = nn.Parameter(torch.zeros(count * width), requires_grad=False)
+            self.deviation = nn.Parameter(torch.ones(count * width), requires_grad=False)
+        if count > 1:
+            self.mix = nn.Parameter(torch.ones(count, width))
         if config.pooler.startswith("swiglu"):
             self.inner = nn.Linear(width, 2 * inner)
         if config.pooler != "identity":
@@ -109,16 +113,25 @@ class RewardClassifier(PreTrainedModel):
                 f"input_ids: expected the end-of-turn token {self.config.end_of_turn_token_id} in every row, got none"
             )
         columns = (ends * torch.arange(1, ends.shape[1] + 1, device=ends.device)).argmax(1)
-        result = self.model(input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
-        states = result.last_hidden_state[torch.arange(len(columns), device=columns.device), columns]
+        rows = torch.arange(len(columns), device=columns.device)
+        several = len(self.layers) > 1
+        result = self.model(
+            input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False, output_hidden_states=several
+        )
+        if several:
+            states = torch.cat([result.hidden_states[layer][rows, columns] for layer in self.layers], 1)
+        else:
+            states = result.last_hidden_state[rows, columns]
         logits = self.score(self.pooled(states)).float()
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def pooled(self, states: Tensor) -> Tensor:
-        """Return f(h) [B, C] of states h [B, C]."""
+        """Return f(h) [B, C] of the layers' states [B, N C]."""
         if self.config.standardised:
             states = (states - self.mean) / self.deviation
+        if len(self.layers) > 1:
+            states = (states.unflatten(1, self.mix.shape) * self.mix).sum(1)
         if self.config.pooler == "identity":
             return states
         if self.config.pooler.startswith("swiglu"):

@@ -248,7 +248,7 @@ def test_native_families_by_name_are_models_of_our_own(folders, tmp_path):
     model.save_pretrained(tmp_path)
     again = dph.attach(tmp_path, heads=("default", "new"), layer=1)
     assert again.head_names == ["default", "new"]
-    assert [head.layer for head in again.heads.values()] == [2, 1]
+    assert [head.layers for head in again.heads.values()] == [(2,), (1,)]
     with pytest.raises(UserError, match="model: expected a directory, a name or a model of transformers, got Model"):
         dph.attach(again)
 

@@ -24,6 +24,8 @@ HEADS = {
     "bert": {"reward_pooler": "bert", "reward_layer": 2},
     "swiglu": {"reward_pooler": "swiglu_t5", "reward_layer": 1, "reward_standardised": True},
     "first": {"reward_pooler": "identity", "reward_layer": 0},
+    "mix": {"reward_pooler": "bert", "reward_layer": [2, 0], "reward_standardised": True},
+    "mix with the last": {"reward_pooler": "identity", "reward_layer": [1, -1]},
 }
 # Reads the folders and rows of ids of a JSON file, and prints the logits, padded on the right and on the left.
 SCRIPT = """
