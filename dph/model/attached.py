@@ -6,6 +6,7 @@ are those of :class:`dph.Model`. :func:`dph.attach` makes one.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from dph._weights import check_tensors, read_tensors, read_weight_files
 from dph.errors import UserError, one_line, shown
 from dph.model import head_file
 from dph.model.attached_backbone import AttachedBackbone, Observer
-from dph.model.config import SIZES, HeadFields, check_integer, list_of_names, read_fields
+from dph.model.config import SIZES, HeadFields, check_integer, hub_arguments, list_of_names, read_fields
 from dph.model.judging import JudgingModel
 from dph.model.padded_batch import PaddedBatch
 
@@ -154,46 +155,42 @@ class AttachedModel(JudgingModel):
 
     @classmethod
     def from_transformers(
-        cls, path: str | os.PathLike, dtype: torch.dtype | str | None = None, hub: Mapping[str, Any] | None = None,
-        **fields: Any,
-    ) -> AttachedModel:  # fmt: skip
+        cls, path: str | os.PathLike, *, dtype: torch.dtype | str | None = None, **options: Any
+    ) -> AttachedModel:
         """Return a model of a network in a directory or on the hub, whose weights are safetensors.
 
         Args:
             path: of the network.
             dtype: of its weights; None or "auto" for that of its configuration.
-            hub: arguments for downloads.
-            fields: as those of :meth:`from_network`.
+            options: arguments for downloads, and fields as those of :meth:`from_network`.
 
         Raises UserError as :meth:`from_network`, and for broken files and missing weights. Code that comes with a model
         is refused.
         """
         from transformers import AutoModelForCausalLM
 
-        read_fields(path, **(hub or {}))
-        files = read_weight_files(path, **(hub or {}))
-        options = {"trust_remote_code": False, **(hub or {})}
+        hub = hub_arguments(options)
+        fields = {name: value for name, value in options.items() if name not in hub}
+        read_fields(path, **hub)  # for its errors, before transformers reads the file
+        files = read_weight_files(path, **hub)
         try:
-            config = AutoConfig.from_pretrained(path, **options)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
             _check_kind(config)
-            network, info = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
-            )
+            settings = {"config": config, "dtype": dtype or "auto", "use_safetensors": True, "trust_remote_code": False}
+            network, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **settings, **hub)
+            faulty = [*sorted(info["missing_keys"]), *(key[0] for key in info["mismatched_keys"]), *info["error_msgs"]]
+            if not faulty:
+                model = cls.from_network(network, **fields)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         except Exception as error:  # of any kind, from settings and weights that transformers cannot use
             got = f"{type(error).__name__}: {one_line(error, 300)}"
             raise UserError(f"{path}: expected a model that transformers opens, got {got}") from error
-        faulty = sorted(info["missing_keys"]) or [key[0] for key in info["mismatched_keys"]] or info["error_msgs"]
         if faulty:
             raise UserError(
                 f"{files.path}: expected all weights of the model, got {len(faulty)} missing or of another shape, the "
                 f"first is {shown(str(faulty[0]))}"
             )
-        try:
-            model = cls.from_network(network, **fields)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
         model.name_or_path = model.config.name_or_path = str(path)
         return model
 
@@ -204,8 +201,7 @@ class AttachedModel(JudgingModel):
         *_: Any,
         config: AttachedConfig | None = None,
         dtype: torch.dtype | str | None = None,
-        hub: Mapping[str, Any] | None = None,
-        **fields: Any,
+        **options: Any,
     ) -> AttachedModel:
         """Load what :meth:`save_pretrained` wrote. Heads without weights are untrained, with a warning.
 
@@ -213,26 +209,31 @@ class AttachedModel(JudgingModel):
             path: directory, or the name of a model on the hub.
             config: in place of the stored one.
             dtype: of the weights; None or "auto" for that of the file.
-            hub: arguments for downloads.
-            fields: of :class:`AttachedConfig`, in place of the stored ones.
+            options: arguments for downloads, and fields of :class:`AttachedConfig` in place of the stored ones; others
+                are ignored.
 
         Raises UserError, which begins with the file, for broken files and missing weights.
         """
-        hub = hub or {}
-        known = set(AttachedConfig().to_dict())
+        hub, where = hub_arguments(options), f"{path}/config.json"
         if config is None:
+            stored, known = read_fields(path, **hub), inspect.signature(AttachedConfig).parameters
+            changes = {name: value for name, value in options.items() if name in known}
             try:
-                stored = read_fields(path, **hub)
-                config = AttachedConfig.from_dict({**stored, **{k: v for k, v in fields.items() if k in known}})
+                config = AttachedConfig.from_dict({**stored, **changes})
             except UserError as error:
-                raise UserError(f"{path}/config.json: {str(error).removeprefix(f'{path}/config.json: ')}") from error
+                raise UserError(f"{where}: {error}") from error
+            except Exception as error:  # of any kind, from settings of transformers' own
+                got = f"{type(error).__name__}: {one_line(error, 300)}"
+                raise UserError(f"{where}: expected settings that transformers can use, got {got}") from error
         files = read_weight_files(path, **hub)
-        model = cls(config)
+        try:
+            model = cls(config)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         expected = dict(model.named_parameters())
         check_tensors(expected, files.tensors, files.path, optional=lambda name: name.startswith("heads."))
         names = [name for name in expected if name in files.tensors]
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-        dtype = None if dtype == "auto" else dtype
+        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype  # None for "auto"
         weights = read_tensors({name: [name] for name in names}, files.tensors, dtype)
         for name in names:
             expected[name].data = weights.pop(name)
@@ -267,7 +268,7 @@ class AttachedModel(JudgingModel):
     def save_official(self, directory: str | os.PathLike) -> None:
         """Raise UserError: the released layout has networks of our own alone."""
         kind = self.config.network.get("model_type")
-        raise UserError(f"{directory}: expected a network of our own for the released layout, got one of type {kind}")
+        raise UserError(f"model: expected a network of our own for the released layout, got one of type {kind}")
 
     def remade(self, config: AttachedConfig) -> AttachedModel:
         """Return a model with the same network and the heads of another configuration."""

@@ -43,15 +43,13 @@ def load_model(name: str | os.PathLike, **options: Any) -> Model | AttachedModel
 
     path = model_path(str(name))
     disable_progress_bar()
-    hub = hub_arguments(options)
-    others = {key: value for key, value in options.items() if key not in hub}
     try:
-        kind = read_fields(path, **hub).get("model_type")
+        kind = read_fields(path, **hub_arguments(options)).get("model_type")
         if kind == AttachedConfig.model_type:
-            return AttachedModel.from_pretrained(path, hub=hub, **others)
+            return AttachedModel.from_pretrained(path, **options)
         if kind in LAYOUTS or kind not in CONFIG_MAPPING:
             return Model.from_pretrained(path, **options)
-        return AttachedModel.from_transformers(path, hub=hub, **others)
+        return AttachedModel.from_transformers(path, **options)
     except SafetensorError as error:
         raise UserError(f"{path}: expected whole safetensors files, got a damaged one: {_reason(error)}") from error
     except OSError as error:

@@ -1,5 +1,6 @@
 """Heads on models of transformers: rewards are those of a plain pass, whatever the packing, batch and padding."""
 
+import concurrent.futures
 import itertools
 import json
 import shutil
@@ -156,7 +157,7 @@ def test_rewards_and_logprobs_are_those_of_a_plain_pass(kind, monkeypatch):
 
 
 def test_only_what_is_needed_is_computed():
-    """Later blocks do not run, a prompt runs once, and what is frozen has no gradient and no dropout."""
+    """Later blocks do not run, a prompt runs once, what is frozen has no gradient and no dropout; in any thread."""
     model, called = attached("gpt2", layer=1).train(), []
     for number, block in enumerate(model.backbone.blocks):
         block.register_forward_hook(lambda _, args, __, number=number: called.append((number, args[0].shape[:2])))
@@ -168,6 +169,9 @@ def test_only_what_is_needed_is_computed():
     assert not states.requires_grad
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
     assert all(parameter.requires_grad for parameter in model.heads.parameters())
+    expected = model.judge(groups())
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: model.judge(groups()), range(8))) == [expected] * 8
     with pytest.raises(ValueError, match=r"at most 300 .config.max_position_embeddings., got 301"):
         model.judge([[finished([*ids(300, 1), END])]])
 
