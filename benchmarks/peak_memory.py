@@ -2,6 +2,7 @@
 
     python -m benchmarks.peak_memory MODEL_DIRECTORY
     python -m benchmarks.peak_memory MODEL_DIRECTORY --who TRL
+    python -m benchmarks.peak_memory MODEL_DIRECTORY --override lora.rank=16
 
 prints JSON with bytes on the CPU: ``baseline``, the peak after a step of a tiny model, which has loaded all libraries;
 ``peak``, that after steps of the model; and ``estimate``, that of ``dph.train.budget`` for the model and its step, null
@@ -46,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("model", metavar="MODEL_DIRECTORY", help="a Llama-family model of transformers")
     result.add_argument("--who", default="ours", metavar="NAME", help="a contender of stage align, or its start")
+    result.add_argument(
+        "--override", metavar="KEY=VALUE", action="append", default=[], help="option of the recipe, for ours"
+    )
     return result
 
 
@@ -59,9 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         tiny = save_llama(Path(folder), TINY_LLAMA, torch.float32)
-        contender.make(Job(stage="align", shape=FAMILY_TINY, model=tiny)).step()
+        adapters = [override for override in options.override if override.startswith("lora.")]  # another library
+        contender.make(Job(stage="align", shape=FAMILY_TINY, model=tiny).with_overrides(*adapters)).step()
     baseline = resident()
-    job = Job(stage="align", shape=FAMILY, model=options.model)
+    job = Job(stage="align", shape=FAMILY, model=options.model).with_overrides(*options.override)
     training = contender.make(job if contender.kind == "ours" else job.with_overrides(FEW_PAIRS))
     for _ in range(STEPS):
         training.step()

@@ -49,6 +49,9 @@ CASES = {
     "sft-llama": ("sft", {"batch__micro": 1}, FORMS["llama"]),
     "align-qwen3": ("align", {"batch__tokens": 110}, FORMS["qwen3"]),
     "align-bf16": ("align", {"precision": "bf16", "objective__reference": "cache"}, {}),
+    "align-lora": ("align", {"lora__rank": 3}, {}),
+    "align-last": ("align", {"train__last_layers": 1, "batch__micro": 1}, {}),
+    "sft-lora-last": ("sft", {"lora__rank": 3, "train__last_layers": 1, "parallel": "replicate"}, FORMS["llama"]),
     "head-bf16": ("head", {"precision": "bf16"}, {}),
 }
 RESUMED = {"sft": {}, "align": {"parallel": "replicate"}}
