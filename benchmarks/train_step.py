@@ -119,7 +119,8 @@ class Job:
             "precision": "bf16" if self.lowered else "fp32", "device": self.device, "data.cache_states": "false",
             "batch.tokens": "null",
         }  # fmt: skip
-        return recipe.load(self.stage, [*(f"{key}={value}" for key, value in values.items()), *self.overrides])
+        name = "paper-head" if self.stage == "head" else self.stage
+        return recipe.load(name, [*(f"{key}={value}" for key, value in values.items()), *self.overrides])
 
     def with_overrides(self, *more: str) -> "Job":
         """Return the job with more overrides."""
