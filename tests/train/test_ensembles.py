@@ -14,7 +14,7 @@ from dph.errors import UserError
 from dph.infer.best_of_n import ranked
 from dph.model import head_file
 from dph.model.heads import RewardHead
-from dph.model.model import Judged
+from dph.model.judging import Judged
 from dph.train import build, config_schema
 
 TOK = small_tokenizer()
