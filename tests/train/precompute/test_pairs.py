@@ -15,7 +15,7 @@ from dph.cli import main
 from dph.data.formats import Encoder
 from dph.errors import UserError
 from dph.model.backbone import Backbone
-from dph.train import checkpointing, distributed
+from dph.train import checkpointing, distributed, head_files
 from dph.train.entry import train
 from dph.train.precompute import fill as precompute
 from dph.train.precompute import pairs, store
@@ -23,7 +23,11 @@ from dph.train.precompute import pairs, store
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often a backbone has run, by whether it was of a model that trains or judges (True) or of a reference."""
+    """How often a backbone has run, by whether it was of a model that trains or judges (True) or of a reference.
+
+    The head's file, for which the trained model judges a sample, is not written.
+    """
+    monkeypatch.setattr(head_files, "write", lambda *_: None)
     found = []
     original = Backbone.forward
 
