@@ -146,8 +146,9 @@ def judge_candidates(name: str, model: Any, tokenizer: Any, rows: Sequence[dict[
     """Return the share of right answers among the chosen ones of N candidates, for N from 1 to all."""
     groups, correct = [], []
     for row in rows:
-        prompt = parse_record({**row, "chosen": "", "rejected": ""}, "preference").chosen[:-1]
-        if is_held_out(Preference([*prompt, {"role": "assistant", "content": ""}], [])):
+        record = parse_record({"prompt": row["prompt"], "chosen": "", "rejected": "-"}, "preference")
+        if is_held_out(record):
+            prompt = record.chosen[:-1]
             answers = [[*prompt, {"role": "assistant", "content": text}] for text in row["candidates"]]
             groups.append([chat.encode(answer, tokenizer, last_only=True) for answer in answers])
             correct.append(np.array(row["correct"], dtype=float))

@@ -21,7 +21,7 @@ from dph._weights import check_tensors, read_tensors, read_weight_files
 from dph.errors import UserError, one_line, shown
 from dph.model import head_file
 from dph.model.attached_backbone import AttachedBackbone, Observer
-from dph.model.config import SIZES, HeadFields, check_integer, hub_arguments, list_of_names, read_fields
+from dph.model.config import SIZES, HeadFields, check_integer, hub_arguments, read_fields
 from dph.model.judging import JudgingModel
 from dph.model.padded_batch import PaddedBatch
 
@@ -87,14 +87,16 @@ class AttachedConfig(HeadFields, PretrainedConfig):
         self.block_weights = block_weights
         self.shares_prompts = shares_prompts
         self.initializer_range = initializer_range
-        self.reward_heads = list_of_names("reward_heads", reward_heads)
-        self.task_heads = list_of_names("task_heads", task_heads)
-        self.task_head_forms = {} if task_head_forms is None else task_head_forms
-        self.reward_pooler = reward_pooler
-        self.reward_layer = reward_layer
-        self.reward_standardised = reward_standardised
-        self.reward_members = reward_members
-        self.reward_dropout = reward_dropout
+        self._set_rewards(
+            reward_heads=reward_heads,
+            task_heads=task_heads,
+            task_head_forms=task_head_forms,
+            reward_pooler=reward_pooler,
+            reward_layer=reward_layer,
+            reward_standardised=reward_standardised,
+            reward_members=reward_members,
+            reward_dropout=reward_dropout,
+        )
         self.max_position_embeddings = max_position_embeddings
         self.im_end_token_id = im_end_token_id
         if im_end_token_id is not None:

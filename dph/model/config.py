@@ -81,17 +81,30 @@ class HeadFields:
             reward_dropout, hidden_size, intermediate_size, num_hidden_layers: as those of :class:`ModelConfig`.
     """
 
+    def _set_rewards(
+        self,
+        *,
+        reward_heads: Iterable[str],
+        task_heads: Iterable[str],
+        task_head_forms: dict[str, dict[str, Any]] | None,
+        reward_pooler: str,
+        reward_layer: int | list[int],
+        reward_standardised: bool,
+        reward_members: int,
+        reward_dropout: float,
+    ) -> None:
+        """Set the fields, which ``_check_rewards`` checks."""
+        self.reward_heads = list_of_names("reward_heads", reward_heads)
+        self.task_heads = list_of_names("task_heads", task_heads)
+        self.task_head_forms = {} if task_head_forms is None else task_head_forms
+        self.reward_pooler, self.reward_layer, self.reward_standardised = (
+            reward_pooler, reward_layer, reward_standardised
+        )  # fmt: skip
+        self.reward_members, self.reward_dropout = reward_members, reward_dropout
+
     def _check_rewards(self) -> None:
         """Raise UserError unless the fields describe heads that this model can have."""
-        dropout = self.reward_dropout
-        if not isinstance(dropout, Real) or isinstance(dropout, bool) or not 0 <= dropout < 1:
-            raise UserError(f"reward_dropout: expected a probability in [0, 1), got {shown(dropout)}")
-        if not isinstance(self.reward_standardised, bool):
-            raise UserError(f"reward_standardised: expected true or false, got {shown(self.reward_standardised)}")
-        _check_layer("reward_layer", self.reward_layer, self.num_hidden_layers)
-        check_integer("reward_members", self.reward_members, 1, MAX_MEMBERS)
-        if self.reward_pooler not in POOLERS:
-            raise UserError(f"reward_pooler: expected one of {', '.join(POOLERS)}, got {shown(self.reward_pooler)}")
+        self._check_form("reward_", self.head_form("shared"))
         _check_heads([*self.reward_heads, *self.task_heads])
         self._check_forms()
 
@@ -104,16 +117,20 @@ class HeadFields:
             where = f"task_head_forms.{name}"
             if name not in self.task_heads or not isinstance(form, dict) or form.keys() - {"members"} != fields:
                 raise UserError(f"{where}: expected {', '.join(fields)} of a task head, got {shown(form)}")
-            if form["pooler"] not in POOLERS:
-                raise UserError(f"{where}.pooler: expected one of {', '.join(POOLERS)}, got {shown(form['pooler'])}")
-            _check_layer(f"{where}.layer", form["layer"], self.num_hidden_layers)
-            check_integer(f"{where}.members", form.get("members", 1), 1, MAX_MEMBERS)
             check_integer(f"{where}.intermediate_size", form["intermediate_size"], *SIZES["intermediate_size"])
-            dropout = form["dropout"]
-            if not isinstance(dropout, Real) or isinstance(dropout, bool) or not 0 <= dropout < 1:
-                raise UserError(f"{where}.dropout: expected a probability in [0, 1), got {shown(dropout)}")
-            if not isinstance(form["standardised"], bool):
-                raise UserError(f"{where}.standardised: expected true or false, got {shown(form['standardised'])}")
+            self._check_form(f"{where}.", form)
+
+    def _check_form(self, where: str, form: Mapping[str, Any]) -> None:
+        """Raise UserError, with the name of the field after ``where``, for a form that no head can have."""
+        dropout, standardised = form["dropout"], form["standardised"]
+        if not isinstance(dropout, Real) or isinstance(dropout, bool) or not 0 <= dropout < 1:
+            raise UserError(f"{where}dropout: expected a probability in [0, 1), got {shown(dropout)}")
+        if not isinstance(standardised, bool):
+            raise UserError(f"{where}standardised: expected true or false, got {shown(standardised)}")
+        _check_layer(f"{where}layer", form["layer"], self.num_hidden_layers)
+        check_integer(f"{where}members", form.get("members", 1), 1, MAX_MEMBERS)
+        if form["pooler"] not in POOLERS:
+            raise UserError(f"{where}pooler: expected one of {', '.join(POOLERS)}, got {shown(form['pooler'])}")
 
     def head_form(self, group: str) -> dict[str, Any]:
         """Return the form of a group of heads, "shared" or "task_NAME": arguments of ``RewardHead``."""
@@ -237,14 +254,16 @@ class ModelConfig(HeadFields, PretrainedConfig):
         self.rotary_scaling = rotary_scaling
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
-        self.reward_heads = list_of_names("reward_heads", reward_heads)
-        self.task_heads = list_of_names("task_heads", task_heads)
-        self.task_head_forms = {} if task_head_forms is None else task_head_forms
-        self.reward_pooler = reward_pooler
-        self.reward_layer = reward_layer
-        self.reward_standardised = reward_standardised
-        self.reward_members = reward_members
-        self.reward_dropout = reward_dropout
+        self._set_rewards(
+            reward_heads=reward_heads,
+            task_heads=task_heads,
+            task_head_forms=task_head_forms,
+            reward_pooler=reward_pooler,
+            reward_layer=reward_layer,
+            reward_standardised=reward_standardised,
+            reward_members=reward_members,
+            reward_dropout=reward_dropout,
+        )
         self.max_position_embeddings = max_position_embeddings
         self.im_end_token_id = OPT_END if im_end_token_id is None and vocab_size == OPT_ROWS else im_end_token_id
         self.released = {} if released is None else released

@@ -150,23 +150,28 @@ class RewardHead(nn.Module):
             hidden = self.standardise(hidden)
         if self.mix is not None:
             hidden = self.mix(hidden)
-        if not self._is_modified():
+        if self._is_modified():
+            rewards = self._in_parts(hidden, seed, row_ids, dropout)
+        else:
             rewards = self._fused(hidden, seed or 0, row_ids, dropout)
-            return rewards if each or self.members == 1 else _means(rewards)
-        if row_ids is None:
-            row_ids = torch.arange(len(hidden), device=hidden.device)
-        states = hidden
-        for layer in self.pooler:
-            states = _drop(layer, states, seed, row_ids, philox.INPUT, dropout)
-        states = _drop(self.dropout, states, seed, row_ids, philox.POOLED, dropout)
-        rewards = {name: vector(states).squeeze(1).float() for name, vector in self.reward.items()}
-        return rewards if each or self.members == 1 else _means(rewards)
+        if each or self.members == 1:
+            return rewards
+        return {name: values.mean(1) for name, values in rewards.items()}
 
     def _is_modified(self) -> bool:
         """Whether a module is not the original, or observed by hooks."""
         modules = self.pooler, *self.pooler, self.dropout, *self.reward.values()
         kinds = *self._kinds, *[nn.Linear] * len(self.reward)
         return len(modules) != len(kinds) or any(map(dispatch.is_modified, modules, kinds))
+
+    def _in_parts(self, states: Tensor, seed: int | None, row_ids: Tensor | None, dropout: bool) -> dict[str, Tensor]:
+        """Rewards as of ``_fused``, by a call of each module."""
+        if row_ids is None:
+            row_ids = torch.arange(len(states), device=states.device)
+        for layer in self.pooler:
+            states = _drop(layer, states, seed, row_ids, philox.INPUT, dropout)
+        states = _drop(self.dropout, states, seed, row_ids, philox.POOLED, dropout)
+        return {name: vector(states).squeeze(1).float() for name, vector in self.reward.items()}
 
     def _fused(self, hidden: Tensor, seed: int, row_ids: Tensor | None, dropout: bool) -> dict[str, Tensor]:
         """Rewards {name: [R]}, or [R, M] of an ensemble, by one operator."""
@@ -316,11 +321,6 @@ def _renamed(heads: RewardHeads, prefix: str) -> dict[str, str]:
         for name, _ in heads[group].reward.named_parameters():
             names[f"{start}.{name}"] = f"{start}={name}"
     return names
-
-
-def _means(rewards: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the means [R] over the members of ensembles {name: [R, M]}."""
-    return {name: values.mean(1) for name, values in rewards.items()}
 
 
 def _probability(module: nn.Module) -> float:

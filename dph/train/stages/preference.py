@@ -351,11 +351,8 @@ class PreferenceStage(Stage):
         """Return the joint preference objective and its metrics."""
         dropout = {"dropout_seed": self.dropout_seed, "answer_ids": inputs.answer_ids}
         if inputs.packed is None:
-            rewards, logprobs, reference = (
-                self.model.rewards_of(inputs.frozen_outputs, **dropout, each=True),
-                None,
-                None,
-            )
+            rewards = self.model.rewards_of(inputs.frozen_outputs, **dropout, each=True)
+            logprobs = reference = None
         else:
             out = self.model.forward_packed(inputs.packed, **dropout, states=inputs.states)
             rewards, logprobs, reference = out.rewards | out.members, out.logprobs, inputs.frozen_outputs
