@@ -89,16 +89,10 @@ def _sample_rewards(stage: PreferenceStage, steps: int) -> dict[str, Tensor]:
 
     Only pairs of the first ``steps`` steps, whose states the cache holds already.
     """
-    model, recipe, state = stage.model, stage.recipe, stage.batches.state_dict()
+    model, recipe = stage.model, stage.recipe
     cached = stage.frozen.kind == "states" and stage.frozen.cached
     count = min(recipe.objective.sample, steps * recipe.batch.size, stage.batches.records.size)
-    pairs: list[Any] = []
-    stage.batches.load_state_dict(_from_the_beginning(state))
-    try:
-        while len(pairs) < (count if cached else min(count, UNCACHED)):
-            pairs += next(stage.batches)
-    finally:
-        stage.batches.load_state_dict(state)
+    pairs = stage.first_pairs(count if cached else min(count, UNCACHED))
     training, rewards = model.training, []
     model.eval()
     lengths = list(map(stage.micro_batch_class.length, pairs))
@@ -110,11 +104,3 @@ def _sample_rewards(stage: PreferenceStage, steps: int) -> dict[str, Tensor]:
         rewards.append(model.rewards_of(states))
     model.train(training)
     return {name: torch.cat([values[name] for values in rewards]).cpu() for name in rewards[0]}
-
-
-def _from_the_beginning(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state of a stage's batches before the first one."""
-    records = {**state["records"], "position": 0}
-    if "sources" in records:
-        records["sources"] = [{**source, "position": 0} for source in records["sources"]]
-    return {**state, "records": records}

@@ -34,7 +34,8 @@ def prepare_heads(stage: PreferenceStage, quiet: bool = False) -> None:
             "objective.layer, objective.standardised: expected a number and false with several processes, got a choice "
             "by a sample of the pairs: train the head by one process"
         )
-    pairs = _sample(stage, objective.sample)
+    count = min(objective.sample, stage.batches.records.size)
+    pairs = stage.first_pairs(count)[:count]
     layers = [*range(model.config.num_hidden_layers), -1] if chooses else model.heads.layers
     states = sample_states(model, pairs, layers, quiet)
     if chooses:
@@ -56,15 +57,6 @@ def prepare_heads(stage: PreferenceStage, quiet: bool = False) -> None:
         if head.standardise is not None and not head.standardise.is_fitted:
             own = [layers.index(layer) for layer in head.layers]
             head.standardise.fit(states[:, :, own].flatten(2).flatten(0, 1))
-
-
-def _sample(stage: PreferenceStage, count: int) -> list[Pair]:
-    """Return the first ``count`` training pairs, or all if there are fewer, in the order of training."""
-    state, pairs, count = stage.batches.state_dict(), [], min(count, stage.batches.records.size)
-    while len(pairs) < count:
-        pairs += next(stage.batches)
-    stage.batches.load_state_dict(state)
-    return pairs[:count]
 
 
 def prompt_of(pair: Pair) -> tuple[int, ...]:

@@ -119,7 +119,7 @@ def test_states_of_a_sample_are_the_model_s():
     recipe, model = settings("head", "unused", **AUTO), new_model()
     stage = build.make_stage(recipe, model, small_tokenizer(), records("head"), {})
     position = stage.batches.state_dict()
-    pairs = head_states._sample(stage, 7)
+    pairs = stage.first_pairs(7)[:7]
     assert len(pairs) == 7
     assert stage.batches.state_dict() == position
     states = head_states.sample_states(model, pairs, [0, 1, 2, -1], quiet=True)

@@ -235,6 +235,17 @@ class PreferenceStage(Stage):
         """Return lists of ``size`` pairs of ``records``."""
         return PairBatches(records, self.encode, size, self.recipe.data.context, self.recipe.batch.tokens)
 
+    def first_pairs(self, count: int) -> list[Pair]:
+        """Return the batches of training from the first one, up to at least ``count`` pairs; their position stays."""
+        state, pairs = self.batches.state_dict(), []
+        self.batches.load_state_dict(_from_the_beginning(state))
+        try:
+            while len(pairs) < count:
+                pairs += next(self.batches)
+        finally:
+            self.batches.load_state_dict(state)
+        return pairs
+
     def _columns(self) -> list[str]:
         """Return the names of the rewards in the loss: the heads, and of an ensemble HEAD_0, HEAD_1, ..."""
         columns = []
@@ -399,6 +410,14 @@ class PreferenceStage(Stage):
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Continue from a position."""
         self.batches.load_state_dict(state)
+
+
+def _from_the_beginning(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of a stage's batches before the first one."""
+    records = {**state["records"], "position": 0}
+    if "sources" in records:
+        records["sources"] = [{**source, "position": 0} for source in records["sources"]]
+    return {**state, "records": records}
 
 
 def describe_pair(pair: Pair, tokenizer: Any) -> str:
