@@ -11,7 +11,9 @@ ended 30 seconds later). A single process uses no process group, no wrapper and 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import itertools
 import os
 import warnings
@@ -182,13 +184,18 @@ def init_distributed(parallel: str, device: str) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"  # objects travel by gloo, without waiting for a GPU
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     shape, names = ((size, 1), ("replicate", "shard")) if parallel == "replicate" else ((size,), ("shard",))
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
     try:
-        yield World(rank, size, world.local_world_size, init_device_mesh(kind, shape, mesh_dim_names=names))
+        yield World(rank, size, world.local_world_size, mesh)
     except Exception as error:
         if isinstance(error, OtherRankFailed) or not _failed_first(store):
             raise OtherRankFailed("another rank failed, and reports the error") from error
         raise
     dist.destroy_process_group()  # not after an error: it would wait for ranks that wait for this one
+    # A thread of gloo that frees a tensor while Python ends aborts the process (PyTorch's pull request 179291). Threads
+    # end with the last reference to their group: caches of PyTorch keep the mesh, and models are in reference cycles.
+    getattr(mesh, "_pg_registry", {}).clear()
+    atexit.register(gc.collect)
 
 
 def _select_device(name: str) -> str:

@@ -22,6 +22,14 @@ from dph.train.distributed import World
 
 RATE = 1e-6  # of the largest weight: how far two processes may be from one
 
+THREADS_AT_END = """
+import atexit, pathlib, sys
+from dph.cli.main import main
+threads = pathlib.Path("/proc/self/task")
+atexit.register(lambda: print(*[(thread / "comm").read_text() for thread in threads.glob("*")]))  # runs last
+sys.exit(main())
+"""
+
 pytestmark = [needs_gloo, pytest.mark.usefixtures("every_kernel")]
 
 
@@ -232,14 +240,17 @@ def test_two_gpus(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun(tmp_path):
-    """The command line in two processes: one model, one voice."""
+    """The command line in two processes: one model, one voice; and none of their threads is left when Python ends."""
     material(tmp_path)
+    (tmp_path / "command.py").write_text(THREADS_AT_END)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={SIZE}"]
     more = ["output.log_every=3", "optimiser.warmup=1"]
+    _, _module, _name, *words = command(tmp_path, "run", 6)
     done = subprocess.run(
-        [*torchrun, *command(tmp_path, "run", 6)[1:], *more], env=environment(), capture_output=True, text=True
+        [*torchrun, str(tmp_path / "command.py"), *words, *more], env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    assert "pt_gloo" not in done.stdout and done.stdout.count("python") >= SIZE * sys.platform.startswith("linux")
     lines = [line for line in done.stderr.splitlines() if line.startswith("sft")]
     assert [line.split(":")[0] for line in lines] == ["sft", "sft 3/6", "sft 6/6", "sft"]
     assert lines[0].endswith("run holds no checkpoint to resume, starting from the beginning")
