@@ -1,4 +1,4 @@
-"""Reward heads on a frozen model, from raw preference files to a table of what they are worth.
+"""Reward heads on a frozen model, from raw files to a table of what they are worth.
 
 For each set PREFS/NAME.jsonl ({prompt, chosen, rejected}) a fifth of the prompts is held out. Heads of several seeds
 are trained on the others by the recipe ``head`` (``dph train head``), which keeps a tenth of its prompts to choose the
@@ -12,7 +12,11 @@ which the chosen answer scores higher, by
 and, if there is RERANK/NAME.jsonl ({prompt, candidates, correct}), the share of right answers when one of N candidates
 is chosen at random, as the most probable (mean log-probability), by reward, and by an oracle.
 
+Multiple-choice tasks (DIR/TASK/SPLIT.jsonl, in the hub's fields) train heads on their training part, and have the share
+of right answers, or the task's own metric, on the validation part; where there is none, on a fifth of the records.
+
     python examples/real_heads.py MODEL --prefs DIR --rerank DIR --sets truthfulqa_human gsm8k --output runs/real
+    python examples/real_heads.py MODEL --directory DIR --tasks arc/easy glue/sst2 --limit 1500 --output runs/real
 """
 
 import argparse
@@ -24,13 +28,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dph import chat
+from dph import chat, tasks
 from dph.data.atomic import write_text
-from dph.data.dataset import prompt_key
+from dph.data.dataset import prompt_key, task_documents
 from dph.data.formats import Preference, parse_record
 from dph.data.sampler import draw
 from dph.data.sources import read_jsonl
-from dph.evaluate.choices import prefer
+from dph.evaluate.choices import evaluate, prefer
 from dph.evaluate.tables import table
 from dph.model.loading import load_model, load_tokenizer
 from dph.train import recipe
@@ -46,30 +50,49 @@ def main() -> None:
     """Train and judge every set, print the tables, and write them with all figures to OUTPUT."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="directory or hub name")
-    parser.add_argument("--prefs", type=Path, required=True, metavar="DIR", help="folder of NAME.jsonl with pairs")
+    parser.add_argument("--prefs", type=Path, metavar="DIR", help="folder of NAME.jsonl with pairs")
     parser.add_argument("--rerank", type=Path, metavar="DIR", help="folder of NAME.jsonl with candidates")
-    parser.add_argument("--sets", nargs="+", required=True, metavar="NAME")
+    parser.add_argument("--sets", nargs="+", default=[], metavar="NAME", help="preference sets of --prefs")
+    parser.add_argument(
+        "--directory", type=Path, metavar="DIR", help="folder of TASK/train.jsonl, and validation.jsonl"
+    )
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of --directory")
+    parser.add_argument(
+        "--limit", type=int, default=1500, metavar="N", help="training records of a task (default: 1500)"
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="K", help="seeds 0 to K - 1 (default: 3)")
     parser.add_argument("--output", type=Path, default=Path("runs/real"), metavar="DIR", help="runs, heads and tables")
     parser.add_argument("--override", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the recipe head")
     args = parser.parse_args()
-    tokenizer, pairs, choices = load_tokenizer(args.model), [], []
+    if (args.sets and args.prefs is None) or (args.tasks and args.directory is None):
+        parser.error("--sets needs --prefs, --tasks needs --directory")
+    tokenizer, pairs, choices, answers = load_tokenizer(args.model), [], [], []
     for name in args.sets:
         rows = list(read_jsonl(args.prefs / f"{name}.jsonl"))
         records = [parse_record(row, "preference", f"{name}: record {i}") for i, row in enumerate(rows)]
         held_out = [is_held_out(record) for record in records]
-        train_rows = [row for row, held in zip(rows, held_out, strict=True) if not held]
-        heads = train_heads(args, name, train_rows)
-        model = load_model(args.model)
-        for seed, head in enumerate(heads):
-            model.load_head(head, f"seed{seed}")
+        source = args.output / name / "train.jsonl"
+        write_rows(source, [row for row, held in zip(rows, held_out, strict=True) if not held])
+        model = with_heads(args, name, f"data.sources=[{source}]")
         kept = [record for record, held in zip(records, held_out, strict=True) if held]
         train_records = [record for record, held in zip(records, held_out, strict=True) if not held]
         pairs += judge_pairs(name, model, tokenizer, kept, surface_margins(train_records, kept))
         candidates = None if args.rerank is None else args.rerank / f"{RERANK.get(name, name)}.jsonl"
         if candidates is not None and candidates.is_file():
             choices += judge_candidates(name, model, tokenizer, list(read_jsonl(candidates)))
-        show(args.output, pairs, choices)
+        show(args.output, pairs, choices, answers)
+    for name in args.tasks:
+        data = args.output / name / "data"
+        copy_task(args.directory / name, data / name)
+        sources = f"data.sources=[{{source: 'task:{name}', directory: {data}, limit: {args.limit}}}]"
+        model, task = with_heads(args, name, sources), tasks.load(name)
+        documents = tqdm(task_documents(task, "validation", data), name, disable=None)
+        for row in evaluate(model, tokenizer, task, documents, head=model.head_names, max_tokens=8192).rows:
+            for metric, interval in row.metrics.items():
+                answers.append(
+                    {"task": name, "n": len(documents), "rule": row.method, "metric": metric, **vars(interval)}
+                )
+        show(args.output, pairs, choices, answers)
 
 
 def is_held_out(record: Preference) -> bool:
@@ -77,23 +100,38 @@ def is_held_out(record: Preference) -> bool:
     return draw(2**32, "held out", prompt_key(record)) < SHARE * 2**32
 
 
-def train_heads(args: argparse.Namespace, name: str, rows: Sequence[dict[str, Any]]) -> list[Path]:
-    """Train a head of each seed on ``rows``, unless it is there already; return their directories."""
-    folder = args.output / name
-    folder.mkdir(parents=True, exist_ok=True)
-    source = folder / "train.jsonl"
-    write_text(source, "".join(json.dumps(row) + "\n" for row in rows))
-    heads = []
+def copy_task(source: Path, target: Path) -> None:
+    """Copy a task's training and validation records; without the latter, hold out a fifth of the former."""
+    rows = {
+        split: list(read_jsonl(source / f"{split}.jsonl"))
+        for split in ("train", "validation")
+        if (source / f"{split}.jsonl").is_file()
+    }
+    if "validation" not in rows:
+        held_out = [draw(2**32, "held out", json.dumps(row, sort_keys=True)) < SHARE * 2**32 for row in rows["train"]]
+        rows["validation"] = [row for row, held in zip(rows["train"], held_out, strict=True) if held]
+        rows["train"] = [row for row, held in zip(rows["train"], held_out, strict=True) if not held]
+    for split, kept in rows.items():
+        write_rows(target / f"{split}.jsonl", kept)
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a file of JSON lines, with its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def with_heads(args: argparse.Namespace, name: str, sources: str) -> Any:
+    """Return the model with a head of each seed that learns from ``sources``; what was trained before is read."""
+    folder, model = args.output / name, load_model(args.model)
     for seed in range(args.seeds):
         run, head = folder / f"seed{seed}", folder / f"head{seed}"
-        heads.append(head)
-        if head.is_dir():
-            continue
-        changes = [f"model.path={args.model}", f"data.sources=[{source}]", f"output.directory={run}", f"seed={seed}"]
-        settings = recipe.load("head", [*changes, f"data.cache={folder / 'cache'}", *args.override])
-        result = train(settings, resume=run.is_dir())
-        result.model.save_head(head, about={"trained on": f"{len(rows)} pairs of {name}", "seed": seed})
-    return heads
+        if not head.is_dir():
+            changes = [f"model.path={args.model}", sources, f"output.directory={run}", f"seed={seed}"]
+            settings = recipe.load("head", [*changes, f"data.cache={folder / 'cache'}", *args.override])
+            train(settings, resume=run.is_dir()).model.save_head(head, about={"trained on": name, "seed": seed})
+        model.load_head(head, f"seed{seed}")
+    return model
 
 
 def judge_pairs(
@@ -176,21 +214,21 @@ def judge_candidates(name: str, model: Any, tokenizer: Any, rows: Sequence[dict[
     return rows
 
 
-def show(output: Path, pairs: Sequence[dict[str, Any]], choices: Sequence[dict[str, Any]]) -> None:
-    """Print both tables, and write them to the folder ``output``."""
-    cells = [
-        [row["set"], row["n"], row["rule"], row["value"], f"{row['low']:.3f} to {row['high']:.3f}"] for row in pairs
-    ]
-    text = table(["pairs", "held out", "rule", "accuracy", "95% interval"], cells)
-    cells = []
-    for row in choices:
-        interval = f"{row['low']:.3f} to {row['high']:.3f}"
-        cells.append([row["set"], row["prompts"], row["n"], row["rule"], row["value"], interval])
-    if cells:
-        text += "\n\n" + table(["candidates", "prompts", "N", "rule", "right", "95% interval"], cells)
-    print(text)
-    write_text(output / "tables.txt", text + "\n")
-    write_text(output / "figures.json", json.dumps({"pairs": list(pairs), "candidates": list(choices)}, indent=1))
+def show(output: Path, *figures: Sequence[dict[str, Any]]) -> None:
+    """Print the tables of pairs, candidates and tasks, and write them to the folder ``output``."""
+    columns = {
+        "pairs": {"pairs": "set", "held out": "n", "rule": "rule", "accuracy": "value"},
+        "candidates": {"candidates": "set", "prompts": "prompts", "N": "n", "rule": "rule", "right": "value"},
+        "tasks": {"task": "task", "held out": "n", "rule": "rule", "metric": "metric", "value": "value"},
+    }
+    texts = []
+    for fields, rows in zip(columns.values(), figures, strict=True):
+        cells = [[*(row[key] for key in fields.values()), f"{row['low']:.3f} to {row['high']:.3f}"] for row in rows]
+        if cells:
+            texts.append(table([*fields, "95% interval"], cells))
+    print(*texts, sep="\n\n")
+    write_text(output / "tables.txt", "\n\n".join(texts) + "\n")
+    write_text(output / "figures.json", json.dumps(dict(zip(columns, figures, strict=True)), indent=1))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, ItemsView, Iterator, ValuesView
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -243,7 +244,7 @@ class RewardHeads(nn.Module):
     @property
     def layers(self) -> list[int]:
         """Layers whose states the heads judge, in the order in which ``forward`` takes them; -1 comes last."""
-        layers = sorted({layer for head in self.values() for layer in head.layers})
+        layers = sorted(set().union(*map(attrgetter("layers"), self.values())))
         return [*layers[1:], -1] if layers[:1] in ([], [-1]) else layers
 
     def forward(

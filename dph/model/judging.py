@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -49,11 +50,12 @@ class PackedOutput(NamedTuple):
 class Judged:
     """Result of :meth:`JudgingModel.judge` for one group of alternatives, in plain numbers; see :class:`PackedOutput`.
 
-    ``spreads`` has, by head that is an ensemble, the standard deviation over its members of each answer's rewards.
+    ``spreads`` has, by head that is an ensemble, the standard deviation over its members of each answer's rewards. The
+    log-probabilities are None if they were not asked for.
     """
 
-    logprobs: list[float]
-    mean_logprobs: list[float]
+    logprobs: list[float] | None
+    mean_logprobs: list[float] | None
     rewards: dict[str, list[float]]
     spreads: dict[str, list[float]] = field(default_factory=dict)
 
@@ -235,9 +237,7 @@ class JudgingModel(PreTrainedModel):
             states: the number of a block and its input [T, C], from an earlier call: no block below it is computed, and
                 no head may judge one.
         """
-        judged = JudgedStates(
-            self.heads.layers, len(self.backbone.blocks), lambda states: states[batch.reward_rows.clamp(min=0)]
-        )
+        judged = self._judged_states(batch)
         hidden = self.backbone(batch.tokens, batch.layout, observe=judged, states=states)
         logprobs = self._logprobs(self.output_proj(hidden[batch.rows]), batch.targets, uniform=False)
         zeros = logprobs.new_zeros(len(batch.reward_rows))
@@ -247,9 +247,26 @@ class JudgingModel(PreTrainedModel):
         mean = zeros.index_add(0, batch.answers, logprobs * scored) / counts.clamp(min=1)
         mean = mean.masked_fill(counts == 0, float("nan"))  # after the division: 0/0 would put NaN in every gradient
 
-        cut_off = batch.reward_rows < 0  # computed like the others: only the device has their number
+        rewards, members = self._packed_rewards(judged, batch, dropout_seed, answer_ids, dropout)
+        return PackedOutput(total, mean, rewards, members)
+
+    def _judged_states(self, batch: PackedBatch) -> JudgedStates:
+        """Return the observer of a pass over a packed batch; an answer that was cut off has another one's states."""
+        rows = batch.reward_rows.clamp(min=0)  # of all answers: only the device knows how many were cut off
+        return JudgedStates(self.heads.layers, len(self.backbone.blocks), itemgetter(rows))
+
+    def _packed_rewards(
+        self,
+        judged: JudgedStates,
+        batch: PackedBatch,
+        dropout_seed: int | None = None,
+        answer_ids: Tensor | None = None,
+        dropout: bool = False,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Rewards and members as in :class:`PackedOutput`; the other arguments as in :meth:`forward_packed`."""
+        cut_off = batch.reward_rows < 0
         if answer_ids is None:
-            answer_ids = torch.arange(len(cut_off), device=hidden.device)
+            answer_ids = torch.arange(len(cut_off), device=cut_off.device)
         rewards = self.heads(judged.joined(), dropout_seed, answer_ids, dropout, each=True)
         members = {}
         for name, values in rewards.items():
@@ -257,14 +274,14 @@ class JudgingModel(PreTrainedModel):
                 members[name] = values.masked_fill(cut_off[:, None], float("nan"))
                 values = values.mean(1)
             rewards[name] = values.masked_fill(cut_off, float("nan"))
-        return PackedOutput(total, mean, rewards, members)
+        return rewards, members
 
     def reward_states(self, batch: PackedBatch) -> Tensor:
         """Hidden states [A, N C] of the judged tokens of a packed batch whose A answers are all finished.
 
         Those of the N layers that the heads judge (``heads.layers``), side by side; no later block is computed.
         """
-        judged = JudgedStates(self.heads.layers, len(self.backbone.blocks), lambda states: states[batch.reward_rows])
+        judged = self._judged_states(batch)
         self.backbone(batch.tokens, batch.layout, observe=judged, blocks=judged.blocks)
         return judged.joined()
 
@@ -310,29 +327,42 @@ class JudgingModel(PreTrainedModel):
         return self.rewards_of(judged.joined())
 
     @torch.no_grad()
-    def judge(self, groups: Iterable[Sequence[chat.Encoded]], max_tokens: int = 16_384) -> list[Judged]:
+    def judge(
+        self, groups: Iterable[Sequence[chat.Encoded]], max_tokens: int = 16_384, *, logprobs: bool = True
+    ) -> list[Judged]:
         """Log-probabilities and rewards of groups of alternatives, each group's shared beginning computed once.
 
         Args:
             groups: alternatives of one prompt each (``dph.chat.encode``).
             max_tokens: upper bound on the tokens of a packed batch before sharing; a larger group is computed alone.
+            logprobs: False leaves out what only log-probabilities need: the language-model head, and all blocks above
+                the layers that the heads judge.
 
         The reward heads' dropout is off in training, too, and the mode does not change, so that another thread may
         train the model. Modules of other libraries inside of the model (LoRA with dropout) follow ``training``.
         """
         judged = []
         for batch in batches(groups, max_tokens):
-            out = self.forward_packed(pack(batch).to(self.device), dropout=False)
-            logprobs, mean_logprobs = out.logprobs.tolist(), out.mean_logprobs.tolist()
-            rewards = {name: values.tolist() for name, values in out.rewards.items()}
-            spreads = {name: values.std(1).tolist() for name, values in out.members.items()}
+            packed = pack(batch).to(self.device)
+            if logprobs:
+                out = self.forward_packed(packed, dropout=False)
+                sums, means = out.logprobs.tolist(), out.mean_logprobs.tolist()
+                rewards, members = out.rewards, out.members
+            else:
+                sums = means = None
+                states = self._judged_states(packed)
+                self.backbone(packed.tokens, packed.layout, observe=states, blocks=states.blocks)
+                rewards, members = self._packed_rewards(states, packed)
+            rewards = {name: values.tolist() for name, values in rewards.items()}
+            spreads = {name: values.std(1).tolist() for name, values in members.items()}
             end = 0
             for group in batch:
                 own = slice(end, end + len(group))
                 end += len(group)
                 own_rewards = {name: values[own] for name, values in rewards.items()}
                 own_spreads = {name: values[own] for name, values in spreads.items()}
-                judged.append(Judged(logprobs[own], mean_logprobs[own], own_rewards, own_spreads))
+                own_logprobs = (sums[own], means[own]) if logprobs else (None, None)
+                judged.append(Judged(*own_logprobs, own_rewards, own_spreads))
         return judged
 
     def score(
@@ -340,9 +370,19 @@ class JudgingModel(PreTrainedModel):
     ) -> Tensor:
         """Rewards [len(conversations)] fp32 of conversations, each a list of messages that ends with an answer.
 
-        Dropout and mode as in :meth:`judge`; ``max_tokens`` bounds a packed batch. Raises ValueError as :meth:`rewards`
-        in evaluation mode, and for a conversation without an assistant turn.
+        Consecutive conversations that differ in the last message alone have their beginning computed once. Dropout and
+        mode as in :meth:`judge`; ``max_tokens`` bounds a packed batch. Raises ValueError as :meth:`rewards` in
+        evaluation mode, and for a conversation without an assistant turn.
         """
         self.check_heads(head)
-        groups = [[chat.encode(conversation, tokenizer)] for conversation in conversations]
-        return torch.tensor([judged.rewards[head][0] for judged in self.judge(groups, max_tokens)])
+        groups: list[list[chat.Encoded]] = []
+        beginning, room = None, 0
+        for conversation in conversations:
+            encoded = chat.encode(conversation, tokenizer)
+            if beginning != conversation[:-1] or len(encoded) > room:
+                groups.append([])
+                beginning, room = conversation[:-1], max_tokens
+            groups[-1].append(encoded)
+            room -= len(encoded)
+        judged = self.judge(groups, max_tokens, logprobs=False)
+        return torch.tensor([reward for group in judged for reward in group.rewards[head]])

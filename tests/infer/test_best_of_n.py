@@ -120,6 +120,19 @@ def test_judging_equals_every_answer_alone(budget):
         rows = zip(result.logprobs, result.mean_logprobs, result.rewards["default"], strict=True)
         for item, got in zip(group, rows, strict=True):
             assert got == pytest.approx(alone(model, item), abs=1e-4, nan_ok=True)
+    for alike, result in zip(model.judge(groups, budget, logprobs=False), results, strict=True):
+        assert alike.rewards["default"] == pytest.approx(result.rewards["default"], abs=1e-6, nan_ok=True)
+        assert alike.logprobs is alike.mean_logprobs is None
+
+
+def test_rewards_alone_need_no_language_model_head(monkeypatch):
+    model, (_, group) = talker(reward_layer=1), answers("one", "two", finished=(0,))
+    expected = model.judge([group])[0].rewards["default"]
+    monkeypatch.delattr(model, "lm_head")
+    for weight in model.backbone.blocks[1].parameters():
+        torch.nn.init.constant_(weight, math.nan)
+    (found,) = model.judge([group], logprobs=False)
+    assert found.rewards["default"] == pytest.approx(expected, nan_ok=True)
 
 
 def test_judging_keeps_to_its_budget(monkeypatch):

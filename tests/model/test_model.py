@@ -231,16 +231,15 @@ def test_score_equals_rewards_one_by_one(budget):
 def test_score_packs_up_to_its_budget(monkeypatch):
     model, tok = scorer()
     lengths = [len(dph.chat.encode(talk, tok)) for talk in TALK]
-    sizes, forward = [], model.forward_packed
-
-    def counted(batch, **options):
-        sizes.append(len(batch.tokens))
-        return forward(batch, **options)
-
-    monkeypatch.setattr(model, "forward_packed", counted)
+    batches, pack = [], dph.pack
+    monkeypatch.setattr("dph.model.judging.pack", lambda groups: batches.append(groups) or pack(groups))
     model.score(tok, TALK, max_tokens=1)
     model.score(tok, TALK[:1] * 5, max_tokens=2 * lengths[0])
+    sizes = [sum(len(answer) for group in groups for answer in group) for groups in batches]
     assert sizes == [*lengths, 2 * lengths[0], 2 * lengths[0], lengths[0]]
+    batches.clear()
+    model.score(tok, [TALK[0], *(conversation("hello world", text) for text in ("a", "b")), *TALK[1:]])
+    assert [len(group) for groups in batches for group in groups] == [3, 1, 1]  # a prompt is computed once
 
 
 def test_score_leaves_the_mode_and_no_graph():
