@@ -122,15 +122,19 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def with_heads(args: argparse.Namespace, name: str, sources: str) -> Any:
-    """Return the model with a head of each seed that learns from ``sources``; what was trained before is read."""
-    folder, model = args.output / name, load_model(args.model)
+    """Return the model with a head of each seed that learns from ``sources``; what was trained before is read.
+
+    Later seeds take the layer, or the mix, that the first one has chosen, and so its cached states.
+    """
+    folder, model, chosen = args.output / name, load_model(args.model), []
     for seed in range(args.seeds):
         run, head = folder / f"seed{seed}", folder / f"head{seed}"
         if not head.is_dir():
             changes = [f"model.path={args.model}", sources, f"output.directory={run}", f"seed={seed}"]
-            settings = recipe.load("head", [*changes, f"data.cache={folder / 'cache'}", *args.override])
+            settings = recipe.load("head", [*changes, f"data.cache={folder / 'cache'}", *chosen, *args.override])
             train(settings, resume=run.is_dir()).model.save_head(head, about={"trained on": name, "seed": seed})
         model.load_head(head, f"seed{seed}")
+        chosen = chosen or [f"objective.layer={model.config.head_form(f'task_seed{seed}')['layer']}"]
     return model
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dph import devices
 from dph.data.packing import batches, pack
 from dph.errors import UserError
 from dph.model.heads import JudgedStates
@@ -20,7 +21,8 @@ TOKENS = 8192  # of a packed batch
 def prepare_heads(stage: PreferenceStage, quiet: bool = False) -> None:
     """Choose the layer of new heads if the recipe leaves it open, and fit their standardisation, in place.
 
-    Adds the probes' accuracies to the stage's notes. The stage's position in the data does not change.
+    Adds the probes' accuracies to the stage's notes, and the states of the chosen layers to its cache, unless training
+    computes them in another precision. The stage's position in the data does not change.
 
     Raises UserError on several ranks, where the model is not on a device yet.
     """
@@ -57,6 +59,9 @@ def prepare_heads(stage: PreferenceStage, quiet: bool = False) -> None:
         if head.standardise is not None and not head.standardise.is_fitted:
             own = [layers.index(layer) for layer in head.layers]
             head.standardise.fit(states[:, :, own].flatten(2).flatten(0, 1))
+    if stage.frozen.cached and not devices.low_precision(stage.recipe.precision, model.device):
+        own = [layers.index(layer) for layer in model.heads.layers]
+        stage.frozen.cache.put(pairs, states[:, :, own].flatten(1))
 
 
 def prompt_of(pair: Pair) -> tuple[int, ...]:

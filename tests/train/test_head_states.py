@@ -105,6 +105,18 @@ def test_a_cache_is_filled_with_the_states_of_the_chosen_layer(tmp_path, monkeyp
     assert filled.directory.name.startswith("states-2-")
 
 
+def test_the_sample_is_computed_once(tmp_path):
+    """Its states of the chosen layers serve training."""
+    recipe = settings("head", tmp_path / "run", **AUTO)
+    stage = build.make_stage(recipe, new_model(), small_tokenizer(), records("head"), None)
+    head_states.prepare_heads(stage, quiet=True)
+    assert stage.frozen.cache.computed == len(stage.frozen.cache.store) == 20
+    pairs = stage.first_pairs(20)[:20]
+    found = stage.frozen.cache.rows(pairs, die).view(40, -1)
+    expected = stage.model.reward_states(dph.pack(pairs))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_trained_heads_keep_their_layer(tmp_path):
     model = new_model()
     model.untrained_heads = set()

@@ -70,13 +70,24 @@ class PairCache:
         outputs = compute() if self.any_rank(missing) else None
         if missing:
             computed = outputs.detach().to("cpu", torch.float32).reshape(len(pairs), -1)
-            before = len(self.store)
-            self.store.put(keys, computed)
-            self.computed += len(self.store) - before
+            self._put(keys, computed)
             for i, key in enumerate(keys):
                 stored = self.store.get(key)
                 rows[i] = computed[i] if stored is None else stored  # rows that are not finite are not stored
         return torch.stack(rows)
+
+    def put(self, pairs: Sequence[tuple[Encoded, Encoded]], rows: Tensor) -> None:
+        """Store rows [N, width] of N pairs that were computed for another purpose, on the disk at once.
+
+        A run that is resumed does not compute them again as they were.
+        """
+        self._put([pair_key(self._model, pair) for pair in pairs], rows)
+        self.store.flush()
+
+    def _put(self, keys: Sequence[bytes], rows: Tensor) -> None:
+        before = len(self.store)
+        self.store.put(keys, rows)
+        self.computed += len(self.store) - before
 
 
 def cache_directory(recipe: Recipe) -> Path:
