@@ -122,8 +122,9 @@ def ours(args: argparse.Namespace, form: str, folder: Path, trained: list[Any], 
         steps = args.pairs // STEP
         changes += [
             f"lora.rank={RANK}", f"optimiser.lr={rate}", f"optimiser.steps={steps}", f"optimiser.warmup={steps // 10}",
-            f"batch.size={STEP}", f"batch.micro={args.micro}", "batch.tokens=null", "objective.dpo_weight=0", "optimiser.prior_decay=0",
-            "objective.pooler=identity", "evaluation.sources=[]", "evaluation.every=0", "output.save_every=0",
+            "optimiser.prior_decay=0", f"batch={{size: {STEP}, micro: {args.micro}, tokens: null}}",
+            "objective.dpo_weight=0", "objective.pooler=identity", "evaluation={every: 0, sources: []}",
+            "output.save_every=0",
         ]  # fmt: skip
     result = run(recipe.load("head" if form == "frozen" else "align", changes), quiet=True)
     groups = []
