@@ -13,6 +13,7 @@ from dph.errors import UserError
 from dph.model.heads import JudgedStates
 from dph.model.model import Model
 from dph.train.layer_choice import best_layer, mixed_layers, probe_layers
+from dph.train.precompute.pairs import PairCache
 from dph.train.stages.preference import Pair, PreferenceStage
 
 TOKENS = 8192  # of a packed batch
@@ -21,8 +22,8 @@ TOKENS = 8192  # of a packed batch
 def prepare_heads(stage: PreferenceStage, quiet: bool = False) -> None:
     """Choose the layer of new heads if the recipe leaves it open, and fit their standardisation, in place.
 
-    Adds the probes' accuracies to the stage's notes, and the states of the chosen layers to its cache, unless training
-    computes them in another precision. The stage's position in the data does not change.
+    Adds the probes' accuracies to the stage's notes, and the states of the chosen layers to its cache. The stage's
+    position in the data does not change.
 
     Raises UserError on several ranks, where the model is not on a device yet.
     """
@@ -39,7 +40,9 @@ def prepare_heads(stage: PreferenceStage, quiet: bool = False) -> None:
     count = min(objective.sample, stage.batches.records.size)
     pairs = stage.first_pairs(count)[:count]
     layers = [*range(model.config.num_hidden_layers), -1] if chooses else model.heads.layers
-    states = sample_states(model, pairs, layers, quiet)
+    # Training may compute in another precision than this; then its cache has other states, and another name.
+    cached = stage.frozen.cached and not devices.low_precision(stage.recipe.precision, model.device)
+    states = sample_states(model, pairs, layers, stage.frozen.cache if cached and not chooses else None, quiet)
     if chooses:
         prompts, seed = [prompt_of(pair) for pair in pairs], stage.recipe.seed
         accuracies = probe_layers(states, prompts, seed)
@@ -59,9 +62,10 @@ def prepare_heads(stage: PreferenceStage, quiet: bool = False) -> None:
         if head.standardise is not None and not head.standardise.is_fitted:
             own = [layers.index(layer) for layer in head.layers]
             head.standardise.fit(states[:, :, own].flatten(2).flatten(0, 1))
-    if stage.frozen.cached and not devices.low_precision(stage.recipe.precision, model.device):
+    if cached and chooses:
         own = [layers.index(layer) for layer in model.heads.layers]
         stage.frozen.cache.put(pairs, states[:, :, own].flatten(1))
+    stage.frozen.flush()  # a run that is resumed would not compute these states again as they were
 
 
 def prompt_of(pair: Pair) -> tuple[int, ...]:
@@ -72,19 +76,24 @@ def prompt_of(pair: Pair) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def sample_states(model: Model, pairs: Sequence[Pair], layers: list[int], quiet: bool = False) -> Tensor:
-    """Return the states [P, 2, N, C] fp32, on the CPU, of the judged tokens of P pairs in N layers (JudgedStates)."""
+def sample_states(
+    model: Model, pairs: Sequence[Pair], layers: list[int], cache: PairCache | None = None, quiet: bool = False
+) -> Tensor:
+    """Return the states [P, 2, N, C] fp32, on the CPU, of the judged tokens of P pairs in N layers (JudgedStates).
+
+    With a ``cache`` of these layers, what it holds is read, and the rest is added.
+    """
     results = []
     with tqdm(desc="sample", total=len(pairs), unit="pair", dynamic_ncols=True, disable=quiet) as progress:
         for batch in batches(pairs, TOKENS):
-            packed = pack(batch).to(model.device)
-            select = partial(_rows_on_host, numbers=packed.reward_rows)
-            judged = JudgedStates(layers, len(model.backbone.blocks), select)
-            model.backbone(packed.tokens, packed.layout, observe=judged, blocks=judged.blocks)
-            results.append(judged.joined())
+            compute = partial(_judged_states, model, batch, layers)
+            results.append((compute() if cache is None else cache.rows(batch, compute)).flatten())
             progress.update(len(batch))
     return torch.cat(results).view(len(pairs), 2, len(layers), -1)
 
 
-def _rows_on_host(states: Tensor, numbers: Tensor) -> Tensor:
-    return states[numbers].float().cpu()
+def _judged_states(model: Model, pairs: Sequence[Pair], layers: list[int]) -> Tensor:
+    packed = pack(pairs).to(model.device)
+    judged = JudgedStates(layers, len(model.backbone.blocks), lambda states: states[packed.reward_rows].float().cpu())
+    model.backbone(packed.tokens, packed.layout, observe=judged, blocks=judged.blocks)
+    return judged.joined()

@@ -105,8 +105,8 @@ def test_a_cache_is_filled_with_the_states_of_the_chosen_layer(tmp_path, monkeyp
     assert filled.directory.name.startswith("states-2-")
 
 
-def test_the_sample_is_computed_once(tmp_path):
-    """Its states of the chosen layers serve training."""
+def test_the_sample_is_computed_once(tmp_path, monkeypatch):
+    """Its states of the chosen layers serve training, and the next head on them."""
     recipe = settings("head", tmp_path / "run", **AUTO)
     stage = build.make_stage(recipe, new_model(), small_tokenizer(), records("head"), None)
     head_states.prepare_heads(stage, quiet=True)
@@ -115,6 +115,15 @@ def test_the_sample_is_computed_once(tmp_path):
     found = stage.frozen.cache.rows(pairs, die).view(40, -1)
     expected = stage.model.reward_states(dph.pack(pairs))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+    model = new_model()
+    model.set_reward_layer(stage.model.config.reward_layer)
+    recipe = settings("head", tmp_path / "run", **AUTO | {"objective__layer": None})
+    again = build.make_stage(recipe, model, small_tokenizer(), records("head"), None)
+    monkeypatch.setattr(model.backbone, "forward", die)
+    head_states.prepare_heads(again, quiet=True)
+    mean, expected = (each.model.heads["shared"].standardise.mean for each in (again, stage))
+    assert torch.equal(mean, expected)
 
 
 def test_trained_heads_keep_their_layer(tmp_path):

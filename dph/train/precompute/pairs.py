@@ -77,12 +77,8 @@ class PairCache:
         return torch.stack(rows)
 
     def put(self, pairs: Sequence[tuple[Encoded, Encoded]], rows: Tensor) -> None:
-        """Store rows [N, width] of N pairs that were computed for another purpose, on the disk at once.
-
-        A run that is resumed does not compute them again as they were.
-        """
+        """Store rows [N, width] of N pairs that were computed for another purpose."""
         self._put([pair_key(self._model, pair) for pair in pairs], rows)
-        self.store.flush()
 
     def _put(self, keys: Sequence[bytes], rows: Tensor) -> None:
         before = len(self.store)
