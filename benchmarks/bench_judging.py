@@ -30,7 +30,7 @@ from benchmarks.bench_family import DEVICE, DTYPE
 from dph.chat import Encoded
 from dph.train.budget import flops
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}[DTYPE]  # of the largest value
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}[DTYPE]  # of the largest value
 SECONDS = 3.0  # approximate time per row
 MAX_TOKENS = 8192  # of a packed batch
 MISSING = None if importlib.util.find_spec("lm_eval") else "lm-evaluation-harness is not installed: pip install lm-eval"
@@ -136,13 +136,12 @@ class Classifier:
 
 
 def compare(found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> None:
-    """Require the same values, and the same best answer of each question but for equals within the tolerance."""
+    """Require the same values, and the same best answer of each question unless two differ by rounding alone."""
     limit = TOLERANCE * max(abs(value) for values in expected for value in values)
     for got, want in zip(found, expected, strict=True):
-        assert len(got) == len(want)
         off = max(abs(a - b) for a, b in zip(got, want, strict=True))
         assert off <= limit, f"off by {off:.1e}, at most {limit:.1e} expected"
-        assert want[got.index(max(got))] >= max(want) - limit
+        assert want[got.index(max(got))] >= max(want) - 2 * off
 
 
 @functools.lru_cache(maxsize=4)

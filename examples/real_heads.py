@@ -5,7 +5,7 @@ are trained on the others by the recipe ``head`` (``dph train head``), which kee
 step; the frozen states are computed once for all seeds. On the held-out prompts the table has the share of pairs in
 which the chosen answer scores higher, by
 
-    reward      the head, mean over the seeds, and the range of the seeds
+    reward      the head of each seed
     sum, mean   summed and mean log-probability of the model itself
     surface     logistic regression on words, pairs of words and length of the answer: what needs no understanding
 
@@ -43,7 +43,6 @@ from dph.train.entry import train
 SHARE = 0.2  # of the prompts that are held out
 DRAWS = 200  # of N candidates of a prompt
 RERANK = {"truthfulqa_human": "truthfulqa"}  # name of a set's candidates, if it is another
-RULES = ("reward", "sum", "mean")
 
 
 def main() -> None:
@@ -132,7 +131,7 @@ def with_heads(args: argparse.Namespace, name: str, sources: str) -> Any:
         if not head.is_dir():
             changes = [f"model.path={args.model}", sources, f"output.directory={run}", f"seed={seed}"]
             settings = recipe.load("head", [*changes, f"data.cache={folder / 'cache'}", *chosen, *args.override])
-            train(settings, resume=run.is_dir()).model.save_head(head, about={"trained on": name, "seed": seed})
+            train(settings, resume=run.is_dir()).model.save_head(head, about={"set": name, "seed": seed})
         model.load_head(head, f"seed{seed}")
         chosen = chosen or [f"objective.layer={model.config.head_form(f'task_seed{seed}')['layer']}"]
     return model

@@ -242,14 +242,15 @@ def add_heads(model: Model, value: str) -> list[str]:
     """
     from dph.model import head_file
 
-    names = []
-    for directory in head_file.head_directories(value):
+    directories, names = head_file.head_directories(value), []
+    digest = head_file.backbone_digest(model.backbone) if directories else None
+    for directory in directories:
         name, number = head_file.read(directory).name, 1
         free = name
         while free in model.head_names:
             number += 1
             free = f"{name}-{number}"
-        names.append(model.load_head(directory, free))
+        names.append(head_file.load(model, directory, free, digest=digest))
     return names or [value]
 
 

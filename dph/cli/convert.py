@@ -120,6 +120,8 @@ def _load_with_trained_heads(source: str) -> Model:
     trained = {}
     for key in ("reward_heads", "task_heads"):
         trained[key] = [name for name in getattr(model.config, key) if name not in model.untrained_heads]
+    forms = model.config.task_head_forms
+    trained["task_head_forms"] = {name: form for name, form in forms.items() if name not in model.untrained_heads}
     names = ", ".join(sorted(model.untrained_heads))
     print(printable(f"reward heads without weights are left out: {names}"), file=sys.stderr)
     return load_model(source, **trained)

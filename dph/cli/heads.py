@@ -33,13 +33,18 @@ def run(args: argparse.Namespace) -> None:
 
     if (args.save is None) != (args.model is None):
         raise UserError("--save, --model: expected both or neither, got one")
+    if args.save is None and args.head is not None:
+        raise UserError("--head: expected it together with --save, got it alone")
     if args.save is None and not args.directories:
         raise UserError("DIR: expected the directory of a head, got none")
     directories = list(args.directories)
     if args.save is not None:
         from dph.model.loading import load_model
 
-        load_model(args.model).save_head(args.save, args.head)
+        model = load_model(args.model)
+        for path in head_file.head_directories(args.model):  # of a run: what it says about the head
+            model.head_records[head_file.read(path).name] = head_file.read(path).about
+        model.save_head(args.save, args.head)
         directories.append(args.save)
     rows = []
     for directory in directories:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from dph._weights import check_tensors, read_tensors, read_weight_files
 from dph.errors import UserError, one_line, shown
-from dph.model import head_file
 from dph.model.attached_backbone import AttachedBackbone, Observer
 from dph.model.config import SIZES, HeadFields, check_integer, hub_arguments, read_fields
+from dph.model.head_file import HeadFiles
 from dph.model.judging import JudgingModel
 from dph.model.padded_batch import PaddedBatch
 
@@ -84,6 +85,13 @@ class AttachedConfig(HeadFields, PretrainedConfig):
         for name, value in {**sizes, "num_attention_heads": num_attention_heads, "head_dim": head_dim}.items():
             check_integer(name, value, *SIZES[name])
             setattr(self, name, value)
+        check_integer("block_weights", block_weights, 0, 2**63 - 1)
+        if not isinstance(shares_prompts, bool):
+            raise UserError(f"shares_prompts: expected true or false, got {shown(shares_prompts)}")
+        if not isinstance(initializer_range, Real) or isinstance(initializer_range, bool) or not initializer_range >= 0:
+            raise UserError(f"initializer_range: expected a number of at least 0, got {shown(initializer_range)}")
+        if max_position_embeddings is not None:
+            check_integer("max_position_embeddings", max_position_embeddings, 1, 2**31 - 1)
         self.block_weights = block_weights
         self.shares_prompts = shares_prompts
         self.initializer_range = initializer_range
@@ -105,7 +113,7 @@ class AttachedConfig(HeadFields, PretrainedConfig):
         super().__init__(**{**kwargs, "tie_word_embeddings": False})  # the network ties its own
 
 
-class AttachedModel(JudgingModel):
+class AttachedModel(HeadFiles, JudgingModel):
     """A frozen causal language model of transformers with reward heads.
 
     ``judge``, ``score``, ``rewards``, ``save_head`` and ``load_head``, :func:`dph.best_of_n` and the commands work as
@@ -250,16 +258,6 @@ class AttachedModel(JudgingModel):
         """Save network and heads, without the weights of ``untrained_heads``: they load as untrained again."""
         weights = self._trained_weights(kwargs.pop("state_dict", None) or dict(self.named_parameters()))
         return super().save_pretrained(directory, *args, state_dict=weights, save_original_format=False, **kwargs)
-
-    def save_head(
-        self, directory: str | os.PathLike, name: str | None = None, about: Mapping[str, Any] | None = None
-    ) -> None:
-        """Write one reward head alone, as :meth:`dph.Model.save_head`."""
-        head_file.save(self, directory, name, about or {})
-
-    def load_head(self, directory: str | os.PathLike, name: str | None = None, *, force: bool = False) -> str:
-        """Add a head that :meth:`save_head` wrote, as :meth:`dph.Model.load_head`."""
-        return head_file.load(self, directory, name, force=force)
 
     def save_family(self, directory: str | os.PathLike) -> None:
         """Write a directory of the network alone, which transformers opens; heads are left out with a warning."""

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dph import chat
 from dph.errors import UserError
-from dph.model import saving
-from dph.model.config import FAMILIES
+from dph.model import head_file, saving
+from dph.model.config import FAMILIES, ModelConfig
 
 if TYPE_CHECKING:
     from dph.model.model import Model
@@ -40,11 +40,11 @@ def save_classifier(
     left to the caller. Raises UserError for a model of no family, without a name if it has several heads, and for a
     tokenizer without such a token; ValueError for a missing or untrained head.
     """
-    if head is None and len(model.head_names) != 1:
-        raise UserError(f"--head: expected one of {', '.join(model.head_names) or 'the heads'}, got none")
-    head = model.head_names[0] if head is None else head
-    model.check_heads(head)
-    (group,) = (key for key, heads in model.heads.items() if head in heads.reward)
+    if not isinstance(model.config, ModelConfig):
+        raise UserError(
+            "--to classifier: expected a model of a family that dph computes, got one that transformers does"
+        )
+    head, group = head_file.find(model, head, "--head")
     form = model.config.head_form(group)
     end = chat.markup(tokenizer).end_of_turn
     pad = _padding(tokenizer, end, model.config.vocab_size)

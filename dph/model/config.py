@@ -112,10 +112,10 @@ class HeadFields:
         """Raise UserError unless ``task_head_forms`` describes heads that this model can have."""
         if not isinstance(self.task_head_forms, dict):
             raise UserError(f"task_head_forms: expected an object, got {shown(self.task_head_forms)}")
-        fields = self.head_form("shared").keys() - {"members"}
+        fields = [field for field in self.head_form("shared") if field != "members"]
         for name, form in self.task_head_forms.items():
             where = f"task_head_forms.{name}"
-            if name not in self.task_heads or not isinstance(form, dict) or form.keys() - {"members"} != fields:
+            if name not in self.task_heads or not isinstance(form, dict) or form.keys() - {"members"} != set(fields):
                 raise UserError(f"{where}: expected {', '.join(fields)} of a task head, got {shown(form)}")
             check_integer(f"{where}.intermediate_size", form["intermediate_size"], *SIZES["intermediate_size"])
             self._check_form(f"{where}.", form)

@@ -54,6 +54,36 @@ class HeadFile:
     path: Path
 
 
+class HeadFiles:
+    """Methods of a :class:`~dph.model.judging.JudgingModel` for heads in directories of their own."""
+
+    def save_head(
+        self, directory: str | os.PathLike, name: str | None = None, about: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write one reward head alone: its weights and form, and name and digest of the backbone.
+
+        Args:
+            directory: new, or an older head's.
+            name: of the head; None if the model has only one.
+            about: JSON for its description, in addition to the head's record of its training (``head_records``).
+
+        Raises ValueError for an unknown or untrained head.
+        """
+        save(self, directory, name, about or {})
+
+    def load_head(self, directory: str | os.PathLike, name: str | None = None, *, force: bool = False) -> str:
+        """Add a head that :meth:`save_head` wrote; the backbone is not read again. Return the head's name.
+
+        Args:
+            directory: of the head.
+            name: that the head gets; None for the one that it was saved with.
+            force: take a head that was trained on other weights of a backbone of the same width.
+
+        Raises UserError for a name that the model has already, and for another backbone.
+        """
+        return load(self, directory, name, force=force)
+
+
 def head_directories(path: str | os.PathLike) -> list[Path]:
     """Return the directories of heads that a path names: a head's own, or those of a run (``RUN/heads/NAME``)."""
     if Path(path, DESCRIPTION).is_file():
@@ -92,11 +122,7 @@ def save(
     ``backbone`` is the name of the backbone (that of the model if None), ``digests`` its digests if they are computed
     already.
     """
-    if name is None and len(model.head_names) != 1:
-        raise UserError(f"name: expected one of {', '.join(model.head_names) or 'the heads'}, got none")
-    name = model.head_names[0] if name is None else name
-    model.check_heads(name)
-    (group,) = (key for key, head in model.heads.items() if name in head.reward)
+    name, group = find(model, name, "name")
     tensors = {}
     for key, weight in model.heads[group].state_dict().items():
         if not key.startswith("reward.") or key == f"reward.{name}.weight":
@@ -110,15 +136,39 @@ def save(
             "name": str(model.name_or_path if backbone is None else backbone),
             **(backbone_digests(model.backbone) if digests is None else digests),
         },
-        "about": dict(about),
+        "about": {**model.head_records.get(name, {}), **about},
     }
     with atomic.new_files(directory, last=DESCRIPTION) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def load(model: JudgingModel, directory: str | os.PathLike, name: str | None, *, force: bool) -> str:
-    """Add a saved head to a model, and return its name; see :meth:`Model.load_head`."""
+def find(model: JudgingModel, name: str | None, argument: str) -> tuple[str, str]:
+    """Return the name of a trained head, the only one if None, and its key in ``model.heads``.
+
+    Raises UserError, which begins with the ``argument``, if there is a choice; ValueError for a missing or untrained
+    head.
+    """
+    if name is None and len(model.head_names) != 1:
+        raise UserError(f"{argument}: expected one of {', '.join(model.head_names) or 'the heads'}, got none")
+    name = model.head_names[0] if name is None else name
+    model.check_heads(name)
+    (group,) = (key for key, head in model.heads.items() if name in head.reward)
+    return name, group
+
+
+def load(
+    model: JudgingModel,
+    directory: str | os.PathLike,
+    name: str | None = None,
+    *,
+    force: bool = False,
+    digest: str | None = None,
+) -> str:
+    """Add a saved head to a model, and return its name; see :meth:`Model.load_head`.
+
+    ``digest`` is the backbone's if it is computed already.
+    """
     saved = read(directory)
     name = saved.name if name is None else name
     if name in model.head_names:
@@ -129,7 +179,7 @@ def load(model: JudgingModel, directory: str | os.PathLike, name: str | None, *,
             f"{saved.hidden_size}"
         )
     accepted = {saved.backbone["digest"], saved.backbone.get("bfloat16")}
-    if not force and backbone_digest(model.backbone) not in accepted:
+    if not force and (digest or backbone_digest(model.backbone)) not in accepted:
         raise UserError(
             f"{directory}: expected a head of this backbone, got one of {shown(saved.backbone['name'])}, whose weights "
             "are others; force=True takes it nevertheless"
@@ -149,6 +199,7 @@ def load(model: JudgingModel, directory: str | os.PathLike, name: str | None, *,
     like = next(model.backbone.parameters())
     model.config.task_heads, model.config.task_head_forms = config.task_heads, config.task_head_forms
     model.heads[f"task_{name}"] = head.to(like.device, like.dtype).train(model.training)
+    model.head_records[name] = saved.about
     return name
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
@@ -68,6 +68,7 @@ class JudgingModel(PreTrainedModel):
         output_proj, lm_head: from these to the states [.., E] that the language-model head multiplies, and the head.
         heads: the reward heads.
         untrained_heads: names of heads that a loaded checkpoint lacked.
+        head_records: by head, what a file of it says about its training (``about`` of :meth:`save_head`).
     """
 
     backbone: Any
@@ -78,6 +79,7 @@ class JudgingModel(PreTrainedModel):
         """Add the reward heads of the configuration, with fresh weights."""
         self.heads = RewardHeads()
         self.untrained_heads: set[str] = set()
+        self.head_records: dict[str, dict[str, Any]] = {}
         self._fresh: dict[str, Tensor] = {}  # samples of the weights that these heads began with, by name
         for key, names in self._head_groups():
             self.heads[key] = RewardHead(names, hidden_size=self.config.hidden_size, **self.config.head_form(key))
@@ -92,10 +94,17 @@ class JudgingModel(PreTrainedModel):
         """Names of all reward heads."""
         return [*self.config.reward_heads, *self.config.task_heads]
 
-    def set_reward_layer(self, layer: int | list[int]) -> None:
-        """Let all heads, which have to be untrained, judge another layer or mix (``config.reward_layer``)."""
-        self.config.reward_layer = layer
-        for head in self.heads.values():
+    def set_reward_layer(self, layer: int | list[int], groups: Collection[str] | None = None) -> None:
+        """Let untrained heads judge another layer or mix: all, or those of some keys of ``heads``."""
+        config, groups = self.config, [key for key, _ in self.heads.items()] if groups is None else groups
+        forms = {name: dict(config.head_form(f"task_{name}")) for name in config.task_heads}
+        if "shared" in groups:
+            config.reward_layer = layer
+        for name, form in forms.items():
+            form["layer"] = layer if f"task_{name}" in groups else form["layer"]
+            if name in config.task_head_forms or form != config.head_form("shared"):
+                config.task_head_forms[name] = form
+        for head in (self.heads[key] for key in groups):
             like = next(head.reward.parameters())
             head.set_layer(layer)
             head.to(like.device, like.dtype)
@@ -247,7 +256,7 @@ class JudgingModel(PreTrainedModel):
         mean = zeros.index_add(0, batch.answers, logprobs * scored) / counts.clamp(min=1)
         mean = mean.masked_fill(counts == 0, float("nan"))  # after the division: 0/0 would put NaN in every gradient
 
-        rewards, members = self._packed_rewards(judged, batch, dropout_seed, answer_ids, dropout)
+        rewards, members = self._packed_rewards(judged.joined(), batch, dropout_seed, answer_ids, dropout)
         return PackedOutput(total, mean, rewards, members)
 
     def _judged_states(self, batch: PackedBatch) -> JudgedStates:
@@ -257,17 +266,20 @@ class JudgingModel(PreTrainedModel):
 
     def _packed_rewards(
         self,
-        judged: JudgedStates,
+        states: Tensor,
         batch: PackedBatch,
         dropout_seed: int | None = None,
         answer_ids: Tensor | None = None,
         dropout: bool = False,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Rewards and members as in :class:`PackedOutput`; the other arguments as in :meth:`forward_packed`."""
+        """Rewards and members as in :class:`PackedOutput` of states as :meth:`reward_states` returns them.
+
+        The other arguments as in :meth:`forward_packed`.
+        """
         cut_off = batch.reward_rows < 0
         if answer_ids is None:
             answer_ids = torch.arange(len(cut_off), device=cut_off.device)
-        rewards = self.heads(judged.joined(), dropout_seed, answer_ids, dropout, each=True)
+        rewards = self.heads(states, dropout_seed, answer_ids, dropout, each=True)
         members = {}
         for name, values in rewards.items():
             if values.dim() == 2:
@@ -277,7 +289,7 @@ class JudgingModel(PreTrainedModel):
         return rewards, members
 
     def reward_states(self, batch: PackedBatch) -> Tensor:
-        """Hidden states [A, N C] of the judged tokens of a packed batch whose A answers are all finished.
+        """Hidden states [A, N C] of the judged tokens of the A answers of a packed batch; of no use if one was cut off.
 
         Those of the N layers that the heads judge (``heads.layers``), side by side; no later block is computed.
         """
@@ -350,9 +362,7 @@ class JudgingModel(PreTrainedModel):
                 rewards, members = out.rewards, out.members
             else:
                 sums = means = None
-                states = self._judged_states(packed)
-                self.backbone(packed.tokens, packed.layout, observe=states, blocks=states.blocks)
-                rewards, members = self._packed_rewards(states, packed)
+                rewards, members = self._packed_rewards(self.reward_states(packed), packed)
             rewards = {name: values.tolist() for name, values in rewards.items()}
             spreads = {name: values.std(1).tolist() for name, values in members.items()}
             end = 0

@@ -16,7 +16,7 @@ from dph._folder import describe_other, find_file, read_json, refuse_code
 from dph.chat import end_of_turn, tokenizer_name
 from dph.errors import UserError, one_line, shown
 from dph.model.attached import AttachedConfig, AttachedModel
-from dph.model.config import ModelConfig, check_fields, hub_arguments, read_fields
+from dph.model.config import HUB_ARGUMENTS, ModelConfig, check_fields, hub_arguments, list_of_names, read_fields
 from dph.model.directories import model_path, tokenizer_path
 from dph.model.judging import JudgingModel
 from dph.model.model import LAYOUTS, Model
@@ -86,11 +86,15 @@ def attach(
     and GPT-NeoX have some, GPT-2 has none). A family's model with settings that ours cannot compute, such as a sliding
     window, can be given as a transformers model. No code that comes with a model runs.
 
-    Raises UserError for broken files, code, and models of another kind, such as encoders.
+    Raises UserError for broken files, code, models of another kind, such as encoders, and unknown options.
     """
+    heads = list_of_names("heads", heads)
+    is_network = isinstance(model, PreTrainedModel) and not isinstance(model, JudgingModel)
+    if unknown := sorted(options.keys() - (() if is_network else {"dtype", *HUB_ARGUMENTS})):
+        raise UserError(f"attach: expected no {', '.join(unknown)}{' with a network in memory' * is_network}")
     form = {"pooler": pooler, "layer": layer, "dropout": dropout, "standardised": standardised}
     fields = {f"reward_{name}": value for name, value in form.items()}
-    if isinstance(model, PreTrainedModel) and not isinstance(model, JudgingModel):
+    if is_network:
         return AttachedModel.from_network(model, reward_heads=heads, **fields)
     if not isinstance(model, str | os.PathLike):
         raise UserError(

@@ -14,7 +14,7 @@ Both projections and the norm between them are identities without ``config.embed
 import copy
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,11 @@ from dph._weights import (
 from dph.devices import host_memory
 from dph.errors import UserError, shown, shown_names
 from dph.losses import IGNORED
-from dph.model import head_file, saving
+from dph.model import saving
 from dph.model.backbone import Backbone
 from dph.model.config import DTYPES, FAMILIES, ModelConfig, hub_arguments, read_fields, with_config
 from dph.model.generation_settings import allow_saving, read_generation_config
+from dph.model.head_file import HeadFiles
 from dph.model.heads import Mix, Standardise
 from dph.model.judging import JudgingModel
 from dph.model.memory import Memory
@@ -71,7 +72,7 @@ LAYOUTS = {
 }
 
 
-class Model(JudgingModel, GenerationMixin):
+class Model(HeadFiles, JudgingModel, GenerationMixin):
     """Direct Preference Heads model (arXiv 2405.20053): a causal language model with reward heads.
 
     ``Model(ModelConfig(...))`` has fresh weights; ``Model.from_pretrained(path)`` reads the own format, a released
@@ -276,32 +277,6 @@ class Model(JudgingModel, GenerationMixin):
         weights = self._trained_weights(kwargs.pop("state_dict", None) or self.state_dict())
         allow_saving(self.generation_config)
         return super().save_pretrained(directory, *args, state_dict=weights, **kwargs)
-
-    def save_head(
-        self, directory: str | os.PathLike, name: str | None = None, about: Mapping[str, Any] | None = None
-    ) -> None:
-        """Write one reward head alone: its weights and form, and name and digest of the backbone.
-
-        Args:
-            directory: new, or an older head's.
-            name: of the head; None if the model has only one.
-            about: further JSON for its description, such as the data that it was trained on.
-
-        Raises ValueError for an unknown or untrained head.
-        """
-        head_file.save(self, directory, name, about or {})
-
-    def load_head(self, directory: str | os.PathLike, name: str | None = None, *, force: bool = False) -> str:
-        """Add a head that :meth:`save_head` wrote; the backbone is not read again. Return the head's name.
-
-        Args:
-            directory: of the head.
-            name: that the head gets; None for the one that it was saved with.
-            force: take a head that was trained on other weights of a backbone of the same width.
-
-        Raises UserError for a name that the model has already, and for another backbone.
-        """
-        return head_file.load(self, directory, name, force=force)
 
     def save_official(self, directory: str | os.PathLike) -> None:
         """Write a directory in the released layout (``lsw_transformer``): config.json and model.safetensors.

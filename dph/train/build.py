@@ -257,35 +257,52 @@ def new_model(config: dict[str, Any], tokenizer: Any) -> Model:
 def with_heads(model: JudgingModel, objective: Objective) -> JudgingModel:
     """Return ``model`` with the reward heads, pooler and dropout of the recipe; new parts have random weights.
 
-    The first heads share a pooler; in a model that has heads, each new head gets a pooler of its own (paper 5.2.2).
+    The first heads share a pooler. In a model that has heads, each new head gets a pooler of its own (paper 5.2.2), and
+    so does each head of the recipe that has another form; heads that the recipe does not name stay as they are.
     """
-    config, asked = model.config, {"reward_pooler": objective.pooler, "reward_dropout": objective.dropout}
-    asked |= {"reward_layer": objective.layer, "reward_standardised": objective.standardised}
-    asked["reward_members"] = objective.ensemble
-    if objective.layer == "auto":  # chosen later, by dph.train.head_states
-        asked["reward_layer"] = None
-    elif objective.layer == "mix":
-        asked["reward_layer"] = mixed_layers(config.num_hidden_layers)
-        if not asked["reward_layer"]:
+    config, shared = model.config, model.config.head_form("shared")
+    layer = list(objective.layer) if isinstance(objective.layer, tuple) else objective.layer
+    if layer == "mix":
+        layer = mixed_layers(config.num_hidden_layers)
+        if not layer:
             raise UserError("objective.layer: expected a model of at least 2 blocks for mix, got one of 1")
-    elif isinstance(objective.layer, tuple):
-        asked["reward_layer"] = list(objective.layer)
-    asked = {name: getattr(config, name) if value is None else value for name, value in asked.items()}
-    new_heads = [name for name in objective.heads if name not in model.head_names]
-    if not new_heads and all(getattr(config, name) == value for name, value in asked.items()):
+    asked = {"pooler": objective.pooler, "standardised": objective.standardised, "members": objective.ensemble}
+    asked["layer"] = None if layer == "auto" else layer  # chosen later, by dph.train.head_states
+    asked = {key: value for key, value in asked.items() if value is not None}
+
+    def fits(name: str) -> bool:
+        form = {"members": 1, **config.head_form("shared" if name in config.reward_heads else f"task_{name}")}
+        return all(form[key] == value for key, value in asked.items())
+
+    new = [name for name in objective.heads if name not in model.head_names or not fits(name)]
+    dropout = config.reward_dropout if objective.dropout is None else objective.dropout
+    forms = {name: dict(form) for name, form in config.task_head_forms.items() if name not in new}
+    changed = [forms[name] for name in forms if name in objective.heads and objective.dropout is not None]
+    if not new and all(form["dropout"] == dropout for form in (shared, *changed)):
         return model
-    fields = {**config.to_dict(), **asked}
-    same_pooler = all(getattr(config, name) == asked[name] for name in asked if name != "reward_dropout")
-    if same_pooler:
-        fields["task_heads" if model.head_names else "reward_heads"] += new_heads
-        untrained = model.untrained_heads | set(new_heads)
-    else:  # no weight of the old heads fits
-        fields |= {"reward_heads": list(objective.heads), "task_heads": [], "task_head_forms": {}}
-        untrained = set(objective.heads)
+    for each in changed:
+        each["dropout"] = dropout
+    shared["dropout"] = dropout
+    form = {"members": 1, **shared, **asked}
+    if form["members"] == 1:
+        form.pop("members")
+    kept = [name for name in model.head_names if name not in new]
+    fields = {**config.to_dict(), "reward_dropout": dropout}
+    if kept:
+        forms |= {} if form == shared else dict.fromkeys(new, form)
+        fields["reward_heads"] = [name for name in config.reward_heads if name in kept]
+        fields["task_heads"] = [*(name for name in config.task_heads if name in kept), *new]
+        fields["task_head_forms"] = forms
+    else:
+        fields |= {"reward_heads": new, "task_heads": [], "task_head_forms": {}}
+        fields |= {f"reward_{key}": form.get(key, 1) for key in ("pooler", "layer", "standardised", "members")}
     extended = model.remade(type(config).from_dict(fields))
-    weights = {}
+    extended.head_records = {name: about for name, about in model.head_records.items() if name in kept}
+    untrained, weights = model.untrained_heads.intersection(kept) | set(new), {}
+    groups = {f"heads.{key}." for key, head in model.heads.items() if not set(head.reward).issubset(new)}
     for name, weight in model.state_dict().items():
-        if same_pooler or not name.startswith("heads."):
+        replaced = any(name.endswith(f".reward.{head}.weight") for head in new)
+        if not name.startswith("heads.") or (name.startswith(tuple(groups)) and not replaced):
             weights[name] = weight
     for name in extended.load_state_dict(weights, strict=False).missing_keys:
         if not name.startswith("heads."):

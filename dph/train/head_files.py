@@ -29,9 +29,10 @@ def write(stage: PreferenceStage, run: RunDirectory, result: Result, best: BestC
     """Write the heads that a finished run has trained; ``RUN/heads`` appears with all of them at once.
 
     ``about`` of each holds dph's version, the stage, the objective, the chat format, the sources and the number of
-    pairs, the steps, mean and deviation of its rewards on the first training answers (``objective.sample`` pairs if
-    their states are cached, else at most UNCACHED; null with several ranks), its accuracy and the metrics of the last
-    evaluation. If the model is that of the best step, the metric that it was chosen by is the only one.
+    pairs, the steps that its weights have seen, mean and deviation of its rewards on the first training answers
+    (``objective.sample`` pairs if their states are cached, else at most UNCACHED; null with several ranks), its
+    accuracy and the metrics of the last evaluation. If the model is that of the best step, the metric that it was
+    chosen by is the only one. The model's ``head_records`` hold the same.
     """
     if not stage.rewarded:
         return
@@ -39,9 +40,9 @@ def write(stage: PreferenceStage, run: RunDirectory, result: Result, best: BestC
     rewards: dict[str, Tensor] | None = None
     if stage.world.world_size == 1:
         rewards = _sample_rewards(stage, result.step)
-    evaluation = dict(result.evaluation)
-    if recipe.output.model == "best" and best.state is not None and best.state["step"] != result.step:
-        evaluation = {best.state["figure"]: best.state["value"]}
+    evaluation, step = dict(result.evaluation), result.step
+    if recipe.output.model == "best" and best.state is not None and best.state["step"] != step:
+        evaluation, step = {best.state["figure"]: best.state["value"]}, best.state["step"]
     about = {
         "dph": dph.__version__,
         "stage": recipe.stage,
@@ -49,7 +50,7 @@ def write(stage: PreferenceStage, run: RunDirectory, result: Result, best: BestC
         "format": chat_format(result.tokenizer),
         "sources": [source.source for source in recipe.data.sources] or ["records in memory"],
         "pairs": stage.batches.records.size,
-        "steps": result.step,
+        "steps": step,
         "evaluation": evaluation,
     }
     backbone = str(run.directory / "model") if recipe.stage == "align" else recipe.model.path
@@ -63,7 +64,8 @@ def write(stage: PreferenceStage, run: RunDirectory, result: Result, best: BestC
                         values = rewards[name].double()
                         figures = {"mean": float(values.mean()), "deviation": float(values.std())}
                         own["rewards"] = {**figures, "answers": len(values)}
-                    head_file.save(model, folder / folder_name(name), name, own, backbone, digests)
+                    model.head_records[name] = own
+                    head_file.save(model, folder / folder_name(name), name, {}, backbone, digests)
 
 
 def folder_name(head: str) -> str:
@@ -92,7 +94,8 @@ def _sample_rewards(stage: PreferenceStage, steps: int) -> dict[str, Tensor]:
     model, recipe = stage.model, stage.recipe
     cached = stage.frozen.kind == "states" and stage.frozen.cached
     count = min(recipe.objective.sample, steps * recipe.batch.size, stage.batches.records.size)
-    pairs = stage.first_pairs(count if cached else min(count, UNCACHED))
+    count = count if cached else min(count, UNCACHED)
+    pairs = stage.first_pairs(count)[:count]
     training, rewards = model.training, []
     model.eval()
     lengths = list(map(stage.micro_batch_class.length, pairs))

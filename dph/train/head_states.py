@@ -28,9 +28,12 @@ def prepare_heads(stage: PreferenceStage, quiet: bool = False) -> None:
     Raises UserError on several ranks, where the model is not on a device yet.
     """
     model, objective = stage.model, stage.recipe.objective
-    chooses = objective.layer == "auto" and model.untrained_heads.issuperset(model.head_names)
-    figures = [head.standardise for head in model.heads.values() if head.standardise is not None]
-    if not chooses and all(standardise.is_fitted for standardise in figures):
+    new = []  # keys of heads whose layer is open
+    for key, head in model.heads.items() if objective.layer == "auto" else ():
+        if set(head.reward) <= model.untrained_heads.intersection(objective.heads):
+            new.append(key)
+    unfitted = [head for head in model.heads.values() if head.standardise and not head.standardise.is_fitted]
+    if not new and not unfitted:
         return
     if stage.world.world_size > 1:
         raise UserError(
@@ -39,33 +42,48 @@ def prepare_heads(stage: PreferenceStage, quiet: bool = False) -> None:
         )
     count = min(objective.sample, stage.batches.records.size)
     pairs = stage.first_pairs(count)[:count]
-    layers = [*range(model.config.num_hidden_layers), -1] if chooses else model.heads.layers
     # Training may compute in another precision than this; then its cache has other states, and another name.
     cached = stage.frozen.cached and not devices.low_precision(stage.recipe.precision, model.device)
-    states = sample_states(model, pairs, layers, stage.frozen.cache if cached and not chooses else None, quiet)
-    if chooses:
-        prompts, seed = [prompt_of(pair) for pair in pairs], stage.recipe.seed
-        accuracies = probe_layers(states, prompts, seed)
-        best, accuracy = best_layer(accuracies)
-        layer, mix = layers[best], mixed_layers(model.config.num_hidden_layers)
-        figures = ", ".join(f"{number}: {value:.3f}" for number, value in zip(layers, accuracies, strict=True))
-        if mix:
-            (mixed,) = probe_layers(states, prompts, seed, [mix])
-            figures += f", mix of {mix}: {mixed:.3f}"
-            layer = mix if mixed > accuracy else layer
-        model.set_reward_layer(layer)
-        stage.notes += (
-            f"the head judges layer {layer}; linear probes judge right, of {len(pairs)} pairs in five folds, by layer: "
-            f"{figures}",
-        )
-    for head in model.heads.values():
-        if head.standardise is not None and not head.standardise.is_fitted:
-            own = [layers.index(layer) for layer in head.layers]
-            head.standardise.fit(states[:, :, own].flatten(2).flatten(0, 1))
-    if cached and chooses:
+    if new:
+        layers = [*range(model.config.num_hidden_layers), -1]
+        states = sample_states(model, pairs, layers, quiet=quiet)
+        layer, note = choose_layer(states, layers, [prompt_of(pair) for pair in pairs], stage.recipe.seed)
+        model.set_reward_layer(layer, new)
+        stage.notes += (note,)
         own = [layers.index(layer) for layer in model.heads.layers]
-        stage.frozen.cache.put(pairs, states[:, :, own].flatten(1))
+        states = states[:, :, own]
+        if cached:
+            stage.frozen.cache.put(pairs, states.flatten(1))
+    else:
+        states = sample_states(model, pairs, model.heads.layers, stage.frozen.cache if cached else None, quiet)
     stage.frozen.flush()  # a run that is resumed would not compute these states again as they were
+    layers = model.heads.layers
+    for head in unfitted:
+        head.standardise.fit(states[:, :, [layers.index(layer) for layer in head.layers]].flatten(2).flatten(0, 1))
+
+
+def choose_layer(
+    states: Tensor, layers: Sequence[int], prompts: Sequence[tuple[int, ...]], seed: int
+) -> tuple[int | list[int], str]:
+    """Return the best layer, or the mix if it is better, and a sentence with the accuracies of all probes.
+
+    Args:
+        states: [P, 2, N, C] of P pairs in all ``layers`` of the model, -1 last.
+        prompts: P keys; pairs of one prompt are in one fold.
+        seed: of the folds.
+    """
+    accuracies = probe_layers(states, prompts, seed)
+    best, accuracy = best_layer(accuracies)
+    layer, mix = layers[best], mixed_layers(len(layers) - 1)
+    shown = [f"{number}: {value:.3f}" for number, value in zip(layers, accuracies, strict=True)]
+    if mix:
+        (mixed,) = probe_layers(states, prompts, seed, [mix])
+        shown.append(f"mix of {mix}: {mixed:.3f}")
+        layer = mix if mixed > accuracy else layer
+    return layer, (
+        f"the head judges layer {layer}; linear probes judge right, of {len(states)} pairs in five folds, by layer: "
+        f"{', '.join(shown)}"
+    )
 
 
 def prompt_of(pair: Pair) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ from dph.cli.main import main
 from dph.errors import UserError
 from dph.infer.best_of_n import sample
 from dph.model import attached_backbone
-from dph.model.attached import AttachedModel
+from dph.model.attached import AttachedConfig, AttachedModel
 from dph.model.head_file import backbone_digest
 from dph.model.loading import load_model
 from dph.train.build import make_stage
@@ -327,8 +327,10 @@ def test_the_commands_take_its_directory(folders, tmp_path, capsys):
     main([*train_command, "--dry-run"])
     assert "trained parameters" in capsys.readouterr().out
     main(train_command)
-    main(["heads", "--save", str(tmp_path / "head"), "--model", run_directory])
-    capsys.readouterr()
+    main(["heads", "--save", str(tmp_path / "head"), "--model", run_directory, "--json"])
+    assert json.loads(capsys.readouterr().out)["about"]["steps"] == 2  # the run's record goes with the head
+    assert main(["convert", run_directory, str(tmp_path / "classifier"), "--to", "classifier"]) != 0
+    assert "expected a model of a family that dph computes" in capsys.readouterr().err
     main(["convert", run_directory, str(tmp_path / "theirs"), "--to", "hf"])
     theirs, expected = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"), network("opt").state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in theirs.state_dict().items())
@@ -379,9 +381,18 @@ def test_what_cannot_be_attached_is_named(folders, tmp_path):
     for name, value, text in (
         ("layer", 3, "reward_layer: expected at most 2, got 3"),
         ("pooler", "x", "reward_pooler:"),
+        ("dtype", torch.bfloat16, "attach: expected no dtype with a network in memory"),
     ):
         with pytest.raises(UserError, match=text):
             dph.attach(network("gpt2"), **{name: value})
+    for folder in (folders / "gpt2", folders / "llama"):
+        with pytest.raises(UserError, match="heads: expected a sequence of names, got 'ab'"):
+            dph.attach(folder, heads="ab")
+        with pytest.raises(UserError, match=r"attach: expected no pooller, standardized$"):
+            dph.attach(folder, standardized=True, pooller=3)
+    for name, value in (("initializer_range", "x"), ("shares_prompts", "no"), ("block_weights", None)):
+        with pytest.raises(UserError, match=f"{name}: expected"):
+            AttachedConfig(**{name: value})
     bidirectional = network("gemma3")
     bidirectional.config.use_bidirectional_attention = bidirectional.model.config.use_bidirectional_attention = True
     with pytest.raises(UserError, match="expected a causal language model, got one whose tokens attend to later ones"):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers.texts import small_tokenizer
 from helpers.tiny import END, tiny_model, tokens
 
 import dph
@@ -131,3 +132,23 @@ def test_the_command_lists_and_saves(tmp_path, capsys):
     assert "swiglu_bert" in text
     main(["heads", str(tmp_path / "head"), "--json"])
     assert json.loads(capsys.readouterr().out)["name"] == "other"
+
+
+def test_the_record_of_a_head_stays(tmp_path):
+    model = other_head()
+    model.head_records["other"] = {"pairs": 5}
+    model.save_head(tmp_path / "first", about={"note": "mine"})
+    second = dph.Model(model.config)
+    second.load_head(tmp_path / "first", "again", force=True)
+    second.save_head(tmp_path / "second", "again")
+    assert head_file.read(tmp_path / "second").about == {"pairs": 5, "note": "mine"}
+
+
+def test_a_model_with_an_untrained_head_of_another_form_is_converted(tmp_path):
+    other_head().save_pretrained(tmp_path / "model")
+    small_tokenizer().save_pretrained(tmp_path / "model")
+    model = dph.attach(tmp_path / "model", heads=("new",), pooler="bert")
+    model.save_pretrained(tmp_path / "both")
+    small_tokenizer().save_pretrained(tmp_path / "both")
+    assert main(["convert", str(tmp_path / "both"), str(tmp_path / "out"), "--to", "own"]) == 0
+    assert dph.Model.from_pretrained(tmp_path / "out").head_names == ["other"]

@@ -206,6 +206,27 @@ def test_a_later_head_brings_its_own_pooler():
     assert not torch.equal(weights(changed)["heads.task_boolq.reward.boolq.weight"], torch.zeros(1, 16))
 
 
+def test_heads_of_another_form_leave_the_others(tmp_path):
+    model = tiny(reward_heads=["default", "helpful"])
+    model.head_records["helpful"] = {"pairs": 5}
+    asked = heads(heads=("default", "new"), pooler="bert", layer=1, dropout=0.2)
+    changed = build.with_heads(model, asked)
+    assert same(model, changed, "heads.shared.reward.helpful")
+    assert same(model, changed, "heads.shared.pooler")
+    assert changed.head_names == ["helpful", "default", "new"]
+    assert changed.untrained_heads == {"default", "new"}
+    assert changed.head_records == {"helpful": {"pairs": 5}}
+    assert (
+        changed.config.head_form("task_new")["pooler"] == changed.config.head_form("task_default")["pooler"] == "bert"
+    )
+    assert changed.heads.layers == [1, -1]
+    assert build.with_heads(changed, asked) is changed
+    assert build.with_heads(changed, heads(heads=("new",))) is changed  # null: the heads' own
+    other = build.with_heads(changed, heads(heads=("new",), dropout=0.4))
+    assert [other.heads[key].dropout.p for key in ("shared", "task_default", "task_new")] == [0.4, 0.2, 0.4]
+    assert same(other, changed)
+
+
 def test_another_pooler_is_another_head():
     model = tiny()
     changed = build.with_heads(model, heads(pooler="bert"))

@@ -126,6 +126,22 @@ def test_the_sample_is_computed_once(tmp_path, monkeypatch):
     assert torch.equal(mean, expected)
 
 
+def test_a_new_head_finds_its_layer_next_to_trained_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(head_states, "probe_layers", probes(0.9, 0.8))
+    monkeypatch.setattr(head_states, "best_layer", lambda values: (2, 0.9))
+    model = new_model()
+    model.untrained_heads = set()
+    model.heads["shared"].standardise.fit(torch.randn(30, 16))
+    trained = model.heads["shared"].reward["default"].weight.clone()
+    recipe = settings("head", tmp_path / "run", **AUTO, objective__heads=["new"])
+    model = go(recipe, model=build.with_heads(model, recipe.objective)).model
+    assert {key: head.layers for key, head in model.heads.items()} == {"shared": (-1,), "task_new": (2,)}
+    assert model.config.reward_layer == -1
+    assert torch.equal(model.heads["shared"].reward["default"].weight, trained)
+    opened = dph.Model.from_pretrained(tmp_path / "run/model")
+    assert opened.heads["task_new"].layers == (2,)
+
+
 def test_trained_heads_keep_their_layer(tmp_path):
     model = new_model()
     model.untrained_heads = set()
