@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=400, metavar="N", help="pairs to train on (default: 400)")
     parser.add_argument("--held-out", type=int, default=300, metavar="N", help="pairs to judge (default: 300)")
     parser.add_argument("--micro", type=int, default=2, metavar="N", help="pairs of a forward pass (default: 2)")
+    parser.add_argument("--rate", type=float, metavar="LR", help="peak learning rate (default: RATES of the way)")
     parser.add_argument("--ways", nargs="+", default=list(RATES), metavar="WAY", help="(default: all four)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for way in args.ways:
         own = [args.model, args.source, f"--pairs={args.pairs}", f"--held-out={args.held_out}", f"--micro={args.micro}"]
         command = [sys.executable, "-m", "benchmarks.reward_rival", *own, "--one", way]
+        command += [f"--rate={RATES[way] if args.rate is None else args.rate}"]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         rows.append({"way": way, **json.loads(done.stdout.splitlines()[-1])})
     fields = ["way", "seconds", "peak MB", "accuracy"]
@@ -93,7 +95,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         margins = (ours if who == "ours" else trl)(args, form, Path(folder), trained, judged)
     found = wilson(sum((margin > 0) + (margin == 0) / 2 for margin in margins), len(margins))
     figures = {"seconds": time.perf_counter() - began, "peak MB": (resident() - before) / 1e6}
-    return {**figures, "accuracy": found.value, "interval": found.range, "rate": RATES[args.one]}
+    return {**figures, "accuracy": found.value, "interval": found.range, "rate": args.rate}
 
 
 def load_libraries(who: str) -> None:
@@ -117,11 +119,11 @@ def ours(args: argparse.Namespace, form: str, folder: Path, trained: list[Any], 
 
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trained), encoding="utf-8")
     changes = [f"model.path={args.model}", f"data.sources=[{folder / 'train.jsonl'}]", f"output.directory={folder}/run"]
-    rate = RATES[args.one]
+    changes.append(f"optimiser.lr={args.rate}")
     if form == "LoRA":
         steps = args.pairs // STEP
         changes += [
-            f"lora.rank={RANK}", f"optimiser.lr={rate}", f"optimiser.steps={steps}", f"optimiser.warmup={steps // 10}",
+            f"lora.rank={RANK}", f"optimiser.steps={steps}", f"optimiser.warmup={steps // 10}",
             "optimiser.prior_decay=0", f"batch={{size: {STEP}, micro: {args.micro}, tokens: null}}",
             "objective.dpo_weight=0", "objective.pooler=identity", "evaluation={every: 0, sources: []}",
             "output.save_every=0",
@@ -159,7 +161,7 @@ def trl(args: argparse.Namespace, form: str, folder: Path, trained: list[Any], j
         "SEQ_CLS", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", modules_to_save=["score"]
     )
     config = RewardConfig(
-        str(folder), learning_rate=RATES[args.one], per_device_train_batch_size=args.micro, num_train_epochs=1,
+        str(folder), learning_rate=args.rate, per_device_train_batch_size=args.micro, num_train_epochs=1,
         gradient_accumulation_steps=STEP // args.micro, per_device_eval_batch_size=args.micro, report_to="none",
         use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", logging_steps=10, seed=0,
         warmup_steps=args.pairs // STEP // 10, lr_scheduler_type="cosine", disable_tqdm=True, max_length=None,
