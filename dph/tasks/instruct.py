@@ -26,10 +26,13 @@ def answered(value: Any, name: str) -> None:
 
 
 def ultrafeedback_answer(doc: Doc, side: str) -> list[str]:
-    """Return the answer of one side: the last message if the first one repeats the prompt, else the first."""
+    """Return the answer of one side: the final message, which is the assistant's.
+
+    As in the paper's code, a side that begins with another user message than the prompt has its answer there.
+    """
     messages = doc[side]
-    repeated = messages[0]["role"] == "user" and messages[0]["content"].strip() == doc["prompt"].strip()
-    return [messages[-1 if repeated else 0]["content"]]
+    is_other = messages[0]["role"] == "user" and messages[0]["content"].strip() != doc["prompt"].strip()
+    return [messages[0 if is_other else -1]["content"]]
 
 
 def tinystories(name: str, names: tuple[str, ...], prompt: str) -> Task:
