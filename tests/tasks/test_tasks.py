@@ -124,7 +124,7 @@ def test_errors_name_the_task():
         ("race/all", "options", ["a", {"b": 1}], r"expected text, got {'b': 1}"),
         ("arc/easy", "choices", ARC | {"text": ["a", None, "b", "c"]}, "expected text, got None"),
         ("arc/easy", "choices", [{"text": "a"}], "expected an object with text and label, got one without label"),
-        ("arc/easy", "choices", [{"text": "a", "label": "B"}, None], "expected an object with text and label, got None"),
+        ("arc/easy", "choices", [{"text": "a", "label": "B"}, 1], "expected an object with text and label, got 1"),
         ("arc/easy", "choices", [{"text": "a", "label": "B"}] * 2, "expected different labels, got"),
         ("arc/easy", "choices", [], "expected at least one choice, got none"),
         ("mmlu/all", "answer", "E", "expected one of A, B, C, D, got 'E'"),
