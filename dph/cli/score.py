@@ -94,6 +94,7 @@ def alternatives(fields: dict[str, Any], where: str) -> list[list[Message]]:
     Raises UserError, which begins with ``where``, for fields that are neither. Whether an answer is good to learn
     (``label``) plays no part.
     """
+    from dph import chat
     from dph.data.formats import parse_record
 
     given = {key for key, value in fields.items() if value is not None}
@@ -106,9 +107,7 @@ def alternatives(fields: dict[str, Any], where: str) -> list[list[Message]]:
         raise UserError(f"{where}: expected {forms}, got the fields {shown_names(fields)}")
     unlabelled = {key: value for key, value in fields.items() if key != "label"}
     messages = parse_record(unlabelled, "conversation", where).messages
-    if messages[-1]["role"] != "assistant":
-        last_role = messages[-1]["role"]
-        raise UserError(f"{where}: expected the assistant's answer at the end, got a {last_role} message")
+    chat.check_final_answer(messages, where)
     return [messages]
 
 

@@ -384,13 +384,14 @@ class JudgingModel(PreTrainedModel):
 
         Consecutive conversations that differ in the last message alone have their beginning computed once. Dropout and
         mode as in :meth:`judge`; ``max_tokens`` bounds a packed batch. Raises ValueError as :meth:`rewards` in
-        evaluation mode, and for a conversation without an assistant turn.
+        evaluation mode, and for a conversation that does not end in an assistant turn.
         """
         self.check_heads(head)
         groups: list[list[chat.Encoded]] = []
         beginning, room = None, 0
-        for conversation in conversations:
+        for i, conversation in enumerate(conversations):
             encoded = chat.encode(conversation, tokenizer)
+            chat.check_final_answer(conversation, f"conversations[{i}]")
             if beginning != conversation[:-1] or len(encoded) > room:
                 groups.append([])
                 beginning, room = conversation[:-1], max_tokens

@@ -6,7 +6,6 @@ Example: alpaca/cleaned, "Add." with the input "1 and 2", is answered "3".
 from typing import Any
 
 from dph import chat
-from dph.errors import UserError
 from dph.tasks.base import INSTRUCTION, TRAIN, Doc, Task, fields_of, text_or_null
 
 WITH_INPUT = INSTRUCTION.replace("a task.", "a task, paired with an input that provides further context.")
@@ -21,8 +20,7 @@ def alpaca_prompt(doc: Doc) -> str:
 def answered(value: Any, name: str) -> None:
     """Check a list of messages, the last of which is the assistant's."""
     chat.check(value, name)
-    if value[-1]["role"] != "assistant":
-        raise UserError(f"{name}: expected the assistant's answer at the end, got a {value[-1]['role']} message")
+    chat.check_final_answer(value, name)
 
 
 def ultrafeedback_answer(doc: Doc, side: str) -> list[str]:

@@ -94,6 +94,25 @@ def test_generate_without_a_head_ranks_alike(dph_command, models, samples):
         assert [float(row[2]) for row in part] == sorted((float(row[2]) for row in part), reverse=True)
 
 
+def test_the_first_head_is_the_default(dph_command, models, tmp_path):
+    model, tok = dph.Model.from_pretrained(models / "judge"), loading.load_tokenizer(str(models / "judge"))
+    model.save_head(tmp_path / "head", "short")
+    other = dph.Model.from_pretrained(models / "mute")
+    other.load_head(tmp_path / "head", "brief", force=True)
+    other.save_pretrained(tmp_path / "other")
+    tok.save_pretrained(tmp_path / "other")
+    rows = write_lines(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER]})
+    write_lines(tmp_path / "glue/sst2/validation.jsonl", {"sentence": "good", "label": 1})
+    task = ["--task", "glue/sst2", "--directory", tmp_path]
+    for name, head in (("judge", "default"), ("other", "brief")):
+        folder = models / name if name == "judge" else tmp_path / name
+        for argv in (["score", folder, rows], ["evaluate", folder, *task], ["generate", folder, *ASKED]):
+            code, out, _ = dph_command(*argv, "--json")
+            assert code == 0
+            assert dph_command(*argv, "--json", "--head", head)[1] == out
+    assert dph_command("score", folder, rows, "--head", head, "--logprob-only")[0] == 2
+
+
 def test_one_answer_needs_no_head(dph_command, models):
     code, out, _ = dph_command("generate", models / "mute", "--prompt", "x", "-n", 1, "--max-new-tokens", 4)
     assert code == 0
