@@ -98,6 +98,8 @@ RENAMED_CONFIG = {
 KEPT_CONFIG = (
     "recompute_kv", "rope_positions", "rope_yarn_a", "rope_yarn_b", "parent_embeddings", "trainable_embeddings"
 )  # fmt: skip
+NO_HEADS = {"reward_heads": None, "architectures": ["LSWTForCausalLM"]}
+"""Keys of a model without reward heads, as the paper's scripts save it before alignment."""
 LAYER_NORM_EPS = 1e-5
 """Value of every released model, which their configurations do not contain."""
 
@@ -133,6 +135,8 @@ def config_from_official(config: dict[str, Any]) -> dict[str, Any]:
         if config.get(key, value) != value:
             raise ValueError(f"config.json: expected {key} = {value}, got {config[key]!r}: not part of this model")
     own = {own: config[official] for official, own in RENAMED_CONFIG.items() if official in config}
+    if "reward_heads" in own and own["reward_heads"] is None:
+        own["reward_heads"] = []
     kept = {key: config[key] for key in KEPT_CONFIG if key in config}
     return {**own, "im_end_token_id": config.get("im_end_token_id"), "released": kept}
 
@@ -163,7 +167,7 @@ def config_to_official(config: Any) -> dict[str, Any]:
         "architectures": ["LSWTForDPH"],
         "im_end_token_id": config.im_end_token_id,
     }
-    return {**FIXED_CONFIG, **config.released, **renamed, **extra}
+    return {**FIXED_CONFIG, **config.released, **renamed, **extra, **({} if config.reward_heads else NO_HEADS)}
 
 
 def init_embeddings(model: nn.Module, source: str | Path = "facebook/opt-125m") -> None:

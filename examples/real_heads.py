@@ -195,7 +195,7 @@ def judge_candidates(name: str, model: Any, tokenizer: Any, rows: Sequence[dict[
             correct.append(np.array(row["correct"], dtype=float))
     scores: dict[str, list[np.ndarray]] = {rule: [] for rule in ("most probable", *model.head_names)}
     for judged in tqdm(model.judge(groups, max_tokens=8192), f"{name}: candidates", disable=None):
-        scores["most probable"].append(np.nan_to_num(judged.mean_logprobs, nan=-np.inf))
+        scores["most probable"].append(np.nan_to_num(np.array(judged.mean_logprobs, dtype=float), nan=-np.inf))
         for head in model.head_names:
             scores[head].append(np.array(judged.rewards[head]))
     most, rows = max(map(len, correct)), []

@@ -32,7 +32,7 @@ def main() -> None:
     for score in scores:
         print(f"{score:.6f}")
     if args.expected is not None:
-        expected = [line["reward"] for line in read_lines(args.expected)]
+        expected = [line["scores"]["reward"] for line in read_lines(args.expected)]
         largest = max(abs(ours - theirs) for ours, theirs in zip(expected, scores, strict=True))
         print(f"largest difference from dph: {largest:.2e}, of scores up to {max(map(abs, expected)):.3f}")
 

@@ -185,6 +185,19 @@ def test_heads_that_were_never_trained_are_not_written(tmp_path):
     assert dph.Model.from_pretrained(tmp_path).untrained_heads == {"b"}
 
 
+@pytest.mark.parametrize("heads", [(), ("a", "b")])
+def test_a_model_without_trained_heads_is_a_language_model(heads, tmp_path):
+    model = tiny_model(reward_heads=heads)
+    model.untrained_heads = set(heads)
+    model.save_official(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert (fields["architectures"], fields["reward_heads"]) == (["LSWTForCausalLM"], None)
+    for load in (dph.Model.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        again = load(tmp_path).eval()
+        assert (again.head_names, again.untrained_heads) == ([], set())
+        assert torch.equal(again(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("enable_bias", False), ("gated_att", True), ("gated_ffn", False), ("n_registers", 4), ("qk_norm", True),

@@ -244,6 +244,13 @@ def check_answered(messages: Sequence[Message], where: str = "messages") -> None
     raise UserError(f"{where}: expected an assistant message, got a conversation without one")
 
 
+def check_final_answer(messages: Sequence[Message], where: str = "messages") -> None:
+    """Raise UserError unless the last message is the assistant's, which is the answer to judge."""
+    last_role = messages[-1]["role"]
+    if last_role != "assistant":
+        raise UserError(f"{where}: expected the assistant's answer at the end, got a {last_role} message")
+
+
 def encode(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, last_only: bool = False) -> Encoded:
     """Return tokens, targets, masks and reward position of one conversation.
 

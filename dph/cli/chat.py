@@ -29,10 +29,9 @@ def run(args: argparse.Namespace) -> None:
     common.check_model(args)
 
     from dph.chat import Message
-    from dph.cli.answers import WITHOUT_HEAD, Answerer, candidate_table, required_head
+    from dph.cli.answers import Answerer, candidate_table
 
-    model, tokenizer = common.open_model(args, required_head(args), WITHOUT_HEAD)
-    answerer = Answerer(model, tokenizer, args)
+    answerer = Answerer(args)
     interactive = sys.stdin.isatty()
     if interactive:
         print(f"best of {args.n}; /candidates shows all of the last turn, Ctrl-C stops an answer, /quit ends")

@@ -54,13 +54,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_judging(parser: argparse.ArgumentParser) -> None:
     """Add the reward heads, or the choice of none."""
-    parser.add_argument(
+    heads = parser.add_mutually_exclusive_group()
+    heads.add_argument(
         "--head",
         action="append",
         help="reward head to score with: its name, a head's directory, or a run's for all of its heads; may be "
-        "repeated, all score in one pass; of equal names the second becomes NAME-2 (default: default)",
+        "repeated, all score in one pass; of equal names the second becomes NAME-2 (default: the model's first head)",
     )
-    parser.add_argument("--logprob-only", action="store_true", help="no rewards: for a model without a reward head")
+    heads.add_argument("--logprob-only", action="store_true", help="no rewards: for a model without a reward head")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +76,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--risk", type=types["risk"], default=1.0, help="weight of the spread (default: 1)")
     parser.add_argument(
-        "--head", default="default", help="reward head to score with: its name, or the directory of a head or its run"
+        "--head",
+        help="reward head to score with: its name, or the directory of a head or its run (default: the model's first)",
     )
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     for name, default, metavar, text in (
@@ -196,18 +198,16 @@ def check_model(args: argparse.Namespace) -> None:
     model_path(args.model)
 
 
-def heads_of(args: argparse.Namespace) -> list[str]:
-    """Set ``args.head`` to the values of ``--head``, by default one, or to none with ``--logprob-only``; return it."""
-    args.head = [] if args.logprob_only else args.head or ["default"]
-    return args.head
+def heads_of(args: argparse.Namespace) -> list[str] | None:
+    """Return the values of the options of :func:`add_judging`, as :func:`open_model` takes them."""
+    return None if args.logprob_only else args.head or []
 
 
-def open_model(args: argparse.Namespace, head: str | Sequence[str] | None, alternative: str) -> tuple[Model, Any]:
-    """Return the model in evaluation mode, on ``--device`` in ``--dtype``, and its tokenizer.
+def open_model(args: argparse.Namespace, heads: Sequence[str] | None, alternative: str) -> tuple[Model, Any, list[str]]:
+    """Return the model in evaluation mode, on ``--device`` in ``--dtype``, its tokenizer, and names of its heads.
 
-    ``head`` is the value of ``--head``, or a list of values; None: not needed. ``args.head`` becomes the name of the
-    head in the model, or the list of names. Raises UserError if the model lacks one of them or its weights;
-    ``alternative`` names an option that needs no head.
+    ``heads`` are values of ``--head``: empty for the model's first head, None if none is needed. Raises UserError if
+    the model lacks one of them or its weights; ``alternative`` names an option that needs no head.
     """
     import torch
 
@@ -221,18 +221,16 @@ def open_model(args: argparse.Namespace, head: str | Sequence[str] | None, alter
     model = load_model(args.model, dtype=getattr(torch, dtype))
     tokenizer = load_tokenizer(args.model)
     check_tokenizer(model, tokenizer)
-    if head:
-        names = []
-        for value in [head] if isinstance(head, str) else head:
+    names: list[str] = []
+    if heads is not None:
+        for value in heads:
             names += add_heads(model, value)
-        if isinstance(head, str) and len(names) > 1:
-            raise UserError(f"--head: expected one head, got a run of {', '.join(names)}: give {head}/heads/NAME")
-        args.head = names[0] if isinstance(head, str) else list(dict.fromkeys(names))
+        names = list(dict.fromkeys(names if heads else model.head_names[:1]))
         try:
             model.check_heads(*names)
         except ValueError as error:
             raise UserError(f"{error}; {alternative}") from None
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer, names
 
 
 def add_heads(model: Model, value: str) -> list[str]:
@@ -255,12 +253,6 @@ def add_heads(model: Model, value: str) -> list[str]:
 
 
 # Output
-
-
-def check_nans(count: int) -> None:
-    """Raise RuntimeError (exit code 1) if any score is NaN."""
-    if count:
-        raise RuntimeError(f"{count} scores are not a number (NaN); in comparisons they count as wrong")
 
 
 def check_output(path: str | None, *inputs: str | Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -44,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write weights and configuration in another layout, and the tokenizer's files unchanged."""
+    """Write weights and configuration in another layout, and the tokenizer's files.
+
+    They are copied unchanged, but for the names of the chat tokens in the official layout.
+    """
     from dph.model.directories import MANIFEST, model_path
 
     is_checkpoint = (Path(args.input) / MANIFEST).is_file()
@@ -89,8 +93,27 @@ def run(args: argparse.Namespace) -> None:
             if tokenizer is None:
                 tokenizer = load_tokenizer(source)
             copied = [Path(name).name for name in tokenizer.save_pretrained(folder)]
+        if args.to == "official" and copied:
+            _name_chat_tokens(folder)
     copied_names = ", ".join(copied) or "none"
     common.print_text(f"{output}: {parameters:,} parameters, tokenizer files: {copied_names}")
+
+
+def _name_chat_tokens(folder: Path) -> None:
+    """Name the chat tokens in a tokenizer's settings as the paper's evaluation expects them.
+
+    A tokenizer without chat tokens, as that of a pre-trained model, stays as it is.
+    """
+    from dph import chat
+    from dph._folder import read_json
+    from dph.model.loading import load_tokenizer
+
+    names = {"cls_token": chat.END, "sep_token": chat.START}
+    if not set(names.values()) <= load_tokenizer(str(folder)).get_vocab().keys():
+        return
+    for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        if file.exists() and (fields := read_json(file)) | names != fields:
+            file.write_text(json.dumps(fields | names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _save_classifier(model: Model, tokenizer: Any, folder: Path, head: str | None) -> None:

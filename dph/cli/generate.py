@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dph.cli import common
-from dph.errors import UserError, printable
+from dph.cli import common, results
+from dph.errors import UserError, printable, shown_names
 
 if TYPE_CHECKING:
     from dph.chat import Message
+    from dph.data.sources import JsonLines
 
 HELP = "sample several answers to a prompt and rank them"
 EXAMPLE = """dph generate runs/align --prompt "Name a prime number." -n 8
-dph generate runs/align --file prompts.jsonl --json > answers.jsonl"""
+dph generate runs/align --file prompts.jsonl --json
+dph generate runs/align --file prompts.jsonl --seed 0 --output answers.jsonl"""
 JSON_FIELDS = ("text", "reward", "spread", "logprob", "mean_logprob", "finished")
+FIELD = "candidates"  # of the output, besides those of the input
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,50 +31,78 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument(
         "--file", metavar="PROMPTS.jsonl", help="one object a line: prompt (text or messages) or messages"
     )
+    results.add_output(parser, f"every line of --file with its messages and {FIELD}, in place of printing them,")
     common.add_sampling(parser)
     common.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check the prompts, then print each one's candidates, best first."""
-    if args.file is not None:
-        common.check_output(None, args.file)
-    prompts = [to_messages(args.prompt, "--prompt")] if args.file is None else read_prompts(args.file)
+    """Check the prompts, then print each one's candidates, best first, or write them to ``--output``."""
+    if args.output is not None and (args.file is None or args.json):
+        raise UserError(f"--output: expected --file with it, and no --json, got {args.output} without")
+    if args.file is None:
+        lines = [{"prompt": args.prompt}]
+        prompts = [to_messages(args.prompt, "--prompt")]
+    else:
+        common.check_output(args.output, args.file, args.model, Path(args.model) / "model")
+        lines, prompts = read_prompts(args.file)
     common.check_model(args)
 
-    from dph.cli.answers import WITHOUT_HEAD, Answerer, candidate_table, required_head
+    from dph.cli.answers import Answerer, candidate_table
 
-    model, tokenizer = common.open_model(args, required_head(args), WITHOUT_HEAD)
-    answerer = Answerer(model, tokenizer, args)
+    def place(index: int) -> str:
+        return "--prompt" if args.file is None else lines.location(index)
+
+    answerer = Answerer(args)
+    prompts = [messages if messages[0]["role"] == "system" else answerer.system + messages for messages in prompts]
     for i, messages in enumerate(prompts):
-        if messages[0]["role"] != "system":
-            messages = answerer.system + messages
-        candidates = answerer.candidates(messages)
-        if args.json:
+        answerer.check(messages, place(i))
+    quiet = args.file is None or (args.output is None and sys.stdout.isatty())  # a bar would mix with the answers
+    about = {"command": "generate"}
+    if args.output is not None:
+        about |= {"input": lines.fingerprint(), "system": args.system, **answerer.about()}
+    with (
+        results.Results(args.output, about, args.resume) as output,
+        results.Progress("generate", len(prompts), quiet) as progress,
+    ):
+        first = output.keep([1] * len(prompts))
+        progress.begin(first)
+        for i in range(first, len(prompts)):
+            try:
+                candidates = answerer.candidates(prompts[i])
+            except (ValueError, RuntimeError) as error:  # such as a reward that is no number
+                error.add_note(f"answering {place(i)}")
+                raise
             fields = [{key: getattr(candidate, key) for key in JSON_FIELDS} for candidate in candidates]
-            common.print_json({"messages": messages, "candidates": fields}, flush=True)
-            continue
-        if i:
-            print("\n")
-        if len(prompts) > 1:
-            print(printable(messages[-1]["content"]) + "\n")
-        print(candidate_table(candidates), flush=True)
+            written = {**({} if args.file is None else lines[i]), "messages": prompts[i], FIELD: fields}
+            output.add([written])
+            if args.json:
+                common.print_json(written, flush=True)
+            elif args.output is None:
+                heading = f"{printable(prompts[i][-1]['content'])}\n\n" if len(prompts) > 1 else ""
+                print("\n\n" * bool(i) + heading + candidate_table(candidates), flush=True)
+            progress.advance(1)
 
 
-def read_prompts(path: str) -> list[list[Message]]:
-    """Return the conversations of a JSONL file, each with ``prompt`` (text or messages) or ``messages``."""
+def read_prompts(path: str) -> tuple[JsonLines, list[list[Message]]]:
+    """Return a JSONL file and its conversations, a line each, with ``prompt`` (text or messages) or ``messages``."""
     from dph.data.sources import JsonLines
 
-    prompts, lines = [], JsonLines(path)
-    for i, fields in enumerate(lines):
-        location = lines.location(i)
-        prompt = fields.get("prompt", fields.get("messages"))
-        if prompt is None:
-            raise UserError(f"{location}: expected prompt or messages, got the fields {', '.join(fields) or '(none)'}")
-        prompts.append(to_messages(prompt, location))
+    prompts: list[list[Message]] = []
+
+    def read(number: int, fields: dict[str, Any]) -> None:
+        location = f"{path}:{number}"
+        given = [fields[key] for key in ("prompt", "messages") if fields.get(key) is not None]
+        if len(given) != 1:
+            raise UserError(f"{location}: expected prompt or messages, got the fields {shown_names(fields)}")
+        if FIELD in fields:
+            raise UserError(f"{location}: {FIELD}: expected no such field, which the output adds")
+        prompts.append(to_messages(given[0], location))
+
+    lines = JsonLines(path, visit=read)
     if not prompts:
         raise UserError(f"{path}: expected at least one prompt, got none")
-    return prompts
+    return lines, prompts
 
 
 def to_messages(prompt: str | Sequence[Mapping[str, Any]], location: str) -> list[Message]:

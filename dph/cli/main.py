@@ -102,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code == 0:  # an error of the command is reported before one of its output
             streams.flush()
         return code
-    except KeyboardInterrupt:
-        print("dph: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("; ".join(["dph: interrupted", *_notes(stop)]), file=sys.stderr)
         return 130
     except OtherRankFailed:
         return 1
@@ -135,8 +135,11 @@ def _run(argv: Sequence[str]) -> int:
 
 def explain(error: Exception) -> str:
     """Return an error with its notes as one line without control characters; very long words and lines are cut."""
-    notes = [printable(note, keep="") for note in getattr(error, "__notes__", ())]
-    return "; ".join([_explain_alone(error), *notes])
+    return "; ".join([_explain_alone(error), *_notes(error)])
+
+
+def _notes(error: BaseException) -> list[str]:
+    return [printable(note, keep="") for note in getattr(error, "__notes__", ())]
 
 
 def _explain_alone(error: Exception) -> str:

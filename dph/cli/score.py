@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dph.cli import common
-from dph.data.atomic import atomic_file
+from dph.cli import common, results
+from dph.errors import UserError, shown_names
 
 if TYPE_CHECKING:
-    from dph.chat import Encoded
-    from dph.data.formats import Conversation, Preference
+    from dph.chat import Encoded, Message
+    from dph.data.sources import JsonLines
     from dph.model.judging import Judged
 
 HELP = "rewards and log-probabilities of conversations, and how often they prefer the chosen answer of a pair"
 EXAMPLE = """dph score runs/align conversations.jsonl --json
 dph score runs/align preferences.jsonl --output scores.jsonl
+dph score runs/align preferences.jsonl --output scores.jsonl --resume
 dph score MODEL preferences.jsonl --head runs/helpful --head runs/harmless"""
 WITHOUT_HEAD = "--logprob-only needs no rewards"
 SIDES = ("chosen", "rejected")
 TITLES = {"reward": "reward", "logprob": "log-probability (sum)", "mean_logprob": "log-probability (mean)"}
+FIELD = "scores"  # of the output, besides those of the input
 
 # Keys of TITLES, and reward_NAME, with their values; log-probabilities in nats, None for the mean of an empty answer.
 Scores = dict[str, float | None]
+# Scores of a conversation, or by SIDES those of a pair.
+Scored = Scores | dict[str, Scores]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,40 +37,96 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = f"""{HELP}.
 
 The sum is the log-probability of the final answer, its end-of-turn token included, in nats. The mean is per content
-token and leaves out the end-of-turn token; an empty answer has none (-)."""
+token and leaves out the end-of-turn token; an empty answer has none (-). A line with chosen and rejected is a pair, any
+other a conversation. The output has the fields of each line, and its scores in the field {FIELD!r}."""
     common.add_model(parser)
     parser.add_argument(
-        "file", metavar="CONVERSATIONS.jsonl", help="one object a line: messages, or chosen and rejected (TRL's forms)"
+        "file",
+        metavar="CONVERSATIONS.jsonl",
+        help="one object a line: messages, prompt and completion, or chosen and rejected (TRL's forms)",
     )
-    parser.add_argument("--output", metavar="FILE", help="write every line's scores to a JSONL file")
+    results.add_output(parser, "every line with its scores")
     common.add_judging(parser)
     common.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print a line per conversation, or a summary of preferences; write both to ``--output`` as JSON lines."""
+    """Print a line per conversation, and a summary of preferences; write every line to ``--output``."""
     common.check_output(args.output, args.file, args.model, Path(args.model) / "model")
 
-    from tqdm import tqdm
+    from dph.data.sources import JsonLines
 
-    from dph.data import dataset
-    from dph.data.sources import read_jsonl
+    def check(number: int, fields: dict[str, Any]) -> None:
+        alternatives(fields, f"{args.file}:{number}")
+        if FIELD in fields and (args.json or args.output is not None):
+            raise UserError(f"{args.file}:{number}: {FIELD}: expected no such field, which the output adds")
 
-    first_record = next(read_jsonl(args.file), {})
-    kind = "preference" if all(first_record.get(side) is not None for side in SIDES) else "conversation"
-    records = dataset.load(args.file, kind)
+    lines = JsonLines(args.file, visit=check)  # an error now rather than when the line's turn comes
+    if not len(lines):
+        raise UserError(f"{args.file}: expected at least one record, got none")
     common.check_model(args)
 
-    model, tokenizer = common.open_model(args, common.heads_of(args), WITHOUT_HEAD)
-    scored = []
-    empty: list[list[bool]] = []
-    groups = _encode(tqdm(records, "score", disable=None), tokenizer, empty)
-    for judged, empty_sides in zip(model.judge(groups), empty, strict=True):
-        scored.append(_scores(judged, empty_sides, args.head))
+    model, tokenizer, heads = common.open_model(args, common.heads_of(args), WITHOUT_HEAD)
+    about = {"command": "score", "input": lines.fingerprint()}
     if args.output is not None:
-        _write(args.output, scored)
-    show = _show_pairs if kind == "preference" else _show_conversations
-    common.check_nans(show(scored, args.json))
+        about |= results.about_model(model, tokenizer, heads)
+
+    def line(index: int, judged: Judged) -> dict[str, Any]:
+        return {**lines.visited(index), FIELD: _scores(judged, heads, lines.location(index))}
+
+    scored: list[Scored] = []
+    quiet = args.json and sys.stdout.isatty()  # a bar would mix with the lines
+    with (
+        results.Results(args.output, about, args.resume) as output,
+        results.Progress("score", len(lines), quiet) as progress,
+    ):
+        groups = _encoder(lines, tokenizer)
+        for written in results.judged_lines(model, groups, line, lines.location, output, progress):
+            scored.append(written[FIELD])
+            if args.json and not _is_pair(written[FIELD]):
+                common.print_json(written, flush=True)
+    _report(scored, args.json)
+
+
+def alternatives(fields: dict[str, Any], where: str) -> list[list[Message]]:
+    """Return the conversation of a line, or the two of a pair, the chosen one first; each ends in the answer to judge.
+
+    Raises UserError, which begins with ``where``, for fields that are neither. Whether an answer is good to learn
+    (``label``) plays no part.
+    """
+    from dph import chat
+    from dph.data.formats import parse_record
+
+    given = {key for key, value in fields.items() if value is not None}
+    is_conversation = "messages" in given or {"prompt", "completion"} <= given
+    if given.issuperset(SIDES) or (not is_conversation and not given.isdisjoint(SIDES)):
+        pair = parse_record(fields, "preference", where)
+        return [pair.chosen, pair.rejected]
+    if not is_conversation:
+        forms = "messages, prompt and completion, or chosen and rejected"
+        raise UserError(f"{where}: expected {forms}, got the fields {shown_names(fields)}")
+    unlabelled = {key: value for key, value in fields.items() if key != "label"}
+    messages = parse_record(unlabelled, "conversation", where).messages
+    chat.check_final_answer(messages, where)
+    return [messages]
+
+
+def _encoder(lines: JsonLines, tokenizer: Any) -> Callable[[int], Iterator[list[Encoded]]]:
+    """Return a function that yields the encoded alternatives of each line from an index on."""
+    from dph import chat
+
+    def groups(start: int) -> Iterator[list[Encoded]]:
+        for i in range(start, len(lines)):
+            where = lines.location(i)
+            try:
+                yield [
+                    chat.encode(messages, tokenizer, last_only=True)
+                    for messages in alternatives(lines.visited(i), where)
+                ]
+            except UserError as error:
+                raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from error
+
+    return groups
 
 
 def _title(key: str) -> str:
@@ -74,88 +134,54 @@ def _title(key: str) -> str:
     return TITLES.get(key, key.replace("_", " ", 1))
 
 
-def _write(path: str, scored: Iterable[Sequence[Scores]]) -> None:
-    """Write the scores of each record as a line of JSON."""
-    with atomic_file(path) as file:
-        for sides in scored:
-            line = sides[0] if len(sides) == 1 else dict(zip(SIDES, sides, strict=True))
-            file.write(common.json_line(line).encode() + b"\n")
+def _scores(judged: Judged, heads: Sequence[str], where: str) -> Scored:
+    """Return the scores of a line: ``reward``, or ``reward_NAME`` for each of several heads, and log-probabilities.
 
-
-def _encode(
-    records: Iterable[Conversation | Preference], tokenizer: Any, empty: list[list[bool]]
-) -> Iterator[list[Encoded]]:
-    """Yield each record's alternatives, masked to their final answers.
-
-    Appends to ``empty``, for each record, a flag per alternative: its answer has no content token.
+    Raises RuntimeError, which begins with ``where``, for a score that is no finite number.
     """
-    from dph import chat
-    from dph.data.formats import Conversation
+    from dph.evaluate.metrics import check_finite
 
-    for record in records:
-        sides = [record.messages] if isinstance(record, Conversation) else [record.chosen, record.rejected]
-        alternatives = [chat.encode(messages, tokenizer, last_only=True) for messages in sides]
-        empty.append([not any(encoded.score_mask) for encoded in alternatives])
-        yield alternatives
-
-
-def _scores(judged: Judged, empty: Sequence[bool], heads: Sequence[str]) -> list[Scores]:
-    """Return the scores of each alternative of one record: ``reward``, or ``reward_NAME`` for each of several heads."""
     scores = []
-    for i, is_empty in enumerate(empty):
+    for i, logprob in enumerate(judged.logprobs):
         one: Scores = {}
         for head in heads:
             one["reward" if len(heads) == 1 else f"reward_{head}"] = judged.rewards[head][i]
-        one["logprob"] = judged.logprobs[i]
-        one["mean_logprob"] = None if is_empty else judged.mean_logprobs[i]
+        one["logprob"] = logprob
+        one["mean_logprob"] = judged.mean_logprobs[i]
+        for key, value in one.items():
+            check_finite([] if value is None else [value], f"{where}: {_title(key)}")
         scores.append(one)
-    return scores
+    return scores[0] if len(scores) == 1 else dict(zip(SIDES, scores, strict=True))
 
 
-def _show_conversations(scored: Sequence[Sequence[Scores]], as_json: bool) -> int:
-    """Print the scores; return how many are NaN."""
-    from dph.evaluate.tables import table
-
-    lines = [scores for (scores,) in scored]
-    if as_json:
-        for line in lines:
-            common.print_json(line)
-    else:
-        headers = ["record", *map(_title, lines[0])]
-        print(table(headers, [[i, *scores.values()] for i, scores in enumerate(lines)]))
-    nans = 0
-    for scores in lines:
-        nans += sum(value is not None and math.isnan(value) for value in scores.values())
-    return nans
+def _is_pair(scored: Scored) -> bool:
+    return SIDES[0] in scored
 
 
-def _show_pairs(scored: Sequence[Sequence[Scores]], as_json: bool) -> int:
-    """Print how often each score prefers the chosen answer; return how many comparisons have a NaN.
-
-    The mean log-probability compares no pair with an empty answer, which has none.
-    """
+def _report(scored: Sequence[Scored], as_json: bool) -> None:
+    """Print a table of the conversations, and how often each score prefers the chosen answer of the pairs."""
     from dataclasses import asdict
 
     from dph.evaluate.choices import prefer
     from dph.evaluate.tables import table
 
+    conversations = [[i, *scores.values()] for i, scores in enumerate(scored) if not _is_pair(scores)]
+    pairs = [scores for scores in scored if _is_pair(scores)]
+    keys = pairs[0][SIDES[0]] if pairs else scored[0]
+    if conversations and not as_json:
+        print(table(["record", *map(_title, keys)], conversations))
+    if conversations and pairs and not as_json:
+        print()
     rows = []
-    for key in scored[0][0]:
-        chosen, rejected = [], []
-        for chosen_scores, rejected_scores in scored:
-            if chosen_scores[key] is not None and rejected_scores[key] is not None:
-                chosen.append(chosen_scores[key])
-                rejected.append(rejected_scores[key])
-        rows.append(prefer(_title(key), chosen, rejected))
-    nans = sum(row.nans for row in rows)
+    for key in keys if pairs else ():
+        rows.append(prefer(_title(key), *([pair[side][key] for pair in pairs] for side in SIDES)))
     if as_json:
         for row in rows:
             common.print_json(asdict(row))
-        return nans
-    cells = []
-    for row in rows:
-        accuracy = [None, None] if row.accuracy is None else [row.accuracy.value, row.accuracy.range]
-        margin = None if row.margin is None else f"{row.margin:.3g}"  # rewards may be very small
-        cells.append([row.method, *accuracy, margin, row.ties, row.nans, row.n])
-    print(table(["method", "pair accuracy", "95% interval", "mean margin", "ties", "NaN", "n"], cells))
-    return nans
+    elif rows:
+        cells = []
+        for row in rows:
+            accuracy = [None, None] if row.accuracy is None else [row.accuracy.value, row.accuracy.range]
+            margin = None if row.margin is None else f"{row.margin:.3g}"  # rewards may be very small
+            cells.append([row.method, *accuracy, margin, row.ties, row.n])
+        print(table(["method", "pair accuracy", "95% interval", "mean margin", "ties", "n"], cells))

@@ -44,7 +44,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
 
     Raises OSError with the name ``path``.
     """
-    target = _replaceable(path)
+    target = replaceable(path)
     if target is None:
         with naming(path), _open_directly(path) as file:
             yield file
@@ -65,13 +65,13 @@ def write_text(path: str | Path, text: str) -> None:
 
 def check_writable(path: str | Path) -> None:
     """Raise the OSError that :func:`atomic_file` would raise for ``path``."""
-    target = _replaceable(path)
+    target = replaceable(path)
     if target is not None:
         with _temporary_file(path, target):
             pass
 
 
-def _replaceable(path: str | Path) -> Path | None:
+def replaceable(path: str | Path) -> Path | None:
     """Return the file that ``path`` names, symbolic links followed; None if it can only be written directly."""
     name = os.fspath(path)
     try:

@@ -13,7 +13,7 @@ from dph import chat
 from dph.chat import Encoded
 from dph.data.atomic import atomic_file
 from dph.demo.puzzles import Puzzle
-from dph.evaluate.choices import Interval, bootstrap
+from dph.evaluate.metrics import Interval, chosen_shares, wilson
 from dph.evaluate.tables import table
 from dph.infer.best_of_n import ranked, sample
 from dph.model.judging import Judged
@@ -84,19 +84,20 @@ def correctness(samples: SampledAnswers, rule: str, n: int) -> np.ndarray:
         return samples.correct.mean(1)
     if rule == ORACLE:
         return correct.any(1).astype(float)
-    scores = np.full(correct.shape, -np.inf)  # also of answers that were cut off, which are never chosen
+    values = np.zeros(len(correct))
     for i, (group, judged) in enumerate(zip(samples.groups, samples.judged, strict=True)):
-        values = judged.rewards["default"] if rule == REWARD else judged.logprobs
-        for j, answer in enumerate(group[:n]):
-            if answer.reward_position is not None:
-                scores[i, j] = values[j]
-    return correct[np.arange(len(correct)), scores.argmax(1)].astype(float)
+        scores = judged.rewards["default"] if rule == REWARD else judged.logprobs
+        finished = [j for j, answer in enumerate(group[:n]) if answer.reward_position is not None]
+        if finished:  # an answer that was cut off is never chosen, and none of them is right
+            shares = chosen_shares([[scores[j] for j in finished]])
+            values[i] = shares[0] @ correct[i, finished]
+    return values
 
 
 def accuracy(samples: SampledAnswers, rule: str, n: int) -> Interval:
-    """Return the share of prompts that ``rule`` answers right, with the bootstrap's 95% interval over prompts."""
+    """Return the share of prompts that ``rule`` answers right, with Wilson's 95% interval over prompts."""
     values = correctness(samples, rule, n)
-    return bootstrap(lambda picked, _: float(picked.mean()), values, values)
+    return wilson(float(values.sum()), len(values))
 
 
 def has_rule(name: str, rule: str) -> bool:

@@ -1,35 +1,42 @@
 """Evaluation of answers by log-probability and by reward, both read in one packed forward pass.
 
-All alternatives of a record are scored together, their shared beginning computed once. A record with a NaN among its
-scores counts as answered wrongly and is counted in ``nans``; one whose best score is shared is counted in ``ties``.
+All alternatives of a record are scored together, their shared beginning computed once. An empty answer has no mean
+log-probability: its record is left out of what is chosen by that score. Scores that are no finite numbers are an error.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dph import chat
 from dph.errors import UserError
-from dph.evaluate.metrics import METRICS, Interval, Metric, bootstrap, wilson
+from dph.evaluate.metrics import METRICS, Interval, Metric, check_finite, chosen_shares, wilson, with_interval
 
 if TYPE_CHECKING:
+    from dph.model.judging import Judged
     from dph.model.model import Model
     from dph.tasks import Task
+
+Scores = dict[str, list[float | None]]
+"""Method of choosing -> a score for each choice of a record; None for the mean of an empty answer."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one method of choosing, the number of ties and the number of records with a NaN."""
+    """Figures of one method of choosing among ``n`` records; in ``ties`` of them several choices share the best score.
+
+    ``metrics`` has None if no record could be compared.
+    """
 
     method: str
-    metrics: dict[str, Interval]
+    metrics: dict[str, Interval | None]
     ties: int
-    nans: int
+    n: int
 
 
 @dataclass(frozen=True)
@@ -39,11 +46,6 @@ class Report:
     task: str
     n: int
     rows: tuple[Row, ...]
-
-    @property
-    def nans(self) -> int:
-        """Records with a NaN, summed over all rows."""
-        return sum(row.nans for row in self.rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain dictionaries for JSON."""
@@ -70,58 +72,79 @@ def evaluate(
     Raises:
         ValueError: the head is missing or untrained.
         UserError: the task has no choices, a record has no reference, or there are no records.
+        RuntimeError: a score is NaN or infinite.
     """
     heads = [head] if isinstance(head, str) else list(head or ())
     if heads:
         model.check_heads(*heads)
+    docs = docs if isinstance(docs, Sequence) else list(docs)
+    gold = references(task, docs)
+    judged = chain.from_iterable(model.judge_batches(encoded_choices(task, docs, tokenizer), max_tokens))
+    scores = [choice_scores(record, heads, f"record {i}") for i, record in enumerate(judged)]
+    return report(task, scores, gold)
+
+
+def references(
+    task: Task, docs: Sequence[Mapping[str, Any]], place: Callable[[int], str] = "record {}".format
+) -> list[float]:
+    """Check all records and return their references: indices of the right choices, or scores.
+
+    ``place`` returns the name of a record, given its index, for errors. Raises UserError as :func:`evaluate`.
+    """
     if task.metric is None:
         raise UserError(f"task {task.name}: expected one with choices to score, got one that is answered freely")
-    references: list[float] = []
-    judged = model.judge(_encoded_choices(task, docs, tokenizer, references), max_tokens)
-    if not judged:
-        raise UserError(f"task {task.name}: expected at least one record, got none")
-    gold, metrics = np.array(references), METRICS[task.metric]
-    rows = [_row("log-probability", [record.mean_logprobs for record in judged], gold, metrics)]
-    for name in heads:
-        method = "reward" if len(heads) == 1 else f"reward {name}"
-        rows.append(_row(method, [record.rewards[name] for record in judged], gold, metrics))
-    return Report(task.name, len(gold), tuple(rows))
-
-
-def _encoded_choices(
-    task: Task, docs: Iterable[Mapping[str, Any]], tokenizer: Any, references: list[float]
-) -> Iterator[list[chat.Encoded]]:
-    """Yield the encoded choices of each record; its reference is appended to ``references``."""
+    gold = []
     for i, doc in enumerate(docs):
         try:
-            choices, reference = task.labelled(doc)
+            reference = task.check(doc)
         except UserError as error:
-            raise UserError(f"record {i}: {error}") from error
+            raise UserError(f"{place(i)}: {error}") from error
         if reference is None:
             raise UserError(
-                f"task {task.name}, record {i}: expected a label, got none; this split's answers are hidden"
+                f"task {task.name}, {place(i)}: expected a label, got none; this split's answers are hidden"
             )
-        references.append(reference)
-        yield [chat.encode(choice, tokenizer, last_only=True) for choice in choices]
+        gold.append(reference)
+    if not gold:
+        raise UserError(f"task {task.name}: expected at least one record, got none")
+    return gold
+
+
+def encoded_choices(task: Task, docs: Iterable[Mapping[str, Any]], tokenizer: Any) -> Iterator[list[chat.Encoded]]:
+    """Yield the encoded choices of each record."""
+    for doc in docs:
+        yield [chat.encode(choice, tokenizer, last_only=True) for choice in task.choices(doc)]
+
+
+def choice_scores(judged: Judged, heads: Sequence[str], where: str) -> Scores:
+    """Return the scores of the choices of one record; RuntimeError, beginning with ``where``, if one is not finite."""
+    scores: Scores = {"log-probability": judged.mean_logprobs}
+    for name in heads:
+        scores["reward" if len(heads) == 1 else f"reward {name}"] = judged.rewards[name]
+    for method, values in scores.items():
+        check_finite([value for value in values if value is not None], f"{where}: {method}")
+    return scores
+
+
+def report(task: Task, scores: Sequence[Scores], gold: Sequence[float]) -> Report:
+    """Return the figures of a task by each method of choosing."""
+    rows = []
+    for method in scores[0]:
+        complete = [i for i, record in enumerate(scores) if None not in record[method]]
+        values = [scores[i][method] for i in complete]
+        rows.append(_row(method, values, np.array([gold[i] for i in complete]), METRICS[task.metric]))
+    return Report(task.name, len(gold), tuple(rows))
 
 
 def _row(method: str, scores: Sequence[Sequence[float]], gold: np.ndarray, metrics: Sequence[Metric]) -> Row:
     """Figures of the choices by ``scores``: for each record a score for each of its choices."""
-    predicted, ties, nans = np.empty(len(gold), dtype=int), 0, 0
-    for i, choices in enumerate(scores):
-        predicted[i] = choose(choices, gold[i])
-        if any(map(math.isnan, choices)):
-            nans += 1
-        elif list(choices).count(max(choices)) > 1:
-            ties += 1
-    return Row(method, {metric.__name__: bootstrap(metric, predicted, gold) for metric in metrics}, ties, nans)
+    shares = chosen_shares(scores)
+    figures = {metric.__name__: with_interval(metric, shares, gold) if len(gold) else None for metric in metrics}
+    return Row(method, figures, count_ties(shares), len(gold))
 
 
-def choose(scores: Sequence[float], gold: float) -> int:
-    """Return the index of the best score, the first of equals; with a NaN among them the one farthest from ``gold``."""
-    if not any(map(math.isnan, scores)):
-        return max(range(len(scores)), key=scores.__getitem__)
-    return max(range(len(scores)), key=lambda i: abs(i - gold)) if len(scores) > 1 else -1
+def count_ties(shares: np.ndarray) -> int:
+    """Return the number of records in which several choices share the best score."""
+    return int(np.sum((shares > 0).sum(1) > 1))
 
 
 @dataclass(frozen=True)
@@ -131,22 +154,26 @@ class PairRow:
     Attributes:
         accuracy: share of the pairs whose chosen answer has the higher score, a tie counting half, with Wilson's
             interval; None without pairs.
-        margin: mean difference of the two scores without NaNs; None if there is none.
+        margin: mean difference of the two scores; None without pairs.
+        ties: pairs with equal scores.
+        n: pairs that could be compared.
     """
 
     method: str
     accuracy: Interval | None
     margin: float | None
     ties: int
-    nans: int
     n: int
 
 
-def prefer(method: str, chosen: Sequence[float], rejected: Sequence[float]) -> PairRow:
-    """Compare the scores [n] of chosen and rejected answers."""
-    margins = np.array(chosen, dtype=float) - np.array(rejected, dtype=float)
-    valid = margins[~np.isnan(margins)]
-    ties = int(np.sum(valid == 0))
-    accuracy = wilson(float(np.sum(valid > 0)) + ties / 2, len(margins)) if len(margins) else None
-    margin = float(valid.mean()) if len(valid) else None
-    return PairRow(method, accuracy, margin, ties, nans=len(margins) - len(valid), n=len(margins))
+def prefer(method: str, chosen: Sequence[float | None], rejected: Sequence[float | None]) -> PairRow:
+    """Compare the scores [n] of chosen and rejected answers; a pair without one of them (None) is left out.
+
+    Raises RuntimeError if a score is NaN or infinite.
+    """
+    pairs = [pair for pair in zip(chosen, rejected, strict=True) if None not in pair]
+    if not pairs:
+        return PairRow(method, None, None, 0, 0)
+    shares = chosen_shares(pairs, lambda i: f"{method}: pair {i}")
+    margin = float(np.subtract(*np.array(pairs, dtype=float).T).mean())
+    return PairRow(method, wilson(float(shares[:, 0].sum()), len(pairs)), margin, count_ties(shares), len(pairs))

@@ -1,4 +1,7 @@
-"""Metrics of predictions against references, and 95% intervals of figures.
+"""Choices by scores, their metrics against references, and 95% intervals of figures.
+
+A score chooses the best of a record's choices; of k that share the best score, each is chosen with the share 1/k. The
+interval of a share of records is Wilson's, that of another metric the bootstrap's over records.
 
 F1 and Matthews correlation are scikit-learn's, Pearson and Spearman correlation scipy's. Both packages are imported on
 the first call, because they take over a second to import.
@@ -7,60 +10,89 @@ the first call, because they take over a second to import.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
-"""(predictions [n], references [n]) -> figure."""
+"""(shares [n, K] of each record's choices, references [n]: indices of choices, or scores) -> figure."""
 
 
-def accuracy(predicted: np.ndarray, gold: np.ndarray) -> float:
-    """Share of predictions that equal the reference."""
-    return float(np.mean(predicted == gold))
+def chosen_shares(scores: Sequence[Sequence[float]], place: Callable[[int], str] = "record {}".format) -> np.ndarray:
+    """Return the shares [n, K] with which each record's choices are chosen, for K the most choices of a record.
+
+    Args:
+        scores: of each record, a score for each of its choices.
+        place: returns the name of a record, given its index, for the error.
+
+    Raises RuntimeError as :func:`check_finite`.
+    """
+    shares = np.zeros((len(scores), max(map(len, scores), default=0)))
+    for i, values in enumerate(scores):
+        check_finite(values, place(i))
+        is_best = np.equal(values, max(values))
+        shares[i, : len(values)] = is_best / is_best.sum()
+    return shares
 
 
-def f1(predicted: np.ndarray, gold: np.ndarray) -> float:
-    """Harmonic mean of precision and recall of class 1; 0 if neither array contains it."""
+def check_finite(scores: Sequence[float], where: str) -> None:
+    """Raise RuntimeError, which begins with ``where``, if a score is NaN or infinite."""
+    if not all(map(math.isfinite, scores)):
+        raise RuntimeError(f"{where}: expected finite numbers, got {list(scores)}: the model's weights are broken")
+
+
+def accuracy(shares: np.ndarray, gold: np.ndarray) -> float:
+    """Share of records whose reference is chosen."""
+    return float(np.mean(_shares_of_references(shares, gold)))
+
+
+def f1(shares: np.ndarray, gold: np.ndarray) -> float:
+    """Harmonic mean of precision and recall of class 1; 0 if it is neither chosen nor a reference."""
     from sklearn.metrics import f1_score
 
-    return float(f1_score(gold == 1, predicted == 1, zero_division=0.0))
+    predicted, references, weights = _predictions(shares, gold)
+    return float(f1_score(references == 1, predicted == 1, sample_weight=weights, zero_division=0.0))
 
 
-def matthews(predicted: np.ndarray, gold: np.ndarray) -> float:
-    """Matthews correlation for any number of classes (Gorodkin 2004); 0 if either array is constant."""
+def matthews(shares: np.ndarray, gold: np.ndarray) -> float:
+    """Matthews correlation for any number of classes (Gorodkin 2004); 0 if choices or references are constant."""
     from sklearn.metrics import matthews_corrcoef
 
+    predicted, references, weights = _predictions(shares, gold)
     if _is_constant(predicted) or _is_constant(gold):
         return 0.0
-    codes = _codes(np.concatenate([gold, predicted]))
-    return float(matthews_corrcoef(codes[: len(gold)], codes[len(gold) :]))
+    return float(matthews_corrcoef(references, predicted, sample_weight=weights))
 
 
-def pearson(predicted: np.ndarray, gold: np.ndarray) -> float:
-    """Pearson correlation; 0 if either array is constant, for which scipy returns NaN, and NaN if either has a NaN."""
-    from scipy.stats import pearsonr
+def pearson(shares: np.ndarray, gold: np.ndarray) -> float:
+    """Pearson correlation of references and mean choices; 0 if either is constant, for which scipy returns NaN."""
+    return _correlation("pearsonr", shares, gold)
 
-    if np.isnan(predicted).any() or np.isnan(gold).any():
-        return math.nan
+
+def spearman(shares: np.ndarray, gold: np.ndarray) -> float:
+    """Spearman correlation of references and mean choices, equal values sharing their mean rank; 0 as ``pearson``."""
+    return _correlation("spearmanr", shares, gold)
+
+
+def _correlation(name: str, shares: np.ndarray, gold: np.ndarray) -> float:
+    from scipy import stats
+
+    predicted = shares @ np.arange(shares.shape[1])
     if _is_constant(predicted) or _is_constant(gold):
         return 0.0
-    return float(pearsonr(predicted, gold).statistic)
+    return float(getattr(stats, name)(predicted, gold).statistic)
 
 
-def spearman(predicted: np.ndarray, gold: np.ndarray) -> float:
-    """Spearman correlation, equal values sharing their mean rank; 0 if either array is constant."""
-    from scipy.stats import spearmanr
-
-    if _is_constant(predicted) or _is_constant(gold):
-        return 0.0
-    return float(spearmanr(_codes(predicted), _codes(gold)).statistic)
+def _shares_of_references(shares: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    """Return [n] the share of each record's reference."""
+    return shares[np.arange(len(gold)), gold.astype(int)]
 
 
-def _codes(values: np.ndarray) -> np.ndarray:
-    """Index of each value among the different values in ascending order; NaN is one of them, the last."""
-    return np.unique(values, return_inverse=True)[1]
+def _predictions(shares: np.ndarray, gold: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return chosen classes, their records' references and weights: a row for each choice that has a share."""
+    records, predicted = np.nonzero(shares)
+    return predicted, gold[records], shares[records, predicted]
 
 
 def _is_constant(values: np.ndarray) -> bool:
@@ -90,17 +122,22 @@ class Interval:
         return f"{self.low:.3f} to {self.high:.3f}"
 
 
-def bootstrap(
-    metric: Metric, predicted: np.ndarray, gold: np.ndarray, resamples: int = 1000, seed: int = 0
-) -> Interval:
+def with_interval(metric: Metric, shares: np.ndarray, gold: np.ndarray) -> Interval:
+    """``metric`` with its 95% interval: Wilson's of an accuracy, else the bootstrap's."""
+    if metric is accuracy:
+        return wilson(float(_shares_of_references(shares, gold).sum()), len(gold))
+    return bootstrap(metric, shares, gold)
+
+
+def bootstrap(metric: Metric, shares: np.ndarray, gold: np.ndarray, resamples: int = 1000, seed: int = 0) -> Interval:
     """``metric`` with the 95% interval of the percentile bootstrap over records."""
     rng, n = np.random.default_rng(seed), len(gold)
     figures = []
     for _ in range(resamples):
         drawn = rng.integers(n, size=n)
-        figures.append(metric(predicted[drawn], gold[drawn]))
+        figures.append(metric(shares[drawn], gold[drawn]))
     low, high = np.percentile(figures, [2.5, 97.5])
-    return Interval(metric(predicted, gold), float(low), float(high))
+    return Interval(metric(shares, gold), float(low), float(high))
 
 
 def wilson(successes: float, n: int) -> Interval:

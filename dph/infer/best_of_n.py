@@ -182,7 +182,7 @@ def best_of_n(
     The other arguments are those of :func:`dph.infer.best_of_n.sample`.
 
     Raises ValueError if the model lacks the head or its weights, if an option is out of range, if the reward of a
-    finished answer is NaN, and for "lower_bound" without a head that is an ensemble.
+    finished answer or a log-probability is NaN, and for "lower_bound" without a head that is an ensemble.
     """
     check_rank(model, head, rank)
     risk = checked("risk", risk)
@@ -226,13 +226,19 @@ def ranked(
         finished = encoded.reward_position is not None
         end = encoded.reward_position if finished else len(encoded.tokens)
         reward = math.nan if head is None else judged.rewards[head][i]
-        if head is not None and finished and math.isnan(reward):
-            raise ValueError(f"candidate {i}: expected a number as its reward, got NaN: the model's weights are broken")
+        has_reward = head is not None and finished
+        for kind, is_broken in (
+            ("reward", has_reward and math.isnan(reward)), ("log-probability", math.isnan(judged.logprobs[i])),
+        ):  # fmt: skip
+            if is_broken:
+                raise ValueError(
+                    f"candidate {i}: expected a number as its {kind}, got NaN: the model's weights are broken"
+                )
         candidate = Candidate(
             text=tokenizer.decode(encoded.tokens[start:end], skip_special_tokens=False),
             reward=reward,
             logprob=judged.logprobs[i],
-            mean_logprob=judged.mean_logprobs[i],
+            mean_logprob=math.nan if judged.mean_logprobs[i] is None else judged.mean_logprobs[i],
             finished=finished,
             tokens=tuple(encoded.tokens[start:]),
             spread=0.0 if spreads is None else spreads[i],

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
@@ -26,6 +27,7 @@ from dph_kernels import checks, dispatch, linear_logprob
 log = logging.getLogger(__name__)
 
 SAMPLED = 4096
+MAX_TOKENS = 16_384  # of a packed batch of answers to judge
 
 
 class PackedOutput(NamedTuple):
@@ -51,11 +53,11 @@ class Judged:
     """Result of :meth:`JudgingModel.judge` for one group of alternatives, in plain numbers; see :class:`PackedOutput`.
 
     ``spreads`` has, by head that is an ensemble, the standard deviation over its members of each answer's rewards. The
-    log-probabilities are None if they were not asked for.
+    mean of an answer without content is None. The log-probabilities are None if they were not asked for.
     """
 
     logprobs: list[float] | None
-    mean_logprobs: list[float] | None
+    mean_logprobs: list[float | None] | None
     rewards: dict[str, list[float]]
     spreads: dict[str, list[float]] = field(default_factory=dict)
 
@@ -338,11 +340,20 @@ class JudgingModel(PreTrainedModel):
         self._hidden(input_ids, padded, observe=judged)
         return self.rewards_of(judged.joined())
 
-    @torch.no_grad()
     def judge(
-        self, groups: Iterable[Sequence[chat.Encoded]], max_tokens: int = 16_384, *, logprobs: bool = True
+        self, groups: Iterable[Sequence[chat.Encoded]], max_tokens: int = MAX_TOKENS, *, logprobs: bool = True
     ) -> list[Judged]:
         """Log-probabilities and rewards of groups of alternatives, each group's shared beginning computed once.
+
+        Arguments as :meth:`judge_batches`.
+        """
+        return list(itertools.chain.from_iterable(self.judge_batches(groups, max_tokens, logprobs=logprobs)))
+
+    @torch.no_grad()
+    def judge_batches(
+        self, groups: Iterable[Sequence[chat.Encoded]], max_tokens: int = MAX_TOKENS, *, logprobs: bool = True
+    ) -> Iterator[list[Judged]]:
+        """Yield the results of :meth:`judge` for one packed batch of groups after another.
 
         Args:
             groups: alternatives of one prompt each (``dph.chat.encode``).
@@ -353,19 +364,20 @@ class JudgingModel(PreTrainedModel):
         The reward heads' dropout is off in training, too, and the mode does not change, so that another thread may
         train the model. Modules of other libraries inside of the model (LoRA with dropout) follow ``training``.
         """
-        judged = []
         for batch in batches(groups, max_tokens):
             packed = pack(batch).to(self.device)
             if logprobs:
                 out = self.forward_packed(packed, dropout=False)
                 sums, means = out.logprobs.tolist(), out.mean_logprobs.tolist()
+                for i, answer in enumerate(itertools.chain.from_iterable(batch)):
+                    means[i] = means[i] if any(answer.score_mask) else None
                 rewards, members = out.rewards, out.members
             else:
                 sums = means = None
                 rewards, members = self._packed_rewards(self.reward_states(packed), packed)
             rewards = {name: values.tolist() for name, values in rewards.items()}
             spreads = {name: values.std(1).tolist() for name, values in members.items()}
-            end = 0
+            judged, end = [], 0
             for group in batch:
                 own = slice(end, end + len(group))
                 end += len(group)
@@ -373,22 +385,23 @@ class JudgingModel(PreTrainedModel):
                 own_spreads = {name: values[own] for name, values in spreads.items()}
                 own_logprobs = (sums[own], means[own]) if logprobs else (None, None)
                 judged.append(Judged(*own_logprobs, own_rewards, own_spreads))
-        return judged
+            yield judged
 
     def score(
-        self, tokenizer: Any, conversations: Sequence[Any], head: str = "default", max_tokens: int = 16_384
+        self, tokenizer: Any, conversations: Sequence[Any], head: str = "default", max_tokens: int = MAX_TOKENS
     ) -> Tensor:
         """Rewards [len(conversations)] fp32 of conversations, each a list of messages that ends with an answer.
 
         Consecutive conversations that differ in the last message alone have their beginning computed once. Dropout and
         mode as in :meth:`judge`; ``max_tokens`` bounds a packed batch. Raises ValueError as :meth:`rewards` in
-        evaluation mode, and for a conversation without an assistant turn.
+        evaluation mode, and for a conversation that does not end in an assistant turn.
         """
         self.check_heads(head)
         groups: list[list[chat.Encoded]] = []
         beginning, room = None, 0
-        for conversation in conversations:
+        for i, conversation in enumerate(conversations):
             encoded = chat.encode(conversation, tokenizer)
+            chat.check_final_answer(conversation, f"conversations[{i}]")
             if beginning != conversation[:-1] or len(encoded) > room:
                 groups.append([])
                 beginning, room = conversation[:-1], max_tokens

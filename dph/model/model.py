@@ -281,7 +281,8 @@ class Model(HeadFiles, JudgingModel, GenerationMixin):
     def save_official(self, directory: str | os.PathLike) -> None:
         """Write a directory in the released layout (``lsw_transformer``): config.json and model.safetensors.
 
-        Untrained heads are left out, as by :meth:`save_pretrained`. Raises ValueError, before anything is written, for
+        Untrained heads are left out, as by :meth:`save_pretrained`; without a trained one, config.json names no heads
+        and the class of language models. Raises ValueError, before anything is written, for
         a model that the layout cannot represent: with task heads, another epsilon, or the form of another family.
         """
         saving.save_official(self, self._trained_weights(self.state_dict()), directory)

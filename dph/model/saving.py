@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 def save_official(model: Model, weights: Mapping[str, Tensor], directory: str | os.PathLike) -> None:
     """Write config.json and model.safetensors in the released layout; as :meth:`Model.save_official`."""
     config = checkpoint.config_to_official(model.config)
+    if not any(name.startswith("heads.") for name in weights):
+        config |= checkpoint.NO_HEADS  # the released class would fill listed heads with random weights
     tensors = checkpoint.to_official(dict(weights))
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     os.makedirs(directory, exist_ok=True)

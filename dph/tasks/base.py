@@ -142,6 +142,19 @@ def letter(key: str, labels: Callable[[Doc], Sequence[str]]) -> Reference:
     return Reference(key, read)
 
 
+def number_or_letter(key: str, options: str) -> Reference:
+    """Return a reference that is a number from 0, or the letter of one of the field ``options``."""
+    by_number = number(key)
+    by_letter = letter(key, lambda doc: LETTERS[: len(doc[options])])
+
+    def read(doc: Doc) -> Label:
+        value = doc.get(key)
+        is_letter = isinstance(value, str) and value.isalpha()
+        return by_letter.read(doc) if is_letter else by_number.read(doc)
+
+    return Reference(key, read)
+
+
 def lettered(texts: Iterable[str], letters: Iterable[str] = LETTERS) -> list[str]:
     """Return ``A. first``, ``B. second``, ...: the form of choices in a question and as answers."""
     return [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=False)]

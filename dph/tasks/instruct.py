@@ -6,7 +6,6 @@ Example: alpaca/cleaned, "Add." with the input "1 and 2", is answered "3".
 from typing import Any
 
 from dph import chat
-from dph.errors import UserError
 from dph.tasks.base import INSTRUCTION, TRAIN, Doc, Task, fields_of, text_or_null
 
 WITH_INPUT = INSTRUCTION.replace("a task.", "a task, paired with an input that provides further context.")
@@ -21,15 +20,17 @@ def alpaca_prompt(doc: Doc) -> str:
 def answered(value: Any, name: str) -> None:
     """Check a list of messages, the last of which is the assistant's."""
     chat.check(value, name)
-    if value[-1]["role"] != "assistant":
-        raise UserError(f"{name}: expected the assistant's answer at the end, got a {value[-1]['role']} message")
+    chat.check_final_answer(value, name)
 
 
 def ultrafeedback_answer(doc: Doc, side: str) -> list[str]:
-    """Return the answer of one side: the last message if the first one repeats the prompt, else the first."""
+    """Return the answer of one side: the final message, which is the assistant's.
+
+    As in the paper's code, a side that begins with another user message than the prompt has its answer there.
+    """
     messages = doc[side]
-    repeated = messages[0]["role"] == "user" and messages[0]["content"].strip() == doc["prompt"].strip()
-    return [messages[-1 if repeated else 0]["content"]]
+    is_other = messages[0]["role"] == "user" and messages[0]["content"].strip() != doc["prompt"].strip()
+    return [messages[0 if is_other else -1]["content"]]
 
 
 def tinystories(name: str, names: tuple[str, ...], prompt: str) -> Task:

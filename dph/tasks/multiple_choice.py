@@ -3,7 +3,7 @@
 Example: arc/easy, "Which is a gas?", lists "A. ice", "B. steam", ...; the right answer is "B. steam".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dph.errors import UserError, shown
@@ -19,20 +19,40 @@ from dph.tasks.base import (
     lettered,
     listed,
     number,
+    number_or_letter,
     object_of,
     one_of,
+    text,
     texts,
 )
 
 
+def choices_with_labels(value: Any, name: str) -> None:
+    """Check an object of two lists, text and label, or a list of objects, as in the files of ARC's authors."""
+    if not isinstance(value, list):
+        object_of(text=texts(), label=texts())(value, name)
+        return
+    if not value:
+        raise UserError(f"{name}: expected at least one choice, got none")
+    for i, choice in enumerate(value):
+        object_of(text=text, label=text)(choice, f"{name}[{i}]")
+
+
+def texts_and_labels(doc: Doc) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the texts of the choices and their labels."""
+    choices = doc["choices"]
+    if isinstance(choices, list):
+        return [choice["text"] for choice in choices], [choice["label"] for choice in choices]
+    return choices["text"], choices["label"]
+
+
 def one_label_each(doc: Doc) -> None:
     """Check that the choices have labels of their own."""
-    choices = doc["choices"]
-    if len(choices["label"]) != len(choices["text"]):
-        counts = f"{len(choices['text'])} texts and {len(choices['label'])} labels"
-        raise UserError(f"choices: expected as many labels as texts, got {counts}")
-    if len(set(choices["label"])) != len(choices["label"]):
-        raise UserError(f"choices.label: expected different labels, got {shown(choices['label'])}")
+    options, labels = texts_and_labels(doc)
+    if len(labels) != len(options):
+        raise UserError(f"choices: expected as many labels as texts, got {len(options)} texts and {len(labels)} labels")
+    if len(set(labels)) != len(labels):
+        raise UserError(f"choices.label: expected different labels, got {shown(labels)}")
 
 
 def labelled(name: str, hub: str, config: str, question: str, example: Doc) -> Task:
@@ -43,12 +63,12 @@ def labelled(name: str, hub: str, config: str, question: str, example: Doc) -> T
         config=config,
         evaluated="test",
         metric="accuracy",
-        fields=fields_of(question, choices=object_of(text=texts(), label=texts())),
+        fields=fields_of(question, choices=choices_with_labels),
         rule=one_label_each,
         system=CHOOSE,
-        prompt=lambda doc: f"Question: {doc[question]}\n\n{listed(doc['choices']['text'], doc['choices']['label'])}",
-        options=lambda doc: lettered(doc["choices"]["text"], doc["choices"]["label"]),
-        label=letter("answerKey", lambda doc: doc["choices"]["label"]),
+        prompt=lambda doc: f"Question: {doc[question]}\n\n{listed(*texts_and_labels(doc))}",
+        options=lambda doc: lettered(*texts_and_labels(doc)),
+        label=letter("answerKey", lambda doc: texts_and_labels(doc)[1]),
         example=example,
     )
 
@@ -161,7 +181,7 @@ TASKS = [
         system=CHOOSE,
         prompt=lambda doc: f"Question: {doc['question']}\n\n{listed(doc['choices'])}",
         options=lambda doc: lettered(doc["choices"]),
-        label=number("answer"),
+        label=number_or_letter("answer", "choices"),
         example={"question": "2+2?", "choices": ["3", "4", "5", "6"], "answer": 1, "subject": "math"},
     ),
 ]

@@ -94,6 +94,25 @@ def test_generate_without_a_head_ranks_alike(dph_command, models, samples):
         assert [float(row[2]) for row in part] == sorted((float(row[2]) for row in part), reverse=True)
 
 
+def test_the_first_head_is_the_default(dph_command, models, tmp_path):
+    model, tok = dph.Model.from_pretrained(models / "judge"), loading.load_tokenizer(str(models / "judge"))
+    model.save_head(tmp_path / "head", "short")
+    other = dph.Model.from_pretrained(models / "mute")
+    other.load_head(tmp_path / "head", "brief", force=True)
+    other.save_pretrained(tmp_path / "other")
+    tok.save_pretrained(tmp_path / "other")
+    rows = write_lines(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER]})
+    write_lines(tmp_path / "glue/sst2/validation.jsonl", {"sentence": "good", "label": 1})
+    task = ["--task", "glue/sst2", "--directory", tmp_path]
+    for name, head in (("judge", "default"), ("other", "brief")):
+        folder = models / name if name == "judge" else tmp_path / name
+        for argv in (["score", folder, rows], ["evaluate", folder, *task], ["generate", folder, *ASKED]):
+            code, out, _ = dph_command(*argv, "--json")
+            assert code == 0
+            assert dph_command(*argv, "--json", "--head", head)[1] == out
+    assert dph_command("score", folder, rows, "--head", head, "--logprob-only")[0] == 2
+
+
 def test_one_answer_needs_no_head(dph_command, models):
     code, out, _ = dph_command("generate", models / "mute", "--prompt", "x", "-n", 1, "--max-new-tokens", 4)
     assert code == 0
@@ -232,7 +251,9 @@ def test_score_conversations(dph_command, models, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     model, tok = dph.Model.from_pretrained(models / "judge"), loading.load_tokenizer(str(models / "judge"))
     want = model.score(tok, [[USER, ANSWER], longer]).tolist()
-    assert [line["reward"] for line in lines] == pytest.approx(want, abs=1e-5)
+    assert [line["messages"] for line in lines] == [[USER, ANSWER], longer]
+    scores = [line["scores"] for line in lines]
+    assert [one["reward"] for one in scores] == pytest.approx(want, abs=1e-5)
     # The log-probability is the final answer's: "positive" and <|im_end|>.
     encoded = dph.chat.encode(longer, tok)
     count = len(tok("positive")["input_ids"]) + 1
@@ -241,8 +262,8 @@ def test_score_conversations(dph_command, models, tmp_path):
     targets[0, first : first + count] = torch.tensor(encoded.targets[first : first + count])
     with torch.no_grad():
         logits = model(torch.tensor([encoded.tokens])).logits
-    assert lines[1]["logprob"] == pytest.approx(dph.losses.sequence_logprobs(logits, targets).item(), abs=1e-4)
-    assert cells(out) == [[str(i), *(f"{value:.3f}" for value in line.values())] for i, line in enumerate(lines)]
+    assert scores[1]["logprob"] == pytest.approx(dph.losses.sequence_logprobs(logits, targets).item(), abs=1e-4)
+    assert cells(out) == [[str(i), *(f"{value:.3f}" for value in one.values())] for i, one in enumerate(scores)]
     assert dph_command("score", models / "judge", rows, "--json")[1].splitlines() == list(map(json.dumps, lines))
 
 
@@ -261,14 +282,15 @@ def test_score_preferences(dph_command, models, tmp_path):
     model, tok = dph.Model.from_pretrained(models / "judge"), loading.load_tokenizer(str(models / "judge"))
     rewards = model.score(tok, [[USER, *s] for s in said]).tolist()
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    got = [(line["chosen"]["reward"], line["rejected"]["reward"]) for line in lines]
+    assert [{key: value for key, value in line.items() if key != "scores"} for line in lines] == rows
+    got = [tuple(line["scores"][side]["reward"] for side in ("chosen", "rejected")) for line in lines]
     for pair, (chosen, rejected) in zip(got, [(0, 1), (2, 3), (1, 2), (3, 3)], strict=True):
         assert pair == pytest.approx((rewards[chosen], rewards[rejected]), abs=1e-5)
     table = cells(out)
     assert [row[0] for row in table] == ["reward", "log-probability (sum)", "log-probability (mean)"]
     wins = sum(chosen > rejected for chosen, rejected in got[:3])
     assert table[0][1] == f"{(wins + 0.5) / 4:.3f}"
-    assert [row[-3:] for row in table] == [["1", "0", "4"]] * 3  # ties, NaN, n
+    assert [row[-2:] for row in table] == [["1", "4"]] * 3  # ties, n
     code, out, _ = dph_command("score", models / "mute", file, "--logprob-only", "--json")
     assert code == 0
     assert [json.loads(line)["method"] for line in out.splitlines()] == [row[0] for row in table[1:]]
@@ -281,7 +303,10 @@ def test_an_empty_answer_has_no_mean(dph_command, models, tmp_path):
     assert (code, err) == (0, "")
     assert [[cell == "-" for cell in row] for row in cells(out)] == [[False] * 3 + [True], [False] * 4]
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [[value is None for value in line.values()] for line in lines] == [[False, False, True], [False] * 3]
+    assert [[value is None for value in line["scores"].values()] for line in lines] == [
+        [False, False, True],
+        [False] * 3,
+    ]
 
 
 def test_a_pair_with_an_empty_answer_is_not_compared_by_the_mean(dph_command, models, tmp_path):
@@ -289,11 +314,11 @@ def test_a_pair_with_an_empty_answer_is_not_compared_by_the_mean(dph_command, mo
     rows = write_lines(tmp_path / "rows.jsonl", *pairs)
     code, out, err = dph_command("score", models / "judge", rows)
     assert (code, err) == (0, "")
-    assert [row[-2:] for row in cells(out)] == [["0", "2"]] * 2 + [["0", "1"]]  # NaN, n
-    assert cells(out)[2] == ["log-probability (mean)", "0.500", "0.055 to 0.945", "0", "1", "0", "1"]
+    assert [row[-2:] for row in cells(out)] == [["1", "2"]] * 2 + [["1", "1"]]  # ties, n
+    assert cells(out)[2] == ["log-probability (mean)", "0.500", "0.055 to 0.945", "0", "1", "1"]
     code, out, err = dph_command("score", models / "judge", write_lines(tmp_path / "one.jsonl", pairs[0]))
     assert (code, err) == (0, "")
-    assert cells(out)[2] == ["log-probability (mean)", "-", "-", "-", "0", "0", "0"]
+    assert cells(out)[2] == ["log-probability (mean)", "-", "-", "-", "0", "0"]
     code, out, _ = dph_command("score", models / "judge", tmp_path / "one.jsonl", "--json")
     assert (code, json.loads(out.splitlines()[2])["accuracy"]) == (0, None)
 
@@ -306,10 +331,42 @@ def test_scores_that_are_no_number_are_an_error(dph_command, models, tmp_path, c
     model.save_pretrained(tmp_path / "broken")
     loading.load_tokenizer(str(models / "judge")).save_pretrained(tmp_path / "broken")
     rows = write_lines(tmp_path / "rows.jsonl", {"messages": [USER, {"role": "assistant", "content": content}]})
-    code, _, err = dph_command("score", tmp_path / "broken", rows)
-    assert code == 1
-    nans = 3 if content else 2
-    assert f"dph: error: {nans} scores are not a number (NaN); in comparisons they count as wrong\n" in err
+    write_lines(tmp_path / "glue/sst2/validation.jsonl", {"sentence": "good", "label": 1})
+    evaluate = ["evaluate", tmp_path / "broken", "--task", "glue/sst2", "--directory", tmp_path]
+    for argv, where in (
+        (["score", tmp_path / "broken", rows], f"{rows}:1: reward"),
+        (evaluate, f"{tmp_path}/glue/sst2/validation.jsonl:1: log-probability"),
+    ):
+        code, out, err = dph_command(*argv)
+        assert (code, out) == (1, "")
+        assert err.startswith(f"dph: error: {where}: expected finite numbers, got [nan")
+
+
+def test_every_line_is_judged_by_its_own_form(dph_command, models, tmp_path):
+    pair = {"prompt": "a film?", "chosen": "is gripping", "rejected": "is not", "id": 7}
+    rows = [
+        {"messages": [USER, ANSWER]},
+        pair,
+        {"prompt": [USER], "completion": "is gripping", "label": False},
+        pair | {"messages": [USER]},
+        {"prompt": [USER], "completion": [ANSWER], "label": None, "chosen": None},
+    ]
+    file, output = write_lines(tmp_path / "rows.jsonl", *rows), tmp_path / "out.jsonl"
+    code, out, err = dph_command("score", models / "judge", file, "--output", output)
+    assert (code, err) == (0, "")
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    scores = [line.pop("scores") for line in lines]
+    assert lines == rows
+    assert [set(one) for one in scores] == [{"reward", "logprob", "mean_logprob"}, {"chosen", "rejected"}] * 2 + [
+        {"reward", "logprob", "mean_logprob"}
+    ]
+    conversations, pairs = out.split("\n\n")
+    assert [row[0] for row in cells(conversations)] == ["0", "2", "4"]
+    assert [row[-1] for row in cells(pairs)] == ["2"] * 3
+    for one in (scores[2], scores[4], scores[1]["chosen"]):
+        assert list(one.values()) == pytest.approx(list(scores[0].values()), abs=1e-5)
+    shown = dph_command("score", models / "judge", file, "--json")[1].splitlines()
+    assert [json.loads(line).get("n") for line in shown] == [None] * 3 + [2] * 3
 
 
 def test_malformed_files_name_the_line(refused, models, tmp_path):
@@ -322,6 +379,14 @@ def test_malformed_files_name_the_line(refused, models, tmp_path):
     assert f"{file}:2: expected a JSON object, got list" in refused(*argv, file)
     write_lines(file, {"messages": [USER, ANSWER]}, {"messages": [USER]})
     assert f"{file}:2: expected an assistant message, got a conversation without one" in refused(*argv, file)
+    why = {"role": "user", "content": "why"}
+    for last in ({"messages": [USER, ANSWER, why]}, {"prompt": [USER, ANSWER], "completion": [why]}):
+        write_lines(file, {"messages": [USER, ANSWER]}, last)
+        assert f"{file}:2: expected the assistant's answer at the end, got a user message" in refused(*argv, file)
+    write_lines(file, {"messages": [USER, ANSWER]}, {"text": "a"})
+    assert f"{file}:2: expected messages, prompt and completion, or chosen and" in refused(*argv, file)
+    write_lines(file, {"messages": [USER, ANSWER], "scores": 1})
+    assert f"{file}:1: scores: expected no such field, which the output adds" in refused(*argv, file, "--json")
     write_lines(file, {"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b"})
     assert f"{file}:2: expected a preference" in refused(*argv, file)
     file.write_text("")

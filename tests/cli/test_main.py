@@ -350,11 +350,24 @@ def test_convert_both_ways(dph_command, refused, shared, tmp_path):
     assert "expected a new or empty directory" in refused("convert", released, own, "--to", "own")
 
 
+def test_convert_to_official_names_the_chat_tokens(dph_command, models, tmp_path):
+    assert dph_command("convert", models / "judge", tmp_path / "out", "--to", "official")[0] == 0
+    ours, theirs = (loading.load_tokenizer(str(path)) for path in (models / "judge", tmp_path / "out"))
+    assert (ours.cls_token, ours.sep_token) == (None, None)
+    assert (theirs.cls_token, theirs.sep_token) == ("<|im_end|>", "<|im_start|>")
+    assert dph.chat.encode([USER, ANSWER], theirs) == dph.chat.encode([USER, ANSWER], ours)
+    assert dph_command("convert", tmp_path / "out", tmp_path / "again", "--to", "official")[0] == 0
+    before, after = ((tmp_path / name / "tokenizer_config.json").read_bytes() for name in ("out", "again"))
+    assert before == after
+
+
 def test_convert_leaves_out_heads_without_weights(dph_command, models, tmp_path):
     code, _, err = dph_command("convert", models / "fresh", tmp_path / "out", "--to", "official")
     assert code == 0
     assert "reward heads without weights are left out: default" in err
     assert dph.Model.from_pretrained(tmp_path / "out").head_names == []
+    fields = json.loads((tmp_path / "out/config.json").read_text())
+    assert (fields["architectures"], fields["reward_heads"]) == (["LSWTForCausalLM"], None)
     assert not [key for key in load_file(tmp_path / "out/model.safetensors") if "reward" in key]
 
 

@@ -10,7 +10,8 @@ import dph
 from dph import chat, tasks
 from dph.data import tokenizer
 from dph.errors import UserError
-from dph.evaluate.choices import choose, evaluate, prefer
+from dph.evaluate.choices import evaluate, prefer
+from dph.evaluate.metrics import wilson
 from dph.evaluate.tables import table
 
 DOCS = [
@@ -39,30 +40,21 @@ def tiny(tok, **config):
     return model.eval()
 
 
-def test_a_nan_never_wins():
-    assert choose([0.1, 0.3, 0.2], 0) == 1
-    assert choose([0.3, 0.3], 1) == 0  # the first of equals
-    for gold in (0, 1):
-        for scores in ([math.nan, 1.0], [1.0, math.nan], [math.nan, math.nan]):
-            assert choose(scores, gold) == 1 - gold
-    assert choose([math.nan] * 6, 3.8) == 0
-    assert choose([math.nan], 0) == -1
-
-
-def test_prefer_counts_ties_half_and_nans_wrong():
-    row = prefer("reward", [1.0, 2.0, 0.0, math.nan], [0.0, 2.0, 1.0, 0.0])
-    assert (row.accuracy.value, row.ties, row.nans, row.n) == (1.5 / 4, 1, 1, 4)
-    assert row.margin == 0.0
-    assert prefer("reward", [math.nan], [0.0]).margin is None
-    none = prefer("reward", [], [])
+def test_prefer_counts_ties_half():
+    row = prefer("reward", [1.0, 2.0, 0.0, None, 1.0], [0.0, 2.0, 1.0, 0.0, None])
+    assert row.accuracy == wilson(1.5, 3)
+    assert (row.ties, row.n, row.margin) == (1, 3, 0.0)
+    none = prefer("reward", [None], [1.0])
     assert (none.accuracy, none.margin, none.n) == (None, None, 0)
+    with pytest.raises(RuntimeError, match=r"reward: pair 1: expected finite numbers, got \[nan, 0.0\]"):
+        prefer("reward", [1.0, math.nan], [0.0, 0.0])
 
 
 def test_choices_equal_those_judged_alone(model, tok):
     task = tasks.load("glue/sst2")
     report = evaluate(model, tok, task, DOCS, max_tokens=200)  # several batches
     assert [row.method for row in report.rows] == ["log-probability", "reward"]
-    assert (report.task, report.n, report.nans) == ("glue/sst2", 3, 0)
+    assert (report.task, report.n, [row.n for row in report.rows]) == ("glue/sst2", 3, [3, 3])
     for row, judge in zip(report.rows, (alone_by_logprob, alone_by_reward), strict=True):
         chosen = [int(np.argmax([judge(model, tok, c) for c in task.choices(doc)])) for doc in DOCS]
         want = np.mean([c == task.gold(doc) for c, doc in zip(chosen, DOCS, strict=True)])
@@ -82,19 +74,30 @@ def alone_by_logprob(model, tok, conversation):
     return dph.losses.sequence_logprobs(logits, torch.tensor([targets]), "mean").item()
 
 
-def test_broken_weights_are_counted_as_wrong(tok):
+def test_broken_weights_are_an_error_before_the_last_record(tok):
     model = tiny(tok)
     model.backbone.output_norm.weight.data.fill_(math.nan)
-    report = evaluate(model, tok, tasks.load("glue/sst2"), DOCS)
-    assert [row.nans for row in report.rows] == [3, 3]
-    assert [row.metrics["accuracy"].value for row in report.rows] == [0.0, 0.0]
+    docs = iter(DOCS * 2)
+    with pytest.raises(RuntimeError, match=r"record 0: log-probability: expected finite numbers, got \[nan, nan\]"):
+        evaluate(model, tok, tasks.load("glue/sst2"), docs, max_tokens=1)
 
 
-def test_equal_rewards_are_counted_as_ties(tok):
+def test_equal_rewards_share_the_record(tok):
     model = tiny(tok)
     for weight in model.heads["shared"].reward.parameters():
         weight.data.zero_()
-    assert evaluate(model, tok, tasks.load("glue/sst2"), DOCS).rows[1].ties == 3
+    for gold in range(4):
+        docs = [{"ctx": "It", "endings": ["is", "is not", "or", "film"], "label": gold}] * 3
+        row = evaluate(model, tok, tasks.load("hellaswag/no_choice"), docs).rows[1]
+        assert (row.metrics["accuracy"].value, row.ties) == (0.25, 3)
+
+
+def test_a_record_with_an_empty_choice_is_not_compared_by_the_mean(model, tok):
+    docs = [{"ctx": "It", "endings": ["is", second], "label": 0} for second in ("", "or")]
+    rows = evaluate(model, tok, tasks.load("hellaswag/no_choice"), docs).rows
+    assert [(row.method, row.n) for row in rows] == [("log-probability", 1), ("reward", 2)]
+    none = evaluate(model, tok, tasks.load("hellaswag/no_choice"), docs[:1], head=None).rows[0]
+    assert (none.n, none.metrics) == (0, {"accuracy": None})
 
 
 def test_evaluation_refuses(model, tok):

@@ -119,7 +119,8 @@ def test_judging_equals_every_answer_alone(budget):
     for group, result in zip(groups, results, strict=True):
         rows = zip(result.logprobs, result.mean_logprobs, result.rewards["default"], strict=True)
         for item, got in zip(group, rows, strict=True):
-            assert got == pytest.approx(alone(model, item), abs=1e-4, nan_ok=True)
+            assert (got[1] is None) == (not any(item.score_mask))  # an empty answer has no mean
+            assert np.array(got, dtype=float) == pytest.approx(alone(model, item), abs=1e-4, nan_ok=True)
     for alike, result in zip(model.judge(groups, budget, logprobs=False), results, strict=True):
         assert alike.rewards["default"] == pytest.approx(result.rewards["default"], abs=1e-6, nan_ok=True)
         assert alike.logprobs is alike.mean_logprobs is None

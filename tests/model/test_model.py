@@ -294,6 +294,8 @@ def test_a_conversation_without_an_answer_cannot_be_scored():
     model, tok = scorer()
     with pytest.raises(ValueError, match="expected an assistant message"):
         model.score(tok, [TALK[0], [message("user", "hello")]])
+    with pytest.raises(ValueError, match=r"conversations\[1\]: expected the assistant's answer at the end, got a user"):
+        model.score(tok, [TALK[0], [*TALK[1], message("user", "hello")]])
 
 
 @pytest.mark.parametrize("way", ["hook", "another module"])

@@ -122,6 +122,13 @@ def test_errors_name_the_task():
         ("race/all", "answer", "BC", "expected one of A, B, C, D, got 'BC'"),
         ("race/all", "options", "ABCD", "expected a list of texts, got 'ABCD'"),
         ("race/all", "options", ["a", {"b": 1}], r"expected text, got {'b': 1}"),
+        ("arc/easy", "choices", ARC | {"text": ["a", None, "b", "c"]}, "expected text, got None"),
+        ("arc/easy", "choices", [{"text": "a"}], "expected an object with text and label, got one without label"),
+        ("arc/easy", "choices", [{"text": "a", "label": "B"}, 1], "expected an object with text and label, got 1"),
+        ("arc/easy", "choices", [{"text": "a", "label": "B"}] * 2, "expected different labels, got"),
+        ("arc/easy", "choices", [], "expected at least one choice, got none"),
+        ("mmlu/all", "answer", "E", "expected one of A, B, C, D, got 'E'"),
+        ("mmlu/all", "answer", "b", "expected one of A, B, C, D, got 'b'"),
         ("mmlu/all", "choices", ["a"] * 11, "expected at most 10 texts, got 11"),
         ("mmlu/all", "choices", [], "expected at least 1 text, got none"),
         ("boolq", "label", True, "expected a number, got True"),
@@ -243,6 +250,29 @@ def test_squad_without_spacy_or_its_model_says_how_to_get_it(monkeypatch, presen
     monkeypatch.setitem(sys.modules, "spacy", fake)
     with pytest.raises(UserError, match="pip install spacy && python -m spacy download en_core_web_md"):
         tasks.load("squad/v2").distractors(UNANSWERABLE)
+
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+HI = {"role": "assistant", "content": "Hi!"}
+
+
+@pytest.mark.parametrize("chosen", [[ASK, HI], [SYSTEM, ASK, HI], [SYSTEM, HI], [HI], [SYSTEM, ASK, HI, ASK, HI]])
+def test_ultrafeedback_takes_the_final_answer(chosen):
+    task = tasks.load("ultrafeedback/binarized")
+    (turns,) = task.targets(task.example | {"chosen": chosen})
+    assert turns[-1] == HI
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("mmlu/all", {"answer": "B"}),
+        ("arc/easy", {"choices": [{"text": t, "label": n} for t, n in zip(ARC["text"], ARC["label"], strict=True)]}),
+    ],
+)
+def test_other_forms_of_the_same_record_render_alike(name, fields):
+    task = tasks.load(name)
+    assert task.labelled(task.example | fields) == task.labelled(task.example)
 
 
 def test_ultrafeedback_takes_the_answer_and_drops_pairs_without_a_difference(tmp_path):

@@ -91,7 +91,7 @@ def test_commands_take_several_heads(run, capsys):
     methods = [row["method"] for row in rows]
     assert methods[:3] == ["reward default", "reward default-2", "reward default-3"]
     assert rows[0]["margin"] == rows[1]["margin"] == rows[2]["margin"]
-    scores = json.loads((run / "scores.jsonl").read_text().splitlines()[0])["chosen"]
+    scores = json.loads((run / "scores.jsonl").read_text().splitlines()[0])["scores"]["chosen"]
     assert list(scores) == ["reward_default", "reward_default-2", "reward_default-3", "logprob", "mean_logprob"]
     main(["score", *words, "--head", str(run / "run")])
     assert json.loads(capsys.readouterr().out.splitlines()[0])["method"] == "reward"

@@ -1,5 +1,6 @@
 """The loop: exact resume in every stage, accumulation, what trains and what stands still, and what stops it."""
 
+import dataclasses
 import math
 import signal
 
@@ -393,14 +394,34 @@ def test_parts_of_the_objective_that_are_off_are_not_logged(tmp_path):
     assert "dpo_loss" in line
 
 
-def test_head_learns_and_ties_count_as_wrong(tmp_path):
+def test_head_learns_and_ties_count_half(tmp_path):
     model = tiny()
     with torch.no_grad():
         model.heads["shared"].reward["default"].weight.zero_()
     stage = settings("head", tmp_path / "zero", optimiser__lr=0.0, optimiser__final_lr=0.0)
-    assert go(stage, model=model).evaluation["reward_accuracy"] == 0.0
+    assert go(stage, model=model).evaluation["reward_accuracy"] == 0.5
     recipe = settings("head", tmp_path / "run", optimiser__steps=60, output__save_every=0, optimiser__prior_decay=0.0)
     assert go(recipe).evaluation["reward_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("stage", ["align", "head"])
+def test_a_pair_with_an_empty_answer_is_not_compared_by_the_mean(stage, tmp_path):
+    pairs = records(stage, 3)
+    empty = dataclasses.replace(pairs[0], rejected=[*pairs[0].rejected[:-1], {"role": "assistant", "content": ""}])
+    with_empty = go(settings(stage, tmp_path / "a"), held_out={"a": [*pairs[1:], empty], "b": [empty]}).evaluation
+    without = go(settings(stage, tmp_path / "b"), held_out={"a": pairs[1:]}).evaluation
+    assert with_empty["logprob_accuracy"] == with_empty["logprob_accuracy/a"] == without["logprob_accuracy"]
+    assert math.isnan(with_empty["logprob_accuracy/b"])
+    assert 0 <= with_empty["reward_accuracy/b"] <= 1
+
+
+def test_held_out_scores_that_are_no_number_are_an_error(tmp_path):
+    model = tiny()
+    with torch.no_grad():
+        model.heads["shared"].reward["default"].weight.fill_(math.nan)
+    recipe, held_out = settings("head", tmp_path, guard__stop_after=99), {"a": records("head", 3)}
+    with pytest.raises(RuntimeError, match=r"a: reward_accuracy: expected finite numbers, got \[nan, nan\]"):
+        go(recipe, model=model, held_out=held_out)
 
 
 def test_several_held_out_sources(tmp_path):
