@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 
 def read_prompts(path: str) -> list[list[Message]]:
     """Return the conversations of a JSONL file, each with ``prompt`` (text or messages) or ``messages``."""
-    from dph.data.sources import JsonLines
+    from dph.data.json_lines import JsonLines
 
     prompts, lines = [], JsonLines(path)
     for i, fields in enumerate(lines):

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from dph.data import dataset
-    from dph.data.sources import read_jsonl
+    from dph.data.json_lines import read_jsonl
 
     first_record = next(read_jsonl(args.file), {})
     kind = "preference" if all(first_record.get(side) is not None for side in SIDES) else "conversation"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dph.errors import UserError, check_text, shown, shown_names
@@ -56,6 +56,16 @@ def renamed(fields: Mapping[str, Any], columns: Mapping[str, str], where: str) -
     for own, name in columns.items():
         row[own] = fields[name]
     return row
+
+
+def is_one_of(value: Any, wanted: Sequence[Any]) -> bool:
+    """Return whether a value is one of those that a filter lists; a table in text has texts in place of numbers."""
+    for other in wanted:
+        if value == other and isinstance(value, bool) == isinstance(other, bool):
+            return True
+        if isinstance(value, str) and isinstance(other, int | float) and value.lower() == str(other).lower():
+            return True
+    return False
 
 
 def own_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -5,18 +5,27 @@ Rows have the fields that TRL documents; ``dph.data.conversions`` and ``dph.data
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from dph import chat
 from dph.chat import Encoded, Message
 from dph.data import conversions
+from dph.data.json_lines import DIGEST
 from dph.data.rendered import SUSPECT, parse, recognise, refuse
 from dph.errors import UserError, check_text, shown, shown_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from dph.data.files import Documents, Visit
+    from dph.data.json_lines import JsonLines
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +53,10 @@ class Preference:
     chosen: list[Message]
     rejected: list[Message]
 
+
+# Longest text of a record, in characters; longer ones are split. A stream takes whole records: a corpus in one record
+# would be read by every stream at once, and every checkpoint would hold the rest of it.
+MAX_TEXT = 2**16
 
 Record = Text | Conversation | Preference
 
@@ -240,6 +253,141 @@ def _conversation(
     if prompt and prompt[-1]["role"] == "user" and messages[0]["role"] == "assistant":  # the common case
         return prompt + messages
     return conversions.joined(prompt, messages, f"{where}: {name}")
+
+
+def split_text(text: str) -> list[Text]:
+    """Split a text after lines, else after spaces, into the longest records of at most ``MAX_TEXT`` characters.
+
+    Only the last record teaches the end of the document.
+    """
+    records, start = [], 0
+    while len(text) - start > MAX_TEXT:
+        limit = start + MAX_TEXT
+        end = limit
+        for separator in ("\n", " "):
+            position = text.rfind(separator, start, limit)
+            if position > start:
+                end = position + 1
+                break
+        records.append(Text(text[start:end], continues=True))
+        start = end
+    return [*records, Text(text[start:])]
+
+
+# Sequences of records
+
+
+class Records(Sequence):
+    """Base class of sized and indexable sequences of records.
+
+    Worker processes unpickle them, so that they hold plain attributes rather than closures.
+    """
+
+    def __iter__(self) -> Iterator[Record | None]:
+        """Iterate over all records; an IndexError raised in making one does not end the iteration silently."""
+        for index in range(len(self)):
+            yield self[index]
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a short digest of the content that the records are made from, whatever its path and dates."""
+
+
+def combined_fingerprint(*parts: object) -> str:
+    """Return the fingerprint of something that is made of ``parts``."""
+    return blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=DIGEST).hexdigest()
+
+
+class RowFormat:
+    """Options of a source that say how its rows become records.
+
+    Args:
+        kind, text_field, columns, rendered: see ``parse_record``.
+        filter: name in the data -> a value, or the list of values, of the rows that are used; None for all rows.
+
+    Attributes:
+        parsing: keyword arguments of ``parse_record``.
+        ignored: names of fields with a value that no record depends on, of the rows parsed by ``take``.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        text_field: str = "text",
+        columns: Mapping[str, str] | None = None,
+        filter: Mapping[str, Any] | None = None,
+        rendered: bool = False,
+    ) -> None:
+        self.ignored: set[str] = set()
+        self._filter = dict(filter or {})
+        self.parsing = {"kind": kind, "text_field": text_field, "columns": columns or None, "rendered": rendered}
+
+    @property
+    def has_filter(self) -> bool:
+        """Whether some rows may be left out."""
+        return bool(self._filter)
+
+    def take(self, place: str, fields: Mapping[str, Any]) -> Record | None:
+        """Return the record of a row, None if the filter leaves it out. Raises UserError as ``parse_record``."""
+        for name, wanted in self._filter.items():
+            values = wanted if isinstance(wanted, list | tuple) else [wanted]
+            if not conversions.is_one_of(fields.get(name), values):
+                return None
+        return parse_record(fields, where=place, ignored=self.ignored, **self.parsing)
+
+    def fingerprint(self, digest: str) -> str:
+        """Return the digest of rows, and of the options of this source that not every source has."""
+        options = self._filter, self.parsing["columns"], self.parsing["rendered"]
+        return combined_fingerprint(digest, *options) if any(options) else digest
+
+
+class RowRecords(Records):
+    """Records of rows; a text longer than ``MAX_TEXT`` characters is several records.
+
+    Every row is checked at once: a malformed row is an error now rather than hours into training.
+
+    Args:
+        open_rows: returns the rows after a visit to each (``dph.data.files.open_rows``).
+        row_format: of the rows.
+    """
+
+    def __init__(self, open_rows: Callable[[Visit], JsonLines | Documents], row_format: RowFormat) -> None:
+        self._format, self._parsing = row_format, row_format.parsing
+        self._pieces: dict[int, list[Text]] = {}  # of rows with a long text
+        records_per_row = array("q")
+
+        def check_row(place: str, fields: Mapping[str, Any]) -> None:
+            record, count = row_format.take(place, fields), 1
+            if record is None:
+                count = 0
+            elif isinstance(record, Text) and len(record.text) > MAX_TEXT:
+                pieces = self._pieces[len(records_per_row)] = split_text(record.text)
+                count = len(pieces)
+            records_per_row.append(count)
+
+        self._rows = open_rows(check_row)
+        self._size = sum(records_per_row)
+        # The end of each row's records, unless there is one for each row.
+        self._ends = array(
+            "q", accumulate(records_per_row) if self._pieces or self._size < len(records_per_row) else ()
+        )
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return self._size
+
+    def __getitem__(self, index: int) -> Record:
+        """Return one record."""
+        row = index = range(self._size)[index]
+        if self._ends:
+            row = bisect_right(self._ends, index)
+            if row in self._pieces:
+                return self._pieces[row][index - self._ends[row]]  # counted from the end of its pieces
+        return parse_record(self._rows.visited(row), where=self._rows.location(row), **self._parsing)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the rows, and of the options that select and rename."""
+        return self._format.fingerprint(self._rows.fingerprint())
 
 
 class Encoder:
