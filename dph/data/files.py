@@ -43,7 +43,9 @@ DECOMPRESS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
     "bzip2": bz2.BZ2File,
     "xz": lzma.LZMAFile,
 }
-Visit = Callable[[str, Mapping[str, Any]], None]  # called with the place and the fields of each row
+# Given the beginning of places in error messages, returns the function that is called with the number that completes
+# the place of each row, and its fields.
+Visit = Callable[[str], Callable[[int, Mapping[str, Any]], None]]
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +112,7 @@ def open_rows(path: Path, keep_open: bool = True, visit: Visit | None = None) ->
     Args:
         path: a regular file.
         keep_open: see ``JsonLines``.
-        visit: called with the place, which begins an error message, and the fields of each row.
+        visit: makes the function that is called with each row.
 
     Raises UserError if the file is of a kind that is not read, or needs a package that is not installed, and for a
     malformed row: in JSON lines without ``visit`` when it is read, else now.
@@ -123,16 +125,11 @@ def open_rows(path: Path, keep_open: bool = True, visit: Visit | None = None) ->
         return _read_csv(path, "\t" if suffix == ".tsv" else ",", visit)
     if suffix == ".json" and _first_character(path) == b"[":
         return _visited(_read_json(path), f"{path}: item ", visit)
-    by_number = None
-    if visit is not None:
-
-        def by_number(number: int, fields: dict[str, Any]) -> None:
-            visit(f"{path}:{number}", fields)
-
+    visit_line = None if visit is None else visit(f"{path}:")
     try:
         if kind is not None:
-            return StoredLines(path, _read_bytes(path), by_number)
-        return JsonLines(path, keep_open, by_number)
+            return StoredLines(path, _read_bytes(path), visit_line)
+        return JsonLines(path, keep_open, visit_line)
     except UserError as error:
         if suffix == ".json" and ": not JSON: " in str(error):
             raise UserError(f"{error}; expected an array of objects, or one object a line") from None
@@ -242,10 +239,11 @@ def _visited(
 ) -> Documents:
     """Return rows with their places and the digest of their contents, after a visit to each."""
     digest = blake2b(digest_size=DIGEST)
+    visit_row = None if visit is None else visit(place)
     for i, fields in enumerate(rows):
         digest.update(repr(fields).encode(errors="surrogatepass"))
-        if visit is not None:
-            visit(f"{place}{i if numbers is None else numbers[i]}", fields)
+        if visit_row is not None:
+            visit_row(i if numbers is None else numbers[i], fields)
     return Documents(rows, digest.hexdigest(), place, numbers)
 
 

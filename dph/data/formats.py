@@ -10,6 +10,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,6 @@ def parse_record(
     kind: str,
     where: str = "record",
     text_field: str = "text",
-    *,
     columns: Mapping[str, str] | None = None,
     rendered: bool = False,
     ignored: set[str] | None = None,
@@ -306,8 +306,8 @@ class RowFormat:
         filter: name in the data -> a value, or the list of values, of the rows that are used; None for all rows.
 
     Attributes:
-        parsing: keyword arguments of ``parse_record``.
-        ignored: names of fields with a value that no record depends on, of the rows parsed by ``take``.
+        options: ``text_field``, ``columns`` and ``rendered``.
+        ignored: names of fields with a value that no record depends on, of the rows that were checked.
     """
 
     def __init__(
@@ -319,26 +319,20 @@ class RowFormat:
         rendered: bool = False,
     ) -> None:
         self.ignored: set[str] = set()
-        self._filter = dict(filter or {})
-        self.parsing = {"kind": kind, "text_field": text_field, "columns": columns or None, "rendered": rendered}
+        self.kind, self.options, self.filter = kind, (text_field, columns or None, rendered), dict(filter or {})
 
-    @property
-    def has_filter(self) -> bool:
-        """Whether some rows may be left out."""
-        return bool(self._filter)
-
-    def take(self, place: str, fields: Mapping[str, Any]) -> Record | None:
-        """Return the record of a row, None if the filter leaves it out. Raises UserError as ``parse_record``."""
-        for name, wanted in self._filter.items():
+    def accepts(self, fields: Mapping[str, Any]) -> bool:
+        """Return whether the filter uses a row."""
+        for name, wanted in self.filter.items():
             values = wanted if isinstance(wanted, list | tuple) else [wanted]
             if not conversions.is_one_of(fields.get(name), values):
-                return None
-        return parse_record(fields, where=place, ignored=self.ignored, **self.parsing)
+                return False
+        return True
 
     def fingerprint(self, digest: str) -> str:
         """Return the digest of rows, and of the options of this source that not every source has."""
-        options = self._filter, self.parsing["columns"], self.parsing["rendered"]
-        return combined_fingerprint(digest, *options) if any(options) else digest
+        own = self.filter, *self.options[1:]
+        return combined_fingerprint(digest, *own) if any(own) else digest
 
 
 class RowRecords(Records):
@@ -352,25 +346,30 @@ class RowRecords(Records):
     """
 
     def __init__(self, open_rows: Callable[[Visit], JsonLines | Documents], row_format: RowFormat) -> None:
-        self._format, self._parsing = row_format, row_format.parsing
+        self._format, self._kind, self._options = row_format, row_format.kind, row_format.options
         self._pieces: dict[int, list[Text]] = {}  # of rows with a long text
         records_per_row = array("q")
+        self._rows = open_rows(partial(self._checker, records_per_row))
+        self._size = sum(records_per_row)
+        has_one_each = not self._pieces and self._size == len(records_per_row)
+        self._ends = array("q", () if has_one_each else accumulate(records_per_row))  # of each row's records
 
-        def check_row(place: str, fields: Mapping[str, Any]) -> None:
-            record, count = row_format.take(place, fields), 1
-            if record is None:
-                count = 0
-            elif isinstance(record, Text) and len(record.text) > MAX_TEXT:
-                pieces = self._pieces[len(records_per_row)] = split_text(record.text)
-                count = len(pieces)
+    def _checker(self, records_per_row: array, place: str) -> Callable[[int, Mapping[str, Any]], None]:
+        """Return a function that checks a row, given its number, and appends the number of its records."""
+        kind, options, ignored, pieces = self._kind, self._options, self._format.ignored, self._pieces
+        has_filter = bool(self._format.filter)
+
+        def check(number: int, fields: Mapping[str, Any]) -> None:
+            if has_filter and not self._format.accepts(fields):
+                records_per_row.append(0)
+                return
+            record, count = parse_record(fields, kind, f"{place}{number}", *options, ignored), 1
+            if type(record) is Text and len(record.text) > MAX_TEXT:
+                pieces[len(records_per_row)] = split_text(record.text)
+                count = len(pieces[len(records_per_row)])
             records_per_row.append(count)
 
-        self._rows = open_rows(check_row)
-        self._size = sum(records_per_row)
-        # The end of each row's records, unless there is one for each row.
-        self._ends = array(
-            "q", accumulate(records_per_row) if self._pieces or self._size < len(records_per_row) else ()
-        )
+        return check
 
     def __len__(self) -> int:
         """Number of records."""
@@ -383,7 +382,7 @@ class RowRecords(Records):
             row = bisect_right(self._ends, index)
             if row in self._pieces:
                 return self._pieces[row][index - self._ends[row]]  # counted from the end of its pieces
-        return parse_record(self._rows.visited(row), where=self._rows.location(row), **self._parsing)
+        return parse_record(self._rows.visited(row), self._kind, self._rows.location(row), *self._options)
 
     def fingerprint(self) -> str:
         """Return a digest of the rows, and of the options that select and rename."""

@@ -99,14 +99,15 @@ class HubRecords(Records):
     def __init__(self, name: str, split: str, row_format: RowFormat) -> None:
         path, _, config = name.partition(":")
         self._rows, self._indices = read_hub(path, config or None, split), None
-        self._name, self._format, self._parsing = f"hub:{name}, {split}", row_format, row_format.parsing
-        if row_format.has_filter:
+        self._name, self._format = f"hub:{name}, {split}", row_format
+        if row_format.filter:
             self._indices = array("q")
             for i, fields in enumerate(self._rows):
-                if row_format.take(f"{self._name} record {i}", fields) is not None:
+                if row_format.accepts(fields):
+                    self._parse(fields, i)
                     self._indices.append(i)
         elif len(self._rows):
-            row_format.take(f"{self._name} record 0", self._rows[0])
+            self._parse(self._rows[0], 0)
 
     def __len__(self) -> int:
         """Number of records."""
@@ -116,7 +117,12 @@ class HubRecords(Records):
         """Return one record."""
         index = range(len(self))[index]
         row = index if self._indices is None else self._indices[index]
-        return parse_record(self._rows[row], where=f"{self._name} record {row}", **self._parsing)
+        return self._parse(self._rows[row], row)
+
+    def _parse(self, fields: Mapping[str, Any], row: int) -> Record:
+        return parse_record(
+            fields, self._format.kind, f"{self._name} record {row}", *self._format.options, self._format.ignored
+        )
 
     def fingerprint(self) -> str:
         """Return a digest of the data set's name, split and size, of its own fingerprint, and of the options."""
