@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dph.cli import common
-from dph.errors import UserError, printable
+from dph.errors import UserError, printable, shown_names
 
 if TYPE_CHECKING:
     from dph.chat import Message
@@ -24,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT", help="the user's message")
     prompts.add_argument(
-        "--file", metavar="PROMPTS.jsonl", help="one object a line: prompt (text or messages) or messages"
+        "--file",
+        metavar="PROMPTS",
+        help="file or folder of rows, as of dph train: prompt (text or messages) or messages",
     )
     common.add_sampling(parser)
     common.add_json(parser)
@@ -57,16 +60,25 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_prompts(path: str) -> list[list[Message]]:
-    """Return the conversations of a JSONL file, each with ``prompt`` (text or messages) or ``messages``."""
-    from dph.data.json_lines import JsonLines
+    """Return the conversations of a file or folder of rows, each with ``prompt`` (text or messages) or ``messages``."""
+    from dph.data.conversions import own_fields, turn, with_system
+    from dph.data.files import files_in, open_rows
 
-    prompts, lines = [], JsonLines(path)
-    for i, fields in enumerate(lines):
-        location = lines.location(i)
-        prompt = fields.get("prompt", fields.get("messages"))
-        if prompt is None:
-            raise UserError(f"{location}: expected prompt or messages, got the fields {', '.join(fields) or '(none)'}")
-        prompts.append(to_messages(prompt, location))
+    prompts = []
+    for file in files_in(Path(path)) if Path(path).is_dir() else [Path(path)]:
+        rows = open_rows(file)
+        for i, row in enumerate(rows):
+            location = rows.location(i)
+            fields = own_fields(row, location)
+            prompt = fields.get("messages") if fields.get("prompt") is None else fields["prompt"]
+            if prompt is None:
+                raise UserError(f"{location}: expected prompt or messages, got the fields {shown_names(row)}")
+            if isinstance(prompt, list):
+                prompt = [turn(message, f"{location}: message {k}", None) for k, message in enumerate(prompt)]
+            messages = to_messages(prompt, location)
+            if fields.get("system") not in (None, ""):
+                messages = with_system(fields["system"], messages, location)
+            prompts.append(messages)
     if not prompts:
         raise UserError(f"{path}: expected at least one prompt, got none")
     return prompts

@@ -36,7 +36,10 @@ The sum is the log-probability of the final answer, its end-of-turn token includ
 token and leaves out the end-of-turn token; an empty answer has none (-)."""
     common.add_model(parser)
     parser.add_argument(
-        "file", metavar="CONVERSATIONS.jsonl", help="one object a line: messages, or chosen and rejected (TRL's forms)"
+        "file",
+        metavar="CONVERSATIONS",
+        help="a source as of dph train: a file or folder of rows with messages, or with chosen and rejected, task:NAME "
+        "or hub:NAME",
     )
     parser.add_argument("--output", metavar="FILE", help="write every line's scores to a JSONL file")
     common.add_judging(parser)
@@ -50,10 +53,8 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from dph.data import dataset
-    from dph.data.json_lines import read_jsonl
 
-    first_record = next(read_jsonl(args.file), {})
-    kind = "preference" if all(first_record.get(side) is not None for side in SIDES) else "conversation"
+    kind = dataset.answered_kind(args.file)
     records = dataset.load(args.file, kind)
     common.check_model(args)
 

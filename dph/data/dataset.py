@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from dph import tasks
 from dph.data import files
-from dph.data.conversions import check_columns
+from dph.data.conversions import check_columns, own_fields
 from dph.data.files import Documents
 from dph.data.formats import (
     EXPECTED_FIELDS,
@@ -98,6 +98,27 @@ def load(
     if origin in ("task", "hub"):
         records[0]  # hidden labels, missing fields and the wrong kind are errors now rather than at the first batch
     return records if limit is None else Limited(records, limit)
+
+
+def answered_kind(spec: str | Path, split: str = "train") -> str:
+    """Return the kind of a source's records with answers, "preference" or "conversation", by its first row.
+
+    A task with wrong answers gives preferences. Raises UserError if the source is missing, malformed or empty.
+    """
+    origin, _, name = str(spec).partition(":")
+    if origin == "task":
+        return "preference" if tasks.load(name).paired else "conversation"
+    path = Path(spec)
+    if origin == "hub":
+        hub_name, _, config = name.partition(":")
+        rows: Sequence[Mapping[str, Any]] = read_hub(hub_name, config or None, split)
+    elif path.is_dir() and files.is_saved_dataset(path):
+        rows = files.open_saved_dataset(path, split)
+    else:
+        paths = files.files_in(path) if path.is_dir() else [path]
+        rows = files.open_rows(paths[0]) if paths else []
+    row = own_fields(rows[0], str(spec)) if len(rows) else {}
+    return "preference" if row.get("chosen") is not None and row.get("rejected") is not None else "conversation"
 
 
 def _load_files(path: Path, kind: str, split: str, row_format: RowFormat) -> Sequence[Record]:

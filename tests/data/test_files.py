@@ -12,7 +12,8 @@ import sys
 import pytest
 from helpers.texts import message, small_tokenizer, write_lines
 
-from dph.data import dataset
+from dph.cli.generate import read_prompts
+from dph.data import dataset, tokenizer
 from dph.data.formats import Encoder, Text
 from dph.data.sources import fingerprint
 from dph.errors import UserError
@@ -242,3 +243,17 @@ def test_ignored_fields_are_reported_once_per_source_by_the_first_rank(tmp_path,
         monkeypatch.setenv("RANK", "1")
         dataset.load(path, "preference")
     assert [record.getMessage() for record in caplog.records] == [f"{path}: ignored fields: id, score"]
+
+
+def test_commands_take_the_sources_of_training(tmp_path):
+    (tmp_path / "pairs").mkdir()
+    write_csv(tmp_path / "pairs/a.csv", "excel")
+    write_lines(tmp_path / "chats.json", {"conversations": [{"from": "human", "value": "hi"}]})
+    kinds = {tmp_path / "pairs": "preference", tmp_path / "chats.json": "conversation", "task:boolq": "preference"}
+    assert {source: dataset.answered_kind(source) for source in kinds} == kinds
+    (tmp_path / "asked.csv").write_text("prompt,system\nwhy?,Be brief.\nhow?,\n")
+    system = message("system", "Be brief.")
+    assert read_prompts(str(tmp_path / "asked.csv")) == [[system, message("user", "why?")], [message("user", "how?")]]
+    assert read_prompts(str(tmp_path / "chats.json")) == [[message("user", "hi")]]
+    assert list(tokenizer.read_texts(tmp_path / "asked.csv")) == ["why?", "Be brief.", "how?", ""]
+    assert list(tokenizer.read_texts(tmp_path / "chats.json")) == ["hi"]
