@@ -29,7 +29,7 @@ INSTALL = "pip install 'dph[data]'"
 TEXT = (".txt",)
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-# Files of a folder that are about its data, by their names in lower case, without or with their suffix.
+# Files of a folder that are about its data, by their names in lower case: of texts without suffix, and any.
 ABOUT = ("readme", "license", "licence", "notice", "copying", "changelog", "citation", "authors")
 ABOUT_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 MAGIC = {
@@ -365,7 +365,7 @@ def open_saved_dataset(path: Path, split: str, visit: Visit | None = None) -> Do
 def files_in(folder: Path) -> list[Path]:
     """Return the files of rows and text below a folder, in the order of their names, and log what is read and skipped.
 
-    Hidden files and folders (``.git``, ``._a.jsonl``) are skipped, and files about the data (README, LICENSE).
+    Hidden files and folders (``.git``, ``._a.jsonl``) are skipped, and files about the data (``LICENSE.txt``).
     """
     files, skipped = [], []
     for parent, folders, names in os.walk(folder):
@@ -377,7 +377,8 @@ def files_in(folder: Path) -> list[Path]:
             path = Path(parent, name)
             if name.startswith("."):
                 continue
-            is_about = name.split(".")[0].lower() in ABOUT or name.lower() in ABOUT_FILES
+            is_about = _suffix(path) in TEXT and name.split(".")[0].lower() in ABOUT
+            is_about = is_about or name.lower() in ABOUT_FILES
             is_read = _suffix(path) in (*ROWS, *TEXT) and not is_about
             (files if is_read else skipped).append(path)
     message = f"{folder}: reads {len(files)} files ({_relative(files, folder)})"

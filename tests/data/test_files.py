@@ -17,6 +17,7 @@ from dph.data import dataset, tokenizer
 from dph.data.formats import Encoder, Text
 from dph.data.sources import fingerprint
 from dph.errors import UserError
+from dph.train import recipe
 
 ROWS = []
 for i in range(12):
@@ -257,3 +258,16 @@ def test_commands_take_the_sources_of_training(tmp_path):
     assert read_prompts(str(tmp_path / "chats.json")) == [[message("user", "hi")]]
     assert list(tokenizer.read_texts(tmp_path / "asked.csv")) == ["why?", "Be brief.", "how?", ""]
     assert list(tokenizer.read_texts(tmp_path / "chats.json")) == ["hi"]
+
+
+def test_a_recipe_renames_filters_and_parses(tmp_path):
+    write_csv(tmp_path / "a.csv", "excel", [row | {"score": i} for i, row in enumerate(RENAMED)])
+    options = "columns: {prompt: question, chosen: good, rejected: bad}, filter: {score: [1, 2, 3]}, limit: 2"
+    loaded = recipe.load("align", [f"data.sources=[{{source: {tmp_path / 'a.csv'}, {options}}}]"])
+    opened, _ = dataset.open_training(loaded.data.sources, loaded.kind, directory=None, seed=0, consecutive=1)
+    assert {next(opened).chosen[0]["content"] for _ in range(2)} == {ROWS[1]["prompt"], ROWS[2]["prompt"]}
+    write_lines(tmp_path / "hh.jsonl", {"text": "\n\nHuman: hi\n\nAssistant: hello"})
+    loaded = recipe.load("sft", [f"data.sources=[{{source: {tmp_path / 'hh.jsonl'}, format: rendered}}]"])
+    opened, _ = dataset.open_training(loaded.data.sources, loaded.kind, directory=None, seed=0, consecutive=1)
+    assert next(opened).messages == [message("user", "hi"), message("assistant", "hello")]
+    assert recipe.from_dict(json.loads(json.dumps(loaded.as_dict()))) == loaded
