@@ -209,9 +209,9 @@ def _check_same_system(expected: str, got: str, where: str) -> None:
 
 
 def _refuse(fields: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:
-    """Raise UserError if one of the fields has a value; null and empty lists are none."""
+    """Raise UserError if one of the fields has a value; null and empty lists, also as JSON, are none."""
     for name in names:
-        if fields.get(name):
+        if fields.get(name) and fields[name] not in ("[]", "{}", "null"):
             raise UserError(f"{where}: {name}: not supported, expected none, got {shown(fields[name])}")
 
 

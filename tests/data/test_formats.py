@@ -39,7 +39,7 @@ def sharegpt(*messages):
         {"system": "Be brief.", "chosen": FIRST, "rejected": [FIRST[0], NO]},
         {"messages": [{"role": "developer", "content": "Be brief."}, *FIRST]},
         {"messages": [{**turn, "content": parts(turn["content"])} for turn in (SYSTEM, *FIRST)]},
-        {"messages": [{**turn, "tool_calls": None, "images": []} for turn in (SYSTEM, *FIRST)], "tools": []},
+        {"messages": [{**turn, "tool_calls": None, "images": []} for turn in (SYSTEM, *FIRST)], "tools": "[]"},
         {"messages": [{**turn, "weight": int(turn["role"] == "assistant")} for turn in (SYSTEM, *FIRST)]},
         {"messages": json.dumps([SYSTEM, *FIRST])},
         {"conversations": sharegpt(SYSTEM, *FIRST)},
