@@ -56,11 +56,15 @@ TEMPLATE = r"""
 """
 
 
-class Message(TypedDict):
-    """One turn of a conversation."""
-
+class _Turn(TypedDict):
     role: str  # one of ROLES
     content: str
+
+
+class Message(_Turn, total=False):
+    """One turn of a conversation."""
+
+    train: bool  # False leaves an answer out of the loss of ``encode``; it stays part of the conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +235,8 @@ def check(messages: Any, where: str = "messages") -> None:
             raise UserError(f"{where}[{i}]: expected role and content, got none for {missing}")
         if not isinstance(message["role"], str) or message["role"] not in ROLES:
             raise UserError(f"{where}[{i}]: expected role {', '.join(ROLES)}, got {shown(message['role'])}")
+        if not isinstance(message.get("train", True), bool):
+            raise UserError(f"{where}[{i}].train: expected true or false, got {shown(message['train'])}")
         content = message["content"]
         if type(content) is not str or not content.isascii():  # ASCII text, the common case, has no lone surrogate
             check_text(content, f"{where}[{i}].content")
@@ -254,9 +260,10 @@ def check_final_answer(messages: Sequence[Message], where: str = "messages") -> 
 def encode(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, last_only: bool = False) -> Encoded:
     """Return tokens, targets, masks and reward position of one conversation.
 
-    With ``last_only`` the masks cover only the final assistant message: earlier turns are part of the prompt. Raises
-    UserError for a malformed message, a conversation without an assistant message, a tokenizer without a chat format,
-    and for a conversation or content that its chat template refuses or changes.
+    The masks cover the assistant's messages but those with ``train`` False, and with ``last_only`` only the final one:
+    earlier turns are part of the prompt. Raises UserError for a malformed message, a conversation without an assistant
+    message, a tokenizer without a chat format, and for a conversation or content that its chat template refuses or
+    changes.
     """
     return encode_many([messages], tokenizer, last_only=last_only)
 
@@ -295,7 +302,7 @@ def encode_many(
         if i == last_answer:
             reward_position = len(tokens)
         tokens += marks.tail
-        counted = i == last_answer or (message["role"] == "assistant" and not last_only)
+        counted = i == last_answer if last_only else message["role"] == "assistant" and message.get("train", True)
         # targets are shifted: the head's last token predicts the content's first, and its last token the <|im_end|>
         before, after = [False] * len(head), [False] * (len(marks.tail) - 1)
         loss_mask += before + [counted] * (len(content) + 1) + after
@@ -309,7 +316,8 @@ def _encode_template(marks: TemplateFormat, turns: Sequence[Message], last_answe
     tokens = rendered.tokens
     loss_mask, score_mask = [False] * len(tokens), [False] * len(tokens)
     for i, message in enumerate(turns):
-        if i != last_answer and (message["role"] != "assistant" or last_only):
+        counted = i == last_answer if last_only else message["role"] == "assistant" and message.get("train", True)
+        if not counted:
             continue
         if i not in rendered.ends:
             raise Refused("expected a chat template that ends this turn with its end-of-turn token, got another", i)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dph.data.sources import JsonLines
+from dph.data.json_lines import JsonLines
 from dph.errors import UserError
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from dph.errors import UserError, printable, shown_names
 
 if TYPE_CHECKING:
     from dph.chat import Message
-    from dph.data.sources import JsonLines
+    from dph.data.files import Rows
 
 HELP = "sample several answers to a prompt and rank them"
 EXAMPLE = """dph generate runs/align --prompt "Name a prime number." -n 8
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT", help="the user's message")
     prompts.add_argument(
-        "--file", metavar="PROMPTS.jsonl", help="one object a line: prompt (text or messages) or messages"
+        "--file",
+        metavar="PROMPTS",
+        help="file or folder of rows, as of dph train: prompt (text or messages) or messages",
     )
     results.add_output(parser, f"every line of --file with its messages and {FIELD}, in place of printing them,")
     common.add_sampling(parser)
@@ -84,22 +86,33 @@ def run(args: argparse.Namespace) -> None:
             progress.advance(1)
 
 
-def read_prompts(path: str) -> tuple[JsonLines, list[list[Message]]]:
-    """Return a JSONL file and its conversations, a line each, with ``prompt`` (text or messages) or ``messages``."""
-    from dph.data.sources import JsonLines
+def read_prompts(path: str) -> tuple[Rows, list[list[Message]]]:
+    """Return the rows of a file or folder and their conversations: ``prompt`` (text or messages) or ``messages``."""
+    from dph.data.conversions import own_fields, turn, with_system
+    from dph.data.files import open_path
 
     prompts: list[list[Message]] = []
 
-    def read(number: int, fields: dict[str, Any]) -> None:
-        location = f"{path}:{number}"
-        given = [fields[key] for key in ("prompt", "messages") if fields.get(key) is not None]
-        if len(given) != 1:
-            raise UserError(f"{location}: expected prompt or messages, got the fields {shown_names(fields)}")
-        if FIELD in fields:
-            raise UserError(f"{location}: {FIELD}: expected no such field, which the output adds")
-        prompts.append(to_messages(given[0], location))
+    def visit(place: str) -> Callable[[int, Mapping[str, Any]], None]:
+        def read(number: int, row: Mapping[str, Any]) -> None:
+            location = f"{place}{number}"
+            if FIELD in row:
+                raise UserError(f"{location}: {FIELD}: expected no such field, which the output adds")
+            fields = own_fields(row, location)
+            given = [fields[key] for key in ("prompt", "messages") if fields.get(key) is not None]
+            if len(given) != 1:
+                raise UserError(f"{location}: expected prompt or messages, got the fields {shown_names(row)}")
+            (prompt,) = given
+            if isinstance(prompt, list):
+                prompt = [turn(message, f"{location}: message {k}", None) for k, message in enumerate(prompt)]
+            messages = to_messages(prompt, location)
+            if fields.get("system") not in (None, ""):
+                messages = with_system(fields["system"], messages, location)
+            prompts.append(messages)
 
-    lines = JsonLines(path, visit=read)
+        return read
+
+    lines = open_path(Path(path), visit)
     if not prompts:
         raise UserError(f"{path}: expected at least one prompt, got none")
     return lines, prompts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from dph.errors import UserError, shown_names
 
 if TYPE_CHECKING:
     from dph.chat import Encoded, Message
-    from dph.data.sources import JsonLines
+    from dph.data.files import Rows
     from dph.model.judging import Judged
 
 HELP = "rewards and log-probabilities of conversations, and how often they prefer the chosen answer of a pair"
@@ -42,8 +42,9 @@ other a conversation. The output has the fields of each line, and its scores in 
     common.add_model(parser)
     parser.add_argument(
         "file",
-        metavar="CONVERSATIONS.jsonl",
-        help="one object a line: messages, prompt and completion, or chosen and rejected (TRL's forms)",
+        metavar="CONVERSATIONS",
+        help="a source as of dph train: a file or folder of rows with messages, prompt and completion, or chosen and "
+        "rejected (TRL's forms), task:NAME or hub:NAME",
     )
     results.add_output(parser, "every line with its scores")
     common.add_judging(parser)
@@ -54,14 +55,17 @@ def run(args: argparse.Namespace) -> None:
     """Print a line per conversation, and a summary of preferences; write every line to ``--output``."""
     common.check_output(args.output, args.file, args.model, Path(args.model) / "model")
 
-    from dph.data.sources import JsonLines
+    from dph.data import dataset
 
-    def check(number: int, fields: dict[str, Any]) -> None:
-        alternatives(fields, f"{args.file}:{number}")
-        if FIELD in fields and (args.json or args.output is not None):
-            raise UserError(f"{args.file}:{number}: {FIELD}: expected no such field, which the output adds")
+    def visit(place: str) -> Callable[[int, Mapping[str, Any]], None]:
+        def check(number: int, fields: Mapping[str, Any]) -> None:
+            alternatives(fields, f"{place}{number}")
+            if FIELD in fields and (args.json or args.output is not None):
+                raise UserError(f"{place}{number}: {FIELD}: expected no such field, which the output adds")
 
-    lines = JsonLines(args.file, visit=check)  # an error now rather than when the line's turn comes
+        return check
+
+    lines = dataset.answered_rows(args.file, visit)  # an error now rather than when the line's turn comes
     if not len(lines):
         raise UserError(f"{args.file}: expected at least one record, got none")
     common.check_model(args)
@@ -88,15 +92,17 @@ def run(args: argparse.Namespace) -> None:
     _report(scored, args.json)
 
 
-def alternatives(fields: dict[str, Any], where: str) -> list[list[Message]]:
+def alternatives(fields: Mapping[str, Any], where: str) -> list[list[Message]]:
     """Return the conversation of a line, or the two of a pair, the chosen one first; each ends in the answer to judge.
 
     Raises UserError, which begins with ``where``, for fields that are neither. Whether an answer is good to learn
-    (``label``) plays no part.
+    (``label``, ``weight``) plays no part.
     """
     from dph import chat
+    from dph.data.conversions import TRAIN_FLAGS, own_fields
     from dph.data.formats import parse_record
 
+    fields = own_fields({key: value for key, value in fields.items() if key not in ("label", *TRAIN_FLAGS)}, where)
     given = {key for key, value in fields.items() if value is not None}
     is_conversation = "messages" in given or {"prompt", "completion"} <= given
     if given.issuperset(SIDES) or (not is_conversation and not given.isdisjoint(SIDES)):
@@ -105,13 +111,12 @@ def alternatives(fields: dict[str, Any], where: str) -> list[list[Message]]:
     if not is_conversation:
         forms = "messages, prompt and completion, or chosen and rejected"
         raise UserError(f"{where}: expected {forms}, got the fields {shown_names(fields)}")
-    unlabelled = {key: value for key, value in fields.items() if key != "label"}
-    messages = parse_record(unlabelled, "conversation", where).messages
+    messages = parse_record(fields, "conversation", where).messages
     chat.check_final_answer(messages, where)
     return [messages]
 
 
-def _encoder(lines: JsonLines, tokenizer: Any) -> Callable[[int], Iterator[list[Encoded]]]:
+def _encoder(lines: Rows, tokenizer: Any) -> Callable[[int], Iterator[list[Encoded]]]:
     """Return a function that yields the encoded alternatives of each line from an index on."""
     from dph import chat
 

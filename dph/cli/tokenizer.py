@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dph.cli import common
@@ -18,7 +19,11 @@ WRITTEN = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``dph tokenizer``."""
     parser.add_argument(
-        "files", nargs="+", metavar="FILE", help=".txt, or .jsonl (all its text except the roles of messages)"
+        "files",
+        nargs="+",
+        metavar="SOURCE",
+        help="files or folders as of dph train (text, or rows: all their text except the roles of messages), task:NAME "
+        "or hub:NAME",
     )
     parser.add_argument(
         "--vocab-size", type=common.COUNT, default=4096, metavar="V", help="upper bound (default: 4096)"
@@ -34,7 +39,19 @@ def run(args: argparse.Namespace) -> None:
         if (Path(args.output) / name).exists():
             raise UserError(f"{args.output}: expected a directory without a tokenizer, got one with {name}")
     atomic.check_new_files(args.output)
-    trained = tokenizer.train(args.files, args.vocab_size)
+    trained = tokenizer.from_iterator(_texts(args.files), args.vocab_size)
     with atomic.new_files(args.output, last="tokenizer.json") as folder:
         trained.save_pretrained(folder)
     common.print_text(f"{args.output}: {len(trained)} tokens")
+
+
+def _texts(sources: Sequence[str]) -> Iterator[str]:
+    """Yield the texts of files and folders, and of the records of tasks and hub data sets."""
+    from dph.data import dataset, tokenizer
+
+    for source in sources:
+        if source.startswith(("task:", "hub:")):
+            for record in dataset.load(source, "text"):
+                yield record.text
+        else:
+            yield from tokenizer.read_texts(source)

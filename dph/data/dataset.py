@@ -12,29 +12,29 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from dph import tasks
-from dph.data.formats import EXPECTED_FIELDS, Preference, Record, from_messages
-from dph.data.sampler import Interleaved, Shuffled, draw
-from dph.data.sources import (
-    Concatenated,
-    HubRecords,
-    JsonLines,
-    JsonlRecords,
-    Limited,
+from dph.data import files
+from dph.data.conversions import check_columns, own_fields
+from dph.data.files import Documents
+from dph.data.formats import (
+    EXPECTED_FIELDS,
+    Preference,
+    Record,
     Records,
-    Selected,
-    TextRecords,
+    RowFormat,
+    RowRecords,
     combined_fingerprint,
-    read_hub,
-    rows_fingerprint,
+    from_messages,
 )
-from dph.errors import UserError, shown
+from dph.data.json_lines import JsonLines
+from dph.data.sampler import Interleaved, Shuffled, draw
+from dph.data.sources import Concatenated, HubRecords, Limited, Selected, TextRecords, read_hub, rows_fingerprint
+from dph.errors import UserError, shown, shown_names
 from dph.tasks import Task
-
-MAX_OPEN = 256  # files of a folder that stay open; a process may often have no more than 1024
 
 
 def load(
@@ -46,19 +46,27 @@ def load(
     limit: int | None = None,
     seed: int = 0,
     text_field: str = "text",
+    columns: Mapping[str, str] | None = None,
+    filter: Mapping[str, Any] | None = None,
+    format: str | None = None,
 ) -> Sequence[Record]:
-    """Return the records of one source. Every line of a file is checked at once.
+    """Return the records of one source. Every row of a file is checked at once.
 
     Args:
-        spec: ``task:NAME``, ``hub:NAME[:CONFIG]``, a JSONL file, a .txt file (one document, text only), or a folder of
-            such files. A text of a file that is longer than ``MAX_TEXT`` characters is several records.
+        spec: ``task:NAME``, ``hub:NAME[:CONFIG]``, a file of rows (``dph.data.files``: JSON lines, JSON, CSV, TSV,
+            parquet, arrow), a .txt file (one document, text only), a folder of such files, or one written by
+            ``save_to_disk`` of the package datasets. A text of a file that is longer than ``MAX_TEXT`` characters is
+            several records.
         kind: "preference", "conversation" or "text". A task's conversation ends in the right answer; its preference
             pairs that with a wrong answer drawn by ``seed`` and index.
-        split: of a task or hub data set.
+        split: of a task, hub data set or folder of ``save_to_disk``.
         directory: folder of tasks' local files, ``directory/<task>/<split>.jsonl``; None: the hub.
         limit: use only the first records.
         seed: of the wrong answers.
         text_field: field that holds plain text.
+        columns: own name -> name in the data, of fields to rename (not of tasks).
+        filter: name in the data -> value or list of values of the rows that are used (not of tasks).
+        format: "rendered": texts are conversations in the markup of a chat format (not of tasks).
 
     Raises UserError if the source is missing, empty or malformed, or cannot give records of ``kind``.
     """
@@ -66,35 +74,73 @@ def load(
         raise UserError(f"kind: expected {', '.join(EXPECTED_FIELDS)}, got {shown(kind)}")
     if limit is not None and limit < 1:
         raise UserError(f"limit: expected at least 1, got {shown(limit)}")
+    if format not in (None, "rendered"):
+        raise UserError(f"format: expected rendered or none, got {shown(format)}")
+    check_columns(columns or {})
+    row_format = RowFormat(kind, text_field, columns, filter, format == "rendered")
     origin, _, name = str(spec).partition(":")
     if origin == "task":
+        for option, value in (("columns", columns), ("filter", filter), ("format", format)):
+            if value:
+                raise UserError(f"{option}: expected none for {spec}, whose fields are known, got {shown(value)}")
         records = TaskRecords(tasks.load(name), kind, split, directory, seed)
     elif origin == "hub":
-        records = HubRecords(name, kind, split, text_field)
+        records = HubRecords(name, split, row_format)
     else:
-        records = _load_files(Path(spec), kind, text_field)
+        records = _load_files(Path(spec), kind, split, row_format)
     if not len(records):
-        raise UserError(f"{spec}: expected at least one record, got none")
+        fitting = f" that fits the filter {shown(dict(filter))}" if filter else ""
+        raise UserError(f"{spec}: expected at least one record{fitting}, got none")
+    if row_format.ignored:
+        files.report(f"{spec}: ignored fields: {shown_names(sorted(row_format.ignored))}")
     if origin in ("task", "hub"):
         records[0]  # hidden labels, missing fields and the wrong kind are errors now rather than at the first batch
     return records if limit is None else Limited(records, limit)
 
 
-def _load_files(path: Path, kind: str, text_field: str) -> Sequence[Record]:
+def answered_rows(spec: str | Path, visit: files.Visit | None = None) -> files.Rows:
+    """Return the rows of a source as :func:`load` takes it; those of tasks and of the hub have our own fields.
+
+    ``visit`` makes the function that is called with each row of a file. A task with wrong answers gives preferences,
+    another one conversations; the hub's rows have the form of its first one. Raises UserError if the source is missing,
+    malformed or empty.
+    """
+    origin, _, name = str(spec).partition(":")
+    if origin not in ("task", "hub"):
+        return files.open_path(Path(spec), visit)
+    if origin == "task":
+        is_pair = tasks.load(name).paired
+    else:
+        hub_name, _, config = name.partition(":")
+        is_pair = own_fields(read_hub(hub_name, config or None, "train")[0], str(spec)).get("rejected") is not None
+    records = load(spec, "preference" if is_pair else "conversation")
+    rows = []
+    for record in records:
+        if isinstance(record, Preference):
+            rows.append({"chosen": record.chosen, "rejected": record.rejected})
+        elif record is not None:  # of a pair without a wrong answer
+            rows.append({"messages": record.messages})
+    return files.Documents(rows, records.fingerprint(), f"{spec}: record ")
+
+
+def _load_files(path: Path, kind: str, split: str, row_format: RowFormat) -> Sequence[Record]:
     """Return the records of a file, or of all files of a folder in the order of their names."""
-    files = [path]
+    paths = [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".jsonl", ".txt"))
-        if not files:
-            raise UserError(f"{path}: expected .jsonl or .txt files in the folder, got none")
+        if files.is_saved_dataset(path):
+            return RowRecords(partial(files.open_saved_dataset, path, split), row_format)
+        paths = files.files_in(path)
+        if not paths:
+            raise UserError(f"{path}: expected {', '.join((*files.ROWS, *files.TEXT))} files in the folder, got none")
     elif str(path) in tasks.names():
         raise UserError(f"{path}: expected a file, task:NAME or hub:NAME; did you mean task:{path}?")
     parts: list[Sequence[Record]] = []
-    for file in files:
-        if file.suffix == ".txt":
+    for file in paths:
+        if files.is_text(file):
             parts.append(TextRecords(file, kind))
         else:
-            parts.append(JsonlRecords(file, kind, text_field, keep_open=len(files) <= MAX_OPEN))
+            open_rows = partial(files.open_rows, file, len(paths) <= files.MAX_OPEN)
+            parts.append(RowRecords(open_rows, row_format))
     return parts[0] if len(parts) == 1 else Concatenated(parts)
 
 
@@ -181,44 +227,6 @@ def _uses(task: Task, document: Mapping[str, Any], location: str) -> bool:
     return task.keep is None or task.keep(document)
 
 
-class Documents(Sequence):
-    """Documents of a task, and their places for error messages.
-
-    Args:
-        rows: documents, all of which are used if ``indices`` is None.
-        digest: fingerprint of the rows.
-        place: beginning of every place, which a number follows.
-        numbers: of the places, such as lines of a file; None for the indices of the rows.
-        indices: of the rows that are used.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        digest: str,
-        place: str,
-        numbers: array | None = None,
-        indices: array | None = None,
-    ) -> None:
-        self._rows, self._digest, self._place, self._numbers, self._indices = rows, digest, place, numbers, indices
-
-    def __len__(self) -> int:
-        """Number of documents."""
-        return len(self._rows if self._indices is None else self._indices)
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        """Return one document."""
-        return self._rows[index if self._indices is None else self._indices[index]]
-
-    def location(self, index: int) -> str:
-        """Return FILE:LINE of a document, or the task, split and number of a record of the hub."""
-        return f"{self._place}{index if self._numbers is None else self._numbers[index]}"
-
-    def fingerprint(self) -> str:
-        """Return a digest of all documents, also of those that the task leaves out."""
-        return self._digest
-
-
 class Source(Protocol):
     """One source of a recipe: arguments of :func:`load`, and its ``weight`` in a mixture."""
 
@@ -228,6 +236,9 @@ class Source(Protocol):
     weight: float
     limit: int | None
     text_field: str
+    columns: Mapping[str, Any] | None
+    filter: Mapping[str, Any] | None
+    format: str | None
 
 
 def mixture(
@@ -317,4 +328,7 @@ def _open_source(source: Source, kind: str, split: str, directory: str | None, s
         limit=source.limit,
         seed=seed,
         text_field=source.text_field,
+        columns=source.columns,
+        filter=source.filter,
+        format=source.format,
     )

@@ -1,17 +1,32 @@
-"""Records (plain text, conversations, preferences), parsed from the formats that TRL documents, and their encoder."""
+"""Records (plain text, conversations, preferences) and their encoder.
+
+Rows have the fields that TRL documents; ``dph.data.conversions`` and ``dph.data.rendered`` read other programs' forms.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from dph import chat
 from dph.chat import Encoded, Message
+from dph.data import conversions
+from dph.data.json_lines import DIGEST
+from dph.data.rendered import SUSPECT, parse, recognise, refuse
 from dph.errors import UserError, check_text, shown, shown_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from dph.data.files import Documents, Visit
+    from dph.data.json_lines import JsonLines
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +55,10 @@ class Preference:
     rejected: list[Message]
 
 
+# Longest text of a record, in characters; longer ones are split. A stream takes whole records: a corpus in one record
+# would be read by every stream at once, and every checkpoint would hold the rest of it.
+MAX_TEXT = 2**16
+
 Record = Text | Conversation | Preference
 
 # Kind of record -> fields that it can be made from.
@@ -48,68 +67,326 @@ EXPECTED_FIELDS = {
     "conversation": "messages, or prompt and completion, or a preference, whose chosen answer is taken",
     "text": "text, or a conversation, whose contents are joined",
 }
+# A row with no other fields is read as it is; any other is first converted (dph.data.conversions).
+OWN_FIELDS = frozenset({"text", "messages", "prompt", "completion", "label", "chosen", "rejected"})
 
 
-def parse_record(fields: Mapping[str, Any], kind: str, where: str = "record", text_field: str = "text") -> Record:
-    """Return one object of a JSONL file or hub data set as a record of ``kind``, a key of ``EXPECTED_FIELDS``.
+def parse_record(
+    fields: Mapping[str, Any],
+    kind: str,
+    where: str = "record",
+    text_field: str = "text",
+    columns: Mapping[str, str] | None = None,
+    rendered: bool = False,
+    ignored: set[str] | None = None,
+) -> Record:
+    """Return one object of a file or hub data set as a record of ``kind``, a key of ``EXPECTED_FIELDS``.
 
-    Raises UserError that begins with ``where`` if the fields are missing or malformed.
+    Args:
+        fields: the object; null is no value.
+        kind: of the record.
+        where: beginning of error messages.
+        text_field: field that holds plain text.
+        columns: own name -> name in ``fields``.
+        rendered: texts are conversations in the markup of a chat format (``dph.data.rendered``).
+        ignored: the names of fields with a value that the record does not depend on are added to it.
+
+    Raises UserError if fields are missing, malformed, or of a meaning that is not supported.
     """
-    if kind == "text" and fields.get(text_field) is not None:
-        check_text(fields[text_field], f"{where}: {text_field}")
-        return Text(fields[text_field])
-    if fields.get("chosen") is not None and fields.get("rejected") is not None:
-        chosen, rejected = _conversation(fields, "chosen", where), _conversation(fields, "rejected", where)
-        return Preference(chosen, rejected) if kind == "preference" else from_messages(chosen, kind, where)
-    if kind != "preference" and fields.get("messages") is not None:
-        return from_messages(_messages(fields, "messages", "user", where), kind, where)
-    if kind != "preference" and fields.get("prompt") is not None and fields.get("completion") is not None:
+    if columns:
+        fields = conversions.renamed(fields, columns, where)
+    is_text = kind == "text" and fields.get(text_field) is not None
+    if not is_text and not fields.keys() <= OWN_FIELDS:
+        fields = conversions.own_fields(fields, where)
+    if is_text:
+        used: tuple[str, ...] = (text_field,)
+        text = fields[text_field]
+        if type(text) is not str or not text.isascii() or rendered or SUSPECT.match(text):
+            text = _plain_text(text, f"{where}: {text_field}", rendered)
+        record = Text(text)
+    elif fields.get("chosen") is not None and fields.get("rejected") is not None:
+        used = ("prompt", "chosen", "rejected", "system")
+        chosen = _conversation(fields, "chosen", where, rendered, ignored)
+        rejected = _conversation(fields, "rejected", where, rendered, ignored)
+        if kind != "preference":
+            record = from_messages(chosen, kind, where)
+        elif chosen[-1].get("train", True) and rejected[-1].get("train", True):
+            record = Preference(chosen, rejected)
+        else:
+            raise UserError(f"{where}: expected two answers to learn from, got one with weight 0")
+    elif kind != "preference" and fields.get("messages") is not None:
+        used = ("messages", "system")
+        messages = _messages(fields, "messages", None, where, rendered, ignored)
+        if fields.get("system") not in (None, ""):
+            messages = conversions.with_system(fields["system"], messages, where)
+        record = from_messages(messages, kind, where)
+    elif kind != "preference" and fields.get("prompt") is not None and fields.get("completion") is not None:
+        used = ("prompt", "completion", "label", "system")
         # In TRL's unpaired preferences, false marks a bad answer.
         if fields.get("label") is not None and fields["label"] is not True:
             raise UserError(f"{where}: label: expected true with a completion to learn, got {shown(fields['label'])}")
-        messages = _messages(fields, "prompt", "user", where) + _messages(fields, "completion", "assistant", where)
-        return from_messages(messages, kind, where)
-    present = shown_names(key if value is not None else f"{key} (null)" for key, value in fields.items())
-    expected = EXPECTED_FIELDS[kind]
-    if kind == "text":
-        expected = expected.replace("text", text_field, 1)
-    raise UserError(f"{where}: expected a {kind}: {expected}; got the fields {present}")
+        record = from_messages(_conversation(fields, "completion", where, rendered, ignored), kind, where)
+    elif kind == "conversation" and rendered and isinstance(fields.get(text_field), str):
+        used = (text_field,)
+        record = from_messages(parse(fields[text_field], f"{where}: {text_field}"), kind, where)
+    else:
+        present = shown_names(key if value is not None else f"{key} (null)" for key, value in fields.items())
+        expected = EXPECTED_FIELDS[kind]
+        if kind == "text":
+            expected = expected.replace("text", text_field, 1)
+        raise UserError(f"{where}: expected a {kind}: {expected}; got the fields {present}")
+    if ignored is not None:
+        for name, value in fields.items():
+            if name not in used and value is not None:
+                ignored.add(name)
+    return record
 
 
 def from_messages(messages: list[Message], kind: str, where: str) -> Record:
-    """Return messages as a conversation, or joined as text. Raises UserError for a conversation without an answer."""
+    """Return messages as a conversation, or joined as text.
+
+    Raises UserError for a conversation without an answer to learn, and for a text with a turn that is not learnt.
+    """
+    excluded = False
     if kind == "text":
+        for message in messages:
+            excluded = excluded or not message.get("train", True)
+        if excluded:
+            raise UserError(f"{where}: expected messages that are all learnt as text, got one with weight 0")
         return Text(chat.text(messages))
     chat.check_answered(messages, where)
-    return Conversation(messages)
+    for message in messages:
+        if message["role"] == "assistant" and message.get("train", True):
+            return Conversation(messages)
+    raise UserError(f"{where}: expected an answer to learn, got weight 0 for each")
 
 
-def _messages(fields: Mapping[str, Any], name: str, role: str, where: str) -> list[Message]:
-    """Return the messages of a field; plain text becomes one message of ``role``."""
+def _plain_text(text: Any, where: str, is_rendered: bool) -> str:
+    """Return a text to learn; the contents of a rendered conversation."""
+    check_text(text, where)
+    if is_rendered:
+        return chat.text(parse(text, where))
+    if SUSPECT.match(text):
+        refuse(text, where)
+    return text
+
+
+def _messages(
+    fields: Mapping[str, Any],
+    name: str,
+    role: str | None,
+    where: str,
+    rendered: bool,
+    ignored: set[str] | None,
+) -> list[Message]:
+    """Return the messages of a field; plain text becomes one message of ``role`` unless that is None."""
     value = fields[name]
-    if isinstance(value, str):
+    if type(value) is str and value.isascii() and role is not None and not rendered and not SUSPECT.match(value):
+        return [{"role": role, "content": value}]
+    if type(value) is list and value:
+        messages, is_ascii = [], True  # ASCII text, the common case, has no lone surrogate
+        for message in value:
+            if type(message) is not dict or len(message) != 2 or message.get("role") not in chat.ROLES:
+                break
+            content = message.get("content")
+            if type(content) is not str:
+                break
+            is_ascii = is_ascii and content.isascii()
+            messages.append({"role": message["role"], "content": content})
+        else:
+            if not is_ascii:
+                chat.check(messages, f"{where}: {name}")
+            return messages
+    where = f"{where}: {name}"
+    if isinstance(value, str) and (rendered or SUSPECT.match(value)):
+        value = _from_markup(value, where, rendered, name)
+    if isinstance(value, str) and role is not None:
         value = [{"role": role, "content": value}]
-    chat.check(value, f"{where}: {name}")
-    messages = []
-    for message in value:
-        messages.append({"role": message["role"], "content": message["content"]})
-    return messages
+    if isinstance(value, Mapping) and role == "assistant":  # a side that is one message
+        value = [value]
+    if isinstance(value, list):
+        messages = []
+        for i, message in enumerate(value):
+            messages.append(conversions.turn(message, f"{where}[{i}]", ignored))
+        value = messages
+    chat.check(value, where)
+    return value
 
 
-def _conversation(fields: Mapping[str, Any], name: str, where: str) -> list[Message]:
-    """Return the whole conversation of the side ``name`` of a preference.
+def _from_markup(text: str, where: str, rendered: bool, name: str) -> str | list[Any]:
+    """Return a text that may be JSON of messages or, with ``rendered``, a conversation in markup, as messages."""
+    messages = conversions.from_json(text, where)
+    if messages is not None:
+        return messages
+    if rendered:
+        return parse(text, where, prompt=name == "prompt")
+    refuse(text, where)
+    return text
+
+
+def _conversation(
+    fields: Mapping[str, Any], name: str, where: str, rendered: bool, ignored: set[str] | None
+) -> list[Message]:
+    """Return the whole conversation of an answer: the side ``name`` of a preference, or a completion.
 
     The prompt is a field of its own, or repeated at the beginning of the side, or only there.
     """
-    prompt = _messages(fields, "prompt", "user", where) if fields.get("prompt") else []
-    if isinstance(fields[name], str) and not prompt:
-        raise UserError(f"{where}: {name}: expected a prompt with an answer in plain text, got none")
-    side = _messages(fields, name, "assistant", where)
-    last_role = side[-1]["role"]
+    side, prompt_field, prompt = fields[name], fields.get("prompt"), []
+    if prompt_field not in (None, "", []) or (name == "completion" and prompt_field == ""):
+        if rendered and isinstance(side, str) and isinstance(prompt_field, str) and recognise(side) is None:
+            # The answer continues the text of the prompt, up to the mark that ends the turn.
+            fields = {**fields, name: prompt_field + side}
+        else:
+            prompt = _messages(fields, "prompt", "user", where, rendered, ignored)
+    elif isinstance(side, str):
+        side_format = recognise(side)
+        if side_format is not None and side_format.name == "HH":
+            rendered = True  # HH's own files have no other fields
+        elif not rendered and conversions.from_json(side, where) is None:
+            raise UserError(f"{where}: {name}: expected a prompt with an answer in plain text, got none")
+    if fields.get("system") not in (None, ""):
+        prompt = conversions.with_system(fields["system"], prompt, where)
+    messages = _messages(fields, name, "assistant", where, rendered, ignored)
+    last_role = messages[-1]["role"]
     if last_role != "assistant":
         raise UserError(f"{where}: {name}: expected the assistant's answer at the end, got a {last_role} message")
-    repeats_prompt = side[: len(prompt)] == prompt or (side[0]["role"] != "assistant" and prompt[-1]["role"] == "user")
-    return side if repeats_prompt else prompt + side
+    if prompt and prompt[-1]["role"] == "user" and messages[0]["role"] == "assistant":  # the common case
+        return prompt + messages
+    return conversions.joined(prompt, messages, f"{where}: {name}")
+
+
+def split_text(text: str) -> list[Text]:
+    """Split a text after lines, else after spaces, into the longest records of at most ``MAX_TEXT`` characters.
+
+    Only the last record teaches the end of the document.
+    """
+    records, start = [], 0
+    while len(text) - start > MAX_TEXT:
+        limit = start + MAX_TEXT
+        end = limit
+        for separator in ("\n", " "):
+            position = text.rfind(separator, start, limit)
+            if position > start:
+                end = position + 1
+                break
+        records.append(Text(text[start:end], continues=True))
+        start = end
+    return [*records, Text(text[start:])]
+
+
+# Sequences of records
+
+
+class Records(Sequence):
+    """Base class of sized and indexable sequences of records.
+
+    Worker processes unpickle them, so that they hold plain attributes rather than closures.
+    """
+
+    def __iter__(self) -> Iterator[Record | None]:
+        """Iterate over all records; an IndexError raised in making one does not end the iteration silently."""
+        for index in range(len(self)):
+            yield self[index]
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a short digest of the content that the records are made from, whatever its path and dates."""
+
+
+def combined_fingerprint(*parts: object) -> str:
+    """Return the fingerprint of something that is made of ``parts``."""
+    return blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=DIGEST).hexdigest()
+
+
+class RowFormat:
+    """Options of a source that say how its rows become records.
+
+    Args:
+        kind, text_field, columns, rendered: see ``parse_record``.
+        filter: name in the data -> a value, or the list of values, of the rows that are used; None for all rows.
+
+    Attributes:
+        options: ``text_field``, ``columns`` and ``rendered``.
+        ignored: names of fields with a value that no record depends on, of the rows that were checked.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        text_field: str = "text",
+        columns: Mapping[str, str] | None = None,
+        filter: Mapping[str, Any] | None = None,
+        rendered: bool = False,
+    ) -> None:
+        self.ignored: set[str] = set()
+        self.kind, self.options, self.filter = kind, (text_field, columns or None, rendered), dict(filter or {})
+
+    def accepts(self, fields: Mapping[str, Any]) -> bool:
+        """Return whether the filter uses a row."""
+        for name, wanted in self.filter.items():
+            values = wanted if isinstance(wanted, list | tuple) else [wanted]
+            if not conversions.is_one_of(fields.get(name), values):
+                return False
+        return True
+
+    def fingerprint(self, digest: str) -> str:
+        """Return the digest of rows, and of the options of this source that not every source has."""
+        own = self.filter, *self.options[1:]
+        return combined_fingerprint(digest, *own) if any(own) else digest
+
+
+class RowRecords(Records):
+    """Records of rows; a text longer than ``MAX_TEXT`` characters is several records.
+
+    Every row is checked at once: a malformed row is an error now rather than hours into training.
+
+    Args:
+        open_rows: returns the rows after a visit to each (``dph.data.files.open_rows``).
+        row_format: of the rows.
+    """
+
+    def __init__(self, open_rows: Callable[[Visit], JsonLines | Documents], row_format: RowFormat) -> None:
+        self._format, self._kind, self._options = row_format, row_format.kind, row_format.options
+        self._pieces: dict[int, list[Text]] = {}  # of rows with a long text
+        records_per_row = array("q")
+        self._rows = open_rows(partial(self._checker, records_per_row))
+        self._size = sum(records_per_row)
+        has_one_each = not self._pieces and self._size == len(records_per_row)
+        self._ends = array("q", () if has_one_each else accumulate(records_per_row))  # of each row's records
+
+    def _checker(self, records_per_row: array, place: str) -> Callable[[int, Mapping[str, Any]], None]:
+        """Return a function that checks a row, given its number, and appends the number of its records."""
+        kind, options, ignored, pieces = self._kind, self._options, self._format.ignored, self._pieces
+        has_filter = bool(self._format.filter)
+
+        def check(number: int, fields: Mapping[str, Any]) -> None:
+            if has_filter and not self._format.accepts(fields):
+                records_per_row.append(0)
+                return
+            record, count = parse_record(fields, kind, f"{place}{number}", *options, ignored), 1
+            if type(record) is Text and len(record.text) > MAX_TEXT:
+                pieces[len(records_per_row)] = split_text(record.text)
+                count = len(pieces[len(records_per_row)])
+            records_per_row.append(count)
+
+        return check
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return self._size
+
+    def __getitem__(self, index: int) -> Record:
+        """Return one record."""
+        row = index = range(self._size)[index]
+        if self._ends:
+            row = bisect_right(self._ends, index)
+            if row in self._pieces:
+                return self._pieces[row][index - self._ends[row]]  # counted from the end of its pieces
+        return parse_record(self._rows.visited(row), self._kind, self._rows.location(row), *self._options)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the rows, and of the options that select and rename."""
+        return self._format.fingerprint(self._rows.fingerprint())
 
 
 class Encoder:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dph.chat import END, ROLES, START, TEMPLATE
-from dph.data.sources import JsonLines, read_text
+from dph.data.files import files_in, is_text, open_rows, read_text
 from dph.errors import UserError, check_text, shown
 
 if TYPE_CHECKING:
@@ -34,16 +34,16 @@ MAX_VOCABULARY = 2**24  # as dph.ModelConfig allows, far above any known tokeniz
 
 
 def train(files: Sequence[str | Path], vocab_size: int, out: str | Path | None = None) -> PreTrainedTokenizerFast:
-    """Train a tokenizer on .txt and .jsonl files, of which all text but the roles of messages is used.
+    """Train a tokenizer on the texts of files and folders, as ``read_texts`` returns them.
 
     ``vocab_size`` is an upper bound, special tokens included; a small corpus gives fewer. If ``out`` is given, the
     tokenizer is saved to this folder for ``AutoTokenizer.from_pretrained``.
 
-    Raises UserError if a file is missing, malformed or of another kind, or if there is no text.
+    Raises UserError as ``read_texts``, and if there is no text.
     """
     if not files:
-        raise UserError("files: expected at least one .txt or .jsonl file, got none")
-    texts = itertools.chain.from_iterable(_read_texts(Path(path)) for path in files)
+        raise UserError("files: expected at least one file, got none")
+    texts = itertools.chain.from_iterable(map(read_texts, files))
     return _train(texts, vocab_size, out, ", ".join(map(str, files)))
 
 
@@ -129,18 +129,21 @@ def _not_empty(texts: Iterable[str], where: str) -> Iterator[str]:
         raise UserError(f"{where}: expected text to train on, got none")
 
 
-def _read_texts(path: Path) -> Iterator[str]:
-    """Yield the lines of a text file, or all strings of a JSONL file."""
-    if path.suffix == ".txt":
-        yield from read_text(path).splitlines(keepends=True)
-    elif path.suffix == ".jsonl":
-        lines = JsonLines(path)
-        for i, fields in enumerate(lines):
+def read_texts(path: str | Path) -> Iterator[str]:
+    """Yield the texts of a file or folder: the lines of a text file, all strings of rows but the roles of messages.
+
+    Raises UserError if a file is missing, malformed or of a kind that is not read.
+    """
+    path = Path(path)
+    for file in files_in(path) if path.is_dir() else [path]:
+        if is_text(file):
+            yield from read_text(file).splitlines(keepends=True)
+            continue
+        rows = open_rows(file)
+        for i, fields in enumerate(rows):
             for text in _strings(fields):
-                check_text(text, lines.location(i))
+                check_text(text, rows.location(i))
                 yield text
-    else:
-        raise UserError(f"{path}: expected a .txt or .jsonl file, got {path.suffix or 'no suffix'}")
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -154,5 +157,6 @@ def _strings(value: Any) -> Iterator[str]:
             waiting += reversed(value)
         elif isinstance(value, dict):
             for key, item in reversed(value.items()):
-                if not (key == "role" and "content" in value):
+                is_role = (key == "role" and "content" in value) or (key == "from" and "value" in value)
+                if not is_role:
                     waiting.append(item)

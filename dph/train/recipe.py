@@ -62,15 +62,28 @@ class Source:
     """One source of records; a bare text in YAML is short for its ``source``."""
 
     source: str = option(
-        REQUIRED, "task:NAME (dph.tasks), hub:NAME[:CONFIG], a JSONL or text file, or a folder of such files"
+        REQUIRED,
+        "task:NAME (dph.tasks), hub:NAME[:CONFIG], a file (.jsonl, .json, .csv, .tsv, .txt, also with .gz, .bz2, .xz "
+        "or .zst; .parquet, .arrow), a folder of such files, or one of save_to_disk",
     )
-    split: str | None = option(None, "split of a task or hub data set")
+    split: str | None = option(None, "split of a task, a hub data set or a folder of save_to_disk")
     directory: str | None = option(
         None, "folder with local files of tasks, <task>/<split>.jsonl, used instead of the hub; null: the section's"
     )
     weight: float = option(1.0, "weight in the mixture, relative to the other sources", minimum=0)
     limit: int | None = option(None, "number of records to use, from the first one; null: all", minimum=1)
     text_field: str = option("text", "field with the plain text (stage pretrain)")
+    columns: dict[str, Any] | None = option(
+        None, "names of fields in the data, as {prompt: question, chosen: better}, by our names; null: the same"
+    )
+    filter: dict[str, Any] | None = option(
+        None, "rows to use, by a field in the data and its value, or a list of values, as {lang: [en, de]}; null: all"
+    )
+    format: Literal["rendered"] | None = option(
+        None,
+        "rendered: the texts are whole conversations in the markup of a chat format (ChatML, Llama 2 and 3, Zephyr, "
+        "Gemma, HH), which becomes messages; null: plain text or messages, and such markup is an error",
+    )
 
 
 @typed

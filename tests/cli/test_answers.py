@@ -382,7 +382,9 @@ def test_malformed_files_name_the_line(refused, models, tmp_path):
     why = {"role": "user", "content": "why"}
     for last in ({"messages": [USER, ANSWER, why]}, {"prompt": [USER, ANSWER], "completion": [why]}):
         write_lines(file, {"messages": [USER, ANSWER]}, last)
-        assert f"{file}:2: expected the assistant's answer at the end, got a user message" in refused(*argv, file)
+        message = refused(*argv, file)
+        assert f"{file}:2: " in message
+        assert "expected the assistant's answer at the end, got a user message" in message
     write_lines(file, {"messages": [USER, ANSWER]}, {"text": "a"})
     assert f"{file}:2: expected messages, prompt and completion, or chosen and" in refused(*argv, file)
     write_lines(file, {"messages": [USER, ANSWER], "scores": 1})

@@ -6,6 +6,7 @@ import pickle
 import sys
 import types
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dph import chat
-from dph.data import dataset, sources
+from dph.data import dataset, files, formats
 from dph.data.batching import Streams
 from dph.data.formats import Conversation, Encoder, Preference, Text, parse_record
+from dph.data.json_lines import JsonLines, read_jsonl
 from dph.data.packing import PairBatches
 from dph.data.sampler import InOrder, Interleaved, Shuffled
-from dph.data.sources import JsonLines, fingerprint, read_jsonl
+from dph.data.sources import fingerprint
 from dph.errors import UserError
 
 ASK, YES, NO = message("user", "hello?"), message("assistant", "yes"), message("assistant", "no")
@@ -72,7 +74,7 @@ CHANGES = {
 def test_a_file_that_changes_during_a_run_gives_the_records_it_had_or_an_error(tmp_path, change, keep_open):
     """In the process that opened it and in one that receives the records; a mapped file would kill both."""
     path = write_lines(tmp_path / "a.jsonl", *({"text": f"record {i} " * 500} for i in range(50)))
-    records = sources.JsonlRecords(path, "text", "text", keep_open)
+    records = formats.RowRecords(partial(files.open_rows, path, keep_open), formats.RowFormat("text"))
     before, pickled = list(records), pickle.dumps(records)
     CHANGES[change](path)
     read_by_both = {"grown": True, "deleted": keep_open, "replaced": keep_open}.get(change, False)
@@ -89,7 +91,7 @@ def test_a_file_that_changes_during_a_run_gives_the_records_it_had_or_an_error(t
 
 
 def test_a_folder_has_a_bounded_number_of_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "MAX_OPEN", 2)
+    monkeypatch.setattr("dph.data.files.MAX_OPEN", 2)
     for i in range(3):
         write_lines(tmp_path / f"{i}.jsonl", {"text": f"{i}"})
     before = len(os.listdir("/dev/fd"))
@@ -152,7 +154,7 @@ def test_a_malformed_line_is_named(tmp_path, content, error):
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
 def test_a_long_text_is_several_records(tmp_path, monkeypatch, suffix):
     """Split after lines, else after words, else anywhere; nothing is lost."""
-    monkeypatch.setattr(sources, "MAX_TEXT", 10)
+    monkeypatch.setattr(formats, "MAX_TEXT", 10)
     texts = ["one two\nthree four five", "short", "0123456789012345678901", "0123456789", "a" * 9 + "\n", ""]
     if suffix == "jsonl":
         write_lines(tmp_path / "a.jsonl", *({"text": text} for text in texts))
@@ -185,7 +187,7 @@ def test_a_missing_or_empty_file_is_named(tmp_path):
     with pytest.raises(UserError, match="did you mean task:glue/sst2"):
         dataset.load("glue/sst2", "text")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match=r"expected \.jsonl or \.txt files in the folder"):
+    with pytest.raises(UserError, match=r"expected \.jsonl, .*, \.txt files in the folder, got none"):
         dataset.load(tmp_path / "folder", "text")
 
 

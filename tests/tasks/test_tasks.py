@@ -210,7 +210,7 @@ def test_documents_come_from_the_hub_by_name_config_and_split(monkeypatch):
     with pytest.raises(UserError, match=r"nyu-mll/glue \(mnli\), split validation_matched: no route"):
         task_documents(tasks.load("glue/mnli"), "validation")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"needs the datasets package: pip install -e '\.\[data\]'$"):
+    with pytest.raises(UserError, match=r"needs the package datasets: pip install 'dph\[data\]'$"):
         task_documents(tasks.load("glue/mnli"), "validation")
 
 
