@@ -27,7 +27,13 @@ WITHOUT_HEAD = "--logprob-only needs no rewards"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``dph evaluate``."""
     common.add_model(parser)
-    parser.add_argument("--task", required=True, nargs="+", metavar="TASK", help="such as glue/sst2")
+    parser.add_argument(
+        "--task",
+        required=True,
+        nargs="+",
+        metavar="TASK",
+        help="such as glue/sst2 (dph tasks lists them), or a file (dph.tasks.own)",
+    )
     parser.add_argument("--directory", metavar="DIR", help="read DIR/<task>/<split>.jsonl in place of the hub")
     parser.add_argument("--split", help="split to read (default: the one that the paper reports)")
     parser.add_argument("--limit", type=common.COUNT, metavar="N", help="only the first N records")

@@ -11,7 +11,7 @@ Records are defined in ``dph.data.formats``, samplers in ``dph.data.sampler``, b
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +30,6 @@ from dph.data.formats import (
     combined_fingerprint,
     from_messages,
 )
-from dph.data.json_lines import JsonLines
 from dph.data.sampler import Interleaved, Shuffled, draw
 from dph.data.sources import Concatenated, HubRecords, Limited, Selected, TextRecords, read_hub, rows_fingerprint
 from dph.errors import UserError, shown, shown_names
@@ -83,7 +82,7 @@ def load(
         for option, value in (("columns", columns), ("filter", filter), ("format", format)):
             if value:
                 raise UserError(f"{option}: expected none for {spec}, whose fields are known, got {shown(value)}")
-        records = TaskRecords(tasks.load(name), kind, split, directory, seed)
+        records = TaskRecords(name, kind, split, directory, seed)
     elif origin == "hub":
         records = HubRecords(name, split, row_format)
     else:
@@ -147,14 +146,15 @@ def _load_files(path: Path, kind: str, split: str, row_format: RowFormat) -> Seq
 class TaskRecords(Records):
     """Records of a task's split, made from its documents when they are read."""
 
-    def __init__(self, task: Task, kind: str, split: str, directory: str | Path | None, seed: int) -> None:
+    def __init__(self, spec: str, kind: str, split: str, directory: str | Path | None, seed: int) -> None:
+        task = tasks.load(spec)
         if kind == "preference" and not task.paired:
             raise UserError(
                 f"task {task.name}: has no wrong answers, so it gives text and conversations but no preferences"
             )
         self._documents = task_documents(task, split, directory)
-        # The task's name, since its functions cannot be pickled for worker processes.
-        self._name, self._kind, self._seed = task.name, kind, seed
+        # What names the task, since its functions cannot be pickled for worker processes.
+        self._spec, self._kind, self._seed = spec, kind, seed
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -163,7 +163,7 @@ class TaskRecords(Records):
     def __getitem__(self, index: int) -> Record | None:
         """Return one record; None is a pair without a wrong answer. Raises UserError if the right one is hidden."""
         index = range(len(self))[index]
-        task, document = tasks.load(self._name), self._documents[index]
+        task, document = tasks.load(self._spec), self._documents[index]
         try:
             right, wrong = task.answers(document, with_wrong=self._kind == "preference")
         except UserError as error:
@@ -173,7 +173,7 @@ class TaskRecords(Records):
             raise UserError(f"{self._documents.location(index)}: {reason}")
         if self._kind != "preference":
             return from_messages(right[0], self._kind, "")
-        return Preference(right[0], wrong[draw(len(wrong), self._seed, self._name, index)]) if wrong else None
+        return Preference(right[0], wrong[draw(len(wrong), self._seed, task.name, index)]) if wrong else None
 
     def fingerprint(self) -> str:
         """Return a digest of the documents."""
@@ -188,6 +188,8 @@ def task_documents(task: Task, split: str, directory: str | Path | None = None) 
     """
     if split not in task.splits:
         raise UserError(f"task {task.name}: expected split {', '.join(task.splits)}, got {split!r}")
+    if task.file is not None:
+        return _read_documents(task, task.file)
     if directory is not None:
         return _read_documents(task, Path(directory) / task.name / f"{split}.jsonl")
     rows = read_hub(task.hub, task.config, task.splits[split])
@@ -205,17 +207,21 @@ def task_documents(task: Task, split: str, directory: str | Path | None = None) 
 def _read_documents(task: Task, path: Path) -> Documents:
     """Return the documents of a file, in memory and checked, but for those that the task leaves out."""
     documents: list[Mapping[str, Any]] = []
-    numbers = array("q")
+    numbers, places = array("q"), [""]
 
-    def take(number: int, document: Mapping[str, Any]) -> None:
-        if _uses(task, document, f"{path}:{number}"):
-            documents.append(document)
-            numbers.append(number)
+    def visit(place: str) -> Callable[[int, Mapping[str, Any]], None]:
+        def take(number: int, document: Mapping[str, Any]) -> None:
+            if _uses(task, document, f"{place}{number}"):
+                documents.append(document)
+                numbers.append(number)
 
-    digest = JsonLines(path, keep_open=False, visit=take).fingerprint()
+        places.append(place)
+        return take
+
+    digest = files.open_rows(path, keep_open=False, visit=visit).fingerprint()
     if not documents:
         raise UserError(f"{path}: expected at least one record that the task uses, got none")
-    return Documents(documents, digest, f"{path}:", numbers)
+    return Documents(documents, digest, places[-1], numbers)
 
 
 def _uses(task: Task, document: Mapping[str, Any], location: str) -> bool:

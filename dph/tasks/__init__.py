@@ -4,13 +4,14 @@
     for doc in dph.data.dataset.task_documents(task, "validation"):
         task.choices(doc), task.gold(doc)           # conversations, and the index of the right one
 
-A new data set is one more ``Task`` in a family's list.
+A new data set is one more ``Task`` in a family's list; those of the user are files (``dph.tasks.own``).
 """
 
 import difflib
+from pathlib import Path
 
 from dph.errors import UserError
-from dph.tasks import glue, instruct, multiple_choice, reading, squad
+from dph.tasks import glue, instruct, multiple_choice, own, reading, squad
 from dph.tasks.base import Task
 
 __all__ = ["Task", "load", "names"]
@@ -24,8 +25,13 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Task:
-    """Return the task called ``name``; nothing is read or downloaded. Raises UserError for an unknown name."""
+    """Return the task called ``name``, or that of a file; no data is read or downloaded.
+
+    Raises UserError for an unknown name.
+    """
     if name not in _TASKS:
+        if Path(name).exists():
+            return own.from_file(Path(name))
         nearest = difflib.get_close_matches(name, _TASKS, n=1, cutoff=0.0)[0]
-        raise UserError(f"task: expected a known name, got {name!r}; the nearest is {nearest!r}")
+        raise UserError(f"task: expected a known name, or a file, got {name!r}; the nearest is {nearest!r}")
     return _TASKS[name]

@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dph.errors import UserError, check_text, shown, shown_names
@@ -174,6 +175,7 @@ class Task:
     """
 
     name: str
+    file: Path | None = None  # of the user: a file of rows, in place of the hub
     hub: str
     config: str | None = None
     splits: Mapping[str, str] = field(default_factory=lambda: SPLITS)  # our name -> the hub's

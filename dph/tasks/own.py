@@ -1,0 +1,184 @@
+"""Multiple-choice tasks of the user: a file of rows, or a YAML file that describes one.
+
+A file of rows (``dph.data.files``) has in each row
+
+    question or prompt   a question is followed by its choices as "A. ...", a prompt is used as it is
+    choices              list of texts
+    label or answer      the right one: its number from 0, its letter (A, B, ...) or its text
+
+A YAML file has
+
+    data: questions.jsonl       # a file of rows, relative to this one
+    prompt: "{passage}\\n{question}"   # over the fields of a row
+    system: Answer the question.      # default: that of the paper's choices
+    choices: options            # a field with a list of texts, or a list of texts: [yes, no]
+    gold: answer                # the field with the right one, as above
+    first: 1                    # number of the first choice (default: 0)
+    listed: true                # whether the prompt ends with the choices as "A. ..." (default: false)
+    metric: accuracy            # or f1, matthews (default: accuracy)
+"""
+
+from __future__ import annotations
+
+import functools
+import string
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dph.errors import UserError, shown, shown_names
+from dph.tasks.base import CHOOSE, LETTERS, SPLITS, Doc, Label, Reference, Task, lettered, listed, text, texts
+
+YAML = (".yaml", ".yml")
+KEYS = ("data", "prompt", "system", "choices", "gold", "first", "listed", "metric")
+METRICS = ("accuracy", "f1", "matthews")
+
+
+def from_file(path: Path) -> Task:
+    """Return the task of a file of rows, or of a YAML file. Raises UserError for a malformed YAML file."""
+    status = path.stat()
+    return _from_file(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _from_file(path: Path, *_version: int) -> Task:
+    """Return the task of a version of a file; records ask for it one by one."""
+    if path.suffix.lower() in YAML:
+        return _from_yaml(path)
+
+    def prompt(doc: Doc) -> str:
+        if _field(doc, ("question", "prompt")) == "prompt":
+            return doc["prompt"]
+        return f"Question: {doc['question']}\n\n{listed(doc['choices'])}"
+
+    def options(doc: Doc) -> Sequence[str]:
+        return doc["choices"] if _field(doc, ("question", "prompt")) == "prompt" else lettered(doc["choices"])
+
+    def gold(doc: Doc) -> Label:
+        return right_choice(doc, _field(doc, ("label", "answer")), doc["choices"], 0)
+
+    def check(doc: Doc) -> None:
+        text(doc[_field(doc, ("question", "prompt"))], _field(doc, ("question", "prompt")))
+
+    example = {"question": "Which is a gas?", "choices": ["ice", "steam"], "answer": 1}
+    return Task(
+        name=path.stem,
+        file=path,
+        hub="",
+        splits=SPLITS,
+        metric="accuracy",
+        fields={"choices": texts(2, len(LETTERS))},
+        rule=check,
+        system=CHOOSE,
+        prompt=prompt,
+        options=options,
+        label=Reference("answer", gold),
+        example=example,
+    )
+
+
+def _from_yaml(path: Path) -> Task:
+    """Return the task that a YAML file describes; all its values are text or lists of texts."""
+    settings = _read_yaml(path)
+    first = settings.get("first", "0")
+    if first not in ("0", "1"):
+        raise UserError(f"{path}: first: expected 0 or 1, got {shown(first)}")
+    is_listed = settings.get("listed", "false")
+    if is_listed not in ("true", "false"):
+        raise UserError(f"{path}: listed: expected true or false, got {shown(is_listed)}")
+    metric = settings.get("metric", "accuracy")
+    if metric not in METRICS:
+        raise UserError(f"{path}: metric: expected {', '.join(METRICS)}, got {shown(metric)}")
+    try:
+        names = {name for _, name, _, _ in string.Formatter().parse(settings["prompt"]) if name is not None}
+    except ValueError as error:
+        raise UserError(
+            f"{path}: prompt: expected fields in braces, got {shown(settings['prompt'])}: {error}"
+        ) from None
+    if unusual := sorted(name for name in names if not name.isidentifier()):
+        raise UserError(f"{path}: prompt: expected names of fields in braces, got {shown(unusual[0])}")
+    fields, choices, gold = dict.fromkeys(sorted(names), text), settings["choices"], settings["gold"]
+    answers: tuple[str, ...] | Callable[[Doc], Sequence[str]]
+    if isinstance(choices, str):
+        fields[choices] = texts(2, len(LETTERS))
+
+        def answers(doc: Doc) -> Sequence[str]:
+            return doc[choices]
+    else:
+        texts(2, len(LETTERS))(choices, f"{path}: choices")
+        answers = tuple(choices)
+
+    def contents(doc: Doc) -> Sequence[str]:
+        return answers(doc) if callable(answers) else answers
+
+    def prompt(doc: Doc) -> str:
+        asked = settings["prompt"].format_map(doc)
+        return f"{asked}\n\n{listed(contents(doc))}" if is_listed == "true" else asked
+
+    return Task(
+        name=path.stem,
+        file=path.parent / settings["data"],
+        hub="",
+        splits=SPLITS,
+        metric=metric,
+        fields=fields,
+        system=settings.get("system", CHOOSE),
+        prompt=prompt,
+        options=(lambda doc: lettered(contents(doc))) if is_listed == "true" else answers,
+        label=Reference(gold, lambda doc: right_choice(doc, gold, contents(doc), int(first)), int(first)),
+        example={},
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """Return the settings of a YAML file, all of whose scalars are text. Raises UserError if it is malformed."""
+    import yaml
+
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # which makes text only
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: expected YAML, got what it cannot be: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected the settings of a task ({', '.join(KEYS)}), got {shown(settings)}")
+    if unknown := sorted(settings.keys() - set(KEYS)):
+        raise UserError(f"{path}: {unknown[0]}: expected one of {', '.join(KEYS)}")
+    for key in ("data", "prompt", "choices", "gold"):
+        if key not in settings:
+            raise UserError(f"{path}: expected {key}, got {shown_names(settings)}")
+    for key, value in settings.items():
+        if not isinstance(value, str) and key != "choices":
+            raise UserError(f"{path}: {key}: expected text, got {shown(value)}")
+    return settings
+
+
+def right_choice(doc: Doc, key: str, choices: Sequence[str], first: int) -> Label:
+    """Return the index of the right choice: a number, a letter, or the text of one; None if it is hidden.
+
+    Raises UserError for anything else.
+    """
+    value = doc.get(key)
+    if value is None or value == "" or (value == -1 and not isinstance(value, bool)):
+        return None
+    index = -1
+    if isinstance(value, int) and not isinstance(value, bool):
+        index = value - first
+    elif isinstance(value, str) and value in choices:
+        index = choices.index(value) if choices.count(value) == 1 else -1
+    elif isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:
+        index = int(value) - first
+    elif isinstance(value, str) and len(value) == 1:
+        index = LETTERS.find(value.upper())
+    if not 0 <= index < len(choices):
+        numbers = f"a number from {first} to {first + len(choices) - 1}"
+        raise UserError(f"{key}: expected {numbers}, a letter, or the text of one choice, got {shown(value)}")
+    return index
+
+
+def _field(doc: Doc, names: Sequence[str]) -> str:
+    """Return which of two fields a row has. Raises UserError if it has none or both."""
+    given = [name for name in names if doc.get(name) is not None]
+    if len(given) == 2:
+        raise UserError(f"expected either {' or '.join(names)}, got both")
+    if not given and "label" not in names:
+        raise UserError(f"expected {' or '.join(names)}, got the fields {shown_names(doc)}")
+    return given[0] if given else names[0]
