@@ -153,7 +153,7 @@ class TaskRecords(Records):
                 f"task {task.name}: has no wrong answers, so it gives text and conversations but no preferences"
             )
         self._documents = task_documents(task, split, directory)
-        # What names the task, since its functions cannot be pickled for worker processes.
+        # By its name or file: its functions cannot be pickled for worker processes.
         self._spec, self._kind, self._seed = spec, kind, seed
 
     def __len__(self) -> int:
@@ -169,7 +169,7 @@ class TaskRecords(Records):
         except UserError as error:
             raise UserError(f"{self._documents.location(index)}: {error}") from error
         if not right:
-            reason = f"task {self._name}: expected a label, got none; the answers of this split are hidden"
+            reason = f"task {task.name}: expected a label, got none; the answers of this split are hidden"
             raise UserError(f"{self._documents.location(index)}: {reason}")
         if self._kind != "preference":
             return from_messages(right[0], self._kind, "")

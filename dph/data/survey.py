@@ -1,4 +1,4 @@
-"""A look at data before training: what rows hold, what training would refuse, and what is suspicious in them.
+"""A look at data before training: contents of rows, rows that training would refuse, and suspicious ones.
 
 Rows are read one after another. Held in memory are a few numbers for each, the places of the first problems, and a
 sample of records for lengths in tokens.
@@ -36,7 +36,7 @@ SUSPICIONS = {
 
 @dataclass
 class Survey:
-    """What was found in the rows of some sources.
+    """Findings in the rows of some sources.
 
     Attributes:
         rows: number of rows.

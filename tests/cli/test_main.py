@@ -88,7 +88,7 @@ def test_the_package_is_whole_elsewhere():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "expected a command: quickstart, train"),
+        ([], "expected a command: quickstart, data, train"),
         (["trian"], "invalid choice: 'trian'"),
         (["doctor", "--fast"], "unknown arguments: --fast (see dph doctor --help)"),
         (["train", "sft", "--resum"], "given as key.name=value (see dph train --help)"),

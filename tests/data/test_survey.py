@@ -1,4 +1,4 @@
-"""``dph data``: what rows hold, what training would refuse, and what is suspicious, each with its file and line."""
+"""``dph data``: contents of rows, rows that training would refuse, and suspicious ones, with file and line."""
 
 import json
 
