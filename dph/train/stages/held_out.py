@@ -59,20 +59,13 @@ class HeldOutStreams(HeldOut):
         self.stage = weakref.proxy(stage)  # without a cycle, the model is freed with the stage
 
     def sums(self, name: str, records: Sequence[Record]) -> tuple[dict[str, float], int]:
-        """Return the sums over the targets, and their number.
-
-        There are as many streams as in training, so that the size of a micro-batch changes no result.
-        """
+        """Return the sums over the targets of all documents, each computed alone, and the number of targets."""
         stage = self.stage
-        streams = min(stage.recipe.batch.size, len(records))
-        memories = stage.new_memories(streams)
         sums = torch.zeros(len(self.metrics), dtype=torch.float64, device=stage.model.device)
         count = 0
-        for tokens, targets in stage.open_streams(InOrder(records), streams):
-            for micro_batch in stage.micro_batches(memories, tokens, targets):
-                stage.commit_others(memories, micro_batch.memory)
-                loss = stage.loss(stage.prepare(micro_batch, 0))
-                sums, count = sums + loss.sums, count + len(loss.values)
+        for micro_batch in stage.document_segments(records):
+            loss = stage.loss(stage.prepare(micro_batch, 0))
+            sums, count = sums + loss.sums, count + len(loss.values)
         return dict(zip(self.metrics, sums.tolist(), strict=True)), count
 
 
