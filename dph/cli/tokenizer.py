@@ -18,7 +18,10 @@ WRITTEN = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``dph tokenizer``."""
     parser.add_argument(
-        "files", nargs="+", metavar="FILE", help=".txt, or .jsonl (all its text except the roles of messages)"
+        "files", nargs="+", metavar="FILE", help=".txt, or .jsonl (its texts, prompts, answers and messages)"
+    )
+    parser.add_argument(
+        "--field", action="append", metavar="NAME", help="read only this field of .jsonl rows (may be repeated)"
     )
     parser.add_argument(
         "--vocab-size", type=common.COUNT, default=4096, metavar="V", help="upper bound (default: 4096)"
@@ -34,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         if (Path(args.output) / name).exists():
             raise UserError(f"{args.output}: expected a directory without a tokenizer, got one with {name}")
     atomic.check_new_files(args.output)
-    trained = tokenizer.train(args.files, args.vocab_size)
+    trained = tokenizer.train(args.files, args.vocab_size, fields=args.field or tokenizer.FIELDS)
     with atomic.new_files(args.output, last="tokenizer.json") as folder:
         trained.save_pretrained(folder)
     common.print_text(f"{args.output}: {len(trained)} tokens")

@@ -22,28 +22,32 @@ from typing import TYPE_CHECKING, Any
 
 from dph.chat import END, ROLES, START, TEMPLATE
 from dph.data.sources import JsonLines, read_text
-from dph.errors import UserError, check_text, shown
+from dph.errors import UserError, check_text, shown, shown_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 EOS, PAD = "</s>", "<pad>"
 SPECIAL_TOKENS = (EOS, PAD, START, END)
+FIELDS = ("text", "messages", "prompt", "completion", "completions", "chosen", "rejected")  # of rows, that hold text
 MIN_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte, and the special tokens
 MAX_VOCABULARY = 2**24  # as dph.ModelConfig allows, far above any known tokenizer
 
 
-def train(files: Sequence[str | Path], vocab_size: int, out: str | Path | None = None) -> PreTrainedTokenizerFast:
-    """Train a tokenizer on .txt and .jsonl files, of which all text but the roles of messages is used.
+def train(
+    files: Sequence[str | Path], vocab_size: int, out: str | Path | None = None, fields: Sequence[str] = FIELDS
+) -> PreTrainedTokenizerFast:
+    """Train a tokenizer on .txt and .jsonl files; of a .jsonl row, on the texts and messages in ``fields``.
 
     ``vocab_size`` is an upper bound, special tokens included; a small corpus gives fewer. If ``out`` is given, the
     tokenizer is saved to this folder for ``AutoTokenizer.from_pretrained``.
 
-    Raises UserError if a file is missing, malformed or of another kind, or if there is no text.
+    Raises UserError if a file is missing, malformed or of another kind, if a row has none of the fields, or if there is
+    no text.
     """
     if not files:
         raise UserError("files: expected at least one .txt or .jsonl file, got none")
-    texts = itertools.chain.from_iterable(_read_texts(Path(path)) for path in files)
+    texts = itertools.chain.from_iterable(_read_texts(Path(path), fields) for path in files)
     return _train(texts, vocab_size, out, ", ".join(map(str, files)))
 
 
@@ -129,22 +133,29 @@ def _not_empty(texts: Iterable[str], where: str) -> Iterator[str]:
         raise UserError(f"{where}: expected text to train on, got none")
 
 
-def _read_texts(path: Path) -> Iterator[str]:
-    """Yield the lines of a text file, or all strings of a JSONL file."""
+def _read_texts(path: Path, fields: Sequence[str]) -> Iterator[str]:
+    """Yield the lines of a text file, or the texts in ``fields`` of the rows of a JSONL file."""
     if path.suffix == ".txt":
         yield from read_text(path).splitlines(keepends=True)
     elif path.suffix == ".jsonl":
         lines = JsonLines(path)
-        for i, fields in enumerate(lines):
-            for text in _strings(fields):
-                check_text(text, lines.location(i))
-                yield text
+        for i, row in enumerate(lines):
+            present = [name for name in fields if row.get(name) is not None]
+            if not present:
+                raise UserError(
+                    f"{lines.location(i)}: expected a text in {', '.join(fields)}, got the fields {shown_names(row)}; "
+                    "--field NAME reads others"
+                )
+            for name in present:
+                for text in _strings(row[name], f"{lines.location(i)}: {name}"):
+                    check_text(text, lines.location(i))
+                    yield text
     else:
         raise UserError(f"{path}: expected a .txt or .jsonl file, got {path.suffix or 'no suffix'}")
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Yield all strings in a JSON value, at any depth, except the roles of messages."""
+def _strings(value: Any, where: str) -> Iterator[str]:
+    """Yield the texts of a field: a text, messages or parts of a message with their content, or a list of these."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
@@ -152,7 +163,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield value
         elif isinstance(value, list):
             waiting += reversed(value)
-        elif isinstance(value, dict):
-            for key, item in reversed(value.items()):
-                if not (key == "role" and "content" in value):
-                    waiting.append(item)
+        elif isinstance(value, dict) and ("content" in value or "text" in value):
+            waiting.append(value.get("content", value.get("text")))
+        elif value is not None:
+            raise UserError(f"{where}: expected text, or messages with a content, got {shown(value)}")
