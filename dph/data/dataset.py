@@ -46,6 +46,7 @@ def load(
     limit: int | None = None,
     seed: int = 0,
     text_field: str = "text",
+    redraw: bool = True,
 ) -> Sequence[Record]:
     """Return the records of one source. Every line of a file is checked at once.
 
@@ -53,12 +54,13 @@ def load(
         spec: ``task:NAME``, ``hub:NAME[:CONFIG]``, a JSONL file, a .txt file (one document, text only), or a folder of
             such files. A text of a file that is longer than ``MAX_TEXT`` characters is several records.
         kind: "preference", "conversation" or "text". A task's conversation ends in the right answer; its preference
-            pairs that with a wrong answer drawn by ``seed`` and index.
+            pairs that with a wrong answer drawn by ``seed``, index and visit.
         split: of a task or hub data set.
         directory: folder of tasks' local files, ``directory/<task>/<split>.jsonl``; None: the hub.
         limit: use only the first records.
         seed: of the wrong answers.
         text_field: field that holds plain text.
+        redraw: whether a sampler's later visits to a task's pair draw other wrong answers; False: that of the first.
 
     Raises UserError if the source is missing, empty or malformed, or cannot give records of ``kind``.
     """
@@ -68,7 +70,7 @@ def load(
         raise UserError(f"limit: expected at least 1, got {shown(limit)}")
     origin, _, name = str(spec).partition(":")
     if origin == "task":
-        records = TaskRecords(tasks.load(name), kind, split, directory, seed)
+        records = TaskRecords(tasks.load(name), kind, split, directory, seed, redraw)
     elif origin == "hub":
         records = HubRecords(name, kind, split, text_field)
     else:
@@ -101,21 +103,30 @@ def _load_files(path: Path, kind: str, text_field: str) -> Sequence[Record]:
 class TaskRecords(Records):
     """Records of a task's split, made from its documents when they are read."""
 
-    def __init__(self, task: Task, kind: str, split: str, directory: str | Path | None, seed: int) -> None:
+    def __init__(
+        self, task: Task, kind: str, split: str, directory: str | Path | None, seed: int, redraw: bool = True
+    ) -> None:
         if kind == "preference" and not task.paired:
             raise UserError(
                 f"task {task.name}: has no wrong answers, so it gives text and conversations but no preferences"
             )
         self._documents = task_documents(task, split, directory)
         # The task's name, since its functions cannot be pickled for worker processes.
-        self._name, self._kind, self._seed = task.name, kind, seed
+        self._name, self._kind, self._seed, self._redraw = task.name, kind, seed, redraw
 
     def __len__(self) -> int:
         """Number of documents."""
         return len(self._documents)
 
     def __getitem__(self, index: int) -> Record | None:
-        """Return one record; None is a pair without a wrong answer. Raises UserError if the right one is hidden."""
+        """Return one record at its first visit, as :meth:`at_visit`."""
+        return self.at_visit(index, 0)
+
+    def at_visit(self, index: int, visit: int) -> Record | None:
+        """Return one record; None is a pair without a wrong answer. Raises UserError if the right one is hidden.
+
+        The wrong answer of a pair is drawn anew at each visit.
+        """
         index = range(len(self))[index]
         task, document = tasks.load(self._name), self._documents[index]
         try:
@@ -127,7 +138,11 @@ class TaskRecords(Records):
             raise UserError(f"{self._documents.location(index)}: {reason}")
         if self._kind != "preference":
             return from_messages(right[0], self._kind, "")
-        return Preference(right[0], wrong[draw(len(wrong), self._seed, self._name, index)]) if wrong else None
+        if not wrong:
+            return None
+        key = (self._seed, self._name, index)
+        drawn = draw(len(wrong), *key, visit) if visit and self._redraw else draw(len(wrong), *key)
+        return Preference(right[0], wrong[drawn])
 
     def fingerprint(self) -> str:
         """Return a digest of the documents."""
@@ -239,12 +254,19 @@ def mixture(
 
 
 def open_training(
-    sources: Sequence[Source], kind: str, *, directory: str | None, seed: int, consecutive: int, share: float = 0.0
+    sources: Sequence[Source],
+    kind: str,
+    *,
+    directory: str | None,
+    seed: int,
+    consecutive: int,
+    share: float = 0.0,
+    redraw: bool = True,
 ) -> tuple[Interleaved, Sequence[Record]]:
     """Return the sampler of the training records, and the development records, which are not among them.
 
     Args:
-        sources, kind, directory, seed: see :func:`load`.
+        sources, kind, directory, seed, redraw: see :func:`load`.
         consecutive: records of one source that follow each other.
         share: of the prompts, those of the development records (kind "preference").
 
@@ -256,7 +278,7 @@ def open_training(
     datasets, development = [], []
     for i, source in enumerate(sources):
         try:
-            records = _open_source(source, kind, "train", directory, seed)
+            records = _open_source(source, kind, "train", directory, seed, redraw)
         except UserError as error:
             raise UserError(f"data.sources.{i}: {error}") from error
         if share:
@@ -307,7 +329,9 @@ def open_held_out(
     return held_out
 
 
-def _open_source(source: Source, kind: str, split: str, directory: str | None, seed: int) -> Sequence[Record]:
+def _open_source(
+    source: Source, kind: str, split: str, directory: str | None, seed: int, redraw: bool = True
+) -> Sequence[Record]:
     """Load a recipe's source; ``split`` and ``directory`` apply if it names none."""
     return load(
         source.source,
@@ -317,4 +341,5 @@ def _open_source(source: Source, kind: str, split: str, directory: str | None, s
         limit=source.limit,
         seed=seed,
         text_field=source.text_field,
+        redraw=redraw,
     )

@@ -18,6 +18,7 @@ from zlib import crc32
 
 from dph.chat import Encoded
 from dph.data.formats import EXPECTED_FIELDS, Conversation, Preference, Record, Text, parse_record
+from dph.data.sampler import read
 from dph.errors import UserError, shown
 
 # Longest text of a record, in characters; longer ones are split. A stream takes whole records: a corpus in one record
@@ -419,7 +420,11 @@ class Selected(Records):
 
     def __getitem__(self, index: int) -> Record | None:
         """Return one record."""
-        return self._records[self._indices[index]]
+        return self.at_visit(index, 0)
+
+    def at_visit(self, index: int, visit: int) -> Record | None:
+        """Return one record at a visit."""
+        return read(self._records, self._indices[index], visit)
 
     def fingerprint(self) -> str:
         """Return a digest of the whole sequence and of the indices."""
@@ -438,7 +443,11 @@ class Limited(Records):
 
     def __getitem__(self, index: int) -> Record | None:
         """Return one record."""
-        return self._records[range(self._size)[index]]
+        return self.at_visit(index, 0)
+
+    def at_visit(self, index: int, visit: int) -> Record | None:
+        """Return one record at a visit."""
+        return read(self._records, range(self._size)[index], visit)
 
     def fingerprint(self) -> str:
         """Return a digest of the whole sequence and the number of its records that are used."""

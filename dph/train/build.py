@@ -65,7 +65,7 @@ def make_stage(
         data = recipe.data
         sampler, development = dataset.open_training(
             data.sources, recipe.kind, directory=data.directory, seed=recipe.seed, consecutive=data.consecutive,
-            share=recipe.evaluation.share,
+            share=recipe.evaluation.share, redraw=data.redraw,
         )  # fmt: skip
     else:
         if recipe.evaluation.share:

@@ -85,6 +85,11 @@ class Data:
         minimum=1,
         maximum=(2**16, "a stream holds all of them in memory"),
     )
+    redraw: bool = option(
+        True,
+        "draw the wrong answer of a task's pair anew each time the record comes again; false: once for the whole run "
+        "(preference stages)",
+    )
     context: int = option(
         2048,
         "tokens of a segment of a stream; in preference stages the maximum length of an answer with its prompt, longer "
@@ -402,6 +407,10 @@ class Recipe:
 
 MAY_CHANGE_ON_RESUME = config_schema.may_change_on_resume(Recipe)
 """Dotted keys of options and whole sections."""
+
+
+BEFORE = {"data.redraw": False}
+"""Options of later versions -> value in the runs that began before them, if it is not the default."""
 
 
 def describe() -> str:

@@ -313,7 +313,9 @@ class PreferenceStage(Stage):
             bins = fill(lengths, self.recipe.batch.tokens)
         else:
             order = list(range(len(pairs)))
-            bins = [order[start : start + self.micro_size] for start in range(0, len(pairs), self.micro_size)]
+            bins = []
+            for start in range(0, len(pairs), self.micro_size):
+                bins.append(order[start : start + self.micro_size])
         if world_size > 1:
             bins = partition_bins(bins, lengths, rank, world_size)
         groups = [bins] if self.recipe.stage == "head" else [[members] for members in bins]
