@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dph import tasks
-from dph.data.formats import EXPECTED_FIELDS, Preference, Record, from_messages
-from dph.data.sampler import Interleaved, Shuffled, draw
+from dph.data.formats import EXPECTED_FIELDS, LABELLED, PAIRED, Preference, Record, from_messages
+from dph.data.labels import Labelled, for_head
+from dph.data.sampler import Interleaved, Shuffled, draw, read
 from dph.data.sources import (
     Concatenated,
     HubRecords,
@@ -28,6 +29,7 @@ from dph.data.sources import (
     Selected,
     TextRecords,
     combined_fingerprint,
+    fingerprint,
     read_hub,
     rows_fingerprint,
 )
@@ -53,7 +55,8 @@ def load(
     Args:
         spec: ``task:NAME``, ``hub:NAME[:CONFIG]``, a JSONL file, a .txt file (one document, text only), or a folder of
             such files. A text of a file that is longer than ``MAX_TEXT`` characters is several records.
-        kind: "preference", "conversation" or "text". A task's conversation ends in the right answer; its preference
+        kind: "preference", "labelled preference" (or answers with other labels, ``dph.data.labels``), "conversation" or
+            "text". A task's conversation ends in the right answer; its preference
             pairs that with a wrong answer drawn by ``seed``, index and visit.
         split: of a task or hub data set.
         directory: folder of tasks' local files, ``directory/<task>/<split>.jsonl``; None: the hub.
@@ -106,7 +109,7 @@ class TaskRecords(Records):
     def __init__(
         self, task: Task, kind: str, split: str, directory: str | Path | None, seed: int, redraw: bool = True
     ) -> None:
-        if kind == "preference" and not task.paired:
+        if kind in PAIRED and not task.paired:
             raise UserError(
                 f"task {task.name}: has no wrong answers, so it gives text and conversations but no preferences"
             )
@@ -130,13 +133,13 @@ class TaskRecords(Records):
         index = range(len(self))[index]
         task, document = tasks.load(self._name), self._documents[index]
         try:
-            right, wrong = task.answers(document, with_wrong=self._kind == "preference")
+            right, wrong = task.answers(document, with_wrong=self._kind in PAIRED)
         except UserError as error:
             raise UserError(f"{self._documents.location(index)}: {error}") from error
         if not right:
             reason = f"task {self._name}: expected a label, got none; the answers of this split are hidden"
             raise UserError(f"{self._documents.location(index)}: {reason}")
-        if self._kind != "preference":
+        if self._kind not in PAIRED:
             return from_messages(right[0], self._kind, "")
         if not wrong:
             return None
@@ -243,6 +246,7 @@ class Source(Protocol):
     weight: float
     limit: int | None
     text_field: str
+    head: str | None
 
 
 def mixture(
@@ -290,7 +294,9 @@ def open_training(
     return mixture(datasets, seed, consecutive, [source.weight for source in sources]), development
 
 
-def split_by_prompt(records: Sequence[Preference | None], share: float, seed: int) -> tuple[Records, list[Preference]]:
+def split_by_prompt(
+    records: Sequence[Preference | Labelled | None], share: float, seed: int
+) -> tuple[Records, list[Preference | Labelled]]:
     """Return the records to train on, and those of a ``share`` of the prompts, drawn by ``seed`` and prompt alone."""
     train, kept = array("q"), []
     for i in range(len(records)):
@@ -302,9 +308,10 @@ def split_by_prompt(records: Sequence[Preference | None], share: float, seed: in
     return Selected(records, train), kept
 
 
-def prompt_key(record: Preference) -> str:
-    """Return a text that is the same for preferences with the same prompt."""
-    return repr([(message["role"], message["content"]) for message in record.chosen[:-1]])
+def prompt_key(record: Preference | Labelled) -> str:
+    """Return a text that is the same for records with the same prompt."""
+    conversation = record.answers[0] if isinstance(record, Labelled) else record.chosen
+    return repr([(message["role"], message["content"]) for message in conversation[:-1]])
 
 
 def open_held_out(
@@ -333,9 +340,9 @@ def _open_source(
     source: Source, kind: str, split: str, directory: str | None, seed: int, redraw: bool = True
 ) -> Sequence[Record]:
     """Load a recipe's source; ``split`` and ``directory`` apply if it names none."""
-    return load(
+    records = load(
         source.source,
-        kind,
+        LABELLED if kind == "preference" else kind,
         split=source.split or split,
         directory=source.directory or directory,
         limit=source.limit,
@@ -343,3 +350,27 @@ def _open_source(
         text_field=source.text_field,
         redraw=redraw,
     )
+    return records if source.head is None else ForHead(records, source.head, source.source)
+
+
+class ForHead(Records):
+    """Records whose labels are for one head; ``name`` of the source for messages."""
+
+    def __init__(self, records: Sequence[Record], head: str, name: str) -> None:
+        self._records, self._head, self._name = records, head, name
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Labelled | None:
+        """Return one record."""
+        return self.at_visit(index, 0)
+
+    def at_visit(self, index: int, visit: int) -> Labelled | None:
+        """Return one record at a visit."""
+        return for_head(read(self._records, index, visit), self._head, self._name)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the records and the head."""
+        return combined_fingerprint(fingerprint(self._records), self._head)

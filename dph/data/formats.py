@@ -1,4 +1,4 @@
-"""Records (plain text, conversations, preferences), parsed from the formats that TRL documents, and their encoder."""
+"""Records (text, conversations, preferences, labelled answers), parsed from forms that TRL documents; their encoder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dph import chat
 from dph.chat import Encoded, Message
+from dph.data.labels import LABEL_FIELDS, EncodedAnswers, Labelled, find_labels
 from dph.errors import UserError, check_text, shown, shown_names
 
 if TYPE_CHECKING:
@@ -40,11 +41,16 @@ class Preference:
     rejected: list[Message]
 
 
-Record = Text | Conversation | Preference
+Record = Text | Conversation | Preference | Labelled
+LABELLED = "labelled preference"  # kind of record: a Preference, or answers with other labels
+
+PAIRED = ("preference", LABELLED)  # kinds for preference stages
 
 # Kind of record -> fields that it can be made from.
 EXPECTED_FIELDS = {
     "preference": "prompt, chosen and rejected (text or messages), or chosen and rejected (whole conversations)",
+    LABELLED: "prompt, chosen and rejected (text or messages; rejected may be a list of texts), or chosen and rejected "
+    "(whole conversations), or prompt, completion and label or labels, or prompt, completions and scores",
     "conversation": "messages, or prompt and completion, or a preference, whose chosen answer is taken",
     "text": "text, or a conversation, whose contents are joined",
 }
@@ -58,12 +64,19 @@ def parse_record(fields: Mapping[str, Any], kind: str, where: str = "record", te
     if kind == "text" and fields.get(text_field) is not None:
         check_text(fields[text_field], f"{where}: {text_field}")
         return Text(fields[text_field])
+    may_have_labels = isinstance(fields.get("rejected"), list) or not LABEL_FIELDS.isdisjoint(fields)
+    if kind == LABELLED and may_have_labels and (labelled := find_labels(fields, where)) is not None:
+        name, answers, labels = labelled
+        conversations = [_conversation(fields, "chosen", where)] if name == "rejected" else []
+        for answer in answers:
+            conversations.append(_conversation({"prompt": fields.get("prompt"), name: answer}, name, where))
+        return Labelled(conversations, labels)
     if fields.get("chosen") is not None and fields.get("rejected") is not None:
         chosen, rejected = _conversation(fields, "chosen", where), _conversation(fields, "rejected", where)
-        return Preference(chosen, rejected) if kind == "preference" else from_messages(chosen, kind, where)
-    if kind != "preference" and fields.get("messages") is not None:
+        return Preference(chosen, rejected) if kind in PAIRED else from_messages(chosen, kind, where)
+    if kind not in PAIRED and fields.get("messages") is not None:
         return from_messages(_messages(fields, "messages", "user", where), kind, where)
-    if kind != "preference" and fields.get("prompt") is not None and fields.get("completion") is not None:
+    if kind not in PAIRED and fields.get("prompt") is not None and fields.get("completion") is not None:
         # In TRL's unpaired preferences, false marks a bad answer.
         if fields.get("label") is not None and fields["label"] is not True:
             raise UserError(f"{where}: label: expected true with a completion to learn, got {shown(fields['label'])}")
@@ -115,6 +128,8 @@ def _conversation(fields: Mapping[str, Any], name: str, where: str) -> list[Mess
 class Encoder:
     """Callable from records to tokens; a Preference gives (chosen, rejected), masked to their final answers.
 
+    A Labelled gives its answers alike, with their labels.
+
     Raises UserError for a tokenizer without an EOS token.
     """
 
@@ -129,6 +144,9 @@ class Encoder:
         if isinstance(record, Preference):
             chosen = chat.encode(record.chosen, self.tokenizer, last_only=True)
             return chosen, chat.encode(record.rejected, self.tokenizer, last_only=True)
+        if isinstance(record, Labelled):
+            answers = [chat.encode(messages, self.tokenizer, last_only=True) for messages in record.answers]
+            return EncodedAnswers(answers, record.labels)
         if isinstance(record, Conversation):
             return chat.encode(record.messages, self.tokenizer)
         tokens = self._encode_text(record.text)

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from zlib import crc32
 
 from dph.chat import Encoded
-from dph.data.formats import EXPECTED_FIELDS, Conversation, Preference, Record, Text, parse_record
+from dph.data.formats import EXPECTED_FIELDS, Record, Text, parse_record
 from dph.data.sampler import read
 from dph.errors import UserError, shown
 
@@ -269,7 +269,7 @@ def fingerprint(records: Sequence[Any]) -> str:
     sampled = size if isinstance(records, list | tuple) else min(size, FINGERPRINTED)
     for i in range(sampled):
         record = records[i * (size - 1) // max(sampled - 1, 1)]
-        known = record is None or isinstance(record, Text | Conversation | Preference | Encoded | tuple)
+        known = record is None or isinstance(record, Record | Encoded | tuple)
         digest.update((repr(record) if known else type(record).__qualname__).encode(errors="surrogatepass"))
     return digest.hexdigest()
 

@@ -71,6 +71,11 @@ class Source:
     weight: float = option(1.0, "weight in the mixture, relative to the other sources", minimum=0)
     limit: int | None = option(None, "number of records to use, from the first one; null: all", minimum=1)
     text_field: str = option("text", "field with the plain text (stage pretrain)")
+    head: str | None = option(
+        None,
+        "reward head that learns from these records, one of objective.heads; null: all, or those that the labels of a "
+        "record name (preference stages, dph.data.labels)",
+    )
 
 
 @typed
@@ -389,6 +394,11 @@ class Recipe:
         for key, value in (("evaluation.patience", self.evaluation.patience), ("output.model", self.output.model)):
             if value not in (None, "last") and self.output.best is None:
                 raise UserError(f"output.best: expected the metric that {key} {value} goes by, got null")
+        for name, sources in (("data", self.data.sources), ("evaluation", self.evaluation.sources)):
+            for i, source in enumerate(sources):
+                if source.head is not None and (self.kind != "preference" or source.head not in self.objective.heads):
+                    heads = ", ".join(self.objective.heads) if self.kind == "preference" else "null"
+                    raise UserError(f"{name}.sources.{i}.head: expected one of {heads}, got {shown(source.head)}")
         if self.output.best is not None and not self.evaluation.every:
             raise UserError(f"evaluation.every: expected at least 1 with output.best {self.output.best}, got 0")
         if self.batch.tokens is not None and (self.batch.micro or self.kind != "preference"):
