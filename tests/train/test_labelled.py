@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers.stages import figures, go, records, settings, tiny, weights
+from helpers.stages import Killed, Trap, die, figures, go, records, same, settings, tiny, weights
 from helpers.texts import small_tokenizer, write_lines
 
 from dph.data import dataset
@@ -101,6 +101,22 @@ def test_two_heads_with_labels_of_their_own_equal_two_runs_with_one(tmp_path):
             assert torch.allclose(2 * labelled[1][parameter], grad, atol=1e-6), parameter
 
 
+def test_a_run_on_labels_is_the_same_with_workers_and_after_an_interruption(tmp_path):
+    """Bit for bit, in a mixture of plain pairs and labels, with several heads and caches."""
+    pairs = records("head", 12)
+    lists = Labelled([pairs[0].chosen, pairs[1].rejected, pairs[2].rejected], (Label(0, 1, "a"), Label(0, 2, "a")))
+    data = [*pairs, *alone(pairs[:3]), lists]
+    model = lambda: tiny(reward_heads=["a", "b"])  # noqa: E731
+    changes = {"objective__heads": ["a", "b"], "batch__size": 3, "evaluation__every": 0}
+    whole = go(settings("head", tmp_path / "whole", **changes), data, model())
+    assert len(list((tmp_path / "whole/cache").iterdir())) == 2  # of steps of plain pairs, and of others
+    same(whole, go(settings("head", tmp_path / "workers", data__workers=2, **changes), data, model()))
+    recipe = settings("head", tmp_path / "parts", **changes)
+    with pytest.raises(Killed):
+        go(recipe, Trap(data, 16, die), model())
+    same(whole, go(recipe, data, model(), resume=True))
+
+
 def test_several_rejected_answers_are_the_mean_of_their_pairs(tmp_path):
     pairs = records("align", 4)
     lists = [Labelled([p.chosen, p.rejected, q.rejected], (Label(0, 1, None, 0.5), Label(0, 2, None, 0.5)))
@@ -127,11 +143,11 @@ def test_a_margin_offsets_the_contrastive_objective(tmp_path):
     ("stage", "changes", "message"),
     [
         ("head", {"objective__objective": "contrastive"}, r"objective\.objective: expected separable, got contrastive"),
-        ("align", {"objective__dpo_weight": 1.0}, r"objective\.dpo_weight: expected 0, as cDPO compares answers, got"),
+        ("align", {"objective__dpo_weight": 1.0}, r"objective\.dpo_weight: expected 0, as cDPO compares two"),
     ],
 )
 def test_objectives_that_compare_refuse_answers_labelled_alone(stage, changes, message, tmp_path):
-    with pytest.raises(UserError, match=message + ".* an answer that is labelled alone, which begins '"):
+    with pytest.raises(UserError, match=message + ".* one labelled alone, which begins '"):
         gradients(stage, alone(records(stage, 4)), 4, tmp_path, **changes)
 
 

@@ -10,8 +10,12 @@ from torch import Tensor
 
 from dph.chat import Encoded
 from dph.data.labels import labels_of
+from dph.errors import UserError
+from dph.train.recipe import Recipe
 from dph_kernels.preference_loss import Labels
 from dph_kernels.transfer import all_to_device
+
+MAX_ANSWERS = 2**20  # of a record
 
 
 class AnswerLabels(NamedTuple):
@@ -90,3 +94,26 @@ def label_indices(records: Sequence[Sequence[Encoded]]) -> tuple[Tensor, Tensor,
             worse.append(count if label.worse is None else first + label.worse)
     better, worse, numbers = (torch.tensor(values, dtype=torch.int64) for values in (better, worse, numbers))
     return better, worse, numbers
+
+
+def answer_keys(first: int, indices: Sequence[int], records: Sequence[Sequence[Encoded]]) -> list[int]:
+    """Return keys of the answers' dropout masks that no other answer of the run has.
+
+    Args:
+        first: number of the first record of the step.
+        indices: positions of the records in the step.
+    """
+    keys: list[int] = []
+    for index, answers in zip(indices, records, strict=True):
+        keys += [(first + index) * MAX_ANSWERS + i for i in range(len(answers))]
+    return keys
+
+
+def require_separable(recipe: Recipe, got: str) -> None:
+    """Raise UserError if a part of the recipe's objective compares answers; ``got`` describes one without another."""
+    objective = recipe.objective
+    if objective.dph_weight > 0 and objective.objective != "separable":
+        compares = f"{objective.objective}, which compares two answers"
+        raise UserError(f"objective.objective: expected separable, got {compares}, with one {got}")
+    if recipe.stage == "align" and objective.dpo_weight > 0:
+        raise UserError(f"objective.dpo_weight: expected 0, as cDPO compares two answers, got one {got}")

@@ -21,13 +21,12 @@ from dph.train.distributed import compute_dtype, full_tensor, partition_bins
 from dph.train.precompute.pairs import PairCache, cache_directory
 from dph.train.stages.base import LossSum, MicroBatch, Stage, StepBatch, excerpt
 from dph.train.stages.held_out import HeldOutPairs, refusal_message
-from dph.train.stages.labelled import AnswerLabels, answer_labels, label_totals
+from dph.train.stages.labelled import AnswerLabels, answer_keys, answer_labels, label_totals, require_separable
 from dph_kernels import preference_loss
 from dph_kernels.preference_loss import metric_names
 from dph_kernels.transfer import to_device
 
 Pair = tuple[Encoded, Encoded] | EncodedAnswers  # chosen and rejected, or answers with labels
-MAX_ANSWERS = 2**20  # of a record
 
 
 @dataclass(frozen=True)
@@ -362,16 +361,10 @@ class PreferenceStage(Stage):
         return micro_batches
 
     def _label_totals(self, records: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-        """Return ``label_totals`` of a step; raise UserError if the recipe does not fit labels on single answers."""
-        objective = self.recipe.objective
+        """Return ``label_totals`` of a step; raise UserError if the recipe does not fit its labels."""
         for answers in records:
-            if all(label.is_pair for label in labels_of(answers)):
-                continue
-            got = f"an answer that is labelled alone, {describe_pair(answers, self.tokenizer)}"
-            if self.rewarded and objective.objective != "separable":
-                raise UserError(f"objective.objective: expected separable, got {objective.objective} with {got}")
-            if self.needs_reference:
-                raise UserError(f"objective.dpo_weight: expected 0, as cDPO compares answers, got {got}")
+            if not all(label.is_pair for label in labels_of(answers)):
+                require_separable(self.recipe, f"labelled alone, {describe_pair(answers, self.tokenizer)}")
         if self.recipe.cuda_graph:
             raise UserError("cuda_graph: expected false with labelled answers, whose number varies, got true")
         return label_totals(records, self.column_heads)
@@ -384,7 +377,7 @@ class PreferenceStage(Stage):
             ids += (first_id + 2 * index, first_id + 2 * index + 1)
         if micro_batch.totals is not None:
             labels = answer_labels(micro_batch.pairs, self.column_heads, micro_batch.totals, device)
-            ids = answer_keys(self.recipe.batch.size * step, micro_batch)
+            ids = answer_keys(self.recipe.batch.size * step, micro_batch.indices, micro_batch.pairs)
         # Pinned, so that the copy does not wait for the GPU's earlier work.
         host_ids = torch.tensor(ids, dtype=torch.int64, pin_memory=device.type == "cuda")
         answer_ids = host_ids.to(device, non_blocking=True)
@@ -483,14 +476,6 @@ def _from_the_beginning(state: Mapping[str, Any]) -> dict[str, Any]:
     if "sources" in records:
         records["sources"] = [{**source, "position": 0} for source in records["sources"]]
     return {**state, "records": records}
-
-
-def answer_keys(first: int, micro_batch: PairMicroBatch) -> list[int]:
-    """Return the keys of dropout masks of records of any number of answers; ``first``: number of the step's first."""
-    keys: list[int] = []
-    for index, answers in zip(micro_batch.indices, micro_batch.pairs, strict=True):
-        keys += [(first + index) * MAX_ANSWERS + i for i in range(len(answers))]
-    return keys
 
 
 def describe_pair(pair: Pair, tokenizer: Any) -> str:
