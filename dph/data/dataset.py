@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from dph import tasks
 from dph.data.formats import EXPECTED_FIELDS, LABELLED, PAIRED, Preference, Record, from_messages
-from dph.data.labels import Labelled, for_head
+from dph.data.labels import Label, Labelled
 from dph.data.sampler import Interleaved, Shuffled, draw, read
 from dph.data.sources import (
     Concatenated,
@@ -55,9 +55,9 @@ def load(
     Args:
         spec: ``task:NAME``, ``hub:NAME[:CONFIG]``, a JSONL file, a .txt file (one document, text only), or a folder of
             such files. A text of a file that is longer than ``MAX_TEXT`` characters is several records.
-        kind: "preference", "labelled preference" (or answers with other labels, ``dph.data.labels``), "conversation" or
-            "text". A task's conversation ends in the right answer; its preference
-            pairs that with a wrong answer drawn by ``seed``, index and visit.
+        kind: "preference", "labelled preference" (or answers with other labels, ``dph.data.label_fields``),
+            "conversation" or "text". A task's conversation ends in the right answer; its preference pairs that with a
+            wrong answer drawn by ``seed``, index and visit.
         split: of a task or hub data set.
         directory: folder of tasks' local files, ``directory/<task>/<split>.jsonl``; None: the hub.
         limit: use only the first records.
@@ -374,3 +374,20 @@ class ForHead(Records):
     def fingerprint(self) -> str:
         """Return a digest of the records and the head."""
         return combined_fingerprint(fingerprint(self._records), self._head)
+
+
+def for_head(record: Any, head: str, where: str) -> Labelled | None:
+    """Return a record with its labels for one head: a ``Labelled``, or a pair with chosen and rejected.
+
+    Raises UserError, which begins with ``where``, if a label names a head itself.
+    """
+    if record is None:
+        return None
+    if not isinstance(record, Labelled):
+        return Labelled([record.chosen, record.rejected], (Label(0, 1, head),))
+    labels = []
+    for label in record.labels:
+        if label.head is not None:
+            raise UserError(f"{where}: expected records without heads in a source of head {head}, got {label.head}")
+        labels.append(Label(label.better, label.worse, head, label.weight, label.margin))
+    return Labelled(record.answers, tuple(labels))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from dph import chat
 from dph.chat import Encoded, Message
-from dph.data.labels import LABEL_FIELDS, EncodedAnswers, Labelled, find_labels
+from dph.data.label_fields import LABEL_FIELDS, find_labels
+from dph.data.labels import EncodedAnswers, Labelled
 from dph.errors import UserError, check_text, shown, shown_names
 
 if TYPE_CHECKING:

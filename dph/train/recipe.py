@@ -74,7 +74,7 @@ class Source:
     head: str | None = option(
         None,
         "reward head that learns from these records, one of objective.heads; null: all, or those that the labels of a "
-        "record name (preference stages, dph.data.labels)",
+        "record name (preference stages, dph.data.label_fields)",
     )
 
 

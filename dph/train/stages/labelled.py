@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dph.chat import Encoded
 from dph.data.labels import labels_of
 from dph.errors import UserError
-from dph.train.recipe import Recipe
 from dph_kernels.preference_loss import Labels
 from dph_kernels.transfer import all_to_device
+
+if TYPE_CHECKING:
+    from dph.chat import Encoded
+    from dph.train.recipe import Recipe
 
 MAX_ANSWERS = 2**20  # of a record
 
