@@ -275,7 +275,7 @@ def test_folders_text_files_limits_and_other_fields(tmp_path):
         dataset.load(tmp_path / "b", "conversation")
     field = write_lines(tmp_path / "c.jsonl", {"sentence": "four"})
     assert dataset.load(field, "text", text_field="sentence")[0] == Text("four")
-    with pytest.raises(UserError, match="kind: expected preference, conversation, text, got 'pairs'"):
+    with pytest.raises(UserError, match=r"kind: expected preference, labelled preference, .*, got 'pairs'"):
         dataset.load(field, "pairs")
     with pytest.raises(UserError, match="limit: expected at least 1, got 0"):
         dataset.load(field, "text", limit=0)
