@@ -9,11 +9,14 @@ from helpers.stages import Killed, Trap, die, figures, go, records, same, settin
 from helpers.texts import small_tokenizer, write_lines
 
 from dph.data import dataset
-from dph.data.formats import Encoder, Preference
+from dph.data.formats import Encoder, Preference, parse_record
 from dph.data.labels import Label, Labelled
+from dph.data.packing import pack
 from dph.errors import UserError
 from dph.train import recipe as recipes
 from dph.train.build import make_stage
+from dph.train.head_states import prepare_heads
+from dph.train.stages.held_out import compared_sides
 
 GOOD, BAD = Label(0, None), Label(None, 0)
 
@@ -219,6 +222,120 @@ def test_rows_with_labels(row, answers, labels, tmp_path):
     assert all(messages[0] == {"role": "user", "content": "a"} for messages in record.answers)
     encoded = Encoder(small_tokenizer())(record)
     assert (len(encoded), encoded.labels) == (answers, record.labels)
+
+
+ASK, YES, NO = ({"role": role, "content": text} for role, text in
+                (("user", "a"), ("assistant", "b"), ("assistant", "c")))  # fmt: skip
+HH = "\n\nHuman: a\n\nAssistant: "
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "labels"),
+    [
+        ({"instruction": "a", "input": "", "output": "b", "label": "True"}, {}, [GOOD]),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "label": "0"}, {}, [BAD]),
+        ({"messages": json.dumps([ASK, YES]), "labels": '{"x": 0}', "margin": ""}, {}, [Label(None, 0, "x")]),
+        ({"messages": [ASK, {**YES, "weight": 1}], "labels": {"x": 0}}, {}, [Label(None, 0, "x")]),
+        ({"ask": "a", "good": True, "completion": "b"}, {"columns": {"prompt": "ask", "label": "good"}}, [GOOD]),
+        ({"prompt": HH, "completion": "b", "label": 1}, {"rendered": True}, [GOOD]),
+        ({"completion": HH + "b", "label": 1}, {"rendered": True}, [GOOD]),
+        (
+            {"chosen": HH + "b", "rejected": [HH + "c", HH + "b"]},
+            {"rendered": True},
+            [Label(0, 1, None, 0.5), Label(0, 2, None, 0.5)],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}], "completions": [[YES], json.dumps([NO])],
+             "scores": "[2, 1]"},
+            {},
+            [Label(0, 1, None, 1.0, 1.0)],
+        ),
+        ({"prompt": [ASK], "chosen": YES, "rejected": [[NO]], "margin": "2"}, {}, [Label(0, 1, None, 1.0, 2.0)]),
+        ({"prompt": "a", "completions": '["b", "c"]', "scores": "[1, 2]"}, {}, [Label(1, 0, None, 1.0, 1.0)]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_rows_of_every_form_with_labels(row, options, labels, system):
+    """Fields of labels and of the system are used, and so not reported as ignored."""
+    if system is not None and options.get("rendered") and "prompt" not in row:
+        system = None  # the system message of a rendered conversation is its own
+    ignored = set()
+    row = {**row, "system": system, "id": 3}
+    record = parse_record(row, "labelled preference", ignored=ignored, **options)
+    assert record.labels == tuple(labels)
+    before = [ASK] if system is None else [{"role": "system", "content": system}, ASK]
+    for messages, answer in zip(record.answers, [YES, NO, YES][: len(record.answers)], strict=True):
+        assert messages == [*before, answer]
+    assert ignored - {"margin"} == {"id"}
+
+
+def test_labels_in_a_table_of_text(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion,label,labels\na,b,true,\na,b,0,\na,b,,"{""x"": 1}"\n')
+    assert [record.labels[0] for record in dataset.load(path, "labelled preference")] == [
+        GOOD,
+        BAD,
+        Label(0, None, "x"),
+    ]
+
+
+def test_a_pair_is_no_label_without_margin_and_reports_what_it_ignores():
+    ignored = set()
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0, "label": 1}
+    assert parse_record(row, "labelled preference", ignored=ignored) == Preference([ASK, YES], [ASK, NO])
+    assert ignored == {"label"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "completion": [{**YES, "weight": 0}], "label": 1},
+        {"messages": [ASK, {**YES, "train": False}], "label": 1},
+        {"prompt": "a", "chosen": [YES], "rejected": [[NO], [{**NO, "weight": 0}]]},
+        {"prompt": "a", "completions": [[YES], [{**NO, "loss": 0}]], "scores": [1, 2]},
+    ],
+)
+def test_an_answer_that_is_not_to_be_learnt_has_no_label(row):
+    with pytest.raises(UserError, match="record: expected answers to learn from, got one with weight 0"):
+        parse_record(row, "labelled preference")
+
+
+def test_held_out_labels_count_by_weight_and_ties_half(tmp_path):
+    """Of the heads' own labels; an answer without a value is not compared."""
+    encode = Encoder(small_tokenizer())
+    own = encode(Labelled([[ASK, YES], [ASK, NO], [ASK, YES]], (Label(0, 1, "x", 0.5), Label(2, 1, "y"), GOOD)))
+    empty = encode(Labelled([[ASK, YES], [ASK, {**NO, "content": ""}]], (Label(0, 1), BAD)))
+    pair = encode(Preference([ASK, YES], [ASK, NO]))
+    values = [1.0, 2.0, 3.0, -4.0, 5.0, 6.0, 7.0]
+    answers = [own, empty, pair]
+    expected = ([[1.0, 2.0], [1.0, 0.0], [-4.0, 5.0], [0.0, -4.0], [6.0, 7.0]], [0.5, 1.0, 1.0, 1.0, 1.0])
+    assert compared_sides(answers, values, "x") == expected
+    assert compared_sides(answers, values, None) == ([[1.0, 2.0], [3.0, 2.0], [6.0, 7.0]], [0.5, 1.0, 1.0])
+    model = tiny()
+    with torch.no_grad():
+        model.heads["shared"].reward["default"].weight.zero_()
+    recipe = settings("head", tmp_path / "ties", optimiser__lr=0.0, optimiser__final_lr=0.0)
+    assert go(recipe, model=model, held_out={"a": alone(records("head", 3))}).evaluation["reward_accuracy"] == 0.5
+    with torch.no_grad():
+        model.heads["shared"].reward["default"].weight.fill_(math.nan)
+    recipe = settings("head", tmp_path / "nan", guard__stop_after=99)
+    with pytest.raises(RuntimeError, match=r"a: reward_accuracy: expected finite numbers, got \[nan, 0.0\]"):
+        go(recipe, model=model, held_out={"a": alone(records("head", 3))})
+
+
+def test_a_sample_of_labelled_answers_is_computed_once(tmp_path):
+    """Its states of the chosen layers are stored for training, a row for each answer."""
+    model = tiny(reward_standardised=True)
+    model.untrained_heads = {"default"}
+    changes = {"objective__layer": "auto", "objective__standardised": True, "objective__sample": 20}
+    recipe = settings("head", tmp_path / "run", **changes)
+    stage = make_stage(recipe, model, small_tokenizer(), alone(records("head", 20)), {})
+    prepare_heads(stage, quiet=True)
+    assert stage.frozen.caches == [stage.frozen.answer_cache]
+    assert stage.frozen.answer_cache.computed == len(stage.frozen.answer_cache.store) > 0
+    sample = stage.first_pairs(20)[:20]
+    found = stage.frozen.answer_cache.rows(sample, lambda: pytest.fail("computed again"))
+    torch.testing.assert_close(found, model.reward_states(pack(sample)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
