@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dph.cli import common
 from dph.data import atomic
-from dph.errors import UserError
+from dph.errors import UserError, shown_names
 
 HELP = "train a byte-level BPE with the chat tokens on text"
 EXAMPLE = "dph tokenizer corpus.txt chats.jsonl --vocab-size 4096 --output tokenizer"
@@ -22,8 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="+",
         metavar="SOURCE",
-        help="files or folders as of dph train (text, or rows: all their text except the roles of messages), task:NAME "
+        help="files or folders as of dph train (text, or rows: their texts, prompts, answers and messages), task:NAME "
         "or hub:NAME",
+    )
+    parser.add_argument(
+        "--field", action="append", metavar="NAME", help="read only this field of rows (may be repeated; not of tasks)"
     )
     parser.add_argument(
         "--vocab-size", type=common.COUNT, default=4096, metavar="V", help="upper bound (default: 4096)"
@@ -39,19 +42,28 @@ def run(args: argparse.Namespace) -> None:
         if (Path(args.output) / name).exists():
             raise UserError(f"{args.output}: expected a directory without a tokenizer, got one with {name}")
     atomic.check_new_files(args.output)
-    trained = tokenizer.from_iterator(_texts(args.files), args.vocab_size)
+    trained = tokenizer.from_iterator(_texts(args.files, args.field), args.vocab_size)
     with atomic.new_files(args.output, last="tokenizer.json") as folder:
         trained.save_pretrained(folder)
     common.print_text(f"{args.output}: {len(trained)} tokens")
 
 
-def _texts(sources: Sequence[str]) -> Iterator[str]:
-    """Yield the texts of files and folders, and of the records of tasks and hub data sets."""
+def _texts(sources: Sequence[str], fields: Sequence[str] | None) -> Iterator[str]:
+    """Yield the texts of files and folders, of the rows of hub data sets, and of the records of tasks."""
     from dph.data import dataset, tokenizer
 
     for source in sources:
-        if source.startswith(("task:", "hub:")):
+        origin, _, name = source.partition(":")
+        if origin == "task":
+            if fields:
+                raise UserError(
+                    f"--field: expected none for {source}, whose fields are known, got {shown_names(fields)}"
+                )
             for record in dataset.load(source, "text"):
                 yield record.text
+        elif origin == "hub":
+            path, _, config = name.partition(":")
+            for i, row in enumerate(dataset.read_hub(path, config or None, "train")):
+                yield from tokenizer.texts_of(row, fields or tokenizer.FIELDS, f"{source} record {i}")
         else:
-            yield from tokenizer.read_texts(source)
+            yield from tokenizer.read_texts(source, fields or tokenizer.FIELDS)

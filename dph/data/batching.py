@@ -1,18 +1,21 @@
-"""Batches of language modelling: segments of parallel streams, which continue exactly from plain JSON."""
+"""Batches of language modelling: segments of parallel streams (their state is plain JSON), and whole documents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dph.chat import Encoded
-from dph.data.formats import Record
+from dph.data.formats import Record, Text
 from dph.data.sampler import Sampler
 from dph.errors import UserError
 from dph.losses import IGNORED
+
+WINDOW = 16  # groups of documents that are sorted by length together
 
 
 class Streams:
@@ -68,8 +71,7 @@ class Streams:
                     return
                 encoded = self.encode(record)
                 tokens += encoded.tokens
-                for target, counted in zip(encoded.targets, encoded.loss_mask, strict=True):
-                    targets.append(target if counted else IGNORED)
+                targets += _targets(encoded)
 
     def _take(self, streams: list[list[int]], padding: int) -> Tensor:
         """Remove a segment from each stream, padded to the full length: [B, S]."""
@@ -94,3 +96,43 @@ class Streams:
         self.records.load_state_dict(state["records"])
         self._tokens = [list(stream) for stream in state["tokens"]]
         self._targets = [list(stream) for stream in state["targets"]]
+
+
+Document = tuple[list[int], list[int]]  # tokens, and as many targets, -100 if the loss mask is off
+
+
+def documents(records: Iterable[Record], encode: Callable[[Record], Encoded]) -> Iterator[Document]:
+    """Yield every document; the records of a text that continues in the next one are joined."""
+    tokens, targets = [], []
+    for record in records:
+        encoded = encode(record)
+        tokens += encoded.tokens
+        targets += _targets(encoded)
+        if not (isinstance(record, Text) and record.continues):
+            yield tokens, targets
+            tokens, targets = [], []
+    if tokens:  # the last text is cut, as by a limit
+        yield tokens, targets
+
+
+def similar_lengths(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
+    """Yield groups of ``size`` documents, the longest first, of a window of ``WINDOW`` groups sorted by length."""
+    waiting = iter(documents)
+    while window := list(itertools.islice(waiting, WINDOW * size)):
+        window.sort(key=lambda document: -len(document[0]))
+        for start in range(0, len(window), size):
+            yield window[start : start + size]
+
+
+def padded(rows: list[list[int]], padding: int) -> Tensor:
+    """Return rows [B, S] int64 of the length of the first one, padded at the end."""
+    length = len(rows[0])
+    return torch.tensor([row + [padding] * (length - len(row)) for row in rows], dtype=torch.int64)
+
+
+def _targets(encoded: Encoded) -> list[int]:
+    """Return the targets, -100 if the loss mask is off."""
+    targets = []
+    for target, counted in zip(encoded.targets, encoded.loss_mask, strict=True):
+        targets.append(target if counted else IGNORED)
+    return targets

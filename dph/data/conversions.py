@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 # Own names that ``columns`` may give to fields.
 FIELDS = (
-    "text", "messages", "prompt", "completion", "label", "chosen", "rejected", "system", "conversations",
-    "instruction", "input", "output", "preferred_output", "non_preferred_output",
+    "text", "messages", "prompt", "completion", "completions", "chosen", "rejected", "system", "conversations",
+    "instruction", "input", "output", "preferred_output", "non_preferred_output", "label", "labels", "scores", "margin",
 )  # fmt: skip
 # Fields without which a row means something else; none of them is supported, so that a value is refused.
 REFUSED_FIELDS = (
@@ -82,9 +82,10 @@ def own_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"{where}: {name}: expected rows of one weight (a source has a weight, a filter leaves rows out), got "
                 f"{shown(value)}"
             )
-    is_pair = row.get("chosen") is not None and row.get("rejected") is not None
+    has_answers = row.get("chosen") is not None and row.get("rejected") is not None
+    has_answers = has_answers or row.get("completion") is not None or row.get("completions") is not None
     for name in ("conversations", "conversation"):  # ShareGPT
-        own = "prompt" if is_pair else "messages"
+        own = "prompt" if has_answers else "messages"
         if row.get(name) is not None and row.get(own) is None:
             row[own] = row.pop(name)
     if isinstance(row.get("input"), Mapping) and row.get("preferred_output") is not None:  # OpenAI's preferences

@@ -22,16 +22,28 @@ from dph.data.conversions import check_columns, own_fields
 from dph.data.files import Documents
 from dph.data.formats import (
     EXPECTED_FIELDS,
+    LABELLED,
+    PAIRED,
     Preference,
     Record,
     Records,
-    RowFormat,
     RowRecords,
-    combined_fingerprint,
     from_messages,
 )
-from dph.data.sampler import Interleaved, Shuffled, draw
-from dph.data.sources import Concatenated, HubRecords, Limited, Selected, TextRecords, read_hub, rows_fingerprint
+from dph.data.json_lines import combined_fingerprint
+from dph.data.labels import Label, Labelled
+from dph.data.row_format import RowFormat
+from dph.data.sampler import Interleaved, Shuffled, draw, read
+from dph.data.sources import (
+    Concatenated,
+    HubRecords,
+    Limited,
+    Selected,
+    TextRecords,
+    fingerprint,
+    read_hub,
+    rows_fingerprint,
+)
 from dph.errors import UserError, shown, shown_names
 from dph.tasks import Task
 
@@ -48,6 +60,7 @@ def load(
     columns: Mapping[str, str] | None = None,
     filter: Mapping[str, Any] | None = None,
     format: str | None = None,
+    redraw: bool = True,
 ) -> Sequence[Record]:
     """Return the records of one source. Every row of a file is checked at once.
 
@@ -56,8 +69,9 @@ def load(
             parquet, arrow), a .txt file (one document, text only), a folder of such files, or one written by
             ``save_to_disk`` of the package datasets. A text of a file that is longer than ``MAX_TEXT`` characters is
             several records.
-        kind: "preference", "conversation" or "text". A task's conversation ends in the right answer; its preference
-            pairs that with a wrong answer drawn by ``seed`` and index.
+        kind: "preference", "labelled preference" (or answers with other labels, ``dph.data.label_fields``),
+            "conversation" or "text". A task's conversation ends in the right answer; its preference pairs that with a
+            wrong answer drawn by ``seed``, index and visit.
         split: of a task, hub data set or folder of ``save_to_disk``.
         directory: folder of tasks' local files, ``directory/<task>/<split>.jsonl``; None: the hub.
         limit: use only the first records.
@@ -66,6 +80,7 @@ def load(
         columns: own name -> name in the data, of fields to rename (not of tasks).
         filter: name in the data -> value or list of values of the rows that are used (not of tasks).
         format: "rendered": texts are conversations in the markup of a chat format (not of tasks).
+        redraw: whether a sampler's later visits to a task's pair draw other wrong answers; False: that of the first.
 
     Raises UserError if the source is missing, empty or malformed, or cannot give records of ``kind``.
     """
@@ -82,7 +97,7 @@ def load(
         for option, value in (("columns", columns), ("filter", filter), ("format", format)):
             if value:
                 raise UserError(f"{option}: expected none for {spec}, whose fields are known, got {shown(value)}")
-        records = TaskRecords(name, kind, split, directory, seed)
+        records = TaskRecords(name, kind, split, directory, seed, redraw)
     elif origin == "hub":
         records = HubRecords(name, split, row_format)
     else:
@@ -146,34 +161,47 @@ def _load_files(path: Path, kind: str, split: str, row_format: RowFormat) -> Seq
 class TaskRecords(Records):
     """Records of a task's split, made from its documents when they are read."""
 
-    def __init__(self, spec: str, kind: str, split: str, directory: str | Path | None, seed: int) -> None:
+    def __init__(
+        self, spec: str, kind: str, split: str, directory: str | Path | None, seed: int, redraw: bool = True
+    ) -> None:
         task = tasks.load(spec)
-        if kind == "preference" and not task.paired:
+        if kind in PAIRED and not task.paired:
             raise UserError(
                 f"task {task.name}: has no wrong answers, so it gives text and conversations but no preferences"
             )
         self._documents = task_documents(task, split, directory)
         # By its name or file: its functions cannot be pickled for worker processes.
-        self._spec, self._kind, self._seed = spec, kind, seed
+        self._spec, self._kind, self._seed, self._redraw = spec, kind, seed, redraw
 
     def __len__(self) -> int:
         """Number of documents."""
         return len(self._documents)
 
     def __getitem__(self, index: int) -> Record | None:
-        """Return one record; None is a pair without a wrong answer. Raises UserError if the right one is hidden."""
+        """Return one record at its first visit, as :meth:`at_visit`."""
+        return self.at_visit(index, 0)
+
+    def at_visit(self, index: int, visit: int) -> Record | None:
+        """Return one record; None is a pair without a wrong answer. Raises UserError if the right one is hidden.
+
+        The wrong answer of a pair is drawn anew at each visit.
+        """
         index = range(len(self))[index]
         task, document = tasks.load(self._spec), self._documents[index]
         try:
-            right, wrong = task.answers(document, with_wrong=self._kind == "preference")
+            right, wrong = task.answers(document, with_wrong=self._kind in PAIRED)
         except UserError as error:
             raise UserError(f"{self._documents.location(index)}: {error}") from error
         if not right:
             reason = f"task {task.name}: expected a label, got none; the answers of this split are hidden"
             raise UserError(f"{self._documents.location(index)}: {reason}")
-        if self._kind != "preference":
+        if self._kind not in PAIRED:
             return from_messages(right[0], self._kind, "")
-        return Preference(right[0], wrong[draw(len(wrong), self._seed, task.name, index)]) if wrong else None
+        if not wrong:
+            return None
+        key = (self._seed, task.name, index)
+        drawn = draw(len(wrong), *key, visit) if visit and self._redraw else draw(len(wrong), *key)
+        return Preference(right[0], wrong[drawn])
 
     def fingerprint(self) -> str:
         """Return a digest of the documents."""
@@ -245,6 +273,7 @@ class Source(Protocol):
     columns: Mapping[str, Any] | None
     filter: Mapping[str, Any] | None
     format: str | None
+    head: str | None
 
 
 def mixture(
@@ -256,12 +285,19 @@ def mixture(
 
 
 def open_training(
-    sources: Sequence[Source], kind: str, *, directory: str | None, seed: int, consecutive: int, share: float = 0.0
+    sources: Sequence[Source],
+    kind: str,
+    *,
+    directory: str | None,
+    seed: int,
+    consecutive: int,
+    share: float = 0.0,
+    redraw: bool = True,
 ) -> tuple[Interleaved, Sequence[Record]]:
     """Return the sampler of the training records, and the development records, which are not among them.
 
     Args:
-        sources, kind, directory, seed: see :func:`load`.
+        sources, kind, directory, seed, redraw: see :func:`load`.
         consecutive: records of one source that follow each other.
         share: of the prompts, those of the development records (kind "preference").
 
@@ -273,7 +309,7 @@ def open_training(
     datasets, development = [], []
     for i, source in enumerate(sources):
         try:
-            records = _open_source(source, kind, "train", directory, seed)
+            records = _open_source(source, kind, "train", directory, seed, redraw)
         except UserError as error:
             raise UserError(f"data.sources.{i}: {error}") from error
         if share:
@@ -285,7 +321,9 @@ def open_training(
     return mixture(datasets, seed, consecutive, [source.weight for source in sources]), development
 
 
-def split_by_prompt(records: Sequence[Preference | None], share: float, seed: int) -> tuple[Records, list[Preference]]:
+def split_by_prompt(
+    records: Sequence[Preference | Labelled | None], share: float, seed: int
+) -> tuple[Records, list[Preference | Labelled]]:
     """Return the records to train on, and those of a ``share`` of the prompts, drawn by ``seed`` and prompt alone."""
     train, kept = array("q"), []
     for i in range(len(records)):
@@ -297,9 +335,10 @@ def split_by_prompt(records: Sequence[Preference | None], share: float, seed: in
     return Selected(records, train), kept
 
 
-def prompt_key(record: Preference) -> str:
-    """Return a text that is the same for preferences with the same prompt."""
-    return repr([(message["role"], message["content"]) for message in record.chosen[:-1]])
+def prompt_key(record: Preference | Labelled) -> str:
+    """Return a text that is the same for records with the same prompt."""
+    conversation = record.answers[0] if isinstance(record, Labelled) else record.chosen
+    return repr([(message["role"], message["content"]) for message in conversation[:-1]])
 
 
 def open_held_out(
@@ -324,11 +363,13 @@ def open_held_out(
     return held_out
 
 
-def _open_source(source: Source, kind: str, split: str, directory: str | None, seed: int) -> Sequence[Record]:
+def _open_source(
+    source: Source, kind: str, split: str, directory: str | None, seed: int, redraw: bool = True
+) -> Sequence[Record]:
     """Load a recipe's source; ``split`` and ``directory`` apply if it names none."""
-    return load(
+    records = load(
         source.source,
-        kind,
+        LABELLED if kind == "preference" else kind,
         split=source.split or split,
         directory=source.directory or directory,
         limit=source.limit,
@@ -337,4 +378,46 @@ def _open_source(source: Source, kind: str, split: str, directory: str | None, s
         columns=source.columns,
         filter=source.filter,
         format=source.format,
+        redraw=redraw,
     )
+    return records if source.head is None else ForHead(records, source.head, source.source)
+
+
+class ForHead(Records):
+    """Records whose labels are for one head; ``name`` of the source for messages."""
+
+    def __init__(self, records: Sequence[Record], head: str, name: str) -> None:
+        self._records, self._head, self._name = records, head, name
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Labelled | None:
+        """Return one record."""
+        return self.at_visit(index, 0)
+
+    def at_visit(self, index: int, visit: int) -> Labelled | None:
+        """Return one record at a visit."""
+        return for_head(read(self._records, index, visit), self._head, self._name)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the records and the head."""
+        return combined_fingerprint(fingerprint(self._records), self._head)
+
+
+def for_head(record: Any, head: str, where: str) -> Labelled | None:
+    """Return a record with its labels for one head: a ``Labelled``, or a pair with chosen and rejected.
+
+    Raises UserError, which begins with ``where``, if a label names a head itself.
+    """
+    if record is None:
+        return None
+    if not isinstance(record, Labelled):
+        return Labelled([record.chosen, record.rejected], (Label(0, 1, head),))
+    labels = []
+    for label in record.labels:
+        if label.head is not None:
+            raise UserError(f"{where}: expected records without heads in a source of head {head}, got {label.head}")
+        labels.append(Label(label.better, label.worse, head, label.weight, label.margin))
+    return Labelled(record.answers, tuple(labels))

@@ -1,6 +1,7 @@
-"""Records (plain text, conversations, preferences) and their encoder.
+"""Records (plain text, conversations, preferences, labelled answers) and their encoder.
 
-Rows have the fields that TRL documents; ``dph.data.conversions`` and ``dph.data.rendered`` read other programs' forms.
+Rows have the fields that TRL documents; ``dph.data.conversions`` and ``dph.data.rendered`` read other programs' forms,
+``dph.data.label_fields`` labels.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from dph import chat
 from dph.chat import Encoded, Message
 from dph.data import conversions
-from dph.data.json_lines import DIGEST
+from dph.data.label_fields import LABEL_FIELDS, USED_FIELDS, find_labels
+from dph.data.labels import EncodedAnswers, Label, Labelled
 from dph.data.rendered import SUSPECT, parse, recognise, refuse
 from dph.errors import UserError, check_text, shown, shown_names
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from dph.data.files import Documents, Visit
     from dph.data.json_lines import JsonLines
+    from dph.data.row_format import RowFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +61,21 @@ class Preference:
 # would be read by every stream at once, and every checkpoint would hold the rest of it.
 MAX_TEXT = 2**16
 
-Record = Text | Conversation | Preference
+Record = Text | Conversation | Preference | Labelled
+LABELLED = "labelled preference"  # kind of record: a Preference, or answers with other labels
+PAIRED = ("preference", LABELLED)  # kinds for preference stages
 
 # Kind of record -> fields that it can be made from.
 EXPECTED_FIELDS = {
     "preference": "prompt, chosen and rejected (text or messages), or chosen and rejected (whole conversations)",
+    LABELLED: "prompt, chosen and rejected (text or messages; rejected may be a list of texts), or chosen and rejected "
+    "(whole conversations), or prompt and completion, or messages, with label or labels, or prompt, completions and "
+    "scores",
     "conversation": "messages, or prompt and completion, or a preference, whose chosen answer is taken",
     "text": "text, or a conversation, whose contents are joined",
 }
 # A row with no other fields is read as it is; any other is first converted (dph.data.conversions).
-OWN_FIELDS = frozenset({"text", "messages", "prompt", "completion", "label", "chosen", "rejected"})
+OWN_FIELDS = LABEL_FIELDS | {"text", "messages", "prompt", "completion", "completions", "chosen", "rejected"}
 
 
 def parse_record(
@@ -104,23 +111,30 @@ def parse_record(
         if type(text) is not str or not text.isascii() or rendered or SUSPECT.match(text):
             text = _plain_text(text, f"{where}: {text_field}", rendered)
         record = Text(text)
+    elif (
+        kind == LABELLED
+        and (isinstance(fields.get("rejected"), list) or not LABEL_FIELDS.isdisjoint(fields))
+        and (labelled := find_labels(fields, where)) is not None
+    ):
+        used = USED_FIELDS[labelled[0]]
+        record = _labelled(fields, *labelled, where, rendered, ignored)
     elif fields.get("chosen") is not None and fields.get("rejected") is not None:
-        used = ("prompt", "chosen", "rejected", "system")
+        used = ("prompt", "chosen", "rejected", "system") if kind != LABELLED else USED_FIELDS["rejected"]
         chosen = _conversation(fields, "chosen", where, rendered, ignored)
         rejected = _conversation(fields, "rejected", where, rendered, ignored)
-        if kind != "preference":
+        if kind not in PAIRED:
             record = from_messages(chosen, kind, where)
         elif chosen[-1].get("train", True) and rejected[-1].get("train", True):
             record = Preference(chosen, rejected)
         else:
             raise UserError(f"{where}: expected two answers to learn from, got one with weight 0")
-    elif kind != "preference" and fields.get("messages") is not None:
+    elif kind not in PAIRED and fields.get("messages") is not None:
         used = ("messages", "system")
         messages = _messages(fields, "messages", None, where, rendered, ignored)
         if fields.get("system") not in (None, ""):
             messages = conversions.with_system(fields["system"], messages, where)
         record = from_messages(messages, kind, where)
-    elif kind != "preference" and fields.get("prompt") is not None and fields.get("completion") is not None:
+    elif kind not in PAIRED and fields.get("prompt") is not None and fields.get("completion") is not None:
         used = ("prompt", "completion", "label", "system")
         # In TRL's unpaired preferences, false marks a bad answer.
         if fields.get("label") is not None and fields["label"] is not True:
@@ -227,12 +241,12 @@ def _from_markup(text: str, where: str, rendered: bool, name: str) -> str | list
 def _conversation(
     fields: Mapping[str, Any], name: str, where: str, rendered: bool, ignored: set[str] | None
 ) -> list[Message]:
-    """Return the whole conversation of an answer: the side ``name`` of a preference, or a completion.
+    """Return the whole conversation of an answer: the side ``name`` of a preference, a completion, or messages.
 
     The prompt is a field of its own, or repeated at the beginning of the side, or only there.
     """
     side, prompt_field, prompt = fields[name], fields.get("prompt"), []
-    if prompt_field not in (None, "", []) or (name == "completion" and prompt_field == ""):
+    if prompt_field not in (None, "", []) or (name in ("completion", "completions") and prompt_field == ""):
         if rendered and isinstance(side, str) and isinstance(prompt_field, str) and recognise(side) is None:
             # The answer continues the text of the prompt, up to the mark that ends the turn.
             fields = {**fields, name: prompt_field + side}
@@ -253,6 +267,30 @@ def _conversation(
     if prompt and prompt[-1]["role"] == "user" and messages[0]["role"] == "assistant":  # the common case
         return prompt + messages
     return conversions.joined(prompt, messages, f"{where}: {name}")
+
+
+def _labelled(
+    fields: Mapping[str, Any],
+    name: str,
+    answers: Sequence[Any],
+    labels: tuple[Label, ...],
+    where: str,
+    rendered: bool,
+    ignored: set[str] | None,
+) -> Labelled:
+    """Return the record of what ``find_labels`` returned: answers in the field ``name``, and their labels."""
+    conversations = []
+    if name == "rejected":
+        conversations.append(_conversation(fields, "chosen", where, rendered, ignored))
+    for answer in answers:
+        row = {**fields, name: answer}
+        if name == "messages":  # which have the prompt
+            row["prompt"] = None
+        conversations.append(_conversation(row, name, where, rendered, ignored))
+    for messages in conversations:
+        if not messages[-1].get("train", True):
+            raise UserError(f"{where}: expected answers to learn from, got one with weight 0")
+    return Labelled(conversations, labels)
 
 
 def split_text(text: str) -> list[Text]:
@@ -293,48 +331,6 @@ class Records(Sequence):
         """Return a short digest of the content that the records are made from, whatever its path and dates."""
 
 
-def combined_fingerprint(*parts: object) -> str:
-    """Return the fingerprint of something that is made of ``parts``."""
-    return blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=DIGEST).hexdigest()
-
-
-class RowFormat:
-    """Options of a source that say how its rows become records.
-
-    Args:
-        kind, text_field, columns, rendered: see ``parse_record``.
-        filter: name in the data -> a value, or the list of values, of the rows that are used; None for all rows.
-
-    Attributes:
-        options: ``text_field``, ``columns`` and ``rendered``.
-        ignored: names of fields with a value that no record depends on, of the rows that were checked.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        text_field: str = "text",
-        columns: Mapping[str, str] | None = None,
-        filter: Mapping[str, Any] | None = None,
-        rendered: bool = False,
-    ) -> None:
-        self.ignored: set[str] = set()
-        self.kind, self.options, self.filter = kind, (text_field, columns or None, rendered), dict(filter or {})
-
-    def accepts(self, fields: Mapping[str, Any]) -> bool:
-        """Return whether the filter uses a row."""
-        for name, wanted in self.filter.items():
-            values = wanted if isinstance(wanted, list | tuple) else [wanted]
-            if not conversions.is_one_of(fields.get(name), values):
-                return False
-        return True
-
-    def fingerprint(self, digest: str) -> str:
-        """Return the digest of rows, and of the options of this source that not every source has."""
-        own = self.filter, *self.options[1:]
-        return combined_fingerprint(digest, *own) if any(own) else digest
-
-
 class RowRecords(Records):
     """Records of rows; a text longer than ``MAX_TEXT`` characters is several records.
 
@@ -364,9 +360,8 @@ class RowRecords(Records):
                 records_per_row.append(0)
                 return
             record, count = parse_record(fields, kind, f"{place}{number}", *options, ignored), 1
-            if type(record) is Text and len(record.text) > MAX_TEXT:
-                pieces[len(records_per_row)] = split_text(record.text)
-                count = len(pieces[len(records_per_row)])
+            if type(record) is Text and len(parts := split_text(record.text)) > 1:
+                pieces[len(records_per_row)], count = parts, len(parts)
             records_per_row.append(count)
 
         return check
@@ -392,6 +387,8 @@ class RowRecords(Records):
 class Encoder:
     """Callable from records to tokens; a Preference gives (chosen, rejected), masked to their final answers.
 
+    A Labelled gives its answers alike, with their labels.
+
     Raises UserError for a tokenizer without an EOS token.
     """
 
@@ -406,6 +403,9 @@ class Encoder:
         if isinstance(record, Preference):
             chosen = chat.encode(record.chosen, self.tokenizer, last_only=True)
             return chosen, chat.encode(record.rejected, self.tokenizer, last_only=True)
+        if isinstance(record, Labelled):
+            answers = [chat.encode(messages, self.tokenizer, last_only=True) for messages in record.answers]
+            return EncodedAnswers(answers, record.labels)
         if isinstance(record, Conversation):
             return chat.encode(record.messages, self.tokenizer)
         tokens = self._encode_text(record.text)

@@ -19,6 +19,11 @@ from dph.errors import UserError, shown
 DIGEST = 16  # bytes of a fingerprint
 
 
+def combined_fingerprint(*parts: object) -> str:
+    """Return the fingerprint of something that is made of ``parts``."""
+    return blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=DIGEST).hexdigest()
+
+
 class JsonLines(Sequence):
     """Objects of a JSONL file, parsed when they are read; memory holds offset, number and checksum of each line.
 

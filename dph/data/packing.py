@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dph.data.labels import EncodedAnswers
 from dph.errors import UserError
 from dph_kernels import PackedLayout
 from dph_kernels.layout import common_prefix
@@ -188,11 +189,11 @@ def batches(documents: Iterable[Sequence[Encoded]], max_tokens: int) -> Iterator
 
 
 class PairBatches:
-    """Lists of N encoded pairs (chosen, rejected); the last one is shorter if the records end.
+    """Lists of N encoded pairs (chosen, rejected), or labelled answers; the last one is shorter if the records end.
 
     A pair is left out, and counted in ``refused`` by its reason, if a side is longer than ``max_length`` tokens (a cut
     answer has no reward), if the pair takes more than ``max_tokens`` with its prompt shared, if both sides are the
-    same, or if the record has no wrong answer.
+    same, if the record has no wrong answer, or no label for any of ``heads``.
     """
 
     def __init__(
@@ -202,11 +203,12 @@ class PairBatches:
         pairs: int,
         max_length: int | None = None,
         max_tokens: int | None = None,
+        heads: Sequence[str] = (),
     ) -> None:
         if pairs < 1:
             raise UserError(f"pairs: expected at least 1, got {pairs}")
         self.records, self.encode, self.pairs = records, encode, pairs
-        self.max_length, self.max_tokens = max_length, max_tokens
+        self.max_length, self.max_tokens, self.heads = max_length, max_tokens, heads
         self.refused: Counter[str] = Counter()
         self._before: tuple[int | None, dict[str, int]] = (None, {})  # records and refused pairs before the last batch
 
@@ -242,16 +244,33 @@ class PairBatches:
         """Return the reason why a pair is left out, or None."""
         if pair is None:
             return "no wrong answer"
-        chosen, rejected = pair[0].tokens, pair[1].tokens
-        if chosen == rejected:
+        if isinstance(pair, EncodedAnswers):
+            if (reason := self._reason_of_labels(pair)) is not None:
+                return reason
+        elif pair[0].tokens == pair[1].tokens:
             return "identical"
-        if self.max_length is not None and max(len(chosen), len(rejected)) > self.max_length:
+        longest = total = 0
+        for answer in pair:
+            length = len(answer.tokens)
+            longest, total = max(longest, length), total + length
+        if self.max_length is not None and longest > self.max_length:
             return f"longer than {self.max_length} tokens"
-        # The common prefix is searched only if both sides in full exceed the limit.
+        # The common prefix is searched only if all answers in full exceed the limit.
         limit = self.max_tokens
-        if limit is not None and len(chosen) + len(rejected) > limit and packed_length(pair) > limit:
+        if limit is not None and total > limit and packed_length(pair) > limit:
             return f"more than {limit} tokens together"
         return None
+
+    def _reason_of_labels(self, answers: EncodedAnswers) -> str | None:
+        """Return the reason why labelled answers are left out, or None."""
+        if not answers.labels:
+            return "equal scores"
+        used = False
+        for label in answers.labels:
+            if label.is_pair and answers[label.better].tokens == answers[label.worse].tokens:
+                return "identical"
+            used |= label.head is None or label.head in self.heads
+        return None if used else f"no label for {' or '.join(self.heads)}"
 
     def undo(self) -> dict[str, Any]:
         """Return the state before the last batch, which may have failed; this object must not be used afterwards."""

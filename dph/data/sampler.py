@@ -16,13 +16,19 @@ from typing import Any, Protocol
 from dph.errors import UserError
 
 Item = Any  # an element of a data set, of any kind
-RecordIndex = tuple[int, int]  # number of the source, index of the record in it
+RecordIndex = tuple[int, int, int]  # number of the source, index of the record in it, earlier visits of the record
 
 
 def draw(n: int, *key: str | int) -> int:
     """Return a pseudorandom integer below ``n``, uniform over keys and the same for the same key."""
     digest = blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") * n >> 64
+
+
+def read(records: Sequence[Item], index: int, visit: int) -> Item | None:
+    """Return a record at a visit, counted from 0: records with a method ``at_visit`` may differ from visit to visit."""
+    at_visit = getattr(records, "at_visit", None)
+    return records[index] if at_visit is None else at_visit(index, visit)
 
 
 class Sampler(Protocol):
@@ -67,7 +73,8 @@ class InOrder:
 
     def __next__(self) -> Item | None:
         """Return the next record. Raises StopIteration after the last."""
-        return self.source[self.next_index()[1]]
+        _, index, visit = self.next_index()
+        return read(self.source, index, visit)
 
     @property
     def datasets(self) -> list[Sequence[Item]]:
@@ -79,7 +86,7 @@ class InOrder:
         if self.position >= self.size:
             raise StopIteration
         self.position += 1
-        return 0, self.position - 1
+        return 0, self.position - 1, 0
 
     def state_dict(self, position: int | None = None) -> dict[str, int]:
         """Return the position, or an earlier ``position``, and the size of the source."""
@@ -105,7 +112,7 @@ class Shuffled(InOrder):
     def next_index(self) -> RecordIndex:
         """Advance by one record and return its index."""
         self.position += 1
-        return 0, self.index(self.position - 1)
+        return 0, self.index(self.position - 1), (self.position - 1) // self.size
 
     def index(self, position: int) -> int:
         """Return the index in the source of the record at ``position`` of the endless sequence."""
@@ -142,8 +149,8 @@ class Interleaved:
 
     def __next__(self) -> Item | None:
         """Return the next record."""
-        number, index = self.next_index()
-        return self.sources[number].source[index]
+        number, index, visit = self.next_index()
+        return read(self.sources[number].source, index, visit)
 
     @property
     def datasets(self) -> list[Sequence[Item]]:
@@ -154,10 +161,10 @@ class Interleaved:
         """Advance by one record and return its index."""
         number = self._source_at(self.position)
         source = self.sources[number]
-        index = source.index(source.position)
+        index, visit = source.index(source.position), source.position // source.size
         source.position += 1
         self.position += 1
-        return number, index
+        return number, index, visit
 
     def _source_at(self, position: int) -> int:
         """Return the number of the source of the record at ``position`` of the endless sequence."""

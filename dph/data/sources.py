@@ -8,25 +8,25 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dph.chat import Encoded
 from dph.data.files import INSTALL, read_text
 from dph.data.formats import (
     EXPECTED_FIELDS,
-    Conversation,
-    Preference,
     Record,
     Records,
-    RowFormat,
     Text,
-    combined_fingerprint,
     parse_record,
     split_text,
 )
-from dph.data.json_lines import DIGEST
+from dph.data.json_lines import DIGEST, combined_fingerprint
 from dph.data.rendered import refuse
+from dph.data.sampler import read
 from dph.errors import UserError
+
+if TYPE_CHECKING:
+    from dph.data.row_format import RowFormat
 
 FINGERPRINTED = 256  # records in memory that their fingerprint depends on
 
@@ -60,7 +60,7 @@ def fingerprint(records: Sequence[Any]) -> str:
     sampled = size if isinstance(records, list | tuple) else min(size, FINGERPRINTED)
     for i in range(sampled):
         record = records[i * (size - 1) // max(sampled - 1, 1)]
-        known = record is None or isinstance(record, Text | Conversation | Preference | Encoded | tuple)
+        known = record is None or isinstance(record, Record | Encoded | tuple)
         digest.update((repr(record) if known else type(record).__qualname__).encode(errors="surrogatepass"))
     return digest.hexdigest()
 
@@ -167,7 +167,11 @@ class Selected(Records):
 
     def __getitem__(self, index: int) -> Record | None:
         """Return one record."""
-        return self._records[self._indices[index]]
+        return self.at_visit(index, 0)
+
+    def at_visit(self, index: int, visit: int) -> Record | None:
+        """Return one record at a visit."""
+        return read(self._records, self._indices[index], visit)
 
     def fingerprint(self) -> str:
         """Return a digest of the whole sequence and of the indices."""
@@ -186,7 +190,11 @@ class Limited(Records):
 
     def __getitem__(self, index: int) -> Record | None:
         """Return one record."""
-        return self._records[range(self._size)[index]]
+        return self.at_visit(index, 0)
+
+    def at_visit(self, index: int, visit: int) -> Record | None:
+        """Return one record at a visit."""
+        return read(self._records, range(self._size)[index], visit)
 
     def fingerprint(self) -> str:
         """Return a digest of the whole sequence and the number of its records that are used."""

@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from dph.chat import Message
 from dph.data import conversions, dataset, files
-from dph.data.formats import Conversation, Encoder, Preference, Record, Text, parse_record
+from dph.data.formats import LABELLED, Conversation, Encoder, Preference, Record, Text, parse_record
+from dph.data.labels import Labelled
 from dph.data.sampler import draw
 from dph.errors import UserError
 
@@ -40,7 +42,7 @@ class Survey:
 
     Attributes:
         rows: number of rows.
-        forms: rows by form: "preference", "conversation", "text" or "refused".
+        forms: rows by form: "preference", "labelled answers", "conversation", "text" or "refused".
         roles, turns: messages by role, and conversations by their number of messages.
         labels: rows by ``label``.
         ignored: fields with a value that no record depends on, and their number of rows.
@@ -151,8 +153,7 @@ class Surveyor:
             self._reversed.append(_digest(repr((before[1], rejected, before[0], chosen))))
             order = (len(chosen) > len(rejected)) - (len(chosen) < len(rejected))
             survey.longer_chosen[("as long", "longer", "shorter")[order]] += 1
-        if not isinstance(record, Text):
-            messages = record.chosen if isinstance(record, Preference) else record.messages
+        if (messages := _messages(record)) is not None:
             survey.turns[len(messages)] += 1
             for message in messages:
                 survey.roles[message["role"]] += 1
@@ -203,6 +204,9 @@ def _record(fields: Mapping[str, Any], where: str, ignored: set[str]) -> tuple[s
     """Return the form of a row, and its record; a bad answer (``label: false``) counts as a conversation."""
     own = conversions.own_fields(fields, where)
     present = {name for name, value in own.items() if value is not None}
+    if not present.isdisjoint(("labels", "scores", "completions")) or isinstance(own.get("rejected"), list):
+        record = parse_record(fields, LABELLED, where, ignored=ignored)
+        return "labelled answers" if isinstance(record, Labelled) else "preference", record
     if {"chosen", "rejected"} <= present:
         form = "preference"
     elif "messages" in present or {"prompt", "completion"} <= present:
@@ -218,15 +222,26 @@ def _contents(record: Record) -> tuple[str, str]:
     """Return a record as one text, and its prompt."""
     if isinstance(record, Preference):
         return repr((record.chosen, record.rejected)), repr(record.chosen[:-1])
+    if isinstance(record, Labelled):
+        return repr((record.answers, record.labels)), repr(record.answers[0][:-1])
     if isinstance(record, Conversation):
         return repr(record.messages), repr(record.messages[:-1])
     return record.text, record.text
 
 
-def _characters(record: Record) -> int:
+def _messages(record: Record) -> list[Message] | None:
+    """Return the conversation of a record, that of its first answer if it has several; None for a text."""
     if isinstance(record, Text):
+        return None
+    if isinstance(record, Labelled):
+        return record.answers[0]
+    return record.chosen if isinstance(record, Preference) else record.messages
+
+
+def _characters(record: Record) -> int:
+    messages = _messages(record)
+    if messages is None:
         return len(record.text)
-    messages = record.chosen if isinstance(record, Preference) else record.messages
     return sum(len(message["content"]) for message in messages)
 
 

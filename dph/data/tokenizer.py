@@ -16,24 +16,33 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dph.chat import END, ROLES, START, TEMPLATE
+from dph.data.conversions import from_json
 from dph.data.files import files_in, is_text, open_rows, read_text
-from dph.errors import UserError, check_text, shown
+from dph.errors import UserError, check_text, shown, shown_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 EOS, PAD = "</s>", "<pad>"
 SPECIAL_TOKENS = (EOS, PAD, START, END)
+# Fields of rows that hold text: ours and other programs' (dph.data.conversions).
+FIELDS = (
+    "text", "messages", "prompt", "completion", "completions", "chosen", "rejected", "system", "conversations",
+    "conversation", "instruction", "input", "output", "preferred_output", "non_preferred_output",
+)  # fmt: skip
+CONTENTS = ("content", "text", "value", "messages")  # fields with the text of a message, of its parts, or of a request
 MIN_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte, and the special tokens
 MAX_VOCABULARY = 2**24  # as dph.ModelConfig allows, far above any known tokenizer
 
 
-def train(files: Sequence[str | Path], vocab_size: int, out: str | Path | None = None) -> PreTrainedTokenizerFast:
+def train(
+    files: Sequence[str | Path], vocab_size: int, out: str | Path | None = None, fields: Sequence[str] = FIELDS
+) -> PreTrainedTokenizerFast:
     """Train a tokenizer on the texts of files and folders, as ``read_texts`` returns them.
 
     ``vocab_size`` is an upper bound, special tokens included; a small corpus gives fewer. If ``out`` is given, the
@@ -43,7 +52,7 @@ def train(files: Sequence[str | Path], vocab_size: int, out: str | Path | None =
     """
     if not files:
         raise UserError("files: expected at least one file, got none")
-    texts = itertools.chain.from_iterable(map(read_texts, files))
+    texts = itertools.chain.from_iterable(read_texts(path, fields) for path in files)
     return _train(texts, vocab_size, out, ", ".join(map(str, files)))
 
 
@@ -129,10 +138,10 @@ def _not_empty(texts: Iterable[str], where: str) -> Iterator[str]:
         raise UserError(f"{where}: expected text to train on, got none")
 
 
-def read_texts(path: str | Path) -> Iterator[str]:
-    """Yield the texts of a file or folder: the lines of a text file, all strings of rows but the roles of messages.
+def read_texts(path: str | Path, fields: Sequence[str] = FIELDS) -> Iterator[str]:
+    """Yield the texts of a file or folder: the lines of a text file, the texts and messages in ``fields`` of rows.
 
-    Raises UserError if a file is missing, malformed or of a kind that is not read.
+    Raises UserError if a file is missing, malformed or of a kind that is not read, and as ``texts_of``.
     """
     path = Path(path)
     for file in files_in(path) if path.is_dir() else [path]:
@@ -140,23 +149,40 @@ def read_texts(path: str | Path) -> Iterator[str]:
             yield from read_text(file).splitlines(keepends=True)
             continue
         rows = open_rows(file)
-        for i, fields in enumerate(rows):
-            for text in _strings(fields):
-                check_text(text, rows.location(i))
-                yield text
+        for i, row in enumerate(rows):
+            yield from texts_of(row, fields, rows.location(i))
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Yield all strings in a JSON value, at any depth, except the roles of messages."""
+def texts_of(row: Mapping[str, Any], fields: Sequence[str], where: str) -> Iterator[str]:
+    """Yield the texts in ``fields`` of a row. Raises UserError, which begins with ``where``, if it has none of them."""
+    present = [name for name in fields if row.get(name) is not None]
+    if not present:
+        raise UserError(
+            f"{where}: expected a text in {', '.join(fields)}, got the fields {shown_names(row)}; --field NAME reads "
+            "others"
+        )
+    for name in present:
+        for text in _strings(row[name], f"{where}: {name}"):
+            check_text(text, where)
+            yield text
+
+
+def _strings(value: Any, where: str) -> Iterator[str]:
+    """Yield the texts of a field: a text, messages or parts of one with their content, or a list or JSON of these."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
         if isinstance(value, str):
-            yield value
-        elif isinstance(value, list):
+            messages = from_json(value, where)
+            if messages is None:
+                yield value
+            else:
+                waiting.append(messages)
+            continue
+        if isinstance(value, Mapping):
+            contents = [value[name] for name in CONTENTS if name in value]
+            value = contents or value
+        if isinstance(value, list):
             waiting += reversed(value)
-        elif isinstance(value, dict):
-            for key, item in reversed(value.items()):
-                is_role = (key == "role" and "content" in value) or (key == "from" and "value" in value)
-                if not is_role:
-                    waiting.append(item)
+        elif value is not None:
+            raise UserError(f"{where}: expected text, or messages with a content, got {shown(value)}")

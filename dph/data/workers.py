@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 from dph.chat import Encoded
 from dph.data.formats import Encoder
-from dph.data.sampler import IndexSampler, RecordIndex
+from dph.data.sampler import IndexSampler, RecordIndex, read
 from dph.errors import UserError
 
 MAX_PREFETCHED = 1024  # records, over all workers: those of one or two steps
@@ -320,9 +320,9 @@ def _read_and_encode(indices: Connection, records: Connection) -> None:
     unsent: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_send_records, args=(records, unsent), daemon=True).start()
     while True:
-        source, index = indices.recv()
+        source, index, visit = indices.recv()
         try:
-            record = datasets[source][index]
+            record = read(datasets[source], index, visit)
             result = None if record is None else encode(record)
         except Exception as error:
             result = _failure(error)

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,25 @@ def check_tokenizer(model: JudgingModel, tokenizer: Any) -> None:
         (name,) = tokenizer.convert_ids_to_tokens([end])
         expected = model.config.im_end_token_id
         raise UserError(f"{where}: expected its end-of-turn token {shown(name)} as id {expected}, got {end}")
+
+
+def check_vocabulary(model_name: str, tokenizer: Any) -> None:
+    """Raise UserError if an id stands for another token than in the model's own tokenizer, if the model has one.
+
+    Tokens that only one of them has do not count.
+    """
+    try:
+        own = load_tokenizer(model_name)
+    except UserError:  # the model has no tokenizer, or a broken one: nothing to compare with
+        return
+    own_tokens = {token_id: token for token, token_id in own.get_vocab().items()}
+    for token, token_id in sorted(tokenizer.get_vocab().items(), key=itemgetter(1)):
+        expected = own_tokens.get(token_id, token)
+        if token != expected:
+            raise UserError(
+                f"{tokenizer_name(tokenizer)}: expected the vocabulary of {model_name}, whose token {token_id} is "
+                f"{shown(expected)}, got {shown(token)}: the model was trained with another tokenizer"
+            )
 
 
 def _user_error(name: str, kind: str, error: OSError) -> UserError:

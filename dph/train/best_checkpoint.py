@@ -37,9 +37,9 @@ class BestCheckpoint:
 
     def update(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Record ``step`` if it is better than all before, and return whether it is; ties and NaN are not."""
-        if self.metric is None or math.isnan(metrics[self.metric]):
+        value = math.nan if self.metric is None else metrics.get(self.metric, math.nan)
+        if math.isnan(value):  # also of no record that has a label for the metric
             return False
-        value = metrics[self.metric]
         if self.state is not None:
             lower_is_better = self.metric.partition("/")[0] in LOWER_IS_BETTER
             improved = value < self.state["value"] if lower_is_better else value > self.state["value"]

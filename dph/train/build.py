@@ -21,7 +21,7 @@ from dph.model.attached import AttachedConfig, AttachedModel
 from dph.model.config import FAMILIES, ModelConfig
 from dph.model.directories import model_path
 from dph.model.judging import JudgingModel
-from dph.model.loading import check_settings, check_tokenizer, load_model, load_tokenizer
+from dph.model.loading import check_settings, check_tokenizer, check_vocabulary, load_model, load_tokenizer
 from dph.model.model import Model
 from dph.train import checkpointing
 from dph.train.adapters import Adapters, is_adapter, load_package
@@ -65,7 +65,7 @@ def make_stage(
         data = recipe.data
         sampler, development = dataset.open_training(
             data.sources, recipe.kind, directory=data.directory, seed=recipe.seed, consecutive=data.consecutive,
-            share=recipe.evaluation.share,
+            share=recipe.evaluation.share, redraw=data.redraw,
         )  # fmt: skip
     else:
         if recipe.evaluation.share:
@@ -137,6 +137,8 @@ def open_model(recipe: Recipe) -> tuple[JudgingModel, Any]:
     if start.path is not None:
         model_path(start.path)  # a missing model is reported before its missing tokenizer
     tokenizer = _load_chat_tokenizer(start.tokenizer or start.path)
+    if start.path is not None and start.tokenizer is not None:
+        check_vocabulary(start.path, tokenizer)
     torch.manual_seed(recipe.seed)
     if start.path is not None:
         model = load_model(start.path, dtype=torch.float32)

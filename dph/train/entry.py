@@ -16,7 +16,7 @@ from dph.train.distributed import init_distributed
 from dph.train.endings import Diverged, Result
 from dph.train.head_states import prepare_heads
 from dph.train.progress import harmless_output
-from dph.train.recipe import Recipe
+from dph.train.recipe import Recipe, from_dict
 from dph.train.run_dir import RunDirectory
 from dph.train.trainer import Trainer
 
@@ -63,6 +63,7 @@ def train(
     with sleeping_when_contended(), harmless_output(), init_distributed(recipe.parallel, recipe.device) as world:
         output = recipe.output
         run = RunDirectory(output.directory, recipe.as_dict(), resume=resume, keep=output.keep, world=world)
+        redraws, recipe = recipe.data.redraw, from_dict(run.config)
         try:
             with world.fail_together():
                 notes: tuple[str, ...] = ()
@@ -72,6 +73,8 @@ def train(
                     model, tokenizer, notes = build.reopen_model(recipe, run.directory / "start")
                 stage = build.make_stage(recipe, model, tokenizer, records, held_out, world=world)
                 stage.notes += notes
+                if redraws and not recipe.data.redraw and recipe.kind == "preference":
+                    stage.notes += ("data.redraw: false, since the run began before this option",)
                 if run.checkpoint is None and recipe.kind == "preference":
                     prepare_heads(stage, quiet or world.rank > 0)
             if resume and run.checkpoint is None:

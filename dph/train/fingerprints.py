@@ -20,13 +20,17 @@ def of_stage(stage: Stage) -> dict[str, Any]:
     sampler = stage.batches.records
     sampler = getattr(sampler, "sampler", sampler)  # of a pool of workers
     held_out = {name: fingerprint(records) for name, records in stage.held_out.sources.items()}
+    evaluation = [plain(dataclasses.asdict(source)) for source in stage.recipe.evaluation.sources]
+    for source in evaluation:
+        if source["head"] is None:  # not an option of earlier versions, whose runs are compared too
+            del source["head"]
     return {
         "sources": [fingerprint(records) for records in sampler.datasets],
         "sizes": [len(records) for records in sampler.datasets],
         "tokenizer": of_tokenizer(stage.tokenizer),
         "model": of_config(stage.model.config),
         "held_out": held_out,
-        "evaluation": [plain(dataclasses.asdict(source)) for source in stage.recipe.evaluation.sources],
+        "evaluation": evaluation,
     }
 
 

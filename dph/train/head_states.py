@@ -8,12 +8,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dph import devices
+from dph.data.labels import EncodedAnswers
 from dph.data.packing import batches, pack
 from dph.errors import UserError
 from dph.model.heads import JudgedStates
 from dph.model.model import Model
 from dph.train.layer_choice import best_layer, mixed_layers, probe_layers
 from dph.train.precompute.pairs import PairCache
+from dph.train.stages.labelled import label_indices
 from dph.train.stages.preference import Pair, PreferenceStage
 
 TOKENS = 8192  # of a packed batch
@@ -47,19 +49,25 @@ def prepare_heads(stage: PreferenceStage, quiet: bool = False) -> None:
     if new:
         layers = [*range(model.config.num_hidden_layers), -1]
         states = sample_states(model, pairs, layers, quiet=quiet)
-        layer, note = choose_layer(states, layers, [prompt_of(pair) for pair in pairs], stage.recipe.seed)
+        compared, prompts = compared_states(states, pairs)
+        layer, note = choose_layer(compared, layers, prompts, stage.recipe.seed)
         model.set_reward_layer(layer, new)
         stage.notes += (note,)
-        own = [layers.index(layer) for layer in model.heads.layers]
-        states = states[:, :, own]
+        states = states[:, [layers.index(layer) for layer in model.heads.layers]]
         if cached:
-            stage.frozen.cache.put(pairs, states.flatten(1))
+            _cache(stage, pairs).put(pairs, states)
     else:
-        states = sample_states(model, pairs, model.heads.layers, stage.frozen.cache if cached else None, quiet)
+        states = sample_states(model, pairs, model.heads.layers, _cache(stage, pairs) if cached else None, quiet)
     stage.frozen.flush()  # a run that is resumed would not compute these states again as they were
     layers = model.heads.layers
     for head in unfitted:
-        head.standardise.fit(states[:, :, [layers.index(layer) for layer in head.layers]].flatten(2).flatten(0, 1))
+        head.standardise.fit(states[:, [layers.index(layer) for layer in head.layers]].flatten(1))
+
+
+def _cache(stage: PreferenceStage, records: Sequence[Pair]) -> PairCache:
+    """Return the cache that steps with such records read; in a mixture, steps of plain pairs alone read another one."""
+    labelled = any(isinstance(answers, EncodedAnswers) for answers in records)
+    return stage.frozen.answer_cache if labelled else stage.frozen.cache
 
 
 def choose_layer(
@@ -86,8 +94,20 @@ def choose_layer(
     )
 
 
+def compared_states(states: Tensor, records: Sequence[Pair]) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """Return the states [P, 2, N, C] of the better and the worse answer of P labels, and the prompts of these.
+
+    An answer that is labelled alone is compared with the mean of all answers; ``states``: [A, N, C] of the answers.
+    """
+    better, worse, numbers = label_indices(records)
+    padded = torch.cat([states, states.mean(0, keepdim=True)])
+    record_prompts = [prompt_of(record) for record in records]
+    prompts = [record_prompts[numbers[answer]] for answer in torch.minimum(better, worse).tolist()]
+    return torch.stack([padded[better], padded[worse]], 1), prompts
+
+
 def prompt_of(pair: Pair) -> tuple[int, ...]:
-    """Return the tokens before the chosen answer."""
+    """Return the tokens before the first answer."""
     chosen = pair[0]
     first = chosen.loss_mask.index(True) if True in chosen.loss_mask else len(chosen)
     return tuple(chosen.tokens[: first + 1])
@@ -97,7 +117,7 @@ def prompt_of(pair: Pair) -> tuple[int, ...]:
 def sample_states(
     model: Model, pairs: Sequence[Pair], layers: list[int], cache: PairCache | None = None, quiet: bool = False
 ) -> Tensor:
-    """Return the states [P, 2, N, C] fp32, on the CPU, of the judged tokens of P pairs in N layers (JudgedStates).
+    """Return the states [A, N, C] fp32, on the CPU, of the judged tokens of A answers in N layers (JudgedStates).
 
     With a ``cache`` of these layers, what it holds is read, and the rest is added.
     """
@@ -107,7 +127,8 @@ def sample_states(
             compute = partial(_judged_states, model, batch, layers)
             results.append((compute() if cache is None else cache.rows(batch, compute)).flatten())
             progress.update(len(batch))
-    return torch.cat(results).view(len(pairs), 2, len(layers), -1)
+    answers = sum(map(len, pairs))
+    return torch.cat(results).view(answers, len(layers), -1)
 
 
 def _judged_states(model: Model, pairs: Sequence[Pair], layers: list[int]) -> Tensor:

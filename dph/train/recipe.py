@@ -84,6 +84,11 @@ class Source:
         "rendered: the texts are whole conversations in the markup of a chat format (ChatML, Llama 2 and 3, Zephyr, "
         "Gemma, HH), which becomes messages; null: plain text or messages, and such markup is an error",
     )
+    head: str | None = option(
+        None,
+        "reward head that learns from these records, one of objective.heads; null: all, or those that the labels of a "
+        "record name (preference stages, dph.data.label_fields)",
+    )
 
 
 @typed
@@ -97,6 +102,11 @@ class Data:
         "consecutive samples from one source before another source is drawn (streams)",
         minimum=1,
         maximum=(2**16, "a stream holds all of them in memory"),
+    )
+    redraw: bool = option(
+        True,
+        "draw the wrong answer of a task's pair anew each time the record comes again; false: once for the whole run "
+        "(preference stages)",
     )
     context: int = option(
         2048,
@@ -397,6 +407,11 @@ class Recipe:
         for key, value in (("evaluation.patience", self.evaluation.patience), ("output.model", self.output.model)):
             if value not in (None, "last") and self.output.best is None:
                 raise UserError(f"output.best: expected the metric that {key} {value} goes by, got null")
+        for name, sources in (("data", self.data.sources), ("evaluation", self.evaluation.sources)):
+            for i, source in enumerate(sources):
+                if source.head is not None and (self.kind != "preference" or source.head not in self.objective.heads):
+                    heads = ", ".join(self.objective.heads) if self.kind == "preference" else "null"
+                    raise UserError(f"{name}.sources.{i}.head: expected one of {heads}, got {shown(source.head)}")
         if self.output.best is not None and not self.evaluation.every:
             raise UserError(f"evaluation.every: expected at least 1 with output.best {self.output.best}, got 0")
         if self.batch.tokens is not None and (self.batch.micro or self.kind != "preference"):
@@ -415,6 +430,10 @@ class Recipe:
 
 MAY_CHANGE_ON_RESUME = config_schema.may_change_on_resume(Recipe)
 """Dotted keys of options and whole sections."""
+
+
+BEFORE = {"data.redraw": False}
+"""Options of later versions -> value in the runs that began before them, if it is not the default."""
 
 
 def describe() -> str:

@@ -40,7 +40,7 @@ from dph.errors import RunLost, UserError, one_line, shown
 from dph.train import checkpointing, trackers
 from dph.train.checkpointing import Checkpoint
 from dph.train.distributed import SINGLE_PROCESS, World
-from dph.train.recipe import MAY_CHANGE_ON_RESUME, from_dict
+from dph.train.recipe import BEFORE, MAY_CHANGE_ON_RESUME, from_dict
 from dph.train.trackers import TensorBoard, Tracker
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class RunDirectory:
         directory: path of the run directory.
         checkpoint: newest complete checkpoint, or None if the run starts from the beginning.
         saved_step: step of the last checkpoint written, or of the one to resume from; None before the first.
+        config: recipe of the run, with the values of ``recipe.BEFORE`` if it began before these options.
 
     Raises UserError if the directory holds a run and ``resume`` is off, was made by another configuration, is in use
     by another process, or holds files that a run would overwrite and that are not a run's.
@@ -97,7 +98,8 @@ class RunDirectory:
         self._lock: Any = None
         self._metrics: MetricsFile | None = None
         self._readers: dict[str, Any] = {}  # TensorBoard and the tracker, by name, while they work
-        self._config: dict[str, Any] = json.loads(json.dumps(config))
+        self.config: dict[str, Any] = json.loads(json.dumps(config))
+        self._written = self.config  # in config.json
         with world.fail_together():
             if world.rank == 0:
                 self._lock = self._acquire_lock()
@@ -106,7 +108,8 @@ class RunDirectory:
                 except BaseException:
                     self._lock.close()
                     raise
-        self.directory, self.checkpoint = world.all_gather_object((self.directory, self.checkpoint))[0]
+        opened = self.directory, self.checkpoint, self.config
+        self.directory, self.checkpoint, self.config = world.all_gather_object(opened)[0]
         self.saved_step = None if self.checkpoint is None else self.checkpoint.step
 
     @property
@@ -144,6 +147,8 @@ class RunDirectory:
                 raise UserError(
                     f"{self.directory}: holds a run already; resume it (--resume) or give another directory (--output)"
                 )
+            self._written = _without_later(self._read_config(), self.config)
+            self.config = _as_begun(self._written)
             self._check_same_config()
             self.checkpoint = self._select_checkpoint()
         if (name := self._output.get("tracker")) is not None:
@@ -152,7 +157,7 @@ class RunDirectory:
     @property
     def _output(self) -> dict[str, Any]:
         """The recipe's section ``output``."""
-        return self._config.get("output", {})
+        return self.config.get("output", {})
 
     def begin(self, best: Mapping[str, Any] | None = None) -> None:
         """Prepare the directory for training, new or from the checkpoint, when all else of the run is checked.
@@ -174,7 +179,7 @@ class RunDirectory:
         if (name := self._output.get("tracker")) is not None:
             generators = checkpointing.random_states()  # from which a tracker may draw
             try:
-                self._readers[name] = Tracker(name, self._output["project"], self.directory, self._config, last_logged)
+                self._readers[name] = Tracker(name, self._output["project"], self.directory, self.config, last_logged)
             finally:
                 checkpointing.set_random_states(*generators)
         for leftover in self._leftovers():
@@ -190,7 +195,7 @@ class RunDirectory:
             self.checkpoint = Checkpoint(self.step, self.checkpoint_path(self.step))
         if folder.exists():
             self._mark_best(best)
-        atomic.write_text(self.directory / "config.json", json.dumps(self._config, indent=2) + "\n")
+        atomic.write_text(self.directory / "config.json", json.dumps(self._written, indent=2) + "\n")
         path = self.directory / "metrics.jsonl"
         atomic.write_text(path, "".join(lines))
         self._metrics = MetricsFile(path)
@@ -242,7 +247,8 @@ class RunDirectory:
         """
         # Options that a later version added had their default, which is the same in every stage.
         defaults = json.loads(json.dumps(from_dict({"stage": "sft"}).as_dict()))
-        before, now = _flatten(_with_defaults(self._read_config(), self._config, defaults)), _flatten(self._config)
+        stored = _as_begun(self._read_config())
+        before, now = _flatten(_with_defaults(stored, self.config, defaults)), _flatten(self.config)
         different, places_may_change = [], self._has_fingerprints()
         for key in sorted(before.keys() | now.keys(), key=lambda key: (key != "stage", key)):
             may_change = key in MAY_CHANGE_ON_RESUME or key.split(".")[0] in MAY_CHANGE_ON_RESUME
@@ -468,6 +474,26 @@ def _logged_step(line: str) -> tuple[int | None, Mapping[str, Any]]:
     if not isinstance(values, dict) or type(values.get("step")) is not int:
         return None, {}
     return values["step"], values
+
+
+def _without_later(stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``config`` without the options of ``BEFORE`` that the ``stored`` one lacks: the run began before them."""
+    kept = dict(config)
+    for key in BEFORE:
+        section, name = key.split(".")
+        if section in kept and name not in stored.get(section, {}):
+            kept[section] = {option: value for option, value in kept[section].items() if option != name}
+    return kept
+
+
+def _as_begun(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``config`` with the values of ``BEFORE`` for the options that it lacks."""
+    begun = dict(config)
+    for key, value in BEFORE.items():
+        section, name = key.split(".")
+        if section in begun:
+            begun[section] = {name: value} | begun[section]
+    return begun
 
 
 def _with_defaults(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

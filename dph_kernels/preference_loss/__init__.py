@@ -10,10 +10,11 @@ from torch.autograd.function import FunctionCtx
 from dph_kernels import checks
 from dph_kernels import native as extension
 from dph_kernels.operator import Gradient, Inputs, Operator
-from dph_kernels.preference_loss import reference
+from dph_kernels.preference_loss import labelled, reference
+from dph_kernels.preference_loss.labelled import Labels
 from dph_kernels.preference_loss.reference import HEAD_METRICS, PREFERENCE_METRICS, Options, metric_names
 
-__all__ = ["HEAD_METRICS", "PREFERENCE_METRICS", "metric_names", "preference_loss"]
+__all__ = ["HEAD_METRICS", "PREFERENCE_METRICS", "Labels", "metric_names", "preference_loss"]
 
 _options, _dtype = itemgetter(*Options._fields), attrgetter("dtype")
 OBJECTIVES = ("separable", "contrastive")
@@ -148,6 +149,21 @@ def _check_options(
     checks.option("objective", objective, OBJECTIVES)
 
 
+def _check_labels(labels: Labels, rewards: Sequence[Tensor], logprobs: Sequence[Tensor], backend: str) -> None:
+    """Require the shapes and the device of the rewards, and a backend that computes labels."""
+    checks.option("backend", backend, ("auto", "reference"))
+    _check(rewards, logprobs)
+    like = (*rewards, *logprobs)[0]
+    heads = like.shape[1] if rewards and like.dim() == 2 else 1 if rewards else "K"
+    checks.shape("labels.chosen", labels.chosen, len(like), heads)
+    expected = {"rejected": labels.chosen.shape, "pairs": (len(like),), "margin": (len(like),)}
+    expected |= {"totals": (3, labels.chosen.shape[1]), "pair_total": ()}
+    for name, x in labels._asdict().items():
+        checks.shape(f"labels.{name}", x, *expected.get(name, labels.chosen.shape))
+        checks.dtype(f"labels.{name}", x, checks.FLOATS)
+        checks.device(f"labels.{name}", x, like.device)
+
+
 def preference_loss(
     rewards_chosen: Tensor | None,
     rewards_rejected: Tensor | None,
@@ -162,6 +178,7 @@ def preference_loss(
     objective: str = "separable",
     dpo_weight: float = 1.0,
     dph_weight: float = 1.0,
+    labels: Labels | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """``dpo_weight * L_cDPO + dph_weight * L_DPH`` and its metrics (arXiv 2405.20053, section 3)::
@@ -183,6 +200,8 @@ def preference_loss(
         dpo_epsilon, dph_epsilon: label smoothing of each part, the assumed fraction of swapped pairs, in [0, 0.5).
         objective: "separable" or "contrastive", for the DPH part.
         dpo_weight, dph_weight: the parts' weights, >= 0.
+        labels: weights of the pairs by head, absent answers and margins (`Labels`), computed in plain PyTorch.
+            None: all weights are 1.
         backend: "auto" or a backend's name.
 
     Returns:
@@ -204,6 +223,10 @@ def preference_loss(
     weights_fit = beta >= 0.0 and dpo_weight >= 0.0 and dph_weight >= 0.0
     if not (epsilons_fit and weights_fit and objective in OBJECTIVES):  # the usual case makes no calls
         _check_options(beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, objective)
+    if labels is not None:
+        _check_labels(labels, rewards, logprobs, backend)
+        options = Options(beta, dpo_epsilon, dph_epsilon, dpo_weight, dph_weight, objective)
+        return labelled.forward(rewards, logprobs, labels, options)
     loss, metrics, _ = OPERATOR(
         rewards=rewards,
         logprobs=logprobs,

@@ -80,9 +80,9 @@ def smoothed_slope(x: Tensor, epsilon: float) -> Tensor:
     return epsilon - torch.sigmoid(-x)
 
 
-def accuracy(margin: Tensor) -> Tensor:
-    """Return the fraction of pairs whose margin is above 0; a tie is wrong, and NaN stays NaN."""
-    return torch.where(margin.isnan(), margin, (margin > 0).to(margin.dtype)).mean()
+def accuracy_of(margin: Tensor) -> Tensor:
+    """Return 1 for each margin above 0, else 0: a tie is wrong, and NaN stays NaN."""
+    return torch.where(margin.isnan(), margin, (margin > 0).to(margin.dtype))
 
 
 def logistic(chosen: Tensor, rejected: Tensor, epsilon: float, objective: str) -> Tensor:
@@ -108,7 +108,7 @@ def implicit(beta: float, dtype: torch.dtype, logprobs: Sequence[Tensor]) -> tup
 
 def summary(chosen: Tensor, rejected: Tensor) -> list[Tensor]:
     """Return accuracy, mean margin, mean of chosen and of rejected."""
-    return [accuracy(chosen - rejected), (chosen - rejected).mean(), chosen.mean(), rejected.mean()]
+    return [accuracy_of(chosen - rejected).mean(), (chosen - rejected).mean(), chosen.mean(), rejected.mean()]
 
 
 def forward(*, rewards: Sequence[Tensor], logprobs: Sequence[Tensor], **options: Any) -> tuple[Tensor, Tensor, Tensor]:

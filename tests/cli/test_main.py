@@ -381,6 +381,14 @@ def test_tokenizer(dph_command, refused, tmp_path):
     assert dph.chat.encode([USER, ANSWER], tok).reward_position is not None
     assert "expected a directory without a tokenizer" in refused("tokenizer", corpus, "--output", tmp_path / "tok")
     assert "missing.txt" in refused("tokenizer", tmp_path / "missing.txt", "--output", tmp_path / "new")
+    (tmp_path / "a.csv").write_text("id,title\nquokka,zebra zebra\n")
+    line = refused("tokenizer", tmp_path / "a.csv", "--output", tmp_path / "new")
+    assert "a.csv:2: expected a text in text, messages, " in line
+    assert dph_command("tokenizer", tmp_path / "a.csv", "--field", "title", "--output", tmp_path / "new")[0] == 0
+    words = loading.load_tokenizer(str(tmp_path / "new")).get_vocab()
+    assert {"zebra", "quokka"} & words.keys() == {"zebra"}
+    line = refused("tokenizer", "task:glue/sst2", "--field", "title", "--output", tmp_path / "other")
+    assert line.endswith("--field: expected none for task:glue/sst2, whose fields are known, got title")
 
 
 def test_plot(dph_command, refused, tmp_path):

@@ -5,6 +5,7 @@ import os
 import pickle
 import sys
 import types
+from array import array
 from collections import Counter
 from functools import partial
 
@@ -20,8 +21,9 @@ from dph.data.batching import Streams
 from dph.data.formats import Conversation, Encoder, Preference, Text, parse_record
 from dph.data.json_lines import JsonLines, read_jsonl
 from dph.data.packing import PairBatches
+from dph.data.row_format import RowFormat
 from dph.data.sampler import InOrder, Interleaved, Shuffled
-from dph.data.sources import fingerprint
+from dph.data.sources import Limited, Selected, fingerprint
 from dph.errors import UserError
 
 ASK, YES, NO = message("user", "hello?"), message("assistant", "yes"), message("assistant", "no")
@@ -74,7 +76,7 @@ CHANGES = {
 def test_a_file_that_changes_during_a_run_gives_the_records_it_had_or_an_error(tmp_path, change, keep_open):
     """In the process that opened it and in one that receives the records; a mapped file would kill both."""
     path = write_lines(tmp_path / "a.jsonl", *({"text": f"record {i} " * 500} for i in range(50)))
-    records = formats.RowRecords(partial(files.open_rows, path, keep_open), formats.RowFormat("text"))
+    records = formats.RowRecords(partial(files.open_rows, path, keep_open), RowFormat("text"))
     before, pickled = list(records), pickle.dumps(records)
     CHANGES[change](path)
     read_by_both = {"grown": True, "deleted": keep_open, "replaced": keep_open}.get(change, False)
@@ -276,7 +278,7 @@ def test_folders_text_files_limits_and_other_fields(tmp_path):
         dataset.load(tmp_path / "b", "conversation")
     field = write_lines(tmp_path / "c.jsonl", {"sentence": "four"})
     assert dataset.load(field, "text", text_field="sentence")[0] == Text("four")
-    with pytest.raises(UserError, match="kind: expected preference, conversation, text, got 'pairs'"):
+    with pytest.raises(UserError, match=r"kind: expected preference, labelled preference, .*, got 'pairs'"):
         dataset.load(field, "pairs")
     with pytest.raises(UserError, match="limit: expected at least 1, got 0"):
         dataset.load(field, "text", limit=0)
@@ -319,6 +321,31 @@ def test_a_task_sets_the_right_answer_against_wrong_ones_drawn_uniformly(tmp_pat
     assert [again[i].rejected[-1]["content"] for i in reversed(range(600))] == drawn[::-1]
     other = dataset.load("task:mmlu/all", "preference", directory=tmp_path, seed=2)
     assert [record.rejected[-1]["content"] for record in other] != drawn
+
+
+def wrong_answers(path, passes, wrap=lambda records: records, skip=0, **options):
+    """Wrong answers by record and visit, of a shuffled task of 20 records; the first ``skip`` are not read."""
+    write_lines(path / "mmlu/all/train.jsonl", *[{**OPTIONS, "question": f"{i}?"} for i in range(20)])
+    source = wrap(dataset.load("task:mmlu/all", "preference", directory=path, **options))
+    order, drawn = dataset.mixture([source], 0), {}
+    order.load_state_dict({"position": skip, "sources": [{"position": skip, "size": len(source)}]})
+    for position in range(skip, passes * len(source)):
+        record = next(order)
+        drawn[record.chosen[-2]["content"], position // len(source)] = record.rejected[-1]["content"]
+    return drawn
+
+
+def test_a_wrong_answer_is_drawn_anew_at_each_visit(tmp_path):
+    drawn, fixed = wrong_answers(tmp_path, 4), wrong_answers(tmp_path, 4, redraw=False)
+    questions = {question for question, _ in drawn}
+    assert len(questions) == 20
+    for question in questions:
+        assert {fixed[question, visit] for visit in range(4)} == {drawn[question, 0]}
+    assert sum(len({drawn[question, visit] for visit in range(4)}) > 1 for question in questions) > 15
+    assert wrong_answers(tmp_path, 4, skip=50).items() <= drawn.items()  # as a resumed run
+    halves = (lambda records: Limited(records, 10), lambda records: Selected(records, array("q", range(10))))
+    for wrap in halves:  # the samplers of fewer records have another order, but each visit draws the same
+        assert wrong_answers(tmp_path, 4, wrap).items() <= drawn.items()
 
 
 def test_a_task_gives_conversations_and_texts(tmp_path):

@@ -264,6 +264,9 @@ def test_commands_take_the_sources_of_training(tmp_path):
     assert read_prompts(str(tmp_path / "chats.json"))[1] == [[message("user", "hi")]]
     assert list(tokenizer.read_texts(tmp_path / "asked.csv")) == ["why?", "Be brief.", "how?", ""]
     assert list(tokenizer.read_texts(tmp_path / "chats.json")) == ["hi"]
+    assert list(tokenizer.read_texts(tmp_path / "asked.csv", ["system"])) == ["Be brief.", ""]
+    write_lines(tmp_path / "openai.jsonl", {"input": {"messages": [system]}, "preferred_output": json.dumps([system])})
+    assert list(tokenizer.read_texts(tmp_path / "openai.jsonl")) == ["Be brief.", "Be brief."]
 
 
 def test_a_recipe_renames_filters_and_parses(tmp_path):

@@ -27,6 +27,10 @@ def test_rows_are_counted_by_what_they_hold(tmp_path, capsys):
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
     talk.append({"role": "assistant", "content": "hello"})
     rows = [pair(id=7), {"messages": talk}, {"prompt": "a", "completion": "b", "label": False}, {"text": "plain"}]
+    scored = {"prompt": "why?", "completions": ["a", "because"], "scores": [1, 2]}
+    _, found = look(capsys, write_lines(tmp_path / "b.jsonl", scored, pair(rejected=["a", "b"]), scored))
+    assert found["forms"] == {"labelled answers": 3}
+    assert list(found["suspicions"]) == ["duplicate"]
     code, found = look(capsys, write_lines(tmp_path / "a.jsonl", *rows))
     assert code == 0
     assert found["rows"] == 4

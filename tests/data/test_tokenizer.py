@@ -59,12 +59,30 @@ def test_files_give_their_text_but_not_the_roles(tmp_path):
     plain.write_text("zebra zebra\nzebra\n", encoding="utf-8")
     lines = write_lines(
         tmp_path / "b.jsonl",
-        *[{"messages": [message("assistant", "quokka")], "n": 3, "text": ["wombat", None], "role": "umpire"}] * 3,
+        *[{"messages": [message("assistant", "quokka")], "n": 3, "text": ["wombat", None], "prompt_id": "umpire"}] * 3,
     )
     words = tokenizer.train([plain, lines], 1000, tmp_path / "out").get_vocab()
-    assert {"zebra", "quokka", "wombat", "umpire"} <= words.keys()
-    assert "assistant" not in words
+    assert {"zebra", "quokka", "wombat"} <= words.keys()
+    assert not {"assistant", "umpire"} & words.keys()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == words
+    chosen = tokenizer.train([lines], 1000, fields=["prompt_id"]).get_vocab()
+    assert {"umpire", "quokka"} & chosen.keys() == {"umpire"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt_id": "a1b2"},
+            r"a\.jsonl:1: expected a text in text, messages, .*, got the fields prompt_id; --field",
+        ),
+        ({"text": {"a": "b"}}, r"a\.jsonl:1: text: expected text, or messages with a content, got"),
+        ({"chosen": [5]}, r"a\.jsonl:1: chosen: expected text, or messages with a content, got 5"),
+    ],
+)
+def test_rows_without_text_are_refused(tmp_path, row, message):
+    with pytest.raises(UserError, match=message):
+        tokenizer.train([write_lines(tmp_path / "a.jsonl", row)], 300)
 
 
 def test_bad_input_is_a_user_error(tmp_path):

@@ -104,6 +104,15 @@ def test_the_same_records_and_states_at_every_place(opened):
         assert [next(reader) for _ in range(9)] == inline(again, 9)
 
 
+def test_workers_draw_a_task_s_wrong_answers_anew_at_each_visit(opened, tmp_path):
+    options = {"question": "late?", "choices": ["a", "b", "c", "d"], "answer": 1}
+    write_lines(tmp_path / "mmlu/all/train.jsonl", *[options] * 5)
+    source = dataset.load("task:mmlu/all", "preference", directory=tmp_path)
+    assert [next(reader) for reader in [opened(Shuffled(source, 3), 2)] for _ in range(20)] == inline(
+        Shuffled(source, 3), 20
+    )
+
+
 def test_a_pass_ends(opened):
     source = records("sft", 7)
     reader = opened(InOrder(source), 3)

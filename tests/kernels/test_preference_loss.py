@@ -7,7 +7,8 @@ import torch
 from helpers.numerics import assert_close_to_fp64, implementations, skip_where_unsupported
 from helpers.preferences import DEFAULTS, LOGPROBS, NAMES, formula, make
 
-from dph_kernels.preference_loss import HEAD_METRICS, PREFERENCE_METRICS, metric_names, preference_loss
+from dph_kernels.preference_loss import HEAD_METRICS, PREFERENCE_METRICS, Labels, metric_names, preference_loss
+from dph_kernels.preference_loss.reference import smoothed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BACKENDS = implementations("preference_loss")
@@ -406,3 +407,59 @@ def test_bad_arguments(change, message):
 def test_a_backend_that_cannot_run_says_why():
     with pytest.raises(RuntimeError, match=r"preference_loss: backend 'cuda' cannot run: .+"):
         preference_loss(torch.zeros(5), torch.zeros(5), backend="cuda")
+
+
+# Labels
+
+
+def labels_of(weights, pairs=None, margin=None):
+    """Labels with the weights [2, N, K] of both answers, and totals of all of them."""
+    chosen, rejected = weights
+    zeros = chosen.new_zeros(len(chosen))
+    pairs = zeros + 1 if pairs is None else pairs
+    totals = torch.stack([(chosen + rejected) / 2, chosen, rejected]).sum(1)
+    return Labels(chosen, rejected, pairs, zeros if margin is None else margin, totals, pairs.sum())
+
+
+@pytest.mark.parametrize("objective", ["separable", "contrastive"])
+@pytest.mark.parametrize("heads", [None, 3])
+def test_labels_of_weight_1_are_plain_pairs(objective, heads):
+    inputs = make(7, heads)
+    plain, expected = preference_loss(**inputs, objective=objective)
+    labels = labels_of(torch.ones(2, 7, heads or 1))
+    loss, metrics = preference_loss(**inputs, objective=objective, labels=labels)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(metrics, expected, rtol=1e-5, atol=1e-5)
+    given = list(inputs.values())
+    for ours, theirs in zip(torch.autograd.grad(loss, given), torch.autograd.grad(plain, given), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_each_head_has_the_loss_of_its_own_labels():
+    """A head without labels adds nothing, and has no metrics; an absent answer counts by neither loss nor gradient."""
+    rewards = torch.randn(2, 6, 3, requires_grad=True)
+    weights = torch.zeros(2, 6, 3)
+    weights[:, :4, 0] = 1.0  # pairs
+    weights[0, 4:, 1] = 1.0  # good answers alone
+    loss, metrics = preference_loss(*rewards, labels=labels_of(weights))
+    pairs = preference_loss(rewards[0, :4, 0], rewards[1, :4, 0])[0]
+    alone = 2 * smoothed(rewards[0, 4:, 1], 0.1).mean()  # half of a pair's weight
+    torch.testing.assert_close(loss, (pairs + alone) / 3)
+    (grad,) = torch.autograd.grad(loss, rewards)
+    assert torch.equal(grad != 0, weights != 0)
+    got = named(metrics, 3)
+    assert got["dph_loss_0"] == pytest.approx(pairs.item(), abs=1e-6)
+    assert got["reward_accuracy_1"] == pytest.approx((rewards[0, 4:, 1] > 0).float().mean().item())
+    assert got["reward_chosen_1"] == pytest.approx(rewards[0, 4:, 1].mean().item(), abs=1e-6)
+    assert all(torch.tensor(got[f"{name}_2"]).isnan() for name in HEAD_METRICS)
+    assert got["finite"] == 1.0
+
+
+def test_labels_that_do_not_fit_are_named():
+    rewards, labels = torch.randn(2, 4, 2), labels_of(torch.ones(2, 4, 2))
+    with pytest.raises(ValueError, match=r"labels\.chosen: expected shape \[4, 1\], got \[4, 2\]"):
+        preference_loss(*rewards[..., 0], labels=labels)
+    with pytest.raises(ValueError, match=r"labels\.totals: expected shape \[3, 2\], got \[2\]"):
+        preference_loss(*rewards, labels=labels._replace(totals=torch.ones(2)))
+    with pytest.raises(ValueError, match="backend: expected"):
+        preference_loss(*rewards, labels=labels, backend="cpu")

@@ -11,11 +11,11 @@ from helpers import templates
 from helpers.stages import records as stage_records
 from helpers.stages import settings as stage_settings
 from helpers.stages import tiny, weights
-from helpers.texts import conversation, small_tokenizer, write_lines
+from helpers.texts import TEXTS, conversation, small_tokenizer, write_lines
 from transformers import AutoTokenizer
 
 import dph
-from dph.data import dataset
+from dph.data import dataset, tokenizer
 from dph.errors import UserError
 from dph.model import loading
 from dph.train import build, recipe
@@ -156,6 +156,19 @@ def test_wrong_starts(files, monkeypatch, model, message):
     monkeypatch.chdir(files)
     with pytest.raises(UserError, match=message):
         build.open_model(make(files, "sft", ["chats.jsonl"], **model))
+
+
+def test_a_tokenizer_trained_on_other_data_is_refused(files):
+    """It has the size of the model's own, and other tokens; one with other settings but the same tokens is taken."""
+    tiny().save_pretrained(files / "model")
+    own = small_tokenizer()
+    own.save_pretrained(files / "model")
+    other = tokenizer.from_iterator([text[::-1] for text in TEXTS], len(own))
+    other.save_pretrained(files / "other")
+    start = {"path": str(files / "model"), "tokenizer": str(files / "other")}
+    with pytest.raises(UserError, match=r"expected the vocabulary of .*model, whose token 26\d is '.*', got '"):
+        build.open_model(make(files, "sft", ["chats.jsonl"], **start))
+    build.open_model(make(files, "sft", ["chats.jsonl"], **{**start, "tokenizer": str(files / "tokenizer")}))
 
 
 def test_a_damaged_model_is_named(files):

@@ -160,7 +160,7 @@ def test_states_of_a_sample_are_the_model_s():
     assert len(pairs) == 7
     assert stage.batches.state_dict() == position
     states = head_states.sample_states(model, pairs, [0, 1, 2, -1], quiet=True)
-    for pair, found in zip(pairs, states, strict=True):
+    for pair, found in zip(pairs, states.view(7, 2, 4, -1), strict=True):
         for side, own in zip(pair, found, strict=True):
             hidden = model(torch.tensor([side.tokens]), output_hidden_states=True).hidden_states
             expected = torch.stack([layer[0, side.reward_position] for layer in hidden])

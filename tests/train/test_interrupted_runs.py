@@ -1,6 +1,7 @@
 """Runs of an earlier version of dph, interrupted after step 4 of 6, resume to that version's metrics.
 
-``interrupted_runs/NAME-metrics.jsonl`` holds the metrics of that version's undisturbed run.
+``interrupted_runs/NAME-metrics.jsonl`` holds the metrics of that version's undisturbed run; the last evaluation of sft
+is this version's, which computes each document alone.
 """
 
 import hashlib

@@ -213,6 +213,24 @@ def test_a_resumed_run_names_the_fields_that_differ_and_no_others(tmp_path):
         run_dir.RunDirectory(tmp_path / "run", {**changed, "stage": "align"}, resume=True)
 
 
+@pytest.mark.parametrize(("stored", "kept"), [({}, False), ({"redraw": False}, False), ({"redraw": True}, True)])
+def test_a_run_keeps_the_way_of_drawing_that_it_began_with(stored, kept, tmp_path):
+    """One that began before ``data.redraw`` continues without it; the choice of a later one may not change."""
+    run = opened(tmp_path / "run", {**CONFIG, "data": stored})
+    run.log(1, {"loss": 1.0})
+    run.close()
+    resume = lambda value: opened(tmp_path / "run", {**CONFIG, "data": {"redraw": value}}, resume=True)  # noqa: E731
+    if stored.get("redraw") is False:
+        with pytest.raises(UserError, match=r"data\.redraw: expected False, got True"):
+            resume(True)
+        return
+    for _ in range(2):
+        run = resume(True)
+        assert run.config["data"]["redraw"] is kept
+        run.log(1, {"loss": 1.0})
+        run.close()
+
+
 @pytest.mark.parametrize("names", [("model/weights",), ("config.json",), ("checkpoints/step-1/x", "start/x")])
 def test_a_directory_of_the_users_is_left_alone(names, tmp_path):
     """A run would overwrite config.json, and replace folders of these names."""

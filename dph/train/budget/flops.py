@@ -101,7 +101,7 @@ def batch_flops(stage: Stage, batch: StepBatch) -> float:
     if recipe.kind != "preference":
         workload = streams_workload(recipe.batch.size, recipe.data.context, batch.memory, batch.targets)
     elif stage.frozen.cached and recipe.stage == "head":
-        workload = Workload(judged=2 * len(batch.pairs))  # cached states: pooler and heads alone
+        workload = Workload(judged=sum(map(len, batch.pairs)))  # cached states: pooler and heads alone
     else:
         workload = pairs_workload(batch.pairs)
         reference = reference and not stage.frozen.cached

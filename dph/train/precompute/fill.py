@@ -80,8 +80,9 @@ def fill_cache(
         compile.switch_off(model.backbone)
         stage.close()
         stage.frozen.flush()
-    cache = stage.frozen.cache
-    return CacheSummary(cache.store.directory, pairs, cache.computed, len(cache.store))
+    caches = stage.frozen.caches or [stage.frozen.cache]
+    computed, stored = sum(cache.computed for cache in caches), sum(len(cache.store) for cache in caches)
+    return CacheSummary(caches[0].store.directory, pairs, computed, stored)
 
 
 def check(recipe: Recipe) -> None:
@@ -111,7 +112,9 @@ def _run_frozen_model(stage: PreferenceStage, quiet: bool) -> int:
                 stage.frozen(micro_batch)
                 pairs += len(micro_batch.pairs)
                 progress.update(len(micro_batch.pairs))
-                progress.set_postfix_str(f"{stage.frozen.cache.computed} computed", refresh=False)
+                progress.set_postfix_str(
+                    f"{sum(cache.computed for cache in stage.frozen.caches)} computed", refresh=False
+                )
                 if time.monotonic() - flushed > FLUSH_EVERY:
                     stage.frozen.flush()
                     flushed = time.monotonic()

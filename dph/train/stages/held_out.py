@@ -13,6 +13,7 @@ import torch
 
 from dph.chat import Encoded
 from dph.data.formats import Record
+from dph.data.labels import labels_of
 from dph.data.sampler import InOrder
 from dph.errors import UserError
 from dph.evaluate.metrics import chosen_shares
@@ -20,8 +21,8 @@ from dph.evaluate.metrics import chosen_shares
 if TYPE_CHECKING:
     from dph.train.stages.base import Stage
 
-Sums = dict[str, tuple[float, int]]
-"""Metric -> its sum over items, and their number."""
+Sums = dict[str, tuple[float, float]]
+"""Metric -> its sum over items, and their number; of labels both by weight, 1 for a pair."""
 
 # Start of a reason for refusing a pair (``dph.data.packing.PairBatches``) -> key of the recipe for the limit.
 LIMITS = {"longer than": "data.context", "more than": "batch.tokens"}
@@ -64,29 +65,23 @@ class HeldOutStreams(HeldOut):
         self.stage = weakref.proxy(stage)  # without a cycle, the model is freed with the stage
 
     def sums(self, name: str, records: Sequence[Record]) -> Sums:
-        """Return the sums over the targets, and their number.
-
-        There are as many streams as in training, so that the size of a micro-batch changes no result.
-        """
+        """Return the sums over the targets of all documents, each computed alone, and the number of targets."""
         stage = self.stage
-        streams = min(stage.recipe.batch.size, len(records))
-        memories = stage.new_memories(streams)
         sums = torch.zeros(len(self.metrics), dtype=torch.float64, device=stage.model.device)
         count = 0
-        for tokens, targets in stage.open_streams(InOrder(records), streams):
-            for micro_batch in stage.micro_batches(memories, tokens, targets):
-                stage.commit_others(memories, micro_batch.memory)
-                loss = stage.loss(stage.prepare(micro_batch, 0))
-                sums, count = sums + loss.sums, count + len(loss.values)
+        for micro_batch in stage.document_segments(records):
+            loss = stage.loss(stage.prepare(micro_batch, 0))
+            sums, count = sums + loss.sums, count + len(loss.values)
         return {metric: (total, count) for metric, total in zip(self.metrics, sums.tolist(), strict=True)}
 
 
 class HeldOutPairs(HeldOut):
     """Accuracy of a preference stage: the chosen answer has the larger reward, or mean log-probability.
 
-    A tie counts half. A pair with an empty answer, which has no mean log-probability, is left out of that accuracy.
-    If the stage caches the states of a frozen backbone, the first evaluation computes the log-probability accuracy,
-    which stays the same, and later evaluations read rewards from the cached states.
+    A tie counts half. A pair with an empty answer, which has no mean log-probability, is left out of that accuracy. The
+    reward of an answer that is labelled alone has to be above 0 if it is good, below 0 if it is bad. If the stage
+    caches the states of a frozen backbone, the first evaluation computes the log-probability accuracy, which stays the
+    same, and later evaluations read rewards from the cached states.
 
     Raises UserError for a source that gives no pair.
     """
@@ -98,7 +93,7 @@ class HeldOutPairs(HeldOut):
         if len(self.heads) > 1:
             reward_metrics = [f"reward_accuracy_{head}" for head in self.heads]
         super().__init__(sources, (*reward_metrics, "logprob_accuracy"))
-        self._frozen_logprobs: dict[str, tuple[float, int]] = {}  # sums by source, for a frozen backbone
+        self._frozen_logprobs: dict[str, tuple[float, float]] = {}  # sums by source, for a frozen backbone
         self._batches: dict[str, Any] = {}  # of the last evaluation, by source
         for name, records in sources.items():  # an error now rather than at the first evaluation
             batches = stage.open_pairs(InOrder(records), 1)
@@ -106,7 +101,7 @@ class HeldOutPairs(HeldOut):
                 raise UserError(f"{name}: expected held-out pairs, got none: {refusal_message(batches)}")
 
     def sums(self, name: str, records: Sequence[Record]) -> Sums:
-        """Return the number of correct pairs by each metric, and of the pairs that it compares.
+        """Return the weight of the correct labels by each metric, and of the labels that it compares.
 
         Raises RuntimeError if a reward or log-probability is not a finite number.
         """
@@ -117,19 +112,23 @@ class HeldOutPairs(HeldOut):
         for pairs in self._batches[name]:
             lengths = list(map(stage.micro_batch_class.length, pairs))
             for micro_batch in stage.micro_batches(pairs, lengths):
-                scores = {}
+                scores: dict[str, tuple[str | None, Any]] = {}  # metric -> head, and values of the answers
                 if frozen_logprobs is not None:
                     rewards = stage.model.rewards_of(stage.frozen(micro_batch))
                 else:
                     out = stage.model.forward_packed(micro_batch.packed.to(stage.model.device))
                     rewards = out.rewards
-                    scores["logprob_accuracy"] = out.mean_logprobs
-                scores |= {metric: rewards[head] for metric, head in zip(self.metrics, self.heads, strict=False)}
-                for metric, values in scores.items():
-                    kept = _comparable(micro_batch.pairs, values, metric)
+                    scores["logprob_accuracy"] = None, out.mean_logprobs
+                for metric, head in zip(self.metrics, self.heads, strict=False):
+                    scores[metric] = head, rewards[head]
+                for metric, (head, values) in scores.items():
+                    sides, weights = compared_sides(micro_batch.pairs, values.tolist(), head)
                     where = f"{name}: {metric}"
-                    correct[metric] += float(chosen_shares(kept, lambda _, where=where: where)[:, :1].sum())
-                    compared[metric] += len(kept)
+                    shares = chosen_shares(sides, lambda _, where=where: where)
+                    correct[metric] += sum(
+                        float(share[0]) * weight for share, weight in zip(shares, weights, strict=True)
+                    )
+                    compared[metric] += sum(weights)
                 all_finished = all_finished and micro_batch.finished
         sums = {metric: (correct[metric], compared[metric]) for metric in self.metrics}
         if frozen_logprobs is not None:
@@ -147,20 +146,30 @@ class HeldOutPairs(HeldOut):
         return messages
 
 
-def _comparable(pairs: Sequence[Sequence[Encoded]], values: torch.Tensor, metric: str) -> list[list[float]]:
-    """Return the values [2N] of the pairs both of whose answers have one.
+def compared_sides(
+    records: Sequence[Sequence[Encoded]], values: Sequence[float], head: str | None
+) -> tuple[list[list[float]], list[float]]:
+    """Return the values of the better and the worse answer of each label both of whose answers have one, and weights.
 
-    An empty answer has no mean log-probability, one that was cut off no reward.
+    Args:
+        records: answers, end to end those of ``values``.
+        values: mean log-probabilities, of which an empty answer has none, or rewards, of which a cut-off one has none.
+        head: of the rewards; None for log-probabilities. Labels of other heads are left out, and for log-probabilities
+            those on an answer alone; with a reward it is compared with 0.
     """
-    kept = []
-    for pair, pair_values in zip(pairs, values.view(-1, 2).tolist(), strict=True):
-        if metric == "logprob_accuracy":
-            has_values = all(any(answer.score_mask) for answer in pair)
-        else:
-            has_values = all(answer.reward_position is not None for answer in pair)
-        if has_values:
-            kept.append(pair_values)
-    return kept
+    sides, weights, start = [], [], 0
+    for answers in records:
+        has_value = []
+        for answer in answers:
+            has_value.append(any(answer.score_mask) if head is None else answer.reward_position is not None)
+        for label in labels_of(answers):
+            indices = [label.better, label.worse]
+            is_compared = label.is_pair if head is None else label.head in (None, head)
+            if is_compared and all(index is None or has_value[index] for index in indices):
+                sides.append([0.0 if index is None else values[start + index] for index in indices])
+                weights.append(label.weight)
+        start += len(answers)
+    return sides, weights
 
 
 def refusal_message(batches: Any, name: str = "records") -> str:

@@ -1,6 +1,6 @@
 """Pretraining, vocabulary and SFT: parallel streams with Transformer-XL memory."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dph.chat import Encoded
-from dph.data.batching import IGNORED, Streams
+from dph.data.batching import IGNORED, Streams, documents, padded, similar_lengths
 from dph.data.formats import Record
 from dph.data.sampler import Sampler
 from dph.model.memory import Memory
@@ -70,7 +70,10 @@ class LanguageModelStage(Stage):
     ) -> None:
         super().__init__(**others)
         self.encode = encode
-        self.batches = self.open_streams(records, self.recipe.batch.size)
+        padding = self.tokenizer.pad_token_id
+        if padding is None:
+            padding = self.tokenizer.eos_token_id
+        self.batches = Streams(records, encode, self.recipe.batch.size, self.recipe.data.context, padding)
         self.first_stream = self.world.rank * self.rank_size
         self.memories = self.new_memories(self.rank_size)
         self.held_out = HeldOutStreams(self, held_out)
@@ -79,12 +82,21 @@ class LanguageModelStage(Stage):
             taken = f"batch.size: {size} streams take {run} of {count:,} records at a time"
             self.notes += (f"{taken}, so that some read the same",)
 
-    def open_streams(self, records: Sampler, size: int) -> Streams:
-        """Return ``size`` streams over ``records``."""
-        padding = self.tokenizer.pad_token_id
-        if padding is None:
-            padding = self.tokenizer.eos_token_id
-        return Streams(records, self.encode, size, self.recipe.data.context, padding)
+    def document_segments(self, records: Sequence[Record]) -> Iterator[StreamMicroBatch]:
+        """Yield the segments of all documents, in groups of similar lengths, for evaluation.
+
+        Each document has a row of its own and sees no memory of another one: neither its neighbours nor the size of a
+        batch change its loss.
+        """
+        data, padding = self.recipe.data, self.batches.pad_token
+        for group in similar_lengths(documents(records, self.encode), self.micro_size):
+            longest, memory = len(group[0][0]), None
+            if longest > data.context and data.memory:  # from one segment of a document to the next
+                memory = Memory(data.memory, data.memory_kind, self.memory_place)
+            for start in range(0, longest, data.context):
+                segment = slice(start, min(start + data.context, longest))
+                tokens = padded([tokens[segment] for tokens, _ in group], padding)
+                yield StreamMicroBatch(memory, tokens, padded([targets[segment] for _, targets in group], IGNORED))
 
     def new_memories(self, streams: int) -> list[Memory | None]:
         """Return empty memories for ``streams`` streams, one for each micro-batch."""

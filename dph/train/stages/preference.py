@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dph.chat import Encoded
 from dph.data.formats import Record
+from dph.data.labels import EncodedAnswers, labels_of
 from dph.data.packing import PackedBatch, PairBatches, fill, pack, packed_length
 from dph.data.sampler import Sampler, draw
 from dph.errors import UserError
@@ -20,11 +21,12 @@ from dph.train.distributed import compute_dtype, full_tensor, partition_bins
 from dph.train.precompute.pairs import PairCache, cache_directory
 from dph.train.stages.base import LossSum, MicroBatch, Stage, StepBatch, excerpt
 from dph.train.stages.held_out import HeldOutPairs, refusal_message
+from dph.train.stages.labelled import AnswerLabels, answer_keys, answer_labels, label_totals, require_separable
 from dph_kernels import preference_loss
 from dph_kernels.preference_loss import metric_names
 from dph_kernels.transfer import to_device
 
-Pair = tuple[Encoded, Encoded]  # chosen, rejected
+Pair = tuple[Encoded, Encoded] | EncodedAnswers  # chosen and rejected, or answers with labels
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class PairMicroBatch(MicroBatch):
         pairs: encoded pairs, bin after bin.
         indices: positions of the pairs in the step's batch.
         bin_sizes: number of pairs in each bin.
+        totals: of the labels of the step (``label_totals``); None if all of its records are plain pairs.
     """
 
     pairs: list[Pair]
     indices: list[int]
     bin_sizes: list[int]
+    totals: tuple[Tensor, Tensor] | None = None
 
     length: ClassVar[Callable[[Pair], int]] = staticmethod(packed_length)  # of a pair, in tokens
 
@@ -67,7 +71,7 @@ class PairMicroBatch(MicroBatch):
         end = 0
         for size in self.bin_sizes:
             start, end = end, end + size
-            yield type(self)(self.pairs[start:end], self.indices[start:end], [size])
+            yield type(self)(self.pairs[start:end], self.indices[start:end], [size], self.totals)
 
     def describe_nonfinite(self, values: Tensor, tokenizer: Any) -> str:
         """Return the index and the beginning of the first pair with a value that is not finite."""
@@ -76,15 +80,16 @@ class PairMicroBatch(MicroBatch):
 
 
 class PairInputs(NamedTuple):
-    """Inputs of the loss of N pairs, on the model's device.
+    """Inputs of the loss of N pairs, or of N records with A labelled answers, on the model's device.
 
     Attributes:
-        answer_ids: [2N] int64 keys of the dropout masks, chosen and rejected in turn.
+        answer_ids: [2N] or [A] int64 keys of the dropout masks, of pairs chosen and rejected in turn.
         frozen_outputs: of the frozen model (:class:`FrozenModel`), if the loss uses them.
         packed: tokens for the trained model; None in stage head, which trains only the heads.
         shown: [N, K] factors of the gradients of the rewards' K columns (:meth:`PreferenceStage.shown`); None without
             an ensemble.
         states: number of the first trained block and its input [T, C], if trained model and reference share them.
+        labels: on the answers; None for plain pairs.
     """
 
     answer_ids: Tensor
@@ -92,6 +97,7 @@ class PairInputs(NamedTuple):
     packed: PackedBatch | None
     shown: Tensor | None = None
     states: tuple[int, Tensor] | None = None
+    labels: AnswerLabels | None = None
 
 
 class FrozenModel:
@@ -130,16 +136,18 @@ class FrozenModel:
         """
         outputs, device = [], self.stage.model.device
         for bin_batch in micro_batch.bins():
-            if self.cached:
-                outputs.append(self.cache.rows(bin_batch.pairs, lambda pairs=bin_batch: self._compute(pairs, packed)))
-            else:
+            if not self.cached:
                 outputs.append(self._compute(bin_batch, packed, states))
+                continue
+            cache = self.cache if micro_batch.totals is None else self.answer_cache
+            outputs.append(cache.rows(bin_batch.pairs, lambda pairs=bin_batch: self._compute(pairs, packed)))
         joined = torch.cat(outputs)
         if not self.cached:
             return joined
         if self.kind == "reference":
             return to_device(joined.flatten(), device)
-        return to_device(joined.view(2 * len(joined), -1), device).to(self.stage.model.dtype)
+        answers = len(joined) if micro_batch.totals is not None else 2 * len(joined)
+        return to_device(joined.view(answers, -1), device).to(self.stage.model.dtype)
 
     def _compute(
         self, micro_batch: PairMicroBatch, packed: PackedBatch | None, states: tuple[int, Tensor] | None = None
@@ -153,13 +161,27 @@ class FrozenModel:
     @cached_property
     def cache(self) -> PairCache:
         """Cache on disk, opened at the first use: by then the weights that name it have the precision of the run."""
+        return self._open(2, self.kind)
+
+    @cached_property
+    def answer_cache(self) -> PairCache:
+        """The same with a row for each answer, for steps that have records with other labels."""
+        return self._open(1, f"answer-{self.kind}")
+
+    @property
+    def caches(self) -> list[PairCache]:
+        """The caches that are open."""
+        return [vars(self)[name] for name in ("cache", "answer_cache") if name in vars(self)]
+
+    def _open(self, answers: int, kind: str) -> PairCache:
+        """Open the cache of records of ``answers`` answers."""
         stage, config = self.stage, self.stage.model.config
-        frozen, width, kind = stage.reference, 2, self.kind
+        frozen, width = stage.reference, answers
         if self.kind == "states":
             layers = stage.model.heads.layers
-            frozen, width = stage.model.backbone, 2 * len(layers) * config.hidden_size
+            frozen, width = stage.model.backbone, answers * len(layers) * config.hidden_size
             if layers != [-1]:  # the name of the last layer's caches is that of earlier versions
-                kind = "-".join(["states", *map(str, layers)])
+                kind = "-".join([kind, *map(str, layers)])
         weights = {}
         for name, weight in frozen.named_parameters():
             if not name.startswith("heads."):
@@ -167,17 +189,17 @@ class FrozenModel:
                     weight = full_tensor(weight, compute_dtype(stage.model)).cpu()
                 weights[name] = weight
         directory, any_rank = cache_directory(stage.recipe), stage.world.any_rank
-        return PairCache(directory, kind, weights, config, stage.tokenizer, width, any_rank)
+        return PairCache(directory, kind, weights, config, stage.tokenizer, width, any_rank, by_answer=answers == 1)
 
     def flush(self) -> None:
         """Write the new outputs to the disk."""
-        if "cache" in vars(self):
-            self.cache.store.flush()
+        for cache in self.caches:
+            cache.store.flush()
 
     def refresh(self) -> None:
         """Read the outputs that other ranks have written."""
-        if "cache" in vars(self):
-            self.cache.store.refresh()
+        for cache in self.caches:
+            cache.store.refresh()
 
 
 class PreferenceStage(Stage):
@@ -191,6 +213,7 @@ class PreferenceStage(Stage):
 
     Attributes:
         rewarded: whether the loss has a reward term.
+        column_heads: the head of each column of rewards in the loss.
         frozen: outputs of the reference model or the frozen backbone.
         batches: pairs of all ranks.
 
@@ -223,6 +246,7 @@ class PreferenceStage(Stage):
         for head in self.model.heads.values():
             self.members |= {name: head.members for name in head.reward if name in objective.heads}
         self.has_ensemble = self.rewarded and max(self.members.values()) > 1
+        self.column_heads = [name for name in objective.heads for _ in range(self.members[name])]
         names = metric_names(self._columns() if self.rewarded else ())
         self._not_logged = names.index("finite")
         self.metrics = names[: self._not_logged] + names[self._not_logged + 1 :]
@@ -233,7 +257,8 @@ class PreferenceStage(Stage):
 
     def open_pairs(self, records: Sampler, size: int) -> PairBatches:
         """Return lists of ``size`` pairs of ``records``."""
-        return PairBatches(records, self.encode, size, self.recipe.data.context, self.recipe.batch.tokens)
+        recipe = self.recipe
+        return PairBatches(records, self.encode, size, recipe.data.context, recipe.batch.tokens, recipe.objective.heads)
 
     def first_pairs(self, count: int) -> list[Pair]:
         """Return the batches of training from the first one, up to at least ``count`` pairs; their position stays."""
@@ -262,8 +287,9 @@ class PreferenceStage(Stage):
         of all pairs.
         """
         rows = []
-        for chosen, rejected in pairs:
-            bits, row = draw(2**62, self.recipe.seed, "ensemble", repr((chosen.tokens, rejected.tokens))), []
+        for pair in pairs:
+            tokens = tuple(answer.tokens for answer in pair)
+            bits, row = draw(2**62, self.recipe.seed, "ensemble", repr(tokens)), []
             for name in self.recipe.objective.heads:
                 if self.members[name] == 1:
                     row.append(1.0)
@@ -287,10 +313,11 @@ class PreferenceStage(Stage):
         first_record = self.batches.records.position
         pairs = next(self.batches)
         if self.rewarded:
-            for chosen, rejected in pairs:
-                if chosen.reward_position is None or rejected.reward_position is None:
-                    pair = describe_pair((chosen, rejected), self.tokenizer)
-                    raise UserError(f"pairs: expected finished answers, got one that was cut off: {pair}")
+            for pair in pairs:
+                for answer in pair:
+                    if answer.reward_position is None:
+                        described = describe_pair(pair, self.tokenizer)
+                        raise UserError(f"pairs: expected finished answers, got one that was cut off: {described}")
         lengths = list(map(self.micro_batch_class.length, pairs))
         return StepBatch(
             micro_batches=self.micro_batches(pairs, lengths, self.world.rank, self.world.world_size),
@@ -313,35 +340,54 @@ class PreferenceStage(Stage):
             bins = fill(lengths, self.recipe.batch.tokens)
         else:
             order = list(range(len(pairs)))
-            bins = [order[start : start + self.micro_size] for start in range(0, len(pairs), self.micro_size)]
+            bins = []
+            for start in range(0, len(pairs), self.micro_size):
+                bins.append(order[start : start + self.micro_size])
         if world_size > 1:
             bins = partition_bins(bins, lengths, rank, world_size)
         groups = [bins] if self.recipe.stage == "head" else [[members] for members in bins]
+        totals = None
+        for pair in pairs:
+            if isinstance(pair, EncodedAnswers):
+                totals = self._label_totals(pairs)
+                break
         micro_batches = []
         for group in groups:
             indices = list(itertools.chain.from_iterable(group))
             own_pairs = [pairs[index] for index in indices]
-            micro_batches.append(self.micro_batch_class(own_pairs, indices, list(map(len, group))))
+            micro_batches.append(self.micro_batch_class(own_pairs, indices, list(map(len, group)), totals))
         return micro_batches
+
+    def _label_totals(self, records: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        """Return ``label_totals`` of a step; raise UserError if the recipe does not fit its labels."""
+        for answers in records:
+            if not all(label.is_pair for label in labels_of(answers)):
+                require_separable(self.recipe, f"labelled alone, {describe_pair(answers, self.tokenizer)}")
+        if self.recipe.cuda_graph:
+            raise UserError("cuda_graph: expected false with labelled answers, whose number varies, got true")
+        return label_totals(records, self.column_heads)
 
     def prepare(self, micro_batch: PairMicroBatch, step: int) -> PairInputs:
         """Return the inputs of the loss; dropout keys depend on the step and the pair, not on the micro-batch."""
-        first_id, device = 2 * self.recipe.batch.size * step, self.model.device
+        first_id, device, labels = 2 * self.recipe.batch.size * step, self.model.device, None
         ids: list[int] = []
         for index in micro_batch.indices:
             ids += (first_id + 2 * index, first_id + 2 * index + 1)
+        if micro_batch.totals is not None:
+            labels = answer_labels(micro_batch.pairs, self.column_heads, micro_batch.totals, device)
+            ids = answer_keys(self.recipe.batch.size * step, micro_batch.indices, micro_batch.pairs)
         # Pinned, so that the copy does not wait for the GPU's earlier work.
         host_ids = torch.tensor(ids, dtype=torch.int64, pin_memory=device.type == "cuda")
         answer_ids = host_ids.to(device, non_blocking=True)
         shown = self.shown(micro_batch.pairs) if self.has_ensemble else None
         if self.recipe.stage == "head":
-            return PairInputs(answer_ids, self.frozen(micro_batch), None, shown)
+            return PairInputs(answer_ids, self.frozen(micro_batch), None, shown, None, labels)
         if not self.needs_reference:
-            return PairInputs(answer_ids, None, without_targets(micro_batch.packed).to(device), shown)
+            return PairInputs(answer_ids, None, without_targets(micro_batch.packed).to(device), shown, None, labels)
         packed, states = micro_batch.packed.to(device), None
         if self.frozen_blocks and self.shares_states:
             states = self.frozen_blocks, self._frozen_states(packed)
-        return PairInputs(answer_ids, self.frozen(micro_batch, packed, states), packed, shown, states)
+        return PairInputs(answer_ids, self.frozen(micro_batch, packed, states), packed, shown, states, labels)
 
     @property
     def shares_states(self) -> bool:
@@ -367,19 +413,27 @@ class PreferenceStage(Stage):
         else:
             out = self.model.forward_packed(inputs.packed, **dropout, states=inputs.states)
             rewards, logprobs, reference = out.rewards | out.members, out.logprobs, inputs.frozen_outputs
-        objective, count = self.recipe.objective, len(inputs.answer_ids) // 2
-        sides: list[Tensor | None] = [None] * 6
+        objective, labels, answers = self.recipe.objective, inputs.labels, len(inputs.answer_ids)
+        groups: list[Tensor | None] = [None, logprobs, reference] if reference is not None else [None] * 3
         if self.rewarded:
             if inputs.shown is None:
                 stacked = torch.stack([rewards[name] for name in objective.heads], 1)
             else:
-                stacked = torch.cat([rewards[name].view(2 * count, -1) for name in objective.heads], 1)
+                stacked = torch.cat([rewards[name].view(answers, -1) for name in objective.heads], 1)
                 value = stacked.detach()
-                stacked = value + inputs.shown.repeat_interleave(2, 0) * (stacked - value)
-            sides[:2] = stacked[0::2], stacked[1::2]
-        if reference is not None:
-            sides[2:] = logprobs[0::2], logprobs[1::2], reference[0::2], reference[1::2]
-        values = [side.detach().reshape(count, -1).sum(1) for side in sides if side is not None]
+                shown = inputs.shown.repeat_interleave(2, 0) if labels is None else inputs.shown[labels.records]
+                stacked = value + shown * (stacked - value)
+            groups[0] = stacked
+        sides, values = [], 0.0  # values: a number of each record
+        for group in groups:
+            if group is None:
+                sides += None, None
+            elif labels is None:
+                sides += group[0::2], group[1::2]
+                values = values + group.detach().reshape(answers // 2, -1).sum(1)
+            else:
+                sides += labels.sides(group)
+                values = values + labels.sum_by_record(group.detach().reshape(answers, -1).sum(1))
         loss, metrics = preference_loss(
             *sides,
             beta=objective.beta,
@@ -388,9 +442,11 @@ class PreferenceStage(Stage):
             objective=objective.objective,
             dpo_weight=objective.dpo_weight,
             dph_weight=objective.dph_weight,
+            labels=None if labels is None else labels.weights,
         )
+        count = answers // 2 if labels is None else 1  # with labels, loss and metrics are sums already
         logged = torch.cat([metrics[: self._not_logged], metrics[self._not_logged + 1 :]])
-        return LossSum(loss * count, logged * count, sum(values))  # finite if all numbers of a pair are
+        return LossSum(loss * count, logged * count, values)  # finite if all numbers of a pair are
 
     def left_out(self) -> str | None:
         """Return a message about the training pairs that were left out so far, or None."""
@@ -421,7 +477,7 @@ def _from_the_beginning(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_pair(pair: Pair, tokenizer: Any) -> str:
-    """Return the beginning of the chosen answer's conversation, for messages."""
+    """Return the beginning of the first answer's conversation, for messages."""
     return f"which begins {excerpt(tokenizer, pair[0].tokens)}"
 
 
