@@ -132,7 +132,7 @@ def test_a_source_that_cannot_be_read_is_named_by_its_key(files, monkeypatch):
             r.data.sources, r.kind, directory=r.data.directory, seed=r.seed, consecutive=r.data.consecutive
         )
     r = recipe.from_dict({**r.as_dict(), "evaluation": {"sources": ["task:glue/sst2"]}})
-    with pytest.raises(UserError, match=r"^evaluation\.sources\.0: hub data set .*glue: needs the datasets package"):
+    with pytest.raises(UserError, match=r"^evaluation\.sources\.0: hub data set .*glue: needs the package datasets"):
         held_out(r)
 
 
