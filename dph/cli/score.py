@@ -26,7 +26,8 @@ SIDES = ("chosen", "rejected")
 TITLES = {"reward": "reward", "logprob": "log-probability (sum)", "mean_logprob": "log-probability (mean)"}
 FIELD = "scores"  # of the output, besides those of the input
 
-# Keys of TITLES, and reward_NAME, with their values; log-probabilities in nats, None for the mean of an empty answer.
+# Keys of TITLES, "spread" of an ensemble, and reward_NAME and spread_NAME of several heads, with their values;
+# log-probabilities in nats, None for the mean of an empty answer.
 Scores = dict[str, float | None]
 # Scores of a conversation, or by SIDES those of a pair.
 Scored = Scores | dict[str, Scores]
@@ -142,6 +143,8 @@ def _title(key: str) -> str:
 def _scores(judged: Judged, heads: Sequence[str], where: str) -> Scored:
     """Return the scores of a line: ``reward``, or ``reward_NAME`` for each of several heads, and log-probabilities.
 
+    A head that is an ensemble has a ``spread``, too: the standard deviation over its members.
+
     Raises RuntimeError, which begins with ``where``, for a score that is no finite number.
     """
     from dph.evaluate.metrics import check_finite
@@ -150,7 +153,10 @@ def _scores(judged: Judged, heads: Sequence[str], where: str) -> Scored:
     for i, logprob in enumerate(judged.logprobs):
         one: Scores = {}
         for head in heads:
-            one["reward" if len(heads) == 1 else f"reward_{head}"] = judged.rewards[head][i]
+            suffix = "" if len(heads) == 1 else f"_{head}"
+            one[f"reward{suffix}"] = judged.rewards[head][i]
+            if head in judged.spreads:
+                one[f"spread{suffix}"] = judged.spreads[head][i]
         one["logprob"] = logprob
         one["mean_logprob"] = judged.mean_logprobs[i]
         for key, value in one.items():
@@ -179,6 +185,8 @@ def _report(scored: Sequence[Scored], as_json: bool) -> None:
         print()
     rows = []
     for key in keys if pairs else ():
+        if key.startswith("spread"):
+            continue
         rows.append(prefer(_title(key), *([pair[side][key] for pair in pairs] for side in SIDES)))
     if as_json:
         for row in rows:

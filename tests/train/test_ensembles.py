@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from helpers.stages import figures, go, records, same, settings, tiny
-from helpers.texts import conversation, small_tokenizer
+from helpers.texts import conversation, small_tokenizer, write_lines
 
 import dph
 from dph.cli.main import main
@@ -79,7 +79,7 @@ def test_half_of_the_pairs_are_shown_to_each_member():
     assert torch.equal(stage.shown(pairs[3:5]), shown[3:5])
 
 
-def test_a_run_resumes_and_its_head_is_loaded(tmp_path):
+def test_a_run_resumes_and_its_head_is_loaded(tmp_path, capsys):
     whole = go(settings("head", tmp_path / "whole"), model=ensemble())
     part = settings("head", tmp_path / "part", optimiser__steps=8)
     interrupted = records("head")
@@ -95,6 +95,13 @@ def test_a_run_resumes_and_its_head_is_loaded(tmp_path):
     for one in judged:
         assert one.rewards["again"] == pytest.approx(one.rewards["default"])
         assert one.spreads["again"] == pytest.approx(one.spreads["default"])
+    pairs = write_lines(tmp_path / "pairs.jsonl", {"chosen": TALKS[0], "rejected": TALKS[0][:-1] + TALKS[1][-1:]})
+    scored = tmp_path / "scored.jsonl"
+    assert main(["score", str(tmp_path / "whole"), str(pairs), "--output", str(scored)]) == 0
+    assert "spread" not in capsys.readouterr().out  # nothing that could prefer an answer
+    chosen = json.loads(scored.read_text())["scores"]["chosen"]
+    assert list(chosen) == ["reward", "spread", "logprob", "mean_logprob"]
+    assert chosen["spread"] == pytest.approx(judged[0].spreads["default"][0], abs=1e-5)
 
 
 class Broken(list):
