@@ -25,8 +25,8 @@ from typing import Any
 from benchmarks.peak_memory import resident
 from dph.data.dataset import prompt_key
 from dph.data.formats import parse_record
+from dph.data.json_lines import read_jsonl
 from dph.data.sampler import draw
-from dph.data.sources import read_jsonl
 from dph.evaluate.metrics import wilson
 from dph.evaluate.tables import table
 
@@ -92,8 +92,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     load_libraries(who)
     with tempfile.TemporaryDirectory() as folder:
         before, began = resident(), time.perf_counter()
-        margins = (ours if who == "ours" else trl)(args, form, Path(folder), trained, judged)
-    found = wilson(sum((margin > 0) + (margin == 0) / 2 for margin in margins), len(margins))
+        right = (ours if who == "ours" else trl)(args, form, Path(folder), trained, judged)
+    found = wilson(right, len(judged))
     figures = {"seconds": time.perf_counter() - began, "peak MB": (resident() - before) / 1e6}
     return {**figures, "accuracy": found.value, "interval": found.range, "rate": args.rate}
 
@@ -111,8 +111,8 @@ def load_libraries(who: str) -> None:
         import trl  # noqa: F401
 
 
-def ours(args: argparse.Namespace, form: str, folder: Path, trained: list[Any], judged: list[Any]) -> list[float]:
-    """Train by a recipe, and return the margins of the held-out pairs."""
+def ours(args: argparse.Namespace, form: str, folder: Path, trained: list[Any], judged: list[Any]) -> float:
+    """Train by a recipe, and return how many held-out pairs are judged right; a tie is half right."""
     from dph import chat
     from dph.train import recipe
     from dph.train.entry import train as run
@@ -135,15 +135,15 @@ def ours(args: argparse.Namespace, form: str, folder: Path, trained: list[Any], 
         groups.append(
             [chat.encode(side, result.tokenizer, last_only=True) for side in (record.chosen, record.rejected)]
         )
-    margins = []
+    right = 0.0
     for found in result.model.eval().judge(groups, 8192, logprobs=False):
         chosen, rejected = found.rewards["default"]
-        margins.append(chosen - rejected)
-    return margins
+        right += (chosen > rejected) + (chosen == rejected) / 2
+    return right
 
 
-def trl(args: argparse.Namespace, form: str, folder: Path, trained: list[Any], judged: list[Any]) -> list[float]:
-    """Train by TRL's RewardTrainer, and return the margins of the held-out pairs."""
+def trl(args: argparse.Namespace, form: str, folder: Path, trained: list[Any], judged: list[Any]) -> float:
+    """Train by TRL's RewardTrainer, and return how many held-out pairs are judged right; a tie is wrong."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -171,9 +171,7 @@ def trl(args: argparse.Namespace, form: str, folder: Path, trained: list[Any], j
         processing_class=tokenizer, peft_config=adapters if form == "LoRA" else None,
     )  # fmt: skip
     trainer.train()
-    accuracy = trainer.evaluate()["eval_accuracy"]  # without ties
-    right = round(accuracy * len(judged))
-    return [1.0] * right + [-1.0] * (len(judged) - right)
+    return trainer.evaluate()["eval_accuracy"] * len(judged)
 
 
 if __name__ == "__main__":

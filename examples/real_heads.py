@@ -81,22 +81,28 @@ def main() -> None:
             choices += judge_candidates(name, model, tokenizer, list(read_jsonl(candidates)))
         show(args.output, pairs, choices, answers)
     for name in args.tasks:
-        data = args.output / name / "data"
-        copy_task(args.directory / name, data / name)
-        sources = f"data.sources=[{{source: 'task:{name}', directory: {data}, limit: {args.limit}}}]"
-        model, task = with_heads(args, name, sources), tasks.load(name)
-        documents = tqdm(task_documents(task, "validation", data), name, disable=None)
-        for row in evaluate(model, tokenizer, task, documents, head=model.head_names, max_tokens=8192).rows:
-            for metric, interval in row.metrics.items():
-                answers.append(
-                    {"task": name, "n": len(documents), "rule": row.method, "metric": metric, **vars(interval)}
-                )
+        answers += judge_task(args, name, tokenizer)
         show(args.output, pairs, choices, answers)
 
 
 def is_held_out(record: Preference) -> bool:
     """Whether a pair's prompt is held out, the same in every run."""
     return draw(2**32, "held out", prompt_key(record)) < SHARE * 2**32
+
+
+def judge_task(args: argparse.Namespace, name: str, tokenizer: Any) -> list[dict[str, Any]]:
+    """Train heads on a task, and return its metrics on held-out records, by log-probability and by each head."""
+    data = args.output / name / "data"
+    copy_task(args.directory / name, data / name)
+    sources = f"data.sources=[{{source: 'task:{name}', directory: {data}, limit: {args.limit}}}]"
+    model, task = with_heads(args, name, sources), tasks.load(name)
+    documents = tqdm(task_documents(task, "validation", data), name, disable=None)
+    rows = []
+    for row in evaluate(model, tokenizer, task, documents, head=model.head_names, max_tokens=8192).rows:
+        for metric, interval in row.metrics.items():
+            if interval is not None:
+                rows.append({"task": name, "n": row.n, "rule": row.method, "metric": metric, **vars(interval)})
+    return rows
 
 
 def copy_task(source: Path, target: Path) -> None:

@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> None:
 
         model = load_model(args.model)
         for path in head_file.head_directories(args.model):  # of a run: what it says about the head
-            model.head_records[head_file.read(path).name] = head_file.read(path).about
+            saved = head_file.read(path)
+            model.head_records[saved.name] = saved.about
         model.save_head(args.save, args.head)
         directories.append(args.save)
     rows = []

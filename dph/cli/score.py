@@ -101,15 +101,14 @@ def alternatives(fields: Mapping[str, Any], where: str) -> list[list[Message]]:
     """
     from dph import chat
     from dph.data.conversions import TRAIN_FLAGS, own_fields
-    from dph.data.formats import parse_record
+    from dph.data.formats import answer_form, parse_record
 
     fields = own_fields({key: value for key, value in fields.items() if key not in ("label", *TRAIN_FLAGS)}, where)
-    given = {key for key, value in fields.items() if value is not None}
-    is_conversation = "messages" in given or {"prompt", "completion"} <= given
-    if given.issuperset(SIDES) or (not is_conversation and not given.isdisjoint(SIDES)):
+    form = answer_form(fields)
+    if form == "preference":
         pair = parse_record(fields, "preference", where)
         return [pair.chosen, pair.rejected]
-    if not is_conversation:
+    if form is None:
         forms = "messages, prompt and completion, or chosen and rejected"
         raise UserError(f"{where}: expected {forms}, got the fields {shown_names(fields)}")
     messages = parse_record(fields, "conversation", where).messages

@@ -24,7 +24,16 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dph.data.json_lines import DIGEST, JsonLines, NotJson, StoredLines, naming, open_regular, strict
+from dph.data.json_lines import (
+    DIGEST,
+    JsonLines,
+    NotJson,
+    StoredLines,
+    combined_fingerprint,
+    naming,
+    open_regular,
+    strict,
+)
 from dph.errors import UserError, shown, shown_names
 
 INSTALL = "pip install 'dph[data]'"
@@ -402,7 +411,7 @@ class JoinedRows(Sequence):
 
     def fingerprint(self) -> str:
         """Return a digest of all rows."""
-        return blake2b(" ".join(part.fingerprint() for part in self._parts).encode(), digest_size=DIGEST).hexdigest()
+        return combined_fingerprint(*(part.fingerprint() for part in self._parts))
 
 
 Rows = JsonLines | Documents | JoinedRows  # with len, [index], visited, location and fingerprint

@@ -156,6 +156,15 @@ def parse_record(
     return record
 
 
+def answer_form(fields: Mapping[str, Any]) -> str | None:
+    """Return the form of the answers in a row with our fields, "preference" or "conversation"; None if it has none."""
+    given = {name for name, value in fields.items() if value is not None}
+    is_conversation = "messages" in given or {"prompt", "completion"} <= given
+    if {"chosen", "rejected"} <= given or (not is_conversation and not given.isdisjoint(("chosen", "rejected"))):
+        return "preference"
+    return "conversation" if is_conversation else None
+
+
 def from_messages(messages: list[Message], kind: str, where: str) -> Record:
     """Return messages as a conversation, or joined as text.
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from dph.chat import Message
 from dph.data import conversions, dataset, files
-from dph.data.formats import LABELLED, Conversation, Encoder, Preference, Record, Text, parse_record
+from dph.data.formats import LABELLED, Conversation, Encoder, Preference, Record, Text, answer_form, parse_record
 from dph.data.labels import Labelled
 from dph.data.sampler import draw
 from dph.errors import UserError
@@ -162,10 +162,9 @@ class Surveyor:
     def _keep(self, record: Record) -> None:
         """Keep a record for the sample, in which each has the same chance to be."""
         count = len(self._numbers)
-        place = count - 1 if count <= SAMPLE else draw(count, self._seed, "sample", count)
         if count <= SAMPLE:
             self._sample.append((self.survey.rows, record))
-        elif place < SAMPLE:
+        elif (place := draw(count, self._seed, "sample", count)) < SAMPLE:
             self._sample[place] = (self.survey.rows, record)
 
     def _count_tokens(self) -> dict[str, int] | None:
@@ -207,12 +206,7 @@ def _record(fields: Mapping[str, Any], where: str, ignored: set[str]) -> tuple[s
     if not present.isdisjoint(("labels", "scores", "completions")) or isinstance(own.get("rejected"), list):
         record = parse_record(fields, LABELLED, where, ignored=ignored)
         return "labelled answers" if isinstance(record, Labelled) else "preference", record
-    if {"chosen", "rejected"} <= present:
-        form = "preference"
-    elif "messages" in present or {"prompt", "completion"} <= present:
-        form = "conversation"
-    else:
-        form = "text"
+    form = answer_form(own) or "text"
     if form == "conversation" and "label" in present and fields["label"] in (False, True, 0, 1):
         fields = {name: value for name, value in fields.items() if name != "label"}
     return form, parse_record(fields, form, where, ignored=ignored)

@@ -261,10 +261,11 @@ class JudgingModel(PreTrainedModel):
         rewards, members = self._packed_rewards(judged.joined(), batch, dropout_seed, answer_ids, dropout)
         return PackedOutput(total, mean, rewards, members)
 
-    def _judged_states(self, batch: PackedBatch) -> JudgedStates:
+    def _judged_states(self, batch: PackedBatch, layers: list[int] | None = None) -> JudgedStates:
         """Return the observer of a pass over a packed batch; an answer that was cut off has another one's states."""
         rows = batch.reward_rows.clamp(min=0)  # of all answers: only the device knows how many were cut off
-        return JudgedStates(self.heads.layers, len(self.backbone.blocks), itemgetter(rows))
+        layers = self.heads.layers if layers is None else layers
+        return JudgedStates(layers, len(self.backbone.blocks), itemgetter(rows))
 
     def _packed_rewards(
         self,
@@ -290,12 +291,13 @@ class JudgingModel(PreTrainedModel):
             rewards[name] = values.masked_fill(cut_off, float("nan"))
         return rewards, members
 
-    def reward_states(self, batch: PackedBatch) -> Tensor:
+    def reward_states(self, batch: PackedBatch, layers: list[int] | None = None) -> Tensor:
         """Hidden states [A, N C] of the judged tokens of the A answers of a packed batch; of no use if one was cut off.
 
-        Those of the N layers that the heads judge (``heads.layers``), side by side; no later block is computed.
+        Those of N ``layers`` side by side, by default those that the heads judge (``heads.layers``); no later block is
+        computed.
         """
-        judged = self._judged_states(batch)
+        judged = self._judged_states(batch, layers)
         self.backbone(batch.tokens, batch.layout, observe=judged, blocks=judged.blocks)
         return judged.joined()
 

@@ -31,6 +31,7 @@ from dph.tasks.base import CHOOSE, LETTERS, SPLITS, Doc, Label, Reference, Task,
 
 YAML = (".yaml", ".yml")
 KEYS = ("data", "prompt", "system", "choices", "gold", "first", "listed", "metric")
+ASKED = ("question", "prompt")
 METRICS = ("accuracy", "f1", "matthews")
 
 
@@ -47,18 +48,19 @@ def _from_file(path: Path, *_version: int) -> Task:
         return _from_yaml(path)
 
     def prompt(doc: Doc) -> str:
-        if _field(doc, ("question", "prompt")) == "prompt":
+        if _field(doc, ASKED) == "prompt":
             return doc["prompt"]
         return f"Question: {doc['question']}\n\n{listed(doc['choices'])}"
 
     def options(doc: Doc) -> Sequence[str]:
-        return doc["choices"] if _field(doc, ("question", "prompt")) == "prompt" else lettered(doc["choices"])
+        return doc["choices"] if _field(doc, ASKED) == "prompt" else lettered(doc["choices"])
 
     def gold(doc: Doc) -> Label:
-        return right_choice(doc, _field(doc, ("label", "answer")), doc["choices"], 0)
+        return right_choice(doc, _field(doc, ("label", "answer"), required=False), doc["choices"], 0)
 
     def check(doc: Doc) -> None:
-        text(doc[_field(doc, ("question", "prompt"))], _field(doc, ("question", "prompt")))
+        name = _field(doc, ASKED)
+        text(doc[name], name)
 
     example = {"question": "Which is a gas?", "choices": ["ice", "steam"], "answer": 1}
     return Task(
@@ -174,11 +176,14 @@ def right_choice(doc: Doc, key: str, choices: Sequence[str], first: int) -> Labe
     return index
 
 
-def _field(doc: Doc, names: Sequence[str]) -> str:
-    """Return which of two fields a row has. Raises UserError if it has none or both."""
+def _field(doc: Doc, names: Sequence[str], required: bool = True) -> str:
+    """Return which of two fields a row has, the first if it has none and need not have one.
+
+    Raises UserError if it has both, or none of two of which it needs one.
+    """
     given = [name for name in names if doc.get(name) is not None]
     if len(given) == 2:
         raise UserError(f"expected either {' or '.join(names)}, got both")
-    if not given and "label" not in names:
+    if not given and required:
         raise UserError(f"expected {' or '.join(names)}, got the fields {shown_names(doc)}")
     return given[0] if given else names[0]

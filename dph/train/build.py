@@ -291,7 +291,8 @@ def with_heads(model: JudgingModel, objective: Objective) -> JudgingModel:
     kept = [name for name in model.head_names if name not in new]
     fields = {**config.to_dict(), "reward_dropout": dropout}
     if kept:
-        forms |= {} if form == shared else dict.fromkeys(new, form)
+        if form != shared:
+            forms |= dict.fromkeys(new, form)
         fields["reward_heads"] = [name for name in config.reward_heads if name in kept]
         fields["task_heads"] = [*(name for name in config.task_heads if name in kept), *new]
         fields["task_head_forms"] = forms
@@ -300,14 +301,10 @@ def with_heads(model: JudgingModel, objective: Objective) -> JudgingModel:
         fields |= {f"reward_{key}": form.get(key, 1) for key in ("pooler", "layer", "standardised", "members")}
     extended = model.remade(type(config).from_dict(fields))
     extended.head_records = {name: about for name, about in model.head_records.items() if name in kept}
-    untrained, weights = model.untrained_heads.intersection(kept) | set(new), {}
-    groups = {f"heads.{key}." for key, head in model.heads.items() if not set(head.reward).issubset(new)}
-    for name, weight in model.state_dict().items():
-        replaced = any(name.endswith(f".reward.{head}.weight") for head in new)
-        if not name.startswith("heads.") or (name.startswith(tuple(groups)) and not replaced):
-            weights[name] = weight
+    replaced = tuple(f"heads.{key}." for key, head in model.heads.items() if set(head.reward).issubset(new))
+    weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith(replaced)}
     for name in extended.load_state_dict(weights, strict=False).missing_keys:
         if not name.startswith("heads."):
             raise AssertionError(f"{name} is missing from the model with new heads")
-    extended.untrained_heads = untrained
+    extended.untrained_heads = model.untrained_heads.intersection(kept) | set(new)
     return extended

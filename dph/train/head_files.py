@@ -95,7 +95,7 @@ def _sample_rewards(stage: PreferenceStage, steps: int) -> dict[str, Tensor]:
     cached = stage.frozen.kind == "states" and stage.frozen.cached
     count = min(recipe.objective.sample, steps * recipe.batch.size, stage.batches.records.size)
     count = count if cached else min(count, UNCACHED)
-    pairs = stage.first_pairs(count)[:count]
+    pairs = stage.first_pairs(count)
     training, rewards = model.training, []
     model.eval()
     lengths = list(map(stage.micro_batch_class.length, pairs))

@@ -11,7 +11,6 @@ from dph import devices
 from dph.data.labels import EncodedAnswers
 from dph.data.packing import batches, pack
 from dph.errors import UserError
-from dph.model.heads import JudgedStates
 from dph.model.model import Model
 from dph.train.layer_choice import best_layer, mixed_layers, probe_layers
 from dph.train.precompute.pairs import PairCache
@@ -43,7 +42,7 @@ def prepare_heads(stage: PreferenceStage, quiet: bool = False) -> None:
             "by a sample of the pairs: train the head by one process"
         )
     count = min(objective.sample, stage.batches.records.size)
-    pairs = stage.first_pairs(count)[:count]
+    pairs = stage.first_pairs(count)
     # Training may compute in another precision than this; then its cache has other states, and another name.
     cached = stage.frozen.cached and not devices.low_precision(stage.recipe.precision, model.device)
     if new:
@@ -124,15 +123,12 @@ def sample_states(
     results = []
     with tqdm(desc="sample", total=len(pairs), unit="pair", dynamic_ncols=True, disable=quiet) as progress:
         for batch in batches(pairs, TOKENS):
-            compute = partial(_judged_states, model, batch, layers)
+            compute = partial(_states_on_host, model, batch, layers)
             results.append((compute() if cache is None else cache.rows(batch, compute)).flatten())
             progress.update(len(batch))
     answers = sum(map(len, pairs))
     return torch.cat(results).view(answers, len(layers), -1)
 
 
-def _judged_states(model: Model, pairs: Sequence[Pair], layers: list[int]) -> Tensor:
-    packed = pack(pairs).to(model.device)
-    judged = JudgedStates(layers, len(model.backbone.blocks), lambda states: states[packed.reward_rows].float().cpu())
-    model.backbone(packed.tokens, packed.layout, observe=judged, blocks=judged.blocks)
-    return judged.joined()
+def _states_on_host(model: Model, pairs: Sequence[Pair], layers: list[int]) -> Tensor:
+    return model.reward_states(pack(pairs).to(model.device), layers).float().cpu()

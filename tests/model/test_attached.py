@@ -257,14 +257,14 @@ def test_native_families_by_name_are_models_of_our_own(folders, tmp_path):
         dph.attach(again)
 
 
-def by_hand(model, batch):
+def by_hand(model, batch, layers=None):
     """The states of ``reward_states`` from plain passes, one for each answer."""
     states = []
     for row, document in zip(batch.reward_rows.tolist(), batch.documents.tolist(), strict=True):
         q0, _, _, _, p0, p1, _ = next(s for s in batch.layout.segments.tolist() if s[0] <= row < s[1])
         tokens = [*batch.tokens[p0:p1].tolist(), *batch.tokens[q0 : row + 1].tolist()]
         assert document >= 0
-        states.append(torch.cat([plain(model, tokens, layer)[0] for layer in model.heads.layers]))
+        states.append(torch.cat([plain(model, tokens, layer)[0] for layer in layers or model.heads.layers]))
     return torch.stack(states)
 
 

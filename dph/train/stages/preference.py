@@ -261,7 +261,7 @@ class PreferenceStage(Stage):
         return PairBatches(records, self.encode, size, recipe.data.context, recipe.batch.tokens, recipe.objective.heads)
 
     def first_pairs(self, count: int) -> list[Pair]:
-        """Return the batches of training from the first one, up to at least ``count`` pairs; their position stays."""
+        """Return the first ``count`` pairs of training; its position stays."""
         state, pairs = self.batches.state_dict(), []
         self.batches.load_state_dict(_from_the_beginning(state))
         try:
@@ -269,7 +269,7 @@ class PreferenceStage(Stage):
                 pairs += next(self.batches)
         finally:
             self.batches.load_state_dict(state)
-        return pairs
+        return pairs[:count]
 
     def _columns(self) -> list[str]:
         """Return the names of the rewards in the loss: the heads, and of an ensemble HEAD_0, HEAD_1, ..."""
