@@ -10,6 +10,7 @@ import pickle
 import sys
 
 import pytest
+from helpers import stages
 from helpers.texts import message, small_tokenizer, write_lines
 
 from dph.cli.generate import read_prompts
@@ -19,6 +20,7 @@ from dph.data.formats import Encoder, Text
 from dph.data.sources import fingerprint
 from dph.errors import UserError
 from dph.train import recipe
+from dph.train.entry import train
 
 ROWS = []
 for i in range(12):
@@ -117,7 +119,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_one_preference_file_in_every_format_gives_the_same_records_and_tokens(name, tmp_path):
+def test_one_preference_file_in_every_format_gives_the_same_records_tokens_and_head(name, tmp_path):
     write, package = FORMATS[name]
     if package is not None:
         pytest.importorskip(package)
@@ -137,6 +139,21 @@ def test_one_preference_file_in_every_format_gives_the_same_records_and_tokens(n
         assert list(some) == [expected[i] for i in (0, 2, 3)]
         assert len(dataset.load(tmp_path / name, "preference", filter={"score": 1}, limit=2)) == 2
         assert fingerprint(some) != fingerprint(records)
+    trained = head_of(tmp_path / "expected.jsonl", None, tmp_path)
+    assert trained != parameters_of_head(stages.tiny())
+    assert head_of(tmp_path / name, columns, tmp_path) == trained
+
+
+def head_of(path, columns, directory):
+    """What a head learns from a file in three steps."""
+    source = {"source": str(path), "columns": columns}
+    changes = {"data__sources": [source], "optimiser__steps": 3, "evaluation__every": 0}
+    settings = stages.settings("head", directory / f"run of {path.name}", **changes)
+    return parameters_of_head(train(settings, model=stages.tiny(), tokenizer=small_tokenizer(), quiet=True).model)
+
+
+def parameters_of_head(model):
+    return {name: values.numpy().tobytes() for name, values in stages.weights(model).items() if "reward" in name}
 
 
 @pytest.mark.parametrize(
