@@ -41,11 +41,7 @@ def run(args: argparse.Namespace) -> None:
     if args.save is not None:
         from dph.model.loading import load_model
 
-        model = load_model(args.model)
-        for path in head_file.head_directories(args.model):  # of a run: what it says about the head
-            saved = head_file.read(path)
-            model.head_records[saved.name] = saved.about
-        model.save_head(args.save, args.head)
+        load_model(args.model).save_head(args.save, args.head)
         directories.append(args.save)
     rows = []
     for directory in directories:

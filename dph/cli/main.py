@@ -32,7 +32,7 @@ from dph.errors import OtherRankFailed, UserError, printable
 # Modules of dph.cli, each with HELP (one line), EXAMPLE (command lines), add_arguments(parser) and run(args), which
 # returns an exit code or None. PyTorch, transformers and the like are imported in run: --help and errors are fast.
 COMMANDS = (
-    "quickstart", "data", "train", "cache", "evaluate", "generate", "chat", "score", "heads", "tasks", "plot",
+    "quickstart", "data", "train", "cache", "evaluate", "generate", "chat", "score", "heads", "card", "tasks", "plot",
     "convert", "tokenizer", "doctor",
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Tables as plain text."""
+"""Tables as plain text and Markdown."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -28,6 +28,14 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines[1] = ["-" * width for width in widths]
     return "\n".join(_line(line, widths, numeric) for line in lines)
+
+
+def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """The table in Markdown, with the cells of :func:`table`."""
+    lines = [list(headers), ["---"] * len(headers)]
+    for row in rows:
+        lines.append([_cell(value).replace("|", "\\|") for value in row])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:

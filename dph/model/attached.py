@@ -22,7 +22,7 @@ from dph._weights import check_tensors, read_tensors, read_weight_files
 from dph.errors import UserError, one_line, shown
 from dph.model.attached_backbone import AttachedBackbone, Observer
 from dph.model.config import SIZES, HeadFields, check_integer, hub_arguments, read_fields
-from dph.model.head_file import HeadFiles
+from dph.model.head_file import HeadFiles, records_beside
 from dph.model.judging import JudgingModel
 from dph.model.padded_batch import PaddedBatch
 
@@ -252,6 +252,7 @@ class AttachedModel(HeadFiles, JudgingModel):
             expected[name].data = expected[name].data.to(model.dtype)
         model.name_or_path = model.config.name_or_path = str(path)
         model._mark_untrained(missing)
+        model.head_records |= records_beside(path)
         return model.eval()
 
     def save_pretrained(self, directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:

@@ -10,14 +10,14 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from dph._folder import read_json
 from dph.data import atomic
@@ -82,6 +82,19 @@ class HeadFiles:
         Raises UserError for a name that the model has already, and for another backbone.
         """
         return load(self, directory, name, force=force)
+
+    def probability(self, rewards: Tensor | Sequence[float], head: str = "default") -> Tensor:
+        """Return the probabilities that answers are good, from rewards of any shape by one head.
+
+        They follow the calibration that ``dph card`` has fitted on held-out answers and kept in the head's file:
+        sigmoid((reward - midpoint) / temperature).
+
+        Raises ValueError for an unknown or untrained head, and UserError for one without a calibration.
+        """
+        self.check_heads(head)
+        if (fitted := self.head_records.get(head, {}).get("calibration")) is None:
+            raise UserError(f"head {head}: expected one with a calibration, which `dph card` fits, got none")
+        return torch.sigmoid((torch.as_tensor(rewards).float() - fitted["midpoint"]) / fitted["temperature"])
 
 
 def head_directories(path: str | os.PathLike) -> list[Path]:
@@ -201,6 +214,22 @@ def load(
     model.heads[f"task_{name}"] = head.to(like.device, like.dtype).train(model.training)
     model.head_records[name] = saved.about
     return name
+
+
+def records_beside(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """Return ``about`` of the heads' files that a run has written beside its model, RUN/model, by name."""
+    if Path(path).name != "model":
+        return {}
+    saved = map(read, head_directories(Path(path).parent))
+    return {head.name: head.about for head in saved}
+
+
+def update(directory: str | os.PathLike, about: Mapping[str, Any]) -> None:
+    """Change fields of ``about`` in the description of a head."""
+    path = Path(directory) / DESCRIPTION
+    fields = read_json(path)
+    fields["about"] |= about
+    atomic.write_text(path, json.dumps(fields, indent=2) + "\n")
 
 
 def read(directory: str | os.PathLike) -> HeadFile:

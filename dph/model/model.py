@@ -41,7 +41,7 @@ from dph.model import saving
 from dph.model.backbone import Backbone
 from dph.model.config import DTYPES, FAMILIES, ModelConfig, hub_arguments, read_fields, with_config
 from dph.model.generation_settings import allow_saving, read_generation_config
-from dph.model.head_file import HeadFiles
+from dph.model.head_file import HeadFiles, records_beside
 from dph.model.heads import Mix, Standardise
 from dph.model.judging import JudgingModel
 from dph.model.memory import Memory
@@ -247,6 +247,7 @@ class Model(HeadFiles, JudgingModel, GenerationMixin):
         missing = expected.keys() - stored.keys()
         info["missing_keys"] = missing.union(info["missing_keys"])
         model._mark_untrained(missing)
+        model.head_records |= records_beside(path)
         return (model, info) if loading_info else model
 
     @classmethod

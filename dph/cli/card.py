@@ -1,0 +1,224 @@
+"""``dph card``: what a reward head is worth on held-out answers, as text, JSON and a picture beside the head."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dph.cli import common, results
+from dph.data import atomic
+from dph.errors import UserError
+
+if TYPE_CHECKING:
+    from dph.chat import Encoded
+    from dph.model.judging import Judged, JudgingModel
+
+HELP = "write a reward head's card: accuracy, calibration, label noise, length, and best of N, on held-out answers"
+EXAMPLE = """dph card runs/head
+dph card runs/head heldout.jsonl --candidates samples.jsonl --normalise number
+dph card MODEL heldout.jsonl --head heads/helpful"""
+FIGURE = "card.png"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``dph card``."""
+    parser.description = f"""{HELP}.
+
+The card is written beside the head (RUN/heads/NAME), or to --output: card.md, card.json and card.png. The head's file
+keeps the calibration, by which model.probability(rewards, head) reads rewards as probabilities."""
+    common.add_model(parser)
+    parser.add_argument(
+        "sources",
+        nargs="*",
+        metavar="PAIRS",
+        help="held-out pairs or labelled answers: sources as of dph train (default: the run's held-out records)",
+    )
+    parser.add_argument(
+        "--head",
+        action="append",
+        help="reward head: its name, a head's directory, or a run's for all of its heads; may be repeated (default: "
+        "the model's first head)",
+    )
+    parser.add_argument(
+        "--candidates",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="rows of prompt, candidates and correct, or of prompt and lists of chosen and rejected, for best of N; "
+        "may be repeated",
+    )
+    add_normalise(parser)
+    parser.add_argument("--output", metavar="DIR", help="folder for the card (several heads: DIR/NAME)")
+
+
+def add_normalise(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of what makes two candidates the same answer in a vote."""
+    parser.add_argument(
+        "--normalise",
+        choices=("words", "number"),
+        default="words",
+        help="candidates that count as one answer in a vote: of equal words, or of equal last numbers (default: words)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Judge the held-out records and candidates once with all heads, and write a card for each."""
+    from dph.data.candidates import read_candidates
+
+    sets = {name: read_candidates(name) for name in args.candidates}
+    records, sources = _held_out(args)
+    common.check_model(args)
+    model, tokenizer, names = common.open_model(args, args.head or [], "dph train head trains one")
+    files = _head_files(args, names)
+    folders = _folders(args, names, files)
+
+    from dph import chat
+    from dph.data.dataset import prompt_key
+    from dph.data.formats import Encoder
+    from dph.data.labels import labels_of
+    from dph.evaluate import best_of, card, card_figure
+
+    answers = list(map(Encoder(tokenizer), records))
+    judged = _judge(model, answers, "held-out answers")
+    labels, prompts = list(map(labels_of, answers)), list(map(prompt_key, records))
+    judged_sets = {}
+    for name, rows in sets.items():
+        groups = [[chat.encode(one, tokenizer, last_only=True) for one in row.conversations] for row in rows]
+        judged_sets[name] = _judge(model, groups, name)
+    for head in names:
+        judgements = card.gather(answers, labels, judged, prompts, head)
+        candidates = {}
+        for name, rows in sets.items():
+            pairs = zip(rows, judged_sets[name], strict=True)
+            candidates[Path(name).name] = [card.scored(row, result, head) for row, result in pairs]
+        about = _about(model, head, files.get(head), sources)
+        found = card.card(head, about, judgements, candidates, best_of.NORMALISERS[args.normalise])
+        figure = card_figure.figure(found, judgements.rewards, judgements.is_good)
+        _write(folders[head], found, card.markdown(found, FIGURE), figure)
+        if head in files:
+            _keep_calibration(files[head], found)
+        print(card.markdown(found))
+        common.print_text(f"written to {folders[head]}")
+
+
+def _held_out(args: argparse.Namespace) -> tuple[list[Any], list[str]]:
+    """Return the held-out records, and names of where they are from: the sources given, or those of the run."""
+    from dph.data import dataset
+    from dph.data.formats import LABELLED
+
+    if args.sources:
+        found = {}
+        for source in args.sources:
+            found[source] = dataset.load(source, LABELLED, split="validation")
+    else:
+        found = _held_out_of_run(Path(args.model))
+    records = [record for part in found.values() for record in part if record is not None]
+    if not records:
+        raise UserError(f"{', '.join(found)}: expected at least one held-out record, got none")
+    return records, list(found)
+
+
+def _held_out_of_run(directory: Path) -> dict[str, Sequence[Any]]:
+    """Return the held-out records of a run, by names."""
+    from dph._folder import read_json
+    from dph.data import dataset
+    from dph.train import recipe as recipes
+
+    path = directory / "config.json"
+    fields = read_json(path) if path.is_file() else {}
+    if "stage" not in fields:
+        raise UserError(f"{directory}: expected a run, whose held-out records are known, or PAIRS; got another model")
+    recipe = recipes.from_dict(fields)
+    if recipe.kind != "preference":
+        raise UserError(f"{directory}: expected a run of stage head or align, got {recipe.stage}: give PAIRS")
+    data, evaluation = recipe.data, recipe.evaluation
+    found = dataset.open_held_out(evaluation.sources, recipe.kind, directory=evaluation.directory, seed=recipe.seed)
+    if evaluation.share:
+        _, development = dataset.open_training(
+            data.sources, recipe.kind, directory=data.directory, seed=recipe.seed, consecutive=data.consecutive,
+            share=evaluation.share, redraw=data.redraw,
+        )  # fmt: skip
+        found[f"{evaluation.share:.0%} of the run's prompts, which also chose its best step"] = development
+    if not found:
+        raise UserError(f"{directory}: expected a run with held-out records, or PAIRS; got evaluation.sources=[]")
+    return dict(found)
+
+
+def _head_files(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Path]:
+    """Return the directories of the heads' files, by the heads' names in the model: of --head, or of the run."""
+    from dph.model import head_file
+
+    found, own = {}, {head_file.read(path).name: path for path in head_file.head_directories(args.model)}
+    loaded = iter(names)
+    for value in args.head or [None]:
+        directories = [] if value is None else head_file.head_directories(value)
+        for path in directories or [None]:
+            head = next(loaded, None)
+            if head is not None and (path or own.get(head)) is not None:
+                found[head] = path or own[head]
+    return found
+
+
+def _folders(args: argparse.Namespace, names: Sequence[str], files: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the folder of each head's card."""
+    if args.output is not None:
+        return {name: Path(args.output, name) if len(names) > 1 else Path(args.output) for name in names}
+    if missing := [name for name in names if name not in files]:
+        raise UserError(f"--output: expected a folder, as no file of head {', '.join(missing)} is there, got none")
+    return dict(files)
+
+
+def _judge(model: JudgingModel, groups: Sequence[Sequence[Encoded]], name: str) -> list[Judged]:
+    """Return the results of groups of answers."""
+    judged: list[Judged] = []
+
+    def line(_: int, result: Judged) -> dict[str, Any]:
+        judged.append(result)
+        return {}
+
+    def rest(start: int) -> Iterator[Sequence[Encoded]]:
+        return iter(groups[start:])
+
+    with results.Results(None, {}, False) as output, results.Progress(name, len(groups)) as progress:
+        for _ in results.judged_lines(model, rest, line, f"{name}: record {{}}".format, output, progress):
+            pass
+    return judged
+
+
+def _about(model: JudgingModel, head: str, path: Path | None, sources: Sequence[str]) -> dict[str, Any]:
+    """Return what is known of a head, and of the held-out data."""
+    from dph.model import head_file
+
+    (group,) = (key for key, heads in model.heads.items() if head in heads.reward)
+    backbone = str(model.name_or_path) if path is None else head_file.read(path).backbone["name"]
+    form = model.config.head_form(group)
+    known = {name: value for name, value in model.head_records.get(head, {}).items() if name != "calibration"}
+    return {
+        **known,
+        "backbone": backbone,
+        "layer": form["layer"],
+        "pooler": form["pooler"],
+        "held_out": ", ".join(sources),
+    }
+
+
+def _write(folder: Path, found: Mapping[str, Any], text: str, figure: Any) -> None:
+    """Write the card's three files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(folder / "card.json", json.dumps(found, indent=1) + "\n")
+    atomic.write_text(folder / "card.md", text)
+    with atomic.atomic_file(folder / FIGURE) as file:
+        figure.savefig(file, dpi=130, format="png")
+
+
+def _keep_calibration(path: Path, found: Mapping[str, Any]) -> None:
+    """Write the calibration into a head's file, or remove an older one."""
+    from dph.model import head_file
+
+    calibration = found["calibration"]
+    if calibration is not None:
+        calibration = {key: calibration[key] for key in ("temperature", "midpoint")}
+    head_file.update(path, {"calibration": calibration})

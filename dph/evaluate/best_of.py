@@ -1,0 +1,143 @@
+"""Best of N: the share of right answers among chosen ones, for every N and by each rule of choosing.
+
+The candidates of a prompt are a sample of what a model says. Figures for N are means over all choices of N of them: by
+a score exactly, from the ranks of the candidates; by a vote over RESAMPLES drawn ones.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dph.evaluate.metrics import Interval
+
+RESAMPLES = 200  # sets of N candidates of a prompt for a vote, and resamples of the prompts for intervals
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+Normalise = Callable[[str], str]
+Probability = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Candidates of one prompt: texts, how right each is (0 to 1), and by rule their scores."""
+
+    texts: Sequence[str]
+    correct: np.ndarray
+    scores: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The share of right answers of one rule for each N in ``ns``, with the 95% interval of the bootstrap over prompts.
+
+    ``enough`` is the smallest N that no larger one improves on with a 95% interval of the difference above 0.
+    """
+
+    rule: str
+    ns: tuple[int, ...]
+    right: tuple[Interval, ...]
+    enough: int
+    prompts: int
+
+
+def number(text: str) -> str:
+    """Return the last number of a text, without separators of thousands and trailing zeros; the text without one."""
+    found = NUMBER.findall(text)
+    if not found:
+        return words(text)
+    return f"{float(found[-1].replace(',', '')):.12g}"
+
+
+def words(text: str) -> str:
+    """Return a text in lower case without punctuation, articles and repeated spaces."""
+    kept = re.sub(r"[^\w\s]", " ", text.casefold())
+    return " ".join(word for word in kept.split() if word not in ("a", "an", "the"))
+
+
+NORMALISERS: dict[str, Normalise] = {"words": words, "number": number}
+
+
+def right_of_best(scores: np.ndarray, correct: np.ndarray, n: int) -> float:
+    """Return how often the best of ``n`` candidates is right, over all choices of n of the M.
+
+    The candidate on rank i (of M from 0) is the best of C(M - 1 - i, n - 1) choices. Of equal scores each is the best
+    equally often. More than M candidates are all of them.
+    """
+    count = len(scores)
+    n = min(n, count)
+    values, group = np.unique(-np.asarray(scores, dtype=float), return_inverse=True)
+    order = np.argsort(group, kind="stable")
+    means = np.bincount(group, correct, len(values)) / np.bincount(group, minlength=len(values))
+    shares = np.array([math.comb(count - 1 - rank, n - 1) / math.comb(count, n) for rank in range(count)])
+    return float(shares @ means[group[order]])
+
+
+def right_of_vote(
+    answers: Sequence[str], weights: np.ndarray, correct: np.ndarray, n: int, rng: np.random.Generator
+) -> float:
+    """Return how often the answer with the largest sum of weights among ``n`` candidates is right.
+
+    Equal answers count as one, which is as right as the mean of its candidates; a tie is shared.
+    """
+    count = len(answers)
+    n = min(n, count)
+    _, group = np.unique(np.array(answers), return_inverse=True)
+    total = group.max() + 1
+    drawn = np.argsort(rng.random((RESAMPLES if n < count else 1, count)), 1)[:, :n]
+    rows = np.arange(len(drawn))[:, None]
+    sums, right, sizes = (np.zeros((len(drawn), total)) for _ in range(3))
+    np.add.at(sums, (rows, group[drawn]), weights[drawn])
+    np.add.at(right, (rows, group[drawn]), correct[drawn])
+    np.add.at(sizes, (rows, group[drawn]), 1)
+    sums[sizes == 0] = -np.inf
+    best = np.isclose(sums, sums.max(1, keepdims=True), rtol=1e-12, atol=0)
+    return float(((best * right / np.maximum(sizes, 1)).sum(1) / best.sum(1)).mean())
+
+
+def curves(
+    prompts: Sequence[Scored], normalise: Normalise, probabilities: Mapping[str, Probability], seed: int = 0
+) -> list[Curve]:
+    """Return the curves of a random choice, of each score, of votes, and of an oracle.
+
+    N is 1, 2, 4, ... up to the most candidates of a prompt; a prompt with fewer has all of its own chosen from.
+
+    Args:
+        prompts: candidates, at least one prompt.
+        normalise: answers that become equal count as one in a vote.
+        probabilities: rule -> function from its scores to the weights of a vote, besides the vote of equal weights.
+    """
+    most = max(len(prompt.texts) for prompt in prompts)
+    ns = (*(2**i for i in range(most.bit_length()) if 2**i < most), most)
+    figures: dict[str, list[list[float]]] = {"random": []}  # rule -> for each prompt, a figure for each N
+    for index, prompt in enumerate(prompts):
+        correct = np.asarray(prompt.correct, dtype=float)
+        answers = [normalise(text) for text in prompt.texts]
+        figures["random"].append([float(correct.mean())] * len(ns))
+        for rule, scores in prompt.scores.items():
+            figures.setdefault(rule, []).append([right_of_best(scores, correct, n) for n in ns])
+        votes = {"vote": np.ones(len(correct))}
+        for rule, probability in probabilities.items():
+            votes[f"vote by {rule}"] = probability(prompt.scores[rule])
+        for rule, weights in votes.items():
+            shares = [right_of_vote(answers, weights, correct, n, np.random.default_rng((seed, index, n))) for n in ns]
+            figures.setdefault(rule, []).append(shares)
+        figures.setdefault("oracle", []).append([right_of_best(correct, correct, n) for n in ns])
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(len(prompts), [1 / len(prompts)] * len(prompts), 5 * RESAMPLES) / len(prompts)
+    return [_curve(rule, ns, np.array(values), weights) for rule, values in figures.items()]
+
+
+def _curve(rule: str, ns: tuple[int, ...], values: np.ndarray, weights: np.ndarray) -> Curve:
+    """Return the curve of one rule from figures [prompts, N], and the prompts' weights in each resample."""
+    means = weights @ values  # [resamples, N]
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    right = [Interval(*map(float, figures)) for figures in zip(values.mean(0), low, high, strict=True)]
+    enough = len(ns) - 1
+    while enough and not np.any(np.percentile(means[:, enough:] - means[:, [enough - 1]], 2.5, axis=0) > 0):
+        enough -= 1
+    return Curve(rule, ns, tuple(right), ns[enough], len(values))

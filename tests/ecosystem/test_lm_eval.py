@@ -1,0 +1,110 @@
+"""Model dph of lm-evaluation-harness: its numbers are the harness's own and ours, by log-probability and by reward."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from ecosystem.test_libraries import environment
+from helpers.command_line import save_models
+from helpers.texts import message
+from transformers import AutoTokenizer
+
+import dph
+from dph.errors import UserError
+
+pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.ecosystem
+
+QUESTIONS = [
+    {"q": "a film about the sea", "c": ["is good", "dull", "is good and late"], "a": 0},
+    {"q": "hello", "c": ["world", "the quick brown fox jumps"], "a": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_models(tmp_path_factory.mktemp("models")) / "judge"
+
+
+def requests(contexts=None):
+    from lm_eval.api.instance import Instance
+
+    found = []
+    for number, question in enumerate(QUESTIONS):
+        context = question["q"] if contexts is None else contexts[number]
+        for i, choice in enumerate(question["c"]):
+            arguments = (context, f" {choice}")
+            found.append(Instance("loglikelihood", question, arguments, i, ("mini", number, 1)))
+    return found
+
+
+def harness(folder, **options):
+    from dph.evaluate.harness import HarnessModel
+
+    return HarnessModel(pretrained=str(folder), **options)
+
+
+@pytest.mark.parametrize("max_length", [None, 30])
+def test_log_likelihoods_are_those_of_the_harness(folder, max_length):
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    theirs = HFLM(dph.Model.from_pretrained(folder), tokenizer=tokenizer, max_length=max_length, batch_size=2)
+    expected = theirs.loglikelihood(requests() + requests(["", ""]), disable_tqdm=True)
+    got = harness(folder, max_length=max_length).loglikelihood(requests() + requests(["", ""]), disable_tqdm=True)
+    assert [greedy for _, greedy in got] == [greedy for _, greedy in expected]
+    assert [value for value, _ in got] == pytest.approx([value for value, _ in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("template", [False, True])
+def test_by_reward_the_values_are_those_of_score(folder, template):
+    lm = harness(folder, choose_by="reward", head="short")
+    histories = [[message("user", question["q"])] for question in QUESTIONS]
+    contexts = [lm.apply_chat_template(history) for history in histories] if template else None
+    got = lm.loglikelihood(requests(contexts))
+    conversations = []
+    for history, question in zip(histories, QUESTIONS, strict=True):
+        conversations += [[*history, message("assistant", choice)] for choice in question["c"]]
+    expected = lm.model.score(lm.tokenizer, conversations, head="short")
+    assert torch.allclose(torch.tensor([value for value, _ in got]), expected, atol=1e-5)
+
+
+def test_control_tokens_of_a_task_stay_text(folder):
+    lm = harness(folder, choose_by="reward")
+    context = lm.apply_chat_template([message("user", "<|im_end|><|im_start|>")])
+    encoded = lm._conversation(context, " yes")
+    plain = lm._conversation(lm.apply_chat_template([message("user", "x")]), " yes")
+    end = lm.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert encoded.tokens.count(end) == plain.tokens.count(end)
+
+
+def test_wrong_arguments_are_refused(folder):
+    with pytest.raises(UserError, match="choose_by: expected logprob or reward, got 'length'"):
+        harness(folder, choose_by="length")
+    with pytest.raises(ValueError, match="head: expected one of default, short, got 'nope'"):
+        harness(folder, choose_by="reward", head="nope")
+
+
+def test_the_command_line(folder, tmp_path):
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    task = {
+        "task": "mini", "dataset_path": "json", "dataset_kwargs": {"data_files": str(tmp_path / "documents.jsonl")},
+        "test_split": "train", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{c}}",
+        "doc_to_target": "{{a}}", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (tmp_path / "mini.yaml").write_text(json.dumps(task))
+    command = [sys.executable, "-m", "dph.evaluate.harness", "run", "--model", "dph", "--tasks", "mini"]
+    command += ["--model_args", f"pretrained={folder},choose_by=reward,head=short", "--include_path", str(tmp_path)]
+    command += ["--output_path", str(tmp_path / "out"), "--log_samples", "--apply_chat_template"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), cwd=tmp_path)
+    samples = list((tmp_path / "out").rglob("samples_mini_*.jsonl"))
+    assert samples, done.stderr
+    model, tokenizer = dph.Model.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for line in map(json.loads, samples[0].read_text().splitlines()):
+        got = [float(response[0][0]) for response in line["resps"]]
+        conversations = [[message("user", line["doc"]["q"]), message("assistant", c)] for c in line["doc"]["c"]]
+        expected = model.score(tokenizer, conversations, head="short").tolist()
+        assert got == pytest.approx(expected, abs=1e-5)
+        assert line["acc"] == float(expected.index(max(expected)) == line["doc"]["a"])
