@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dph.cli import common, results
+from dph.cli import common
+from dph.cli.held_out import held_out_of_run, judge
 from dph.data import atomic
 from dph.errors import UserError
 
 if TYPE_CHECKING:
-    from dph.chat import Encoded
-    from dph.model.judging import Judged, JudgingModel
+    from dph.model.judging import JudgingModel
 
 HELP = "write a reward head's card: accuracy, calibration, label noise, length, and best of N, on held-out answers"
 EXAMPLE = """dph card runs/head
@@ -82,12 +82,12 @@ def run(args: argparse.Namespace) -> None:
     from dph.evaluate import best_of, card, card_figure
 
     answers = list(map(Encoder(tokenizer), records))
-    judged = _judge(model, answers, "held-out answers")
+    judged = judge(model, answers, "held-out answers")
     labels, prompts = list(map(labels_of, answers)), list(map(prompt_key, records))
     judged_sets = {}
     for name, rows in sets.items():
         groups = [[chat.encode(one, tokenizer, last_only=True) for one in row.conversations] for row in rows]
-        judged_sets[name] = _judge(model, groups, name)
+        judged_sets[name] = judge(model, groups, name)
     for head in names:
         judgements = card.gather(answers, labels, judged, prompts, head)
         candidates = {}
@@ -114,37 +114,11 @@ def _held_out(args: argparse.Namespace) -> tuple[list[Any], list[str]]:
         for source in args.sources:
             found[source] = dataset.load(source, LABELLED, split="validation")
     else:
-        found = _held_out_of_run(Path(args.model))
+        found = held_out_of_run(Path(args.model))
     records = [record for part in found.values() for record in part if record is not None]
     if not records:
         raise UserError(f"{', '.join(found)}: expected at least one held-out record, got none")
     return records, list(found)
-
-
-def _held_out_of_run(directory: Path) -> dict[str, Sequence[Any]]:
-    """Return the held-out records of a run, by names."""
-    from dph._folder import read_json
-    from dph.data import dataset
-    from dph.train import recipe as recipes
-
-    path = directory / "config.json"
-    fields = read_json(path) if path.is_file() else {}
-    if "stage" not in fields:
-        raise UserError(f"{directory}: expected a run, whose held-out records are known, or PAIRS; got another model")
-    recipe = recipes.from_dict(fields)
-    if recipe.kind != "preference":
-        raise UserError(f"{directory}: expected a run of stage head or align, got {recipe.stage}: give PAIRS")
-    data, evaluation = recipe.data, recipe.evaluation
-    found = dataset.open_held_out(evaluation.sources, recipe.kind, directory=evaluation.directory, seed=recipe.seed)
-    if evaluation.share:
-        _, development = dataset.open_training(
-            data.sources, recipe.kind, directory=data.directory, seed=recipe.seed, consecutive=data.consecutive,
-            share=evaluation.share, redraw=data.redraw,
-        )  # fmt: skip
-        found[f"{evaluation.share:.0%} of the run's prompts, which also chose its best step"] = development
-    if not found:
-        raise UserError(f"{directory}: expected a run with held-out records, or PAIRS; got evaluation.sources=[]")
-    return dict(found)
 
 
 def _head_files(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Path]:
@@ -169,23 +143,6 @@ def _folders(args: argparse.Namespace, names: Sequence[str], files: Mapping[str,
     if missing := [name for name in names if name not in files]:
         raise UserError(f"--output: expected a folder, as no file of head {', '.join(missing)} is there, got none")
     return dict(files)
-
-
-def _judge(model: JudgingModel, groups: Sequence[Sequence[Encoded]], name: str) -> list[Judged]:
-    """Return the results of groups of answers."""
-    judged: list[Judged] = []
-
-    def line(_: int, result: Judged) -> dict[str, Any]:
-        judged.append(result)
-        return {}
-
-    def rest(start: int) -> Iterator[Sequence[Encoded]]:
-        return iter(groups[start:])
-
-    with results.Results(None, {}, False) as output, results.Progress(name, len(groups)) as progress:
-        for _ in results.judged_lines(model, rest, line, f"{name}: record {{}}".format, output, progress):
-            pass
-    return judged
 
 
 def _about(model: JudgingModel, head: str, path: Path | None, sources: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,236 @@
+"""``dph ablate``: one stage with every combination of some options and several seeds, as a table and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dph.cli import common
+from dph.cli.held_out import held_out_of_run, judge
+from dph.data import atomic
+from dph.errors import UserError, shown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from dph.evaluate.metrics import Interval
+    from dph.train.recipe import Recipe
+
+HELP = "train and judge a stage with every combination of some options, over several seeds"
+EXAMPLE = """dph ablate mini-align --vary 'objective.pooler=[identity, bert, swiglu_bert]' \\
+    --vary 'objective.objective=[separable, contrastive]' --output runs/table4
+dph ablate head model.path=MODEL --vary 'data.sources=[[task:boolq], [task:glue/sst2]]' --output runs/table5
+dph ablate head data.sources=[pairs.jsonl] --vary 'model.path=[MODEL, OTHER]' --seeds 1 --output runs/table6"""
+RESULT = "judged.json"  # of a run: for each held-out pair its share of right choices, by score
+RESAMPLES = 1000  # of the prompts
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of values: its name, its overrides, and the figures of its seeds."""
+
+    name: str
+    values: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``dph ablate``."""
+    parser.description = f"""{HELP}.
+
+Each combination and seed is a run in a folder of its own, OUTPUT/NAME/seedN. It is judged on its held-out records with
+the weights that it keeps. A command that was interrupted goes on where it stopped. The table has the share of held-out
+pairs in which the chosen answer scores higher: the mean over the seeds, its 95% interval over prompts, and the lowest
+and the highest seed."""
+    common.add_recipe(parser)
+    parser.add_argument(
+        "--vary",
+        action="append",
+        required=True,
+        metavar="key.sub=[A, B]",
+        help="an option and a list of its values, in YAML; repeated, every combination is trained",
+    )
+    parser.add_argument("--seeds", type=common.COUNT, default=3, metavar="K", help="seeds 0 to K - 1 (default: 3)")
+    common.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train and judge what is not there yet, and write the table."""
+    if args.output is None:
+        raise UserError("--output: expected a folder for the runs, got none")
+    folder = Path(args.output)
+    cells = _cells(args.vary)
+    recipes = {}
+    for cell, seed in itertools.product(cells, range(args.seeds)):
+        recipes[cell.name, seed] = _recipe(args, cell, seed, folder)
+    names = [value.partition("=")[0] for value in args.vary]
+    judged: dict[str, list[dict[str, Any]]] = {cell.name: [] for cell in cells}
+    for (name, seed), recipe in recipes.items():
+        judged[name].append(_judged(recipe, f"{name}, seed {seed}"))
+    rows = []
+    for cell in cells:
+        rows += _rows(cell, judged[cell.name])
+    _report(folder, names, rows, args.json)
+
+
+def _cells(options: Sequence[str]) -> list[Cell]:
+    """Return every combination of the options' values."""
+    from dph.train import yaml_values
+
+    choices: list[list[tuple[str, Any]]] = []
+    for option in options:
+        key, _, text = option.partition("=")
+        value = yaml_values.parse(text, key, numbered=False)
+        if not isinstance(value, list) or not value:
+            raise UserError(f"--vary {key}: expected a list of values, as {key}=[A, B], got {text!r}")
+        choices.append([(key, item) for item in value])
+    cells = []
+    for combination in itertools.product(*choices):
+        values = tuple(item if isinstance(item, str) else json.dumps(item) for _, item in combination)
+        overrides = tuple(f"{key}={json.dumps(item)}" for key, item in combination)
+        cells.append(Cell(", ".join(values), values, overrides))
+    if len({cell.name for cell in cells}) < len(cells):
+        raise UserError(f"--vary: expected different values, got {shown(list(options))}")
+    return cells
+
+
+def _recipe(args: argparse.Namespace, cell: Cell, seed: int, folder: Path) -> Recipe:
+    """Return the recipe of one run. Raises UserError if an option or a value is wrong, or nothing is held out."""
+    from dph.train import recipe as recipes
+
+    directory = folder / cell.name.replace("/", "_") / f"seed{seed}"
+    own = [f"seed={seed}", f"output.directory={json.dumps(str(directory))}"]
+    recipe = recipes.load(args.recipe, [*args.overrides, *cell.overrides, *own])
+    if recipe.kind != "preference":
+        raise UserError(f"{args.recipe}: expected a recipe of stage head or align, got {recipe.stage}")
+    if not recipe.evaluation.sources and not recipe.evaluation.share:
+        raise UserError("evaluation.sources, evaluation.share: expected held-out records, got none")
+    common.check_recipe_paths(recipe)
+    return recipe
+
+
+def _judged(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Return the shares of right choices of a run, which is trained and judged unless that was done before."""
+    directory = Path(recipe.output.directory)
+    path, settings = directory / RESULT, json.loads(json.dumps(recipe.as_dict()))
+    if path.is_file():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["recipe"] != settings:
+            raise UserError(f"{path}: expected the result of this recipe, got one of another: give another --output")
+        return saved
+    from dph.train import entry
+
+    common.print_text(f"{name}: training")
+    result = entry.train(recipe, resume=directory.is_dir())
+    if result.exit_code:
+        raise SystemExit(result.exit_code)
+    saved = {"recipe": settings, **_judge(directory)}
+    atomic.write_text(path, json.dumps(saved) + "\n")
+    return saved
+
+
+def _judge(directory: Path) -> dict[str, Any]:
+    """Return the prompts of a run's held-out pairs, and by head and log-probability the shares of right choices."""
+    from dph.data.dataset import prompt_key
+    from dph.data.formats import Encoder
+    from dph.data.labels import labels_of
+    from dph.evaluate.card import RULES, gather
+    from dph.evaluate.metrics import chosen_shares
+    from dph.model.loading import load_model, load_tokenizer
+
+    model, tokenizer = load_model(str(directory)).eval(), load_tokenizer(str(directory))
+    records = [record for part in held_out_of_run(directory).values() for record in part if record is not None]
+    answers = list(map(Encoder(tokenizer), records))
+    results = judge(model, answers, "held-out answers")
+    labels, prompts = list(map(labels_of, answers)), list(map(prompt_key, records))
+    shares: dict[str, list[float | None]] = {}
+    for head in model.head_names:
+        found = gather(answers, labels, results, prompts, head)
+        for rule, scores in found.pairs.items():
+            name = RULES[rule] if rule != "reward" or len(model.head_names) == 1 else f"reward {head}"
+            shares[name] = [None if np.isnan(pair).any() else float(chosen_shares([pair])[0, 0]) for pair in scores]
+    return {"prompts": found.pair_prompts, "shares": shares}
+
+
+def _rows(cell: Cell, seeds: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the figures of one combination, by score."""
+    for rule in seeds[0]["shares"]:
+        means = [float(np.mean([share for share in seed["shares"][rule] if share is not None])) for seed in seeds]
+        yield {
+            "values": list(cell.values),
+            "score": rule,
+            "accuracy": asdict(_mean(seeds, rule)),
+            "seeds": means,
+            "pairs": len(seeds[0]["prompts"]),
+        }
+
+
+def _mean(seeds: Sequence[dict[str, Any]], rule: str) -> Interval:
+    """Return the mean over pairs and seeds, with the percentile bootstrap's interval over prompts.
+
+    Seeds may hold out different prompts.
+    """
+    from dph.evaluate.metrics import Interval
+
+    numbers: dict[str, int] = {}
+    members, shares = [], []
+    for seed in seeds:
+        for prompt, share in zip(seed["prompts"], seed["shares"][rule], strict=True):
+            if share is not None:
+                members.append(numbers.setdefault(prompt, len(numbers)))
+                shares.append(share)
+    rng = np.random.default_rng(0)
+    weights = rng.multinomial(len(numbers), [1 / len(numbers)] * len(numbers), RESAMPLES)[:, members]
+    low, high = np.percentile(weights @ np.array(shares) / weights.sum(1), [2.5, 97.5])
+    return Interval(float(np.mean(shares)), float(low), float(high))
+
+
+def _report(folder: Path, names: Sequence[str], rows: Sequence[dict[str, Any]], as_json: bool) -> None:
+    """Print the table, and write it as Markdown and JSON, with a picture."""
+    from dph.evaluate.tables import markdown_table, table
+
+    headers = [*names, "score", "pair accuracy", "95% interval", "seeds", "pairs"]
+    cells = []
+    for row in rows:
+        figure, seeds = row["accuracy"], row["seeds"]
+        interval = f"{figure['low']:.3f} to {figure['high']:.3f}"
+        spread = f"{min(seeds):.3f} to {max(seeds):.3f}"
+        cells.append([*row["values"], row["score"], figure["value"], interval, spread, row["pairs"]])
+    atomic.write_text(folder / "ablation.md", markdown_table(headers, cells) + "\n")
+    atomic.write_text(folder / "ablation.json", json.dumps({"options": list(names), "rows": rows}, indent=1) + "\n")
+    with atomic.atomic_file(folder / "ablation.png") as file:
+        _figure(names, rows).savefig(file, dpi=130, format="png")
+    if as_json:
+        for row in rows:
+            common.print_json(row)
+        return
+    print(table(headers, cells))
+    common.print_text(f"written to {folder}: ablation.md, ablation.json, ablation.png")
+
+
+def _figure(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> Figure:
+    """Draw the accuracies by reward, with their intervals and each seed."""
+    from matplotlib.figure import Figure
+
+    from dph.evaluate.card_figure import COLOURS
+
+    kept = [row for row in rows if row["score"].startswith("reward")]
+    figure = Figure(figsize=(8, 1.2 + 0.4 * len(kept)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(kept):
+        value, low, high = (row["accuracy"][key] for key in ("value", "low", "high"))
+        axes.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=COLOURS[0], capsize=3)
+        axes.plot(row["seeds"], [place] * len(row["seeds"]), "|", color=COLOURS[1], markersize=9)
+    labels = [", ".join(row["values"]) + row["score"].removeprefix("reward") for row in kept]
+    axes.set_yticks(range(len(kept)), labels)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.set(xlabel="pair accuracy by reward: mean and 95% interval, and each seed", title=", ".join(names))
+    return figure

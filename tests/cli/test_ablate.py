@@ -1,0 +1,78 @@
+"""dph ablate: every combination and seed is trained once, judged as dph score does, and kept."""
+
+import json
+
+import pytest
+from helpers.texts import write_lines
+
+from dph.train import entry
+
+
+def pairs(words):
+    return [
+        {"prompt": f"a film {i}?", "chosen": f"is {word}", "rejected": f"not {word}"} for i, word in enumerate(words)
+    ]
+
+
+@pytest.fixture
+def command(models, tmp_path):
+    train = write_lines(tmp_path / "train.jsonl", *pairs(["gripping", "watchable", "positive", "good"] * 4))
+    held_out = write_lines(tmp_path / "held_out.jsonl", *pairs(["negative", "gripping", "late", "a"] * 3))
+    recipe = [
+        "head", f"model.path={models / 'judge'}", f"data.sources=[{train}]", f"evaluation.sources=[{held_out}]",
+        "evaluation.share=0", "optimiser.steps=3", "optimiser.warmup=1", "evaluation.every=0", "output.best=null",
+        "output.model=last", "evaluation.patience=null", "objective.heads=[new]", "precision=fp32", "device=cpu", "batch.size=4",
+        "objective.layer=-1",
+    ]  # fmt: skip
+    return ["ablate", *recipe, "--output", tmp_path / "runs", "--seeds", 2, "--vary"]
+
+
+def test_every_combination_is_trained_once_and_judged(command, dph_command, monkeypatch, tmp_path):
+    varied = ["objective.pooler=[bert, identity]", "--vary", "objective.objective=[separable, contrastive]"]
+    code, out, err = dph_command(*command, *varied)
+    assert code == 0, err
+    report = json.loads((tmp_path / "runs/ablation.json").read_text())
+    assert report["options"] == ["objective.pooler", "objective.objective"]
+    rewards = [row for row in report["rows"] if row["score"] == "reward new"]
+    assert [row["values"] for row in rewards] == [
+        ["bert", "separable"], ["bert", "contrastive"], ["identity", "separable"], ["identity", "contrastive"],
+    ]  # fmt: skip
+    for row in rewards:
+        assert len(row["seeds"]) == 2
+        assert row["pairs"] == 12
+        assert row["accuracy"]["value"] == pytest.approx(sum(row["seeds"]) / 2)
+        assert row["accuracy"]["low"] <= row["accuracy"]["value"] <= row["accuracy"]["high"]
+    run = tmp_path / "runs/bert, separable/seed1"
+    code, scored, _ = dph_command("score", run, tmp_path / "held_out.jsonl", "--head", "new", "--json")
+    (line,) = (line for line in map(json.loads, scored.splitlines()) if line["method"] == "reward")
+    assert line["accuracy"]["value"] == rewards[0]["seeds"][1]
+    assert (tmp_path / "runs/ablation.png").read_bytes().startswith(b"\x89PNG")
+    assert "pair accuracy" in (tmp_path / "runs/ablation.md").read_text()
+    monkeypatch.setattr(entry, "train", None)  # nothing is trained again
+    assert dph_command(*command, *varied)[:2] == (0, out[out.index("objective.pooler") :])
+
+
+def test_an_interrupted_command_goes_on(command, dph_command, monkeypatch, tmp_path):
+    varied, trained = ["objective.pooler=[bert, identity]"], []
+    train = entry.train
+
+    def fail_at_third(recipe, **options):
+        trained.append(recipe.output.directory)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return train(recipe, **options)
+
+    monkeypatch.setattr(entry, "train", fail_at_third)
+    assert dph_command(*command, *varied)[0] == 130
+    assert dph_command(*command, *varied)[0] == 0
+    assert len(trained) == 5
+    assert len(set(trained)) == 4
+
+
+def test_what_is_refused(command, refused, dph_command, tmp_path):
+    assert "--vary objective.pooler: expected a list of values" in refused(*command, "objective.pooler=bert")
+    assert "objective.poolr" in refused(*command, "objective.poolr=[bert]")
+    assert "expected different values" in refused(*command, "seed=[1, 1]")
+    assert dph_command(*command, "objective.pooler=[bert]")[0] == 0
+    line = refused(*command[:2], "optimiser.lr=0.5", *command[2:], "objective.pooler=[bert]")
+    assert "expected the result of this recipe, got one of another" in line
