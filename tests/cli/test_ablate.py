@@ -21,8 +21,8 @@ def command(models, tmp_path):
     recipe = [
         "head", f"model.path={models / 'judge'}", f"data.sources=[{train}]", f"evaluation.sources=[{held_out}]",
         "evaluation.share=0", "optimiser.steps=3", "optimiser.warmup=1", "evaluation.every=0", "output.best=null",
-        "output.model=last", "evaluation.patience=null", "objective.heads=[new]", "precision=fp32", "device=cpu", "batch.size=4",
-        "objective.layer=-1",
+        "output.model=last", "evaluation.patience=null", "objective.heads=[new]", "precision=fp32", "device=cpu",
+        "objective.layer=-1", "batch.size=4",
     ]  # fmt: skip
     return ["ablate", *recipe, "--output", tmp_path / "runs", "--seeds", 2, "--vary"]
 
