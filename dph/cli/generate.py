@@ -13,7 +13,7 @@ from dph.errors import UserError, printable, shown_names
 
 if TYPE_CHECKING:
     from dph.chat import Message
-    from dph.data.files import Rows
+    from dph.data.folders import Rows
 
 HELP = "sample several answers to a prompt and rank them"
 EXAMPLE = """dph generate runs/align --prompt "Name a prime number." -n 8
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
 def read_prompts(path: str) -> tuple[Rows, list[list[Message]]]:
     """Return the rows of a file or folder and their conversations: ``prompt`` (text or messages) or ``messages``."""
     from dph.data.conversions import own_fields, turn, with_system
-    from dph.data.files import open_path
+    from dph.data.folders import open_path
 
     prompts: list[list[Message]] = []
 

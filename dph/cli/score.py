@@ -13,7 +13,7 @@ from dph.errors import UserError, shown_names
 
 if TYPE_CHECKING:
     from dph.chat import Encoded, Message
-    from dph.data.files import Rows
+    from dph.data.folders import Rows
     from dph.model.judging import Judged
 
 HELP = "rewards and log-probabilities of conversations, and how often they prefer the chosen answer of a pair"

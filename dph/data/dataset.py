@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dph import tasks
-from dph.data import files
+from dph.data import files, folders
 from dph.data.conversions import check_columns, own_fields
 from dph.data.files import Documents
 from dph.data.formats import (
@@ -112,7 +112,7 @@ def load(
     return records if limit is None else Limited(records, limit)
 
 
-def answered_rows(spec: str | Path, visit: files.Visit | None = None) -> files.Rows:
+def answered_rows(spec: str | Path, visit: files.Visit | None = None) -> folders.Rows:
     """Return the rows of a source as :func:`load` takes it; those of tasks and of the hub have our own fields.
 
     ``visit`` makes the function that is called with each row of a file. A task with wrong answers gives preferences,
@@ -121,7 +121,7 @@ def answered_rows(spec: str | Path, visit: files.Visit | None = None) -> files.R
     """
     origin, _, name = str(spec).partition(":")
     if origin not in ("task", "hub"):
-        return files.open_path(Path(spec), visit)
+        return folders.open_path(Path(spec), visit)
     if origin == "task":
         is_pair = tasks.load(name).paired
     else:
@@ -141,9 +141,9 @@ def _load_files(path: Path, kind: str, split: str, row_format: RowFormat) -> Seq
     """Return the records of a file, or of all files of a folder in the order of their names."""
     paths = [path]
     if path.is_dir():
-        if files.is_saved_dataset(path):
-            return RowRecords(partial(files.open_saved_dataset, path, split), row_format)
-        paths = files.files_in(path)
+        if folders.is_saved_dataset(path):
+            return RowRecords(partial(folders.open_saved_dataset, path, split), row_format)
+        paths = folders.files_in(path)
         if not paths:
             raise UserError(f"{path}: expected {', '.join((*files.ROWS, *files.TEXT))} files in the folder, got none")
     elif str(path) in tasks.names():
@@ -153,7 +153,7 @@ def _load_files(path: Path, kind: str, split: str, row_format: RowFormat) -> Seq
         if files.is_text(file):
             parts.append(TextRecords(file, kind))
         else:
-            open_rows = partial(files.open_rows, file, len(paths) <= files.MAX_OPEN)
+            open_rows = partial(files.open_rows, file, len(paths) <= folders.MAX_OPEN)
             parts.append(RowRecords(open_rows, row_format))
     return parts[0] if len(parts) == 1 else Concatenated(parts)
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from dph.chat import Message
-from dph.data import conversions, dataset, files
+from dph.data import conversions, dataset
+from dph.data.folders import Rows
 from dph.data.formats import LABELLED, Conversation, Encoder, Preference, Record, Text, answer_form, parse_record
 from dph.data.labels import Labelled
 from dph.data.sampler import draw
@@ -83,7 +84,7 @@ class Surveyor:
     def __init__(self, tokenizer: Any = None, max_tokens: int = 2048, seed: int = 0) -> None:
         self.survey = Survey()
         self._tokenizer, self._max_tokens, self._seed = tokenizer, max_tokens, seed
-        self._sources: list[files.Rows] = []
+        self._sources: list[Rows] = []
         # Of each accepted row: its number, and 64-bit digests of the record and of its prompt. Of each pair: the number
         # of its row, and digests of its two orders.
         self._numbers, self._records, self._prompts = array("q"), array("Q"), array("Q")
@@ -125,7 +126,7 @@ class Surveyor:
             survey.tokens = self._count_tokens()
         return survey
 
-    def _read_row(self, rows: files.Rows, index: int) -> None:
+    def _read_row(self, rows: Rows, index: int) -> None:
         """Count a row, or what is wrong with it."""
         survey, where = self.survey, rows.location(index)
         ignored: set[str] = set()

@@ -93,7 +93,7 @@ def test_a_file_that_changes_during_a_run_gives_the_records_it_had_or_an_error(t
 
 
 def test_a_folder_has_a_bounded_number_of_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("dph.data.files.MAX_OPEN", 2)
+    monkeypatch.setattr("dph.data.folders.MAX_OPEN", 2)
     for i in range(3):
         write_lines(tmp_path / f"{i}.jsonl", {"text": f"{i}"})
     before = len(os.listdir("/dev/fd"))
