@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dph.data import atomic
-from dph.errors import UNPRINTABLE, UserError, printable
+from dph.errors import UNPRINTABLE, UserError, printable, shown
 from dph.infer import sampling
 
 if TYPE_CHECKING:
@@ -96,6 +96,11 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="JSON lines in place of a table")
 
 
+def add_field(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the name of the field that the output adds to the rows of the input."""
+    parser.add_argument("--field", default=default, metavar="NAME", help=f"field that is added (default: {default})")
+
+
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add the recipe, its overrides and the run directory."""
     parser.add_argument(
@@ -110,6 +115,30 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 # Input
+
+SOURCE = (
+    "a file or folder as of dph train, task:NAME, hub:NAME, or one with options as in a recipe: {source: x.csv, "
+    "columns: {prompt: question}, filter: {lang: en}, limit: 100}"
+)
+SOURCE_OPTIONS = ("split", "directory", "limit", "columns", "filter")
+
+
+def parse_source(text: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of a source and its options, which ``dph.data.rows.open_source`` takes.
+
+    Raises UserError for an option that has no meaning in a command, and for wrong values.
+    """
+    if not text.lstrip().startswith("{"):
+        return text, {}
+    from dph.train import config_schema, recipe, yaml_values
+
+    values = yaml_values.parse(text, "source", numbered=False)
+    for name in values:
+        if name not in ("source", *SOURCE_OPTIONS):
+            raise UserError(f"source: expected the options {', '.join(SOURCE_OPTIONS)}, got {shown(name)}")
+    source = config_schema.build(recipe.Source, values)
+    config_schema.check_ranges(source)
+    return source.source, {name: getattr(source, name) for name in SOURCE_OPTIONS if values.get(name) is not None}
 
 
 def load_recipe(args: argparse.Namespace) -> Recipe:

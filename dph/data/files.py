@@ -68,7 +68,7 @@ class Documents(Sequence):
         rows: documents, all of which are used if ``indices`` is None.
         digest: fingerprint of the rows.
         place: beginning of every place, which a number follows.
-        numbers: of the places, such as lines of a file; None for the indices of the rows.
+        numbers: of the places, such as lines of a file, or their ends; None for the indices of the rows.
         indices: of the rows that are used.
     """
 
@@ -77,7 +77,7 @@ class Documents(Sequence):
         rows: Sequence[Mapping[str, Any]],
         digest: str,
         place: str,
-        numbers: array | None = None,
+        numbers: Sequence[int | str] | None = None,
         indices: array | None = None,
     ) -> None:
         self._rows, self._digest, self._place, self._numbers, self._indices = rows, digest, place, numbers, indices

@@ -14,7 +14,6 @@ from dph.data.files import (
     TEXT,
     Documents,
     Visit,
-    is_text,
     open_rows,
     report,
     require_package,
@@ -106,14 +105,14 @@ def open_path(path: Path, visit: Visit | None = None, split: str = "train") -> R
         return open_rows(path, visit=visit)
     if is_saved_dataset(path):
         return open_saved_dataset(path, split, visit)
-    paths = [file for file in files_in(path) if not is_text(file)]
+    paths = files_in(path, ROWS)
     if not paths:
         raise UserError(f"{path}: expected {', '.join(ROWS)} files in the folder, got none")
     return JoinedRows([open_rows(file, len(paths) <= MAX_OPEN, visit) for file in paths])
 
 
-def files_in(folder: Path) -> list[Path]:
-    """Return the files of rows and text below a folder, in the order of their names, and log what is read and skipped.
+def files_in(folder: Path, suffixes: Sequence[str] = (*ROWS, *TEXT)) -> list[Path]:
+    """Return the files with these suffixes below a folder, in the order of their names; log what is read and skipped.
 
     Hidden files and folders (``.git``, ``._a.jsonl``) are skipped, and files about the data (``LICENSE.txt``).
     """
@@ -129,7 +128,7 @@ def files_in(folder: Path) -> list[Path]:
                 continue
             is_about = suffix_of(path) in TEXT and name.split(".")[0].lower() in ABOUT
             is_about = is_about or name.lower() in ABOUT_FILES
-            is_read = suffix_of(path) in (*ROWS, *TEXT) and not is_about
+            is_read = suffix_of(path) in suffixes and not is_about
             (files if is_read else skipped).append(path)
     message = f"{folder}: reads {len(files)} files ({_relative(files, folder)})"
     if skipped:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from dph import chat
 from dph.chat import Encoded, Message
 from dph.data import conversions
-from dph.data.label_fields import LABEL_FIELDS, USED_FIELDS, find_labels
+from dph.data.label_fields import LABEL_FIELDS, USED_FIELDS, check_good, find_labels
 from dph.data.labels import EncodedAnswers, Label, Labelled
 from dph.data.rendered import SUSPECT, parse, recognise, refuse
-from dph.errors import UserError, check_text, shown, shown_names
+from dph.errors import UserError, check_text, shown_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,15 +130,14 @@ def parse_record(
             raise UserError(f"{where}: expected two answers to learn from, got one with weight 0")
     elif kind not in PAIRED and fields.get("messages") is not None:
         used = ("messages", "system")
+        check_good(fields, where)
         messages = _messages(fields, "messages", None, where, rendered, ignored)
         if fields.get("system") not in (None, ""):
             messages = conversions.with_system(fields["system"], messages, where)
         record = from_messages(messages, kind, where)
     elif kind not in PAIRED and fields.get("prompt") is not None and fields.get("completion") is not None:
         used = ("prompt", "completion", "label", "system")
-        # In TRL's unpaired preferences, false marks a bad answer.
-        if fields.get("label") is not None and fields["label"] is not True:
-            raise UserError(f"{where}: label: expected true with a completion to learn, got {shown(fields['label'])}")
+        check_good(fields, where)
         record = from_messages(_conversation(fields, "completion", where, rendered, ignored), kind, where)
     elif kind == "conversation" and rendered and isinstance(fields.get(text_field), str):
         used = (text_field,)

@@ -217,6 +217,8 @@ def test_preferences_in_every_format(fields):
         {"prompt": "hello?", "completion": "yes"},
         {"prompt": "hello?", "completion": "yes", "label": True},
         {"prompt": "hello?", "completion": "yes", "label": None},
+        {"prompt": "hello?", "completion": "yes", "label": "true"},
+        {"messages": conversation("hello?", "yes"), "label": 1, "labels": {"x": True, "y": None}},
     ],
 )
 def test_conversations_in_every_format(fields):
@@ -252,6 +254,10 @@ def test_a_system_prompt_stays_before_a_side_that_begins_with_the_user():
         ("conversation", {"prompt": "a", "completion": "b", "label": False}, "label: expected true .*, got False$"),
         ("conversation", {"prompt": "a", "completion": "b", "label": 0}, "label: expected true .*, got 0$"),
         ("text", {"prompt": "a", "completion": "b", "label": False}, "label: expected true .*, got False$"),
+        ("conversation", {"prompt": "a", "completion": "b", "label": "x"}, "label: expected true .*, got 'x'$"),
+        ("conversation", {"messages": conversation("a", "b"), "label": "false"}, "label: expected true .*, got False$"),
+        ("text", {"messages": conversation("a", "b"), "label": 0}, "label: expected true .*, got 0$"),
+        ("conversation", {"messages": conversation("a", "b"), "labels": {"x": 1, "y": 0}}, r"labels\.y: expected true"),
         ("text", {"sentence": "a"}, "expected a text: text, or .*got the fields sentence$"),
         ("text", {"text": 3}, "text: expected text, got 3"),
         ("text", {}, r"got the fields \(none\)"),
