@@ -101,7 +101,7 @@ def alternatives(fields: Mapping[str, Any], where: str) -> list[list[Message]]:
     from dph.data.conversions import own_fields
     from dph.data.formats import answer_form, parse_record
 
-    fields = own_fields(_without_marks(fields), where)
+    fields = own_fields(_without_marks(fields), where, with_tools=True)
     form = answer_form(fields)
     if form == "preference":
         pair = parse_record(fields, "preference", where)

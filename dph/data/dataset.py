@@ -327,7 +327,11 @@ def split_by_prompt(
 def prompt_key(record: Preference | Labelled) -> str:
     """Return a text that is the same for records with the same prompt."""
     conversation = record.answers[0] if isinstance(record, Labelled) else record.chosen
-    return repr([(message["role"], message["content"]) for message in conversation[:-1]])
+    contents: list[tuple[Any, ...]] = []
+    for message in conversation[:-1]:
+        calls = (message["tool_calls"],) if "tool_calls" in message else ()
+        contents.append((message["role"], message["content"], *calls))
+    return repr(contents)
 
 
 def open_held_out(

@@ -102,9 +102,10 @@ def parse_record(
     """
     if columns:
         fields = conversions.renamed(fields, columns, where)
-    is_text = kind == "text" and fields.get(text_field) is not None
+    is_text, tools = kind == "text" and fields.get(text_field) is not None, None
     if not is_text and not fields.keys() <= OWN_FIELDS:
-        fields = conversions.own_fields(fields, where)
+        fields = conversions.own_fields(fields, where, with_tools=True)
+        tools = conversions.tools_of(fields, where)
     if is_text:
         used: tuple[str, ...] = (text_field,)
         text = fields[text_field]
@@ -148,11 +149,28 @@ def parse_record(
         if kind == "text":
             expected = expected.replace("text", text_field, 1)
         raise UserError(f"{where}: expected a {kind}: {expected}; got the fields {present}")
+    if tools:
+        record = _with_tools(record, tools, where)
     if ignored is not None:
         for name, value in fields.items():
-            if name not in used and value is not None:
+            if name not in used and value is not None and name != "tools":
                 ignored.add(name)
     return record
+
+
+def _with_tools(record: Record, tools: list[Any], where: str) -> Record:
+    """Return a record with definitions of tools, which the first message of each conversation has."""
+
+    def defined(messages: list[Message]) -> list[Message]:
+        return [{**messages[0], "tools": tools}, *messages[1:]]
+
+    if isinstance(record, Text):
+        raise UserError(f"{where}: tools: expected none in a text")
+    if isinstance(record, Preference):
+        return Preference(defined(record.chosen), defined(record.rejected))
+    if isinstance(record, Labelled):
+        return Labelled([defined(messages) for messages in record.answers], record.labels)
+    return Conversation(defined(record.messages))
 
 
 def answer_form(fields: Mapping[str, Any]) -> str | None:
@@ -173,6 +191,8 @@ def from_messages(messages: list[Message], kind: str, where: str) -> Record:
     if kind == "text":
         for message in messages:
             excluded = excluded or not message.get("train", True)
+            if "tool_calls" in message:
+                raise UserError(f"{where}: tool_calls: expected none in messages that become a text")
         if excluded:
             raise UserError(f"{where}: expected messages that are all learnt as text, got one with weight 0")
         return Text(chat.text(messages))
@@ -229,7 +249,7 @@ def _messages(
     if isinstance(value, list):
         messages = []
         for i, message in enumerate(value):
-            messages.append(conversions.turn(message, f"{where}[{i}]", ignored))
+            messages.append(conversions.turn(message, f"{where}[{i}]", ignored, with_tools=True))
         value = messages
     chat.check(value, where)
     return value

@@ -206,7 +206,7 @@ class Surveyor:
 
 def _record(fields: Mapping[str, Any], where: str, ignored: set[str]) -> tuple[str, Record]:
     """Return the form of a row, and its record; a bad answer (``label: false``) counts as a conversation."""
-    own = conversions.own_fields(fields, where)
+    own = conversions.own_fields(fields, where, with_tools=True)
     present = {name for name, value in own.items() if value is not None}
     if not present.isdisjoint(("labels", "scores", "completions")) or isinstance(own.get("rejected"), list):
         record = parse_record(fields, LABELLED, where, ignored=ignored)
