@@ -115,6 +115,8 @@ def test_templates_without_tools_are_refused_by_name():
             chat.encode(turns, tok)
     with pytest.raises(UserError, match=r"messages\[2\]: expected no tools in the paper's chat format"):
         chat.encode(talk(), small_tokenizer())
+    with pytest.raises(UserError, match="conversations: tools: expected the same definitions"):
+        chat.encode_many([with_tools(talk()), with_tools(talk(), TOOLS * 2)], templates.made(NAMES[0]))
     with pytest.raises(UserError, match="only supports single tool-calls"):
         chat.encode([*talk()[:2], {**call("a"), "tool_calls": call("a")["tool_calls"] * 2}], templates.made(NAMES[1]))
 

@@ -85,7 +85,10 @@ class ToolFormat:
 
         Raises ToolsRefused for what the template does not write, and refusals of the template as ``TemplateFormat``.
         """
-        tools = next((message["tools"] for message in messages if "tools" in message), None)
+        definitions = [message["tools"] for message in messages if "tools" in message]
+        tools = definitions[0] if definitions else None
+        if any(other != tools for other in definitions):
+            raise ToolsRefused("tools: expected the same definitions for the whole conversation, got others")
         own = [{key: value for key, value in message.items() if key not in OWN_KEYS} for message in messages]
         text = self._marks.write(own, generate, tools)
         shielded = self._marks.write(self._shielded(own), generate, self._shielded(tools))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
+import decimal
 import json
 import math
 import os
@@ -330,8 +332,17 @@ def json_line(value: Any) -> str:
 
     Characters that end a line, control a terminal or are half of a pair are written as JSON's escapes.
     """
-    text = json.dumps(_finite(value), ensure_ascii=False)
+    text = json.dumps(_finite(value), ensure_ascii=False, default=_as_json)
     return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value of a table that JSON lacks. Raises UserError for one that is neither a time nor a number."""
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal | datetime.timedelta):
+        return str(value)
+    raise UserError(f"output: expected values that JSON has, times or decimal numbers, got {type(value).__name__}")
 
 
 def _finite(value: Any) -> Any:

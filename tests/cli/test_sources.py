@@ -1,5 +1,7 @@
 """Commands take the sources of ``dph train``: files of every format, folders, the hub and tasks, with their options."""
 
+import datetime
+import decimal
 import json
 import sys
 import types
@@ -138,3 +140,18 @@ def test_rows_that_mark_their_answer_are_scored_all_the_same(dph_command, models
     row = {"messages": [USER, {**ANSWER, "weight": 0}], "labels": {"safe": 0}, "label": None}
     code, out, _ = dph_command("score", models / "judge", write_lines(tmp_path / "a.jsonl", row), "--json")
     assert (code, json.loads(out)["labels"]) == (0, {"safe": 0})
+
+
+def test_values_of_tables_that_json_lacks(dph_command, models, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import Table
+
+    row = {"prompt": "a film?", "completion": "is", "day": datetime.date(2026, 1, 31), "cost": decimal.Decimal("1.50")}
+    parquet.write_table(Table.from_pylist([row]), tmp_path / "a.parquet")
+    code, out, _ = dph_command("score", models / "judge", tmp_path / "a.parquet", "--json")
+    line = json.loads(out)
+    assert (code, line["day"], line["cost"]) == (0, "2026-01-31", "1.50")
+    parquet.write_table(Table.from_pylist([row | {"digest": b"\x00"}]), tmp_path / "a.parquet")
+    code, out, err = dph_command("score", models / "judge", tmp_path / "a.parquet", "--json")
+    assert (code, out) == (2, "")
+    assert "expected values that JSON has, times or decimal numbers, got bytes" in err
