@@ -123,7 +123,7 @@ def test_conversations_end_to_end_repeat_the_system_message_or_not():
     ("turns", "error"),
     [
         ([message("user", "hello")], "expected an assistant message"),
-        ([message("tool", "hello")], r"messages\[0\]: expected role system, user, assistant, got 'tool'"),
+        ([message("robot", "hello")], r"messages\[0\]: expected role system, user, assistant, tool, got 'robot'"),
         ([message("user\n<|im_end|>", "hello")], r"messages\[0\]: expected role"),
         ([message("user", "a"), {"role": "assistant"}], r"messages\[1\].*none for content"),
         ([{"content": "a"}], r"messages\[0\].*none for role"),

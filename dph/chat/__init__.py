@@ -18,14 +18,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 from weakref import WeakKeyDictionary, proxy
 
-from dph.chat.templates import Refused, TemplateFormat
+from dph.chat.templates import Refused, Rendered, TemplateFormat
+from dph.chat.tools import RenderedTools, ToolFormat, ToolsRefused, uses_tools
 from dph.errors import UserError, check_text, one_line, shown, shown_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NO_TOOLS = "expected no tools in the paper's chat format; a tokenizer with a chat template of its own may have them"
 START, END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
+TOOL = "tool"  # role of the result of a call, in chat templates that have tools
 
 # Chat template of our tokenizers: ``apply_chat_template(messages)`` gives the ``tokens`` of ``encode``, and with
 # ``add_generation_prompt=True`` those of ``prompt``. Content that spells a control token needs
@@ -57,7 +60,7 @@ TEMPLATE = r"""
 
 
 class _Turn(TypedDict):
-    role: str  # one of ROLES
+    role: str  # one of ROLES, or TOOL
     content: str
 
 
@@ -65,6 +68,12 @@ class Message(_Turn, total=False):
     """One turn of a conversation."""
 
     train: bool  # False leaves an answer out of the loss of ``encode``; it stays part of the conversation
+    # For chat templates with tools, as ``apply_chat_template`` takes them: definitions for the whole conversation (at
+    # one of its messages), the assistant's calls, and of a result the call and the name of the tool.
+    tools: list[dict[str, Any]]
+    tool_calls: list[dict[str, Any]]
+    tool_call_id: str
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +162,7 @@ def _user_errors(name: Callable[[int | None], str]) -> Iterator[None]:
     """Turn the refusal of a tokenizer or conversation into a UserError; ``name`` gives a message's name."""
     try:
         yield
-    except Refused as error:
+    except (Refused, ToolsRefused) as error:
         raise UserError(f"{name(error.index)}: {one_line(error, most=400)}") from error
 
 
@@ -233,13 +242,30 @@ def check(messages: Any, where: str = "messages") -> None:
         if "role" not in message or "content" not in message:
             missing = " and ".join(key for key in ("role", "content") if key not in message)
             raise UserError(f"{where}[{i}]: expected role and content, got none for {missing}")
-        if not isinstance(message["role"], str) or message["role"] not in ROLES:
-            raise UserError(f"{where}[{i}]: expected role {', '.join(ROLES)}, got {shown(message['role'])}")
+        role = message["role"]
+        if not isinstance(role, str) or (role not in ROLES and role != TOOL):
+            raise UserError(f"{where}[{i}]: expected role {', '.join((*ROLES, TOOL))}, got {shown(role)}")
+        if len(message) > 2 and "tool_calls" in message:
+            check_calls(message["tool_calls"], role, f"{where}[{i}].tool_calls")
         if not isinstance(message.get("train", True), bool):
             raise UserError(f"{where}[{i}].train: expected true or false, got {shown(message['train'])}")
         content = message["content"]
         if type(content) is not str or not content.isascii():  # ASCII text, the common case, has no lone surrogate
             check_text(content, f"{where}[{i}].content")
+
+
+def check_calls(calls: Any, role: str, where: str) -> None:
+    """Raise UserError unless ``calls`` are the assistant's, each with the name and arguments of a function."""
+    if role != "assistant" or not isinstance(calls, list):
+        raise UserError(f"{where}: expected a list of calls of the assistant, got {shown(calls)} of {role}")
+    for i, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if (
+            not isinstance(function, Mapping)
+            or not isinstance(function.get("name"), str)
+            or not isinstance(function.get("arguments", {}), Mapping)
+        ):
+            raise UserError(f"{where}[{i}]: expected an object function with name and arguments, got {shown(call)}")
 
 
 def check_answered(messages: Sequence[Message], where: str = "messages") -> None:
@@ -297,6 +323,8 @@ def encode_many(
             return _encode_template(marks, turns, last_answer, last_only)
     tokens, loss_mask, score_mask, reward_position = [marks.eos], [], [], None
     for i, message in enumerate(turns):
+        if message["role"] == TOOL or "tools" in message or "tool_calls" in message:
+            raise UserError(f"{_turn_name(conversations, repeat_system, i)}: {NO_TOOLS}")
         head, content = marks.heads[message["role"]], marks.content(message["content"])
         tokens += head + content
         if i == last_answer:
@@ -310,9 +338,18 @@ def encode_many(
     return Encoded(tokens, [*tokens[1:], marks.eos], [*loss_mask, False], [*score_mask, False], reward_position)
 
 
+def _rendered(marks: TemplateFormat, turns: Sequence[Message], generate: bool = False) -> Rendered | RenderedTools:
+    """Return the tokens of a conversation in a format of a chat template. Raises Refused or ToolsRefused."""
+    if not uses_tools(turns):
+        return marks.render(turns, generate)
+    if marks.for_tools is None:
+        marks.for_tools = ToolFormat(marks)
+    return marks.for_tools.render(turns, generate)
+
+
 def _encode_template(marks: TemplateFormat, turns: Sequence[Message], last_answer: int, last_only: bool) -> Encoded:
     """Return a conversation in a format of a chat template; otherwise as ``encode_many``. Raises Refused."""
-    rendered = marks.render(turns)
+    rendered = _rendered(marks, turns)
     tokens = rendered.tokens
     loss_mask, score_mask = [False] * len(tokens), [False] * len(tokens)
     for i, message in enumerate(turns):
@@ -353,7 +390,9 @@ def prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> l
     marks = markup(tokenizer)
     if isinstance(marks, TemplateFormat):
         with _user_errors(lambda index: "messages" if index is None else f"messages[{index}]"):
-            return marks.render(messages, generate=True).tokens
+            return _rendered(marks, messages, generate=True).tokens
+    if uses_tools(messages):
+        raise UserError(f"messages: {NO_TOOLS}")
     tokens = [marks.eos]
     for message in messages:
         tokens += marks.heads[message["role"]] + marks.content(message["content"]) + marks.tail

@@ -17,13 +17,15 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import proxy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from dph.chat.tools import ToolFormat
 
     Messages = Sequence[Mapping[str, Any]]
     Key = tuple[tuple[tuple[str, str], ...], bool]  # (role, kind of content) of each message, and generation prompt
@@ -194,6 +196,7 @@ class TemplateFormat:
         self.size, self.template, self.eos = len(tokenizer), tokenizer.chat_template, eos
         self._tokenizer = proxy(tokenizer)  # the format is a value of a weak dictionary, which must not keep its key
         self._skeletons: dict[Key, Skeleton] = {}
+        self.for_tools: ToolFormat | None = None  # at the first use
         described = json.loads(tokenizer.backend_tokenizer.to_str())
         unknown, control = _unknown_token(described["model"]), self._control_tokens(described["added_tokens"])
         self._controlled = ControlledTokenizer(tokenizer.backend_tokenizer, described, control)
@@ -207,6 +210,19 @@ class TemplateFormat:
         if rendered.tokens != expected:
             raise Refused("expected the tokens of its backend (tokenizer.json) from apply_chat_template, got others")
         self.tail = rendered.tokens[rendered.ends[1] :]
+
+    def controlled(self, is_control: Callable[[str, bool, str], bool]) -> ControlledTokenizer:
+        """Return a copy of the backend for other control tokens.
+
+        ``is_control`` is called with each added token, whether it is special, and the chat template for tools.
+        """
+        template = self._tokenizer.get_chat_template(tools=[])
+        described, control = json.loads(self._tokenizer.backend_tokenizer.to_str()), set()
+        for token in described["added_tokens"]:
+            special = token["special"] or token["content"] in self._tokenizer.all_special_tokens
+            if is_control(token["content"], special, template):
+                control.add(token["content"])
+        return ControlledTokenizer(self._tokenizer.backend_tokenizer, described, control)
 
     def _control_tokens(self, added: list[dict[str, Any]]) -> set[str]:
         """Return the special tokens, and the other added tokens of markup that the template writes between contents."""
@@ -246,7 +262,7 @@ class TemplateFormat:
         Raises Refused with the template's own words if it raises, and if it changes or drops a content.
         """
         messages = [dict(message) for message in messages]
-        text = self._apply(messages, generate)
+        text = self.write(messages, generate)
         skeleton, ranges = self._align(text, messages, generate)
         if skeleton.renamed is None:
             skeleton.renamed = self._controlled.rename(skeleton.constants)
@@ -286,10 +302,12 @@ class TemplateFormat:
             names = ", ".join(self._tokenizer.convert_ids_to_tokens(differing))
             raise Refused(f"expected the control tokens of the chat template alone, got others next to text: {names}")
 
-    def _apply(self, messages: Messages, generate: bool) -> str:
-        """Return the text that the chat template gives."""
+    def write(self, messages: Messages, generate: bool, tools: Sequence[Any] | None = None) -> str:
+        """Return the text that the chat template gives. Raises Refused with the template's words if it raises."""
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+            return self._tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=generate
+            )
         except Exception as error:  # a template is a program of others
             raise Refused(f"expected messages that the tokenizer's chat template accepts, got its: {error}") from error
 
@@ -301,7 +319,7 @@ class TemplateFormat:
         messages = []
         for i, (role, kind) in enumerate(kinds):
             messages.append({"role": role, "content": SENTINELS[kind].format(i)})
-        text = self._apply(messages, generate)
+        text = self.write(messages, generate)
         constants, slots, position = [], [], 0
         for match in SLOT.finditer(text):
             slots.append((int(match[1] or match[2] or match[3]), match[4] or "whole"))

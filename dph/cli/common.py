@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
+import decimal
 import json
 import math
 import os
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dph.data import atomic
-from dph.errors import UNPRINTABLE, UserError, printable
+from dph.errors import UNPRINTABLE, UserError, printable, shown
 from dph.infer import sampling
 
 if TYPE_CHECKING:
@@ -96,6 +98,11 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="JSON lines in place of a table")
 
 
+def add_field(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the name of the field that the output adds to the rows of the input."""
+    parser.add_argument("--field", default=default, metavar="NAME", help=f"field that is added (default: {default})")
+
+
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add the recipe, its overrides and the run directory."""
     parser.add_argument(
@@ -110,6 +117,30 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 # Input
+
+SOURCE = (
+    "a file or folder as of dph train, task:NAME, hub:NAME, or one with options as in a recipe: {source: x.csv, "
+    "columns: {prompt: question}, filter: {lang: en}, limit: 100}"
+)
+SOURCE_OPTIONS = ("split", "directory", "limit", "columns", "filter")
+
+
+def parse_source(text: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of a source and its options, which ``dph.data.rows.open_source`` takes.
+
+    Raises UserError for an option that has no meaning in a command, and for wrong values.
+    """
+    if not text.lstrip().startswith("{"):
+        return text, {}
+    from dph.train import config_schema, recipe, yaml_values
+
+    values = yaml_values.parse(text, "source", numbered=False)
+    for name in values:
+        if name not in ("source", *SOURCE_OPTIONS):
+            raise UserError(f"source: expected the options {', '.join(SOURCE_OPTIONS)}, got {shown(name)}")
+    source = config_schema.build(recipe.Source, values)
+    config_schema.check_ranges(source)
+    return source.source, {name: getattr(source, name) for name in SOURCE_OPTIONS if values.get(name) is not None}
 
 
 def load_recipe(args: argparse.Namespace) -> Recipe:
@@ -301,8 +332,17 @@ def json_line(value: Any) -> str:
 
     Characters that end a line, control a terminal or are half of a pair are written as JSON's escapes.
     """
-    text = json.dumps(_finite(value), ensure_ascii=False)
+    text = json.dumps(_finite(value), ensure_ascii=False, default=_as_json)
     return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value of a table that JSON lacks. Raises UserError for one that is neither a time nor a number."""
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal | datetime.timedelta):
+        return str(value)
+    raise UserError(f"output: expected values that JSON has, times or decimal numbers, got {type(value).__name__}")
 
 
 def _finite(value: Any) -> Any:

@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = f"""{HELP}.
 
 The exit code is 1 if training would refuse a row, with --strict also if one is suspicious."""
-    parser.add_argument(
-        "files", nargs="+", metavar="SOURCE", help="files or folders as of dph train, task:NAME or hub:NAME"
-    )
+    parser.add_argument("files", nargs="+", metavar="SOURCE", help=common.SOURCE)
     parser.add_argument("--tokenizer", metavar="DIR", help="model or tokenizer, for lengths in tokens")
     parser.add_argument(
         "--max-tokens", type=common.COUNT, default=2048, metavar="T", help="longest record (default: 2048)"
@@ -49,13 +47,15 @@ def run(args: argparse.Namespace) -> int:
         from dph.model.loading import load_tokenizer
 
         tokenizer = load_tokenizer(args.tokenizer)
+    sources = [common.parse_source(text) for text in args.files]
+    held_out = [common.parse_source(text) for text in args.held_out]
     surveyor = Surveyor(tokenizer, args.max_tokens)
     with tqdm(desc="data", unit=" rows", disable=None, file=sys.stderr) as progress:
-        for source in args.files:
-            for count in surveyor.read(source):
+        for source, options in sources:
+            for count in surveyor.read(source, **options):
                 if count % EVERY == 0:
                     progress.update(EVERY)
-    survey = surveyor.finish(args.held_out)
+    survey = surveyor.finish(held_out)
     if args.json:
         common.print_json({**vars(survey), "refused": survey.refused})
     else:

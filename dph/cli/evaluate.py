@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dph.cli import common, results
-from dph.errors import UserError
+from dph.errors import UserError, printable
 
 if TYPE_CHECKING:
     from dph.chat import Encoded
@@ -19,25 +20,32 @@ if TYPE_CHECKING:
     from dph.tasks import Task
 
 HELP = "answer a task's questions by log-probability and by reward"
+NO_LABELS = "no labels"
 EXAMPLE = """dph evaluate runs/align --task glue/sst2 --directory data --limit 500
+dph evaluate runs/align --task glue/ax --output predictions.jsonl
 dph evaluate runs/align --task arc/easy boolq --output answers.jsonl"""
 WITHOUT_HEAD = "--logprob-only needs no rewards"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``dph evaluate``."""
+    parser.description = f"""{HELP}.
+
+A line of the output has the task, the index of the record, from 0, the record itself, the index of the right choice
+(gold, null if it is hidden), and by each method the scores of all choices, and the index and text of the chosen one.
+Records without a label have no part in the metrics."""
     common.add_model(parser)
     parser.add_argument(
         "--task",
         required=True,
         nargs="+",
         metavar="TASK",
-        help="such as glue/sst2 (dph tasks lists them), or a file (dph.tasks.own)",
+        help="such as glue/sst2 (dph tasks lists them), or a file, a folder or hub:NAME (dph.tasks.own)",
     )
     parser.add_argument("--directory", metavar="DIR", help="read DIR/<task>/<split>.jsonl in place of the hub")
     parser.add_argument("--split", help="split to read (default: the one that the paper reports)")
     parser.add_argument("--limit", type=common.COUNT, metavar="N", help="only the first N records")
-    results.add_output(parser, "every record with its reference and the scores of its choices")
+    results.add_output(parser, "every record with its reference, the scores of its choices and the chosen one")
     common.add_judging(parser)
     common.add_json(parser)
 
@@ -49,7 +57,7 @@ class _Questions:
         from dph.evaluate.choices import references
 
         self._sources, self._places = sources, []
-        self.gold: list[list[float]] = []  # by task
+        self.gold: list[list[float | None]] = []  # by task
         for number, (task, documents) in enumerate(sources):
             used = range(min(len(documents), limit or len(documents)))
             self.gold.append(references(task, [documents[i] for i in used], documents.location))
@@ -81,21 +89,33 @@ class _Questions:
 
     def line(self, index: int, scores: dict[str, Any]) -> dict[str, Any]:
         """Return a record's line of the output."""
+        from dph.evaluate.choices import predictions
+
         number, i = self._places[index]
         task, documents = self._sources[number]
-        return {"task": task.name, "record": dict(documents[i]), "gold": self.gold[number][i], "scores": scores}
+        return {
+            "task": task.name,
+            "index": i,
+            "record": dict(documents[i]),
+            "gold": self.gold[number][i],
+            "scores": scores,
+            "predictions": predictions(task, documents[i], scores),
+        }
 
 
 def run(args: argparse.Namespace) -> None:
     """Read and check every task's documents, then open the model and print a report per task."""
-    folders = [] if args.directory is None else [Path(args.directory) / name for name in args.task]
-    common.check_output(args.output, args.model, Path(args.model) / "model", *folders)
-
     from dph import tasks
     from dph.data.dataset import task_documents
 
+    names = [name.removeprefix("task:") for name in args.task]
+    chosen = [tasks.load(name) for name in names]
+    inputs = [*names, *(task.file for task in chosen if task.file is not None)]
+    if args.directory is not None:
+        inputs += [Path(args.directory) / name for name in names]
+    common.check_output(args.output, args.model, Path(args.model) / "model", *inputs)
     sources = []
-    for task in [tasks.load(name) for name in args.task]:
+    for task in chosen:
         sources.append((task, task_documents(task, args.split or task.evaluated, args.directory)))
     questions = _Questions(sources, args.limit)
     common.check_model(args)
@@ -129,6 +149,16 @@ def run(args: argparse.Namespace) -> None:
                 common.print_json(reports[-1].as_dict(), flush=True)
     if not args.json:
         print(_report_table(reports))
+    for report_of_task in reports:
+        _note_hidden(report_of_task, args.output)
+
+
+def _note_hidden(report: Report, output: str | None) -> None:
+    """Print to stderr how many records have no label, and what became of them."""
+    if report.labels < report.n:
+        found = f"{report.task}: {report.n - report.labels} of {report.n} records have no label"
+        written = "their predictions are in --output" if output else "--output FILE writes their predictions"
+        print(printable(f"{found} and no part in the metrics; {written}"), file=sys.stderr)
 
 
 def _report_table(reports: Sequence[Report]) -> str:
@@ -139,5 +169,7 @@ def _report_table(reports: Sequence[Report]) -> str:
         for row in report.rows:
             for name, interval in row.metrics.items():
                 figures = [None, None] if interval is None else [interval.value, interval.range]
+                if not report.labels:
+                    figures[0] = NO_LABELS
                 rows.append([report.task, row.method, name, *figures, row.ties, row.n])
     return table(["task", "method", "metric", "value", "95% interval", "ties", "n"], rows)

@@ -13,14 +13,13 @@ from dph.errors import UserError, printable, shown_names
 
 if TYPE_CHECKING:
     from dph.chat import Message
-    from dph.data.files import Rows
+    from dph.data.rows import SourceRows
 
 HELP = "sample several answers to a prompt and rank them"
 EXAMPLE = """dph generate runs/align --prompt "Name a prime number." -n 8
 dph generate runs/align --file prompts.jsonl --json
 dph generate runs/align --file prompts.jsonl --seed 0 --output answers.jsonl"""
 JSON_FIELDS = ("text", "reward", "spread", "logprob", "mean_logprob", "finished")
-FIELD = "candidates"  # of the output, besides those of the input
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument(
         "--file",
         metavar="PROMPTS",
-        help="file or folder of rows, as of dph train: prompt (text or messages) or messages",
+        help="rows with prompt (text or messages) or messages: " + common.SOURCE,
     )
-    results.add_output(parser, f"every line of --file with its messages and {FIELD}, in place of printing them,")
+    results.add_output(parser, "every line of --file with its messages and candidates, in place of printing them,")
+    common.add_field(parser, "candidates")
     common.add_sampling(parser)
     common.add_json(parser)
 
@@ -46,8 +46,9 @@ def run(args: argparse.Namespace) -> None:
         lines = [{"prompt": args.prompt}]
         prompts = [to_messages(args.prompt, "--prompt")]
     else:
-        common.check_output(args.output, args.file, args.model, Path(args.model) / "model")
-        lines, prompts = read_prompts(args.file)
+        source, _ = common.parse_source(args.file)
+        common.check_output(args.output, source, args.model, Path(args.model) / "model")
+        lines, prompts = read_prompts(args.file, args.field)
     common.check_model(args)
 
     from dph.cli.answers import Answerer, candidate_table
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     quiet = args.file is None or (args.output is None and sys.stdout.isatty())  # a bar would mix with the answers
     about = {"command": "generate"}
     if args.output is not None:
-        about |= {"input": lines.fingerprint(), "system": args.system, **answerer.about()}
+        about |= {"input": lines.fingerprint(), "system": args.system, "field": args.field, **answerer.about()}
     with (
         results.Results(args.output, about, args.resume) as output,
         results.Progress("generate", len(prompts), quiet) as progress,
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
                 error.add_note(f"answering {place(i)}")
                 raise
             fields = [{key: getattr(candidate, key) for key in JSON_FIELDS} for candidate in candidates]
-            written = {**({} if args.file is None else lines[i]), "messages": prompts[i], FIELD: fields}
+            written = {**({} if args.file is None else lines[i]), "messages": prompts[i], args.field: fields}
             output.add([written])
             if args.json:
                 common.print_json(written, flush=True)
@@ -86,18 +87,20 @@ def run(args: argparse.Namespace) -> None:
             progress.advance(1)
 
 
-def read_prompts(path: str) -> tuple[Rows, list[list[Message]]]:
-    """Return the rows of a file or folder and their conversations: ``prompt`` (text or messages) or ``messages``."""
-    from dph.data.conversions import own_fields, turn, with_system
-    from dph.data.files import open_path
+def read_prompts(text: str, added: str | None = None) -> tuple[SourceRows, list[list[Message]]]:
+    """Return the rows of a source and their conversations: ``prompt`` (text or messages) or ``messages``.
 
+    ``added`` is a field that no row may have.
+    """
+    from dph.data.conversions import own_fields, turn, with_system
+    from dph.data.rows import open_source
+
+    source, options = common.parse_source(text)
     prompts: list[list[Message]] = []
 
     def visit(place: str) -> Callable[[int, Mapping[str, Any]], None]:
         def read(number: int, row: Mapping[str, Any]) -> None:
             location = f"{place}{number}"
-            if FIELD in row:
-                raise UserError(f"{location}: {FIELD}: expected no such field, which the output adds")
             fields = own_fields(row, location)
             given = [fields[key] for key in ("prompt", "messages") if fields.get(key) is not None]
             if len(given) != 1:
@@ -112,10 +115,7 @@ def read_prompts(path: str) -> tuple[Rows, list[list[Message]]]:
 
         return read
 
-    lines = open_path(Path(path), visit)
-    if not prompts:
-        raise UserError(f"{path}: expected at least one prompt, got none")
-    return lines, prompts
+    return open_source(source, visit, with_answers=False, added=added, **options), prompts
 
 
 def to_messages(prompt: str | Sequence[Mapping[str, Any]], location: str) -> list[Message]:

@@ -13,18 +13,18 @@ from dph.errors import UserError, shown_names
 
 if TYPE_CHECKING:
     from dph.chat import Encoded, Message
-    from dph.data.files import Rows
+    from dph.data.rows import SourceRows
     from dph.model.judging import Judged
 
 HELP = "rewards and log-probabilities of conversations, and how often they prefer the chosen answer of a pair"
 EXAMPLE = """dph score runs/align conversations.jsonl --json
 dph score runs/align preferences.jsonl --output scores.jsonl
 dph score runs/align preferences.jsonl --output scores.jsonl --resume
+dph score runs/align '{source: answers.csv, columns: {prompt: question, completion: answer}, limit: 100}'
 dph score MODEL preferences.jsonl --head runs/helpful --head runs/harmless"""
 WITHOUT_HEAD = "--logprob-only needs no rewards"
 SIDES = ("chosen", "rejected")
 TITLES = {"reward": "reward", "logprob": "log-probability (sum)", "mean_logprob": "log-probability (mean)"}
-FIELD = "scores"  # of the output, besides those of the input
 
 # Keys of TITLES, "spread" of an ensemble, and reward_NAME and spread_NAME of several heads, with their values;
 # log-probabilities in nats, None for the mean of an empty answer.
@@ -39,45 +39,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 The sum is the log-probability of the final answer, its end-of-turn token included, in nats. The mean is per content
 token and leaves out the end-of-turn token; an empty answer has none (-). A line with chosen and rejected is a pair, any
-other a conversation. The output has the fields of each line, and its scores in the field {FIELD!r}."""
+other a conversation. The output has the fields of each line, and its scores in the field of --field."""
     common.add_model(parser)
     parser.add_argument(
         "file",
         metavar="CONVERSATIONS",
-        help="a source as of dph train: a file or folder of rows with messages, prompt and completion, or chosen and "
-        "rejected (TRL's forms), task:NAME or hub:NAME",
+        help="rows with messages, prompt and completion, or chosen and rejected (TRL's forms): " + common.SOURCE,
     )
     results.add_output(parser, "every line with its scores")
+    common.add_field(parser, "scores")
     common.add_judging(parser)
     common.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Print a line per conversation, and a summary of preferences; write every line to ``--output``."""
-    common.check_output(args.output, args.file, args.model, Path(args.model) / "model")
+    source, options = common.parse_source(args.file)
+    common.check_output(args.output, source, args.model, Path(args.model) / "model")
 
-    from dph.data import dataset
+    from dph.data.rows import open_source
 
     def visit(place: str) -> Callable[[int, Mapping[str, Any]], None]:
         def check(number: int, fields: Mapping[str, Any]) -> None:
             alternatives(fields, f"{place}{number}")
-            if FIELD in fields and (args.json or args.output is not None):
-                raise UserError(f"{place}{number}: {FIELD}: expected no such field, which the output adds")
 
         return check
 
-    lines = dataset.answered_rows(args.file, visit)  # an error now rather than when the line's turn comes
-    if not len(lines):
-        raise UserError(f"{args.file}: expected at least one record, got none")
+    added = args.field if args.json or args.output is not None else None
+    lines = open_source(source, visit, added=added, **options)  # an error now rather than when the line's turn comes
     common.check_model(args)
 
     model, tokenizer, heads = common.open_model(args, common.heads_of(args), WITHOUT_HEAD)
-    about = {"command": "score", "input": lines.fingerprint()}
+    about = {"command": "score", "input": lines.fingerprint(), "field": args.field}
     if args.output is not None:
         about |= results.about_model(model, tokenizer, heads)
 
     def line(index: int, judged: Judged) -> dict[str, Any]:
-        return {**lines.visited(index), FIELD: _scores(judged, heads, lines.location(index))}
+        return {**lines[index], args.field: _scores(judged, heads, lines.location(index))}
 
     scored: list[Scored] = []
     quiet = args.json and sys.stdout.isatty()  # a bar would mix with the lines
@@ -87,8 +85,8 @@ def run(args: argparse.Namespace) -> None:
     ):
         groups = _encoder(lines, tokenizer)
         for written in results.judged_lines(model, groups, line, lines.location, output, progress):
-            scored.append(written[FIELD])
-            if args.json and not _is_pair(written[FIELD]):
+            scored.append(written[args.field])
+            if args.json and not _is_pair(written[args.field]):
                 common.print_json(written, flush=True)
     _report(scored, args.json)
 
@@ -97,13 +95,13 @@ def alternatives(fields: Mapping[str, Any], where: str) -> list[list[Message]]:
     """Return the conversation of a line, or the two of a pair, the chosen one first; each ends in the answer to judge.
 
     Raises UserError, which begins with ``where``, for fields that are neither. Whether an answer is good to learn
-    (``label``, ``weight``) plays no part.
+    (``label``, ``labels``, ``weight``) plays no part.
     """
     from dph import chat
-    from dph.data.conversions import TRAIN_FLAGS, own_fields
+    from dph.data.conversions import own_fields
     from dph.data.formats import answer_form, parse_record
 
-    fields = own_fields({key: value for key, value in fields.items() if key not in ("label", *TRAIN_FLAGS)}, where)
+    fields = own_fields(_without_marks(fields), where, with_tools=True)
     form = answer_form(fields)
     if form == "preference":
         pair = parse_record(fields, "preference", where)
@@ -116,7 +114,20 @@ def alternatives(fields: Mapping[str, Any], where: str) -> list[list[Message]]:
     return [messages]
 
 
-def _encoder(lines: Rows, tokenizer: Any) -> Callable[[int], Iterator[list[Encoded]]]:
+def _without_marks(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row without what marks its answer as good or bad to learn, also in messages."""
+    from dph.data.conversions import TRAIN_FLAGS
+
+    row = {}
+    for name, value in fields.items():
+        if isinstance(value, list):
+            value = [_without_marks(item) if isinstance(item, Mapping) else item for item in value]
+        if name not in ("label", "labels", *TRAIN_FLAGS):
+            row[name] = value
+    return row
+
+
+def _encoder(lines: SourceRows, tokenizer: Any) -> Callable[[int], Iterator[list[Encoded]]]:
     """Return a function that yields the encoded alternatives of each line from an index on."""
     from dph import chat
 
@@ -126,7 +137,7 @@ def _encoder(lines: Rows, tokenizer: Any) -> Callable[[int], Iterator[list[Encod
             try:
                 yield [
                     chat.encode(messages, tokenizer, last_only=True)
-                    for messages in alternatives(lines.visited(i), where)
+                    for messages in alternatives(lines.fields(i), where)
                 ]
             except UserError as error:
                 raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from error

@@ -71,7 +71,7 @@ def _documents(task: Task, args: argparse.Namespace) -> Iterator[Any]:
     """Return the documents of the task's file or split; without one its example."""
     from dph.data.dataset import task_documents
 
-    if task.file is None and args.directory is None:
+    if task.file is None and args.directory is None and task.example:
         return iter([task.example])
     return iter(task_documents(task, args.split or task.evaluated, args.directory))
 

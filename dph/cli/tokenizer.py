@@ -22,8 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="+",
         metavar="SOURCE",
-        help="files or folders as of dph train (text, or rows: their texts, prompts, answers and messages), task:NAME "
-        "or hub:NAME",
+        help="text, or the texts, prompts, answers and messages of rows: " + common.SOURCE,
     )
     parser.add_argument(
         "--field", action="append", metavar="NAME", help="read only this field of rows (may be repeated; not of tasks)"
@@ -51,19 +50,20 @@ def run(args: argparse.Namespace) -> None:
 def _texts(sources: Sequence[str], fields: Sequence[str] | None) -> Iterator[str]:
     """Yield the texts of files and folders, of the rows of hub data sets, and of the records of tasks."""
     from dph.data import dataset, tokenizer
+    from dph.data.rows import open_source
 
-    for source in sources:
-        origin, _, name = source.partition(":")
-        if origin == "task":
+    for text in sources:
+        source, options = common.parse_source(text)
+        if source.startswith("task:"):
             if fields:
                 raise UserError(
                     f"--field: expected none for {source}, whose fields are known, got {shown_names(fields)}"
                 )
-            for record in dataset.load(source, "text"):
+            for record in dataset.load(source, "text", **options):
                 yield record.text
-        elif origin == "hub":
-            path, _, config = name.partition(":")
-            for i, row in enumerate(dataset.read_hub(path, config or None, "train")):
-                yield from tokenizer.texts_of(row, fields or tokenizer.FIELDS, f"{source} record {i}")
+        elif options or source.startswith("hub:"):
+            rows = open_source(source, **options)
+            for i in range(len(rows)):
+                yield from tokenizer.texts_of(rows.fields(i), fields or tokenizer.FIELDS, rows.location(i))
         else:
             yield from tokenizer.read_texts(source, fields or tokenizer.FIELDS)

@@ -22,15 +22,16 @@ FIELDS = (
 )  # fmt: skip
 # Fields without which a row means something else; none of them is supported, so that a value is refused.
 REFUSED_FIELDS = (
-    "tools", "functions", "tool_calls", "function_call", "images", "image", "videos", "video", "audios", "audio",
+    "functions", "tool_calls", "function_call", "images", "image", "videos", "video", "audios", "audio",
     "history", "chat_template_kwargs",
 )  # fmt: skip
 REFUSED_TURN_FIELDS = (
-    "tool_calls", "function_call", "tool_call_id", "tools", "functions", "reasoning_content", "reasoning", "thinking",
+    "function_call", "tools", "functions", "reasoning_content", "reasoning", "thinking",
     "images", "image", "videos", "video", "audios", "audio",
 )  # fmt: skip
+TOOL_FIELDS = ("tool_calls", "tool_call_id")
 TRAIN_FLAGS = ("weight", "train", "loss")
-TURN_FIELDS = {"role", "content", *TRAIN_FLAGS}
+TURN_FIELDS = {"role", "content", "tool_calls", "tool_call_id", *TRAIN_FLAGS}
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "developer": "system"}
 # JSON of a list of messages, and what Python prints for one.
 JSON_MESSAGES = re.compile(r"\s*\[\s*\{\s*\"(?:role|content|from|value)\"\s*:")
@@ -68,13 +69,14 @@ def is_one_of(value: Any, wanted: Sequence[Any]) -> bool:
     return False
 
 
-def own_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+def own_fields(fields: Mapping[str, Any], where: str, with_tools: bool = False) -> dict[str, Any]:
     """Return a row of another program with our fields, and those that it has besides.
 
-    Raises UserError for a field of ``REFUSED_FIELDS`` that has a value, and for a row that is marked as not trained.
+    Raises UserError for a field of ``REFUSED_FIELDS`` that has a value, for tools unless ``with_tools``, and for a row
+    that is marked as not trained.
     """
     row = dict(fields)
-    _refuse(row, REFUSED_FIELDS, where)
+    _refuse(row, REFUSED_FIELDS if with_tools else (*REFUSED_FIELDS, "tools"), where)
     for name in TRAIN_FLAGS:
         value = row.get(name)
         if (isinstance(value, int | float) and value == 0) or (name == "weight" and value not in (None, 1)):
@@ -90,7 +92,9 @@ def own_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
             row[own] = row.pop(name)
     if isinstance(row.get("input"), Mapping) and row.get("preferred_output") is not None:  # OpenAI's preferences
         request = dict(row.pop("input"))
-        _refuse(request, REFUSED_FIELDS, f"{where}: input")
+        _refuse(request, REFUSED_FIELDS if with_tools else (*REFUSED_FIELDS, "tools"), f"{where}: input")
+        if request.get("tools"):
+            row["tools"] = request.pop("tools")
         row["prompt"], row["chosen"] = request.pop("messages", None), row.pop("preferred_output")
         row["rejected"] = row.pop("non_preferred_output", None)
         for name, value in request.items():
@@ -118,31 +122,77 @@ def with_system(system: Any, messages: list[Message], where: str) -> list[Messag
     return [{"role": "system", "content": system}, *messages]
 
 
-def turn(message: Any, where: str, ignored: set[str] | None) -> Any:
+def tools_of(fields: Mapping[str, Any], where: str) -> list[Any] | None:
+    """Return the definitions of tools of a row, also of JSON; None if it has none."""
+    tools = _from_json_list(fields.get("tools"))
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise UserError(f"{where}: tools: expected a list of definitions (objects), got {shown(tools)}")
+    return tools
+
+
+def _from_json_list(value: Any) -> Any:
+    """Return the value of a text that is JSON of a list; another value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _calls(value: Any, where: str) -> list[Any]:
+    """Return calls of tools whose arguments are objects; OpenAI has them as JSON."""
+    calls = _from_json_list(value)
+    if not isinstance(calls, list):
+        raise UserError(f"{where}: expected a list of calls, got {shown(value)}")
+    result = []
+    for i, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+            try:
+                arguments = json.loads(function["arguments"])
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where}[{i}]: arguments: expected an object, or JSON of one: {error}") from None
+            call = {**call, "function": {**function, "arguments": arguments}}
+        result.append(call)
+    return result
+
+
+def turn(message: Any, where: str, ignored: set[str] | None, with_tools: bool = False) -> Any:
     """Return a message of another program as ours; a value that is no message as it is.
 
     ``train`` is False for an answer that is not to be learnt. Raises UserError for a field of ``REFUSED_TURN_FIELDS``
-    that has a value, a weight other than 0 and 1, and parts of a content that are no text.
+    that has a value, for calls and results of tools unless ``with_tools``, a weight other than 0 and 1, and parts of a
+    content that are no text.
     """
     if not isinstance(message, Mapping):
         return message
     message = dict(message)
     if "role" not in message and "from" in message and "value" in message:  # ShareGPT
         message["role"], message["content"] = message.pop("from"), message.pop("value")
+    if message.get("tool_calls") and message.get("content") is None:
+        message["content"] = ""
     if "role" not in message or "content" not in message:
         return message
-    _refuse(message, REFUSED_TURN_FIELDS, where)
+    _refuse(message, REFUSED_TURN_FIELDS if with_tools else (*REFUSED_TURN_FIELDS, *TOOL_FIELDS), where)
     role, content = message["role"], message["content"]
     role = ROLES.get(role, role) if isinstance(role, str) else role
     if isinstance(content, list):
         content = _joined_parts(content, f"{where}.content", ignored)
     result = {"role": role, "content": content}
+    if message.get("tool_calls") and message["tool_calls"] != "[]":
+        result["tool_calls"] = _calls(message["tool_calls"], f"{where}.tool_calls")
+    for name in ("tool_call_id", "name"):
+        if role == "tool" and message.get(name) is not None:
+            result[name] = message[name]
     trained = _is_trained(message, where)
     if trained is False and role == "assistant":
         result["train"] = False
     elif trained and role != "assistant":
         raise UserError(f"{where}: expected weight 0 or none for a {role} message, which is never trained, got 1")
-    _add_unused(ignored, message, TURN_FIELDS, "messages.")
+    _add_unused(ignored, message, {*TURN_FIELDS, "name"} if role == "tool" else TURN_FIELDS, "messages.")
     return result
 
 
@@ -193,9 +243,9 @@ def _overlapped(prompt: list[Message], side: list[Message]) -> list[Message] | N
     return prompt + side
 
 
-def _contents(messages: list[Message]) -> list[tuple[str, str]]:
+def _contents(messages: list[Message]) -> list[tuple[str, str, Any]]:
     """Return what two messages are compared by: whitespace around a content makes no difference."""
-    return [(message["role"], message["content"].strip()) for message in messages]
+    return [(message["role"], message["content"].strip(), message.get("tool_calls")) for message in messages]
 
 
 def _split_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dph import tasks
-from dph.data import files
-from dph.data.conversions import check_columns, own_fields
+from dph.data import files, folders
+from dph.data.conversions import check_columns
 from dph.data.files import Documents
 from dph.data.formats import (
     EXPECTED_FIELDS,
@@ -112,50 +112,31 @@ def load(
     return records if limit is None else Limited(records, limit)
 
 
-def answered_rows(spec: str | Path, visit: files.Visit | None = None) -> files.Rows:
-    """Return the rows of a source as :func:`load` takes it; those of tasks and of the hub have our own fields.
-
-    ``visit`` makes the function that is called with each row of a file. A task with wrong answers gives preferences,
-    another one conversations; the hub's rows have the form of its first one. Raises UserError if the source is missing,
-    malformed or empty.
-    """
-    origin, _, name = str(spec).partition(":")
-    if origin not in ("task", "hub"):
-        return files.open_path(Path(spec), visit)
-    if origin == "task":
-        is_pair = tasks.load(name).paired
-    else:
-        hub_name, _, config = name.partition(":")
-        is_pair = own_fields(read_hub(hub_name, config or None, "train")[0], str(spec)).get("rejected") is not None
-    records = load(spec, "preference" if is_pair else "conversation")
-    rows = []
-    for record in records:
-        if isinstance(record, Preference):
-            rows.append({"chosen": record.chosen, "rejected": record.rejected})
-        elif record is not None:  # of a pair without a wrong answer
-            rows.append({"messages": record.messages})
-    return files.Documents(rows, records.fingerprint(), f"{spec}: record ")
-
-
 def _load_files(path: Path, kind: str, split: str, row_format: RowFormat) -> Sequence[Record]:
     """Return the records of a file, or of all files of a folder in the order of their names."""
     paths = [path]
     if path.is_dir():
-        if files.is_saved_dataset(path):
-            return RowRecords(partial(files.open_saved_dataset, path, split), row_format)
-        paths = files.files_in(path)
+        if folders.is_saved_dataset(path):
+            return RowRecords(partial(folders.open_saved_dataset, path, split), row_format)
+        paths = folders.files_in(path)
         if not paths:
             raise UserError(f"{path}: expected {', '.join((*files.ROWS, *files.TEXT))} files in the folder, got none")
-    elif str(path) in tasks.names():
-        raise UserError(f"{path}: expected a file, task:NAME or hub:NAME; did you mean task:{path}?")
+    else:
+        check_is_no_task(path)
     parts: list[Sequence[Record]] = []
     for file in paths:
         if files.is_text(file):
             parts.append(TextRecords(file, kind))
         else:
-            open_rows = partial(files.open_rows, file, len(paths) <= files.MAX_OPEN)
+            open_rows = partial(files.open_rows, file, len(paths) <= folders.MAX_OPEN)
             parts.append(RowRecords(open_rows, row_format))
     return parts[0] if len(parts) == 1 else Concatenated(parts)
+
+
+def check_is_no_task(path: Path) -> None:
+    """Raise UserError if a path is the name of a task, and no folder."""
+    if str(path) in tasks.names() and not path.is_dir():
+        raise UserError(f"{path}: expected a file, task:NAME or hub:NAME; did you mean task:{path}?")
 
 
 class TaskRecords(Records):
@@ -169,7 +150,7 @@ class TaskRecords(Records):
             raise UserError(
                 f"task {task.name}: has no wrong answers, so it gives text and conversations but no preferences"
             )
-        self._documents = task_documents(task, split, directory)
+        self._documents, self._definition = task_documents(task, split, directory), task.definition
         # By its name or file: its functions cannot be pickled for worker processes.
         self._spec, self._kind, self._seed, self._redraw = spec, kind, seed, redraw
 
@@ -188,6 +169,8 @@ class TaskRecords(Records):
         """
         index = range(len(self))[index]
         task, document = tasks.load(self._spec), self._documents[index]
+        if task.definition != self._definition:
+            raise UserError(f"{self._spec}: the file changed during the run: expected the task as it was at the start")
         try:
             right, wrong = task.answers(document, with_wrong=self._kind in PAIRED)
         except UserError as error:
@@ -217,12 +200,14 @@ def task_documents(task: Task, split: str, directory: str | Path | None = None) 
     if split not in task.splits:
         raise UserError(f"task {task.name}: expected split {', '.join(task.splits)}, got {split!r}")
     if task.file is not None:
-        return _read_documents(task, task.file)
+        return _read_documents(task, task.file, split)
     if directory is not None:
-        return _read_documents(task, Path(directory) / task.name / f"{split}.jsonl")
+        return _read_documents(task, Path(directory) / task.name / f"{split}.jsonl", split)
     rows = read_hub(task.hub, task.config, task.splits[split])
     place = f"task {task.name}, {split} record "
-    digest = combined_fingerprint(task.hub, task.config, task.splits[split], rows_fingerprint(rows))
+    digest = _with_definition(
+        task, combined_fingerprint(task.hub, task.config, task.splits[split], rows_fingerprint(rows))
+    )
     if task.keep is None:
         return Documents(rows, digest, place)
     indices = array("q")
@@ -232,24 +217,28 @@ def task_documents(task: Task, split: str, directory: str | Path | None = None) 
     return Documents(rows, digest, place, numbers=indices, indices=indices)
 
 
-def _read_documents(task: Task, path: Path) -> Documents:
-    """Return the documents of a file, in memory and checked, but for those that the task leaves out."""
+def _read_documents(task: Task, path: Path, split: str) -> Documents:
+    """Return the documents of a file or folder, in memory and checked, but for those that the task leaves out."""
     documents: list[Mapping[str, Any]] = []
-    numbers, places = array("q"), [""]
+    locations: list[str] = []
 
     def visit(place: str) -> Callable[[int, Mapping[str, Any]], None]:
         def take(number: int, document: Mapping[str, Any]) -> None:
             if _uses(task, document, f"{place}{number}"):
                 documents.append(document)
-                numbers.append(number)
+                locations.append(f"{place}{number}")
 
-        places.append(place)
         return take
 
-    digest = files.open_rows(path, keep_open=False, visit=visit).fingerprint()
+    digest = folders.open_path(path, visit, split).fingerprint()
     if not documents:
         raise UserError(f"{path}: expected at least one record that the task uses, got none")
-    return Documents(documents, digest, places[-1], numbers)
+    return Documents(documents, _with_definition(task, digest), "", locations)
+
+
+def _with_definition(task: Task, digest: str) -> str:
+    """Return the fingerprint of documents, given that of their rows."""
+    return combined_fingerprint(digest, task.definition) if task.definition else digest
 
 
 def _uses(task: Task, document: Mapping[str, Any], location: str) -> bool:
@@ -338,7 +327,11 @@ def split_by_prompt(
 def prompt_key(record: Preference | Labelled) -> str:
     """Return a text that is the same for records with the same prompt."""
     conversation = record.answers[0] if isinstance(record, Labelled) else record.chosen
-    return repr([(message["role"], message["content"]) for message in conversation[:-1]])
+    contents: list[tuple[Any, ...]] = []
+    for message in conversation[:-1]:
+        calls = (message["tool_calls"],) if "tool_calls" in message else ()
+        contents.append((message["role"], message["content"], *calls))
+    return repr(contents)
 
 
 def open_held_out(

@@ -1,4 +1,4 @@
-"""Files of rows: JSON lines, JSON, CSV, TSV, parquet and arrow, compressed or not, and what a folder holds.
+"""Files of rows: JSON lines, JSON, CSV, TSV, parquet and arrow, compressed or not.
 
 A file is what its first bytes say, else what its suffix says, else JSON lines. Only uncompressed JSON lines are read
 from the disk row by row; the rows of any other file are held in memory.
@@ -6,13 +6,11 @@ from the disk row by row; the rows of any other file are held in memory.
 
 from __future__ import annotations
 
-import bisect
 import bz2
 import contextlib
 import csv
 import gzip
 import io
-import itertools
 import json
 import logging
 import lzma
@@ -29,21 +27,16 @@ from dph.data.json_lines import (
     JsonLines,
     NotJson,
     StoredLines,
-    combined_fingerprint,
     naming,
     open_regular,
     strict,
 )
-from dph.errors import UserError, shown, shown_names
+from dph.errors import UserError, shown_names
 
 INSTALL = "pip install 'dph[data]'"
-MAX_OPEN = 256  # files of a folder that stay open; a process may often have no more than 1024
 TEXT = (".txt",)
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-# Files of a folder that are about its data, by their names in lower case: of texts without suffix, and any.
-ABOUT = ("readme", "license", "licence", "notice", "copying", "changelog", "citation", "authors")
-ABOUT_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 MAGIC = {
     b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow stream", b"\x1f\x8b": "gzip",
     b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip",
@@ -75,7 +68,7 @@ class Documents(Sequence):
         rows: documents, all of which are used if ``indices`` is None.
         digest: fingerprint of the rows.
         place: beginning of every place, which a number follows.
-        numbers: of the places, such as lines of a file; None for the indices of the rows.
+        numbers: of the places, such as lines of a file, or their ends; None for the indices of the rows.
         indices: of the rows that are used.
     """
 
@@ -84,7 +77,7 @@ class Documents(Sequence):
         rows: Sequence[Mapping[str, Any]],
         digest: str,
         place: str,
-        numbers: array | None = None,
+        numbers: Sequence[int | str] | None = None,
         indices: array | None = None,
     ) -> None:
         self._rows, self._digest, self._place, self._numbers, self._indices = rows, digest, place, numbers, indices
@@ -115,7 +108,7 @@ class Documents(Sequence):
 
 def is_text(path: Path) -> bool:
     """Return whether a file is plain text by its name."""
-    return _suffix(path) in TEXT
+    return suffix_of(path) in TEXT
 
 
 def open_rows(path: Path, keep_open: bool = True, visit: Visit | None = None) -> JsonLines | Documents:
@@ -131,12 +124,12 @@ def open_rows(path: Path, keep_open: bool = True, visit: Visit | None = None) ->
     """
     kind = _kind(path)
     if kind in TABLES:
-        return _visited(_read_table(path, kind), f"{path}: row ", visit)
-    suffix = _suffix(path)
+        return with_digest(_read_table(path, kind), f"{path}: row ", visit)
+    suffix = suffix_of(path)
     if suffix in (".csv", ".tsv"):
         return _read_csv(path, "\t" if suffix == ".tsv" else ",", visit)
     if suffix == ".json" and _first_character(path) == b"[":
-        return _visited(_read_json(path), f"{path}: item ", visit)
+        return with_digest(_read_json(path), f"{path}: item ", visit)
     visit_line = None if visit is None else visit(f"{path}:")
     try:
         if kind is not None:
@@ -167,7 +160,7 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{path}:{line}: not UTF-8 at byte {byte}") from None
 
 
-def _suffix(path: Path) -> str:
+def suffix_of(path: Path) -> str:
     """Return the suffix of a file in lower case, of its decompressed content if it is compressed."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
@@ -188,7 +181,7 @@ def _magic(head: bytes) -> str | None:
 
 def _kind(path: Path) -> str | None:
     """Return the kind of a file by its first bytes, None for text. Raises UserError for a kind that is not read."""
-    has_other_suffix = _suffix(path) in (*ROWS[1:], *TEXT)
+    has_other_suffix = suffix_of(path) in (*ROWS[1:], *TEXT)
     with naming(path), open_regular(path, "a file" if has_other_suffix else "a JSONL file") as file:
         kind = _magic(file.read(16))
     if kind in (None, "zstd", *TABLES, *DECOMPRESS):
@@ -206,7 +199,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         file.seek(0)
         try:
             if kind == "zstd":
-                yield _package("pyarrow", path, "a zstd file").input_stream(str(path), compression="zstd")
+                yield require_package("pyarrow", path, "a zstd file").input_stream(str(path), compression="zstd")
             else:
                 yield DECOMPRESS[kind](file) if kind in DECOMPRESS else file
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
@@ -232,7 +225,7 @@ def _first_character(path: Path) -> bytes:
     return b""
 
 
-def _package(name: str, path: Path, what: str) -> Any:
+def require_package(name: str, path: Path, what: str) -> Any:
     """Return a package that is needed by ``what``. Raises UserError with the command that installs it."""
     import importlib
 
@@ -246,7 +239,7 @@ def _package(name: str, path: Path, what: str) -> Any:
 # Rows in memory
 
 
-def _visited(
+def with_digest(
     rows: Sequence[Mapping[str, Any]], place: str, visit: Visit | None, numbers: array | None = None
 ) -> Documents:
     """Return rows with their places and the digest of their contents, after a visit to each."""
@@ -305,7 +298,7 @@ def _read_csv(path: Path, delimiter: str, visit: Visit | None) -> Documents:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: {error}") from None
-    return _visited(rows, f"{path}:", visit, numbers)
+    return with_digest(rows, f"{path}:", visit, numbers)
 
 
 class TableRows(Sequence):
@@ -330,10 +323,10 @@ class TableRows(Sequence):
 
 def _read_table(path: Path, kind: str) -> TableRows:
     """Return the rows of a parquet or arrow file, read whole: a mapped file that is cut off kills the process."""
-    pyarrow = _package("pyarrow", path, _named(kind))
+    pyarrow = require_package("pyarrow", path, _named(kind))
     try:
         if kind == "parquet":
-            parquet = _package("pyarrow.parquet", path, _named(kind))
+            parquet = require_package("pyarrow.parquet", path, _named(kind))
             with parquet.ParquetFile(path) as file:
                 table = file.read()
         else:
@@ -345,118 +338,3 @@ def _read_table(path: Path, kind: str) -> TableRows:
     if len(set(table.column_names)) != len(table.column_names):
         raise UserError(f"{path}: expected names of columns that differ, got {shown_names(table.column_names)}")
     return TableRows(table)
-
-
-# Folders
-
-
-def is_saved_dataset(path: Path) -> bool:
-    """Return whether a folder was written by ``save_to_disk`` of the package datasets."""
-    is_split = (path / "dataset_info.json").is_file() and (path / "state.json").is_file()
-    return is_split or (path / "dataset_dict.json").is_file()
-
-
-def open_saved_dataset(path: Path, split: str, visit: Visit | None = None) -> Documents:
-    """Return the rows of a folder written by ``save_to_disk``; of several splits that with the given name.
-
-    Raises UserError if the folder cannot be read or lacks the split.
-    """
-    datasets = _package("datasets", path, "a folder of save_to_disk")
-    try:
-        rows = datasets.load_from_disk(str(path))
-    except Exception as error:  # of formats and versions: the folder cannot be read in any case
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: a folder of save_to_disk that cannot be read: {reason}") from error
-    if isinstance(rows, Mapping):
-        if split not in rows:
-            raise UserError(f"{path}: split: expected one of {shown_names(rows)}, got {shown(split)}")
-        rows = rows[split]
-    return _visited(rows, f"{path}: row ", visit)
-
-
-class JoinedRows(Sequence):
-    """Rows of several files, one after another.
-
-    Args:
-        parts: of each file.
-    """
-
-    def __init__(self, parts: Sequence[JsonLines | Documents]) -> None:
-        self._parts = parts
-        self._ends = list(itertools.accumulate(map(len, parts)))
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return self._ends[-1] if self._ends else 0
-
-    def _place(self, index: int) -> tuple[JsonLines | Documents, int]:
-        index = range(len(self))[index]
-        part = bisect.bisect_right(self._ends, index)
-        return self._parts[part], index - (self._ends[part - 1] if part else 0)
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        """Return one row."""
-        rows, own = self._place(index)
-        return rows[own]
-
-    def visited(self, index: int) -> Mapping[str, Any]:
-        """Return one row, as ``JsonLines`` does."""
-        rows, own = self._place(index)
-        return rows.visited(own)
-
-    def location(self, index: int) -> str:
-        """Return FILE:LINE of a row."""
-        rows, own = self._place(index)
-        return rows.location(own)
-
-    def fingerprint(self) -> str:
-        """Return a digest of all rows."""
-        return combined_fingerprint(*(part.fingerprint() for part in self._parts))
-
-
-Rows = JsonLines | Documents | JoinedRows  # with len, [index], visited, location and fingerprint
-
-
-def open_path(path: Path, visit: Visit | None = None, split: str = "train") -> Rows:
-    """Return the rows of a file, or of all files of a folder; of a folder of ``save_to_disk`` those of a split.
-
-    Raises UserError as :func:`open_rows`, and for a folder without files of rows.
-    """
-    if not path.is_dir():
-        return open_rows(path, visit=visit)
-    if is_saved_dataset(path):
-        return open_saved_dataset(path, split, visit)
-    paths = [file for file in files_in(path) if not is_text(file)]
-    if not paths:
-        raise UserError(f"{path}: expected {', '.join(ROWS)} files in the folder, got none")
-    return JoinedRows([open_rows(file, len(paths) <= MAX_OPEN, visit) for file in paths])
-
-
-def files_in(folder: Path) -> list[Path]:
-    """Return the files of rows and text below a folder, in the order of their names, and log what is read and skipped.
-
-    Hidden files and folders (``.git``, ``._a.jsonl``) are skipped, and files about the data (``LICENSE.txt``).
-    """
-    files, skipped = [], []
-    for parent, folders, names in os.walk(folder):
-        for name in [*folders, *names]:
-            if name.startswith("."):
-                skipped.append(Path(parent, name))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(parent, name)
-            if name.startswith("."):
-                continue
-            is_about = _suffix(path) in TEXT and name.split(".")[0].lower() in ABOUT
-            is_about = is_about or name.lower() in ABOUT_FILES
-            is_read = _suffix(path) in (*ROWS, *TEXT) and not is_about
-            (files if is_read else skipped).append(path)
-    message = f"{folder}: reads {len(files)} files ({_relative(files, folder)})"
-    if skipped:
-        message += f", skips {len(skipped)} ({_relative(skipped, folder)})"
-    report(message)
-    return sorted(files)
-
-
-def _relative(paths: list[Path], folder: Path) -> str:
-    return shown_names(path.relative_to(folder) for path in sorted(paths))

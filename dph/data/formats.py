@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from dph import chat
 from dph.chat import Encoded, Message
 from dph.data import conversions
-from dph.data.label_fields import LABEL_FIELDS, USED_FIELDS, find_labels
+from dph.data.label_fields import LABEL_FIELDS, USED_FIELDS, check_good, find_labels
 from dph.data.labels import EncodedAnswers, Label, Labelled
 from dph.data.rendered import SUSPECT, parse, recognise, refuse
-from dph.errors import UserError, check_text, shown, shown_names
+from dph.errors import UserError, check_text, shown_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,9 +102,10 @@ def parse_record(
     """
     if columns:
         fields = conversions.renamed(fields, columns, where)
-    is_text = kind == "text" and fields.get(text_field) is not None
+    is_text, tools = kind == "text" and fields.get(text_field) is not None, None
     if not is_text and not fields.keys() <= OWN_FIELDS:
-        fields = conversions.own_fields(fields, where)
+        fields = conversions.own_fields(fields, where, with_tools=True)
+        tools = conversions.tools_of(fields, where)
     if is_text:
         used: tuple[str, ...] = (text_field,)
         text = fields[text_field]
@@ -130,15 +131,14 @@ def parse_record(
             raise UserError(f"{where}: expected two answers to learn from, got one with weight 0")
     elif kind not in PAIRED and fields.get("messages") is not None:
         used = ("messages", "system")
+        check_good(fields, where)
         messages = _messages(fields, "messages", None, where, rendered, ignored)
         if fields.get("system") not in (None, ""):
             messages = conversions.with_system(fields["system"], messages, where)
         record = from_messages(messages, kind, where)
     elif kind not in PAIRED and fields.get("prompt") is not None and fields.get("completion") is not None:
         used = ("prompt", "completion", "label", "system")
-        # In TRL's unpaired preferences, false marks a bad answer.
-        if fields.get("label") is not None and fields["label"] is not True:
-            raise UserError(f"{where}: label: expected true with a completion to learn, got {shown(fields['label'])}")
+        check_good(fields, where)
         record = from_messages(_conversation(fields, "completion", where, rendered, ignored), kind, where)
     elif kind == "conversation" and rendered and isinstance(fields.get(text_field), str):
         used = (text_field,)
@@ -149,11 +149,28 @@ def parse_record(
         if kind == "text":
             expected = expected.replace("text", text_field, 1)
         raise UserError(f"{where}: expected a {kind}: {expected}; got the fields {present}")
+    if tools:
+        record = _with_tools(record, tools, where)
     if ignored is not None:
         for name, value in fields.items():
-            if name not in used and value is not None:
+            if name not in used and value is not None and name != "tools":
                 ignored.add(name)
     return record
+
+
+def _with_tools(record: Record, tools: list[Any], where: str) -> Record:
+    """Return a record with definitions of tools, which the first message of each conversation has."""
+
+    def defined(messages: list[Message]) -> list[Message]:
+        return [{**messages[0], "tools": tools}, *messages[1:]]
+
+    if isinstance(record, Text):
+        raise UserError(f"{where}: tools: expected none in a text")
+    if isinstance(record, Preference):
+        return Preference(defined(record.chosen), defined(record.rejected))
+    if isinstance(record, Labelled):
+        return Labelled([defined(messages) for messages in record.answers], record.labels)
+    return Conversation(defined(record.messages))
 
 
 def answer_form(fields: Mapping[str, Any]) -> str | None:
@@ -174,6 +191,8 @@ def from_messages(messages: list[Message], kind: str, where: str) -> Record:
     if kind == "text":
         for message in messages:
             excluded = excluded or not message.get("train", True)
+            if "tool_calls" in message:
+                raise UserError(f"{where}: tool_calls: expected none in messages that become a text")
         if excluded:
             raise UserError(f"{where}: expected messages that are all learnt as text, got one with weight 0")
         return Text(chat.text(messages))
@@ -230,7 +249,7 @@ def _messages(
     if isinstance(value, list):
         messages = []
         for i, message in enumerate(value):
-            messages.append(conversions.turn(message, f"{where}[{i}]", ignored))
+            messages.append(conversions.turn(message, f"{where}[{i}]", ignored, with_tools=True))
         value = messages
     chat.check(value, where)
     return value

@@ -60,6 +60,23 @@ def find_labels(fields: Mapping[str, Any], where: str) -> tuple[str, list[Any], 
     return None
 
 
+def check_good(fields: Mapping[str, Any], where: str) -> None:
+    """Raise UserError if a label marks the answer of a row as bad, for any head: it is not to be learnt as text.
+
+    The ``label`` of a completion is good or bad; that of messages may also be another program's, such as a class.
+    """
+    label, labels = _value(fields, "label"), _value(fields, "labels")
+    by_head = labels if isinstance(labels, Mapping) else {}
+    for name, value in [("label", label), *((f"labels.{head}", value) for head, value in by_head.items())]:
+        is_flag = isinstance(value, bool | int) and value in (0, 1)
+        is_bad = not value if is_flag else name == "label" and fields.get("completion") is not None
+        if value is not None and is_bad:
+            raise UserError(
+                f"{where}: {name}: expected true for an answer to learn (a filter of the source, as {{label: true}}, "
+                f"leaves other rows out), got {shown(value)}"
+            )
+
+
 def _value(fields: Mapping[str, Any], name: str) -> Any:
     """Return the value of a field, also of its JSON text, which may be spelled as in Python; empty text is None."""
     value = fields.get(name)

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from dph.chat import Message
-from dph.data import conversions, dataset, files
+from dph.data import conversions
 from dph.data.formats import LABELLED, Conversation, Encoder, Preference, Record, Text, answer_form, parse_record
 from dph.data.labels import Labelled
+from dph.data.rows import SourceRows, open_source
 from dph.data.sampler import draw
 from dph.errors import UserError
 
@@ -83,7 +84,7 @@ class Surveyor:
     def __init__(self, tokenizer: Any = None, max_tokens: int = 2048, seed: int = 0) -> None:
         self.survey = Survey()
         self._tokenizer, self._max_tokens, self._seed = tokenizer, max_tokens, seed
-        self._sources: list[files.Rows] = []
+        self._sources: list[SourceRows] = []
         # Of each accepted row: its number, and 64-bit digests of the record and of its prompt. Of each pair: the number
         # of its row, and digests of its two orders.
         self._numbers, self._records, self._prompts = array("q"), array("Q"), array("Q")
@@ -91,20 +92,24 @@ class Surveyor:
         self._lengths = array("q")
         self._sample: list[tuple[int, Record]] = []
 
-    def read(self, spec: str | Path) -> Iterator[int]:
-        """Read a source as ``dph.data.dataset.answered_rows`` takes it; yield the number of rows so far.
+    def read(self, spec: str | Path, **options: Any) -> Iterator[int]:
+        """Read a source as ``dph.data.rows.open_source`` takes it; yield the number of rows so far.
 
         Raises UserError if it cannot be read at all.
         """
-        rows = dataset.answered_rows(spec)
+        rows = open_source(spec, **options)
         self._sources.append(rows)
         for i in range(len(rows)):
             self._read_row(rows, i)
             self.survey.rows += 1
             yield self.survey.rows
 
-    def finish(self, held_out: Iterable[str | Path] = ()) -> Survey:
-        """Return the survey, after comparing all rows with each other and with the prompts of held-out sources."""
+    def finish(self, held_out: Iterable[tuple[str | Path, Mapping[str, Any]]] = ()) -> Survey:
+        """Return the survey, after comparing all rows with each other and with the prompts of held-out sources.
+
+        Args:
+            held_out: sources and their options, as of ``read``.
+        """
         survey = self.survey
         numbers, records = np.array(self._numbers), np.array(self._records)
         first = np.zeros(len(records), dtype=bool)
@@ -116,8 +121,8 @@ class Surveyor:
         contradicted = np.isin(np.array(self._reversed), orders) & ~same
         self._suspect("contradiction", pairs[contradicted])
         known = Surveyor()
-        for spec in held_out:
-            for _ in known.read(spec):
+        for spec, options in held_out:
+            for _ in known.read(spec, **options):
                 pass
         self._suspect("held out", numbers[np.isin(np.array(self._prompts), np.array(known._prompts))])
         survey.characters = _quantiles(np.array(self._lengths))
@@ -125,12 +130,12 @@ class Surveyor:
             survey.tokens = self._count_tokens()
         return survey
 
-    def _read_row(self, rows: files.Rows, index: int) -> None:
+    def _read_row(self, rows: SourceRows, index: int) -> None:
         """Count a row, or what is wrong with it."""
         survey, where = self.survey, rows.location(index)
         ignored: set[str] = set()
         try:
-            fields = rows[index]
+            fields = rows.fields(index)
             form, record = _record(fields, where, ignored)
         except UserError as error:
             self._add(survey.problems, str(error).removeprefix(where).lstrip(": "), where)
@@ -201,7 +206,7 @@ class Surveyor:
 
 def _record(fields: Mapping[str, Any], where: str, ignored: set[str]) -> tuple[str, Record]:
     """Return the form of a row, and its record; a bad answer (``label: false``) counts as a conversation."""
-    own = conversions.own_fields(fields, where)
+    own = conversions.own_fields(fields, where, with_tools=True)
     present = {name for name, value in own.items() if value is not None}
     if not present.isdisjoint(("labels", "scores", "completions")) or isinstance(own.get("rejected"), list):
         record = parse_record(fields, LABELLED, where, ignored=ignored)

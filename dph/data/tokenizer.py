@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from dph.chat import END, ROLES, START, TEMPLATE
 from dph.data.conversions import from_json
-from dph.data.files import files_in, is_text, open_rows, read_text
+from dph.data.files import is_text, open_rows, read_text
+from dph.data.folders import files_in
 from dph.errors import UserError, check_text, shown, shown_names
 
 if TYPE_CHECKING:

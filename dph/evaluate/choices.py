@@ -30,7 +30,7 @@ Scores = dict[str, list[float | None]]
 class Row:
     """Figures of one method of choosing among ``n`` records; in ``ties`` of them several choices share the best score.
 
-    ``metrics`` has None if no record could be compared.
+    ``metrics`` has None if no record could be compared: without labels, or by the mean of empty answers.
     """
 
     method: str
@@ -41,10 +41,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Result of one task: ``n`` records, and a row for each method of choosing."""
+    """Result of one task: ``n`` records, ``labels`` of them with a reference, and a row for each method of choosing."""
 
     task: str
     n: int
+    labels: int
     rows: tuple[Row, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -79,6 +80,12 @@ def evaluate(
         model.check_heads(*heads)
     docs = docs if isinstance(docs, Sequence) else list(docs)
     gold = references(task, docs)
+    for i, reference in enumerate(gold):
+        if reference is None:
+            raise UserError(
+                f"task {task.name}, record {i}: expected a label, got none; this split's answers are hidden (dph "
+                "evaluate writes predictions)"
+            )
     judged = chain.from_iterable(model.judge_batches(encoded_choices(task, docs, tokenizer), max_tokens))
     scores = [choice_scores(record, heads, f"record {i}") for i, record in enumerate(judged)]
     return report(task, scores, gold)
@@ -86,24 +93,20 @@ def evaluate(
 
 def references(
     task: Task, docs: Sequence[Mapping[str, Any]], place: Callable[[int], str] = "record {}".format
-) -> list[float]:
-    """Check all records and return their references: indices of the right choices, or scores.
+) -> list[float | None]:
+    """Check all records and return their references: indices of the right choices, or scores; None if hidden.
 
-    ``place`` returns the name of a record, given its index, for errors. Raises UserError as :func:`evaluate`.
+    ``place`` returns the name of a record, given its index, for errors. Raises UserError if the task has no choices,
+    for a malformed record, and if there are no records.
     """
     if task.metric is None:
         raise UserError(f"task {task.name}: expected one with choices to score, got one that is answered freely")
     gold = []
     for i, doc in enumerate(docs):
         try:
-            reference = task.check(doc)
+            gold.append(task.check(doc))
         except UserError as error:
             raise UserError(f"{place(i)}: {error}") from error
-        if reference is None:
-            raise UserError(
-                f"task {task.name}, {place(i)}: expected a label, got none; this split's answers are hidden"
-            )
-        gold.append(reference)
     if not gold:
         raise UserError(f"task {task.name}: expected at least one record, got none")
     return gold
@@ -125,14 +128,29 @@ def choice_scores(judged: Judged, heads: Sequence[str], where: str) -> Scores:
     return scores
 
 
-def report(task: Task, scores: Sequence[Scores], gold: Sequence[float]) -> Report:
-    """Return the figures of a task by each method of choosing."""
+def predictions(task: Task, doc: Mapping[str, Any], scores: Scores) -> dict[str, dict[str, Any] | None]:
+    """Return by each method the index of the chosen answer, the first of those with the best score, and its text.
+
+    None for the mean of an empty answer, which cannot be compared.
+    """
+    chosen: dict[str, dict[str, Any] | None] = {}
+    for method, values in scores.items():
+        chosen[method] = None
+        if None not in values:
+            best = values.index(max(values))
+            chosen[method] = {"choice": best, "text": task.choices(doc)[best][-1]["content"]}
+    return chosen
+
+
+def report(task: Task, scores: Sequence[Scores], gold: Sequence[float | None]) -> Report:
+    """Return the figures of a task by each method of choosing, of the records with a reference."""
     rows = []
+    labelled = [i for i, reference in enumerate(gold) if reference is not None]
     for method in scores[0]:
-        complete = [i for i, record in enumerate(scores) if None not in record[method]]
+        complete = [i for i in labelled if None not in scores[i][method]]
         values = [scores[i][method] for i in complete]
         rows.append(_row(method, values, np.array([gold[i] for i in complete]), METRICS[task.metric]))
-    return Report(task.name, len(gold), tuple(rows))
+    return Report(task.name, len(gold), len(labelled), tuple(rows))
 
 
 def _row(method: str, scores: Sequence[Sequence[float]], gold: np.ndarray, metrics: Sequence[Metric]) -> Row:

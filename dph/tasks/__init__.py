@@ -25,13 +25,17 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Task:
-    """Return the task called ``name``, or that of a file; no data is read or downloaded.
+    """Return the task called ``name``, or that of a file, folder or hub:NAME; no data is read or downloaded.
 
     Raises UserError for an unknown name.
     """
     if name not in _TASKS:
+        if name.startswith("hub:"):
+            return own.from_hub(name.removeprefix("hub:"))
         if Path(name).exists():
             return own.from_file(Path(name))
         nearest = difflib.get_close_matches(name, _TASKS, n=1, cutoff=0.0)[0]
-        raise UserError(f"task: expected a known name, or a file, got {name!r}; the nearest is {nearest!r}")
+        raise UserError(
+            f"task: expected a known name, a file, a folder or hub:NAME, got {name!r}; the nearest is {nearest!r}"
+        )
     return _TASKS[name]

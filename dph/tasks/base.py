@@ -175,7 +175,8 @@ class Task:
     """
 
     name: str
-    file: Path | None = None  # of the user: a file of rows, in place of the hub
+    file: Path | None = None  # of the user: a file or folder of rows, in place of the hub
+    definition: str = ""  # of the user: digest of the YAML file that describes the task
     hub: str
     config: str | None = None
     splits: Mapping[str, str] = field(default_factory=lambda: SPLITS)  # our name -> the hub's
@@ -222,6 +223,11 @@ class Task:
         """Conversations that end in each option, in the order of the labels; none if the task is not a choice."""
         self._check_fields(doc)
         return self._conversations(doc, self._options(doc))
+
+    def question(self, doc: Doc) -> Messages:
+        """Messages before an answer."""
+        self._check_fields(doc)
+        return self._conversations(doc, [""])[0][:-1]
 
     def gold(self, doc: Doc) -> Label:
         """Reference: the index of the right choice or a score; None if it is hidden or the task is not a choice."""

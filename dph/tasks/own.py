@@ -1,17 +1,17 @@
-"""Multiple-choice tasks of the user: a file of rows, or a YAML file that describes one.
+"""Multiple-choice tasks of the user: rows with questions, or a YAML file that describes other rows.
 
-A file of rows (``dph.data.files``) has in each row
+A file or folder of rows (``dph.data.files``), or a hub data set (hub:NAME or hub:NAME:CONFIG), has in each row
 
     question or prompt   a question is followed by its choices as "A. ...", a prompt is used as it is
-    choices              list of texts
+    choices              list of texts, or JSON of one
     label or answer      the right one: its number from 0, its letter (A, B, ...) or its text
 
 A YAML file has
 
-    data: questions.jsonl       # a file of rows, relative to this one
+    data: questions.jsonl       # a file or folder of rows, relative to this one, or hub:NAME
     prompt: "{passage}\\n{question}"   # over the fields of a row
     system: Answer the question.      # default: that of the paper's choices
-    choices: options            # a field with a list of texts, or a list of texts: [yes, no]
+    choices: options            # a field with a list of texts (or JSON of one), or a list of texts: [yes, no]
     gold: answer                # the field with the right one, as above
     first: 1                    # number of the first choice (default: 0)
     listed: true                # whether the prompt ends with the choices as "A. ..." (default: false)
@@ -21,8 +21,10 @@ A YAML file has
 from __future__ import annotations
 
 import functools
+import json
 import string
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,13 @@ ASKED = ("question", "prompt")
 METRICS = ("accuracy", "f1", "matthews")
 
 
+def from_hub(name: str) -> Task:
+    """Return the task of a hub data set, NAME or NAME:CONFIG, whose rows have questions."""
+    return _of_rows(name, **_place(f"hub:{name}", Path()))
+
+
 def from_file(path: Path) -> Task:
-    """Return the task of a file of rows, or of a YAML file. Raises UserError for a malformed YAML file."""
+    """Return the task of a file or folder of rows, or of a YAML file. Raises UserError for a malformed YAML file."""
     status = path.stat()
     return _from_file(path, status.st_mtime_ns, status.st_size)
 
@@ -46,17 +53,46 @@ def _from_file(path: Path, *_version: int) -> Task:
     """Return the task of a version of a file; records ask for it one by one."""
     if path.suffix.lower() in YAML:
         return _from_yaml(path)
+    return _of_rows(path.stem, file=path, hub="")
+
+
+def _place(data: str, folder: Path) -> dict[str, Any]:
+    """Return the fields of a task that name its rows, a path in a folder or hub:NAME."""
+    if not data.startswith("hub:"):
+        return {"file": folder / data, "hub": ""}
+    _, name, *config = data.split(":", 2)
+    return {"hub": name, "config": config[0] if config else None}
+
+
+def _listed(value: Any) -> Any:
+    """Return the choices of a row; JSON, as in CSV, as a list."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _choices(value: Any, name: str) -> None:
+    """Check the choices of a row."""
+    texts(2, len(LETTERS))(_listed(value), name)
+
+
+def _of_rows(name: str, **place: Any) -> Task:
+    """Return the task of rows with questions."""
 
     def prompt(doc: Doc) -> str:
         if _field(doc, ASKED) == "prompt":
             return doc["prompt"]
-        return f"Question: {doc['question']}\n\n{listed(doc['choices'])}"
+        return f"Question: {doc['question']}\n\n{listed(_listed(doc['choices']))}"
 
     def options(doc: Doc) -> Sequence[str]:
-        return doc["choices"] if _field(doc, ASKED) == "prompt" else lettered(doc["choices"])
+        choices = _listed(doc["choices"])
+        return choices if _field(doc, ASKED) == "prompt" else lettered(choices)
 
     def gold(doc: Doc) -> Label:
-        return right_choice(doc, _field(doc, ("label", "answer"), required=False), doc["choices"], 0)
+        return right_choice(doc, _field(doc, ("label", "answer"), required=False), _listed(doc["choices"]), 0)
 
     def check(doc: Doc) -> None:
         name = _field(doc, ASKED)
@@ -64,12 +100,11 @@ def _from_file(path: Path, *_version: int) -> Task:
 
     example = {"question": "Which is a gas?", "choices": ["ice", "steam"], "answer": 1}
     return Task(
-        name=path.stem,
-        file=path,
-        hub="",
+        name=name,
+        **place,
         splits=SPLITS,
         metric="accuracy",
-        fields={"choices": texts(2, len(LETTERS))},
+        fields={"choices": _choices},
         rule=check,
         system=CHOOSE,
         prompt=prompt,
@@ -102,10 +137,10 @@ def _from_yaml(path: Path) -> Task:
     fields, choices, gold = dict.fromkeys(sorted(names), text), settings["choices"], settings["gold"]
     answers: tuple[str, ...] | Callable[[Doc], Sequence[str]]
     if isinstance(choices, str):
-        fields[choices] = texts(2, len(LETTERS))
+        fields[choices] = _choices
 
         def answers(doc: Doc) -> Sequence[str]:
-            return doc[choices]
+            return _listed(doc[choices])
     else:
         texts(2, len(LETTERS))(choices, f"{path}: choices")
         answers = tuple(choices)
@@ -119,8 +154,8 @@ def _from_yaml(path: Path) -> Task:
 
     return Task(
         name=path.stem,
-        file=path.parent / settings["data"],
-        hub="",
+        **_place(settings["data"], path.parent),
+        definition=blake2b(path.read_bytes(), digest_size=16).hexdigest(),
         splits=SPLITS,
         metric=metric,
         fields=fields,

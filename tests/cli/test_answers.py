@@ -388,7 +388,8 @@ def test_malformed_files_name_the_line(refused, models, tmp_path):
     write_lines(file, {"messages": [USER, ANSWER]}, {"text": "a"})
     assert f"{file}:2: expected messages, prompt and completion, or chosen and" in refused(*argv, file)
     write_lines(file, {"messages": [USER, ANSWER], "scores": 1})
-    assert f"{file}:1: scores: expected no such field, which the output adds" in refused(*argv, file, "--json")
+    taken = refused(*argv, file, "--json")
+    assert f"{file}:1: scores: expected no such field, which the output adds; --field NAME names another" in taken
     write_lines(file, {"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b"})
     assert f"{file}:2: expected a preference" in refused(*argv, file)
     file.write_text("")
@@ -412,3 +413,48 @@ def test_evaluate(dph_command, refused, models, tmp_path):
     assert "the nearest is 'glue/sst2'" in refused(*argv[:3], "glue/sst", *argv[4:])
     assert "expected a JSONL file, got nothing" in refused(*argv[:3], "glue/cola", *argv[4:])
     assert "expected split train, validation, test, got 'dev'" in refused(*argv, "--split", "dev")
+
+
+@pytest.mark.parametrize(
+    ("task", "split", "labels"),
+    [("glue/ax", [], [-1, -1]), ("glue/mnli", ["--split", "test"], [None, -1]), ("glue/mnli", [], [0, -1])],
+)
+def test_records_without_labels_get_predictions(dph_command, models, tmp_path, task, split, labels):
+    docs = [{"premise": f"film {i}", "hypothesis": "is", "label": label, "idx": 7} for i, label in enumerate(labels)]
+    name = "test" if split or task == "glue/ax" else "validation"
+    write_lines(tmp_path / f"{task}/{name}.jsonl", *docs)
+    argv = ["evaluate", models / "judge", "--task", task, *split, "--directory", tmp_path]
+    code, out, err = dph_command(*argv, "--output", tmp_path / "out.jsonl")
+    hidden = sum(label in (None, -1) for label in labels)
+    assert code == 0
+    assert err == (
+        f"{task}: {hidden} of 2 records have no label and no part in the metrics; their predictions are in --output\n"
+    )
+    rows = cells(out)
+    assert [row[1] for row in rows] == ["log-probability", "reward"]
+    if hidden == 2:
+        assert [row[3:] for row in rows] == [["no labels", "-", "0", "0"]] * 2
+    else:
+        assert [row[-1] for row in rows] == ["1"] * 2
+    options = ("True", "Neither", "False")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        assert (line["task"], line["index"], line["record"]) == (task, i, docs[i])
+        assert line["gold"] == (labels[i] if labels[i] == 0 else None)
+        for method, scores in line["scores"].items():
+            best = scores.index(max(scores))
+            assert line["predictions"][method] == {"choice": best, "text": options[best]}
+    code, out, err = dph_command(*argv, "--json")
+    report = json.loads(out)
+    assert (report["n"], report["labels"], [row["n"] for row in report["rows"]]) == (2, 2 - hidden, [2 - hidden] * 2)
+    assert err.endswith("--output FILE writes their predictions\n")
+
+
+def test_scores_do_not_take_the_place_of_a_field(dph_command, models, tmp_path):
+    row = {"messages": [USER, ANSWER], "scores": [1]}
+    file, once, twice = write_lines(tmp_path / "a.jsonl", row), tmp_path / "b.jsonl", tmp_path / "c.jsonl"
+    assert dph_command("score", models / "judge", file, "--field", "rewards", "--output", once)[0] == 0
+    assert dph_command("score", models / "judge", once, "--field", "again", "--output", twice)[0] == 0
+    line = json.loads(twice.read_text())
+    assert {key: line[key] for key in row} == row
+    assert line["rewards"] == line["again"]

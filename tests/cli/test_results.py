@@ -219,7 +219,7 @@ def test_all_records_are_checked_before_the_first_is_judged(refused, command, mo
         monkeypatch.setattr(judging.JudgingModel, name, lambda *args, **options: pytest.fail("judged"))
     if words[0] == "evaluate":
         file = tmp_path / "data/glue/rte/validation.jsonl"
-        write_lines(file, *rows[:30], rows[0] | {"label": -1})
+        write_lines(file, *rows[:30], rows[0] | {"label": 7})
     else:
         file = write_lines(words[-1] if words[0] == "score" else words[3], *rows, {"messages": [USER, ANSWER, ANSWER]})
         if words[0] == "score":
@@ -243,5 +243,6 @@ def test_generate_writes_the_fields_of_its_prompts(dph_command, refused, models,
     assert "--output: expected --file with it" in refused(*argv, "--prompt", "x", "--output", output)
     write_lines(file, {"prompt": "x", "candidates": []})
     assert f"{file}:1: candidates: expected no such field" in refused(*argv, "--file", file)
+    assert '"answers": [{"text"' in dph_command(*argv, "--file", file, "--json", "--field", "answers")[1]
     write_lines(file, {"prompt": "x", "messages": [USER]})
     assert f"{file}:1: expected prompt or messages, got the fields prompt, messages" in refused(*argv, "--file", file)

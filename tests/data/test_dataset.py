@@ -93,7 +93,7 @@ def test_a_file_that_changes_during_a_run_gives_the_records_it_had_or_an_error(t
 
 
 def test_a_folder_has_a_bounded_number_of_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("dph.data.files.MAX_OPEN", 2)
+    monkeypatch.setattr("dph.data.folders.MAX_OPEN", 2)
     for i in range(3):
         write_lines(tmp_path / f"{i}.jsonl", {"text": f"{i}"})
     before = len(os.listdir("/dev/fd"))
@@ -217,6 +217,8 @@ def test_preferences_in_every_format(fields):
         {"prompt": "hello?", "completion": "yes"},
         {"prompt": "hello?", "completion": "yes", "label": True},
         {"prompt": "hello?", "completion": "yes", "label": None},
+        {"prompt": "hello?", "completion": "yes", "label": "true"},
+        {"messages": conversation("hello?", "yes"), "label": 1, "labels": {"x": True, "y": None}},
     ],
 )
 def test_conversations_in_every_format(fields):
@@ -252,6 +254,10 @@ def test_a_system_prompt_stays_before_a_side_that_begins_with_the_user():
         ("conversation", {"prompt": "a", "completion": "b", "label": False}, "label: expected true .*, got False$"),
         ("conversation", {"prompt": "a", "completion": "b", "label": 0}, "label: expected true .*, got 0$"),
         ("text", {"prompt": "a", "completion": "b", "label": False}, "label: expected true .*, got False$"),
+        ("conversation", {"prompt": "a", "completion": "b", "label": "x"}, "label: expected true .*, got 'x'$"),
+        ("conversation", {"messages": conversation("a", "b"), "label": "false"}, "label: expected true .*, got False$"),
+        ("text", {"messages": conversation("a", "b"), "label": 0}, "label: expected true .*, got 0$"),
+        ("conversation", {"messages": conversation("a", "b"), "labels": {"x": 1, "y": 0}}, r"labels\.y: expected true"),
         ("text", {"sentence": "a"}, "expected a text: text, or .*got the fields sentence$"),
         ("text", {"text": 3}, "text: expected text, got 3"),
         ("text", {}, r"got the fields \(none\)"),

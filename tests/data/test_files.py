@@ -17,6 +17,7 @@ from dph.cli.generate import read_prompts
 from dph.cli.score import alternatives
 from dph.data import dataset, tokenizer
 from dph.data.formats import Encoder, Text
+from dph.data.rows import open_source
 from dph.data.sources import fingerprint
 from dph.errors import UserError
 from dph.train import recipe
@@ -268,7 +269,7 @@ def test_commands_take_the_sources_of_training(tmp_path):
     (tmp_path / "pairs").mkdir()
     write_csv(tmp_path / "pairs/a.csv", "excel")
     write_lines(tmp_path / "chats.json", {"conversations": [{"from": "human", "value": "hi"}]})
-    pairs = dataset.answered_rows(tmp_path / "pairs")
+    pairs = open_source(tmp_path / "pairs")
     alike = dataset.load(tmp_path / "pairs", "preference")
     assert [alternatives(dict(row), "") for row in pairs] == [[pair.chosen, pair.rejected] for pair in alike]
     assert pairs.location(0) == f"{tmp_path / 'pairs/a.csv'}:2"

@@ -118,11 +118,10 @@ def test_a_pair_that_contradicts_itself_is_refused(row, error):
 @pytest.mark.parametrize(
     ("row", "error"),
     [
-        ({"messages": FIRST, "tools": CALL}, "x: tools: not supported, expected none, got"),
         ({"prompt": "a", "completion": "b", "functions": CALL}, "functions: not supported"),
-        ({"messages": [ASK, {"role": "assistant", "content": "", "tool_calls": CALL}]}, r"\[1\]: tool_calls: not supp"),
+        ({"messages": [ASK, {**YES, "function_call": CALL}]}, r"\[1\]: function_call: not supported"),
         ({"messages": [ASK, {**YES, "reasoning_content": "hm"}]}, r"messages\[1\]: reasoning_content: not supported"),
-        ({"messages": [ASK, YES, {"role": "tool", "content": "1"}, YES]}, r"\[2\]: expected role .* got 'tool'"),
+        ({"messages": [ASK, YES, {"role": "robot", "content": "1"}, YES]}, r"\[2\]: expected role .* got 'robot'"),
         ({"messages": [ASK, {**YES, "content": None}]}, r"messages\[1\]\.content: expected text, got None"),
         ({"messages": [ASK, {**YES, "content": 3}]}, r"messages\[1\]\.content: expected text, got 3"),
         ({"messages": [ASK, {**YES, "content": [{"type": "image_url"}]}]}, r"content\[0\]: expected a part of type te"),

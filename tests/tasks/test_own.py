@@ -10,6 +10,7 @@ from helpers.tiny import tiny_model
 from dph import tasks
 from dph.cli.main import main
 from dph.data import dataset
+from dph.data.sources import fingerprint
 from dph.errors import UserError
 from dph.evaluate.choices import evaluate
 
@@ -130,3 +131,17 @@ def test_own_tasks_are_evaluated_and_shown(tmp_path, capsys):
     assert main(["tasks"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in tasks.names())
+
+
+def test_the_description_of_a_task_is_part_of_its_fingerprint(tmp_path):
+    (tmp_path / "rows.csv").write_text("passage,name,truth\nSnow is white.,Ann,2\n")
+    path = tmp_path / "task.yaml"
+    path.write_text(YAML)
+    records = dataset.load(f"task:{path}", "preference")
+    path.write_text(YAML + "system: Be brief.\n")
+    assert fingerprint(dataset.load(f"task:{path}", "preference")) != fingerprint(records)
+    with pytest.raises(UserError, match=r"task\.yaml: the file changed during the run"):
+        records[0]
+    path.write_text(YAML)
+    assert fingerprint(dataset.load(f"task:{path}", "preference")) == fingerprint(records)
+    assert records[0].chosen[-1]["content"] == "B. yes"
