@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import urllib.parse
+import urllib.request
 from array import array
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -35,13 +38,39 @@ def read_hub(name: str, config: str | None, split: str) -> Sequence[Mapping[str,
     """Return a split of a Hugging Face data set, downloaded on first use. Raises UserError if it cannot be read."""
     try:
         import datasets
+        from huggingface_hub import constants
     except ImportError:
         raise UserError(f"hub data set {name}: needs the package datasets: {INSTALL}") from None
+    what = f"hub data set {name}{f' ({config})' if config else ''}, split {split}"
+    was_offline = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    reachable = any(was_offline) or _is_reachable(constants.ENDPOINT)
     try:
+        if not reachable:  # the cache is read at once; otherwise each file is asked for six times
+            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # of the network, names, splits or formats: the data cannot be read in any case
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"hub data set {name}{f' ({config})' if config else ''}, split {split}: {reason}") from error
+        if not reachable:
+            reason = (
+                f"{constants.ENDPOINT} cannot be reached and the data is not in the cache: connect, or give a task's "
+                "local files, DIR/TASK/SPLIT.jsonl (--directory DIR, data.directory)"
+            )
+        raise UserError(f"{what}: {reason}") from error
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = was_offline
+
+
+def _is_reachable(url: str) -> bool:
+    """Return whether the host of ``url`` takes a connection within a second; through a proxy that is not tried."""
+    parts = urllib.parse.urlsplit(url)
+    if urllib.request.getproxies().get(parts.scheme):
+        return True
+    try:
+        port = parts.port or (80 if parts.scheme == "http" else 443)
+        socket.create_connection((parts.hostname, port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def fingerprint(records: Sequence[Any]) -> str:

@@ -3,11 +3,10 @@
 import datetime
 import decimal
 import json
-import sys
-import types
 
 import pytest
 from helpers.command_line import ANSWER, USER
+from helpers.hub import fake_hub
 from helpers.texts import write_lines
 
 from dph.cli import common
@@ -38,10 +37,8 @@ def sources(tmp_path, monkeypatch):
     write_lines(tmp_path / "folder/a.jsonl", *PAIRS[:1])
     write_lines(tmp_path / "folder/sub/b.jsonl", *PAIRS[1:])
     (tmp_path / "folder/notes.txt").write_text("no rows")
-    fake = types.ModuleType("datasets")
     hub = {("me/pairs", None, "train"): Hub(PAIRS), ("me/asked", "easy", "validation"): Hub(QUESTIONS)}
-    fake.load_dataset = lambda name, config, split: hub[name, config, split]
-    monkeypatch.setitem(sys.modules, "datasets", fake)
+    fake_hub(monkeypatch, lambda name, config, split: hub[name, config, split])
     return [str(tmp_path / name) for name in ("a.json", "a.csv", "a.parquet", "folder")] + ["hub:me/pairs"]
 
 

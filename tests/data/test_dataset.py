@@ -3,14 +3,13 @@
 import json
 import os
 import pickle
-import sys
-import types
 from array import array
 from collections import Counter
 from functools import partial
 
 import pytest
 import torch
+from helpers.hub import fake_hub
 from helpers.texts import conversation, message, small_tokenizer, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -297,10 +296,8 @@ class FakeRows(list):
 
 
 def test_the_hub_gives_records_too(monkeypatch):
-    fake = types.ModuleType("datasets")
     rows = {("me/pairs", "main", "test"): [{"prompt": "hello?", "chosen": "yes", "rejected": "no"}, {"prompt": "a"}]}
-    fake.load_dataset = lambda name, config, split: FakeRows(rows[name, config, split])
-    monkeypatch.setitem(sys.modules, "datasets", fake)
+    fake_hub(monkeypatch, lambda name, config, split: FakeRows(rows[name, config, split]))
     source = dataset.load("hub:me/pairs:main", "preference", split="test")
     assert (len(source), source[0]) == (2, PAIR)
     with pytest.raises(UserError, match="hub:me/pairs:main, test record 1: expected a preference"):

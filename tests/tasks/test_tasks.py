@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+from helpers.hub import fake_hub
 from helpers.texts import write_lines
 
 from dph import chat, tasks
@@ -197,9 +198,8 @@ def test_documents_come_from_a_folder(tmp_path):
 
 def test_documents_come_from_the_hub_by_name_config_and_split(monkeypatch):
     calls = []
-    fake = types.ModuleType("datasets")
-    fake.load_dataset = lambda *args, **kwargs: calls.append((args, kwargs)) or [{"question": "q"}]
-    monkeypatch.setitem(sys.modules, "datasets", fake)
+    load_dataset = lambda *args, **kwargs: calls.append((args, kwargs)) or [{"question": "q"}]  # noqa: E731
+    fake = fake_hub(monkeypatch, load_dataset)
     assert list(task_documents(tasks.load("mmlu/all"), "train")) == [{"question": "q"}]
     assert calls == [(("cais/mmlu", "all"), {"split": "auxiliary_train"})]
 
@@ -209,6 +209,11 @@ def test_documents_come_from_the_hub_by_name_config_and_split(monkeypatch):
     fake.load_dataset = refuse
     with pytest.raises(UserError, match=r"nyu-mll/glue \(mnli\), split validation_matched: no route"):
         task_documents(tasks.load("glue/mnli"), "validation")
+    fake_hub(monkeypatch, refuse, reachable=False)
+    expected = r"https://huggingface.co cannot be reached .* local files, DIR/TASK/SPLIT.jsonl"
+    with pytest.raises(UserError, match=expected):
+        task_documents(tasks.load("glue/mnli"), "validation")
+    assert not sys.modules["datasets"].config.HF_HUB_OFFLINE
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"needs the package datasets: pip install 'dph\[data\]'$"):
         task_documents(tasks.load("glue/mnli"), "validation")
