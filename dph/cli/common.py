@@ -40,6 +40,7 @@ def number_type(kind: Callable[[str], float], fits: Callable[[float], bool], exp
 
 
 COUNT = number_type(*sampling.COUNT)
+SHOTS = number_type(int, lambda value: 0 <= value <= 1000, "a number from 0 to 1000")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

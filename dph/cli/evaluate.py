@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +17,19 @@ if TYPE_CHECKING:
     from dph.chat import Encoded
     from dph.data.dataset import Documents
     from dph.evaluate.choices import Report
+    from dph.evaluate.metrics import Interval
     from dph.model.judging import Judged
     from dph.tasks import Task
 
 HELP = "answer a task's questions by log-probability and by reward"
 NO_LABELS = "no labels"
 EXAMPLE = """dph evaluate runs/align --task glue/sst2 --directory data --limit 500
+dph evaluate runs/align --suite gpt4all --table gpt4all.md
+dph evaluate runs/align --task mmlu/all --shots 5
 dph evaluate runs/align --task glue/ax --output predictions.jsonl
 dph evaluate runs/align --task arc/easy boolq --output answers.jsonl"""
+HEADERS = ("task", "method", "metric", "value", "95% interval", "ties", "n")
+TABLES = (".md", ".csv", ".json")
 WITHOUT_HEAD = "--logprob-only needs no rewards"
 
 
@@ -37,12 +43,34 @@ Records without a label have no part in the metrics."""
     common.add_model(parser)
     parser.add_argument(
         "--task",
-        required=True,
         nargs="+",
+        default=[],
         metavar="TASK",
         help="such as glue/sst2 (dph tasks lists them), or a file, a folder or hub:NAME (dph.tasks.own)",
     )
+    parser.add_argument(
+        "--suite",
+        choices=("glue", "gpt4all", "race", "mmlu", "all"),
+        help="the tasks of a table of the paper, and their averages; with --directory those that are there",
+    )
     parser.add_argument("--directory", metavar="DIR", help="read DIR/<task>/<split>.jsonl in place of the hub")
+    parser.add_argument(
+        "--shots",
+        type=common.SHOTS,
+        default=0,
+        metavar="K",
+        help="answered records in front of each question (default: 0)",
+    )
+    parser.add_argument(
+        "--logprob",
+        nargs="+",
+        choices=("mean", "sum", "bytes"),
+        default=["mean"],
+        help="log-probabilities that choose: mean per token, sum, or sum per byte of the answer (default: mean)",
+    )
+    parser.add_argument(
+        "--table", metavar="FILE", help="write the table and the averages to a .md, .csv or .json file, by its suffix"
+    )
     parser.add_argument("--split", help="split to read (default: the one that the paper reports)")
     parser.add_argument("--limit", type=common.COUNT, metavar="N", help="only the first N records")
     results.add_output(parser, "every record with its reference, the scores of its choices and the chosen one")
@@ -53,13 +81,15 @@ Records without a label have no part in the metrics."""
 class _Questions:
     """Records of several tasks, end to end; index i is the i-th record of all. All are checked at once."""
 
-    def __init__(self, sources: Sequence[tuple[Task, Documents]], limit: int | None) -> None:
+    def __init__(self, sources: Sequence[tuple[Task, Documents]], args: argparse.Namespace) -> None:
         from dph.evaluate.choices import references
+        from dph.evaluate.few_shot import Demonstrations
 
         self._sources, self._places = sources, []
+        self._demonstrations = [Demonstrations(task, args.shots, args.directory) for task, _ in sources]
         self.gold: list[list[float | None]] = []  # by task
         for number, (task, documents) in enumerate(sources):
-            used = range(min(len(documents), limit or len(documents)))
+            used = range(min(len(documents), args.limit or len(documents)))
             self.gold.append(references(task, [documents[i] for i in used], documents.location))
             self._places += [(number, i) for i in used]
 
@@ -74,18 +104,25 @@ class _Questions:
 
     def groups(self, tokenizer: Any) -> Callable[[int], Iterator[list[Encoded]]]:
         """Return a function that yields the encoded choices of each record from an index on."""
-        from dph.evaluate.choices import encoded_choices
+        from dph import chat
 
         def encoded(start: int) -> Iterator[list[Encoded]]:
             for index in range(start, len(self)):
                 number, i = self._places[index]
                 task, documents = self._sources[number]
                 try:
-                    yield from encoded_choices(task, [documents[i]], tokenizer)
+                    choices = self._demonstrations[number].before(documents[i], task.choices(documents[i]))
+                    yield [chat.encode(choice, tokenizer, last_only=True) for choice in choices]
                 except UserError as error:
                     raise UserError(f"{self.location(index)}: {error}") from error
 
         return encoded
+
+    def answers(self, index: int) -> list[str]:
+        """Return the texts of a record's choices."""
+        number, i = self._places[index]
+        task, documents = self._sources[number]
+        return [choice[-1]["content"] for choice in task.choices(documents[i])]
 
     def line(self, index: int, scores: dict[str, Any]) -> dict[str, Any]:
         """Return a record's line of the output."""
@@ -108,32 +145,40 @@ def run(args: argparse.Namespace) -> None:
     from dph import tasks
     from dph.data.dataset import task_documents
 
-    names = [name.removeprefix("task:") for name in args.task]
+    splits = _splits(args)
+    names = list(splits)
     chosen = [tasks.load(name) for name in names]
     inputs = [*names, *(task.file for task in chosen if task.file is not None)]
     if args.directory is not None:
         inputs += [Path(args.directory) / name for name in names]
-    common.check_output(args.output, args.model, Path(args.model) / "model", *inputs)
+    for output in (args.output, args.table):
+        common.check_output(output, args.model, Path(args.model) / "model", *inputs)
+    if args.table is not None and Path(args.table).suffix not in TABLES:
+        raise UserError(f"--table: expected a file that ends in {', '.join(TABLES)}, got {args.table}")
     sources = []
-    for task in chosen:
-        sources.append((task, task_documents(task, args.split or task.evaluated, args.directory)))
-    questions = _Questions(sources, args.limit)
+    for name, task in zip(names, chosen, strict=True):
+        sources.append((task, task_documents(task, splits[name] or task.evaluated, args.directory)))
+    questions = _Questions(sources, args)
     common.check_model(args)
 
+    from dph.evaluate import suites
     from dph.evaluate.choices import choice_scores, report
 
     model, tokenizer, heads = common.open_model(args, common.heads_of(args), WITHOUT_HEAD)
     about = {
         "command": "evaluate",
-        "tasks": args.task,
+        "tasks": names,
         "input": [documents.fingerprint() for _, documents in sources],
         "limit": args.limit,
+        "shots": args.shots,
+        "logprob": args.logprob,
     }
     if args.output is not None:
         about |= results.about_model(model, tokenizer, heads)
 
     def line(index: int, judged: Judged) -> dict[str, Any]:
-        return questions.line(index, choice_scores(judged, heads, questions.location(index)))
+        place, answers = questions.location(index), questions.answers(index)
+        return questions.line(index, choice_scores(judged, heads, place, args.logprob, answers))
 
     reports: list[Report] = []
     with (
@@ -147,10 +192,58 @@ def run(args: argparse.Namespace) -> None:
             reports.append(report(task, scores, gold))
             if args.json:
                 common.print_json(reports[-1].as_dict(), flush=True)
-    if not args.json:
-        print(_report_table(reports))
+    averages = suites.averages(reports, suites.SUITES[args.suite].averages if args.suite else ())
+    if args.json:
+        for name, method, figure in averages:
+            common.print_json({"average": name, "method": method, **asdict(figure)})
+    else:
+        print(_table(reports, averages))
+    if args.table is not None:
+        _write_table(args.table, reports, averages)
     for report_of_task in reports:
         _note_hidden(report_of_task, args.output)
+    if args.suite:
+        for name, lacks in suites.missing(reports, suites.SUITES[args.suite].averages).items():
+            _note(f"no average {name}: {', '.join(lacks)} {'is' if len(lacks) == 1 else 'are'} missing")
+
+
+def _splits(args: argparse.Namespace) -> dict[str, str | None]:
+    """Return the tasks to evaluate, by name, and the split of each; None for the one that the paper reports.
+
+    Of a suite's tasks in --directory those without any file are left out, and those without the file of that split have
+    another one evaluated; a note says so.
+    """
+    from dph import tasks
+    from dph.evaluate.suites import SUITES
+
+    splits = {name.removeprefix("task:"): args.split for name in args.task}
+    if args.suite is None and not splits:
+        raise UserError("--task, --suite: expected one of them, got none")
+    lacking = []
+    for name in SUITES[args.suite].tasks if args.suite else ():
+        if name in splits:
+            continue
+        task = tasks.load(name)
+        wanted = args.split or task.evaluated
+        there = [wanted]
+        if args.directory is not None:
+            order = [wanted] if args.split else dict.fromkeys((wanted, "validation", "test", "train"))
+            there = [split for split in order if (Path(args.directory) / name / f"{split}.jsonl").is_file()]
+        if not there:
+            lacking.append(name)
+            continue
+        splits[name] = there[0]
+        if there[0] != wanted:
+            _note(f"{name}: {there[0]} records are evaluated, as {args.directory} has none of the split {wanted}")
+    if not splits:
+        raise UserError(f"--directory: expected DIR/TASK/SPLIT.jsonl of a task of {args.suite}, got none there")
+    if lacking:
+        _note(f"left out, as {args.directory} has no file: {', '.join(lacking)}")
+    return splits
+
+
+def _note(text: str) -> None:
+    print(printable(text), file=sys.stderr)
 
 
 def _note_hidden(report: Report, output: str | None) -> None:
@@ -158,12 +251,11 @@ def _note_hidden(report: Report, output: str | None) -> None:
     if report.labels < report.n:
         found = f"{report.task}: {report.n - report.labels} of {report.n} records have no label"
         written = "their predictions are in --output" if output else "--output FILE writes their predictions"
-        print(printable(f"{found} and no part in the metrics; {written}"), file=sys.stderr)
+        _note(f"{found} and no part in the metrics; {written}")
 
 
-def _report_table(reports: Sequence[Report]) -> str:
-    from dph.evaluate.tables import table
-
+def _cells(reports: Sequence[Report], averages: Sequence[tuple[str, str, Interval]]) -> list[list[Any]]:
+    """Return the rows of the table of tasks, and of the averages below it."""
     rows = []
     for report in reports:
         for row in report.rows:
@@ -172,4 +264,33 @@ def _report_table(reports: Sequence[Report]) -> str:
                 if not report.labels:
                     figures[0] = NO_LABELS
                 rows.append([report.task, row.method, name, *figures, row.ties, row.n])
-    return table(["task", "method", "metric", "value", "95% interval", "ties", "n"], rows)
+    for name, method, figure in averages:
+        rows.append([name, method, "average", figure.value, figure.range, None, None])
+    return rows
+
+
+def _table(reports: Sequence[Report], averages: Sequence[tuple[str, str, Interval]]) -> str:
+    from dph.evaluate.tables import table
+
+    return table(HEADERS, _cells(reports, averages))
+
+
+def _write_table(path: str, reports: Sequence[Report], averages: Sequence[tuple[str, str, Interval]]) -> None:
+    """Write the table in the format of the file's suffix."""
+    import csv
+    import io
+
+    from dph.data.atomic import write_text
+    from dph.evaluate.tables import markdown_table
+
+    cells = _cells(reports, averages)
+    if path.endswith(".md"):
+        text = markdown_table(HEADERS, cells) + "\n"
+    elif path.endswith(".csv"):
+        file = io.StringIO()
+        csv.writer(file, lineterminator="\n").writerows([HEADERS, *cells])
+        text = file.getvalue()
+    else:
+        rows = [{"average": name, "method": method, **asdict(figure)} for name, method, figure in averages]
+        text = common.json_line({"tasks": [report.as_dict() for report in reports], "averages": rows}) + "\n"
+    write_text(path, text)

@@ -26,6 +26,14 @@ Scores = dict[str, list[float | None]]
 """Method of choosing -> a score for each choice of a record; None for the mean of an empty answer."""
 
 
+# Mean over the content's tokens; sum, the end-of-turn token included; and this sum per byte of the answer in UTF-8.
+LOGPROBS = {
+    "mean": "log-probability",
+    "sum": "log-probability (sum)",
+    "bytes": "log-probability (per byte)",
+}
+
+
 @dataclass(frozen=True)
 class Row:
     """Figures of one method of choosing among ``n`` records; in ``ties`` of them several choices share the best score.
@@ -118,9 +126,31 @@ def encoded_choices(task: Task, docs: Iterable[Mapping[str, Any]], tokenizer: An
         yield [chat.encode(choice, tokenizer, last_only=True) for choice in task.choices(doc)]
 
 
-def choice_scores(judged: Judged, heads: Sequence[str], where: str) -> Scores:
-    """Return the scores of the choices of one record; RuntimeError, beginning with ``where``, if one is not finite."""
-    scores: Scores = {"log-probability": judged.mean_logprobs}
+def choice_scores(
+    judged: Judged,
+    heads: Sequence[str],
+    where: str,
+    logprobs: Sequence[str] = ("mean",),
+    answers: Sequence[str] | None = None,
+) -> Scores:
+    """Return the scores of the choices of one record.
+
+    Args:
+        judged: their results.
+        heads: reward heads that choose.
+        where: beginning of errors.
+        logprobs: keys of LOGPROBS that choose.
+        answers: texts of the choices, for "bytes".
+
+    Raises RuntimeError if a score is not finite.
+    """
+    scores: Scores = {}
+    for name in logprobs:
+        values: list[float | None] = judged.mean_logprobs if name == "mean" else list(judged.logprobs)
+        if name == "bytes":
+            sizes = [len(answer.encode()) for answer in answers]
+            values = [value / size if size else None for value, size in zip(values, sizes, strict=True)]
+        scores[LOGPROBS[name]] = values
     for name in heads:
         scores["reward" if len(heads) == 1 else f"reward {name}"] = judged.rewards[name]
     for method, values in scores.items():

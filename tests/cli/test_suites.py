@@ -1,0 +1,144 @@
+"""dph evaluate --suite: the tasks that are there, averages, few-shot prompts, and tables in every format."""
+
+import csv
+import json
+
+import pytest
+from helpers.texts import message, write_lines
+
+from dph import tasks
+from dph.data.dataset import task_documents
+from dph.errors import UserError
+from dph.evaluate.choices import Report, Row
+from dph.evaluate.few_shot import Demonstrations
+from dph.evaluate.metrics import Interval
+from dph.evaluate.suites import GPT4ALL, SUITES, averages, missing
+
+
+def write_tasks(folder, names, splits=(None,), count=3):
+    for name in names:
+        task = tasks.load(name)
+        for split in splits:
+            write_lines(folder / name / f"{split or task.evaluated}.jsonl", *[task.example] * count)
+    return folder
+
+
+def report(task, **figures):
+    """A report by two methods, the second without a figure."""
+    metrics = {name: Interval(value, value - 0.1, value + 0.1) for name, value in figures.items()}
+    return Report(task, 10, 10, (Row("a", metrics, 0, 10), Row("b", dict.fromkeys(metrics), 0, 10)))
+
+
+def test_averages_by_hand():
+    glue = [
+        report("glue/cola", matthews=0.5), report("glue/sst2", accuracy=0.9), report("glue/mrpc", f1=0.8, accuracy=0.6),
+        report("glue/qqp", f1=0.7, accuracy=0.9), report("glue/stsb", pearson=0.3, spearman=0.5),
+        report("glue/mnli_matched", accuracy=0.7), report("glue/mnli_mismatched", accuracy=0.5),
+        report("glue/qnli", accuracy=0.8), report("glue/rte", accuracy=0.6),
+    ]  # fmt: skip
+    eight = (0.5 + 0.9 + 0.7 + 0.8 + 0.4 + 0.6 + 0.8 + 0.6) / 8
+    ((name, method, figure),) = averages(glue, SUITES["glue"].averages)
+    assert (name, method) == ("GLUE without WNLI", "a")
+    assert figure.value == pytest.approx(eight)
+    width = (7 * 0.1**2 / 64 + 2 * 0.1**2 / 16**2) ** 0.5
+    assert figure.high - figure.value == pytest.approx(width)
+    assert missing(glue, SUITES["glue"].averages) == {"GLUE": ["glue/wnli"]}
+    with_wnli = averages([*glue, report("glue/wnli", accuracy=0.4)], SUITES["glue"].averages)
+    assert with_wnli[0][2].value == pytest.approx((8 * eight + 0.4) / 9)
+    race = averages([report("race/middle", accuracy=0.5), report("race/high", accuracy=0.3)], SUITES["race"].averages)
+    assert [figure.value for _, _, figure in race] == pytest.approx([0.4, (1436 * 0.5 + 3498 * 0.3) / 4934])
+
+
+def test_every_suite_has_known_tasks():
+    for suite in SUITES.values():
+        assert set(suite.tasks) <= set(tasks.names())
+        assert {task for average in suite.averages for task in average.tasks} <= set(suite.tasks)
+        assert all(sum(average.weights) == pytest.approx(1) for average in suite.averages)
+
+
+@pytest.mark.parametrize("suffix", ["md", "csv", "json"])
+def test_a_suite_of_local_files(dph_command, models, tmp_path, suffix):
+    folder = write_tasks(tmp_path / "data", GPT4ALL)
+    table = tmp_path / f"table.{suffix}"
+    argv = ["evaluate", models / "judge", "--suite", "gpt4all", "--directory", folder, "--table", table, "--json"]
+    code, out, err = dph_command(*argv)
+    assert (code, "missing" in err) == (0, False)
+    lines = list(map(json.loads, out.splitlines()))
+    accuracies = [line["rows"][1]["metrics"]["accuracy"]["value"] for line in lines if "task" in line]
+    average = next(line for line in lines if line.get("average") == "GPT4All" and line["method"] == "reward")
+    assert len(accuracies) == 7
+    assert average["value"] == pytest.approx(sum(accuracies) / 7)
+    if suffix == "json":
+        saved = json.loads(table.read_text())
+        assert [row["method"] for row in saved["averages"]] == ["log-probability", "reward"]
+    else:
+        rows = [line.strip("| ").split(" | ") for line in table.read_text().splitlines()]
+        rows = list(csv.reader(table.open())) if suffix == "csv" else rows
+        assert rows[-1][:3] == ["GPT4All", "reward", "average"]
+        assert float(rows[-1][3]) == pytest.approx(average["value"], abs=5e-4)
+
+
+def test_tasks_that_are_not_there_are_said(dph_command, refused, models, tmp_path):
+    folder = write_tasks(tmp_path / "data", GPT4ALL[2:])
+    write_tasks(folder, GPT4ALL[1:2], ["train"])
+    code, out, err = dph_command("evaluate", models / "judge", "--suite", "gpt4all", "--directory", folder)
+    assert code == 0
+    assert f"left out, as {folder} has no file: hellaswag/no_choice" in err
+    assert f"openbookqa/main: train records are evaluated, as {folder} has none of the split test" in err
+    assert "no average GPT4All: hellaswag/no_choice is missing" in err
+    assert "GPT4All" not in out
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    line = refused("evaluate", models / "judge", "--suite", "race", "--directory", empty)
+    assert "expected DIR/TASK/SPLIT.jsonl of a task of race, got none there" in line
+    assert "--task, --suite: expected one of them, got none" in refused("evaluate", models / "judge")
+    line = refused("evaluate", models / "judge", "--task", "boolq", "--directory", folder, "--table", "a.txt")
+    assert "--table: expected a file that ends in .md, .csv, .json, got a.txt" in line
+
+
+def test_other_log_probabilities_choose_too(dph_command, models, tmp_path):
+    folder, output = write_tasks(tmp_path / "data", ["piqa"]), tmp_path / "answers.jsonl"
+    argv = ["--task", "piqa", "--directory", folder, "--logprob", "mean", "sum", "bytes", "--logprob-only"]
+    assert dph_command("evaluate", models / "judge", *argv, "--output", output)[0] == 0
+    line = json.loads(output.read_text().splitlines()[0])
+    answers = [choice[-1]["content"] for choice in tasks.load("piqa").choices(line["record"])]
+    sums = line["scores"]["log-probability (sum)"]
+    assert line["scores"]["log-probability (per byte)"] == pytest.approx(
+        [value / len(answer.encode()) for value, answer in zip(sums, answers, strict=True)]
+    )
+    assert next(iter(line["scores"])) == "log-probability"
+
+
+def test_demonstrations_are_earlier_turns_of_the_same_subject(dph_command, models, tmp_path):
+    task = tasks.load("mmlu/all")
+    shown = []
+    for subject in ("math", "law"):
+        for i in range(2):
+            shown.append({**task.example, "question": f"{subject} {i}?", "subject": subject, "answer": i})
+    write_lines(tmp_path / "mmlu/all/fewshot.jsonl", *shown)
+    write_lines(tmp_path / "mmlu/all/test.jsonl", task.example)
+    demonstrations = Demonstrations(task, 2, tmp_path)
+    (found, *_) = demonstrations.before(task.example, task.choices(task.example))
+    plain = task.choices(task.example)[0]
+    assert [turn["role"] for turn in found] == ["system", "user", "assistant", "user", "assistant", "user", "assistant"]
+    assert found[0] == plain[0]
+    assert found[-2:] == plain[-2:]
+    assert ["math 0?" in found[1]["content"], "math 1?" in found[3]["content"]] == [True, True]
+    assert found[4] == task.targets(shown[1])[0][-1]
+    with pytest.raises(UserError, match="expected at least 3 records in mmlu/all, fewshot, subject math, got 2"):
+        Demonstrations(task, 3, tmp_path)
+    with pytest.raises(UserError, match="expected demonstrations of subject art, got none"):
+        demonstrations.before({**task.example, "subject": "art"}, task.choices(task.example))
+    argv = ["evaluate", models / "judge", "--task", "mmlu/all", "--directory", tmp_path]
+    (zero, two) = (dph_command(*argv, "--shots", k, "--json")[1] for k in (0, 2))
+    assert json.loads(zero)["n"] == json.loads(two)["n"] == 1
+
+
+def test_demonstrations_of_other_tasks_are_drawn_from_training_records(tmp_path):
+    task = tasks.load("boolq")
+    write_lines(tmp_path / "boolq/train.jsonl", *[{**task.example, "question": f"q{i}"} for i in range(20)])
+    documents = task_documents(task, "train", tmp_path)
+    drawn = Demonstrations(task, 3, tmp_path).before(documents[0], [[message("user", "x")]])[0]
+    assert len(drawn) == 7
+    assert drawn == Demonstrations(task, 3, tmp_path).before(documents[5], [[message("user", "x")]])[0]
+    assert drawn != Demonstrations(task, 3, tmp_path, seed=1).before(documents[0], [[message("user", "x")]])[0]
