@@ -50,25 +50,13 @@ keeps the calibration, by which model.probability(rewards, head) reads rewards a
         help="rows of prompt, candidates and correct, or of prompt and lists of chosen and rejected, for best of N; "
         "may be repeated",
     )
-    add_normalise(parser)
+    common.add_normalise(parser)
     parser.add_argument("--output", metavar="DIR", help="folder for the card (several heads: DIR/NAME)")
-
-
-def add_normalise(parser: argparse.ArgumentParser) -> None:
-    """Add the choice of what makes two candidates the same answer in a vote."""
-    parser.add_argument(
-        "--normalise",
-        choices=("words", "number"),
-        default="words",
-        help="candidates that count as one answer in a vote: of equal words, or of equal last numbers (default: words)",
-    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Judge the held-out records and candidates once with all heads, and write a card for each."""
-    from dph.data.candidates import read_candidates
-
-    sets = {name: read_candidates(name) for name in args.candidates}
+    sets = common.read_candidate_sets(args.candidates)
     records, sources = _held_out(args)
     common.check_model(args)
     model, tokenizer, names = common.open_model(args, args.head or [], "dph train head trains one")
@@ -111,8 +99,9 @@ def _held_out(args: argparse.Namespace) -> tuple[list[Any], list[str]]:
 
     if args.sources:
         found = {}
-        for source in args.sources:
-            found[source] = dataset.load(source, LABELLED, split="validation")
+        for text in args.sources:
+            name, options = common.parse_source(text)
+            found[name] = dataset.load(name, LABELLED, **{"split": "validation", **options})
     else:
         found = held_out_of_run(Path(args.model))
     records = [record for part in found.values() for record in part if record is not None]

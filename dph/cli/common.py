@@ -20,6 +20,7 @@ from dph.errors import UNPRINTABLE, UserError, printable, shown
 from dph.infer import sampling
 
 if TYPE_CHECKING:
+    from dph.data.candidates import Candidates
     from dph.model.model import Model
     from dph.train.recipe import Recipe, Source
 
@@ -104,6 +105,16 @@ def add_field(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--field", default=default, metavar="NAME", help=f"field that is added (default: {default})")
 
 
+def add_normalise(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of what makes two candidates the same answer in a vote."""
+    parser.add_argument(
+        "--normalise",
+        choices=("words", "number"),
+        default="words",
+        help="candidates that count as one answer in a vote: of equal words, or of equal last numbers (default: words)",
+    )
+
+
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add the recipe, its overrides and the run directory."""
     parser.add_argument(
@@ -142,6 +153,17 @@ def parse_source(text: str) -> tuple[str, dict[str, Any]]:
     source = config_schema.build(recipe.Source, values)
     config_schema.check_ranges(source)
     return source.source, {name: getattr(source, name) for name in SOURCE_OPTIONS if values.get(name) is not None}
+
+
+def read_candidate_sets(texts: Sequence[str]) -> dict[str, list[Candidates]]:
+    """Return the rows of each source of candidates (:func:`parse_source`), by its name."""
+    from dph.data.candidates import read_candidates
+
+    sets: dict[str, list[Candidates]] = {}
+    for text in texts:
+        name, options = parse_source(text)
+        sets[name] = read_candidates(name, **options)
+    return sets
 
 
 def load_recipe(args: argparse.Namespace) -> Recipe:

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dph.cli import common, results
+from dph.cli import candidate_sets, common, results
 from dph.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ NO_LABELS = "no labels"
 EXAMPLE = """dph evaluate runs/align --task glue/sst2 --directory data --limit 500
 dph evaluate runs/align --suite gpt4all --table gpt4all.md
 dph evaluate runs/align --task mmlu/all --shots 5
+dph evaluate runs/align --candidates samples.jsonl --normalise number
 dph evaluate runs/align --task glue/ax --output predictions.jsonl
 dph evaluate runs/align --task arc/easy boolq --output answers.jsonl"""
 HEADERS = ("task", "method", "metric", "value", "95% interval", "ties", "n")
@@ -53,6 +54,14 @@ Records without a label have no part in the metrics."""
         choices=("glue", "gpt4all", "race", "mmlu", "all"),
         help="the tasks of a table of the paper, and their averages; with --directory those that are there",
     )
+    parser.add_argument(
+        "--candidates",
+        nargs="+",
+        metavar="FILE",
+        help="in place of tasks: rows of prompt, candidates and correct, or of prompt and lists of chosen and rejected "
+        "(RewardBench 2, with subset); best of N by each rule",
+    )
+    common.add_normalise(parser)
     parser.add_argument("--directory", metavar="DIR", help="read DIR/<task>/<split>.jsonl in place of the hub")
     parser.add_argument(
         "--shots",
@@ -142,6 +151,10 @@ class _Questions:
 
 def run(args: argparse.Namespace) -> None:
     """Read and check every task's documents, then open the model and print a report per task."""
+    if args.candidates:
+        candidate_sets.run(args)
+        return
+
     from dph import tasks
     from dph.data.dataset import task_documents
 
@@ -218,7 +231,7 @@ def _splits(args: argparse.Namespace) -> dict[str, str | None]:
 
     splits = {name.removeprefix("task:"): args.split for name in args.task}
     if args.suite is None and not splits:
-        raise UserError("--task, --suite: expected one of them, got none")
+        raise UserError("--task, --suite, --candidates: expected one of them, got none")
     lacking = []
     for name in SUITES[args.suite].tasks if args.suite else ():
         if name in splits:

@@ -16,20 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from dph.chat import Message
-from dph.data.files import open_path
 from dph.data.formats import parse_record
+from dph.data.rows import open_source
 from dph.errors import UserError, shown, shown_names
 
-FIELDS = ("candidates", "correct", "chosen", "rejected", "subset")
+FIELDS = ("candidates", "correct", "chosen", "rejected", "subset", "id")
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Conversations that share a prompt and end in a candidate each, and how right each is, from 0 to 1."""
+    """Conversations that share a prompt and end in a candidate each, and how right each is, from 0 to 1.
+
+    ``subset`` is None, and ``id`` empty, for a row without.
+    """
 
     conversations: list[list[Message]]
     correct: list[float]
     subset: str | None
+    id: str
 
     @property
     def texts(self) -> list[str]:
@@ -37,16 +41,17 @@ class Candidates:
         return [conversation[-1]["content"] for conversation in self.conversations]
 
 
-def read_candidates(path: str | Path) -> list[Candidates]:
-    """Return the rows of a file or folder. Raises UserError, which names file and line, if one is malformed."""
+def read_candidates(spec: str | Path, **options: Any) -> list[Candidates]:
+    """Return the rows of a source; ``options`` as of ``dph.data.rows.open_source``.
+
+    Raises UserError, which names file and line, if one is malformed.
+    """
     found: list[Candidates] = []
 
     def visit(place: str) -> Callable[[int, Mapping[str, Any]], None]:
         return lambda number, fields: found.append(parse_candidates(fields, f"{place}{number}"))
 
-    open_path(Path(path), visit)
-    if not found:
-        raise UserError(f"{path}: expected at least one row, got none")
+    open_source(spec, visit, **options)
     return found
 
 
@@ -81,7 +86,9 @@ def parse_candidates(fields: Mapping[str, Any], where: str) -> Candidates:
         record = parse_record({**prompt, "completion": answer}, "conversation", where)
         conversations.append(record.messages)
     subset = fields.get("subset")
-    return Candidates(conversations, list(map(float, correct)), None if subset is None else str(subset))
+    return Candidates(
+        conversations, list(map(float, correct)), None if subset is None else str(subset), str(fields.get("id", ""))
+    )
 
 
 def _listed(side: Any, where: str) -> list[Any]:

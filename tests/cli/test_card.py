@@ -46,8 +46,8 @@ def run(tmp_path_factory):
 
 
 def test_a_card_of_the_runs_own_held_out_pairs(run, dph_command):
-    code, out, _ = dph_command("card", run, "--dtype", "float32")
-    assert code == 0
+    code, out, err = dph_command("card", run, "--dtype", "float32")
+    assert code == 0, err
     folder = run / "heads/default"
     card = json.loads((folder / "card.json").read_text())
     assert (folder / "card.md").read_text().replace("![calibration", "") != ""
@@ -75,8 +75,10 @@ def test_a_card_of_given_pairs_and_candidates(run, dph_command, tmp_path):
         candidates.append({"prompt": f"{WORDS[i % 8]} {i}", "candidates": texts, "correct": correct})
     sampled = write_lines(tmp_path / "sampled.jsonl", *candidates)
     output = tmp_path / "card"
-    code, out, _ = dph_command("card", run, held_out, "--candidates", sampled, "--output", output, "--dtype", "float32")
-    assert code == 0
+    code, out, err = dph_command(
+        "card", run, held_out, "--candidates", sampled, "--output", output, "--dtype", "float32"
+    )
+    assert code == 0, err
     card = json.loads((output / "card.json").read_text())
     assert (card["pairs"], card["prompts"]) == (80, 80)
     (curves,) = card["candidates"].values()
@@ -93,8 +95,8 @@ def test_a_card_of_given_pairs_and_candidates(run, dph_command, tmp_path):
 
 def test_few_prompts_have_no_calibration(run, dph_command, tmp_path):
     held_out = write_lines(tmp_path / "held_out.jsonl", *pairs(4, start=200))
-    code, out, _ = dph_command("card", run, held_out, "--output", tmp_path / "card", "--dtype", "float32")
-    assert code == 0
+    code, out, err = dph_command("card", run, held_out, "--output", tmp_path / "card", "--dtype", "float32")
+    assert code == 0, err
     assert "Note: calibration: expected at least 10 prompts, got 4." in out
     card = json.loads((tmp_path / "card/card.json").read_text())
     assert card["calibration"] is None and card["label_noise"] is None  # noqa: PT018

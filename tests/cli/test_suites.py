@@ -91,7 +91,7 @@ def test_tasks_that_are_not_there_are_said(dph_command, refused, models, tmp_pat
     empty.mkdir()
     line = refused("evaluate", models / "judge", "--suite", "race", "--directory", empty)
     assert "expected DIR/TASK/SPLIT.jsonl of a task of race, got none there" in line
-    assert "--task, --suite: expected one of them, got none" in refused("evaluate", models / "judge")
+    assert "--task, --suite, --candidates: expected one of them, got none" in refused("evaluate", models / "judge")
     line = refused("evaluate", models / "judge", "--task", "boolq", "--directory", folder, "--table", "a.txt")
     assert "--table: expected a file that ends in .md, .csv, .json, got a.txt" in line
 
@@ -142,3 +142,35 @@ def test_demonstrations_of_other_tasks_are_drawn_from_training_records(tmp_path)
     assert len(drawn) == 7
     assert drawn == Demonstrations(task, 3, tmp_path).before(documents[5], [[message("user", "x")]])[0]
     assert drawn != Demonstrations(task, 3, tmp_path, seed=1).before(documents[0], [[message("user", "x")]])[0]
+
+
+def test_candidates_of_files(dph_command, refused, models, tmp_path):
+    rows = []
+    for i in range(4):
+        texts = ["is good", "dull", "is not", "late"][: 2 + i % 3]
+        rows.append({"prompt": f"a film {i}?", "candidates": texts, "correct": [j == i % 2 for j in range(len(texts))]})
+    sampled = write_lines(tmp_path / "sampled.jsonl", *rows)
+    bench = []
+    for i in range(3):
+        bench.append(
+            {"id": str(i), "prompt": f"q{i}", "chosen": ["good"], "rejected": ["bad", "late", "no"], "subset": "Math"}
+        )
+    bench = write_lines(tmp_path / "bench.jsonl", *bench)
+    output = tmp_path / "scores.jsonl"
+    argv = ["evaluate", models / "judge", "--candidates", sampled, bench, "--output", output, "--json"]
+    code, out, err = dph_command(*argv)
+    assert code == 0, err
+    written = list(map(json.loads, output.read_text().splitlines()))
+    assert [len(line["scores"]["reward"]) for line in written] == [2, 3, 4, 2, 4, 4, 4]
+    lines = list(map(json.loads, out.splitlines()))
+    oracle = next(line for line in lines if line.get("rule") == "oracle")
+    assert (oracle["ns"], oracle["right"][-1]["value"]) == ([1, 2, 4], 1.0)
+    by_reward = next(line for line in lines if line.get("rule") == "reward")
+    right = [row["correct"][max(range(len(row["correct"])), key=line["scores"]["reward"].__getitem__)]
+             for row, line in zip(rows, written[:4], strict=True)]  # fmt: skip
+    assert by_reward["right"][-1]["value"] == pytest.approx(sum(right) / 4)
+    subset = next(line for line in lines if line.get("name") == "Math" and line["method"] == "reward")
+    best = [line["scores"]["reward"][0] == max(line["scores"]["reward"]) for line in written[4:]]
+    assert subset["value"] == pytest.approx(sum(best) / 3)
+    assert "subset" in dph_command(*argv[:-3])[1]
+    assert "expected no --task" in refused(*argv[:-1], "--task", "boolq")
