@@ -23,9 +23,11 @@ SIZES = (4, 16)  # candidates N in the table, besides 1 and all
 
 def run(args: argparse.Namespace) -> None:
     """Judge every file's candidates, print a table of each, and write the scores to ``--output``."""
+    from dph.data.candidates import read_candidates
+
     if args.task or args.suite or args.table:
         raise UserError("--candidates: expected no --task, --suite or --table beside it, got one")
-    sets = common.read_candidate_sets(args.candidates)
+    sets = {name: read_candidates(name, **options) for name, options in map(common.parse_source, args.candidates)}
     common.check_output(args.output, args.model, Path(args.model) / "model", *sets)
     common.check_model(args)
 

@@ -56,7 +56,9 @@ keeps the calibration, by which model.probability(rewards, head) reads rewards a
 
 def run(args: argparse.Namespace) -> None:
     """Judge the held-out records and candidates once with all heads, and write a card for each."""
-    sets = common.read_candidate_sets(args.candidates)
+    from dph.data.candidates import read_candidates
+
+    sets = {name: read_candidates(name, **options) for name, options in map(common.parse_source, args.candidates)}
     records, sources = _held_out(args)
     common.check_model(args)
     model, tokenizer, names = common.open_model(args, args.head or [], "dph train head trains one")

@@ -20,7 +20,6 @@ from dph.errors import UNPRINTABLE, UserError, printable, shown
 from dph.infer import sampling
 
 if TYPE_CHECKING:
-    from dph.data.candidates import Candidates
     from dph.model.model import Model
     from dph.train.recipe import Recipe, Source
 
@@ -153,17 +152,6 @@ def parse_source(text: str) -> tuple[str, dict[str, Any]]:
     source = config_schema.build(recipe.Source, values)
     config_schema.check_ranges(source)
     return source.source, {name: getattr(source, name) for name in SOURCE_OPTIONS if values.get(name) is not None}
-
-
-def read_candidate_sets(texts: Sequence[str]) -> dict[str, list[Candidates]]:
-    """Return the rows of each source of candidates (:func:`parse_source`), by its name."""
-    from dph.data.candidates import read_candidates
-
-    sets: dict[str, list[Candidates]] = {}
-    for text in texts:
-        name, options = parse_source(text)
-        sets[name] = read_candidates(name, **options)
-    return sets
 
 
 def load_recipe(args: argparse.Namespace) -> Recipe:
