@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from helpers.killed import MODEL, material
-from helpers.parallel_runs import CASES, RESUMED, recipe_of
+from helpers.parallel_runs import CASES, RESUMED, data_of, recipe_of
 from helpers.stages import figures, go, records, tiny, weights
 from helpers.texts import small_tokenizer
 from helpers.two import SIZE, environment, needs_gloo, run_both
@@ -71,7 +71,7 @@ def assert_near(found, expected, rate=RATE):
 def one_process(name, directory, **more):
     """The same case by one process."""
     stage, changes, model = CASES[name]
-    return go(recipe_of(stage, directory, **changes, **more), model=tiny(**model))
+    return go(recipe_of(stage, directory, **changes, **more), data_of(name), model=tiny(**model))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("bf16")])
