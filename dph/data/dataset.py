@@ -262,12 +262,12 @@ def _uses(task: Task, document: Mapping[str, Any], location: str) -> bool:
 
 
 class Source(Protocol):
-    """One source of a recipe: arguments of :func:`load`, and its ``weight`` in a mixture."""
+    """One source of a recipe: arguments of :func:`load`, and its ``weight`` in a mixture, a number or "size"."""
 
     source: str
     split: str | None
     directory: str | None
-    weight: float
+    weight: float | str
     limit: int | None
     text_field: str
     columns: Mapping[str, Any] | None
@@ -318,7 +318,10 @@ def open_training(
         if not len(records):
             raise UserError(f"data.sources.{i}: expected records besides the share {share} of evaluation, got none")
         datasets.append(records)
-    return mixture(datasets, seed, consecutive, [source.weight for source in sources]), development
+    weights = []
+    for source, records in zip(sources, datasets, strict=True):
+        weights.append(float(len(records)) if source.weight == "size" else source.weight)
+    return mixture(datasets, seed, consecutive, weights), development
 
 
 def split_by_prompt(

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -398,16 +398,23 @@ class Encoder:
 
     A Labelled gives its answers alike, with their labels.
 
+    Args:
+        tokenizer: of the tokens.
+        loss: tokens of a conversation that its loss mask counts: "answers", or "all" but the first and those of answers
+            that are not trained.
+
     Raises UserError for a tokenizer without an EOS token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, loss: str = "answers") -> None:
+        self.tokenizer, self.loss = tokenizer, loss
         self._encode_text, self._eos = chat.plain(tokenizer), chat.eos_token(tokenizer)
 
     def __call__(self, record: Record | Encoded | tuple[Encoded, Encoded]) -> Encoded | tuple[Encoded, Encoded]:
         """Return the tokens of a record; a record that is already encoded is returned as it is."""
         if isinstance(record, Encoded | tuple):
+            if self.loss != "answers":
+                raise UserError(f"data.loss: expected answers with records that are encoded already, got {self.loss}")
             return record
         if isinstance(record, Preference):
             chosen = chat.encode(record.chosen, self.tokenizer, last_only=True)
@@ -416,7 +423,30 @@ class Encoder:
             answers = [chat.encode(messages, self.tokenizer, last_only=True) for messages in record.answers]
             return EncodedAnswers(answers, record.labels)
         if isinstance(record, Conversation):
-            return chat.encode(record.messages, self.tokenizer)
+            return self.joined([record])
         tokens = self._encode_text(record.text)
         mask = [True] * len(tokens) + [not record.continues]
         return Encoded([self._eos, *tokens], [*tokens, self._eos], mask, mask, None)
+
+    def joined(self, records: Sequence[Conversation]) -> Encoded:
+        """Return the tokens of conversations as one, with the system messages of the first alone.
+
+        Raises UserError for a record of another kind.
+        """
+        conversations = []
+        for record in records:
+            if not isinstance(record, Conversation):
+                raise UserError(f"data.repeat_system: expected conversations to join, got {type(record).__name__}")
+            conversations.append(record.messages)
+        encoded = chat.encode_many(conversations, self.tokenizer, repeat_system=False)
+        if self.loss == "answers":
+            return encoded
+        mask = [True] * (len(encoded) - 1) + [False]
+        if not all(message.get("train", True) for messages in conversations for message in messages):
+            trained = []
+            for messages in conversations:
+                trained.append([{"role": message["role"], "content": message["content"]} for message in messages])
+            answers = chat.encode_many(trained, self.tokenizer, repeat_system=False).loss_mask
+            for i, (answer, learnt) in enumerate(zip(answers, encoded.loss_mask, strict=True)):
+                mask[i] = mask[i] and (learnt or not answer)
+        return replace(encoded, loss_mask=mask)

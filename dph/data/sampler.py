@@ -140,7 +140,7 @@ class Interleaved:
         if len(weights) != len(sources) or min(weights) < 0 or sum(weights) <= 0:
             raise UserError(f"weights: expected {len(sources)} that are not negative and not all 0, got {weights}")
         self.sources, self.seed, self.run, self.position = list(sources), seed, run, 0
-        self.size = sum(source.size for source in sources)
+        self.size, self.weights = sum(source.size for source in sources), weights
         self._cumulative_weights = list(accumulate(weights))
 
     def __iter__(self) -> Iterator[Item | None]:

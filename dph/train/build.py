@@ -72,7 +72,7 @@ def make_stage(
             raise UserError("evaluation.share: expected 0 with records in memory, got a share: give them as held_out")
         sampler = Shuffled(records, recipe.seed)
     if recipe.data.workers:
-        sampler = WorkerPool(sampler, tokenizer, recipe.data.workers)
+        sampler = WorkerPool(sampler, tokenizer, recipe.data.workers, recipe.data.loss)
     if held_out is None:
         section = recipe.evaluation
         held_out = dataset.open_held_out(section.sources, recipe.kind, directory=section.directory, seed=recipe.seed)
@@ -88,7 +88,7 @@ def make_stage(
         model=model.to(device=device, dtype=torch.float32),
         tokenizer=tokenizer,
         world=world,
-        encode=Encoder(tokenizer),
+        encode=Encoder(tokenizer, recipe.data.loss),
         records=sampler,
         held_out={name: source for name, source in held_out.items() if len(source)},
     )

@@ -57,6 +57,17 @@ CASES = {
     "sft-lora-last": ("sft", {"lora__rank": 3, "train__last_layers": 1, "parallel": "replicate"}, FORMS["llama"]),
     "head-labelled": ("head", {"objective__heads": ["a", "b"], "batch__size": 2}, HEADS),
     "align-labelled": ("align", {"objective__heads": ["a", "b"], "objective__dpo_weight": 0.0}, HEADS),
+    "align-frozen": (
+        "align",
+        {
+            "train__frozen": ["backbone.embedding.*", "*.bias"],
+            "optimiser__head_weight_decay": 0.1,
+            "optimiser__head_prior_decay": 0.0,
+            "objective__dpo_mean": True,
+            "batch__micro": 1,
+        },
+        {},
+    ),
     "head-bf16": ("head", {"precision": "bf16"}, {}),
 }
 RESUMED = {"sft": {}, "align": {"parallel": "replicate"}}
