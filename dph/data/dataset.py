@@ -41,6 +41,8 @@ from dph.data.sources import (
     Selected,
     TextRecords,
     fingerprint,
+    location,
+    prompt_key,
     read_hub,
     rows_fingerprint,
 )
@@ -203,6 +205,10 @@ class TaskRecords(Records):
         drawn = draw(len(wrong), *key, visit) if visit and self._redraw else draw(len(wrong), *key)
         return Preference(right[0], wrong[drawn])
 
+    def location(self, index: int) -> str:
+        """Return FILE:LINE of a document, or the task, split and number of a record of the hub."""
+        return self._documents.location(range(len(self))[index])
+
     def fingerprint(self) -> str:
         """Return a digest of the documents."""
         return self._documents.fingerprint()
@@ -338,12 +344,6 @@ def split_by_prompt(
     return Selected(records, train), kept
 
 
-def prompt_key(record: Preference | Labelled) -> str:
-    """Return a text that is the same for records with the same prompt."""
-    conversation = record.answers[0] if isinstance(record, Labelled) else record.chosen
-    return repr([(message["role"], message["content"]) for message in conversation[:-1]])
-
-
 def open_held_out(
     sources: Sequence[Source], kind: str, *, directory: str | None, seed: int
 ) -> dict[str, Sequence[Record]]:
@@ -403,6 +403,10 @@ class ForHead(Records):
     def at_visit(self, index: int, visit: int) -> Labelled | None:
         """Return one record at a visit."""
         return for_head(read(self._records, index, visit), self._head, self._name)
+
+    def location(self, index: int) -> str:
+        """Return the place of a record."""
+        return location(self._records, index)
 
     def fingerprint(self) -> str:
         """Return a digest of the records and the head."""

@@ -336,6 +336,10 @@ class Records(Sequence):
             yield self[index]
 
     @abstractmethod
+    def location(self, index: int) -> str:
+        """Return FILE:LINE of a record or the like, for messages."""
+
+    @abstractmethod
     def fingerprint(self) -> str:
         """Return a short digest of the content that the records are made from, whatever its path and dates."""
 
@@ -387,6 +391,11 @@ class RowRecords(Records):
             if row in self._pieces:
                 return self._pieces[row][index - self._ends[row]]  # counted from the end of its pieces
         return parse_record(self._rows.visited(row), self._kind, self._rows.location(row), *self._options)
+
+    def location(self, index: int) -> str:
+        """Return FILE:LINE of a record."""
+        index = range(self._size)[index]
+        return self._rows.location(bisect_right(self._ends, index) if self._ends else index)
 
     def fingerprint(self) -> str:
         """Return a digest of the rows, and of the options that select and rename."""

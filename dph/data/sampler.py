@@ -31,6 +31,12 @@ def read(records: Sequence[Item], index: int, visit: int) -> Item | None:
     return records[index] if at_visit is None else at_visit(index, visit)
 
 
+def evenly_spaced(size: int, count: int) -> list[int]:
+    """Return at most ``count`` indices below ``size``, the first and the last among them if there are several."""
+    count = min(size, count)
+    return [i * (size - 1) // max(count - 1, 1) for i in range(count)]
+
+
 class Sampler(Protocol):
     """Iterator over records that continues exactly from its state."""
 
