@@ -63,7 +63,8 @@ def describe_data(stage: Stage) -> list[str]:
         lines.append(f"{needed:,} tokens in a step")
     elif taken:
         tokens = needed / taken * sum(share * sample.tokens for share, sample in zip(shares, samples, strict=True))
-        lines.append(f"about {tokens:,.0f} tokens in a step, by {sum(sample.size for sample in samples):,} records")
+        count = sum(sample.size for sample in samples)
+        lines.append(f"about {tokens:,.0f} tokens in a step, by a sample of {count:,} records")
     held_out = list(stage.held_out.sources.values())
     if overlap := find_overlap(datasets, held_out, COMPARED):
         what = "text" if recipe.kind == "text" else "prompt"

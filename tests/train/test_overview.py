@@ -50,7 +50,7 @@ def test_records_shares_and_passes_of_pairs(workers, tmp_path):
         two: [40, 0.75, pytest.approx(0.75 * drawn / 40, abs=1e-3)],
     }
     length = packed_length(Encoder(small_tokenizer())(dataset.load(one, "preference")[0]))
-    assert tokens == f"about {4 * length} tokens in a step, by 50 records"
+    assert tokens == f"about {4 * length} tokens in a step, by a sample of 50 records"
     assert stage.batches.records.position == 0
     stage.close()
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 
 import pytest
 import torch
@@ -25,6 +26,12 @@ from dph.train.trainer import Trainer
 
 OWN_DECAYS = {"prior_decay": 0.5, "head_prior_decay": 0.0, "head_weight_decay": 0.1}
 OWN_DECAYS = {f"optimiser__{name}": value for name, value in OWN_DECAYS.items()}
+LATER = {
+    "optimiser": ["head_prior_decay", "head_weight_decay"],
+    "train": ["frozen"],
+    "objective": ["dpo_mean"],
+    "data": ["loss", "repeat_system"],
+}
 FROZEN = ["backbone.embedding.*", "backbone.input_*", "backbone.blocks.0.*", "*.attention.qkv.bias"]
 
 
@@ -124,6 +131,22 @@ def test_a_killed_run_with_the_paper_s_options_resumes_bit_for_bit(stage, tmp_pa
     stage = make_stage(settings(stage, tmp_path / "s", **changes), tiny(), small_tokenizer(), records(stage), [])
     assert unchanged == {name for name in begun if not stage.trains(name)}
     assert stage.frozen_names
+
+
+@pytest.mark.parametrize("stage", ["align", "sft"])
+def test_a_run_from_before_these_options_resumes_without_them_only(stage, tmp_path):
+    whole, recipe = go(settings(stage, tmp_path / "whole")), settings(stage, tmp_path / "run")
+    with pytest.raises(Killed):
+        go(recipe, Trap(records(stage), 24, die))
+    path = tmp_path / "run/config.json"
+    config = json.loads(path.read_text())
+    for section, names in LATER.items():
+        for name in names:
+            del config[section][name]
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"train\.frozen.*: expected .* a resumed run must not differ"):
+        go(settings(stage, tmp_path / "run", train__frozen=["backbone.embedding.*"]), resume=True)
+    same(whole, go(recipe, resume=True))
 
 
 @pytest.mark.parametrize(
