@@ -78,7 +78,10 @@ def recipe_of(stage, directory, **changes):
 
 
 def data_of(name):
-    """Training records of a case; labelled ones name one head each, so that a rank of a step may lack the other."""
+    """Training records of a case; labelled ones, among plain pairs, name one of two heads.
+
+    With one record a rank, some rank of most steps has no label for a head.
+    """
     stage = CASES[name][0]
     pairs = records(stage)
     if not name.endswith("labelled"):
@@ -86,7 +89,9 @@ def data_of(name):
     found = []
     for i, pair in enumerate(pairs):
         head = "ab"[i % 2]
-        if i % 3 == 0:
+        if i % 6 == 0:
+            found.append(pair)
+        elif i % 3 == 0:
             found.append(Labelled([pair.chosen, pair.rejected], (Label(0, 1, head),)))
         elif i % 3 == 1:
             found.append(Labelled([pair.chosen], (Label(0, None, head),)))

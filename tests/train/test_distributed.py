@@ -46,7 +46,7 @@ def command(folder, name, steps):
 def folder(tmp_path_factory):
     """What the two processes left."""
     found = tmp_path_factory.mktemp("parallel")
-    run_both("parallel_runs.py", found, "cpu", timeout=300)
+    run_both("parallel_runs.py", found, "cpu", timeout=400)
     return found
 
 
