@@ -133,6 +133,14 @@ def test_a_killed_run_with_the_paper_s_options_resumes_bit_for_bit(stage, tmp_pa
     assert stage.frozen_names
 
 
+def test_frozen_parameters_are_the_same_bytes_after_training_in_bf16(tmp_path):
+    recipe = settings("align", tmp_path, train__frozen=FROZEN, precision="bf16")
+    stage = make_stage(recipe, tiny(), small_tokenizer(), records("align"), [])
+    begun, result = weights(tiny()), go(recipe)
+    changed = {name for name, p in result.model.named_parameters() if not torch.equal(p, begun[name])}
+    assert changed == {name for name in begun if stage.trains(name)}
+
+
 @pytest.mark.parametrize("stage", ["align", "sft"])
 def test_a_run_from_before_these_options_resumes_without_them_only(stage, tmp_path):
     whole, recipe = go(settings(stage, tmp_path / "whole")), settings(stage, tmp_path / "run")
