@@ -422,8 +422,6 @@ class Encoder:
     def __call__(self, record: Record | Encoded | tuple[Encoded, Encoded]) -> Encoded | tuple[Encoded, Encoded]:
         """Return the tokens of a record; a record that is already encoded is returned as it is."""
         if isinstance(record, Encoded | tuple):
-            if self.loss != "answers":
-                raise UserError(f"data.loss: expected answers with records that are encoded already, got {self.loss}")
             return record
         if isinstance(record, Preference):
             chosen = chat.encode(record.chosen, self.tokenizer, last_only=True)

@@ -470,9 +470,6 @@ class Recipe:
             raise UserError(f"data.loss: expected answers in stage {self.stage}, got all")
         if not self.data.repeat_system and self.kind != "conversation":
             raise UserError(f"data.repeat_system: expected true in stage {self.stage}, got false")
-        if not self.data.repeat_system and self.data.workers:
-            reason = "with repeat_system false, whose records are encoded together"
-            raise UserError(f"data.workers: expected 0 {reason}, got {self.data.workers}")
 
     @property
     def kind(self) -> str:

@@ -185,7 +185,6 @@ def test_a_run_from_before_these_options_resumes_without_them_only(stage, tmp_pa
             {"data__repeat_system": False},
             r"data\.repeat_system: expected true in stage pretrain, got false",
         ),
-        ("sft", {"data__repeat_system": False, "data__workers": 2}, r"data\.workers: expected 0 with repeat_system"),
     ],
 )
 def test_what_a_stage_would_not_use_is_refused(stage, changes, message, tmp_path):
@@ -288,11 +287,11 @@ def test_an_answer_of_weight_0_stays_out_of_the_loss_on_all_tokens():
     assert not any(alone.loss_mask)
 
 
-def test_encoded_records_keep_their_own_loss_mask_or_are_refused():
+def test_encoded_records_have_a_loss_mask_of_their_own(tmp_path):
     encoded = chat.encode(turns("be brief", "hello", "world"), small_tokenizer())
     assert Encoder(small_tokenizer())(encoded) is encoded
     with pytest.raises(UserError, match=r"data\.loss: expected answers with records that are encoded already, got all"):
-        Encoder(small_tokenizer(), "all")(encoded)
+        make_stage(settings("sft", tmp_path, data__loss="all"), tiny(), small_tokenizer(), [encoded], {})
     with pytest.raises(UserError, match=r"data\.repeat_system: expected conversations to join, got Encoded"):
         Encoder(small_tokenizer()).joined([encoded])
 
@@ -307,17 +306,20 @@ def sources(folder, *sizes):
 
 
 @pytest.mark.parametrize("repeated", [True, False])
-@pytest.mark.parametrize("loss", ["answers", "all"])
-def test_consecutive_conversations_of_a_stream_have_one_system_message(repeated, loss, tmp_path):
+@pytest.mark.parametrize(("loss", "workers"), [("answers", 0), ("all", 0), ("all", 1)])
+def test_consecutive_conversations_of_a_stream_have_one_system_message(repeated, loss, workers, tmp_path):
     """As the paper's code encodes several conversations, and from a state on as before."""
     paths, tokenizer = sources(tmp_path, 5, 7), small_tokenizer()
     recipe = settings(
         "sft", tmp_path / "run", data__sources=paths, data__consecutive=3, batch__size=1,
-        data__repeat_system=repeated, data__loss=loss,
+        data__repeat_system=repeated, data__loss=loss, data__workers=workers,
     )  # fmt: skip
-    make = lambda: make_stage(recipe, tiny(), tokenizer, None, {}).batches  # noqa: E731
-    streams, again = make(), make()
-    order = list(itertools.islice(make().records, 30))
+    stages = [make_stage(recipe, tiny(), tokenizer, None, {}) for _ in range(2)]
+    streams, again = (stage.batches for stage in stages)
+    sampler, _ = dataset.open_training(
+        recipe.data.sources, "conversation", directory=None, seed=recipe.seed, consecutive=3
+    )
+    order = list(itertools.islice(sampler, 30))
     tokens, counted = [], []
     for start in range(0, 30, 3):
         run = [record.messages for record in order[start : start + 3]]
@@ -336,6 +338,8 @@ def test_consecutive_conversations_of_a_stream_have_one_system_message(repeated,
         part = slice(24 * number, 24 * number + 24)
         assert got == tokens[part]
         assert [target != -100 for target in targets] == counted[part]
+    for stage in stages:
+        stage.close()
 
 
 # Weights by size
