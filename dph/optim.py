@@ -670,9 +670,13 @@ def param_groups(
     weight_decay: float = 0.0,
     prior_decay: float = 0.0,
     no_decay: Sequence[str] = NO_DECAY,
+    *,
+    head_weight_decay: float | None = None,
+    head_prior_decay: float | None = None,
 ) -> list[dict]:
     """Return two groups, with and without decay: the latter has all parameters named with a word of ``no_decay``.
 
+    With decays of their own, the other parameters of the reward heads and their poolers are a group between the two.
     Only parameters that require a gradient; a tied one counts once, under its first name. An empty group is left out.
     The groups contain the parameters' names, which ``LaProp.load_state_dict`` compares with those of the state.
     """
@@ -680,12 +684,23 @@ def param_groups(
         raise TypeError(f"no_decay: expected a list of words, got the string {shown(no_decay)}")
     decayed = {"params": [], "param_names": [], "weight_decay": weight_decay, "prior_decay": prior_decay}
     not_decayed = {"params": [], "param_names": [], "weight_decay": 0.0, "prior_decay": 0.0}
+    heads = decayed
+    if head_weight_decay is not None or head_prior_decay is not None:
+        heads = {
+            "params": [],
+            "param_names": [],
+            "weight_decay": weight_decay if head_weight_decay is None else head_weight_decay,
+            "prior_decay": prior_decay if head_prior_decay is None else head_prior_decay,
+        }
     for name, p in model.named_parameters():
         if p.requires_grad:
-            group = not_decayed if any(word in name for word in no_decay) else decayed
+            group = heads if name.startswith("heads.") else decayed
+            if any(word in name for word in no_decay):
+                group = not_decayed
             group["params"].append(p)
             group["param_names"].append(name)
-    return [group for group in (decayed, not_decayed) if group["params"]]
+    groups = (decayed, not_decayed) if heads is decayed else (decayed, heads, not_decayed)
+    return [group for group in groups if group["params"]]
 
 
 def warmup_cosine(step: int, *, peak: float, warmup: int, total: int, final: float = 0.0) -> float:

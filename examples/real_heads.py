@@ -30,10 +30,11 @@ from tqdm import tqdm
 
 from dph import chat, tasks
 from dph.data.atomic import write_text
-from dph.data.dataset import prompt_key, task_documents
+from dph.data.dataset import task_documents
 from dph.data.formats import Preference, parse_record
 from dph.data.json_lines import read_jsonl
 from dph.data.sampler import draw
+from dph.data.sources import prompt_key
 from dph.evaluate.choices import evaluate, prefer
 from dph.evaluate.tables import table
 from dph.model.loading import load_model, load_tokenizer

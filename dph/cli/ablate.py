@@ -138,9 +138,9 @@ def _judged(recipe: Recipe, name: str) -> dict[str, Any]:
 
 def _judge(directory: Path) -> dict[str, Any]:
     """Return the prompts of a run's held-out pairs, and by head and log-probability the shares of right choices."""
-    from dph.data.dataset import prompt_key
     from dph.data.formats import Encoder
     from dph.data.labels import labels_of
+    from dph.data.sources import prompt_key
     from dph.evaluate.card import RULES, gather
     from dph.evaluate.metrics import chosen_shares
     from dph.model.loading import load_model, load_tokenizer

@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> None:
     folders = _folders(args, names, files)
 
     from dph import chat
-    from dph.data.dataset import prompt_key
     from dph.data.formats import Encoder
     from dph.data.labels import labels_of
+    from dph.data.sources import prompt_key
     from dph.evaluate import best_of, card, card_figure
 
     answers = list(map(Encoder(tokenizer), records))

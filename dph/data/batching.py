@@ -23,15 +23,23 @@ class Streams:
 
     Iterating yields (tokens [B, S], targets [B, S]), int64 on the CPU; a target is -100 if its loss mask is off. Row b
     of a batch continues row b of the previous batch, so that memory carries records across the cut. A stream takes
-    whole runs of ``records.run``. After the last record the streams are padded with ``pad_token``.
+    whole runs of ``records.run``, which ``encode_run`` encodes together if it is given. After the last record the
+    streams are padded with ``pad_token``.
     """
 
     def __init__(
-        self, records: Sampler, encode: Callable[[Record], Encoded], batch: int, length: int, pad_token: int
+        self,
+        records: Sampler,
+        encode: Callable[[Record], Encoded],
+        batch: int,
+        length: int,
+        pad_token: int,
+        encode_run: Callable[[list[Record]], Encoded] | None = None,
     ) -> None:
         if batch < 1 or length < 1:
             raise UserError(f"batch, length: expected at least 1 each, got {batch} and {length}")
         self.records, self.encode, self.length, self.pad_token = records, encode, length, pad_token
+        self.encode_run = encode_run
         self._tokens: list[list[int]] = [[] for _ in range(batch)]  # of each stream, beyond the segments taken
         self._targets: list[list[int]] = [[] for _ in range(batch)]
         # The last batch, for ``undo``: records and tokens of every stream before it, and its segments once cut.
@@ -65,11 +73,10 @@ class Streams:
     def _fill(self, tokens: list[int], targets: list[int]) -> None:
         """Add runs of records to one stream until it holds a segment or the records end."""
         while len(tokens) < self.length:
-            for _ in range(self.records.run):
-                record = next(self.records, None)
-                if record is None:
-                    return
-                encoded = self.encode(record)
+            run = list(itertools.islice(self.records, self.records.run))
+            if not run:
+                return
+            for encoded in map(self.encode, run) if self.encode_run is None else (self.encode_run(run),):
                 tokens += encoded.tokens
                 targets += _targets(encoded)
 

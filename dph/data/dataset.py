@@ -41,6 +41,8 @@ from dph.data.sources import (
     Selected,
     TextRecords,
     fingerprint,
+    location,
+    prompt_key,
     read_hub,
     rows_fingerprint,
 )
@@ -186,6 +188,10 @@ class TaskRecords(Records):
         drawn = draw(len(wrong), *key, visit) if visit and self._redraw else draw(len(wrong), *key)
         return Preference(right[0], wrong[drawn])
 
+    def location(self, index: int) -> str:
+        """Return FILE:LINE of a document, or the task, split and number of a record of the hub."""
+        return self._documents.location(range(len(self))[index])
+
     def fingerprint(self) -> str:
         """Return a digest of the documents."""
         return self._documents.fingerprint()
@@ -251,12 +257,12 @@ def _uses(task: Task, document: Mapping[str, Any], location: str) -> bool:
 
 
 class Source(Protocol):
-    """One source of a recipe: arguments of :func:`load`, and its ``weight`` in a mixture."""
+    """One source of a recipe: arguments of :func:`load`, and its ``weight`` in a mixture, a number or "size"."""
 
     source: str
     split: str | None
     directory: str | None
-    weight: float
+    weight: float | str
     limit: int | None
     text_field: str
     columns: Mapping[str, Any] | None
@@ -307,7 +313,10 @@ def open_training(
         if not len(records):
             raise UserError(f"data.sources.{i}: expected records besides the share {share} of evaluation, got none")
         datasets.append(records)
-    return mixture(datasets, seed, consecutive, [source.weight for source in sources]), development
+    weights = []
+    for source, records in zip(sources, datasets, strict=True):
+        weights.append(float(len(records)) if source.weight == "size" else source.weight)
+    return mixture(datasets, seed, consecutive, weights), development
 
 
 def split_by_prompt(
@@ -322,16 +331,6 @@ def split_by_prompt(
         else:
             train.append(i)
     return Selected(records, train), kept
-
-
-def prompt_key(record: Preference | Labelled) -> str:
-    """Return a text that is the same for records with the same prompt."""
-    conversation = record.answers[0] if isinstance(record, Labelled) else record.chosen
-    contents: list[tuple[Any, ...]] = []
-    for message in conversation[:-1]:
-        calls = (message["tool_calls"],) if "tool_calls" in message else ()
-        contents.append((message["role"], message["content"], *calls))
-    return repr(contents)
 
 
 def open_held_out(
@@ -393,6 +392,10 @@ class ForHead(Records):
     def at_visit(self, index: int, visit: int) -> Labelled | None:
         """Return one record at a visit."""
         return for_head(read(self._records, index, visit), self._head, self._name)
+
+    def location(self, index: int) -> str:
+        """Return the place of a record."""
+        return location(self._records, index)
 
     def fingerprint(self) -> str:
         """Return a digest of the records and the head."""

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -355,6 +355,10 @@ class Records(Sequence):
             yield self[index]
 
     @abstractmethod
+    def location(self, index: int) -> str:
+        """Return FILE:LINE of a record or the like, for messages."""
+
+    @abstractmethod
     def fingerprint(self) -> str:
         """Return a short digest of the content that the records are made from, whatever its path and dates."""
 
@@ -407,6 +411,11 @@ class RowRecords(Records):
                 return self._pieces[row][index - self._ends[row]]  # counted from the end of its pieces
         return parse_record(self._rows.visited(row), self._kind, self._rows.location(row), *self._options)
 
+    def location(self, index: int) -> str:
+        """Return FILE:LINE of a record."""
+        index = range(self._size)[index]
+        return self._rows.location(bisect_right(self._ends, index) if self._ends else index)
+
     def fingerprint(self) -> str:
         """Return a digest of the rows, and of the options that select and rename."""
         return self._format.fingerprint(self._rows.fingerprint())
@@ -417,11 +426,16 @@ class Encoder:
 
     A Labelled gives its answers alike, with their labels.
 
+    Args:
+        tokenizer: of the tokens.
+        loss: tokens of a conversation that its loss mask counts: "answers", or "all" but the first and those of answers
+            that are not trained.
+
     Raises UserError for a tokenizer without an EOS token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, loss: str = "answers") -> None:
+        self.tokenizer, self.loss = tokenizer, loss
         self._encode_text, self._eos = chat.plain(tokenizer), chat.eos_token(tokenizer)
 
     def __call__(self, record: Record | Encoded | tuple[Encoded, Encoded]) -> Encoded | tuple[Encoded, Encoded]:
@@ -435,7 +449,30 @@ class Encoder:
             answers = [chat.encode(messages, self.tokenizer, last_only=True) for messages in record.answers]
             return EncodedAnswers(answers, record.labels)
         if isinstance(record, Conversation):
-            return chat.encode(record.messages, self.tokenizer)
+            return self.joined([record])
         tokens = self._encode_text(record.text)
         mask = [True] * len(tokens) + [not record.continues]
         return Encoded([self._eos, *tokens], [*tokens, self._eos], mask, mask, None)
+
+    def joined(self, records: Sequence[Conversation]) -> Encoded:
+        """Return the tokens of conversations as one, with the system messages of the first alone.
+
+        Raises UserError for a record of another kind.
+        """
+        conversations = []
+        for record in records:
+            if not isinstance(record, Conversation):
+                raise UserError(f"data.repeat_system: expected conversations to join, got {type(record).__name__}")
+            conversations.append(record.messages)
+        encoded = chat.encode_many(conversations, self.tokenizer, repeat_system=False)
+        if self.loss == "answers":
+            return encoded
+        mask = [True] * (len(encoded) - 1) + [False]
+        if not all(message.get("train", True) for messages in conversations for message in messages):
+            trained = []
+            for messages in conversations:
+                trained.append([{"role": message["role"], "content": message["content"]} for message in messages])
+            answers = chat.encode_many(trained, self.tokenizer, repeat_system=False).loss_mask
+            for i, (answer, learnt) in enumerate(zip(answers, encoded.loss_mask, strict=True)):
+                mask[i] = mask[i] and (learnt or not answer)
+        return replace(encoded, loss_mask=mask)

@@ -31,6 +31,12 @@ def read(records: Sequence[Item], index: int, visit: int) -> Item | None:
     return records[index] if at_visit is None else at_visit(index, visit)
 
 
+def evenly_spaced(size: int, count: int) -> list[int]:
+    """Return at most ``count`` indices below ``size``, the first and the last among them if there are several."""
+    count = min(size, count)
+    return [i * (size - 1) // max(count - 1, 1) for i in range(count)]
+
+
 class Sampler(Protocol):
     """Iterator over records that continues exactly from its state."""
 
@@ -140,7 +146,7 @@ class Interleaved:
         if len(weights) != len(sources) or min(weights) < 0 or sum(weights) <= 0:
             raise UserError(f"weights: expected {len(sources)} that are not negative and not all 0, got {weights}")
         self.sources, self.seed, self.run, self.position = list(sources), seed, run, 0
-        self.size = sum(source.size for source in sources)
+        self.size, self.weights = sum(source.size for source in sources), weights
         self._cumulative_weights = list(accumulate(weights))
 
     def __iter__(self) -> Iterator[Item | None]:

@@ -24,8 +24,9 @@ from dph.data.formats import (
     split_text,
 )
 from dph.data.json_lines import DIGEST, combined_fingerprint
+from dph.data.labels import Labelled
 from dph.data.rendered import refuse
-from dph.data.sampler import read
+from dph.data.sampler import evenly_spaced, read
 from dph.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,12 +87,32 @@ def fingerprint(records: Sequence[Any]) -> str:
         return own()
     size = len(records)
     digest = blake2b(f"{size} records".encode(), digest_size=DIGEST)
-    sampled = size if isinstance(records, list | tuple) else min(size, FINGERPRINTED)
-    for i in range(sampled):
-        record = records[i * (size - 1) // max(sampled - 1, 1)]
+    for i in evenly_spaced(size, size if isinstance(records, list | tuple) else FINGERPRINTED):
+        record = records[i]
         known = record is None or isinstance(record, Record | Encoded | tuple)
         digest.update((repr(record) if known else type(record).__qualname__).encode(errors="surrogatepass"))
     return digest.hexdigest()
+
+
+def location(records: Sequence[Any], index: int) -> str:
+    """Return FILE:LINE of a record or the like, for messages; its index among records in memory."""
+    own = getattr(records, "location", None)
+    return f"record {index}" if own is None else own(index)
+
+
+def prompt_key(record: Record) -> str:
+    """Return a text that is the same for records with the same prompt; a plain text is its own."""
+    if isinstance(record, Text):
+        return record.text
+    if isinstance(record, Conversation):
+        conversation = record.messages
+    else:
+        conversation = record.answers[0] if isinstance(record, Labelled) else record.chosen
+    contents: list[tuple[Any, ...]] = []
+    for message in conversation[:-1]:
+        calls = (message["tool_calls"],) if "tool_calls" in message else ()
+        contents.append((message["role"], message["content"], *calls))
+    return repr(contents)
 
 
 class TextRecords(Records):
@@ -103,7 +124,7 @@ class TextRecords(Records):
         text = read_text(path)
         refuse(text, str(path))
         self._digest = blake2b(text.encode(), digest_size=DIGEST).hexdigest()
-        self._pieces = split_text(text)
+        self._path, self._pieces = str(path), split_text(text)
 
     def __len__(self) -> int:
         """Number of records."""
@@ -112,6 +133,10 @@ class TextRecords(Records):
     def __getitem__(self, index: int) -> Text:
         """Return one record."""
         return self._pieces[index]
+
+    def location(self, index: int) -> str:
+        """Return the path of the file."""
+        return self._path
 
     def fingerprint(self) -> str:
         """Return a digest of the text."""
@@ -144,9 +169,16 @@ class HubRecords(Records):
 
     def __getitem__(self, index: int) -> Record:
         """Return one record."""
-        index = range(len(self))[index]
-        row = index if self._indices is None else self._indices[index]
+        row = self._row(index)
         return self._parse(self._rows[row], row)
+
+    def location(self, index: int) -> str:
+        """Return name, split and number of a row."""
+        return f"{self._name} record {self._row(index)}"
+
+    def _row(self, index: int) -> int:
+        index = range(len(self))[index]
+        return index if self._indices is None else self._indices[index]
 
     def _parse(self, fields: Mapping[str, Any], row: int) -> Record:
         return parse_record(
@@ -175,9 +207,18 @@ class Concatenated(Records):
 
     def __getitem__(self, index: int) -> Record | None:
         """Return one record."""
+        part, own = self._place(index)
+        return part[own]
+
+    def location(self, index: int) -> str:
+        """Return the place of a record."""
+        return location(*self._place(index))
+
+    def _place(self, index: int) -> tuple[Sequence[Record], int]:
+        """Return the part with a record, and its index there, counted from the part's end."""
         index = range(len(self))[index]
         number = bisect_right(self._ends, index)
-        return self._parts[number][index - self._ends[number]]  # counted from the end of the part
+        return self._parts[number], index - self._ends[number]
 
     def fingerprint(self) -> str:
         """Return a digest of all parts in their order."""
@@ -202,6 +243,10 @@ class Selected(Records):
         """Return one record at a visit."""
         return read(self._records, self._indices[index], visit)
 
+    def location(self, index: int) -> str:
+        """Return the place of a record."""
+        return location(self._records, self._indices[index])
+
     def fingerprint(self) -> str:
         """Return a digest of the whole sequence and of the indices."""
         return combined_fingerprint(fingerprint(self._records), self._indices.tobytes())
@@ -224,6 +269,10 @@ class Limited(Records):
     def at_visit(self, index: int, visit: int) -> Record | None:
         """Return one record at a visit."""
         return read(self._records, range(self._size)[index], visit)
+
+    def location(self, index: int) -> str:
+        """Return the place of a record."""
+        return location(self._records, range(self._size)[index])
 
     def fingerprint(self) -> str:
         """Return a digest of the whole sequence and the number of its records that are used."""

@@ -10,7 +10,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,10 @@ from dph.chat import Message
 from dph.data import conversions
 from dph.data.formats import LABELLED, Conversation, Encoder, Preference, Record, Text, answer_form, parse_record
 from dph.data.labels import Labelled
+from dph.data.overlap import digest
 from dph.data.rows import SourceRows, open_source
 from dph.data.sampler import draw
+from dph.data.sources import prompt_key
 from dph.errors import UserError
 
 SAMPLE = 2000  # records whose tokens are counted
@@ -145,17 +146,16 @@ class Surveyor:
         survey.ignored.update(ignored)
         if fields.get("label") is not None:
             survey.labels[str(fields["label"]).lower()] += 1
-        text, prompt = _contents(record)
         self._numbers.append(survey.rows)
-        self._records.append(_digest(text))
-        self._prompts.append(_digest(prompt))
+        self._records.append(digest(_content(record)))
+        self._prompts.append(digest(prompt_key(record)))
         self._lengths.append(_characters(record))
         if isinstance(record, Preference):
             chosen, rejected = (side[-1]["content"] for side in (record.chosen, record.rejected))
             before = [repr(side[:-1]) for side in (record.chosen, record.rejected)]
             self._pairs.append(survey.rows)
-            self._orders.append(_digest(repr((before[0], chosen, before[1], rejected))))
-            self._reversed.append(_digest(repr((before[1], rejected, before[0], chosen))))
+            self._orders.append(digest(repr((before[0], chosen, before[1], rejected))))
+            self._reversed.append(digest(repr((before[1], rejected, before[0], chosen))))
             order = (len(chosen) > len(rejected)) - (len(chosen) < len(rejected))
             survey.longer_chosen[("as long", "longer", "shorter")[order]] += 1
         if (messages := _messages(record)) is not None:
@@ -217,15 +217,13 @@ def _record(fields: Mapping[str, Any], where: str, ignored: set[str]) -> tuple[s
     return form, parse_record(fields, form, where, ignored=ignored)
 
 
-def _contents(record: Record) -> tuple[str, str]:
-    """Return a record as one text, and its prompt."""
+def _content(record: Record) -> str:
+    """Return a record as one text."""
     if isinstance(record, Preference):
-        return repr((record.chosen, record.rejected)), repr(record.chosen[:-1])
+        return repr((record.chosen, record.rejected))
     if isinstance(record, Labelled):
-        return repr((record.answers, record.labels)), repr(record.answers[0][:-1])
-    if isinstance(record, Conversation):
-        return repr(record.messages), repr(record.messages[:-1])
-    return record.text, record.text
+        return repr((record.answers, record.labels))
+    return repr(record.messages) if isinstance(record, Conversation) else record.text
 
 
 def _messages(record: Record) -> list[Message] | None:
@@ -242,10 +240,6 @@ def _characters(record: Record) -> int:
     if messages is None:
         return len(record.text)
     return sum(len(message["content"]) for message in messages)
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
 def _quantiles(lengths: np.ndarray) -> dict[str, int] | None:

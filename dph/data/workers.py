@@ -35,7 +35,6 @@ from queue import SimpleQueue
 from types import FunctionType
 from typing import Any, NamedTuple
 
-from dph.chat import Encoded
 from dph.data.formats import Encoder
 from dph.data.sampler import IndexSampler, RecordIndex, read
 from dph.errors import UserError
@@ -101,18 +100,19 @@ class WorkerPool:
         tokenizer: the encoder's tokenizer.
         workers: number of processes, at least 1. They block the signals that the main process handles, and end with
             it in every case.
+        loss: of the encoder; None: records are read, but not encoded.
 
     Raises UserError if records or tokenizer cannot be pickled, and in a frozen program, which has no interpreter. The
     script that is run is not imported in the workers: it needs no ``if __name__ == "__main__":``, but records of
     classes that it defines itself cannot be sent.
     """
 
-    def __init__(self, sampler: IndexSampler, tokenizer: Any, workers: int) -> None:
+    def __init__(self, sampler: IndexSampler, tokenizer: Any, workers: int, loss: str | None = "answers") -> None:
         self.sampler, self.run, self._count = sampler, sampler.run, workers
         if getattr(sys, "frozen", False) or not spawn.get_executable():
             raise UserError("data.workers: expected 0 in a program without a Python interpreter of its own")
         try:
-            self._initial_message = bytes(Pickler.dumps((sampler.datasets, tokenizer)))
+            self._initial_message = bytes(Pickler.dumps((sampler.datasets, tokenizer, loss)))
         except UserError:
             raise
         except Exception as error:  # objects that cannot be pickled raise any kind of exception
@@ -136,12 +136,12 @@ class WorkerPool:
         """Records received so far."""
         return self.sampler.position - len(self._prefetched)
 
-    def __iter__(self) -> Iterator[Encoded | tuple[Encoded, Encoded] | None]:
+    def __iter__(self) -> Iterator[Any]:
         """Return the pool itself."""
         return self
 
-    def __next__(self) -> Encoded | tuple[Encoded, Encoded] | None:
-        """Return the next record.
+    def __next__(self) -> Any:
+        """Return the next record, encoded; None is a pair without a wrong answer.
 
         Raises UserError or RuntimeError if reading or encoding it failed, UserError if its worker has ended.
         """
@@ -311,8 +311,8 @@ def _end_with_parent(parent_thread_stays: bool) -> None:
 def _read_and_encode(indices: Connection, records: Connection) -> None:
     """Send the encoded records of the indices received, or failures in their place."""
     try:
-        datasets, tokenizer = indices.recv()
-        encode = Encoder(tokenizer)
+        datasets, tokenizer, loss = indices.recv()
+        encode = Encoder(tokenizer, loss) if loss is not None else lambda record: record
     except EOFError:
         return
     except Exception as error:  # for example a class that cannot be imported here

@@ -71,8 +71,13 @@ def make_stage(
         if recipe.evaluation.share:
             raise UserError("evaluation.share: expected 0 with records in memory, got a share: give them as held_out")
         sampler = Shuffled(records, recipe.seed)
+        if recipe.data.loss != "answers" and isinstance(records[0], chat.Encoded):
+            raise UserError(
+                f"data.loss: expected answers with records that are encoded already, got {recipe.data.loss}"
+            )
     if recipe.data.workers:
-        sampler = WorkerPool(sampler, tokenizer, recipe.data.workers)
+        loss = recipe.data.loss if recipe.data.repeat_system else None  # else runs of records are encoded together
+        sampler = WorkerPool(sampler, tokenizer, recipe.data.workers, loss)
     if held_out is None:
         section = recipe.evaluation
         held_out = dataset.open_held_out(section.sources, recipe.kind, directory=section.directory, seed=recipe.seed)
@@ -88,7 +93,7 @@ def make_stage(
         model=model.to(device=device, dtype=torch.float32),
         tokenizer=tokenizer,
         world=world,
-        encode=Encoder(tokenizer),
+        encode=Encoder(tokenizer, recipe.data.loss),
         records=sampler,
         held_out={name: source for name, source in held_out.items() if len(source)},
     )

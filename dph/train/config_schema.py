@@ -76,6 +76,8 @@ def check_ranges(config: Any, prefix: str = "") -> None:
         for item_key, item in items:
             if dataclasses.is_dataclass(item):
                 check_ranges(item, item_key)
+            elif isinstance(item, str):  # a word that stands for a number
+                continue
             elif minimum is not None and item is not None and not minimum <= item < below:
                 raise UserError(f"{item_key}: expected {minimum} <= {field.name} < {below}, got {item}")
             elif maximum is not None and item is not None and item > maximum[0]:
@@ -165,10 +167,10 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
 def _convert(kind: Any, value: Any, key: str) -> Any:
     """Return ``value`` as the type ``kind``; UserError with the key, the expected type and the value."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in UNIONS:  # X | None, or several types | None
-        if value is None:
+    if origin in UNIONS:  # X | None, several types, or several | None
+        if value is None and types.NoneType in args:
             return None
-        *alternatives, _ = args
+        alternatives = [alternative for alternative in args if alternative is not types.NoneType]
         if len(alternatives) == 1:
             return _convert(alternatives[0], value, key)
         for alternative in alternatives:
@@ -203,9 +205,10 @@ def _name(kind: Any) -> str:
     """Return the name of a type in messages."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
-        return "one of " + ", ".join(args)
+        return "one of " + ", ".join(args) if len(args) > 1 else args[0]
     if origin in UNIONS:
-        return ", ".join(map(_name, args[:-1])) + " or null"
+        *others, last = ["null" if kind is types.NoneType else _name(kind) for kind in args]
+        return f"{', '.join(others)} or {last}"
     if origin is tuple:
         return f"a list of {_name(args[0])}" if args[1] is Ellipsis else f"a list of {len(args)} numbers"
     names = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}

@@ -15,6 +15,7 @@ from dph.train import build, head_files
 from dph.train.distributed import init_distributed
 from dph.train.endings import Diverged, Result
 from dph.train.head_states import prepare_heads
+from dph.train.overview import describe_data
 from dph.train.progress import harmless_output
 from dph.train.recipe import Recipe, from_dict
 from dph.train.run_dir import RunDirectory
@@ -77,8 +78,12 @@ def train(
                     stage.notes += ("data.redraw: false, since the run began before this option",)
                 if run.checkpoint is None and recipe.kind == "preference":
                     prepare_heads(stage, quiet or world.rank > 0)
+                overview: list[str] = []
+                if run.checkpoint is None and world.rank == 0 and not quiet:
+                    overview = describe_data(stage)
             if resume and run.checkpoint is None:
                 stage.notes += (f"{run.directory} holds no checkpoint to resume, starting from the beginning",)
+            stage.notes += tuple(overview)
             with contextlib.closing(stage):
                 trainer = Trainer(recipe, stage, run, quiet or world.rank > 0, force_resume)
                 result = trainer.train()

@@ -70,7 +70,12 @@ class Source:
     directory: str | None = option(
         None, "folder with local files of tasks, <task>/<split>.jsonl, used instead of the hub; null: the section's"
     )
-    weight: float = option(1.0, "weight in the mixture, relative to the other sources", minimum=0)
+    weight: float | Literal["size"] = option(
+        1.0,
+        "weight in the mixture, relative to the other sources; size: the number of the source's training records, so "
+        "that each record of the mixture is equally likely (for all sources or for none)",
+        minimum=0,
+    )
     limit: int | None = option(None, "number of records to use, from the first one; null: all", minimum=1)
     text_field: str = option("text", "field with the plain text (stage pretrain)")
     columns: dict[str, Any] | None = option(
@@ -107,6 +112,16 @@ class Data:
         True,
         "draw the wrong answer of a task's pair anew each time the record comes again; false: once for the whole run "
         "(preference stages)",
+    )
+    loss: Literal["answers", "all"] = option(
+        "answers",
+        "tokens of a conversation that are learnt: answers with their ends of turn, or all but the first token, also "
+        "prompts and markup, except answers of weight 0; held-out metrics are over the same tokens (stages vocab, sft)",
+    )
+    repeat_system: bool = option(
+        True,
+        "each of the consecutive conversations of a stream begins anew; false: they are one conversation, with the "
+        "system messages of the first alone, as in dph.chat.encode_many (stages vocab and sft)",
     )
     context: int = option(
         2048,
@@ -159,8 +174,14 @@ class Optimiser:
     prior_decay: float = option(
         0.0, "decay towards the stage's initial weights, multiplied by the learning rate", minimum=0
     )
+    head_weight_decay: float | None = option(
+        None, "weight_decay of the reward heads and their poolers (preference stages); null: the same", minimum=0
+    )
+    head_prior_decay: float | None = option(
+        None, "prior_decay of the reward heads and their poolers (preference stages); null: the same", minimum=0
+    )
     no_decay: tuple[str, ...] = option(
-        ("norm", "bias", "embedding"), "parameters whose name contains one of these words have neither decay"
+        ("norm", "bias", "embedding"), "parameters whose name contains one of these words have no decay of any kind"
     )
     clip: float = option(1.0, "maximum of the gradient's global norm", minimum=POSITIVE)
 
@@ -196,15 +217,20 @@ class Lora:
 
 @typed
 class Trained:
-    """Part of the backbone that is trained (stages pretrain, sft and align)."""
+    """Part of the model that is trained."""
 
     last_layers: int | None = option(
         None,
         "number of blocks, the last ones, that are trained, with the output norm and in stage align the recipe's "
         "reward heads; the embedding, the language-model head and the other blocks are frozen, and no activation of "
-        "theirs is stored. With lora.rank, the blocks with adapters. null: all",
+        "theirs is stored. With lora.rank, the blocks with adapters. null: all (stages pretrain, sft and align)",
         minimum=1,
         maximum=(1024, "no model has more blocks"),
+    )
+    frozen: tuple[str, ...] = option(
+        (),
+        "patterns of the names of parameters that stay as they are, with * and ? as in names of files, such as "
+        "[backbone.embedding.*, '*.bias']; they have neither gradients nor optimizer state (not with lora.rank)",
     )
 
 
@@ -238,6 +264,11 @@ class Objective:
     objective: Literal["separable", "contrastive"] = option("separable", "reward loss")
     dpo_weight: float = option(
         1.0, "weight of cDPO; 0 switches it off, together with the reference model; stage head ignores it", minimum=0
+    )
+    dpo_mean: bool = option(
+        False,
+        "cDPO compares mean log-probabilities of the answers' tokens, with their ends of turn, instead of sums; so of "
+        "the reference, too",
     )
     dph_weight: float = option(1.0, "weight of the reward loss", minimum=0)
     heads: tuple[str, ...] = option(("default",), "names of the reward heads to train")
@@ -398,6 +429,8 @@ class Recipe:
         for key, value in (("lora.rank", self.lora.rank), ("train.last_layers", self.train.last_layers)):
             if value is not None and self.stage in ("vocab", "head"):
                 raise UserError(f"{key}: expected null in stage {self.stage}, got {value}")
+        if self.lora.rank is not None and self.train.frozen:
+            raise UserError(f"train.frozen: expected none with lora.rank, got {shown(', '.join(self.train.frozen))}")
         if self.lora.rank is not None and self.compile:
             raise UserError(f"compile: expected false with lora.rank {self.lora.rank}, got true")
         if not self.lora.targets:
@@ -412,11 +445,31 @@ class Recipe:
                 if source.head is not None and (self.kind != "preference" or source.head not in self.objective.heads):
                     heads = ", ".join(self.objective.heads) if self.kind == "preference" else "null"
                     raise UserError(f"{name}.sources.{i}.head: expected one of {heads}, got {shown(source.head)}")
+        by_size = [source.weight == "size" for source in self.data.sources]
+        if any(by_size) and not all(by_size):
+            number = by_size.index(False)
+            got = f"{self.data.sources[number].weight:g}, and size for data.sources.{by_size.index(True)}"
+            raise UserError(f"data.sources.{number}.weight: expected size for all sources or for none, got {got}")
+        self._check_stage_options()
         if self.output.best is not None and not self.evaluation.every:
             raise UserError(f"evaluation.every: expected at least 1 with output.best {self.output.best}, got 0")
         if self.batch.tokens is not None and (self.batch.micro or self.kind != "preference"):
             reason = f"with batch.micro {self.batch.micro}" if self.batch.micro else f"in stage {self.stage}"
             raise UserError(f"batch.tokens: expected none {reason}, got {self.batch.tokens}")
+
+    def _check_stage_options(self) -> None:
+        """Raise UserError for an option that the stage would not use."""
+        if self.kind != "preference":
+            for name in ("head_weight_decay", "head_prior_decay"):
+                if (value := getattr(self.optimiser, name)) is not None:
+                    raise UserError(f"optimiser.{name}: expected null in stage {self.stage}, got {value}")
+        if self.objective.dpo_mean and (self.stage != "align" or not self.objective.dpo_weight):
+            reason = f"in stage {self.stage}" if self.stage != "align" else "with objective.dpo_weight 0"
+            raise UserError(f"objective.dpo_mean: expected false {reason}, got true")
+        if self.data.loss == "all" and self.kind == "preference":
+            raise UserError(f"data.loss: expected answers in stage {self.stage}, got all")
+        if not self.data.repeat_system and self.kind != "conversation":
+            raise UserError(f"data.repeat_system: expected true in stage {self.stage}, got false")
 
     @property
     def kind(self) -> str:

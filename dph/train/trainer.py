@@ -119,7 +119,10 @@ class Trainer:
             self._place_models(torch.bfloat16 if low else None)
             self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
             s = self.settings
-            groups = param_groups(self.model, s.weight_decay, s.prior_decay, s.no_decay)
+            groups = param_groups(
+                self.model, s.weight_decay, s.prior_decay, s.no_decay,
+                head_weight_decay=s.head_weight_decay, head_prior_decay=s.head_prior_decay,
+            )  # fmt: skip
             self.optimiser = LaProp(groups, lr=s.lr, betas=s.betas, eps=s.eps)
             self.means = RunningMeans((*stage.metrics, "grad_norm"))
             self.evaluation: dict[str, float] = {}

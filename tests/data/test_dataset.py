@@ -276,6 +276,9 @@ def test_folders_text_files_limits_and_other_fields(tmp_path):
     source = dataset.load(tmp_path / "b", "text")
     assert [record.text for record in source] == ["one\n\nand more", "two", "three"]
     assert [source[i].text for i in (0, 1, 2, -1)] == ["one\n\nand more", "two", "three", "three"]
+    assert source.location(0) == str(tmp_path / "b/1.txt")
+    assert source.location(2) == source.location(-1)
+    assert source.location(2).endswith(":2")
     with pytest.raises(IndexError):
         source[3]
     assert len(dataset.load(tmp_path / "b", "text", limit=2)) == 2
@@ -299,7 +302,7 @@ def test_the_hub_gives_records_too(monkeypatch):
     rows = {("me/pairs", "main", "test"): [{"prompt": "hello?", "chosen": "yes", "rejected": "no"}, {"prompt": "a"}]}
     fake_hub(monkeypatch, lambda name, config, split: FakeRows(rows[name, config, split]))
     source = dataset.load("hub:me/pairs:main", "preference", split="test")
-    assert (len(source), source[0]) == (2, PAIR)
+    assert (len(source), source[0], source.location(1)) == (2, PAIR, "hub:me/pairs:main, test record 1")
     with pytest.raises(UserError, match="hub:me/pairs:main, test record 1: expected a preference"):
         source[1]
     same = fingerprint(dataset.load("hub:me/pairs:main", "preference", split="test"))
@@ -316,6 +319,7 @@ def test_a_task_sets_the_right_answer_against_wrong_ones_drawn_uniformly(tmp_pat
     write_lines(tmp_path / "mmlu/all/train.jsonl", *[OPTIONS] * 600)
     source = dataset.load("task:mmlu/all", "preference", directory=tmp_path, seed=1)
     assert {record.chosen[-1]["content"] for record in source} == {"B. 4"}
+    assert source.location(-1) == f"{tmp_path / 'mmlu/all/train.jsonl'}:600"
     drawn = [record.rejected[-1]["content"] for record in source]
     counts = Counter(drawn)
     assert counts.keys() == {"A. 3", "C. 5", "D. 6"}

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 import dph
 from dph.cli.main import explain
+from dph.data.labels import Label, Labelled
 from dph.errors import UserError
 from dph.train import checkpointing, distributed
 from dph_kernels import dispatch
@@ -31,6 +32,8 @@ RANK = int(os.environ.get("RANK", 0))
 DEVICE = sys.argv[2] if __name__ == "__main__" else "cpu"
 SMOOTH = {"optimiser__eps": 1e-3, "optimiser__clip": 0.2}  # of gradients that are but rounding, LaProp makes none large
 QUICK = {"output__log_every": 1, "output__save_every": 0, "evaluation__every": 0}
+
+HEADS = {"reward_heads": ["a", "b"], "reward_dropout": 0.5}
 
 # name: stage, changes of the recipe, of the model
 CASES = {
@@ -52,6 +55,19 @@ CASES = {
     "align-lora": ("align", {"lora__rank": 3}, {}),
     "align-last": ("align", {"train__last_layers": 1, "batch__micro": 1}, {}),
     "sft-lora-last": ("sft", {"lora__rank": 3, "train__last_layers": 1, "parallel": "replicate"}, FORMS["llama"]),
+    "head-labelled": ("head", {"objective__heads": ["a", "b"], "batch__size": 2}, HEADS),
+    "align-labelled": ("align", {"objective__heads": ["a", "b"], "objective__dpo_weight": 0.0}, HEADS),
+    "align-frozen": (
+        "align",
+        {
+            "train__frozen": ["backbone.embedding.*", "*.bias"],
+            "optimiser__head_weight_decay": 0.1,
+            "optimiser__head_prior_decay": 0.0,
+            "objective__dpo_mean": True,
+            "batch__micro": 1,
+        },
+        {},
+    ),
     "head-bf16": ("head", {"precision": "bf16"}, {}),
 }
 RESUMED = {"sft": {}, "align": {"parallel": "replicate"}}
@@ -59,6 +75,30 @@ RESUMED = {"sft": {}, "align": {"parallel": "replicate"}}
 
 def recipe_of(stage, directory, **changes):
     return settings(stage, directory, **SMOOTH | QUICK | {"device": DEVICE} | changes)
+
+
+def data_of(name):
+    """Training records of a case; labelled ones, among plain pairs, name one of two heads.
+
+    With one record a rank, some rank of most steps has no label for a head.
+    """
+    stage = CASES[name][0]
+    pairs = records(stage)
+    if not name.endswith("labelled"):
+        return pairs
+    found = []
+    for i, pair in enumerate(pairs):
+        head = "ab"[i % 2]
+        if i % 6 == 0:
+            found.append(pair)
+        elif i % 3 == 0:
+            found.append(Labelled([pair.chosen, pair.rejected], (Label(0, 1, head),)))
+        elif i % 3 == 1:
+            found.append(Labelled([pair.chosen], (Label(0, None, head),)))
+        else:
+            answers = [pair.rejected, pair.chosen, pairs[i - 1].rejected]
+            found.append(Labelled(answers, (Label(None, 0, head, 0.5), Label(1, 2, head, 0.25))))
+    return found
 
 
 def note(folder, name, model=None, **values):
@@ -72,7 +112,7 @@ def note(folder, name, model=None, **values):
 
 def cases(folder):
     for name, (stage, changes, model) in CASES.items():
-        result = go(recipe_of(stage, folder / name, **changes), model=tiny(**model))
+        result = go(recipe_of(stage, folder / name, **changes), data_of(name), model=tiny(**model))
         note(folder, name, result.model, step=result.step, evaluation=result.evaluation)
 
 

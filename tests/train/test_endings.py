@@ -13,7 +13,7 @@ from helpers.stages import Trap, figures, go, records, same, settings, strike, t
 from dph.cli import main
 from dph.data import workers
 from dph.errors import RunLost, UserError
-from dph.train import checkpointing, run_dir, signals, trackers
+from dph.train import checkpointing, entry, run_dir, signals, trackers
 from dph.train.entry import Diverged, Trainer
 from dph.train.stages.held_out import HeldOut
 from dph.train.stages.lm import LanguageModelStage
@@ -310,6 +310,7 @@ def test_output_never_ends_a_run(stream, tmp_path, monkeypatch):
         logging.lastResort.emit(logging.makeLogRecord({"msg": "a library"}))
         warnings.showwarning("a library", UserWarning, "file", 1)
 
+    monkeypatch.setattr(entry, "describe_data", lambda stage: [])  # which reads records before the first step
     recipe = settings("sft", tmp_path / "run", **QUIET)
     assert go(recipe, Trap(records("sft"), taken(recipe, 4) + 1, say), quiet=False).step == 8
     assert sys.stderr is stream

@@ -262,6 +262,7 @@ RANGES = {  # every option with a range: minimum, bound
     "optimiser.lr": (0, math.inf), "optimiser.final_lr": (0, math.inf), "optimiser.warmup": (0, math.inf),
     "optimiser.steps": (1, math.inf), "optimiser.betas": (0, 1), "optimiser.eps": (0, math.inf),
     "optimiser.weight_decay": (0, math.inf), "optimiser.prior_decay": (0, math.inf),
+    "optimiser.head_weight_decay": (0, math.inf), "optimiser.head_prior_decay": (0, math.inf),
     "optimiser.clip": (1e-12, math.inf), "batch.size": (1, math.inf), "batch.micro": (1, math.inf),
     "batch.tokens": (1, math.inf), "objective.beta": (0, math.inf), "objective.dpo_epsilon": (0, 0.5),
     "objective.dph_epsilon": (0, 0.5), "objective.dpo_weight": (0, math.inf), "objective.dph_weight": (0, math.inf),

@@ -106,13 +106,15 @@ def batch_flops(stage: Stage, batch: StepBatch) -> float:
         workload = pairs_workload(batch.pairs)
         reference = reference and not stage.frozen.cached
     needed = step_flops(config, recipe.stage, workload, reference=reference)
-    if recipe.lora.rank is None and recipe.train.last_layers is None:
+    if recipe.lora.rank is None and recipe.train.last_layers is None and not stage.frozen_blocks:
         return needed
     return needed - _spared_flops(stage, workload, reference and stage.shares_states)
 
 
 def _spared_flops(stage: Stage, workload: Workload, shared: bool) -> float:
     """Return the operations of training all of the backbone that the part which the recipe trains does not need.
+
+    Parameters above the frozen blocks that only a pattern freezes (``recipe.train.frozen``) count as trained.
 
     Args:
         stage: stage pretrain, sft or align.
@@ -125,8 +127,9 @@ def _spared_flops(stage: Stage, workload: Workload, shared: bool) -> float:
     backward = 2 * config.num_attention_heads * config.head_dim * (4 * workload.visible - 2 * workload.detached)
     frozen = stage.frozen_blocks / config.num_hidden_layers
     # No gradient of frozen weights, and below the trained part none of rows and of attention.
-    spared = 2 * others + 2 * config.projection_weights * workload.tokens
-    spared += frozen * 4 * blocks + stage.frozen_blocks * backward
+    spared = 2 * config.projection_weights * workload.tokens + frozen * 4 * blocks + stage.frozen_blocks * backward
+    if recipe.lora.rank is not None or recipe.train.last_layers is not None:
+        spared += 2 * others
     if shared:
         attention = 2 * config.num_attention_heads * config.head_dim
         spared += 2 * frozen * blocks + stage.frozen_blocks * 2 * attention * workload.visible

@@ -38,8 +38,7 @@ def on_device(stage: Stage, rows: int, device: torch.device, place: str, *, alon
     sizes["momentum and second moment"] = 8 * trained
     if low and not sharded:
         sizes["fp32 masters"] = 4 * trained
-    if recipe.optimiser.prior_decay:
-        sizes["priors"] = 4 * trained
+    sizes["priors"] = 4 * _count_priors(stage)
     if stage.needs_reference:
         sizes["reference model"] = size * _count_reference(stage)
     if sharded:
@@ -47,7 +46,7 @@ def on_device(stage: Stage, rows: int, device: torch.device, place: str, *, alon
     if has_memory(recipe):
         sizes |= _stream_memory(stage, rows, place, size * _memory_width(recipe, config))
     if recipe.stage != "head":
-        saved = activations(recipe, config, rows, size)
+        saved = activations(recipe, config, rows, size, stage.frozen_blocks)
         if alone:
             sizes["gradients beyond activations"] = max(0, sizes.pop("gradients") - saved)
         sizes["activations"] = saved
@@ -128,6 +127,20 @@ def count_trained(stage: Stage) -> int:
     return own if stage.recipe.lora.rank is None else own + count_adapted(stage.model, stage.recipe)
 
 
+def _count_priors(stage: Stage) -> int:
+    """Return the number of trained parameters with a prior decay, of which the optimizer stores the initial values."""
+    recipe, count = stage.recipe, 0
+    decay = {False: recipe.optimiser.prior_decay, True: recipe.optimiser.head_prior_decay}
+    if decay[True] is None:
+        decay[True] = decay[False]
+    for name, p in stage.model.named_parameters():
+        if stage.trains(name) and not is_adapter(name) and not any(word in name for word in recipe.optimiser.no_decay):
+            count += p.numel() if decay[name.startswith("heads.")] else 0
+    if recipe.lora.rank is not None and decay[False]:
+        count += count_adapted(stage.model, recipe)
+    return count
+
+
 def _count_reference(stage: Stage) -> int:
     """Return the number of parameters that a reference model has of its own: on one rank it shares those frozen."""
     count = 0
@@ -192,14 +205,14 @@ def size_text(count: float) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
 
 
-def activations(recipe: Recipe, config: ModelConfig, rows: int, size: int) -> float:
+def activations(recipe: Recipe, config: ModelConfig, rows: int, size: int, frozen_blocks: int = 0) -> float:
     """Return bytes that autograd saves for ``rows`` rows of numbers of ``size`` bytes.
 
     A block saves its input, the outputs of both norms, q (and normed q), k (and rotated k) and v, attention's output
     with its log-sum-exp, the sum after attention, [x | gate], and the SwiGLU activations. Frozen blocks below those
     that are trained save nothing.
     """
-    layers = recipe.train.last_layers or config.num_hidden_layers
+    layers = config.num_hidden_layers - frozen_blocks
     heads, key_heads = config.num_attention_heads, config.num_key_value_heads
     per_head = (3 if config.qk_norm else 2) * heads + 3 * key_heads
     block = size * (5 * config.hidden_size + per_head * config.head_dim + 3 * config.intermediate_size) + 4 * heads

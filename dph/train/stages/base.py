@@ -4,6 +4,8 @@ The loss of a micro-batch is a sum over its items (targets or pairs), so that gr
 gives the gradient of the undivided batch.
 """
 
+import difflib
+import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from dph.errors import UserError
+from dph.errors import UserError, shown
 from dph.train.adapters import is_adapter
 from dph.train.distributed import SINGLE_PROCESS, World
 from dph.train.recipe import Recipe
@@ -89,10 +91,11 @@ class Stage(ABC):
         micro_size: sequences or pairs that go through the backbone at a time.
         notes: messages about the setup, printed when training starts.
         memory_place: "device" or "host", for the Transformer-XL memory.
+        frozen_names: names of the parameters that the patterns ``recipe.train.frozen`` match.
         frozen_blocks: number of the first blocks, below all that is trained (``recipe.train``).
 
-    Raises UserError if the batch size is not divisible by the number of ranks and the size of a micro-batch, and for
-    more trained blocks than the model has.
+    Raises UserError if the batch size is not divisible by the number of ranks and the size of a micro-batch, for more
+    trained blocks than the model has, and for patterns that match no parameter, or all that would be trained.
     """
 
     metrics: tuple[str, ...]
@@ -120,6 +123,17 @@ class Stage(ABC):
         if last is not None and last > blocks:
             raise UserError(f"train.last_layers: expected at most the {blocks} blocks of the model, got {last}")
         self.frozen_blocks = 0 if last is None else blocks - last
+        self.frozen_names: frozenset[str] = frozenset()
+        if recipe.train.frozen:
+            names = [name for name, _ in model.named_parameters()]
+            self.frozen_names = matching_names(recipe.train.frozen, names)
+            trained = list(filter(self.trains, names))
+            if not trained:
+                raise UserError(
+                    f"train.frozen: expected a parameter to train, got none besides {len(names)} frozen ones"
+                )
+            if recipe.stage in ("pretrain", "sft", "align"):
+                self.frozen_blocks = max(self.frozen_blocks, count_frozen_blocks(trained, blocks))
 
     def trains_backbone(self, name: str) -> bool:
         """Return whether the parameter ``name``, of no reward head, is trained in stages pretrain, sft and align."""
@@ -129,9 +143,13 @@ class Stage(ABC):
             return True
         return name.startswith("backbone.blocks.") and int(name.split(".")[2]) >= self.frozen_blocks
 
-    @abstractmethod
     def trains(self, name: str) -> bool:
         """Return whether the parameter ``name`` is trained."""
+        return name not in self.frozen_names and self.trains_by_stage(name)
+
+    @abstractmethod
+    def trains_by_stage(self, name: str) -> bool:
+        """Return whether the parameter ``name`` is trained unless a pattern of the recipe freezes it."""
 
     @abstractmethod
     def next_batch(self) -> StepBatch:
@@ -174,6 +192,32 @@ class Stage(ABC):
         for memory in self.memories:
             if memory is not None:
                 memory.reset()
+
+
+def matching_names(patterns: Sequence[str], names: Sequence[str]) -> frozenset[str]:
+    """Return the names of parameters that ``recipe.train.frozen`` matches; UserError for a pattern without one."""
+    matched: set[str] = set()
+    for i, pattern in enumerate(patterns):
+        own = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not own:
+            near = ", ".join(difflib.get_close_matches(pattern, names, 3, 0.0))
+            raise UserError(f"train.frozen.{i}: expected a pattern of parameters, such as {near}, got {shown(pattern)}")
+        matched.update(own)
+    return frozenset(matched)
+
+
+def count_frozen_blocks(trained: Sequence[str], blocks: int) -> int:
+    """Return the number of the first of ``blocks`` blocks below all parameters named in ``trained``, but the heads'.
+
+    The last block never counts: states are computed up to a block.
+    """
+    first = blocks - 1
+    for name in trained:
+        if name.startswith("backbone.blocks."):
+            first = min(first, int(name.split(".")[2]))
+        elif name.startswith("backbone.") and not name.startswith("backbone.output_norm."):
+            return 0  # the embedding or its projection
+    return first
 
 
 def excerpt(tokenizer: Any, tokens: Sequence[int], length: int = 80) -> str:

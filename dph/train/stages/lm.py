@@ -48,7 +48,7 @@ class LanguageModelStage(Stage):
     """Stages pretrain, vocab and sft: every step takes the next segment of every stream.
 
     Args:
-        encode: from a record to tokens.
+        encode: from a record to tokens, for ``data.repeat_system`` false an ``Encoder`` of ``dph.data.formats``.
         records: training records.
         held_out: records for evaluation, by name.
         others: see :class:`Stage`.
@@ -73,7 +73,9 @@ class LanguageModelStage(Stage):
         padding = self.tokenizer.pad_token_id
         if padding is None:
             padding = self.tokenizer.eos_token_id
-        self.batches = Streams(records, encode, self.recipe.batch.size, self.recipe.data.context, padding)
+        data = self.recipe.data
+        joined = None if data.repeat_system else self.encode.joined
+        self.batches = Streams(records, encode, self.recipe.batch.size, data.context, padding, joined)
         self.first_stream = self.world.rank * self.rank_size
         self.memories = self.new_memories(self.rank_size)
         self.held_out = HeldOutStreams(self, held_out)
@@ -110,7 +112,7 @@ class LanguageModelStage(Stage):
         self.memory_place = place
         self.memories = self.new_memories(self.rank_size)
 
-    def trains(self, name: str) -> bool:
+    def trains_by_stage(self, name: str) -> bool:
         """Return whether ``name`` is trained: embedding and untied output in stage vocab, else what the recipe trains.
 
         Reward heads are not trained.

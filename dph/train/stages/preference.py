@@ -299,7 +299,7 @@ class PreferenceStage(Stage):
             rows.append(row)
         return torch.tensor(rows, device=self.model.device)
 
-    def trains(self, name: str) -> bool:
+    def trains_by_stage(self, name: str) -> bool:
         """Return whether ``name`` is trained: the recipe's heads and poolers, and in stage align the backbone."""
         if not name.startswith("heads."):
             return self.recipe.stage == "align" and self.trains_backbone(name)
@@ -318,6 +318,11 @@ class PreferenceStage(Stage):
                     if answer.reward_position is None:
                         described = describe_pair(pair, self.tokenizer)
                         raise UserError(f"pairs: expected finished answers, got one that was cut off: {described}")
+        if self.recipe.objective.dpo_mean:
+            for pair in pairs:
+                if not all(any(answer.loss_mask) for answer in pair):
+                    described = describe_pair(pair, self.tokenizer)
+                    raise UserError(f"pairs: expected answers with tokens to take the mean of, got none: {described}")
         lengths = list(map(self.micro_batch_class.length, pairs))
         return StepBatch(
             micro_batches=self.micro_batches(pairs, lengths, self.world.rank, self.world.world_size),
@@ -415,6 +420,10 @@ class PreferenceStage(Stage):
             rewards, logprobs, reference = out.rewards | out.members, out.logprobs, inputs.frozen_outputs
         objective, labels, answers = self.recipe.objective, inputs.labels, len(inputs.answer_ids)
         groups: list[Tensor | None] = [None, logprobs, reference] if reference is not None else [None] * 3
+        if objective.dpo_mean:
+            counts = inputs.packed.trained.new_zeros(answers, dtype=logprobs.dtype)
+            counts.index_add_(0, inputs.packed.answers, inputs.packed.trained.to(logprobs.dtype))
+            groups[1:] = logprobs / counts, reference / counts  # the cache holds sums
         if self.rewarded:
             if inputs.shown is None:
                 stacked = torch.stack([rewards[name] for name in objective.heads], 1)
