@@ -17,6 +17,7 @@ from dph.chat import Encoded
 from dph.data.files import INSTALL, read_text
 from dph.data.formats import (
     EXPECTED_FIELDS,
+    Conversation,
     Record,
     Records,
     Text,
