@@ -494,9 +494,10 @@ def test_a_signal_to_the_whole_group_saves_and_stops(number, tmp_path):
     ]  # fmt: skip
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env)
-    said = [process.stderr.readline(), process.stderr.readline()]
+    said = [process.stderr.readline() for _ in range(6)]
     assert said[0].startswith("sft: batch.size: 48 streams take"), said  # of few records
-    assert said[1].startswith("sft 1/1000000"), said
+    assert said[1].startswith("sft: source"), said  # four lines of the data
+    assert said[5].startswith("sft 1/1000000"), said
     os.killpg(process.pid, number)
     rest = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == 128 + number
