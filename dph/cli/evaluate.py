@@ -26,6 +26,7 @@ NO_LABELS = "no labels"
 EXAMPLE = """dph evaluate runs/align --task glue/sst2 --directory data --limit 500
 dph evaluate runs/align --suite gpt4all --table gpt4all.md
 dph evaluate runs/align --task mmlu/all --shots 5
+dph evaluate runs/align --glue-submission submission
 dph evaluate runs/align --candidates samples.jsonl --normalise number
 dph evaluate runs/align --task glue/ax --output predictions.jsonl
 dph evaluate runs/align --task arc/easy boolq --output answers.jsonl"""
@@ -62,6 +63,12 @@ Records without a label have no part in the metrics."""
         "(RewardBench 2, with subset); best of N by each rule",
     )
     common.add_normalise(parser)
+    parser.add_argument(
+        "--glue-submission",
+        metavar="DIR",
+        help="in place of tasks: predictions on GLUE's hidden test sets, as files and zip for its server, in a folder "
+        "of DIR for each method",
+    )
     parser.add_argument("--directory", metavar="DIR", help="read DIR/<task>/<split>.jsonl in place of the hub")
     parser.add_argument(
         "--shots",
@@ -157,6 +164,7 @@ def run(args: argparse.Namespace) -> None:
 
     from dph import tasks
     from dph.data.dataset import task_documents
+    from dph.evaluate import glue_server
 
     splits = _splits(args)
     names = list(splits)
@@ -171,6 +179,8 @@ def run(args: argparse.Namespace) -> None:
     sources = []
     for name, task in zip(names, chosen, strict=True):
         sources.append((task, task_documents(task, splits[name] or task.evaluated, args.directory)))
+    if args.glue_submission:
+        glue_server.check_counts({task.name: len(documents) for task, documents in sources})
     questions = _Questions(sources, args)
     common.check_model(args)
 
@@ -194,6 +204,7 @@ def run(args: argparse.Namespace) -> None:
         return questions.line(index, choice_scores(judged, heads, place, args.logprob, answers))
 
     reports: list[Report] = []
+    submissions: dict[str, dict[str, list[int]]] = {}  # method -> task -> choices
     with (
         results.Results(args.output, about, args.resume) as output,
         results.Progress("evaluate", len(questions)) as progress,
@@ -201,8 +212,11 @@ def run(args: argparse.Namespace) -> None:
         groups = questions.groups(tokenizer)
         lines = results.judged_lines(model, groups, line, questions.location, output, progress)
         for (task, _), gold in zip(sources, questions.gold, strict=True):
-            scores = [written["scores"] for written in islice(lines, len(gold))]
-            reports.append(report(task, scores, gold))
+            written = list(islice(lines, len(gold)))
+            reports.append(report(task, [line["scores"] for line in written], gold))
+            for method in written[0]["predictions"] if args.glue_submission else ():
+                choices = [line["predictions"][method]["choice"] for line in written]
+                submissions.setdefault(method, {})[task.name] = choices
             if args.json:
                 common.print_json(reports[-1].as_dict(), flush=True)
     averages = suites.averages(reports, suites.SUITES[args.suite].averages if args.suite else ())
@@ -213,6 +227,8 @@ def run(args: argparse.Namespace) -> None:
         print(_table(reports, averages))
     if args.table is not None:
         _write_table(args.table, reports, averages)
+    for method, choices in submissions.items():
+        _note(f"written: {glue_server.write(Path(args.glue_submission) / method, choices)}")
     for report_of_task in reports:
         _note_hidden(report_of_task, args.output)
     if args.suite:
@@ -229,9 +245,15 @@ def _splits(args: argparse.Namespace) -> dict[str, str | None]:
     from dph import tasks
     from dph.evaluate.suites import SUITES
 
+    if args.glue_submission:
+        from dph.evaluate.glue_server import FILES
+
+        if args.task or args.suite or args.limit or args.split or args.shots:
+            raise UserError("--glue-submission: expected no --task, --suite, --limit, --split or --shots, got one")
+        return dict.fromkeys(FILES, "test")
     splits = {name.removeprefix("task:"): args.split for name in args.task}
     if args.suite is None and not splits:
-        raise UserError("--task, --suite, --candidates: expected one of them, got none")
+        raise UserError("--task, --suite, --candidates, --glue-submission: expected one of them, got none")
     lacking = []
     for name in SUITES[args.suite].tasks if args.suite else ():
         if name in splits:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import zipfile
 
 import pytest
 from helpers.texts import message, write_lines
@@ -9,6 +10,7 @@ from helpers.texts import message, write_lines
 from dph import tasks
 from dph.data.dataset import task_documents
 from dph.errors import UserError
+from dph.evaluate import glue_server
 from dph.evaluate.choices import Report, Row
 from dph.evaluate.few_shot import Demonstrations
 from dph.evaluate.metrics import Interval
@@ -91,7 +93,7 @@ def test_tasks_that_are_not_there_are_said(dph_command, refused, models, tmp_pat
     empty.mkdir()
     line = refused("evaluate", models / "judge", "--suite", "race", "--directory", empty)
     assert "expected DIR/TASK/SPLIT.jsonl of a task of race, got none there" in line
-    assert "--task, --suite, --candidates: expected one of them, got none" in refused("evaluate", models / "judge")
+    assert "--glue-submission: expected one of them, got none" in refused("evaluate", models / "judge")
     line = refused("evaluate", models / "judge", "--task", "boolq", "--directory", folder, "--table", "a.txt")
     assert "--table: expected a file that ends in .md, .csv, .json, got a.txt" in line
 
@@ -174,3 +176,33 @@ def test_candidates_of_files(dph_command, refused, models, tmp_path):
     assert subset["value"] == pytest.approx(sum(best) / 3)
     assert "subset" in dph_command(*argv[:-3])[1]
     assert "expected no --task" in refused(*argv[:-1], "--task", "boolq")
+
+
+def test_a_submission_to_the_glue_server(dph_command, refused, models, tmp_path, monkeypatch):
+    files = {task: file._replace(rows=3) for task, file in glue_server.FILES.items()}
+    folder = write_tasks(tmp_path / "data", files, ["test"])
+    argv = ["evaluate", models / "judge", "--glue-submission", tmp_path / "out", "--directory", folder]
+    line = refused(*argv)
+    assert "glue/cola: expected the 1,063 records of the test set, got 3" in line
+    monkeypatch.setattr(glue_server, "FILES", files)
+    assert dph_command(*argv, "--output", tmp_path / "lines.jsonl")[0] == 0
+    lines = list(map(json.loads, (tmp_path / "lines.jsonl").read_text().splitlines()))
+    for method in ("log-probability", "reward"):
+        written = tmp_path / "out" / method
+        assert len(list(written.glob("*.tsv"))) == 11
+        chosen = [line["predictions"][method]["choice"] for line in lines if line["task"] == "glue/ax"]
+        labels = ["entailment", "neutral", "contradiction"]
+        expected = ["index\tprediction", *(f"{i}\t{labels[choice]}" for i, choice in enumerate(chosen))]
+        assert (written / "AX.tsv").read_text().splitlines() == expected
+        assert (written / "STS-B.tsv").read_text().splitlines()[1].split("\t")[1] in [f"{i}.000" for i in range(6)]
+        with zipfile.ZipFile(written / "submission.zip") as archive:
+            assert archive.read("QNLI.tsv") == (written / "QNLI.tsv").read_bytes()
+    for change in ("1\tyes", "2\tentailment", "1"):
+        broken = tmp_path / "broken.zip"
+        with zipfile.ZipFile(written / "submission.zip") as old, zipfile.ZipFile(broken, "w") as new:
+            for name in old.namelist():
+                text = old.read(name).decode().splitlines()
+                new.writestr(name, "\n".join([*text[:2], change, *text[3:]]) if name == "RTE.tsv" else "\n".join(text))
+        with pytest.raises(UserError, match=r"RTE.tsv:3: expected 1 and a label of the task"):
+            glue_server.check(broken)
+    assert "expected no --task" in refused(*argv, "--limit", 3)
