@@ -10,7 +10,7 @@ which the chosen answer scores higher, by
     surface     logistic regression on words, pairs of words and length of the answer: what needs no understanding
 
 and, if there is RERANK/NAME.jsonl ({prompt, candidates, correct}), the share of right answers when one of N candidates
-is chosen at random, as the most probable (mean log-probability), by reward, and by an oracle.
+is chosen at random, as the most probable (mean log-probability), by reward, by a vote, and by an oracle.
 
 Multiple-choice tasks (DIR/TASK/SPLIT.jsonl, in the hub's fields) train heads on their training part, and have the share
 of right answers, or the task's own metric, on the validation part; where there is none, on a fifth of the records.
@@ -30,11 +30,13 @@ from tqdm import tqdm
 
 from dph import chat, tasks
 from dph.data.atomic import write_text
+from dph.data.candidates import Candidates, read_candidates
 from dph.data.dataset import task_documents
-from dph.data.formats import Preference, parse_record
+from dph.data.formats import Conversation, Preference, parse_record
 from dph.data.json_lines import read_jsonl
 from dph.data.sampler import draw
 from dph.data.sources import prompt_key
+from dph.evaluate import best_of
 from dph.evaluate.choices import evaluate, prefer
 from dph.evaluate.tables import table
 from dph.model.loading import load_model, load_tokenizer
@@ -42,7 +44,6 @@ from dph.train import recipe
 from dph.train.entry import train
 
 SHARE = 0.2  # of the prompts that are held out
-DRAWS = 200  # of N candidates of a prompt
 RERANK = {"truthfulqa_human": "truthfulqa"}  # name of a set's candidates, if it is another
 
 
@@ -79,15 +80,15 @@ def main() -> None:
         pairs += judge_pairs(name, model, tokenizer, kept, surface_margins(train_records, kept))
         candidates = None if args.rerank is None else args.rerank / f"{RERANK.get(name, name)}.jsonl"
         if candidates is not None and candidates.is_file():
-            choices += judge_candidates(name, model, tokenizer, list(read_jsonl(candidates)))
+            choices += judge_candidates(name, model, tokenizer, read_candidates(candidates))
         show(args.output, pairs, choices, answers)
     for name in args.tasks:
         answers += judge_task(args, name, tokenizer)
         show(args.output, pairs, choices, answers)
 
 
-def is_held_out(record: Preference) -> bool:
-    """Whether a pair's prompt is held out, the same in every run."""
+def is_held_out(record: Preference | Conversation) -> bool:
+    """Whether a record's prompt is held out, the same in every run."""
     return draw(2**32, "held out", prompt_key(record)) < SHARE * 2**32
 
 
@@ -190,38 +191,22 @@ def surface_margins(train_records: Sequence[Preference], held_out: Sequence[Pref
     return fitted.decision_function(differences(held_out))
 
 
-def judge_candidates(name: str, model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def judge_candidates(name: str, model: Any, tokenizer: Any, rows: Sequence[Candidates]) -> list[dict[str, Any]]:
     """Return the share of right answers among the chosen ones of N candidates, for N from 1 to all."""
-    groups, correct = [], []
-    for row in rows:
-        record = parse_record({"prompt": row["prompt"], "chosen": "", "rejected": "-"}, "preference")
-        if is_held_out(record):
-            prompt = record.chosen[:-1]
-            answers = [[*prompt, {"role": "assistant", "content": text}] for text in row["candidates"]]
-            groups.append([chat.encode(answer, tokenizer, last_only=True) for answer in answers])
-            correct.append(np.array(row["correct"], dtype=float))
-    scores: dict[str, list[np.ndarray]] = {rule: [] for rule in ("most probable", *model.head_names)}
-    for judged in tqdm(model.judge(groups, max_tokens=8192), f"{name}: candidates", disable=None):
-        scores["most probable"].append(np.nan_to_num(np.array(judged.mean_logprobs, dtype=float), nan=-np.inf))
+    kept = [row for row in rows if is_held_out(Conversation(row.conversations[0]))]
+    groups = [[chat.encode(one, tokenizer, last_only=True) for one in row.conversations] for row in kept]
+    prompts = []
+    for row, judged in zip(kept, tqdm(model.judge(groups, max_tokens=8192), f"{name}: candidates"), strict=True):
+        means = [-np.inf if mean is None else mean for mean in judged.mean_logprobs]
+        scores = {"most probable": np.array(means)}
         for head in model.head_names:
-            scores[head].append(np.array(judged.rewards[head]))
-    most, rows = max(map(len, correct)), []
-    for n in [n for n in (1, 2, 4, 8, 16) if n < most] + [most]:
-        figures: dict[str, list[float]] = {rule: [] for rule in ("random", *scores, "oracle")}
-        rng = np.random.default_rng(0)
-        for i, right in enumerate(correct):
-            size = min(n, len(right))
-            drawn = np.stack([rng.permutation(len(right))[:size] for _ in range(DRAWS)])
-            figures["random"].append(right.mean())
-            figures["oracle"].append(right[drawn].max(1).mean())
-            for rule, values in scores.items():
-                best = np.take_along_axis(drawn, values[i][drawn].argmax(1)[:, None], 1)
-                figures[rule].append(right[best].mean())
-        for rule, values in figures.items():
-            mean, error = float(np.mean(values)), float(np.std(values)) / len(values) ** 0.5
-            interval = {"low": mean - 1.96 * error, "high": mean + 1.96 * error}  # over prompts
-            rows.append({"set": name, "n": n, "prompts": len(correct), "rule": rule, "value": mean, **interval})
-    return rows
+            scores[head] = np.array(judged.rewards[head])
+        prompts.append(best_of.Scored(row.texts, np.array(row.correct), scores))
+    found = []
+    for curve in best_of.curves(prompts, best_of.words, {}):
+        for n, figure in zip(curve.ns, curve.right, strict=True):
+            found.append({"set": name, "n": n, "prompts": curve.prompts, "rule": curve.rule, **vars(figure)})
+    return found
 
 
 def show(output: Path, *figures: Sequence[dict[str, Any]]) -> None:
