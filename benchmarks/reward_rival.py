@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peak_memory import resident
-from dph.data.dataset import prompt_key
 from dph.data.formats import parse_record
 from dph.data.json_lines import read_jsonl
 from dph.data.sampler import draw
+from dph.data.sources import prompt_key
 from dph.evaluate.metrics import wilson
 from dph.evaluate.tables import table
 
