@@ -111,6 +111,11 @@ class _Questions:
         number, i = self._places[index]
         return self._sources[number][1].location(i)
 
+    def fingerprints(self) -> list[str]:
+        """Return digests of each task's records, and of those that are demonstrations."""
+        found = [documents.fingerprint() for _, documents in self._sources]
+        return found + [shown.fingerprint() for shown in self._demonstrations]
+
     def groups(self, tokenizer: Any) -> Callable[[int], Iterator[list[Encoded]]]:
         """Return a function that yields the encoded choices of each record from an index on."""
         from dph import chat
@@ -181,7 +186,7 @@ def run(args: argparse.Namespace) -> None:
     about = {
         "command": "evaluate",
         "tasks": names,
-        "input": [documents.fingerprint() for _, documents in sources],
+        "input": questions.fingerprints(),
         "limit": args.limit,
         "shots": args.shots,
         "logprob": args.logprob,

@@ -144,6 +144,27 @@ def test_demonstrations_of_other_tasks_are_drawn_from_training_records(tmp_path)
     assert drawn != Demonstrations(task, 3, tmp_path, seed=1).before(documents[0], [[message("user", "x")]])[0]
 
 
+def test_a_question_is_not_among_its_own_demonstrations(dph_command, models, tmp_path):
+    """A file of the user has one split alone, and a training split may hold questions of another one."""
+    rows = [{"question": f"q{i}", "choices": ["yes", "no"], "label": i % 2} for i in range(4)]
+    path = write_lines(tmp_path / "own.jsonl", *rows)
+    task = tasks.load(str(path))
+    demonstrations, seen = Demonstrations(task, 3, None), set()
+    for row in rows:
+        (found, _) = demonstrations.before(row, task.choices(row))
+        asked = [turn["content"].split()[1] for turn in found if turn["role"] == "user"]
+        assert len(set(asked)) == 4
+        assert asked[-1] == row["question"]
+        seen.add(tuple(asked[:-1]))
+    assert len(seen) > 1
+    with pytest.raises(UserError, match="expected at least 4 records in own, train besides the question, got 3"):
+        Demonstrations(task, 4, None).before(rows[0], task.choices(rows[0]))
+    other = write_lines(tmp_path / "other.jsonl", *rows[:3])
+    assert demonstrations.fingerprint() != Demonstrations(tasks.load(str(other)), 2, None).fingerprint()
+    argv = ["evaluate", models / "judge", "--task", path, "--shots", 2, "--json"]
+    assert json.loads(dph_command(*argv)[1])["n"] == 4
+
+
 def test_candidates_of_files(dph_command, refused, models, tmp_path):
     rows = []
     for i in range(4):
