@@ -222,7 +222,7 @@ def run(args: argparse.Namespace) -> None:
         _note_hidden(report_of_task, args.output)
     if args.suite:
         for name, lacks in suites.missing(reports, suites.SUITES[args.suite].averages).items():
-            _note(f"no average {name}: {', '.join(lacks)} {'is' if len(lacks) == 1 else 'are'} missing")
+            _note(f"no average {name}, for want of records with labels of {', '.join(lacks)}")
 
 
 def _splits(args: argparse.Namespace) -> dict[str, str | None]:
