@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from dph.train.recipe import Recipe
 
 HELP = "train and judge a stage with every combination of some options, over several seeds"
-EXAMPLE = """dph ablate mini-align --vary 'objective.pooler=[identity, bert, swiglu_bert]' \\
+EXAMPLE = """dph ablate mini-align 'data.sources=[pairs.jsonl]' evaluation.share=0.1 \\
+    --vary 'objective.pooler=[identity, bert, swiglu_bert]' \\
     --vary 'objective.objective=[separable, contrastive]' --output runs/table4
 dph ablate head model.path=MODEL --vary 'data.sources=[[task:boolq], [task:glue/sst2]]' --output runs/table5
 dph ablate head data.sources=[pairs.jsonl] --vary 'model.path=[MODEL, OTHER]' --seeds 1 --output runs/table6"""
