@@ -9,7 +9,7 @@ from helpers.texts import conversation, message, small_tokenizer, write_lines
 
 from dph import chat
 from dph.data import dataset
-from dph.data.formats import Encoder, parse_record
+from dph.data.formats import Conversation, Encoder, parse_record
 from dph.errors import UserError
 
 NAMES = tuple(templates.TOOL_MAKERS)
@@ -185,3 +185,20 @@ def test_rows_with_tools(tmp_path):
 def test_malformed_tools_are_named(row, kind, error):
     with pytest.raises(UserError, match=error):
         parse_record(row, kind, "x")
+
+
+def test_conversations_that_are_joined_keep_their_tools():
+    """Also those of a system message that is dropped, and with the loss on all tokens."""
+    tok = templates.made("qwen2.5")
+    first, second = talk(), talk("How is Bonn?", "Bonn")
+    expected = chat.encode_many([with_tools(first), second], tok, repeat_system=False)
+    for joined in ([with_tools(first), with_tools(second)], [first, with_tools(second)]):
+        assert chat.encode_many(joined, tok, repeat_system=False) == expected
+    with pytest.raises(UserError, match="tools: expected the same definitions for the whole conversation, got others"):
+        chat.encode_many([with_tools(first), with_tools(second, TOOLS * 2)], tok, repeat_system=False)
+    unlearnt = [{**turn, "train": False} if "tool_calls" in turn else turn for turn in second]
+    records = [Conversation(with_tools(turns)) for turns in (first, unlearnt)]
+    every = Encoder(tok, "all").joined(records)
+    assert every.tokens == expected.tokens
+    left_out = [target for target, on in zip(every.targets[:-1], every.loss_mask, strict=False) if not on]
+    assert tok.decode(left_out).endswith('"Bonn", "days": 2}}\n</tool_call><|im_end|>')

@@ -312,11 +312,14 @@ def encode_many(
         where = f"conversations[{i}]" if len(conversations) > 1 else "messages"
         check(messages, where)
         check_answered(messages, where)
+        dropped: dict[str, Any] = {}  # definitions of tools that a dropped message has for its conversation
         for message in messages:
             if repeat_system or i == 0 or message["role"] != "system":
                 if message["role"] == "assistant":
                     last_answer = len(turns)
-                turns.append(message)
+                turns.append({**dropped, **message} if dropped else message)
+            elif "tools" in message:
+                dropped = {"tools": message["tools"]}
     marks = markup(tokenizer)
     if isinstance(marks, TemplateFormat):
         with _user_errors(lambda index: _turn_name(conversations, repeat_system, index)):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +18,7 @@ import numpy as np
 from dph.cli import common
 from dph.cli.held_out import held_out_of_run, judge
 from dph.data import atomic
-from dph.errors import UserError, shown
+from dph.errors import UserError, printable, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,11 +27,13 @@ if TYPE_CHECKING:
     from dph.train.recipe import Recipe
 
 HELP = "train and judge a stage with every combination of some options, over several seeds"
-EXAMPLE = """dph ablate mini-align --vary 'objective.pooler=[identity, bert, swiglu_bert]' \\
+EXAMPLE = """dph ablate mini-align 'data.sources=[pairs.jsonl]' evaluation.share=0.1 \\
+    --vary 'objective.pooler=[identity, bert, swiglu_bert]' \\
     --vary 'objective.objective=[separable, contrastive]' --output runs/table4
 dph ablate head model.path=MODEL --vary 'data.sources=[[task:boolq], [task:glue/sst2]]' --output runs/table5
 dph ablate head data.sources=[pairs.jsonl] --vary 'model.path=[MODEL, OTHER]' --seeds 1 --output runs/table6"""
-RESULT = "judged.json"  # of a run: for each held-out pair its share of right choices, by score
+RESULT = "judged.json"  # of a run: by score, for each held-out pair its prompt and its share of right choices
+OWN_KEYS = {"seed": "--seeds", "output.directory": "--output"}  # options that the command sets itself
 RESAMPLES = 1000  # of the prompts
 
 
@@ -67,6 +72,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--output: expected a folder for the runs, got none")
     folder = Path(args.output)
     cells = _cells(args.vary)
+    for option in (*args.overrides, *args.vary):
+        if (key := option.partition("=")[0]) in OWN_KEYS:
+            raise UserError(f"{key}: expected {OWN_KEYS[key]} in its place, got {shown(option)}")
     recipes = {}
     for cell, seed in itertools.product(cells, range(args.seeds)):
         recipes[cell.name, seed] = _recipe(args, cell, seed, folder)
@@ -87,6 +95,8 @@ def _cells(options: Sequence[str]) -> list[Cell]:
     choices: list[list[tuple[str, Any]]] = []
     for option in options:
         key, _, text = option.partition("=")
+        if key in [other.partition("=")[0] for other in options[: len(choices)]]:
+            raise UserError(f"--vary {key}: expected all values in one list, got two")
         value = yaml_values.parse(text, key, numbered=False)
         if not isinstance(value, list) or not value:
             raise UserError(f"--vary {key}: expected a list of values, as {key}=[A, B], got {text!r}")
@@ -105,39 +115,55 @@ def _recipe(args: argparse.Namespace, cell: Cell, seed: int, folder: Path) -> Re
     """Return the recipe of one run. Raises UserError if an option or a value is wrong, or nothing is held out."""
     from dph.train import recipe as recipes
 
-    directory = folder / cell.name.replace("/", "_") / f"seed{seed}"
+    directory = folder / _folder_name(cell.name) / f"seed{seed}"
     own = [f"seed={seed}", f"output.directory={json.dumps(str(directory))}"]
     recipe = recipes.load(args.recipe, [*args.overrides, *cell.overrides, *own])
     if recipe.kind != "preference":
         raise UserError(f"{args.recipe}: expected a recipe of stage head or align, got {recipe.stage}")
+    if not recipe.objective.dph_weight:
+        raise UserError("objective.dph_weight: expected more than 0, as rewards are compared, got 0")
     if not recipe.evaluation.sources and not recipe.evaluation.share:
         raise UserError("evaluation.sources, evaluation.share: expected held-out records, got none")
     common.check_recipe_paths(recipe)
     return recipe
 
 
+def _folder_name(name: str) -> str:
+    """Return a name of a folder for a combination: its own, or its beginning with a digest if it does not fit one."""
+    plain = re.sub(r"[^\w ,.=+\[\]-]", "_", name).strip(". ")[:100]
+    return plain if plain == name else f"{plain}-{blake2b(name.encode(), digest_size=4).hexdigest()}"
+
+
 def _judged(recipe: Recipe, name: str) -> dict[str, Any]:
     """Return the shares of right choices of a run, which is trained and judged unless that was done before."""
+    from dph.train import recipe as recipes
+
     directory = Path(recipe.output.directory)
-    path, settings = directory / RESULT, json.loads(json.dumps(recipe.as_dict()))
+    path = directory / RESULT
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
-        if saved["recipe"] != settings:
+        if recipes.from_dict(saved["recipe"]) != recipe:
             raise UserError(f"{path}: expected the result of this recipe, got one of another: give another --output")
         return saved
     from dph.train import entry
 
-    common.print_text(f"{name}: training")
+    print(printable(f"{name}: training"), file=sys.stderr)
     result = entry.train(recipe, resume=directory.is_dir())
     if result.exit_code:
         raise SystemExit(result.exit_code)
-    saved = {"recipe": settings, **_judge(directory)}
+    saved = {"recipe": recipe.as_dict(), "scores": _judge(directory, recipe.objective.heads)}
     atomic.write_text(path, json.dumps(saved) + "\n")
     return saved
 
 
-def _judge(directory: Path) -> dict[str, Any]:
-    """Return the prompts of a run's held-out pairs, and by head and log-probability the shares of right choices."""
+def _judge(directory: Path, heads: Sequence[str]) -> dict[str, list[tuple[str, float]]]:
+    """Return by score, for each of a run's held-out pairs, its prompt and the share of right choices.
+
+    Each of several heads has scores of its own, as its pairs may be others.
+
+    Pairs that a score cannot compare, by the mean log-probability of an empty answer, are left out. Raises UserError if
+    a head has no held-out pairs.
+    """
     from dph.data.formats import Encoder
     from dph.data.labels import labels_of
     from dph.data.sources import prompt_key
@@ -150,42 +176,45 @@ def _judge(directory: Path) -> dict[str, Any]:
     answers = list(map(Encoder(tokenizer), records))
     results = judge(model, answers, "held-out answers")
     labels, prompts = list(map(labels_of, answers)), list(map(prompt_key, records))
-    shares: dict[str, list[float | None]] = {}
-    for head in model.head_names:
-        found = gather(answers, labels, results, prompts, head)
-        for rule, scores in found.pairs.items():
-            name = RULES[rule] if rule != "reward" or len(model.head_names) == 1 else f"reward {head}"
-            shares[name] = [None if np.isnan(pair).any() else float(chosen_shares([pair])[0, 0]) for pair in scores]
-    return {"prompts": found.pair_prompts, "shares": shares}
+    scores = {}
+    for head in heads:
+        judgements = gather(answers, labels, results, prompts, head)
+        if not judgements.pair_prompts:
+            raise UserError(f"{directory}: head {head}: expected held-out pairs, got labels of single answers alone")
+        for rule, pairs in judgements.pairs.items():
+            kept = np.flatnonzero(~np.isnan(pairs).any(1))
+            shares = chosen_shares(pairs[kept])[:, 0]
+            name = RULES[rule] if len(heads) == 1 else f"{RULES[rule]} {head}"
+            scores[name] = [(judgements.pair_prompts[i], float(share)) for i, share in zip(kept, shares, strict=True)]
+    return scores
 
 
 def _rows(cell: Cell, seeds: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the figures of one combination, by score."""
-    for rule in seeds[0]["shares"]:
-        means = [float(np.mean([share for share in seed["shares"][rule] if share is not None])) for seed in seeds]
-        yield {
-            "values": list(cell.values),
-            "score": rule,
-            "accuracy": asdict(_mean(seeds, rule)),
-            "seeds": means,
-            "pairs": len(seeds[0]["prompts"]),
-        }
+    """Yield the figures of one combination, by each score that compares some pairs of every seed."""
+    for rule in seeds[0]["scores"]:
+        pairs = [seed["scores"][rule] for seed in seeds]
+        if all(pairs):
+            yield {
+                "values": list(cell.values),
+                "score": rule,
+                "accuracy": asdict(_mean(pairs)),
+                "seeds": [float(np.mean([share for _, share in own])) for own in pairs],
+                "pairs": len(pairs[0]),
+            }
 
 
-def _mean(seeds: Sequence[dict[str, Any]], rule: str) -> Interval:
-    """Return the mean over pairs and seeds, with the percentile bootstrap's interval over prompts.
+def _mean(seeds: Sequence[Sequence[tuple[str, float]]]) -> Interval:
+    """Return the mean of seeds, each of (prompt, share) of its pairs, with the bootstrap's interval over prompts.
 
-    Seeds may hold out different prompts.
+    Seeds may hold out different prompts. The mean is over all pairs and seeds, the interval that of percentiles.
     """
     from dph.evaluate.metrics import Interval
 
     numbers: dict[str, int] = {}
     members, shares = [], []
-    for seed in seeds:
-        for prompt, share in zip(seed["prompts"], seed["shares"][rule], strict=True):
-            if share is not None:
-                members.append(numbers.setdefault(prompt, len(numbers)))
-                shares.append(share)
+    for prompt, share in itertools.chain.from_iterable(seeds):
+        members.append(numbers.setdefault(prompt, len(numbers)))
+        shares.append(share)
     rng = np.random.default_rng(0)
     weights = rng.multinomial(len(numbers), [1 / len(numbers)] * len(numbers), RESAMPLES)[:, members]
     low, high = np.percentile(weights @ np.array(shares) / weights.sum(1), [2.5, 97.5])

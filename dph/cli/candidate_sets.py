@@ -15,7 +15,7 @@ from dph.errors import UserError
 if TYPE_CHECKING:
     from dph.chat import Encoded
     from dph.data.candidates import Candidates
-    from dph.evaluate.best_of import Curve
+    from dph.evaluate.best_of import Curve, Probability
     from dph.model.judging import Judged
 
 SIZES = (4, 16)  # candidates N in the table, besides 1 and all
@@ -25,18 +25,26 @@ def run(args: argparse.Namespace) -> None:
     """Judge every file's candidates, print a table of each, and write the scores to ``--output``."""
     from dph.data.candidates import read_candidates
 
-    if args.task or args.suite or args.table:
-        raise UserError("--candidates: expected no --task, --suite or --table beside it, got one")
-    sets = {name: read_candidates(name, **options) for name, options in map(common.parse_source, args.candidates)}
-    common.check_output(args.output, args.model, Path(args.model) / "model", *sets)
+    for name in ("task", "suite", "table", "split", "directory", "shots"):
+        if getattr(args, name):
+            raise UserError(f"--candidates: expected no --{name} with it, got one")
+    sources = common.parse_sources(args.candidates)
+    sets = {text: read_candidates(name, **options) for text, (name, options) in sources.items()}
+    common.check_output(args.output, args.model, Path(args.model) / "model", *(name for name, _ in sources.values()))
     common.check_model(args)
 
     from dph import chat
-    from dph.evaluate.choices import choice_scores
+    from dph.evaluate.calibration import recorded
+    from dph.evaluate.choices import choice_scores, reward_method
 
     model, tokenizer, heads = common.open_model(args, common.heads_of(args), "--logprob-only needs no rewards")
     rows = [(name, number, row) for name, part in sets.items() for number, row in enumerate(part[: args.limit])]
-    about = {"command": "evaluate --candidates", "candidates": args.candidates, "rows": _fingerprint(rows)}
+    about = {
+        "command": "evaluate --candidates",
+        "candidates": args.candidates,
+        "rows": _fingerprint(rows),
+        "logprob": args.logprob,
+    }
     if args.output is not None:
         about |= results.about_model(model, tokenizer, heads)
 
@@ -57,9 +65,10 @@ def run(args: argparse.Namespace) -> None:
         results.Progress("evaluate", len(rows)) as progress,
     ):
         lines = results.judged_lines(model, groups, line, place, output, progress)
+        votes = {reward_method(head, heads): recorded(model.head_records.get(head, {})).probability for head in heads}
         for name, part in sets.items():
             own = part[: args.limit]
-            _report(args, name, own, [written["scores"] for written in islice(lines, len(own))])
+            _report(args, name, own, [written["scores"] for written in islice(lines, len(own))], votes)
 
 
 def _fingerprint(rows: Sequence[tuple[str, int, Candidates]]) -> str:
@@ -69,20 +78,22 @@ def _fingerprint(rows: Sequence[tuple[str, int, Candidates]]) -> str:
 
 
 def _report(
-    args: argparse.Namespace, name: str, rows: Sequence[Candidates], scores: Sequence[Mapping[str, Any]]
+    args: argparse.Namespace,
+    name: str,
+    rows: Sequence[Candidates],
+    scores: Sequence[Mapping[str, Any]],
+    votes: Mapping[str, Probability],
 ) -> None:
-    """Print the figures of one file."""
+    """Print the figures of one file; ``votes`` as ``probabilities`` of ``best_of.curves``."""
     import numpy as np
 
     from dph.evaluate import best_of, reward_bench
-    from dph.evaluate.calibration import UNCALIBRATED
     from dph.evaluate.tables import table
 
     prompts = []
     for row, methods in zip(rows, scores, strict=True):
         values = {method: np.array([-np.inf if x is None else x for x in own]) for method, own in methods.items()}
         prompts.append(best_of.Scored(row.texts, np.array(row.correct), values))
-    votes = {method: UNCALIBRATED.probability for method in scores[0] if method.startswith("reward")}
     curves = best_of.curves(prompts, best_of.NORMALISERS[args.normalise], votes)
     subsets: dict[str, list[reward_bench.Subset]] = {}
     if any(row.subset is not None for row in rows):

@@ -58,7 +58,11 @@ def run(args: argparse.Namespace) -> None:
     """Judge the held-out records and candidates once with all heads, and write a card for each."""
     from dph.data.candidates import read_candidates
 
-    sets = {name: read_candidates(name, **options) for name, options in map(common.parse_source, args.candidates)}
+    candidate_sources = common.parse_sources(args.candidates)
+    sets = {text: read_candidates(name, **options) for text, (name, options) in candidate_sources.items()}
+    titles = {text: Path(text).name for text in sets}
+    if len(set(titles.values())) < len(titles):
+        titles = dict(zip(sets, sets, strict=True))
     records, sources = _held_out(args)
     common.check_model(args)
     model, tokenizer, names = common.open_model(args, args.head or [], "dph train head trains one")
@@ -83,14 +87,16 @@ def run(args: argparse.Namespace) -> None:
         candidates = {}
         for name, rows in sets.items():
             pairs = zip(rows, judged_sets[name], strict=True)
-            candidates[Path(name).name] = [card.scored(row, result, head) for row, result in pairs]
+            candidates[titles[name]] = [card.scored(row, result, head) for row, result in pairs]
         about = _about(model, head, files.get(head), sources)
         found = card.card(head, about, judgements, candidates, best_of.NORMALISERS[args.normalise])
         figure = card_figure.figure(found, judgements.rewards, judgements.is_good)
         _write(folders[head], found, card.markdown(found, FIGURE), figure)
+        print(card.markdown(found))
         if head in files:
             _keep_calibration(files[head], found)
-        print(card.markdown(found))
+        else:
+            common.print_text(f"model.probability lacks the calibration, as there is no file of head {head} to keep it")
         common.print_text(f"written to {folders[head]}")
 
 
@@ -101,9 +107,8 @@ def _held_out(args: argparse.Namespace) -> tuple[list[Any], list[str]]:
 
     if args.sources:
         found = {}
-        for text in args.sources:
-            name, options = common.parse_source(text)
-            found[name] = dataset.load(name, LABELLED, **{"split": "validation", **options})
+        for text, (name, options) in common.parse_sources(args.sources).items():
+            found[text] = dataset.load(name, LABELLED, **{"split": "validation", **options})
     else:
         found = held_out_of_run(Path(args.model))
     records = [record for part in found.values() for record in part if record is not None]

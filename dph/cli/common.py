@@ -154,6 +154,11 @@ def parse_source(text: str) -> tuple[str, dict[str, Any]]:
     return source.source, {name: getattr(source, name) for name in SOURCE_OPTIONS if values.get(name) is not None}
 
 
+def parse_sources(texts: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return names and options of sources, by their texts: one file may be given with several options."""
+    return {text: parse_source(text) for text in texts}
+
+
 def load_recipe(args: argparse.Namespace) -> Recipe:
     """Return the recipe with its overrides. Raises UserError if the file, a key or a value is wrong."""
     from dph.train import recipe

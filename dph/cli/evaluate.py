@@ -118,6 +118,11 @@ class _Questions:
         number, i = self._places[index]
         return self._sources[number][1].location(i)
 
+    def fingerprints(self) -> list[str]:
+        """Return digests of each task's records, and of those that are demonstrations."""
+        found = [documents.fingerprint() for _, documents in self._sources]
+        return found + [shown.fingerprint() for shown in self._demonstrations]
+
     def groups(self, tokenizer: Any) -> Callable[[int], Iterator[list[Encoded]]]:
         """Return a function that yields the encoded choices of each record from an index on."""
         from dph import chat
@@ -191,7 +196,7 @@ def run(args: argparse.Namespace) -> None:
     about = {
         "command": "evaluate",
         "tasks": names,
-        "input": [documents.fingerprint() for _, documents in sources],
+        "input": questions.fingerprints(),
         "limit": args.limit,
         "shots": args.shots,
         "logprob": args.logprob,
@@ -233,7 +238,7 @@ def run(args: argparse.Namespace) -> None:
         _note_hidden(report_of_task, args.output)
     if args.suite:
         for name, lacks in suites.missing(reports, suites.SUITES[args.suite].averages).items():
-            _note(f"no average {name}: {', '.join(lacks)} {'is' if len(lacks) == 1 else 'are'} missing")
+            _note(f"no average {name}, for want of records with labels of {', '.join(lacks)}")
 
 
 def _splits(args: argparse.Namespace) -> dict[str, str | None]:

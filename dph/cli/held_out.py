@@ -41,10 +41,15 @@ def held_out_of_run(directory: Path) -> dict[str, Sequence[Any]]:
 
 
 def judge(model: JudgingModel, groups: Sequence[Sequence[Encoded]], name: str) -> list[Judged]:
-    """Return the results of groups of answers."""
-    judged: list[Judged] = []
+    """Return the results of groups of answers. Raises RuntimeError if a score is NaN or infinite."""
+    from dph.evaluate.metrics import check_finite
 
-    def line(_: int, result: Judged) -> dict[str, Any]:
+    judged: list[Judged] = []
+    place = f"{name}: record {{}}".format
+
+    def line(index: int, result: Judged) -> dict[str, Any]:
+        for what, values in (*result.rewards.items(), ("log-probability", result.logprobs)):
+            check_finite(values, f"{place(index)}: {what}")
         judged.append(result)
         return {}
 
@@ -52,6 +57,6 @@ def judge(model: JudgingModel, groups: Sequence[Sequence[Encoded]], name: str) -
         return iter(groups[start:])
 
     with results.Results(None, {}, False) as output, results.Progress(name, len(groups)) as progress:
-        for _ in results.judged_lines(model, rest, line, f"{name}: record {{}}".format, output, progress):
+        for _ in results.judged_lines(model, rest, line, place, output, progress):
             pass
     return judged

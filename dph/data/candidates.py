@@ -5,7 +5,8 @@
 | prompt, candidates, ``correct`` | those with true or 1; numbers between are shares |
 | prompt, chosen, rejected | chosen; both a text or a list of them (RewardBench 2) |
 
-``subset`` names the part of the set that a row belongs to; the prompt is text or messages, with ``system`` or without.
+``subset`` names the part of the set that a row belongs to. The prompt is text or messages, with ``system`` or without;
+messages may be named ``messages``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dph.data.formats import parse_record
 from dph.data.rows import open_source
 from dph.errors import UserError, shown, shown_names
 
-FIELDS = ("candidates", "correct", "chosen", "rejected", "subset", "id")
+FIELDS = ("candidates", "correct", "chosen", "rejected", "subset", "id", "prompt", "messages")
 
 
 @dataclass(frozen=True)
@@ -76,19 +77,18 @@ def parse_candidates(fields: Mapping[str, Any], where: str) -> Candidates:
             f"{where}: expected prompt, candidates and correct, or prompt, chosen and rejected; got the fields "
             f"{shown_names(fields)}"
         )
-    if fields.get("prompt") is None:
-        raise UserError(f"{where}: prompt: expected text or messages, got none")
-    prompt = {key: value for key, value in fields.items() if key not in FIELDS}
+    prompts = [fields[name] for name in ("prompt", "messages") if fields.get(name) is not None]
+    if len(prompts) != 1:
+        raise UserError(f"{where}: expected prompt or messages, got {'both' if prompts else 'neither'}")
+    prompt = {"prompt": prompts[0], **{key: value for key, value in fields.items() if key not in FIELDS}}
     conversations = []
     for i, answer in enumerate(answers):
         if not isinstance(answer, str | list):
             raise UserError(f"{where}: answer {i}: expected text or messages, got {shown(answer)}")
         record = parse_record({**prompt, "completion": answer}, "conversation", where)
         conversations.append(record.messages)
-    subset = fields.get("subset")
-    return Candidates(
-        conversations, list(map(float, correct)), None if subset is None else str(subset), str(fields.get("id", ""))
-    )
+    subset, name = ("" if fields.get(key) is None else str(fields[key]) for key in ("subset", "id"))
+    return Candidates(conversations, list(map(float, correct)), subset or None, name)
 
 
 def _listed(side: Any, where: str) -> list[Any]:

@@ -471,7 +471,7 @@ class Encoder:
         if not all(message.get("train", True) for messages in conversations for message in messages):
             trained = []
             for messages in conversations:
-                trained.append([{"role": message["role"], "content": message["content"]} for message in messages])
+                trained.append([{key: message[key] for key in message if key != "train"} for message in messages])
             answers = chat.encode_many(trained, self.tokenizer, repeat_system=False).loss_mask
             for i, (answer, learnt) in enumerate(zip(answers, encoded.loss_mask, strict=True)):
                 mask[i] = mask[i] and (learnt or not answer)

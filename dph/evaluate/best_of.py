@@ -1,22 +1,26 @@
 """Best of N: the share of right answers among chosen ones, for every N and by each rule of choosing.
 
 The candidates of a prompt are a sample of what a model says. Figures for N are means over all choices of N of them: by
-a score exactly, from the ranks of the candidates; by a vote over RESAMPLES drawn ones.
+a score exactly, from the ranks of the candidates; by a vote exactly for few choices, else over RESAMPLES drawn ones.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 import numpy as np
 
 from dph.evaluate.metrics import Interval
 
 RESAMPLES = 200  # sets of N candidates of a prompt for a vote, and resamples of the prompts for intervals
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# A minus after a letter or digit is a hyphen or a difference.
+NUMBER = re.compile(r"(?:(?<!\w)-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+ROUNDING = 1e-9  # differences of means that are no larger are none
 
 Normalise = Callable[[str], str]
 Probability = Callable[[np.ndarray], np.ndarray]
@@ -50,13 +54,13 @@ def number(text: str) -> str:
     found = NUMBER.findall(text)
     if not found:
         return words(text)
-    return f"{float(found[-1].replace(',', '')):.12g}"
+    return f"{(Decimal(found[-1].replace(',', '')) + 0).normalize():f}"  # + 0: -0 is 0
 
 
 def words(text: str) -> str:
-    """Return a text in lower case without punctuation, articles and repeated spaces."""
-    kept = re.sub(r"[^\w\s]", " ", text.casefold())
-    return " ".join(word for word in kept.split() if word not in ("a", "an", "the"))
+    """Return a text in lower case without punctuation, articles and repeated spaces, as far as something is left."""
+    kept = re.sub(r"[^\w\s]", " ", text.casefold()).split()
+    return " ".join(word for word in kept if word not in ("a", "an", "the")) or " ".join(kept) or text.strip()
 
 
 NORMALISERS: dict[str, Normalise] = {"words": words, "number": number}
@@ -88,7 +92,10 @@ def right_of_vote(
     n = min(n, count)
     _, group = np.unique(np.array(answers), return_inverse=True)
     total = group.max() + 1
-    drawn = np.argsort(rng.random((RESAMPLES if n < count else 1, count)), 1)[:, :n]
+    if math.comb(count, n) <= max(RESAMPLES, count):
+        drawn = np.array(list(itertools.combinations(range(count), n)))
+    else:
+        drawn = np.argsort(rng.random((RESAMPLES, count)), 1)[:, :n]
     rows = np.arange(len(drawn))[:, None]
     sums, right, sizes = (np.zeros((len(drawn), total)) for _ in range(3))
     np.add.at(sums, (rows, group[drawn]), weights[drawn])
@@ -137,7 +144,8 @@ def _curve(rule: str, ns: tuple[int, ...], values: np.ndarray, weights: np.ndarr
     means = weights @ values  # [resamples, N]
     low, high = np.percentile(means, [2.5, 97.5], axis=0)
     right = [Interval(*map(float, figures)) for figures in zip(values.mean(0), low, high, strict=True)]
-    enough = len(ns) - 1
-    while enough and not np.any(np.percentile(means[:, enough:] - means[:, [enough - 1]], 2.5, axis=0) > 0):
-        enough -= 1
+    for enough in range(len(ns)):  # ends with the last one at the latest
+        gains = means[:, enough + 1 :] - means[:, [enough]]
+        if not np.any(np.percentile(gains, 2.5, axis=0) > ROUNDING):
+            break
     return Curve(rule, ns, tuple(right), ns[enough], len(values))

@@ -6,8 +6,8 @@ sigmoid(r), which the separable objective trains.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,11 @@ class Calibration(NamedTuple):
 
 
 UNCALIBRATED = Calibration(1.0, 0.0)
+
+
+def recorded(about: Mapping[str, Any]) -> Calibration:
+    """Return the calibration in the record of a head, which ``dph card`` has fitted; UNCALIBRATED if there is none."""
+    return Calibration(**about["calibration"]) if about.get("calibration") is not None else UNCALIBRATED
 
 
 class Bin(NamedTuple):

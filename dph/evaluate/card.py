@@ -142,13 +142,11 @@ def card(
         },
         "candidates": {},
     }
-    try:
-        found["calibration"] = _calibration(judgements)
-        if judgements.pair_prompts:
-            margins = np.subtract(*judgements.pairs["reward"].T)
-            found["label_noise"] = asdict(calibration.label_noise(margins, judgements.pair_prompts))
-    except UserError as error:
-        notes.append(str(error))
+    for name, figure in (("calibration", _calibration), ("label_noise", _label_noise)):
+        try:
+            found[name] = figure(judgements)
+        except UserError as error:
+            notes.append(str(error))
     fitted = calibration.UNCALIBRATED
     if found["calibration"] is not None:
         fitted = calibration.Calibration(*(found["calibration"][name] for name in fitted._fields))
@@ -194,6 +192,14 @@ def _calibration(judgements: Judgements) -> dict[str, Any]:
         points = [{**one._asdict(), "good": asdict(one.good)} for one in errors.bins]
         found[name] = {**errors._asdict(), "bins": points}
     return found
+
+
+def _label_noise(judgements: Judgements) -> dict[str, float] | None:
+    """Return the share of pairs whose sides are exchanged; None without pairs."""
+    if not judgements.pair_prompts:
+        return None
+    margins = np.subtract(*judgements.pairs["reward"].T)
+    return asdict(calibration.label_noise(margins, judgements.pair_prompts))
 
 
 def _length(judgements: Judgements) -> dict[str, Any]:

@@ -152,10 +152,15 @@ def choice_scores(
             values = [value / size if size else None for value, size in zip(values, sizes, strict=True)]
         scores[LOGPROBS[name]] = values
     for name in heads:
-        scores["reward" if len(heads) == 1 else f"reward {name}"] = judged.rewards[name]
+        scores[reward_method(name, heads)] = judged.rewards[name]
     for method, values in scores.items():
         check_finite([value for value in values if value is not None], f"{where}: {method}")
     return scores
+
+
+def reward_method(head: str, heads: Sequence[str]) -> str:
+    """Return the name of choosing by the reward of one of ``heads``."""
+    return "reward" if len(heads) == 1 else f"reward {head}"
 
 
 def predictions(task: Task, doc: Mapping[str, Any], scores: Scores) -> dict[str, dict[str, Any] | None]:

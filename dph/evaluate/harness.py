@@ -27,6 +27,8 @@ from dph import chat, devices
 from dph.chat import Encoded
 from dph.data.packing import batches, pack
 from dph.errors import UserError
+from dph.evaluate.metrics import check_finite
+from dph.model.config import DTYPES
 from dph.model.judging import MAX_TOKENS
 from dph.model.loading import check_tokenizer, load_model, load_tokenizer
 
@@ -48,7 +50,8 @@ class HarnessModel(HFLM):
         device: of the model; None, or a GPU where there is none: the one that is there.
         options: further arguments of the harness's ``HFLM``, such as ``max_length``.
 
-    Raises UserError for an unknown ``choose_by``; ValueError for a missing or untrained head.
+    Raises UserError for an unknown ``choose_by`` or ``dtype``; ValueError for a missing or untrained head. Scores that
+    are NaN or infinite are a RuntimeError.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class HarnessModel(HFLM):
     ) -> None:
         if choose_by not in ("logprob", "reward"):
             raise UserError(f"choose_by: expected logprob or reward, got {choose_by!r}")
+        if dtype not in DTYPES:
+            raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         model = pretrained
         if isinstance(pretrained, str):
             if device is None or not torch.cuda.is_available():  # the harness's default is a GPU
@@ -91,6 +96,7 @@ class HarnessModel(HFLM):
         for _, group in itertools.groupby(requests, lambda request: request.args[0]):
             groups.append([self._conversation(*request.args) for request in group])
         for judged in self.model.judge(groups, logprobs=False):
+            check_finite(judged.rewards[self._head], f"request {len(found)}: reward")
             found += [(reward, False) for reward in judged.rewards[self._head]]
         return found
 
@@ -123,6 +129,7 @@ class HarnessModel(HFLM):
         for batch in batches(encoded, MAX_TOKENS):
             for result in self._judge(batch):
                 i = next(indices)
+                check_finite(result[:1], f"request {i}: log-likelihood")
                 found[i] = result
                 if requests[i][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], result)

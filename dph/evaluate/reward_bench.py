@@ -81,5 +81,5 @@ def ties(prompts: Sequence[Prompt]) -> float:
         smallest = min(margins["ref"][number], margins["tied"][number])
         own.append(margins["tied"][number] > spread)
         hard.append(smallest > spread)
-        size.append(math.tanh(smallest / spread - 1) if spread else 0.0)
+        size.append(math.tanh(smallest / spread - 1) if spread else float(np.sign(smallest)))  # limit of no spread
     return score + float(0.2 * np.mean(own) + 0.2 * np.mean(hard) + 0.01 * np.mean(size))

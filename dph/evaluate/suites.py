@@ -112,8 +112,8 @@ def averages(reports: Sequence[Report], wanted: Sequence[Average]) -> list[tuple
 
 
 def missing(reports: Sequence[Report], wanted: Sequence[Average]) -> Mapping[str, list[str]]:
-    """Return, for each average that lacks some, the tasks that the reports lack."""
-    present = {report.task for report in reports}
+    """Return, for each average that lacks some, the tasks of which the reports have no records with labels."""
+    present = {report.task for report in reports if report.labels}
     lacks = {average.name: [task for task in average.tasks if task not in present] for average in wanted}
     return {name: tasks for name, tasks in lacks.items() if tasks}
 

@@ -5,6 +5,7 @@ import json
 import pytest
 from helpers.texts import write_lines
 
+from dph.cli import ablate
 from dph.train import entry
 
 
@@ -33,7 +34,7 @@ def test_every_combination_is_trained_once_and_judged(command, dph_command, monk
     assert code == 0, err
     report = json.loads((tmp_path / "runs/ablation.json").read_text())
     assert report["options"] == ["objective.pooler", "objective.objective"]
-    rewards = [row for row in report["rows"] if row["score"] == "reward new"]
+    rewards = [row for row in report["rows"] if row["score"] == "reward"]
     assert [row["values"] for row in rewards] == [
         ["bert", "separable"], ["bert", "contrastive"], ["identity", "separable"], ["identity", "contrastive"],
     ]  # fmt: skip
@@ -72,7 +73,44 @@ def test_an_interrupted_command_goes_on(command, dph_command, monkeypatch, tmp_p
 def test_what_is_refused(command, refused, dph_command, tmp_path):
     assert "--vary objective.pooler: expected a list of values" in refused(*command, "objective.pooler=bert")
     assert "objective.poolr" in refused(*command, "objective.poolr=[bert]")
-    assert "expected different values" in refused(*command, "seed=[1, 1]")
+    assert "expected different values" in refused(*command, "batch.size=[4, 4]")
+    assert "seed: expected --seeds in its place, got 'seed=[1, 2]'" in refused(*command, "seed=[1, 2]")
+    line = refused(*command[:2], "seed=3", *command[2:], "objective.pooler=[bert]")
+    assert "seed: expected --seeds in its place" in line
+    line = refused(*command, "objective.pooler=[bert]", "--vary", "objective.pooler=[identity]")
+    assert "--vary objective.pooler: expected all values in one list, got two" in line
+    assert "expected more than 0, as rewards are compared" in refused(*command, "objective.dph_weight=[0]")
     assert dph_command(*command, "objective.pooler=[bert]")[0] == 0
     line = refused(*command[:2], "optimiser.lr=0.5", *command[2:], "objective.pooler=[bert]")
     assert "expected the result of this recipe, got one of another" in line
+
+
+def test_heads_of_a_run_have_pairs_of_their_own(command, dph_command, tmp_path):
+    rows = []
+    for i in range(12):
+        answers = (
+            {"chosen": "is good", "rejected": "not good"} if i < 4 else {"completion": "good", "label": i % 2 == 0}
+        )
+        rows.append({"prompt": f"a film {i}?", **answers})
+    held_out = write_lines(tmp_path / "own.jsonl", *rows)
+    sources = f"evaluation.sources=[{held_out}, {{source: {tmp_path / 'held_out.jsonl'}, head: safe}}]"
+    options = ["objective.heads=[new, safe]", sources, "--seeds", 1]
+    code, _, err = dph_command(*command, "objective.objective=[separable]", *options)
+    assert code == 0, err
+    report = json.loads((tmp_path / "runs/ablation.json").read_text())
+    pairs = {row["score"]: row["pairs"] for row in report["rows"]}
+    assert list(pairs)[::3] == ["reward new", "reward safe"]
+    assert (pairs["reward new"], pairs["log-probability (sum) safe"]) == (4, 16)
+    alone = write_lines(tmp_path / "alone.jsonl", *rows[4:])
+    command[command.index(tmp_path / "runs")] = tmp_path / "others"
+    code, out, err = dph_command(*command, "objective.objective=[separable]", f"evaluation.sources=[{alone}]", "--json")
+    assert (code, out) == (2, "")
+    assert "head new: expected held-out pairs, got labels of single answers alone" in err
+
+
+def test_folders_of_combinations_are_different_and_inside():
+    names = ["bert, separable", "a/b", "a_b", "..", "", ".", "x" * 300, "x" * 301]
+    folders = list(map(ablate._folder_name, names))
+    assert folders[0] == names[0]
+    assert len(set(folders)) == len(names)
+    assert all(folder.strip(".") and "/" not in folder and len(folder) < 150 for folder in folders[:4] + folders[5:])

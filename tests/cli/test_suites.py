@@ -2,12 +2,14 @@
 
 import csv
 import json
+import re
 import zipfile
 
 import pytest
 from helpers.texts import message, write_lines
 
 from dph import tasks
+from dph.data.candidates import parse_candidates
 from dph.data.dataset import task_documents
 from dph.errors import UserError
 from dph.evaluate import glue_server
@@ -45,6 +47,8 @@ def test_averages_by_hand():
     width = (7 * 0.1**2 / 64 + 2 * 0.1**2 / 16**2) ** 0.5
     assert figure.high - figure.value == pytest.approx(width)
     assert missing(glue, SUITES["glue"].averages) == {"GLUE": ["glue/wnli"]}
+    hidden = Report("glue/wnli", 10, 0, (Row("a", {"accuracy": None}, 0, 0),))
+    assert missing([*glue, hidden], SUITES["glue"].averages) == {"GLUE": ["glue/wnli"]}
     with_wnli = averages([*glue, report("glue/wnli", accuracy=0.4)], SUITES["glue"].averages)
     assert with_wnli[0][2].value == pytest.approx((8 * eight + 0.4) / 9)
     race = averages([report("race/middle", accuracy=0.5), report("race/high", accuracy=0.3)], SUITES["race"].averages)
@@ -64,7 +68,7 @@ def test_a_suite_of_local_files(dph_command, models, tmp_path, suffix):
     table = tmp_path / f"table.{suffix}"
     argv = ["evaluate", models / "judge", "--suite", "gpt4all", "--directory", folder, "--table", table, "--json"]
     code, out, err = dph_command(*argv)
-    assert (code, "missing" in err) == (0, False)
+    assert (code, "no average" in err) == (0, False)
     lines = list(map(json.loads, out.splitlines()))
     accuracies = [line["rows"][1]["metrics"]["accuracy"]["value"] for line in lines if "task" in line]
     average = next(line for line in lines if line.get("average") == "GPT4All" and line["method"] == "reward")
@@ -87,7 +91,7 @@ def test_tasks_that_are_not_there_are_said(dph_command, refused, models, tmp_pat
     assert code == 0
     assert f"left out, as {folder} has no file: hellaswag/no_choice" in err
     assert f"openbookqa/main: train records are evaluated, as {folder} has none of the split test" in err
-    assert "no average GPT4All: hellaswag/no_choice is missing" in err
+    assert "no average GPT4All, for want of records with labels of hellaswag/no_choice\n" in err
     assert "GPT4All" not in out
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -146,6 +150,27 @@ def test_demonstrations_of_other_tasks_are_drawn_from_training_records(tmp_path)
     assert drawn != Demonstrations(task, 3, tmp_path, seed=1).before(documents[0], [[message("user", "x")]])[0]
 
 
+def test_a_question_is_not_among_its_own_demonstrations(dph_command, models, tmp_path):
+    """A file of the user has one split alone, and a training split may hold questions of another one."""
+    rows = [{"question": f"q{i}", "choices": ["yes", "no"], "label": i % 2} for i in range(4)]
+    path = write_lines(tmp_path / "own.jsonl", *rows)
+    task = tasks.load(str(path))
+    demonstrations, seen = Demonstrations(task, 3, None), set()
+    for row in rows:
+        (found, _) = demonstrations.before(row, task.choices(row))
+        asked = [turn["content"].split()[1] for turn in found if turn["role"] == "user"]
+        assert len(set(asked)) == 4
+        assert asked[-1] == row["question"]
+        seen.add(tuple(asked[:-1]))
+    assert len(seen) > 1
+    with pytest.raises(UserError, match="expected at least 4 records in own, train besides the question, got 3"):
+        Demonstrations(task, 4, None).before(rows[0], task.choices(rows[0]))
+    other = write_lines(tmp_path / "other.jsonl", *rows[:3])
+    assert demonstrations.fingerprint() != Demonstrations(tasks.load(str(other)), 2, None).fingerprint()
+    argv = ["evaluate", models / "judge", "--task", path, "--shots", 2, "--json"]
+    assert json.loads(dph_command(*argv)[1])["n"] == 4
+
+
 def test_candidates_of_files(dph_command, refused, models, tmp_path):
     rows = []
     for i in range(4):
@@ -175,7 +200,29 @@ def test_candidates_of_files(dph_command, refused, models, tmp_path):
     best = [line["scores"]["reward"][0] == max(line["scores"]["reward"]) for line in written[4:]]
     assert subset["value"] == pytest.approx(sum(best) / 3)
     assert "subset" in dph_command(*argv[:-3])[1]
-    assert "expected no --task" in refused(*argv[:-1], "--task", "boolq")
+    for option in (["--task", "boolq"], ["--shots", 2], ["--split", "test"]):
+        assert f"--candidates: expected no {option[0]} with it, got one" in refused(*argv[:-1], *option)
+    given_twice = [f"{{source: {sampled}, limit: {count}}}" for count in (1, 2)]
+    out = dph_command("evaluate", models / "judge", "--candidates", *given_twice)[1]
+    assert [f"limit: {count}}}: {count} prompts" in out for count in (1, 2)] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"messages": [message("user", "q")]}, "expected prompt or messages, got both"),
+        ({"prompt": None}, "expected prompt or messages, got neither"),
+        ({"correct": [1, 2]}, "correct.1: expected true, false or a number from 0 to 1, got 2"),
+    ],
+)
+def test_rows_of_candidates(fields, error):
+    row = {"prompt": "q", "candidates": ["a", "b"], "correct": [1, 0], "id": None, "subset": None}
+    read = parse_candidates(row, "x:1")
+    assert (read.texts, read.correct, read.id, read.subset) == (["a", "b"], [1.0, 0.0], "", None)
+    by_messages = parse_candidates({**row, "prompt": None, "messages": [message("user", "q")]}, "x:1")
+    assert by_messages.conversations == read.conversations
+    with pytest.raises(UserError, match=f"x:1: {re.escape(error)}"):
+        parse_candidates({**row, **fields}, "x:1")
 
 
 def test_a_submission_to_the_glue_server(dph_command, refused, models, tmp_path, monkeypatch):

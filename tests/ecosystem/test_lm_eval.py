@@ -83,8 +83,18 @@ def test_control_tokens_of_a_task_stay_text(folder):
 def test_wrong_arguments_are_refused(folder):
     with pytest.raises(UserError, match="choose_by: expected logprob or reward, got 'length'"):
         harness(folder, choose_by="length")
+    with pytest.raises(UserError, match=r"dtype: expected one of float64, .*, got 'auto'"):
+        harness(folder, dtype="auto")
     with pytest.raises(ValueError, match="head: expected one of default, short, got 'nope'"):
         harness(folder, choose_by="reward", head="nope")
+
+
+@pytest.mark.parametrize("choose_by", ["reward", "logprob"])
+def test_scores_that_are_no_numbers_choose_nothing(folder, choose_by):
+    lm = harness(folder, choose_by=choose_by)
+    lm.model.backbone.blocks[0].attention.out.weight.data.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match=r"request 0: .* expected finite numbers"):
+        lm.loglikelihood(requests()[:1], disable_tqdm=True)
 
 
 def test_the_command_line(folder, tmp_path):

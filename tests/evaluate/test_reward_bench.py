@@ -34,5 +34,7 @@ def test_the_score_of_ties():
     size = (math.tanh(4 / 1 - 1) + math.tanh(1 / 6 - 1)) / 2
     assert ties(rows) == pytest.approx(0.3 * 2 / 3 + 0.3 * 1 + 0.2 * 0.5 + 0.2 * 0.5 + 0.01 * size)
     assert by_subset(rows)[0].interval is None
+    without_spread = [prompt([3, 1], 1, "Ties", "ref:1"), prompt([2, 2, 1], 2, "Ties", "tied:1")]
+    assert ties(without_spread) == pytest.approx(1.01)
     with pytest.raises(UserError, match="id: expected ref:N or tied:N in the subset Ties, got 'x'"):
         ties([prompt([1, 0], 1, "Ties")])
