@@ -13,8 +13,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dph.cli import common
 from dph.cli.held_out import held_out_of_run, judge
 from dph.data import atomic
@@ -164,6 +162,8 @@ def _judge(directory: Path, heads: Sequence[str]) -> dict[str, list[tuple[str, f
     Pairs that a score cannot compare, by the mean log-probability of an empty answer, are left out. Raises UserError if
     a head has no held-out pairs.
     """
+    import numpy as np
+
     from dph.data.formats import Encoder
     from dph.data.labels import labels_of
     from dph.data.sources import prompt_key
@@ -191,6 +191,8 @@ def _judge(directory: Path, heads: Sequence[str]) -> dict[str, list[tuple[str, f
 
 def _rows(cell: Cell, seeds: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the figures of one combination, by each score that compares some pairs of every seed."""
+    import numpy as np
+
     for rule in seeds[0]["scores"]:
         pairs = [seed["scores"][rule] for seed in seeds]
         if all(pairs):
@@ -208,6 +210,8 @@ def _mean(seeds: Sequence[Sequence[tuple[str, float]]]) -> Interval:
 
     Seeds may hold out different prompts. The mean is over all pairs and seeds, the interval that of percentiles.
     """
+    import numpy as np
+
     from dph.evaluate.metrics import Interval
 
     numbers: dict[str, int] = {}
