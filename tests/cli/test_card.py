@@ -1,6 +1,7 @@
 """dph card: figures of a head on held-out answers, beside its file, and probabilities from its rewards."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ from helpers.texts import conversation, small_tokenizer, write_lines
 from scipy.special import expit
 
 import dph
+from dph import chat
+from dph.cli.held_out import judge
 from dph.data.formats import Encoder, parse_record
 from dph.data.labels import labels_of
 from dph.errors import UserError
-from dph.evaluate.card import gather
+from dph.evaluate.card import Judgements, card, gather
 from dph.model.judging import Judged
 from dph.model.loading import load_model
 from dph.train.entry import train
@@ -95,19 +98,50 @@ def test_a_card_of_given_pairs_and_candidates(run, dph_command, tmp_path):
 
 def test_few_prompts_have_no_calibration(run, dph_command, tmp_path):
     held_out = write_lines(tmp_path / "held_out.jsonl", *pairs(4, start=200))
-    code, out, err = dph_command("card", run, held_out, "--output", tmp_path / "card", "--dtype", "float32")
+    options = ["--output", tmp_path / "card", "--dtype", "float32"]
+    for name in ("a", "b"):  # files of the same name
+        row = {"prompt": name, "candidates": ["good", "bad"], "correct": [1, 0]}
+        options += ["--candidates", write_lines(tmp_path / name / "sampled.jsonl", row)]
+    code, out, err = dph_command("card", run, held_out, *options)
     assert code == 0, err
     assert "Note: calibration: expected at least 10 prompts, got 4." in out
+    assert "Note: label noise: expected at least 10 prompts, got 4." in out
     card = json.loads((tmp_path / "card/card.json").read_text())
     assert card["calibration"] is None and card["label_noise"] is None  # noqa: PT018
+    assert len(card["candidates"]) == 2
 
 
-def test_what_a_card_needs(run, refused, models, tmp_path):
+def test_label_noise_needs_no_calibration():
+    """Of a head whose rewards are lower for good answers."""
+    pairs = np.tile([-1.0, 1.0], (12, 1))
+    prompts = [str(i) for i in range(12)]
+    judgements = Judgements(
+        pairs.ravel(), np.ones(24), np.tile([True, False], 12), np.repeat(prompts, 2).tolist(),
+        dict.fromkeys(("reward", "sum", "mean"), pairs), np.ones((12, 2)), prompts,
+    )  # fmt: skip
+    found = card("default", {}, judgements, {})
+    assert (found["calibration"], found["label_noise"]["value"]) == (None, 0.5)
+    assert found["notes"] == [
+        "calibration: expected good answers to have higher rewards than bad ones, got lower or equal"
+    ]
+
+
+def test_scores_that_are_no_numbers_make_no_card():
+    group = [chat.encode(conversation("a", "b"), small_tokenizer())]
+    judged = Judged([-1.0], [-1.0], {"default": [float("nan")]})
+    model = SimpleNamespace(backbone=None, judge_batches=lambda groups, _: ([judged] for _ in groups))
+    with pytest.raises(RuntimeError, match="pairs: record 0: default: expected finite numbers"):
+        judge(model, [group], "pairs")
+
+
+def test_what_a_card_needs(run, refused, dph_command, models, tmp_path):
     held_out = write_lines(tmp_path / "held_out.jsonl", *pairs(4))
     assert "expected a run, whose held-out records are known, or PAIRS" in refused("card", models / "judge")
     assert "--output: expected a folder, as no file of head default is there" in refused(
         "card", models / "judge", held_out
     )
+    out = dph_command("card", models / "judge", held_out, "--output", tmp_path / "card")[1]
+    assert "model.probability lacks the calibration, as there is no file of head default to keep it" in out
     wrong = write_lines(tmp_path / "wrong.jsonl", {"prompt": "a", "candidates": ["b", "c"], "correct": [1]})
     line = refused("card", run, "--candidates", wrong)
     assert f"{wrong}:1: correct: expected 2 values, one a candidate, got [1]" in line
