@@ -133,7 +133,7 @@ SOURCE = (
     "a file or folder as of dph train, task:NAME, hub:NAME, or one with options as in a recipe: {source: x.csv, "
     "columns: {prompt: question}, filter: {lang: en}, limit: 100}"
 )
-SOURCE_OPTIONS = ("split", "directory", "limit", "columns", "filter")
+SOURCE_OPTIONS = ("split", "directory", "limit", "text_field", "columns", "filter", "format")
 
 
 def parse_source(text: str) -> tuple[str, dict[str, Any]]:

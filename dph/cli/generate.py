@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dph.cli import common, results
-from dph.errors import UserError, printable, shown_names
+from dph.errors import UserError, printable
 
 if TYPE_CHECKING:
     from dph.chat import Message
@@ -42,9 +42,12 @@ def run(args: argparse.Namespace) -> None:
     """Check the prompts, then print each one's candidates, best first, or write them to ``--output``."""
     if args.output is not None and (args.file is None or args.json):
         raise UserError(f"--output: expected --file with it, and no --json, got {args.output} without")
+    from dph.chat import check
+
     if args.file is None:
         lines = [{"prompt": args.prompt}]
-        prompts = [to_messages(args.prompt, "--prompt")]
+        prompts = [[{"role": "user", "content": args.prompt}]]
+        check(prompts[0], "--prompt")
     else:
         source, _ = common.parse_source(args.file)
         common.check_output(args.output, source, args.model, Path(args.model) / "model")
@@ -92,38 +95,18 @@ def read_prompts(text: str, added: str | None = None) -> tuple[SourceRows, list[
 
     ``added`` is a field that no row may have.
     """
-    from dph.data.conversions import own_fields, turn, with_system
-    from dph.data.rows import open_source
+    from dph.data.files import report_ignored
+    from dph.data.formats import parse_prompt
+    from dph.data.rows import open_source, text_options
 
     source, options = common.parse_source(text)
     prompts: list[list[Message]] = []
+    ignored: set[str] = set()
+    rendered = text_options(**options)["rendered"]
 
     def visit(place: str) -> Callable[[int, Mapping[str, Any]], None]:
-        def read(number: int, row: Mapping[str, Any]) -> None:
-            location = f"{place}{number}"
-            fields = own_fields(row, location)
-            given = [fields[key] for key in ("prompt", "messages") if fields.get(key) is not None]
-            if len(given) != 1:
-                raise UserError(f"{location}: expected prompt or messages, got the fields {shown_names(row)}")
-            (prompt,) = given
-            if isinstance(prompt, list):
-                prompt = [turn(message, f"{location}: message {k}", None) for k, message in enumerate(prompt)]
-            messages = to_messages(prompt, location)
-            if fields.get("system") not in (None, ""):
-                messages = with_system(fields["system"], messages, location)
-            prompts.append(messages)
+        return lambda number, row: prompts.append(parse_prompt(row, f"{place}{number}", rendered, ignored))
 
-        return read
-
-    return open_source(source, visit, with_answers=False, added=added, **options), prompts
-
-
-def to_messages(prompt: str | Sequence[Mapping[str, Any]], location: str) -> list[Message]:
-    """Return a prompt as messages. Raises UserError if they are malformed or end with an assistant's message."""
-    from dph import chat
-
-    messages = [chat.Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-    chat.check(messages, location)
-    if messages[-1]["role"] == "assistant":
-        raise UserError(f"{location}: expected a message to answer at the end, got the assistant's own")
-    return [chat.Message(role=message["role"], content=message["content"]) for message in messages]
+    rows = open_source(source, visit, with_answers=False, added=added, **options)
+    report_ignored(source, ignored - options.get("filter", {}).keys())
+    return rows, prompts

@@ -57,16 +57,20 @@ def run(args: argparse.Namespace) -> None:
     source, options = common.parse_source(args.file)
     common.check_output(args.output, source, args.model, Path(args.model) / "model")
 
-    from dph.data.rows import open_source
+    from dph.data.files import report_ignored
+    from dph.data.rows import open_source, text_options
+
+    form, ignored = text_options(**options), set[str]()
 
     def visit(place: str) -> Callable[[int, Mapping[str, Any]], None]:
         def check(number: int, fields: Mapping[str, Any]) -> None:
-            alternatives(fields, f"{place}{number}")
+            alternatives(fields, f"{place}{number}", **form, ignored=ignored)
 
         return check
 
     added = args.field if args.json or args.output is not None else None
     lines = open_source(source, visit, added=added, **options)  # an error now rather than when the line's turn comes
+    report_ignored(source, ignored - options.get("filter", {}).keys())
     common.check_model(args)
 
     model, tokenizer, heads = common.open_model(args, common.heads_of(args), WITHOUT_HEAD)
@@ -83,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         results.Results(args.output, about, args.resume) as output,
         results.Progress("score", len(lines), quiet) as progress,
     ):
-        groups = _encoder(lines, tokenizer)
+        groups = _encoder(lines, form, tokenizer)
         for written in results.judged_lines(model, groups, line, lines.location, output, progress):
             scored.append(written[args.field])
             if args.json and not _is_pair(written[args.field]):
@@ -91,8 +95,17 @@ def run(args: argparse.Namespace) -> None:
     _report(scored, args.json)
 
 
-def alternatives(fields: Mapping[str, Any], where: str) -> list[list[Message]]:
+def alternatives(
+    fields: Mapping[str, Any],
+    where: str,
+    text_field: str = "text",
+    rendered: bool = False,
+    ignored: set[str] | None = None,
+) -> list[list[Message]]:
     """Return the conversation of a line, or the two of a pair, the chosen one first; each ends in the answer to judge.
+
+    Args:
+        fields, where, text_field, rendered, ignored: see ``dph.data.formats.parse_record``.
 
     Raises UserError, which begins with ``where``, for fields that are neither. Whether an answer is good to learn
     (``label``, ``labels``, ``weight``) plays no part.
@@ -102,14 +115,17 @@ def alternatives(fields: Mapping[str, Any], where: str) -> list[list[Message]]:
     from dph.data.formats import answer_form, parse_record
 
     fields = own_fields(_without_marks(fields), where, with_tools=True)
+    options: dict[str, Any] = {"text_field": text_field, "rendered": rendered, "ignored": ignored}
     form = answer_form(fields)
+    if form is None and rendered and fields.get(text_field) is not None:
+        form = "conversation"
     if form == "preference":
-        pair = parse_record(fields, "preference", where)
+        pair = parse_record(fields, "preference", where, **options)
         return [pair.chosen, pair.rejected]
     if form is None:
         forms = "messages, prompt and completion, or chosen and rejected"
         raise UserError(f"{where}: expected {forms}, got the fields {shown_names(fields)}")
-    messages = parse_record(fields, "conversation", where).messages
+    messages = parse_record(fields, "conversation", where, **options).messages
     chat.check_final_answer(messages, where)
     return [messages]
 
@@ -127,7 +143,7 @@ def _without_marks(fields: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _encoder(lines: SourceRows, tokenizer: Any) -> Callable[[int], Iterator[list[Encoded]]]:
+def _encoder(lines: SourceRows, form: Mapping[str, Any], tokenizer: Any) -> Callable[[int], Iterator[list[Encoded]]]:
     """Return a function that yields the encoded alternatives of each line from an index on."""
     from dph import chat
 
@@ -137,7 +153,7 @@ def _encoder(lines: SourceRows, tokenizer: Any) -> Callable[[int], Iterator[list
             try:
                 yield [
                     chat.encode(messages, tokenizer, last_only=True)
-                    for messages in alternatives(lines.fields(i), where)
+                    for messages in alternatives(lines.fields(i), where, **form)
                 ]
             except UserError as error:
                 raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from error

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 def _texts(sources: Sequence[str], fields: Sequence[str] | None) -> Iterator[str]:
     """Yield the texts of files and folders, of the rows of hub data sets, and of the records of tasks."""
     from dph.data import dataset, tokenizer
-    from dph.data.rows import open_source
+    from dph.data.rows import open_source, text_options
 
     for text in sources:
         source, options = common.parse_source(text)
@@ -62,8 +62,9 @@ def _texts(sources: Sequence[str], fields: Sequence[str] | None) -> Iterator[str
             for record in dataset.load(source, "text", **options):
                 yield record.text
         elif options or source.startswith("hub:"):
-            rows = open_source(source, **options)
+            rows, form = open_source(source, **options), text_options(**options)
+            names = fields or dict.fromkeys((*tokenizer.FIELDS, form["text_field"]))
             for i in range(len(rows)):
-                yield from tokenizer.texts_of(rows.fields(i), fields or tokenizer.FIELDS, rows.location(i))
+                yield from tokenizer.texts_of(rows.fields(i), list(names), rows.location(i), form["rendered"])
         else:
             yield from tokenizer.read_texts(source, fields or tokenizer.FIELDS)

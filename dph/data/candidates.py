@@ -18,7 +18,7 @@ from typing import Any
 
 from dph.chat import Message
 from dph.data.formats import parse_record
-from dph.data.rows import open_source
+from dph.data.rows import open_source, text_options
 from dph.errors import UserError, shown, shown_names
 
 FIELDS = ("candidates", "correct", "chosen", "rejected", "subset", "id", "prompt", "messages")
@@ -48,15 +48,16 @@ def read_candidates(spec: str | Path, **options: Any) -> list[Candidates]:
     Raises UserError, which names file and line, if one is malformed.
     """
     found: list[Candidates] = []
+    rendered = text_options(**options)["rendered"]
 
     def visit(place: str) -> Callable[[int, Mapping[str, Any]], None]:
-        return lambda number, fields: found.append(parse_candidates(fields, f"{place}{number}"))
+        return lambda number, fields: found.append(parse_candidates(fields, f"{place}{number}", rendered))
 
     open_source(spec, visit, **options)
     return found
 
 
-def parse_candidates(fields: Mapping[str, Any], where: str) -> Candidates:
+def parse_candidates(fields: Mapping[str, Any], where: str, rendered: bool = False) -> Candidates:
     """Return a row of a best-of-N set. Raises UserError, which begins with ``where``, if it is none."""
     if fields.get("candidates") is not None:
         answers, correct = fields["candidates"], fields.get("correct")
@@ -85,7 +86,7 @@ def parse_candidates(fields: Mapping[str, Any], where: str) -> Candidates:
     for i, answer in enumerate(answers):
         if not isinstance(answer, str | list):
             raise UserError(f"{where}: answer {i}: expected text or messages, got {shown(answer)}")
-        record = parse_record({**prompt, "completion": answer}, "conversation", where)
+        record = parse_record({**prompt, "completion": answer}, "conversation", where, rendered=rendered)
         conversations.append(record.messages)
     subset, name = ("" if fields.get(key) is None else str(fields[key]) for key in ("subset", "id"))
     return Candidates(conversations, list(map(float, correct)), subset or None, name)

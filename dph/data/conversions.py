@@ -23,7 +23,7 @@ FIELDS = (
 # Fields without which a row means something else; none of them is supported, so that a value is refused.
 REFUSED_FIELDS = (
     "functions", "tool_calls", "function_call", "images", "image", "videos", "video", "audios", "audio",
-    "history", "chat_template_kwargs",
+    "history", "chat_template_kwargs", "system_prompt", "system_message", "reasoning_content", "thinking",
 )  # fmt: skip
 REFUSED_TURN_FIELDS = (
     "function_call", "tools", "functions", "reasoning_content", "reasoning", "thinking",
@@ -263,7 +263,8 @@ def _refuse(fields: Mapping[str, Any], names: tuple[str, ...], where: str) -> No
     """Raise UserError if one of the fields has a value; null and empty lists, also as JSON, are none."""
     for name in names:
         if fields.get(name) and fields[name] not in ("[]", "{}", "null"):
-            raise UserError(f"{where}: {name}: not supported, expected none, got {shown(fields[name])}")
+            hint = f" (columns: {{system: {name}}} in the source reads it)" if name.startswith("system") else ""
+            raise UserError(f"{where}: {name}: not supported, expected none{hint}, got {shown(fields[name])}")
 
 
 def _is_trained(message: Mapping[str, Any], where: str) -> bool | None:

@@ -46,7 +46,7 @@ from dph.data.sources import (
     read_hub,
     rows_fingerprint,
 )
-from dph.errors import UserError, shown, shown_names
+from dph.errors import UserError, shown
 from dph.tasks import Task
 
 
@@ -107,8 +107,7 @@ def load(
     if not len(records):
         fitting = f" that fits the filter {shown(dict(filter))}" if filter else ""
         raise UserError(f"{spec}: expected at least one record{fitting}, got none")
-    if row_format.ignored:
-        files.report(f"{spec}: ignored fields: {shown_names(sorted(row_format.ignored))}")
+    files.report_ignored(spec, row_format.ignored - row_format.filter.keys())
     if origin in ("task", "hub"):
         records[0]  # hidden labels, missing fields and the wrong kind are errors now rather than at the first batch
     return records if limit is None else Limited(records, limit)
@@ -227,16 +226,20 @@ def _read_documents(task: Task, path: Path, split: str) -> Documents:
     """Return the documents of a file or folder, in memory and checked, but for those that the task leaves out."""
     documents: list[Mapping[str, Any]] = []
     locations: list[str] = []
+    ignored: set[str] = set()
 
     def visit(place: str) -> Callable[[int, Mapping[str, Any]], None]:
         def take(number: int, document: Mapping[str, Any]) -> None:
             if _uses(task, document, f"{place}{number}"):
                 documents.append(document)
                 locations.append(f"{place}{number}")
+            if task.read:
+                ignored.update(name for name in document.keys() - task.read if document[name] is not None)
 
         return take
 
     digest = folders.open_path(path, visit, split).fingerprint()
+    files.report_ignored(path, ignored)
     if not documents:
         raise UserError(f"{path}: expected at least one record that the task uses, got none")
     return Documents(documents, _with_definition(task, digest), "", locations)

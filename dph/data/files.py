@@ -17,7 +17,7 @@ import lzma
 import os
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,7 +41,9 @@ MAGIC = {
     b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow stream", b"\x1f\x8b": "gzip",
     b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip",
     b"%PDF": "PDF", b"SQLite format 3": "SQLite", b"\x89HDF": "HDF5", b"\x93NUMPY": "NumPy", b"\x80\x04": "pickle",
+    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
 }  # fmt: skip
+TAR, HEAD = 257, 262  # place of "ustar" in an archive, and bytes that tell the kind of a file
 TABLES = ("parquet", "arrow", "arrow stream")
 DECOMPRESS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
     "gzip": lambda file: gzip.GzipFile(fileobj=file),
@@ -59,6 +61,12 @@ def report(message: str) -> None:
     """Log a line about what is read, on the first rank only."""
     if os.environ.get("RANK", "0") == "0":
         log.warning("%s", message)
+
+
+def report_ignored(source: str | Path, ignored: Collection[str]) -> None:
+    """Log the fields of a source that no record depends on, if there are some."""
+    if ignored:
+        report(f"{source}: ignored fields: {shown_names(sorted(ignored))}")
 
 
 class Documents(Sequence):
@@ -155,9 +163,14 @@ def read_text(path: str | Path) -> str:
     try:
         return content.decode().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        before = error.object[: error.start]
-        line, byte = before.count(b"\n") + 1, len(before) - (before.rfind(b"\n") + 1)
-        raise UserError(f"{path}:{line}: not UTF-8 at byte {byte}") from None
+        raise not_utf8(path, error) from None
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
+    """Return the error of a file that is not UTF-8, with the line and the byte in it."""
+    before = error.object[: error.start]
+    line, byte = before.count(b"\n") + 1, len(before) - (before.rfind(b"\n") + 1)
+    return UserError(f"{path}:{line}: not UTF-8 at byte {byte}")
 
 
 def suffix_of(path: Path) -> str:
@@ -176,14 +189,14 @@ def _magic(head: bytes) -> str | None:
     for magic, kind in MAGIC.items():
         if head.startswith(magic):
             return kind
-    return None
+    return "tar" if head[TAR:].startswith(b"ustar") else None
 
 
 def _kind(path: Path) -> str | None:
     """Return the kind of a file by its first bytes, None for text. Raises UserError for a kind that is not read."""
     has_other_suffix = suffix_of(path) in (*ROWS[1:], *TEXT)
     with naming(path), open_regular(path, "a file" if has_other_suffix else "a JSONL file") as file:
-        kind = _magic(file.read(16))
+        kind = _magic(file.read(HEAD))
     if kind in (None, "zstd", *TABLES, *DECOMPRESS):
         return kind
     raise UserError(
@@ -195,7 +208,7 @@ def _kind(path: Path) -> str | None:
 def _open(path: Path) -> Iterator[BinaryIO]:
     """Open a file for reading its decompressed bytes."""
     with naming(path), path.open("rb") as file:
-        kind = _magic(file.read(16))
+        kind = _magic(file.read(HEAD))
         file.seek(0)
         try:
             if kind == "zstd":
@@ -210,7 +223,7 @@ def _read_bytes(path: Path) -> bytes:
     """Return the decompressed content of a file. Raises UserError if that is a table or another compressed file."""
     with _open(path) as file:
         content = file.read()
-    kind = _magic(content[:16])
+    kind = _magic(content[:HEAD])
     if kind is not None:
         raise UserError(f"{path}: expected compressed text, got {_named(kind)} in it")
     return content
@@ -258,7 +271,7 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
     try:
         rows = strict(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+        raise not_utf8(path, error) from None
     except json.JSONDecodeError as error:
         where = f"{path}:{error.lineno}"
         raise UserError(f"{where}: not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
@@ -282,7 +295,11 @@ def _read_csv(path: Path, delimiter: str, visit: Visit | None) -> Documents:
     rows, numbers = [], array("q")
     content = _read_bytes(path)
     try:
-        reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), delimiter=delimiter, strict=True)
+        text = content.decode("utf-8-sig")
+        header = text.partition("\n")[0]
+        if delimiter not in header and ";" in header:  # as spreadsheets write it if the decimal point is a comma
+            delimiter = ";"
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         names = next(reader, [])
         if len(set(names)) != len(names):
             raise UserError(f"{path}:1: expected names that differ, got {shown_names(names)}")
@@ -295,7 +312,7 @@ def _read_csv(path: Path, delimiter: str, visit: Visit | None) -> Documents:
                 numbers.append(line)
             line = reader.line_num + 1
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+        raise not_utf8(path, error) from None
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: {error}") from None
     return with_digest(rows, f"{path}:", visit, numbers)

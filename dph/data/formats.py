@@ -21,7 +21,7 @@ from dph.data import conversions
 from dph.data.label_fields import LABEL_FIELDS, USED_FIELDS, check_good, find_labels
 from dph.data.labels import EncodedAnswers, Label, Labelled
 from dph.data.rendered import SUSPECT, parse, recognise, refuse
-from dph.errors import UserError, check_text, shown_names
+from dph.errors import UserError, check_text, shown, shown_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,11 +144,10 @@ def parse_record(
         used = (text_field,)
         record = from_messages(parse(fields[text_field], f"{where}: {text_field}"), kind, where)
     else:
-        present = shown_names(key if value is not None else f"{key} (null)" for key, value in fields.items())
         expected = EXPECTED_FIELDS[kind]
         if kind == "text":
             expected = expected.replace("text", text_field, 1)
-        raise UserError(f"{where}: expected a {kind}: {expected}; got the fields {present}")
+        raise UserError(f"{where}: expected a {kind}: {expected}; got the fields {shown_fields(fields)}")
     if tools:
         record = _with_tools(record, tools, where)
     if ignored is not None:
@@ -156,6 +155,36 @@ def parse_record(
             if name not in used and value is not None and name != "tools":
                 ignored.add(name)
     return record
+
+
+def shown_fields(fields: Mapping[str, Any]) -> str:
+    """Return the names of a row's fields for a message."""
+    return shown_names(key if value is not None else f"{key} (null)" for key, value in fields.items())
+
+
+def parse_prompt(
+    fields: Mapping[str, Any], where: str, rendered: bool = False, ignored: set[str] | None = None
+) -> list[Message]:
+    """Return the messages to answer of a row: ``prompt`` (text or messages) or ``messages``, with ``system``.
+
+    Args:
+        fields, where, rendered: see :func:`parse_record`.
+        ignored: unknown fields with a value are added to it, but not those of an answer.
+
+    Raises UserError if it has none or both of them, or if they are malformed or end with an assistant's message.
+    """
+    row = conversions.own_fields(fields, where)
+    given = [name for name in ("prompt", "messages") if row.get(name) is not None]
+    if len(given) != 1:
+        raise UserError(f"{where}: expected prompt or messages, got the fields {shown_fields(fields)}")
+    messages = _messages(row, given[0], "user" if given[0] == "prompt" else None, where, rendered, ignored)
+    if messages[-1]["role"] == "assistant":
+        raise UserError(f"{where}: expected a message to answer at the end, got the assistant's own")
+    if row.get("system") not in (None, ""):
+        messages = conversions.with_system(row["system"], messages, where)
+    if ignored is not None:
+        ignored.update(name for name in row.keys() - set(conversions.FIELDS) if row[name] is not None)
+    return [{key: value for key, value in message.items() if key != "train"} for message in messages]
 
 
 def _with_tools(record: Record, tools: list[Any], where: str) -> Record:
@@ -244,6 +273,8 @@ def _messages(
         value = _from_markup(value, where, rendered, name)
     if isinstance(value, str) and role is not None:
         value = [{"role": role, "content": value}]
+    elif role is not None and not isinstance(value, list | Mapping):
+        raise UserError(f"{where}: expected text or a list of messages, got {shown(value)}")
     if isinstance(value, Mapping) and role == "assistant":  # a side that is one message
         value = [value]
     if isinstance(value, list):

@@ -7,7 +7,8 @@
     <start_of_turn>user\\nHello<end_of_turn>\\n<start_of_turn>model\\nHi<end_of_turn>      Gemma
     \\n\\nHuman: Hello\\n\\nAssistant: Hi                                                  HH (Anthropic)
 
-A text is recognised by its beginning: one that merely mentions such markup stays text.
+A text is recognised by its beginning: one that merely mentions such markup stays text. Other formats are recognised
+but not parsed: Alpaca, Vicuna, and those with a control token for a role (DeepSeek, Command R, gpt-oss, ...).
 """
 
 from __future__ import annotations
@@ -63,9 +64,20 @@ FORMATS = (
         start=r"(?:(?<=\n\n)(?:Human|Assistant):|(?s:Human:.*\n\nAssistant:))",
     ),
 )
+# Formats that are recognised only.
+OTHERS = {
+    "Alpaca": re.compile(
+        r"\s*(?:Below is an instruction[^\n]*\n+)?### (?:Instruction|Human):(?s:.*)### (?:Response|Assistant):"
+    ),
+    "Vicuna": re.compile(r"\s*(?:A chat between [^\n]*?)?USER:(?s:.*)ASSISTANT:"),
+    "control tokens": re.compile(
+        rf"{BEFORE}(?:<｜begin▁of▁sentence｜>|<｜User｜>|\[gMASK\]<sop>|(?:<BOS_TOKEN>)?<\|START_OF_TURN_TOKEN\|>"
+        r"|<\|(?:start|start_of_role|header_start)\|>(?:user|system|developer)<\|)"
+    ),
+}  # fmt: skip
 SYSTEM = re.compile(r"\s*<<SYS>>\n?(.*?)\n?<</SYS>>\s*", re.S)
 # The first characters of all texts that begin as one of the formats, and of JSON lists: a quick test.
-SUSPECT = re.compile(r"\s*(?:<|\[|Human:|Assistant:)")
+SUSPECT = re.compile(r"\s*(?:<|\[|###|Human:|Assistant:|USER:|A chat between|Below is an instruction)")
 
 
 def recognise(text: str) -> Format | None:
@@ -78,6 +90,12 @@ def recognise(text: str) -> Format | None:
 
 def refuse(text: str, where: str) -> None:
     """Raise UserError if a text is a rendered conversation: its markup would be trained as characters."""
+    for name, pattern in OTHERS.items():
+        if pattern.match(text) and recognise(text) is None:
+            raise UserError(
+                f"{where}: expected plain text or messages, got a rendered conversation ({name}, which is not parsed): "
+                f"{shown(text[:60])}"
+            )
     chat_format = recognise(text)
     if chat_format is not None:
         raise UserError(

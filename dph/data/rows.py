@@ -58,15 +58,17 @@ def open_source(
     split: str = "train",
     directory: str | None = None,
     limit: int | None = None,
+    text_field: str = "text",
     columns: Mapping[str, str] | None = None,
     filter: Mapping[str, Any] | None = None,
+    format: str | None = None,
     with_answers: bool = True,
     added: str | None = None,
 ) -> SourceRows:
     """Return the rows of a source as :func:`dph.data.dataset.load` takes it.
 
     Args:
-        spec, split, directory, limit, columns, filter: see ``load``. A text file has no rows.
+        spec, split, directory, limit, text_field, columns, filter, format: see ``load``. A text file has no rows.
         visit: makes the function that is called with each row that is used, with the names of ``columns``.
         with_answers: a task with wrong answers gives rows with chosen and rejected, another one rows with messages.
             False: rows with the record, and its question as messages.
@@ -75,7 +77,7 @@ def open_source(
     Raises UserError if the source is missing, malformed or empty.
     """
     check_columns(columns or {})
-    row_format, indices, count = RowFormat("row", columns=columns, filter=filter), array("q"), 0
+    row_format, indices, count = RowFormat("row", text_field, columns, filter, format == "rendered"), array("q"), 0
 
     def visit_used(place: str) -> Callable[[int, Mapping[str, Any]], None]:
         visit_row = None if visit is None else visit(place)
@@ -99,7 +101,7 @@ def open_source(
     visit_all = visit_used if has_visit else None
     origin, _, name = str(spec).partition(":")
     if origin == "task":
-        for option, value in (("columns", columns), ("filter", filter)):
+        for option, value in (("columns", columns), ("filter", filter), ("format", format)):
             if value:
                 raise UserError(f"{option}: expected none for {spec}, whose fields are known, got {shown(value)}")
         taken = _answered(spec, split, directory) if with_answers else _questions(name, split, directory)
@@ -118,6 +120,11 @@ def open_source(
         fitting = f" that fits the filter {shown(dict(filter))}" if filter else ""
         raise UserError(f"{spec}: expected at least one record{fitting}, got none")
     return SourceRows(rows, row_format, used, limit, has_visit)
+
+
+def text_options(text_field: str = "text", format: str | None = None, **_: Any) -> dict[str, Any]:
+    """Return the options of a source that ``parse_record`` takes for its ``fields``."""
+    return {"text_field": text_field, "rendered": format == "rendered"}
 
 
 def _answered(spec: str | Path, split: str, directory: str | None) -> list[dict[str, Any]]:

@@ -17,10 +17,20 @@ import numpy as np
 
 from dph.chat import Message
 from dph.data import conversions
-from dph.data.formats import LABELLED, Conversation, Encoder, Preference, Record, Text, answer_form, parse_record
+from dph.data.formats import (
+    LABELLED,
+    Conversation,
+    Encoder,
+    Preference,
+    Record,
+    Text,
+    answer_form,
+    parse_record,
+    shown_fields,
+)
 from dph.data.labels import Labelled
 from dph.data.overlap import digest
-from dph.data.rows import SourceRows, open_source
+from dph.data.rows import SourceRows, open_source, text_options
 from dph.data.sampler import draw
 from dph.data.sources import prompt_key
 from dph.errors import UserError
@@ -32,6 +42,7 @@ QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 SUSPICIONS = {
     "duplicate": "the same record as an earlier one",
     "identical sides": "chosen and rejected are the same: left out of training",
+    "different prompts": "chosen and rejected answer different prompts",
     "contradiction": "another pair prefers the other one of these two answers",
     "held out": "the prompt is among the held-out ones",
     "too long": "more tokens than a record may have (of the sample)",
@@ -90,6 +101,7 @@ class Surveyor:
         # of its row, and digests of its two orders.
         self._numbers, self._records, self._prompts = array("q"), array("Q"), array("Q")
         self._pairs, self._orders, self._reversed = array("q"), array("Q"), array("Q")
+        self._unlike = array("q")  # numbers of the rows of pairs with two prompts
         self._lengths = array("q")
         self._sample: list[tuple[int, Record]] = []
 
@@ -98,10 +110,10 @@ class Surveyor:
 
         Raises UserError if it cannot be read at all.
         """
-        rows = open_source(spec, **options)
+        rows, form = open_source(spec, **options), text_options(**options)
         self._sources.append(rows)
         for i in range(len(rows)):
-            self._read_row(rows, i)
+            self._read_row(rows, i, form)
             self.survey.rows += 1
             yield self.survey.rows
 
@@ -119,6 +131,7 @@ class Surveyor:
         pairs, orders = np.array(self._pairs), np.array(self._orders)
         same = orders == np.array(self._reversed)
         self._suspect("identical sides", pairs[same])
+        self._suspect("different prompts", np.array(self._unlike))
         contradicted = np.isin(np.array(self._reversed), orders) & ~same
         self._suspect("contradiction", pairs[contradicted])
         known = Surveyor()
@@ -131,13 +144,13 @@ class Surveyor:
             survey.tokens = self._count_tokens()
         return survey
 
-    def _read_row(self, rows: SourceRows, index: int) -> None:
+    def _read_row(self, rows: SourceRows, index: int, text_form: Mapping[str, Any]) -> None:
         """Count a row, or what is wrong with it."""
         survey, where = self.survey, rows.location(index)
         ignored: set[str] = set()
         try:
             fields = rows.fields(index)
-            form, record = _record(fields, where, ignored)
+            form, record = _record(fields, where, ignored, **text_form)
         except UserError as error:
             self._add(survey.problems, str(error).removeprefix(where).lstrip(": "), where)
             survey.forms["refused"] += 1
@@ -154,6 +167,8 @@ class Surveyor:
             chosen, rejected = (side[-1]["content"] for side in (record.chosen, record.rejected))
             before = [repr(side[:-1]) for side in (record.chosen, record.rejected)]
             self._pairs.append(survey.rows)
+            if before[0] != before[1]:
+                self._unlike.append(survey.rows)
             self._orders.append(digest(repr((before[0], chosen, before[1], rejected))))
             self._reversed.append(digest(repr((before[1], rejected, before[0], chosen))))
             order = (len(chosen) > len(rejected)) - (len(chosen) < len(rejected))
@@ -204,17 +219,26 @@ class Surveyor:
         found[reason] = count + 1, places if count >= SHOWN else [*places, where]
 
 
-def _record(fields: Mapping[str, Any], where: str, ignored: set[str]) -> tuple[str, Record]:
+def _record(
+    fields: Mapping[str, Any], where: str, ignored: set[str], text_field: str, rendered: bool
+) -> tuple[str, Record]:
     """Return the form of a row, and its record; a bad answer (``label: false``) counts as a conversation."""
+    options: dict[str, Any] = {"text_field": text_field, "rendered": rendered, "ignored": ignored}
     own = conversions.own_fields(fields, where, with_tools=True)
     present = {name for name, value in own.items() if value is not None}
     if not present.isdisjoint(("labels", "scores", "completions")) or isinstance(own.get("rejected"), list):
-        record = parse_record(fields, LABELLED, where, ignored=ignored)
+        record = parse_record(fields, LABELLED, where, **options)
         return "labelled answers" if isinstance(record, Labelled) else "preference", record
-    form = answer_form(own) or "text"
+    form = answer_form(own)
+    if form is None and text_field not in present:
+        raise UserError(
+            f"{where}: expected {text_field}, messages, prompt and completion, or chosen and rejected, got "
+            f"the fields {shown_fields(fields)}"
+        )
+    form = form or ("conversation" if rendered else "text")
     if form == "conversation" and "label" in present and fields["label"] in (False, True, 0, 1):
         fields = {name: value for name, value in fields.items() if name != "label"}
-    return form, parse_record(fields, form, where, ignored=ignored)
+    return form, parse_record(fields, form, where, **options)
 
 
 def _content(record: Record) -> str:

@@ -24,6 +24,7 @@ from dph.chat import END, ROLES, START, TEMPLATE
 from dph.data.conversions import from_json
 from dph.data.files import is_text, open_rows, read_text
 from dph.data.folders import files_in
+from dph.data.rendered import SUSPECT, parse, recognise, refuse
 from dph.errors import UserError, check_text, shown, shown_names
 
 if TYPE_CHECKING:
@@ -147,15 +148,20 @@ def read_texts(path: str | Path, fields: Sequence[str] = FIELDS) -> Iterator[str
     path = Path(path)
     for file in files_in(path) if path.is_dir() else [path]:
         if is_text(file):
-            yield from read_text(file).splitlines(keepends=True)
+            text = read_text(file)
+            refuse(text, str(file))
+            yield from text.splitlines(keepends=True)
             continue
         rows = open_rows(file)
         for i, row in enumerate(rows):
             yield from texts_of(row, fields, rows.location(i))
 
 
-def texts_of(row: Mapping[str, Any], fields: Sequence[str], where: str) -> Iterator[str]:
-    """Yield the texts in ``fields`` of a row. Raises UserError, which begins with ``where``, if it has none of them."""
+def texts_of(row: Mapping[str, Any], fields: Sequence[str], where: str, rendered: bool = False) -> Iterator[str]:
+    """Yield the texts in ``fields`` of a row, with ``rendered`` the contents of conversations in markup.
+
+    Raises UserError, which begins with ``where``, if the row has none of the fields, and for markup otherwise.
+    """
     present = [name for name in fields if row.get(name) is not None]
     if not present:
         raise UserError(
@@ -165,6 +171,12 @@ def texts_of(row: Mapping[str, Any], fields: Sequence[str], where: str) -> Itera
     for name in present:
         for text in _strings(row[name], f"{where}: {name}"):
             check_text(text, where)
+            if rendered and recognise(text) is not None:
+                for message in parse(text, f"{where}: {name}", prompt=True):
+                    yield message["content"]
+                continue
+            if SUSPECT.match(text):
+                refuse(text, f"{where}: {name}")
             yield text
 
 

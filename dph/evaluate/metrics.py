@@ -147,4 +147,6 @@ def wilson(successes: float, n: int) -> Interval:
     z, proportion = 1.959964, successes / n
     centre = (proportion + z**2 / (2 * n)) / (1 + z**2 / n)
     half_width = z / (1 + z**2 / n) * math.sqrt(proportion * (1 - proportion) / n + z**2 / (4 * n**2))
-    return Interval(proportion, max(centre - half_width, 0.0), min(centre + half_width, 1.0))
+    low = 0.0 if successes == 0 else max(centre - half_width, 0.0)  # exact, without the rounding of a difference
+    high = 1.0 if successes == n else min(centre + half_width, 1.0)
+    return Interval(proportion, low, high)

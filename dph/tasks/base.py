@@ -182,6 +182,7 @@ class Task:
     splits: Mapping[str, str] = field(default_factory=lambda: SPLITS)  # our name -> the hub's
     evaluated: str = "validation"  # the split that the paper reports
     metric: str | None = None  # accuracy, f1 (with accuracy), matthews, pearson_spearman; None: not a choice
+    read: frozenset[str] = frozenset()  # of the user: all fields that the task reads; others are reported
     fields: Mapping[str, Kind]  # required in every document; the label may be absent
     rule: Callable[[Doc], None] | None = None  # raises UserError for fields that contradict each other
     system: str | Callable[[Doc], str] = INSTRUCTION

@@ -4,7 +4,9 @@ A file or folder of rows (``dph.data.files``), or a hub data set (hub:NAME or hu
 
     question or prompt   a question is followed by its choices as "A. ...", a prompt is used as it is
     choices              list of texts, or JSON of one
-    label or answer      the right one: its number from 0, its letter (A, B, ...) or its text
+    label or answer      the right one: its number from 0, its letter (A, B, ...) or its text; a value that names
+                         different choices in two of these ways is an error
+    system               system message, in place of the paper's for choices
 
 A YAML file has
 
@@ -35,6 +37,7 @@ YAML = (".yaml", ".yml")
 KEYS = ("data", "prompt", "system", "choices", "gold", "first", "listed", "metric")
 ASKED = ("question", "prompt")
 METRICS = ("accuracy", "f1", "matthews")
+READ = frozenset(("question", "prompt", "choices", "label", "answer", "system"))
 
 
 def from_hub(name: str) -> Task:
@@ -97,6 +100,8 @@ def _of_rows(name: str, **place: Any) -> Task:
     def check(doc: Doc) -> None:
         name = _field(doc, ASKED)
         text(doc[name], name)
+        if doc.get("system") is not None:
+            text(doc["system"], "system")
 
     example = {"question": "Which is a gas?", "choices": ["ice", "steam"], "answer": 1}
     return Task(
@@ -105,8 +110,9 @@ def _of_rows(name: str, **place: Any) -> Task:
         splits=SPLITS,
         metric="accuracy",
         fields={"choices": _choices},
+        read=READ,
         rule=check,
-        system=CHOOSE,
+        system=lambda doc: doc.get("system") or CHOOSE,
         prompt=prompt,
         options=options,
         label=Reference("answer", gold),
@@ -159,6 +165,7 @@ def _from_yaml(path: Path) -> Task:
         splits=SPLITS,
         metric=metric,
         fields=fields,
+        read=frozenset((*fields, gold)),
         system=settings.get("system", CHOOSE),
         prompt=prompt,
         options=(lambda doc: lettered(contents(doc))) if is_listed == "true" else answers,
@@ -196,19 +203,20 @@ def right_choice(doc: Doc, key: str, choices: Sequence[str], first: int) -> Labe
     value = doc.get(key)
     if value is None or value == "" or (value == -1 and not isinstance(value, bool)):
         return None
-    index = -1
+    named = {i for i, choice in enumerate(choices) if choice == value}
+    others = range(len(choices))
     if isinstance(value, int) and not isinstance(value, bool):
-        index = value - first
-    elif isinstance(value, str) and value in choices:
-        index = choices.index(value) if choices.count(value) == 1 else -1
+        named.update(others[value - first : value - first + 1] if value >= first else ())
     elif isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:
-        index = int(value) - first
-    elif isinstance(value, str) and len(value) == 1:
-        index = LETTERS.find(value.upper())
-    if not 0 <= index < len(choices):
-        numbers = f"a number from {first} to {first + len(choices) - 1}"
-        raise UserError(f"{key}: expected {numbers}, a letter, or the text of one choice, got {shown(value)}")
-    return index
+        named.update(others[int(value) - first : int(value) - first + 1] if int(value) >= first else ())
+    elif isinstance(value, str) and len(value) == 1 and (letter := LETTERS.find(value.upper())) >= 0:
+        named.update(others[letter : letter + 1])
+    if len(named) != 1:
+        expected = f"a number from {first} to {first + len(choices) - 1}, a letter, or the text of one choice"
+        numbers = ", ".join(str(index + first) for index in sorted(named))
+        got = f"{shown(value)}, which is the text, number or letter of the choices {numbers}" if named else shown(value)
+        raise UserError(f"{key}: expected {expected}, got {got}")
+    return named.pop()
 
 
 def _field(doc: Doc, names: Sequence[str], required: bool = True) -> str:

@@ -46,14 +46,15 @@ def with_options(source, options):
     return f"{{source: {json.dumps(source)}, {options}}}"
 
 
-def test_score_and_generate_take_every_source_with_its_options(dph_command, refused, models, sources, tmp_path):
+def test_score_and_generate_take_every_source_with_its_options(dph_command, refused, models, sources, tmp_path, caplog):
     pytest.importorskip("pyarrow")
     scored, answered = [], []
     sampling = ["-n", 1, "--max-new-tokens", 1, "--seed", 0]
     for i, source in enumerate(sources):
         pairs, out = with_options(source, COLUMNS + ", filter: {lang: e}, limit: 1"), tmp_path / f"{i}.jsonl"
         code, _, err = dph_command("score", models / "judge", pairs, "--output", out)
-        assert (code, err.replace("folder", "")) == (0, "") or "reads 2 files" in err
+        assert (code, err) == (0, "")
+        assert caplog.messages[-1] == f"{source}: ignored fields: n"
         (line,) = map(json.loads, out.read_text().splitlines())
         scored.append(line.pop("scores"))
         assert {key: str(value) for key, value in line.items()} == {key: str(value) for key, value in PAIRS[0].items()}
@@ -81,6 +82,40 @@ def test_tokenizer_and_data_take_the_options_of_a_source(dph_command, sources, t
     for source in sources:
         code, out, _ = dph_command("data", with_options(source, COLUMNS + ", limit: 2"), "--json")
         assert (code, json.loads(out)["forms"]) == (0, {"preference": 2})
+
+
+def test_commands_parse_rendered_conversations_and_refuse_them_otherwise(dph_command, refused, models, tmp_path):
+    prompt = f"\n\nHuman: {USER['content']}\n\nAssistant:"
+    files = {
+        "data": [{"prompt": prompt, "chosen": " is gripping", "rejected": " is not"}, {"body": prompt + " is"}],
+        "score": [{"body": f"{prompt} {ANSWER['content']}"}],
+        "generate": [{"prompt": prompt}, {"prompt": json.dumps([USER])}],
+        "tokenizer": [{"body": f"{prompt} {ANSWER['content']}"}],
+        "evaluate": [{"prompt": prompt, "candidates": [" is gripping", " is"], "correct": [1, 0]}],
+    }
+    judge, rest = models / "judge", ["-n", 1, "--max-new-tokens", 1, "--json"]
+    words = {
+        "data": ("data", "--json"),
+        "score": ("score", judge, "--logprob-only", "--json"),
+        "generate": ("generate", judge, *rest, "--file"),
+        "tokenizer": ("tokenizer", "--vocab-size", 300),
+        "evaluate": ("evaluate", judge, "--json", "--candidates"),
+    }
+    printed = {}
+    for name, rows in files.items():
+        path = write_lines(tmp_path / f"{name}.jsonl", *rows)
+        source = with_options(str(path), "format: rendered, text_field: body")
+        outputs = [["--output", tmp_path / folder] if name == "tokenizer" else [] for folder in ("a", "b")]
+        code, printed[name], _ = dph_command(*words[name], source, *outputs[0])
+        assert code == 0
+        if name != "data":
+            line = refused(*words[name], with_options(str(path), "text_field: body"), *outputs[1])
+            assert "got a rendered conversation (HH)" in line or "expected messages, prompt and" in line
+    assert json.loads(printed["data"])["forms"] == {"preference": 1, "conversation": 1}
+    assert [json.loads(line)["messages"] for line in printed["generate"].splitlines()] == [[USER], [USER]]
+    plain = write_lines(tmp_path / "plain.jsonl", {"messages": [USER, ANSWER]})
+    _, out, _ = dph_command("score", judge, "--logprob-only", "--json", plain)
+    assert json.loads(out)["scores"] == json.loads(printed["score"])["scores"]
 
 
 def test_questions_come_from_every_source(dph_command, models, sources, tmp_path):
@@ -120,7 +155,10 @@ def test_a_task_is_scored_with_its_answers_and_asked_without(dph_command, models
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("{source: a.csv, weight: 2}", "source: expected the options split, directory, limit, columns, filter, got"),
+        (
+            "{source: a.csv, weight: 2}",
+            "source: expected the options split, directory, limit, text_field, columns, .*, got",
+        ),
         ("{limit: 2}", "source: expected text, got nothing"),
         ("{source: a.csv, limit: 0}", "limit: expected 1 <= limit"),
         ("{source: a.csv", "source: expected YAML"),

@@ -193,6 +193,13 @@ def test_options_that_do_not_fit_the_data_are_refused(options, error, tmp_path):
         ("a.arrow", b"ARROW1..", r"a\.arrow: an arrow file, which needs the package pyarrow: pip install"),
         ("a.zst", b"\x28\xb5\x2f\xfd", r"a\.zst: a zstd file, which needs the package pyarrow: pip install"),
         ("a.xlsx", b"PK\x03\x04", r"a\.xlsx: expected \.jsonl, .*, got a zip file"),
+        ("a.jsonl", b"\xff\xfe{\0", r"a\.jsonl: expected \.jsonl, .*, got a UTF-16 file"),
+        (
+            "a.tgz",
+            gzip.compress(b"a.jsonl".ljust(257, b"\0") + b"ustar"),
+            "expected compressed text, got a tar file in",
+        ),
+        ("a.csv", b"text;id\nthree;1;2\n", r"a\.csv:2: expected 2 cells, got 3"),
         ("a.txt", b"%PDF-1.4", r"a\.txt: expected .*, got a PDF file"),
         ("a.jsonl.gz", gzip.compress(LINES)[:40], r"a\.jsonl\.gz: a gzip file that cannot be decompressed"),
         ("a.gz", gzip.compress(b"PAR1"), r"a\.gz: expected compressed text, got a parquet file in it"),
@@ -205,7 +212,7 @@ def test_options_that_do_not_fit_the_data_are_refused(options, error, tmp_path):
         ("a.csv", b'text,id\n"two\nlines",1\nonly one\n', r"a\.csv:4: expected 2 cells, got 1"),
         ("a.csv", b"text,text\na,b\n", r"a\.csv:1: expected names that differ, got text, text"),
         ("a.csv", b'text\n"open', r"a\.csv:2: unexpected end of data"),
-        ("a.tsv", b"text\n\xff", r"a\.tsv: not UTF-8 at byte 5"),
+        ("a.tsv", b"text\n\xff", r"a\.tsv:2: not UTF-8 at byte 0"),
         ("a.csv", b"sentence\na\n", r"a\.csv:2: expected a text: .*got the fields sentence"),
         ("a.csv", b"", r"a\.csv: expected at least one record, got none"),
         ("a.txt", b"<|im_start|>user\nhi<|im_end|>", r"a\.txt: expected plain text or messages, got a rendered"),
@@ -217,6 +224,12 @@ def test_a_file_is_named_as_what_it_is(name, content, error, tmp_path, monkeypat
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=error):
         dataset.load(tmp_path / name, "text")
+
+
+def test_a_table_of_a_spreadsheet_is_separated_by_semicolons(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt;completion\n"a; b";1,5\n')
+    (record,) = dataset.load(tmp_path / "a.csv", "conversation")
+    assert record.messages == [message("user", "a; b"), message("assistant", "1,5")]
 
 
 def test_a_damaged_table_is_named(tmp_path):

@@ -105,7 +105,7 @@ def test_a_side_joins_the_part_of_the_prompt_that_it_repeats_once(prompt, side, 
         ({"prompt": "other?", "chosen": FIRST, "rejected": FIRST}, "x: chosen: .* begins with another user message"),
         ({"prompt": [*FIRST, ASK], "chosen": SECOND, "rejected": SECOND}, "another user message: 'how[?]'"),
         ({"system": "Be long.", "chosen": [SYSTEM, *FIRST], "rejected": FIRST}, "expected one system message, got two"),
-        ({"prompt": 0, "chosen": "a", "rejected": "b"}, "x: prompt: expected a list of messages, got 0"),
+        ({"prompt": 0, "chosen": "a", "rejected": "b"}, "x: prompt: expected text or a list of messages, got 0"),
         ({"prompt": "a", "chosen": {**YES, "weight": 0}, "rejected": NO}, "two answers to learn from, got one with"),
         ({"prompt": "a", "chosen": None, "rejected": "b"}, r"got the fields prompt, chosen \(null\), rejected"),
     ],
@@ -119,6 +119,10 @@ def test_a_pair_that_contradicts_itself_is_refused(row, error):
     ("row", "error"),
     [
         ({"prompt": "a", "completion": "b", "functions": CALL}, "functions: not supported"),
+        (
+            {"prompt": "a", "completion": "b", "system_prompt": "c"},
+            r"not supported, .*columns: {system: system_prompt}",
+        ),
         ({"messages": [ASK, {**YES, "function_call": CALL}]}, r"\[1\]: function_call: not supported"),
         ({"messages": [ASK, {**YES, "reasoning_content": "hm"}]}, r"messages\[1\]: reasoning_content: not supported"),
         ({"messages": [ASK, YES, {"role": "robot", "content": "1"}, YES]}, r"\[2\]: expected role .* got 'robot'"),
@@ -222,8 +226,28 @@ def test_a_rendered_conversation_is_parsed_on_request_and_refused_otherwise(name
 
 
 @pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("### Human: hello### Assistant: hi", "Alpaca"),
+        ("Below is an instruction that ...\n\n### Instruction:\nhello\n\n### Response:\nhi", "Alpaca"),
+        ("A chat between a user and an assistant. USER: hello ASSISTANT: hi</s>", "Vicuna"),
+        ("<｜begin▁of▁sentence｜>hello<｜Assistant｜>hi", "control tokens"),
+        ("[gMASK]<sop><|user|>\nhello<|assistant|>\nhi", "control tokens"),
+        ("<|start|>user<|message|>hello<|end|>", "control tokens"),
+    ],
+)
+def test_markup_that_is_recognised_only_is_refused(text, name):
+    for kind, row in {"text": {"text": text}, "conversation": {"prompt": text, "completion": "a"}}.items():
+        with pytest.raises(UserError, match=rf"x: (text|prompt): expected plain .* \({name}, which is not parsed\)"):
+            parse_record(row, kind, "x")
+
+
+@pytest.mark.parametrize(
     "text",
     [
+        "### Instruction: a heading",
+        "USER: is a word",
+        "<|start|> is a token",
         "What does <|im_start|>user\n mean?",
         "<|im_start|> opens a turn.",
         "[INST] is a token of Llama 2.",

@@ -17,6 +17,10 @@ def pair(**changes):
     return PAIR | changes
 
 
+def talk(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
 def look(capsys, *words):
     """Exit code and survey of a command."""
     code = main(["data", *map(str, words), "--json"])
@@ -72,6 +76,7 @@ def test_what_is_suspicious_is_named(tmp_path, capsys):
         pair(rejected="because of this"),
         pair(chosen="no", rejected="because of this"),
         pair(prompt="x"),
+        {"chosen": talk("a", "b"), "rejected": talk("c", "d")},
     ]
     path = write_lines(tmp_path / "a.jsonl", *rows)
     other = write_lines(tmp_path / "b.jsonl", pair(prompt="x", chosen="long " * 50))
@@ -83,6 +88,7 @@ def test_what_is_suspicious_is_named(tmp_path, capsys):
     assert found["suspicions"] == {
         "duplicate": [1, [f"{path}:2"]],
         "identical sides": [1, [f"{path}:3"]],
+        "different prompts": [1, [f"{path}:6"]],
         "contradiction": [3, [f"{path}:1", f"{path}:2", f"{path}:4"]],
         "held out": [2, [f"{path}:5", f"{other}:1"]],
         "too long": [1, [f"{other}:1"]],
@@ -92,7 +98,7 @@ def test_what_is_suspicious_is_named(tmp_path, capsys):
     assert look(capsys, *words, "--strict")[0] == 1
     assert main(["data", *map(str, words)]) == 0
     text = capsys.readouterr().out
-    for word in ("preference 6", "contradiction: another pair prefers", f"{path}:1, {path}:2", "longer 67%"):
+    for word in ("preference 7", "contradiction: another pair prefers", f"{path}:1, {path}:2", "longer 57%"):
         assert word in text
 
 

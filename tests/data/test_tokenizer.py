@@ -76,6 +76,7 @@ def test_files_give_their_text_but_not_the_roles(tmp_path):
             {"prompt_id": "a1b2"},
             r"a\.jsonl:1: expected a text in text, messages, .*, got the fields prompt_id; --field",
         ),
+        ({"text": "<|im_start|>user\nhi<|im_end|>"}, r"a\.jsonl:1: text: expected plain .* \(ChatML\)"),
         ({"text": {"a": "b"}}, r"a\.jsonl:1: text: expected text, or messages with a content, got"),
         ({"chosen": [5]}, r"a\.jsonl:1: chosen: expected text, or messages with a content, got 5"),
     ],

@@ -73,6 +73,7 @@ def test_every_task_has_a_known_metric():
 
 
 def test_wilson_known_values():
+    assert all(wilson(0, n).low == 0 and wilson(n, n).high == 1 for n in range(1, 50))
     # Newcombe 1998, table I: 81 of 263, and 0 of 20.
     assert (wilson(81, 263).low, wilson(81, 263).high) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert (wilson(0, 20).low, wilson(0, 20).high) == pytest.approx((0.0, 0.1611), abs=5e-5)

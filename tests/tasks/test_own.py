@@ -13,6 +13,7 @@ from dph.data import dataset
 from dph.data.sources import fingerprint
 from dph.errors import UserError
 from dph.evaluate.choices import evaluate
+from dph.tasks.base import CHOOSE
 
 ROWS = [
     {"question": "Which is a gas?", "choices": ["ice", "steam", "rock"], "answer": 1},
@@ -46,6 +47,9 @@ def test_rows_with_questions_and_choices(tmp_path):
     ("row", "text"),
     [
         ({"choices": ["a", "b"], "answer": 2}, "answer: expected a number from 0 to 1, a letter, or the text of one"),
+        ({"choices": ["B", "A"], "label": "A"}, "got 'A', which is the text, number or letter of the choices 0, 1"),
+        ({"choices": ["3", "0"], "label": "0"}, "got '0', which is the text, number or letter of the choices 0, 1"),
+        ({"choices": ["a", "b"], "label": 0, "system": 3}, "system: expected text, got 3"),
         ({"choices": ["a", "a"], "label": "a"}, "label: expected a number from 0 to 1"),
         ({"choices": ["a", "b"], "label": True}, "label: expected a number from 0 to 1"),
         ({"choices": ["a", "b"], "label": 0, "answer": 0}, "expected either label or answer, got both"),
@@ -61,6 +65,14 @@ def test_malformed_rows_name_file_line_and_field(row, text, tmp_path):
         dataset.task_documents(tasks.load(str(path)), "validation")
     assert str(error.value).startswith(f"{path}:2: task own: ")
     assert text in str(error.value)
+
+
+def test_a_system_message_of_a_row_is_used_and_unknown_fields_are_reported(tmp_path, caplog):
+    rows = ROWS[0] | {"system": "Be brief.", "answerKey": "B"}, ROWS[1]
+    task = tasks.load(str(path := write_lines(tmp_path / "own.jsonl", *rows)))
+    docs = dataset.task_documents(task, "validation")
+    assert [task.question(doc)[0]["content"] for doc in docs] == ["Be brief.", CHOOSE]
+    assert [record.getMessage() for record in caplog.records] == [f"{path}: ignored fields: answerKey"]
 
 
 YAML = """
