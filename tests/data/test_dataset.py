@@ -246,7 +246,11 @@ def test_a_system_prompt_stays_before_a_side_that_begins_with_the_user():
             {"chosen": [ASK], "rejected": [ASK, NO]},
             "expected the assistant's answer at the end, got a user",
         ),
-        ("preference", {"prompt": "a", "chosen": 3, "rejected": "b"}, "chosen: expected a list of messages, got 3"),
+        (
+            "preference",
+            {"prompt": "a", "chosen": 3, "rejected": "b"},
+            "chosen: expected text or a list of messages, got 3",
+        ),
         ("conversation", {"messages": [ASK]}, "expected an assistant message"),
         ("conversation", {"messages": [ASK, {"role": "assistant"}]}, r"messages\[1\]: expected role and content"),
         ("conversation", {"text": "a"}, "expected a conversation: messages, or prompt and completion"),
