@@ -240,7 +240,8 @@ def read(directory: str | os.PathLike) -> HeadFile:
     path = Path(directory)
     where = path / DESCRIPTION
     if not where.is_file():
-        raise UserError(f"{path}: expected the directory of a reward head, got one without {DESCRIPTION}")
+        got = f"one without {DESCRIPTION}" if path.is_dir() else "a file" if path.exists() else "nothing there"
+        raise UserError(f"{path}: expected the directory of a reward head, got {got}")
     fields = read_json(where)
     if fields.get("format") != FORMAT:
         raise UserError(f"{where}: format: expected {FORMAT}, got {shown(fields.get('format'))}")

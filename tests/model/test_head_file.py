@@ -89,8 +89,11 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(UserError, match="name: expected one of a, b, got none"):
         tiny_model(reward_heads=("a", "b")).save_head(tmp_path / "none")
     assert not (tmp_path / "none").exists()
-    with pytest.raises(UserError, match=r"expected the directory of a reward head, got one without head\.json"):
-        other.load_head(tmp_path)
+    expected = "expected the directory of a reward head, got"
+    places = {"": r"one without head\.json", "none": "nothing there", "head/head.json": "a file"}
+    for place, got in places.items():
+        with pytest.raises(UserError, match=f"{expected} {got}$"):
+            other.load_head(tmp_path / place)
 
 
 @pytest.mark.parametrize(
