@@ -296,6 +296,9 @@ def add_heads(model: Model, value: str) -> list[str]:
             number += 1
             free = f"{name}-{number}"
         names.append(head_file.load(model, directory, free, digest=digest))
+    if not names and value not in model.head_names and "/" in value:
+        known = f"one of {', '.join(model.head_names)} or the directory" if model.head_names else "the directory"
+        raise UserError(f"--head: expected {known} of a head or a run with heads, got {value}, where none is")
     return names or [value]
 
 

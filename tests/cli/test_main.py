@@ -318,6 +318,10 @@ def test_convert_and_tokenizer_into_a_folder_that_exists(dph_command, models, tm
 
 def test_an_unknown_head_is_refused(refused, models):
     assert "expected one of default, short, got 'long'" in refused("chat", models / "judge", "--head", "long")
+    line = refused("chat", models / "judge", "--head", "runs/gone")
+    assert (
+        "--head: expected one of default, short or the directory of a head or a run with heads, got runs/gone" in line
+    )
 
 
 def test_a_path_below_a_folder_that_is_here_is_no_hub_name(tmp_path, monkeypatch, refused):
