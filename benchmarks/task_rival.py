@@ -3,7 +3,7 @@
     python -m benchmarks.task_rival MODEL --directory DIR --tasks arc/easy boolq --limit 200
 
 The prompts are the same tokens (``dph.chat``), the score is the summed log-probability of the answer with its
-end-of-turn token, in fp32 on the CPU. Each way is a process of its own, one after the other: ``model.judge``, and the
+end-of-turn token, in fp32. Each way is a process of its own, one after the other: ``model.judge``, and the
 harness's ``HFLM`` on transformers' model by batch. The time is that of judging alone; the peak memory is that beyond
 the libraries'. A record on which they choose differently is printed with the difference of its two best scores. DIR has
 TASK/SPLIT.jsonl; of the splits test, validation and train the first that is there. Needs lm-eval.
@@ -18,6 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.bench_judging import Harness, Ours
 from benchmarks.peak_memory import resident
 from dph.evaluate.tables import table
 
@@ -74,41 +77,11 @@ def judge(args: argparse.Namespace) -> dict[str, Any]:
         task, documents = tasks.load(name), task_documents(tasks.load(name), split, args.directory)
         for i in range(min(args.limit, len(documents))):
             groups.append([chat.encode(one, tokenizer, last_only=True) for one in task.choices(documents[i])])
-    score = ours(args.model) if args.one == OURS else harness(args.model, tokenizer, int(args.one))
+    model = Ours(args.model, torch.float32) if args.one == OURS else Harness(args.model, torch.float32, int(args.one))
     before, began = resident(), time.perf_counter()
-    scores = score(groups)
+    scores = model.logprobs(groups)
     seconds = time.perf_counter() - began
     return {"scores": scores, "seconds": seconds, "records": len(groups), "peak MB": (resident() - before) / 1e6}
-
-
-def ours(directory: str) -> Any:
-    """Return the function of our model from groups to scores."""
-    import torch
-
-    from dph.model.loading import load_model
-
-    model = load_model(directory, dtype=torch.float32).eval()
-    return lambda groups: [judged.logprobs for judged in model.judge(groups)]
-
-
-def harness(directory: str, tokenizer: Any, batch: int) -> Any:
-    """Return the function of the harness from groups to scores."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
-    from transformers import AutoModelForCausalLM
-
-    network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    model = HFLM(network, backend="causal", tokenizer=tokenizer, batch_size=batch, max_length=8192)
-
-    def score(groups: Sequence[Sequence[Any]]) -> list[list[float]]:
-        requests = []
-        for one in (answer for group in groups for answer in group):
-            start = one.loss_mask.index(True) + 1
-            requests.append((("", ""), one.tokens[:start], one.tokens[start:]))
-        found = iter(model._loglikelihood_tokens(requests, disable_tqdm=True))
-        return [[next(found)[0] for _ in group] for group in groups]
-
-    return score
 
 
 def differences(expected: Sequence[Sequence[float]], got: Sequence[Sequence[float]]) -> list[tuple[int, float]]:

@@ -194,14 +194,12 @@ def surface_margins(train_records: Sequence[Preference], held_out: Sequence[Pref
 def judge_candidates(name: str, model: Any, tokenizer: Any, rows: Sequence[Candidates]) -> list[dict[str, Any]]:
     """Return the share of right answers among the chosen ones of N candidates, for N from 1 to all."""
     kept = [row for row in rows if is_held_out(Conversation(row.conversations[0]))]
-    groups = [[chat.encode(one, tokenizer, last_only=True) for one in row.conversations] for row in kept]
+    groups = (row.encode(tokenizer) for row in tqdm(kept, f"{name}: candidates", disable=None))
     prompts = []
-    for row, judged in zip(kept, tqdm(model.judge(groups, max_tokens=8192), f"{name}: candidates"), strict=True):
-        means = [-np.inf if mean is None else mean for mean in judged.mean_logprobs]
-        scores = {"most probable": np.array(means)}
-        for head in model.head_names:
-            scores[head] = np.array(judged.rewards[head])
-        prompts.append(best_of.Scored(row.texts, np.array(row.correct), scores))
+    for row, judged in zip(kept, model.judge(groups, max_tokens=8192), strict=True):
+        prompts.append(
+            best_of.scored(row.texts, row.correct, {"most probable": judged.mean_logprobs, **judged.rewards})
+        )
     found = []
     for curve in best_of.curves(prompts, best_of.words, {}):
         for n, figure in zip(curve.ns, curve.right, strict=True):

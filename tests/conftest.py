@@ -166,6 +166,7 @@ def dph_command(capsys, monkeypatch):
 
     def run(*argv, stdin=""):
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()  # what the test itself has printed, such as the bar of a model that it loads
         code = main.main([str(word) for word in argv])
         return code, *capsys.readouterr()
 

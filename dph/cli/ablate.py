@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dph.cli import common
-from dph.cli.held_out import held_out_of_run, judge
+from dph.cli.held_out import held_out_of_run, judge_records
 from dph.data import atomic
 from dph.errors import UserError, printable, shown
 
@@ -164,21 +164,15 @@ def _judge(directory: Path, heads: Sequence[str]) -> dict[str, list[tuple[str, f
     """
     import numpy as np
 
-    from dph.data.formats import Encoder
-    from dph.data.labels import labels_of
-    from dph.data.sources import prompt_key
-    from dph.evaluate.card import RULES, gather
+    from dph.evaluate.card import RULES
     from dph.evaluate.metrics import chosen_shares
     from dph.model.loading import load_model, load_tokenizer
 
     model, tokenizer = load_model(str(directory)).eval(), load_tokenizer(str(directory))
     records = [record for part in held_out_of_run(directory).values() for record in part if record is not None]
-    answers = list(map(Encoder(tokenizer), records))
-    results = judge(model, answers, "held-out answers")
-    labels, prompts = list(map(labels_of, answers)), list(map(prompt_key, records))
-    scores = {}
+    judgements_of, scores = judge_records(model, tokenizer, records), {}
     for head in heads:
-        judgements = gather(answers, labels, results, prompts, head)
+        judgements = judgements_of(head)
         if not judgements.pair_prompts:
             raise UserError(f"{directory}: head {head}: expected held-out pairs, got labels of single answers alone")
         for rule, pairs in judgements.pairs.items():
@@ -212,15 +206,10 @@ def _mean(seeds: Sequence[Sequence[tuple[str, float]]]) -> Interval:
     """
     import numpy as np
 
-    from dph.evaluate.metrics import Interval
+    from dph.evaluate.metrics import Interval, resampled
 
-    numbers: dict[str, int] = {}
-    members, shares = [], []
-    for prompt, share in itertools.chain.from_iterable(seeds):
-        members.append(numbers.setdefault(prompt, len(numbers)))
-        shares.append(share)
-    rng = np.random.default_rng(0)
-    weights = rng.multinomial(len(numbers), [1 / len(numbers)] * len(numbers), RESAMPLES)[:, members]
+    prompts, shares = zip(*itertools.chain.from_iterable(seeds), strict=True)
+    weights = resampled(prompts, RESAMPLES)
     low, high = np.percentile(weights @ np.array(shares) / weights.sum(1), [2.5, 97.5])
     return Interval(float(np.mean(shares)), float(low), float(high))
 

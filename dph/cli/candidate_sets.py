@@ -33,7 +33,6 @@ def run(args: argparse.Namespace) -> None:
     common.check_output(args.output, args.model, Path(args.model) / "model", *(name for name, _ in sources.values()))
     common.check_model(args)
 
-    from dph import chat
     from dph.evaluate.calibration import recorded
     from dph.evaluate.choices import choice_scores, reward_method
 
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
     def groups(start: int) -> Iterator[list[Encoded]]:
         for _, _, row in rows[start:]:
-            yield [chat.encode(one, tokenizer, last_only=True) for one in row.conversations]
+            yield row.encode(tokenizer)
 
     def line(index: int, judged: Judged) -> dict[str, Any]:
         name, number, row = rows[index]
@@ -85,15 +84,10 @@ def _report(
     votes: Mapping[str, Probability],
 ) -> None:
     """Print the figures of one file; ``votes`` as ``probabilities`` of ``best_of.curves``."""
-    import numpy as np
-
     from dph.evaluate import best_of, reward_bench
     from dph.evaluate.tables import table
 
-    prompts = []
-    for row, methods in zip(rows, scores, strict=True):
-        values = {method: np.array([-np.inf if x is None else x for x in own]) for method, own in methods.items()}
-        prompts.append(best_of.Scored(row.texts, np.array(row.correct), values))
+    prompts = [best_of.scored(row.texts, row.correct, own) for row, own in zip(rows, scores, strict=True)]
     curves = best_of.curves(prompts, best_of.NORMALISERS[args.normalise], votes)
     subsets: dict[str, list[reward_bench.Subset]] = {}
     if any(row.subset is not None for row in rows):

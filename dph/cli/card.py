@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dph.cli import common
-from dph.cli.held_out import held_out_of_run, judge
+from dph.cli.held_out import held_out_of_run, judge, judge_records
 from dph.data import atomic
 from dph.errors import UserError
 
@@ -69,25 +69,21 @@ def run(args: argparse.Namespace) -> None:
     files = _head_files(args, names)
     folders = _folders(args, names, files)
 
-    from dph import chat
-    from dph.data.formats import Encoder
-    from dph.data.labels import labels_of
-    from dph.data.sources import prompt_key
     from dph.evaluate import best_of, card, card_figure
 
-    answers = list(map(Encoder(tokenizer), records))
-    judged = judge(model, answers, "held-out answers")
-    labels, prompts = list(map(labels_of, answers)), list(map(prompt_key, records))
+    judgements_of = judge_records(model, tokenizer, records)
     judged_sets = {}
     for name, rows in sets.items():
-        groups = [[chat.encode(one, tokenizer, last_only=True) for one in row.conversations] for row in rows]
-        judged_sets[name] = judge(model, groups, name)
+        judged_sets[name] = judge(model, [row.encode(tokenizer) for row in rows], name)
     for head in names:
-        judgements = card.gather(answers, labels, judged, prompts, head)
+        judgements = judgements_of(head)
         candidates = {}
         for name, rows in sets.items():
             pairs = zip(rows, judged_sets[name], strict=True)
-            candidates[titles[name]] = [card.scored(row, result, head) for row, result in pairs]
+            candidates[titles[name]] = []
+            for row, result in pairs:
+                scores = {"reward": result.rewards[head], card.RULES["mean"]: result.mean_logprobs}
+                candidates[titles[name]].append(best_of.scored(row.texts, row.correct, scores))
         about = _about(model, head, files.get(head), sources)
         found = card.card(head, about, judgements, candidates, best_of.NORMALISERS[args.normalise])
         figure = card_figure.figure(found, judgements.rewards, judgements.is_good)

@@ -145,8 +145,8 @@ class _Questions:
         task, documents = self._sources[number]
         return [choice[-1]["content"] for choice in task.choices(documents[i])]
 
-    def line(self, index: int, scores: dict[str, Any]) -> dict[str, Any]:
-        """Return a record's line of the output."""
+    def line(self, index: int, answers: Sequence[str], scores: dict[str, Any]) -> dict[str, Any]:
+        """Return a record's line of the output, given the texts and scores of its choices."""
         from dph.evaluate.choices import predictions
 
         number, i = self._places[index]
@@ -157,7 +157,7 @@ class _Questions:
             "record": dict(documents[i]),
             "gold": self.gold[number][i],
             "scores": scores,
-            "predictions": predictions(task, documents[i], scores),
+            "predictions": predictions(answers, scores),
         }
 
 
@@ -173,8 +173,8 @@ def run(args: argparse.Namespace) -> None:
 
     splits = _splits(args)
     names = list(splits)
-    chosen = [tasks.load(name) for name in names]
-    inputs = [*names, *(task.file for task in chosen if task.file is not None)]
+    loaded = [tasks.load(name) for name in names]
+    inputs = [*names, *(task.file for task in loaded if task.file is not None)]
     if args.directory is not None:
         inputs += [Path(args.directory) / name for name in names]
     for output in (args.output, args.table):
@@ -182,7 +182,7 @@ def run(args: argparse.Namespace) -> None:
     if args.table is not None and Path(args.table).suffix not in TABLES:
         raise UserError(f"--table: expected a file that ends in {', '.join(TABLES)}, got {args.table}")
     sources = []
-    for name, task in zip(names, chosen, strict=True):
+    for name, task in zip(names, loaded, strict=True):
         sources.append((task, task_documents(task, splits[name] or task.evaluated, args.directory)))
     if args.glue_submission:
         glue_server.check_counts({task.name: len(documents) for task, documents in sources})
@@ -206,7 +206,7 @@ def run(args: argparse.Namespace) -> None:
 
     def line(index: int, judged: Judged) -> dict[str, Any]:
         place, answers = questions.location(index), questions.answers(index)
-        return questions.line(index, choice_scores(judged, heads, place, args.logprob, answers))
+        return questions.line(index, answers, choice_scores(judged, heads, place, args.logprob, answers))
 
     reports: list[Report] = []
     submissions: dict[str, dict[str, list[int]]] = {}  # method -> task -> choices
@@ -217,11 +217,12 @@ def run(args: argparse.Namespace) -> None:
         groups = questions.groups(tokenizer)
         lines = results.judged_lines(model, groups, line, questions.location, output, progress)
         for (task, _), gold in zip(sources, questions.gold, strict=True):
-            written = list(islice(lines, len(gold)))
-            reports.append(report(task, [line["scores"] for line in written], gold))
-            for method in written[0]["predictions"] if args.glue_submission else ():
-                choices = [line["predictions"][method]["choice"] for line in written]
-                submissions.setdefault(method, {})[task.name] = choices
+            scores = []
+            for written in islice(lines, len(gold)):
+                scores.append(written["scores"])
+                for method, chosen in written["predictions"].items() if args.glue_submission else ():
+                    submissions.setdefault(method, {}).setdefault(task.name, []).append(chosen["choice"])
+            reports.append(report(task, scores, gold))
             if args.json:
                 common.print_json(reports[-1].as_dict(), flush=True)
     averages = suites.averages(reports, suites.SUITES[args.suite].averages if args.suite else ())

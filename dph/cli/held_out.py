@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from dph.errors import UserError
 
 if TYPE_CHECKING:
     from dph.chat import Encoded
+    from dph.evaluate.card import Judgements
     from dph.model.judging import Judged, JudgingModel
 
 
@@ -38,6 +40,18 @@ def held_out_of_run(directory: Path) -> dict[str, Sequence[Any]]:
     if not found:
         raise UserError(f"{directory}: expected a run with held-out records, or PAIRS; got evaluation.sources=[]")
     return dict(found)
+
+
+def judge_records(model: JudgingModel, tokenizer: Any, records: Sequence[Any]) -> Callable[[str], Judgements]:
+    """Judge held-out pairs or labelled answers by all heads, and return the function from a head to its judgements."""
+    from dph.data.formats import Encoder
+    from dph.data.labels import labels_of
+    from dph.data.sources import prompt_key
+    from dph.evaluate.card import gather
+
+    answers = list(map(Encoder(tokenizer), records))
+    judged = judge(model, answers, "held-out answers")
+    return partial(gather, answers, list(map(labels_of, answers)), judged, list(map(prompt_key, records)))
 
 
 def judge(model: JudgingModel, groups: Sequence[Sequence[Encoded]], name: str) -> list[Judged]:

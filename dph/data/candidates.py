@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dph import chat
 from dph.chat import Message
 from dph.data.formats import parse_record
 from dph.data.rows import open_source, text_options
@@ -35,6 +36,10 @@ class Candidates:
     correct: list[float]
     subset: str | None
     id: str
+
+    def encode(self, tokenizer: Any) -> list[chat.Encoded]:
+        """Return the encoded conversations, each masked to its candidate."""
+        return [chat.encode(conversation, tokenizer, last_only=True) for conversation in self.conversations]
 
     @property
     def texts(self) -> list[str]:

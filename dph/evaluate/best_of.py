@@ -15,7 +15,7 @@ from decimal import Decimal
 
 import numpy as np
 
-from dph.evaluate.metrics import Interval
+from dph.evaluate.metrics import Interval, resampled
 
 RESAMPLES = 200  # sets of N candidates of a prompt for a vote, and resamples of the prompts for intervals
 # A minus after a letter or digit is a hyphen or a difference.
@@ -33,6 +33,12 @@ class Scored:
     texts: Sequence[str]
     correct: np.ndarray
     scores: Mapping[str, np.ndarray]
+
+
+def scored(texts: Sequence[str], correct: Sequence[float], scores: Mapping[str, Sequence[float | None]]) -> Scored:
+    """Return candidates with their scores; None, the mean log-probability of an empty answer, comes last."""
+    values = {rule: np.array([-np.inf if x is None else x for x in own]) for rule, own in scores.items()}
+    return Scored(texts, np.array(correct), values)
 
 
 @dataclass(frozen=True)
@@ -134,8 +140,7 @@ def curves(
             shares = [right_of_vote(answers, weights, correct, n, np.random.default_rng((seed, index, n))) for n in ns]
             figures.setdefault(rule, []).append(shares)
         figures.setdefault("oracle", []).append([right_of_best(correct, correct, n) for n in ns])
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(prompts), [1 / len(prompts)] * len(prompts), 5 * RESAMPLES) / len(prompts)
+    weights = resampled(range(len(prompts)), 5 * RESAMPLES, seed) / len(prompts)
     return [_curve(rule, ns, np.array(values), weights) for rule, values in figures.items()]
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dph.errors import UserError
-from dph.evaluate.metrics import Interval, wilson
+from dph.evaluate.metrics import Interval, resampled, wilson
 
 BINS = 15  # of equal width, of the expected calibration error (Guo et al. 2017)
 RESAMPLES = 200  # of the bootstrap of the label noise, and of labels that fit the probabilities
@@ -138,12 +138,9 @@ def label_noise(margins: np.ndarray, prompts: Sequence[Hashable], seed: int = 0)
     """
     from scipy.special import expit
 
-    numbers: dict[Hashable, int] = {}
-    members = np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts])
-    if len(numbers) < MIN_PROMPTS:
-        raise UserError(f"label noise: expected at least {MIN_PROMPTS} prompts, got {len(numbers)}")
-    drawn = np.random.default_rng(seed).multinomial(len(numbers), [1 / len(numbers)] * len(numbers), RESAMPLES)
-    weights = np.concatenate([np.ones((1, len(numbers))), drawn])[:, members]  # [1 + RESAMPLES, P]
+    if (count := len(set(prompts))) < MIN_PROMPTS:
+        raise UserError(f"label noise: expected at least {MIN_PROMPTS} prompts, got {count}")
+    weights = np.concatenate([np.ones((1, len(margins))), resampled(prompts, RESAMPLES, seed)])  # [1 + RESAMPLES, P]
     scaled = np.asarray(margins, dtype=float) / (np.abs(margins).mean() or 1.0)
     epsilons = np.linspace(0.0, 0.5, 201)[:, None]
     likelihoods = []  # [1 + RESAMPLES, 201] for each temperature
@@ -152,6 +149,6 @@ def label_noise(margins: np.ndarray, prompts: Sequence[Hashable], seed: int = 0)
         pair = is_right + epsilons * (1 - 2 * is_right)  # [201, P]
         likelihoods.append(weights @ np.log(np.maximum(pair, np.finfo(float).tiny)).T)
     best = np.max(likelihoods, axis=0).argmax(1)
-    value, *resampled = epsilons[best, 0]
-    low, high = np.percentile(resampled, [2.5, 97.5])
+    value, *drawn = epsilons[best, 0]
+    low, high = np.percentile(drawn, [2.5, 97.5])
     return Interval(float(value), float(low), float(high))

@@ -20,7 +20,6 @@ from dph.evaluate.tables import markdown_table
 
 if TYPE_CHECKING:
     from dph.chat import Encoded
-    from dph.data.candidates import Candidates
     from dph.data.labels import Label
     from dph.evaluate.best_of import Normalise, Scored
     from dph.model.judging import Judged
@@ -93,13 +92,6 @@ def gather(
         {rule: np.array(values, dtype=float).reshape(-1, 2) for rule, values in pairs.items()},
         np.array(pair_lengths).reshape(-1, 2), pair_prompts,
     )  # fmt: skip
-
-
-def scored(row: Candidates, judged: Judged, head: str) -> Scored:
-    """Return the candidates of a row with their scores; an empty one has no mean log-probability and comes last."""
-    means = [-np.inf if mean is None else mean for mean in judged.mean_logprobs]
-    scores = {"reward": np.array(judged.rewards[head]), RULES["mean"]: np.array(means)}
-    return best_of.Scored(row.texts, np.array(row.correct), scores)
 
 
 def card(

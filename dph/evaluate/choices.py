@@ -163,7 +163,7 @@ def reward_method(head: str, heads: Sequence[str]) -> str:
     return "reward" if len(heads) == 1 else f"reward {head}"
 
 
-def predictions(task: Task, doc: Mapping[str, Any], scores: Scores) -> dict[str, dict[str, Any] | None]:
+def predictions(answers: Sequence[str], scores: Scores) -> dict[str, dict[str, Any] | None]:
     """Return by each method the index of the chosen answer, the first of those with the best score, and its text.
 
     None for the mean of an empty answer, which cannot be compared.
@@ -173,7 +173,7 @@ def predictions(task: Task, doc: Mapping[str, Any], scores: Scores) -> dict[str,
         chosen[method] = None
         if None not in values:
             best = values.index(max(values))
-            chosen[method] = {"choice": best, "text": task.choices(doc)[best][-1]["content"]}
+            chosen[method] = {"choice": best, "text": answers[best]}
     return chosen
 
 

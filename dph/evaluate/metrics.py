@@ -10,7 +10,7 @@ the first call, because they take over a second to import.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,6 +138,17 @@ def bootstrap(metric: Metric, shares: np.ndarray, gold: np.ndarray, resamples: i
         figures.append(metric(shares[drawn], gold[drawn]))
     low, high = np.percentile(figures, [2.5, 97.5])
     return Interval(metric(shares, gold), float(low), float(high))
+
+
+def resampled(groups: Iterable[Hashable], resamples: int, seed: int = 0) -> np.ndarray:
+    """Return the weights [resamples, n] of n items in the bootstrap over their groups: how often each group is drawn.
+
+    Items of one prompt, for instance, are no independent sample, so that the prompts are drawn.
+    """
+    numbers: dict[Hashable, int] = {}
+    members = [numbers.setdefault(group, len(numbers)) for group in groups]
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(len(numbers), [1 / len(numbers)] * len(numbers), resamples)[:, members]
 
 
 def wilson(successes: float, n: int) -> Interval:

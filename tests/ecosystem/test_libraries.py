@@ -1,15 +1,15 @@
 """accelerate's offload, torchao's quantised layers, transformers' Trainer, pipelines and remote code, lm-eval."""
 
-import json
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 from helpers.command_line import save_models
+from helpers.harness import samples
 from helpers.texts import conversation
 from helpers.tiny import END, tiny_config, tiny_model, tokens
+from helpers.two import environment
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -26,6 +26,7 @@ from dph.model.auto_classes import RewardModel
 
 accelerate = pytest.importorskip("accelerate")
 pytestmark = pytest.mark.ecosystem
+OFFLINE = environment(HF_HUB_OFFLINE="1")
 
 
 @pytest.fixture(scope="module")
@@ -143,18 +144,16 @@ def test_heads_take_no_part_in_data_parallel_training(tmp_path):
     script.write_text(TORCHRUN)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631"]
     done = subprocess.run(
-        [*command, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment()
+        [*command, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(HF_HUB_OFFLINE="1"),
     )
     assert done.stdout.count("trained") == 2, done.stderr
 
 
 # Pipelines, remote code, lm-eval
-
-
-def environment():
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    path = os.pathsep.join([root, os.path.join(root, "tests")])
-    return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
 
 def test_pipelines(folder):
@@ -182,7 +181,11 @@ def test_programs_that_were_not_told_of_dph_open_a_saved_folder(folder):
         "trust_remote_code=True).__class__.__name__)",
     ]
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120, env=environment()
+        [sys.executable, "-c", "\n".join(lines)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(HF_HUB_OFFLINE="1"),
     )
     assert done.stdout.split() == ["BaseModel", "Model"], done.stderr
 
@@ -190,21 +193,9 @@ def test_programs_that_were_not_told_of_dph_open_a_saved_folder(folder):
 def test_lm_eval_from_its_command_line(folder, tmp_path):
     pytest.importorskip("lm_eval")
     choices = ["is good", "dull"]
-    (tmp_path / "documents.jsonl").write_text(json.dumps({"q": "a film", "c": choices, "a": 0}) + "\n")
-    task = {
-        "task": "mini", "dataset_path": "json", "dataset_kwargs": {"data_files": str(tmp_path / "documents.jsonl")},
-        "test_split": "train", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{c}}",
-        "doc_to_target": "{{a}}", "metric_list": [{"metric": "acc"}],
-    }  # fmt: skip
-    (tmp_path / "mini.yaml").write_text(json.dumps(task))
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", "mini", "--device", "cpu"]
-    command += ["--model_args", f"pretrained={folder},trust_remote_code=True", "--include_path", str(tmp_path)]
-    command += ["--output_path", str(tmp_path / "out"), "--log_samples"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), cwd=tmp_path)
-    samples = list((tmp_path / "out").rglob("samples_mini_*.jsonl"))
-    assert samples, done.stderr
-    (line,) = samples[0].read_text().splitlines()
-    got = [float(response[0][0]) for response in json.loads(line)["resps"]]
+    arguments = ["--model", "hf", "--device", "cpu", "--model_args", f"pretrained={folder},trust_remote_code=True"]
+    (line,) = samples(tmp_path, "lm_eval", arguments, {"q": "a film", "c": choices, "a": 0})
+    got = [float(response[0][0]) for response in line["resps"]]
     model, tokenizer = dph.Model.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     for value, choice in zip(got, choices, strict=True):
         prompt = tokenizer("a film", add_special_tokens=False)["input_ids"]

@@ -1,13 +1,9 @@
 """Model dph of lm-evaluation-harness: its numbers are the harness's own and ours, by log-probability and by reward."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
-from ecosystem.test_libraries import environment
 from helpers.command_line import save_models
+from helpers.harness import samples
 from helpers.texts import message
 from transformers import AutoTokenizer
 
@@ -98,21 +94,11 @@ def test_scores_that_are_no_numbers_choose_nothing(folder, choose_by):
 
 
 def test_the_command_line(folder, tmp_path):
-    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    task = {
-        "task": "mini", "dataset_path": "json", "dataset_kwargs": {"data_files": str(tmp_path / "documents.jsonl")},
-        "test_split": "train", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{c}}",
-        "doc_to_target": "{{a}}", "metric_list": [{"metric": "acc"}],
-    }  # fmt: skip
-    (tmp_path / "mini.yaml").write_text(json.dumps(task))
-    command = [sys.executable, "-m", "dph.evaluate.harness", "run", "--model", "dph", "--tasks", "mini"]
-    command += ["--model_args", f"pretrained={folder},choose_by=reward,head=short", "--include_path", str(tmp_path)]
-    command += ["--output_path", str(tmp_path / "out"), "--log_samples", "--apply_chat_template"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), cwd=tmp_path)
-    samples = list((tmp_path / "out").rglob("samples_mini_*.jsonl"))
-    assert samples, done.stderr
+    arguments = ["--model", "dph", "--model_args", f"pretrained={folder},choose_by=reward,head=short"]
+    lines = samples(tmp_path, "dph.evaluate.harness", [*arguments, "--apply_chat_template"], *QUESTIONS)
+    assert len(lines) == len(QUESTIONS)
     model, tokenizer = dph.Model.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    for line in map(json.loads, samples[0].read_text().splitlines()):
+    for line in lines:
         got = [float(response[0][0]) for response in line["resps"]]
         conversations = [[message("user", line["doc"]["q"]), message("assistant", c)] for c in line["doc"]["c"]]
         expected = model.score(tokenizer, conversations, head="short").tolist()

@@ -81,6 +81,16 @@ def same(one, two, **tolerance):
         assert torch.allclose(a, b, **tolerance) if tolerance else torch.equal(a, b), name
 
 
+def same_gradients(part, full):
+    """The names of the parameters that have gradients in the model of one trainer: those of the other's."""
+    expected, trained = dict(full.model.named_parameters()), set()
+    for name, p in part.model.named_parameters():
+        if p.grad is not None:
+            trained.add(name)
+            torch.testing.assert_close(p.grad, expected[name].grad, rtol=1e-5, atol=1e-6)
+    return trained
+
+
 def go(recipe, data=None, model=None, **options):
     """Train on records in memory, with held-out ones."""
     stage = recipe.stage
