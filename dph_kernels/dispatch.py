@@ -13,8 +13,9 @@ import importlib
 import importlib.util
 import itertools
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -280,6 +281,29 @@ def profile_range(name: str) -> AbstractContextManager:
     return torch_private.record_function(name) if torch_private.profiler_enabled() else _NO_RANGE
 
 
+_BATCH_INVARIANT = ContextVar("batch_invariant", default=False)
+
+
+@contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Let each row's result be the same bits whatever other rows are computed with it, in this thread.
+
+    "auto" then takes the same kernels for any number of rows, and the CPU's attention computes each segment by itself:
+    slower for many short ones that share a prompt. The products of PyTorch's matrices decide for themselves: those of
+    the CPU do so from 16 rows on.
+    """
+    token = _BATCH_INVARIANT.set(True)
+    try:
+        yield
+    finally:
+        _BATCH_INVARIANT.reset(token)
+
+
+def is_batch_invariant() -> bool:
+    """Whether the caller is inside of :func:`batch_invariant`."""
+    return _BATCH_INVARIANT.get()
+
+
 def prefer_pytorch(x: Tensor, backend: str) -> bool:
     """Whether "auto" computes a cheap operator on ``x`` in plain PyTorch.
 
@@ -287,7 +311,9 @@ def prefer_pytorch(x: Tensor, backend: str) -> bool:
     few elements, as in decoding token by token, the Python before a kernel takes several times as long as all of the
     arithmetic. The choice does not depend on gradients, so that calls with and without them give the same bits.
     """
-    return backend == "auto" and (x.numel() <= SMALL_ELEMENTS or torch.compiler.is_compiling())
+    if backend != "auto":
+        return False
+    return torch.compiler.is_compiling() or (x.numel() <= SMALL_ELEMENTS and not is_batch_invariant())
 
 
 def toolchain() -> dict[str, str]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
 from dph import chat
-from dph.chat import Encoded
-from dph.infer.sampling import COLD, INT64, checked
-from dph.model.judging import Judged, JudgingModel
+from dph.chat import Message
+from dph.errors import UserError
+from dph.infer.engine import Answer, Plan, Pruning, Request, answer_all, fixed
+from dph.infer.sampling import Sampling, checked
+from dph.model.judging import JudgingModel
 
-RANKS = ("reward", "logprob", "lower_bound")
+RANKS = ("reward", "logprob", "lower_bound", "vote")
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,10 @@ class Candidate:
         reward: its reward; NaN without a head, and for an answer that was cut off before the end-of-turn token.
         logprob: summed log-probability of its tokens in nats, the end-of-turn token included.
         mean_logprob: mean log-probability of its content tokens in nats; NaN for an empty answer.
-        finished: whether it ended with the end-of-turn token.
+        finished: whether it ended with the end-of-turn token, or before a stop text.
         tokens: its token ids, and those of the chat format after the end-of-turn token.
         spread: standard deviation of the reward over the members of an ensemble; 0 for any other head.
+        pruned: whether it was dropped before its end, since others seemed better.
     """
 
     text: str
@@ -40,132 +40,126 @@ class Candidate:
     finished: bool
     tokens: tuple[int, ...]
     spread: float = 0.0
+    pruned: bool = False
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The way in which answers are ranked, and how many are sampled.
+
+    Attributes:
+        n: answers per prompt, at most.
+        head: reward head; None for none.
+        rank: "reward"; "logprob"; "lower_bound", the reward less ``risk`` times its spread over the members of an
+            ensemble (``objective.ensemble``), which disagree on answers unlike those of training, whose reward may be
+            too high; or "vote", the sum of the probabilities that equal answers are good (of rewards without a
+            calibration: of their logistic functions).
+        risk: at least 0.
+        normalise: function from an answer's text to the one that it has in common with equal answers; for "vote".
+        confidence: sampling stops once the probability that the best answer is good (:meth:`dph.Model.probability`)
+            reaches it; None for always ``n`` answers.
+        round_size: answers that are sampled between two such decisions.
+        prune_every: after so many tokens the weaker half of the answers is dropped, again and again; None for never.
+    """
+
+    n: int = 16
+    head: str | None = "default"
+    rank: str = "reward"
+    risk: float = 1.0
+    normalise: Callable[[str], str] = str.strip
+    confidence: float | None = None
+    round_size: int = 4
+    prune_every: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers; raises UserError with the name of one that is out of range."""
+        for name in ("n", "risk", "confidence", "round_size", "prune_every"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, checked(name, getattr(self, name)))
+
+    def check(self, model: JudgingModel) -> None:
+        """Raise ValueError if the model lacks the head, its weights, or what the options need."""
+        if self.head is not None:
+            model.check_heads(self.head)
+        if self.rank not in RANKS:
+            raise ValueError(f"rank: expected one of {', '.join(RANKS)}, got {self.rank!r}")
+        members = [heads.members for heads in model.heads.values() if self.head in heads.reward]
+        if self.rank == "lower_bound" and members in ([], [1]):
+            raise ValueError(f"rank: expected an ensemble (objective.ensemble) for lower_bound, got head {self.head!r}")
+        for option in ("confidence", "prune_every"):
+            if getattr(self, option) is not None and self.head is None:
+                raise UserError(f"{option}: expected a reward head with it, got none")
+        if self.confidence is not None:
+            model.probability([0.0], self.head)  # raises without a calibration
+
+    def plan(self, model: JudgingModel) -> Plan:
+        """Return the engine's plan."""
+        if self.confidence is None:
+            return fixed(self.n)
+
+        def more(answers: Sequence[Answer]) -> int:
+            rewards = [answer.rewards[self.head] for answer in answers if answer.finished]
+            if rewards and float(model.probability(rewards, self.head).max()) >= self.confidence:
+                return 0
+            return min(self.round_size, self.n - len(answers))
+
+        return more
+
+    def request(self, model: JudgingModel, prompt: Sequence[int], sampling: Sampling, seed: int | None) -> Request:
+        """Return the request of one prompt."""
+        pruning = None if self.prune_every is None else Pruning(self.prune_every, self.head)
+        plan = self.plan(model)
+        return Request(prompt, plan, sampling, seed=seed, rewards=self.head is not None, pruning=pruning)
+
+
 def sample(
     model: JudgingModel,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     n: int,
     *,
-    max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     seed: int | None = None,
-) -> list[list[Encoded]]:
-    """Sample ``n`` answers to every prompt; return each prompt's candidates, as :meth:`dph.Model.judge` takes them.
+    rewards: bool = True,
+    **sampling: Any,
+) -> list[list[Answer]]:
+    """Sample ``n`` answers to every prompt.
 
     Args:
         prompts: token ids up to the beginning of the answer (``dph.chat.prompt``).
         n: answers per prompt.
-        max_new_tokens: an answer that reaches it without the end-of-turn token is cut off.
-        temperature: of the softmax; below ``dph.infer.sampling.COLD`` the most probable token is taken.
-        top_k: sample from the k most probable tokens; 0 for all.
-        top_p: sample from the most probable tokens that hold this share of the probability.
-        seed: of the call's own generator, so that the answers are the same in any thread, and torch's generator stays
-            as it is. None draws a seed from torch's generator.
+        seed: the answers depend on it, on their prompt and their number alone: not on other prompts, nor on threads.
+            Torch's generator stays as it is. None draws a seed for each prompt from that generator.
+        rewards: False for no rewards; a model without reward heads has none.
+        sampling: fields of :class:`dph.infer.sampling.Sampling`.
 
     The model's mode does not change, and its generation_config plays no part. Modules of other libraries inside of the
     model (LoRA with dropout) follow ``training``.
 
     Raises ValueError with the argument's name if an option is not a number or out of range (``dph.infer.sampling``).
     """
-    n, max_new_tokens = checked("n", n), checked("max_new_tokens", max_new_tokens)
-    temperature, top_k, top_p = checked("temperature", temperature), checked("top_k", top_k), checked("top_p", top_p)
-    seed = None if seed is None else checked("seed", seed)
-    if not prompts:
-        return []
-    width = max(map(len, prompts))
-    marks = chat.markup(tokenizer)
-    end = marks.end_of_turn
-    pad = marks.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # any token: it is masked
-    padded, masks = [], []
-    for prompt in prompts:
-        padding = width - len(prompt)
-        padded.append([pad] * padding + list(prompt))
-        masks.append([0] * padding + [1] * len(prompt))
-    ids, mask = torch.tensor(padded, device=model.device), torch.tensor(masks, device=model.device)
-    if temperature < COLD:  # all n answers are the same: it is sampled once
-        choose, copies = _most_probable, 1
-    else:
-        choose, copies = _random_choice(temperature, top_k, top_p, _generator(seed, model.device)), n
-    next_logits = model.decoder(ids, mask, max_new_tokens, copies)
-    last = ids[:, -1:].repeat_interleave(copies, 0)
-    answers = _continue(next_logits, last, max_new_tokens, end, choose).tolist()
-    groups = []
-    for i, prompt in enumerate(prompts):
-        group = []
-        for answer in answers[i * copies : (i + 1) * copies]:
-            length = answer.index(end) + 1 if end in answer else len(answer)
-            group.append(chat.continuation(list(prompt), answer[:length], tokenizer))
-        groups.append(group * (n // copies))
-    return groups
-
-
-def _continue(
-    next_logits: Callable[[Tensor], Tensor],
-    tokens: Tensor,
-    max_new_tokens: int,
-    end: int,
-    choose: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Return the tokens [B, A] after ``tokens`` [B, 1], with at least one ``end`` in each row or A = max_new_tokens."""
-    finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    answers = []
-    for _ in range(max_new_tokens):
-        tokens = choose(next_logits(tokens).float()).masked_fill(finished, end)[:, None]
-        answers.append(tokens)
-        finished |= tokens[:, 0] == end
-        if finished.all():
-            break
-    return torch.cat(answers, 1)
-
-
-def _most_probable(logits: Tensor) -> Tensor:
-    """Return the most probable tokens [B] of logits [B, V]."""
-    return logits.argmax(-1)
-
-
-def _random_choice(
-    temperature: float, top_k: int, top_p: float, generator: torch.Generator
-) -> Callable[[Tensor], Tensor]:
-    """Return a function from logits [B, V] to tokens [B], drawn as by transformers' ``generate``."""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-
-    def choose(logits: Tensor) -> Tensor:
-        probabilities = warpers(None, logits).softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-
-    return choose
-
-
-def _generator(seed: int | None, device: torch.device) -> torch.Generator:
-    """Return a generator with this seed, or if it is None with one that torch's own generator draws."""
-    if seed is None:
-        seed = int(torch.randint(INT64 - 1, ()))
-    return torch.Generator(device).manual_seed(seed)
+    options, plan, seed = Sampling(**sampling), fixed(checked("n", n)), None if seed is None else checked("seed", seed)
+    rewards = rewards and bool(model.head_names)
+    requests = [Request(prompt, plan, options, seed=seed, rewards=rewards) for prompt in prompts]
+    for _ in answer_all(model, tokenizer, requests):
+        pass
+    return [request.answers for request in requests]
 
 
 def best_of_n(
     model: JudgingModel,
     tokenizer: Any,
-    messages: Sequence[dict[str, str]],
+    messages: Sequence[Message],
     n: int = 16,
     *,
     head: str | None = "default",
     rank: str = "reward",
     risk: float = 1.0,
-    max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    normalise: Callable[[str], str] = str.strip,
+    confidence: float | None = None,
+    round_size: int = 4,
+    prune_every: int | None = None,
     seed: int | None = None,
+    **sampling: Any,
 ) -> list[Candidate]:
     """Sample ``n`` answers to a conversation and rank them by reward, best first (paper, section 1).
 
@@ -173,80 +167,99 @@ def best_of_n(
     log-probability, and so do all answers if ``head`` is None: their rewards are NaN.
 
     Args:
-        head: reward head; None for none.
-        rank: "reward"; "logprob"; or "lower_bound", the reward less ``risk`` times its spread over the members of an
-            ensemble (``objective.ensemble``): they disagree on answers unlike those of training, whose reward may be
-            too high.
-        risk: at least 0.
-
-    The other arguments are those of :func:`dph.infer.best_of_n.sample`.
+        n, head, rank, risk, normalise, confidence, round_size, prune_every: see :class:`Choice`.
+        seed, sampling: see :func:`sample`.
 
     Raises ValueError if the model lacks the head or its weights, if an option is out of range, if the reward of a
-    finished answer or a log-probability is NaN, and for "lower_bound" without a head that is an ensemble.
+    finished answer or a log-probability is NaN, for "lower_bound" without a head that is an ensemble, and for
+    ``confidence`` without a calibrated head.
     """
-    check_rank(model, head, rank)
-    risk = checked("risk", risk)
-    prompt = chat.prompt(messages, tokenizer)
-    (group,) = sample(
-        model, tokenizer, [prompt], n,
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+    choice = Choice(
+        n=n, head=head, rank=rank, risk=risk, normalise=normalise, confidence=confidence, round_size=round_size,
+        prune_every=prune_every,
     )  # fmt: skip
-    (judged,) = model.judge([group])
-    return ranked(group, judged, tokenizer, head=head, start=len(prompt), by=rank, risk=risk)
+    (candidates,) = best_of_n_each(model, tokenizer, [messages], choice, seed=seed, **sampling)
+    return candidates
 
 
-def check_rank(model: JudgingModel, head: str | None, rank: str) -> None:
-    """Raise ValueError if the model lacks the head, its weights, or what ``rank`` needs."""
-    if head is not None:
-        model.check_heads(head)
-    if rank not in RANKS:
-        raise ValueError(f"rank: expected one of {', '.join(RANKS)}, got {rank!r}")
-    members = 1
-    for heads in model.heads.values():
-        if head in heads.reward:
-            members = heads.members
-    if rank == "lower_bound" and members == 1:
-        raise ValueError(f"rank: expected an ensemble (objective.ensemble) for lower_bound, got head {head!r}")
+def best_of_n_each(
+    model: JudgingModel,
+    tokenizer: Any,
+    conversations: Sequence[Sequence[Message]],
+    choice: Choice,
+    *,
+    seed: int | None = None,
+    **sampling: Any,
+) -> list[list[Candidate]]:
+    """Answer several conversations at once; see :func:`best_of_n`. Their candidates are those of each alone."""
+    choice.check(model)
+    options = Sampling(**sampling)
+    prompts = [chat.prompt(messages, tokenizer) for messages in conversations]
+    requests = [choice.request(model, prompt, options, seed) for prompt in prompts]
+    for _ in answer_all(model, tokenizer, requests):
+        pass
+    return [ranked(request.prompt, request.answers, tokenizer, choice, model) for request in requests]
 
 
 def ranked(
-    group: Sequence[Encoded],
-    judged: Judged,
-    tokenizer: Any,
-    *,
-    head: str | None,
-    start: int,
-    by: str = "reward",
-    risk: float = 1.0,
+    prompt: Sequence[int], answers: Sequence[Answer], tokenizer: Any, choice: Choice, model: JudgingModel
 ) -> list[Candidate]:
-    """Candidates of one prompt of ``start`` tokens, best first; without a head by log-probability."""
-    candidates, scores = [], []
-    spreads = judged.spreads.get(head)
-    for i, encoded in enumerate(group):
-        finished = encoded.reward_position is not None
-        end = encoded.reward_position if finished else len(encoded.tokens)
-        reward = math.nan if head is None else judged.rewards[head][i]
-        has_reward = head is not None and finished
+    """Return the candidates of one prompt, best first; without a head by log-probability.
+
+    Raises ValueError if the reward of a finished answer or a log-probability is NaN.
+    """
+    candidates = []
+    for answer in answers:
+        reward = answer.rewards.get(choice.head, math.nan)
+        has_reward = choice.head is not None and answer.finished
         for kind, is_broken in (
-            ("reward", has_reward and math.isnan(reward)), ("log-probability", math.isnan(judged.logprobs[i])),
+            ("reward", has_reward and math.isnan(reward)), ("log-probability", math.isnan(answer.logprob)),
         ):  # fmt: skip
             if is_broken:
                 raise ValueError(
-                    f"candidate {i}: expected a number as its {kind}, got NaN: the model's weights are broken"
+                    f"candidate {answer.index}: expected a number as its {kind}, got NaN: the model's weights are "
+                    "broken"
                 )
-        candidate = Candidate(
-            text=tokenizer.decode(encoded.tokens[start:end], skip_special_tokens=False),
-            reward=reward,
-            logprob=judged.logprobs[i],
-            mean_logprob=math.nan if judged.mean_logprobs[i] is None else judged.mean_logprobs[i],
-            finished=finished,
-            tokens=tuple(encoded.tokens[start:]),
-            spread=0.0 if spreads is None else spreads[i],
+        content = answer.tokens[: len(answer.tokens) - answer.finished]
+        candidates.append(
+            Candidate(
+                text=tokenizer.decode(content, skip_special_tokens=False),
+                reward=reward,
+                logprob=answer.logprob,
+                mean_logprob=answer.mean_logprob,
+                finished=answer.finished,
+                tokens=tuple(chat.continuation(prompt, answer.tokens, tokenizer).tokens[len(prompt) :]),
+                spread=answer.spreads.get(choice.head, 0.0),
+                pruned=answer.pruned,
+            )
         )
-        candidates.append(candidate)
-        score = candidate.logprob
-        if finished and head is not None and by != "logprob":
-            score = reward - (risk * candidate.spread if by == "lower_bound" else 0.0)
-        scores.append((finished, score))
+    scores = scored(candidates, choice, model)
     order = sorted(range(len(candidates)), key=scores.__getitem__, reverse=True)
     return [candidates[i] for i in order]
+
+
+def scored(candidates: Sequence[Candidate], choice: Choice, model: JudgingModel) -> list[tuple[Any, ...]]:
+    """Return what candidates are ranked by, larger for better ones; finished ones are above all others."""
+    if choice.head is None or choice.rank == "logprob":
+        return [(c.finished, not c.pruned, c.logprob) for c in candidates]
+    if choice.rank != "vote":
+        risk = choice.risk if choice.rank == "lower_bound" else 0.0
+        values = [c.reward - risk * c.spread if c.finished else c.logprob for c in candidates]
+        return [(c.finished, not c.pruned, value) for c, value in zip(candidates, values, strict=True)]
+    votes: dict[str, float] = defaultdict(float)
+    finished = [c for c in candidates if c.finished]
+    weights = probabilities([c.reward for c in finished], choice.head, model)
+    for candidate, weight in zip(finished, weights, strict=True):
+        votes[choice.normalise(candidate.text)] += weight
+    scores = []
+    for c in candidates:
+        total, value = (votes[choice.normalise(c.text)], c.reward) if c.finished else (0.0, c.logprob)
+        scores.append((c.finished, not c.pruned, total, value))
+    return scores
+
+
+def probabilities(rewards: Sequence[float], head: str, model: JudgingModel) -> list[float]:
+    """Return the probabilities that answers are good; without a calibration the logistic functions of the rewards."""
+    if model.head_records.get(head, {}).get("calibration") is not None:
+        return model.probability(rewards, head).tolist()
+    return [1 / (1 + math.exp(-max(reward, -700.0))) for reward in rewards]

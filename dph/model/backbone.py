@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
-from dph.model.fused_block import OPTIONAL, BlockMemory, BlockShape, BlockWeights, fused_block
+from dph.model.fused_block import OPTIONAL, BlockMemory, BlockShape, BlockWeights, fused_block, stored_first
 from dph_kernels import checks, dispatch
 from dph_kernels.layout import PackedLayout
 from dph_kernels.residual_norm import residual_norm
@@ -78,9 +78,13 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if memory is None:
             return rope_attention(q, k, v, layout, rope=self.rope, backend=self.backend).flatten(1)
+        if memory.decode:
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            k, v = stored_first(memory, k, v, layout.tables(self.rope, self.head_dim, dtype))
         options = {"rope": self.rope, "memory": memory.read(k), "backend": self.backend}
         attended, keys = rope_attention(q, k, v, layout, **options, return_keys=True)
-        memory.keep(keys, v)
+        if not memory.decode:
+            memory.keep(keys, v)
         return attended.flatten(1)
 
     def forward_inputs(self, x: Tensor, layout: PackedLayout, memory: BlockMemory) -> Tensor:
@@ -139,7 +143,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, layout: PackedLayout, memory: BlockMemory | None = None) -> Tensor:
         """[T, C] -> [T, C]."""
         memory_kind = None if memory is None else memory.kind
-        form = block_form(self, x, layout, memory_kind)
+        form = block_form(self, x, layout, memory_kind, decode=memory is not None and memory.decode)
         if form.fused:
             total, activations = fused_block(x, layout, memory, form.shape, form.weights)
             return total + self.ffn.fc2(activations)
@@ -177,8 +181,12 @@ class Form(NamedTuple):
     weights: BlockWeights | None = None
 
 
-def block_form(block: Block, x: Tensor, layout: PackedLayout, memory_kind: str | None = None) -> Form:
+def block_form(
+    block: Block, x: Tensor, layout: PackedLayout, memory_kind: str | None = None, *, decode: bool = False
+) -> Form:
     """Decide in which form ``block`` computes ``x`` [T, C] over ``layout``, and why.
+
+    ``decode``: the keys of the call are in its memory, and not in the layout.
 
     A block is fused unless hooks, replaced modules or methods, autocast or a transform need its parts, or the operators
     would reject its tensors: then the parts raise the error. Runs in every call, so text is only formatted on the way
@@ -192,9 +200,9 @@ def block_form(block: Block, x: Tensor, layout: PackedLayout, memory_kind: str |
         return Form(False, "autocast is active")
     if x.ndim != 2:
         return Form(False, f"x has {x.ndim} dimensions, not 2")
-    if x.numel() <= dispatch.SMALL_ELEMENTS:
+    if dispatch.prefer_pytorch(x, "auto"):
         return Form(False, f"PyTorch's own operations are as fast for up to {dispatch.SMALL_ELEMENTS} elements")
-    if not layout.queries == layout.keys == len(x):
+    if layout.queries != len(x) or layout.keys != (0 if decode else len(x)):
         return Form(False, "the layout's queries and keys are not as many as the rows of x")
     if layout.query_positions.device != x.device:
         return Form(False, "the layout is on another device than x")

@@ -21,20 +21,22 @@ from dph_kernels.layout import PackedLayout, Rotary
 from dph_kernels.residual_norm import OPERATOR as NORM
 from dph_kernels.residual_norm import WIDEST
 from dph_kernels.rope_attention import OPERATOR as ATTENTION
-from dph_kernels.rope_attention import check_inputs, joined_gradients, split_heads
+from dph_kernels.rope_attention import check_inputs, joined_gradients, rotated_keys, split_heads
 from dph_kernels.swiglu import OPERATOR as GATE
 
 AUTO = "auto"
 
 
 class BlockMemory(Protocol):
-    """Interface of the memory of one layer (``dph.model.memory.LayerMemory``).
+    """Interface of the memory of one layer (``dph.model.memory.LayerMemory``, ``dph.model.kv_pool.PoolLayer``).
 
     Attributes:
-        kind: "kv", rotated keys and values, or "hidden", attention inputs.
+        kind: "kv", rotated keys and values; "pool", those of many sequences; or "hidden", attention inputs.
+        decode: the call's own keys are read from the memory, too, and stored before.
     """
 
     kind: str
+    decode: bool
 
     def read(self, like: Tensor) -> tuple[Tensor, ...]:
         """Return the stored rows [M, ...], of the shape of the rows of ``like`` [*, ...]."""
@@ -228,13 +230,15 @@ def _forward(
         _, normed_q, q_moments = NORM.forward(x=q, weight=weights.q_norm, **norm)
         _, k, k_moments = NORM.forward(x=k, weight=weights.k_norm, **norm)
         q = normed_q
+    tables = layout.tables(shape.rope, q.shape[-1], torch.promote_types(x.dtype, torch.float32))
+    if memory is not None and memory.decode:
+        k, v = stored_first(memory, k, v, tables)
     memory_k, memory_v = (k[:0], v[:0]) if memory is None else memory.read(k)
     if memory is not None or layout.memory:
         check_inputs(q, k, v, memory_k, memory_v, layout)
-    tables = layout.tables(shape.rope, q.shape[-1], torch.promote_types(x.dtype, torch.float32))
     fixed = dict(zip(FIXED, (memory_k, memory_v, layout.segments, *tables), strict=True))
     attended, lse, rotated = ATTENTION.forward(q=q, k=k, v=v, **fixed, scale=q.shape[-1] ** -0.5, backend=AUTO)
-    if memory is not None:
+    if memory is not None and not memory.decode:
         memory.keep(rotated, v)
     update = F.linear(attended.flatten(1), weights.out, weights.out_bias)
     total, ffn_normed, ffn_moments = NORM.forward(
@@ -274,6 +278,14 @@ def _forward(
         **fixed,
     )
     return total, activations, saved
+
+
+def stored_first(
+    memory: BlockMemory, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Store the keys and values of a decoding call, and return the new ones that attention has to read beside: none."""
+    memory.keep(rotated_keys(k, *tables[:2]), v)  # a token's key has the position of its query
+    return k[:0], v[:0]
 
 
 FIXED = "memory_k", "memory_v", "segments", "q_cos", "q_sin", "k_cos", "k_sin"

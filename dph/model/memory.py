@@ -225,6 +225,8 @@ class LayerMemory:
     seen: list[int]
     version: int
 
+    decode = False
+
     @property
     def kind(self) -> str:
         """ "kv" or "hidden"."""

@@ -157,6 +157,15 @@ OPERATOR = Operator(
 )
 
 
+def rotated_keys(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return keys [S, K, D] rotated by the angles of ``cos`` and ``sin`` [S, D/2], without gradient, as attention does.
+
+    For a cache that attention then reads as memory.
+    """
+    implementation = dispatch.implementation("rope_attention", k.device.type, "auto", k.dtype)
+    return implementation.rotate(k.detach(), cos, sin).to(k.dtype)
+
+
 def split_heads(projected: Tensor, heads: int, key_heads: int) -> tuple[Tensor, ...]:
     """[T, (H + 2K) D] -> queries [T, H, D], keys and values [T, K, D], which are views."""
     return projected.unflatten(1, (heads + 2 * key_heads, -1)).split((heads, key_heads, key_heads), 1)

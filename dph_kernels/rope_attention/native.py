@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dph_kernels import native
+from dph_kernels import dispatch, native
 from dph_kernels.checks import last_contiguous
 from dph_kernels.rope_attention import reference, schedule
 
@@ -26,7 +26,7 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
     sizes = {"rows": _queries(_group(q, v)), "block": kernels.ATTENTION_BLOCK, "device": q.device}
-    work = schedule.by_queries(content, len(q), len(memory_k), **sizes)
+    work = schedule.by_queries(content, len(q), len(memory_k), **sizes, apart=dispatch.is_batch_invariant())
     bounds = schedule.bounds(content, len(q), device=q.device)
     arguments = _arguments(q, rotated, v, memory_k, memory_v, out, lse, q_cos, q_sin, scale)
     arguments.schedule(

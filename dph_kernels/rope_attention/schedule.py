@@ -74,17 +74,19 @@ def bounds(content: bytes, queries: int, *, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def by_queries(
-    content: bytes, queries: int, memory: int, *, rows: int, block: int, limit: int = 0, device: torch.device
-) -> Schedule:
+    content: bytes, queries: int, memory: int, *, rows: int, block: int, limit: int = 0, apart: bool = False,
+    device: torch.device,
+) -> Schedule:  # fmt: skip
     """Tiles of up to ``rows`` queries and the keys that they see (memory first), in blocks of ``block``.
 
-    ``limit`` > 0 splits a tile's work into items of at most that many blocks (few queries on many keys).
+    ``limit`` > 0 splits a tile's work into items of at most that many blocks (few queries on many keys). ``apart``: no
+    tile has queries of two segments.
     """
     if device != CPU:  # computed on the CPU first, which also needs the schedule to decide on a split
-        work = by_queries(content, queries, memory, rows=rows, block=block, limit=limit, device=CPU)
+        work = by_queries(content, queries, memory, rows=rows, block=block, limit=limit, apart=apart, device=CPU)
         return Schedule(*all_to_device([tensor for tensor in work if tensor is not None], device))
     table = segments_of(content)
-    tiles = _cut(*_query_groups(table, queries), rows, block)
+    tiles = _cut_apart(table, queries, rows) if apart else _cut(*_query_groups(table, queries), rows, block)
     tile, owner = _crossings(tiles, table[:, 0], table[:, 1])
     q0, q1, k0, k1, p0, p1 = table[owner].T
     first, last = np.maximum(tiles[tile, 0], q0), np.minimum(tiles[tile, 1], q1)
@@ -220,6 +222,17 @@ def _cut(ranges: Array, seen: Array, rows: int, block: int) -> Array:
     if end > start:
         tiles.append((start, end))
     return np.array(tiles, dtype=np.int64).reshape(-1, 2)
+
+
+def _cut_apart(table: Array, queries: int, rows: int) -> Array:
+    """Tiles [N, 2] of at most ``rows`` rows, each of one segment or of the padding between two."""
+    q0, q1 = table[:, 0], table[:, 1]
+    starts, ends = np.append(0, q1), np.append(q0, queries)  # of the gaps
+    starts, ends = np.concatenate([starts, q0]), np.concatenate([ends, q1])
+    count = -(-(ends - starts) // rows)
+    low = np.repeat(starts, count) + _count_on(np.zeros_like(count), count) * rows
+    tiles = np.stack([low, np.minimum(low + rows, np.repeat(ends, count))], 1)
+    return tiles[tiles[:, 0].argsort(kind="stable")]
 
 
 def _hull(a: tuple[int, ...], b: list[int]) -> tuple[int, ...]:
