@@ -3,7 +3,7 @@
     .venv/bin/pytest benchmarks/bench_best_of_n.py --benchmark-only --llama models/SmolLM2-135M
 
 times a directory of transformers; without ``--llama`` one with random weights, as bench_family.py. fp32 on the CPU,
-bf16 on a GPU. Every candidate has all of its tokens: the end-of-turn token comes last, whatever is drawn.
+bf16 on a GPU. Every candidate has all of its tokens: the last one is the end-of-turn token in place of the drawn one.
 
 The result is the same for both: candidates with their log-probabilities and rewards. The rival computes them from the
 whole conversations in one batch, with logits of the candidates' tokens alone. Before the timing our log-probabilities

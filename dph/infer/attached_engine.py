@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,9 +14,15 @@ from dph.errors import UserError
 from dph.infer.choice import candidate_keys, choose
 from dph.infer.request import Answer, Engine, Request
 
+if TYPE_CHECKING:
+    from dph.model.judging import JudgingModel
+
 
 class AttachedEngine(Engine):
-    """One request after another, by the network's own cache, for models of ``dph.attach``; judged in a second pass."""
+    """One request after another, by the network's own cache; answers are judged in a second pass."""
+
+    def __init__(self, model: JudgingModel, tokenizer: Any) -> None:
+        super().__init__(model, tokenizer, chat.markup(tokenizer).end_of_turn)
 
     def check(self, request: Request) -> None:
         """See :meth:`Engine.check`."""

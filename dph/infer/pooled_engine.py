@@ -69,7 +69,7 @@ class PooledEngine(Engine):
     """
 
     def __init__(self, model: JudgingModel, tokenizer: Any, rows: int, batch: int = BATCH) -> None:
-        super().__init__(model, tokenizer)
+        super().__init__(model, tokenizer, chat.markup(tokenizer).end_of_turn)
         self.pool, self.batch = KVPool(rows), batch
         self._token_at = np.zeros(rows, np.int64)  # of each row of the pool
         self._logprob_at = np.zeros(rows, np.float32)
@@ -139,7 +139,7 @@ class PooledEngine(Engine):
             if request._slot is None:
                 is_full = is_full or not self._open(request, room)
             else:
-                request._reserved += self._take(request, room)
+                request._reserved += self._take(request, request._slot, room)
             room -= len(request._reserved)
 
     def _open(self, request: Request, room: int) -> bool:
@@ -147,7 +147,7 @@ class PooledEngine(Engine):
         slot = self.pool.take(len(request.prompt))
         if slot is None:
             return False
-        if not (taken := self._take(request, room)):
+        if not (taken := self._take(request, slot, room)):
             self.pool.free(slot)
             return False
         request._slot, request._reserved, request._number = slot, taken, self._numbers
@@ -156,11 +156,15 @@ class PooledEngine(Engine):
         self._token_at[slot : slot + len(request.prompt)] = request.prompt
         return True
 
-    def _take(self, request: Request, room: int) -> list[int]:
-        """Return the first rows of waiting candidates, at most ``room``; none if too few can start together."""
+    def _take(self, request: Request, slot: int, room: int) -> list[int]:
+        """Return the first rows of waiting candidates, at most ``room``; none if too few can start together.
+
+        They lie behind the prompt's: attention adds up the parts in the order of the rows. The last prompt of the pool
+        has only candidates behind it, which end, and there was room for one of its own: some prompt can always go on.
+        """
         waiting = request._wanted - request._started - len(request._reserved)
         taken: list[int] = []
-        while len(taken) < min(waiting, room) and (start := self.pool.take(request.rows)) is not None:
+        while len(taken) < min(waiting, room) and (start := self.pool.take(request.rows, slot)) is not None:
             taken.append(start)
         if request.pruning is not None and len(taken) < waiting:
             for start in taken:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from dph import chat
 from dph.infer.sampling import INT64, Sampling, checked
-from dph.model.judging import JudgingModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dph.model.judging import JudgingModel
 
 STOP_ROOM = 64  # tokens by which an answer may grow as a stop text cuts its last token into pieces
 
@@ -135,11 +137,13 @@ class Request:
 
 
 class Engine(ABC):
-    """Requests in the order of their arrival, and the steps that answer them."""
+    """Requests in the order of their arrival, and the steps that answer them.
 
-    def __init__(self, model: JudgingModel, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.end = chat.markup(tokenizer).end_of_turn
+    ``end``: the token that ends an answer.
+    """
+
+    def __init__(self, model: JudgingModel, tokenizer: Any, end: int) -> None:
+        self.model, self.tokenizer, self.end = model, tokenizer, end
         self.requests: list[Request] = []
 
     def submit(self, request: Request) -> Request:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import templates
-from helpers.texts import message, small_tokenizer
+from helpers.talker import ASKED, END, TOK, alone, talker
+from helpers.texts import message
 from helpers.tiny import FORMS, tiny_model
 
 import dph
@@ -17,21 +18,6 @@ from dph import chat
 from dph.infer.best_of_n import Choice, ranked, sample
 from dph.infer.choice import candidate_keys, gumbel
 from dph.infer.request import Answer
-
-TOK = small_tokenizer()
-END = TOK.convert_tokens_to_ids("<|im_end|>")
-ASKED = [message("user", "hello world")]
-
-
-def talker(**changes):
-    """A tiny model that ends its answers now and then: END's logit is twice as far from zero as another row's."""
-    model = tiny_model(
-        vocab_size=len(TOK), im_end_token_id=END, pad_token_id=TOK.pad_token_id, eos_token_id=TOK.eos_token_id,
-        bos_token_id=TOK.bos_token_id, **changes,
-    )  # fmt: skip
-    with torch.no_grad():
-        model.backbone.embedding.weight[END] *= 2
-    return model
 
 
 def answers(*texts, finished=None):
@@ -111,17 +97,6 @@ def test_text_is_the_content_alone():
 
 
 # Judging
-
-
-def alone(model, item):
-    logprobs = model(torch.tensor([item.tokens])).logits[0].log_softmax(-1)
-    chosen = logprobs.gather(1, torch.tensor(item.targets)[:, None]).flatten()
-    reward = math.nan
-    if item.reward_position is not None:
-        ids = torch.tensor([item.tokens[: item.reward_position + 1]])
-        reward = model.rewards(ids)["default"].item()
-    scored = chosen[torch.tensor(item.score_mask)]
-    return chosen[torch.tensor(item.loss_mask)].sum().item(), scored.mean().item(), reward
 
 
 @pytest.mark.parametrize("budget", [1, 60, 10_000])
@@ -389,10 +364,16 @@ def test_best_of_n_is_sampling_judging_and_ranking(form):
 
 def test_another_head_ranks_by_its_own_rewards():
     model = talker(reward_heads=("default", "other"))
-    settings = {"n": 24, "max_new_tokens": 40, "seed": 0}
-    orders = [[c.tokens for c in dph.best_of_n(model, TOK, ASKED, head=h, **settings)] for h in ("default", "other")]
-    assert sorted(orders[0]) == sorted(orders[1])
-    assert orders[0] != orders[1]
+    with torch.no_grad():
+        vectors = model.heads["shared"].reward
+        vectors["other"].weight.copy_(-vectors["default"].weight)
+    settings = {"n": 48, "max_new_tokens": 60, "seed": 0}
+    found = [dph.best_of_n(model, TOK, ASKED, head=head, **settings) for head in ("default", "other")]
+    finished = sum(c.finished for c in found[0])
+    orders = [[c.tokens for c in candidates] for candidates in found]
+    assert finished > 1
+    assert orders[0][:finished] == orders[1][:finished][::-1]
+    assert orders[0][finished:] == orders[1][finished:]
     with pytest.raises(ValueError, match="head: expected one of default, other, got 'third'"):
         dph.best_of_n(model, TOK, ASKED, head="third")
 
