@@ -299,9 +299,8 @@ def batch_invariant() -> Iterator[None]:
         _BATCH_INVARIANT.reset(token)
 
 
-def is_batch_invariant() -> bool:
-    """Whether the caller is inside of :func:`batch_invariant`."""
-    return _BATCH_INVARIANT.get()
+is_batch_invariant = _BATCH_INVARIANT.get
+"""Whether the caller is inside of :func:`batch_invariant`."""
 
 
 def prefer_pytorch(x: Tensor, backend: str) -> bool:

@@ -30,6 +30,7 @@ from dph.model.judging import JudgingModel
 from dph.model.kv_pool import KVPool
 from dph_kernels.dispatch import batch_invariant
 from dph_kernels.layout import COLUMNS, PackedLayout
+from dph_kernels.linear import apply_linear
 from dph_kernels.transfer import to_device
 
 CHUNK = 512  # tokens of a prompt that are read at once; a multiple of attention's blocks, counted from its beginning
@@ -512,7 +513,7 @@ class PooledEngine(Engine):
         """Return the logits [R, V] fp32 after these rows of hidden states."""
         padded = np.concatenate([rows, np.repeat(rows[:1], _padded_rows(len(rows)) - len(rows))])
         states = hidden[to_device(torch.from_numpy(padded), hidden.device)]
-        return self.model.lm_head(self.model.output_proj(states))[: len(rows)].float()
+        return apply_linear(self.model.lm_head, self.model.output_proj(states))[: len(rows)].float()
 
 
 def _padded_rows(rows: int) -> int:

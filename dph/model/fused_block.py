@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from dph_kernels.dispatch import is_batch_invariant
 from dph_kernels.layout import PackedLayout, Rotary
+from dph_kernels.linear import linear
 from dph_kernels.residual_norm import OPERATOR as NORM
 from dph_kernels.residual_norm import WIDEST
 from dph_kernels.rope_attention import OPERATOR as ATTENTION
@@ -221,7 +223,8 @@ def _forward(
         kind=shape.norm,
         backend=AUTO,
     )
-    projected = F.linear(normed, weights.qkv, weights.qkv_bias)
+    product = linear if is_batch_invariant() else F.linear
+    projected = product(normed, weights.qkv, weights.qkv_bias)
     q, k, v = split_heads(projected, shape.heads, shape.key_heads)
     normed_q = q_moments = k_moments = None
     if weights.q_norm is not None:
@@ -239,7 +242,7 @@ def _forward(
     attended, lse, rotated = ATTENTION.forward(q=q, k=k, v=v, **fixed, scale=q.shape[-1] ** -0.5, backend=AUTO)
     if memory is not None and memory.kind == "kv":
         memory.keep(rotated, v)
-    update = F.linear(attended.flatten(1), weights.out, weights.out_bias)
+    update = product(attended.flatten(1), weights.out, weights.out_bias)
     total, ffn_normed, ffn_moments = NORM.forward(
         x=x,
         update=update,
@@ -249,7 +252,7 @@ def _forward(
         kind=shape.norm,
         backend=AUTO,
     )
-    gate = F.linear(ffn_normed, weights.fc1)
+    gate = product(ffn_normed, weights.fc1)
     activations = GATE.forward(projected=gate, bias=weights.fc1_bias, backend=AUTO)
     saved = _Saved(
         attention_norm=weights.attention_norm,
