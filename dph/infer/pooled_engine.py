@@ -29,7 +29,7 @@ from dph.model.heads import JudgedStates
 from dph.model.judging import JudgingModel
 from dph.model.kv_pool import KVPool
 from dph_kernels.dispatch import batch_invariant
-from dph_kernels.layout import COLUMNS, PackedLayout
+from dph_kernels.layout import PackedLayout
 from dph_kernels.linear import apply_linear
 from dph_kernels.transfer import to_device
 
@@ -174,39 +174,33 @@ class PooledEngine(Engine):
         return taken
 
     def _read_prompts(self) -> None:
-        """Read chunks of prompts, up to the tokens of a batch, and keep the logits after those that are complete."""
-        parts, budget = [], self.batch
+        """Read a chunk of each prompt, up to the tokens of a batch, and keep the logits after those that are complete."""
+        parts: list[tuple[Request, int]] = []  # with numbers of tokens
+        budget = self.batch
         for request in self.requests:
-            read, length = request._read, len(request.prompt)
-            while request._slot is not None and read < length and budget > 0:
-                count = min(CHUNK, length - read)
-                if any(owner is request for owner, _, _ in parts):
-                    break  # a chunk reads the ones before it from the pool
-                parts.append((request, read, count))
+            count = min(CHUNK, len(request.prompt) - request._read)
+            if request._slot is not None and count and budget > 0:
+                parts.append((request, count))
                 budget -= count
         if not parts:
             return
-        counts, table, rows, last = [], [], [], []
-        start = 0
-        total = sum(count for _, _, count in parts)
-        for request, read, count in parts:
-            slot, end = request._slot, start + count
-            keys = (self.pool.rows + start, self.pool.rows + end)
-            table.append((start, end, *keys, slot, slot + read, read))
+        table, rows, complete, start = [], [], [], 0
+        for request, count in parts:
+            slot, read, end = request._slot, request._read, start + count
+            table.append((start, end, self.pool.rows + start, self.pool.rows + end, slot, slot + read, read))
             rows.append(np.arange(slot + read, slot + read + count))
-            counts.append(count)
-            last.append(end - 1)
-            start = end
-        padded = _padded_rows(total)
-        rows = np.concatenate([*rows, np.full(padded - total, self._scratch)])
-        layout = PackedLayout(torch.tensor(table).reshape(-1, len(COLUMNS)), padded, padded, self.pool.rows)
-        hidden = self._forward(rows, layout, self._token_at[rows], decode=False)
-        complete = [i for i, (request, read, count) in enumerate(parts) if read + count == len(request.prompt)]
-        logits = self._logits(hidden, np.array(last)[complete]) if complete else None
-        for i, row in zip(complete, () if logits is None else logits, strict=True):
-            parts[i][0]._logits = row.clone()
-        for request, read, count in parts:
             request._read = read + count
+            if request._read == len(request.prompt):
+                complete.append((request, end - 1))
+            start = end
+        padded = _padded_rows(start)
+        rows = np.concatenate([*rows, np.full(padded - start, self._scratch)])
+        layout = PackedLayout(torch.tensor(table), padded, padded, self.pool.rows)
+        hidden = self._forward(rows, layout, self._token_at[rows], decode=False)
+        if complete:
+            logits = self._logits(hidden, np.array([row for _, row in complete]))
+            for (request, _), own in zip(complete, logits, strict=True):
+                request._logits = own.clone()
 
     def _close(self, request: Request) -> None:
         """Return the rows of a prompt."""
