@@ -174,7 +174,7 @@ class PooledEngine(Engine):
         return taken
 
     def _read_prompts(self) -> None:
-        """Read a chunk of each prompt, up to the tokens of a batch, and keep the logits after those that are complete."""
+        """Read a chunk of each prompt, up to the tokens of a batch, and keep the logits after the complete ones."""
         parts: list[tuple[Request, int]] = []  # with numbers of tokens
         budget = self.batch
         for request in self.requests:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dph.errors import UserError
 from dph.infer.sampling import INT64, Sampling, checked
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class Request:
     Attributes:
         answers: those that are complete, in the order of their indices.
         done: whether no more will come.
+
+    Raises UserError for an empty prompt, and ValueError for a seed out of range.
     """
 
     def __init__(
@@ -93,6 +96,8 @@ class Request:
         pruning: Pruning | None = None,
     ) -> None:
         self.prompt, self.plan, self.sampling = tuple(prompt), plan, sampling
+        if not self.prompt:
+            raise UserError("prompt: expected at least one token, got none")
         self.rewards, self.pruning = rewards, pruning
         if seed is None:
             seed = 0 if sampling.greedy else int(torch.randint(INT64 - 1, ()))

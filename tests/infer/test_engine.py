@@ -244,6 +244,8 @@ def test_a_request_can_be_cancelled_at_any_time():
 
 def test_what_never_fits_is_refused():
     small = PooledEngine(talker(), TOK, 64, 4)
+    with pytest.raises(UserError, match="prompt: expected at least one token, got none"):
+        requests([[]])
     with pytest.raises(UserError, match=r"prompt, max_new_tokens: expected at most 62 rows .* got .* of up to 100"):
         small.submit(requests(PROMPTS[:1], limit=100)[0])
     pruned = Request(PROMPTS[0], fixed(5), Sampling(max_new_tokens=4), pruning=Pruning(2, "default"))
