@@ -98,7 +98,7 @@ async def chat_completions(request: Request) -> Response:
         raise ApiError(400, "stream_options: expected stream with it, got none", param="stream_options")
     max_tokens = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     if max_tokens == "max_completion_tokens" and body.max_tokens not in (None, body.max_completion_tokens):
-        raise ApiError(400, "max_tokens, max_completion_tokens: expected one of them, got two", param="max_tokens")
+        raise ApiError(400, "max_tokens, max_completion_tokens: expected one of them, got two")
     asked = await unless_gone(request, api.service.candidates(body, body.n, max_tokens))
     api.prompted(body)
     completion = responses.Completion(api.service.name, len(asked.request.prompt), body.return_candidates)

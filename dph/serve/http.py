@@ -49,7 +49,7 @@ class Gate:
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, key: str | None, loopback: bool) -> None:
         self._app, self._limits, self._metrics, self._loopback = app, limits, metrics, loopback
         self._key = None if key is None else key.encode()
-        self._active = 0
+        self._active = 0  # requests for work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, count it and log a line about it."""
@@ -57,6 +57,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         start, status = time.monotonic(), 0
+        is_work = scope["method"] == "POST"
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -64,7 +65,7 @@ class Gate:
                 status = message["status"]
             await send(message)
 
-        self._active += 1
+        self._active += is_work
         try:
             self._check(scope)
             await asyncio.wait_for(self._app(scope, receive, watched), self._limits.seconds + GRACE)
@@ -76,7 +77,7 @@ class Gate:
         except Exception as error:  # the application has answered; uvicorn would log its text
             log.error("%s", origin(error))
         finally:
-            self._active -= 1
+            self._active -= is_work
             seconds = time.monotonic() - start
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, status).inc()

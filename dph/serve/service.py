@@ -136,7 +136,8 @@ class Service:
                 )
             options = {name: getattr(body, name) for name in SAMPLING}
             sampling = Sampling(max_new_tokens=given or min(MAX_NEW_TOKENS, room), **options)
-            seed = secrets.randbits(63) if body.seed is None else checked("seed", body.seed)
+            # 53 bits: programs that read all numbers as float64 can repeat the request.
+            seed = secrets.randbits(53) if body.seed is None else checked("seed", body.seed)
             request = choice.request(self._model, prompt, sampling, seed)
             self.engine.check(request)
         except ValueError as error:
@@ -174,6 +175,7 @@ class Service:
         def encode() -> Judged:
             encoded = []
             for i, messages in enumerate(conversations):
+                chat.check(messages, f"{where}[{i}]")
                 chat.check_final_answer(messages, f"{where}[{i}]")
                 try:
                     answer = chat.encode(messages, self._tokenizer, last_only=True)

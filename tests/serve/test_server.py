@@ -1,0 +1,177 @@
+"""A server in a process of its own: OpenAI's client, many clients, slow ones, those that leave, and its end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from helpers.serving import CHAT, QUESTION
+
+import dph
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Server:
+    """A process of ``dph serve``."""
+
+    def __init__(self, model, log, *options, **environment):
+        self.log = log
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dph.cli", "serve", model, "--port", "0", "--cache-mib", "8", *map(str, options)],
+                cwd=ROOT, stdout=subprocess.PIPE, stderr=file, text=True, env={**os.environ, **environment},
+            )  # fmt: skip
+        self.line = self.process.stdout.readline()
+        assert " at http" in self.line, log.read_text()
+        self.url = self.line.split(" at ")[1].split(",")[0]
+        self.port = int(self.url.rpartition(":")[2])
+
+    def post(self, body, path="/v1/chat/completions"):
+        """The JSON of a response, or the whole text of a stream."""
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=120) as response:
+            content = response.read().decode()
+        return content if body.get("stream") else json.loads(content)
+
+    def figure(self, name):
+        """A number of /metrics."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=60) as response:
+            lines = response.read().decode().splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+
+    def wait_for(self, name, value, seconds=60):
+        end = time.monotonic() + seconds
+        while (figure := self.figure(name)) != value:
+            assert time.monotonic() < end, (name, figure)
+            time.sleep(0.02)
+
+    def stop(self, number=signal.SIGTERM):
+        """The exit code after a signal."""
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def server(models, tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "log"
+    server = Server(models / "judge", log, "--body-timeout", 1, "--max-tokens", 1024)
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
+def test_64_clients_get_the_answers_of_the_library(server, opened):
+    bodies = [{**CHAT, "best_of": 1 + seed % 4, "seed": seed} for seed in range(64)]
+    with ThreadPoolExecutor(64) as pool:
+        results = list(pool.map(server.post, bodies))
+    for body, result in zip(bodies, results, strict=True):
+        best = dph.best_of_n(*opened, QUESTION, body["best_of"], seed=body["seed"], max_new_tokens=8)[0]
+        assert result["choices"][0]["message"]["content"] == best.text
+
+
+def received(server, content, seconds=30):
+    """Everything that the server sends on a connection until it closes it."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=seconds) as connection:
+        connection.sendall(content)
+        parts = []
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        (HEAD + b"\r\n{", b"HTTP/1.1 408 "),
+        (HEAD + b"Connection: keep-", b""),
+        (b"", b""),
+        (b"nonsense\r\n\r\n", b"HTTP/1.1 400 "),
+    ],
+)
+def test_slow_clients_are_cut_off(server, content, answer):
+    start = time.monotonic()
+    assert received(server, content).startswith(answer)
+    assert time.monotonic() - start < 25
+
+
+def test_an_oversized_body_is_refused_while_it_is_sent(server):
+    head = HEAD.replace(b"100", b"9999999")
+    assert b"413 " in received(server, head + b"\r\n" + b"x" * 2_000_000)
+
+
+def test_requests_of_clients_that_leave_are_dropped(server):
+    body = {**CHAT, "max_tokens": 900, "best_of": 100, "temperature": 2.0}
+    for path, extra in (("/v1/chat/completions", {}), ("/v1/candidates", {})):
+        content = json.dumps({**body, **extra}).encode()
+        head = HEAD.replace(b"100", str(len(content)).encode()).replace(b"/v1/chat/completions", path.encode())
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(head + b"\r\n" + content)
+            server.wait_for("dph_jobs", 1.0)
+        server.wait_for("dph_jobs", 0.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_end_waits_for_requests_and_refuses_new_ones(models, tmp_path, number):
+    server = Server(models / "judge", tmp_path / "log", "--name", "judge")
+    body = {**CHAT, "max_tokens": 600, "best_of": 8, "temperature": 2.0, "stream": True}
+    results = []
+    client = threading.Thread(target=lambda: results.append(server.post(body)))
+    client.start()
+    server.wait_for("dph_jobs", 1.0)
+    assert server.stop(number) == 0
+    client.join()
+    (text,) = results
+    assert text.endswith("data: [DONE]\n\n")
+    with pytest.raises(OSError, match="refused"):
+        server.post(CHAT)
+    log = server.log.read_text()
+    assert "POST /v1/chat/completions 200" in log
+    assert "Traceback" not in log
+
+
+def test_a_bounded_end(models, tmp_path):
+    server = Server(models / "judge", tmp_path / "log", "--stop-timeout", 1, "--max-tokens", 100_000)
+    body = {**CHAT, "max_tokens": 90_000, "best_of": 1, "temperature": 2.0, "top_k": 0}
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(server.post, {**body, "best_of": 64})
+        server.wait_for("dph_jobs", 1.0)
+        start = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - start < 30
+
+
+@pytest.mark.ecosystem
+def test_the_client_of_openai(server, opened):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["judge"]
+    options = {"model": "judge", "messages": QUESTION, "max_tokens": 8, "seed": 3}
+    expected = dph.best_of_n(*opened, QUESTION, 6, seed=3, max_new_tokens=8)
+    extra = {"best_of": 6, "return_candidates": True}
+    whole = client.chat.completions.create(**options, n=2, extra_body=extra)
+    assert [choice.message.content for choice in whole.choices] == [one.text for one in expected[:2]]
+    assert [one["text"] for one in whole.candidates] == [one.text for one in expected]
+    first = client.chat.completions.create(**options)
+    text = ""
+    for chunk in client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}):
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+    assert text == first.choices[0].message.content
+    assert chunk.usage == first.usage
+    with pytest.raises(openai.BadRequestError, match="n: expected a number from 1 to 128, got 1000"):
+        client.chat.completions.create(**options, n=1000)
+    with pytest.raises(openai.NotFoundError, match="model: expected judge"):
+        client.chat.completions.create(**{**options, "model": "gpt"})
