@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
     if not loopback and key is None:
         print("dph serve: other machines may send requests, and no key is set (--api-key-file)", file=sys.stderr)
     host, port = bound.getsockname()[:2]
+    bound.listen(server.BACKLOG)  # before the line below: programs may connect once they have read it
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     common.print_text(f"{name} at {address}, heads: {', '.join(names) or 'none'}")
     sys.stdout.flush()

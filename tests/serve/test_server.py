@@ -113,9 +113,9 @@ def test_an_oversized_body_is_refused_while_it_is_sent(server):
 
 
 def test_requests_of_clients_that_leave_are_dropped(server):
-    body = {**CHAT, "max_tokens": 900, "best_of": 100, "temperature": 2.0}
-    for path, extra in (("/v1/chat/completions", {}), ("/v1/candidates", {})):
-        content = json.dumps({**body, **extra}).encode()
+    body = {**CHAT, "max_tokens": 900, "best_of": 10, "temperature": 0.3}
+    for path in ("/v1/chat/completions", "/v1/candidates"):
+        content = json.dumps(body).encode()
         head = HEAD.replace(b"100", str(len(content)).encode()).replace(b"/v1/chat/completions", path.encode())
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(head + b"\r\n" + content)
@@ -126,7 +126,7 @@ def test_requests_of_clients_that_leave_are_dropped(server):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_end_waits_for_requests_and_refuses_new_ones(models, tmp_path, number):
     server = Server(models / "judge", tmp_path / "log", "--name", "judge")
-    body = {**CHAT, "max_tokens": 600, "best_of": 8, "temperature": 2.0, "stream": True}
+    body = {**CHAT, "max_tokens": 300, "best_of": 4, "temperature": 0.3, "stream": True}
     results = []
     client = threading.Thread(target=lambda: results.append(server.post(body)))
     client.start()
@@ -143,10 +143,10 @@ def test_the_end_waits_for_requests_and_refuses_new_ones(models, tmp_path, numbe
 
 
 def test_a_bounded_end(models, tmp_path):
-    server = Server(models / "judge", tmp_path / "log", "--stop-timeout", 1, "--max-tokens", 100_000)
-    body = {**CHAT, "max_tokens": 90_000, "best_of": 1, "temperature": 2.0, "top_k": 0}
+    server = Server(models / "judge", tmp_path / "log", "--stop-timeout", 1, "--max-tokens", 8000)
+    body = {**CHAT, "max_tokens": 7000, "best_of": 2, "temperature": 0.3}
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(server.post, {**body, "best_of": 64})
+        pool.submit(server.post, body)
         server.wait_for("dph_jobs", 1.0)
         start = time.monotonic()
         assert server.stop() == 0
