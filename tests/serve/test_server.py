@@ -1,64 +1,17 @@
 """A server in a process of its own: OpenAI's client, many clients, slow ones, those that leave, and its end."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from helpers.server_process import Server
 from helpers.serving import CHAT, QUESTION
 
 import dph
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-class Server:
-    """A process of ``dph serve``."""
-
-    def __init__(self, model, log, *options, **environment):
-        self.log = log
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "dph.cli", "serve", model, "--port", "0", "--cache-mib", "8", *map(str, options)],
-                cwd=ROOT, stdout=subprocess.PIPE, stderr=file, text=True, env={**os.environ, **environment},
-            )  # fmt: skip
-        self.line = self.process.stdout.readline()
-        assert " at http" in self.line, log.read_text()
-        self.url = self.line.split(" at ")[1].split(",")[0]
-        self.port = int(self.url.rpartition(":")[2])
-
-    def post(self, body, path="/v1/chat/completions"):
-        """The JSON of a response, or the whole text of a stream."""
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=120) as response:
-            content = response.read().decode()
-        return content if body.get("stream") else json.loads(content)
-
-    def figure(self, name):
-        """A number of /metrics."""
-        with urllib.request.urlopen(self.url + "/metrics", timeout=60) as response:
-            lines = response.read().decode().splitlines()
-        return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
-
-    def wait_for(self, name, value, seconds=60):
-        end = time.monotonic() + seconds
-        while (figure := self.figure(name)) != value:
-            assert time.monotonic() < end, (name, figure)
-            time.sleep(0.02)
-
-    def stop(self, number=signal.SIGTERM):
-        """The exit code after a signal."""
-        self.process.send_signal(number)
-        return self.process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +42,10 @@ def received(server, content, seconds=30):
     return b"".join(parts)
 
 
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
+HEAD = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Content-Length: 100\r\n"
+)
 
 
 @pytest.mark.parametrize(
