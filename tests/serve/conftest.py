@@ -2,9 +2,8 @@
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the server needs the extra serve")
-pytest.importorskip("uvicorn", reason="the server needs the extra serve")
-pytest.importorskip("prometheus_client", reason="the server needs the extra serve")
+for package in ("fastapi", "uvicorn", "prometheus_client", "httpx2"):
+    pytest.importorskip(package, reason="the server's tests need the extra test")
 
 LIMITS = {"tokens": 64, "candidates": 16, "documents": 20, "body_bytes": 20_000}
 
