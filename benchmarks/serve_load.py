@@ -173,9 +173,8 @@ def main() -> int:
             ordered[-1],
         ])  # fmt: skip
     print(table(["request", "number", "per second", "median s", "95 % s", "longest s"], rows))
-    print(
-        f"{options.clients} clients, {seconds:.0f} s, {len(load.errors)} errors, jobs left: {figure(address, 'dph_jobs'):g}"
-    )
+    jobs = figure(address, "dph_jobs")
+    print(f"{options.clients} clients, {seconds:.0f} s, {len(load.errors)} errors, jobs left: {jobs:g}")
     print(f"memory: {first / 2**20:.0f} MiB after {before:.0f} s, {last / 2**20:.0f} MiB at the end")
     for error in load.errors[:10]:
         print(error)
