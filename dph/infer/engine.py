@@ -40,6 +40,7 @@ BATCH = 1024  # candidates that are continued together, and tokens of prompts th
 POOL_BYTES = 1 << 30  # of keys and values, unless a single prompt with one candidate needs more
 # PyTorch's products of matrices on the CPU take another way for fewer rows, with other rounding.
 LEAST_ROWS, ROW_MULTIPLE = 16, 8
+MOST_SAMPLINGS = 64  # before those that no candidate needs are dropped
 STOP_ROOM = 64  # tokens by which an answer may grow as a stop text cuts its last token into pieces
 
 
@@ -411,6 +412,9 @@ class PooledEngine(Engine):
     def _start(self) -> tuple[np.ndarray, Tensor | None]:
         """Return the candidates that begin now, and the logits [C, V] of their first tokens."""
         began, logits = [], []
+        if len(self._samplings) > MOST_SAMPLINGS:  # of all requests so far
+            kinds, self._running["sampling"] = np.unique(self._running["sampling"], return_inverse=True)
+            self._samplings = [self._samplings[kind] for kind in kinds]
         for request in self.requests:
             if request._logits is None or not request._reserved:
                 continue
