@@ -281,7 +281,7 @@ def _stream(api: Api, events: AsyncIterator[str]) -> StreamingResponse:
 async def _on_error(_: Request, error: Exception) -> Response:
     """Return an error in OpenAI's form."""
     if isinstance(error, ClientGone):
-        return Response(status_code=499)  # nobody reads it; the log has it
+        return Response(status_code=499)  # for the log
     if isinstance(error, HTTPException):
         error = ApiError(
             error.status_code, f"{error.detail}: see /v1/models, /v1/chat/completions, /v1/score, /v1/rerank"

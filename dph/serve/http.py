@@ -1,4 +1,4 @@
-"""What every request passes: its host, key and time, and the reading of its body."""
+"""Checks that every request passes (host, key, number, time), and the reading of its body."""
 
 from __future__ import annotations
 
