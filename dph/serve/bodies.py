@@ -55,7 +55,7 @@ class StreamOptions(Body):
 
 
 class Candidates(Body):
-    """What candidates are sampled and how they are ranked: the options of ``dph.best_of_n``."""
+    """The candidates that are sampled and their ranking: the options of ``dph.best_of_n``."""
 
     model: str | None = None
     messages: list[ChatMessage] = Field(min_length=1)
