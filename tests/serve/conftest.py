@@ -26,7 +26,7 @@ def served(opened):
 
     model, tokenizer = opened
 
-    def make(limits=None, heads=("default", "short"), **options):
+    def make(limits=None, heads=("default", "short"), model=model, **options):
         options = {"cache_bytes": 1 << 20, **options}
         app = server.make(model, tokenizer, "judge", heads, Limits(**{**LIMITS, **(limits or {})}), **options)
         return TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
