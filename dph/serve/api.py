@@ -37,7 +37,7 @@ def application(service: Service, *, key: str | None = None, loopback: bool = Tr
     """Return the server's application.
 
     Args:
-        service: what answers; it is started and stopped with the application.
+        service: the model and its limits; started and stopped with the application.
         key, loopback: see :class:`dph.serve.http.Gate`.
         log_text: whether the log may hold prompts and answers.
     """
@@ -185,12 +185,12 @@ async def score(request: Request) -> Response:
     body = parse(await read_body(request, api.service.limits), Score)
 
     async def work() -> dict[str, Any]:
-        judged = await api.service.score(body)
-        rewards = await api.service.rewards(judged)
-        api.metrics.judged(judged.tokens)
+        answers = await api.service.score(body)
+        rewards = await api.service.rewards(answers)
+        api.metrics.judged(answers.tokens)
         heads = body.heads or api.service.heads
         probabilities = {head: api.service.probabilities(head, rewards.rewards[head]) for head in heads}
-        return responses.scores(api.service.name, heads, rewards, probabilities, judged.tokens)
+        return responses.scores(api.service.name, heads, rewards, probabilities, answers.tokens)
 
     return await _work(api, request, work())
 
@@ -203,11 +203,11 @@ async def rerank(request: Request) -> Response:
     body = parse(await read_body(request, api.service.limits), Rerank)
 
     async def work() -> dict[str, Any]:
-        head, judged = await api.service.rerank(body)
-        rewards = (await api.service.rewards(judged)).rewards[head]
-        api.metrics.judged(judged.tokens)
+        head, answers = await api.service.rerank(body)
+        rewards = (await api.service.rewards(answers)).rewards[head]
+        api.metrics.judged(answers.tokens)
         return responses.ranking(
-            api.service.name, body.documents, rewards, body.top_n, body.return_documents, judged.tokens
+            api.service.name, body.documents, rewards, body.top_n, body.return_documents, answers.tokens
         )
 
     return await _work(api, request, work())

@@ -21,6 +21,7 @@ from dph.serve.limits import Limits, origin, out_of_time, stopping
 from dph.serve.text_stream import TextStream
 
 log = logging.getLogger(__name__)
+STOP_SECONDS = 10
 INTERVAL = 0.05  # seconds between two reports of growing candidates, if there are several
 
 
@@ -55,11 +56,11 @@ class EngineThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Drop all jobs and end the thread."""
+        """Drop all jobs and end the thread, which may be in the middle of a long answer of an attached network."""
         with self._lock:
             self._is_stopping = True
         self._commands.put(None)
-        self._thread.join()
+        self._thread.join(STOP_SECONDS)
 
     def check(self, request: Request) -> None:
         """Raise UserError for a request that can never be answered; any thread may call this."""
@@ -203,7 +204,9 @@ class EngineThread:
             complete.setdefault(request, []).append(answer)
         for request, job in list(self._generations.items()):
             try:
-                if job.live:
+                if job.live and request.done:  # also the copies of the most probable answer, which no step returns
+                    self._report(job, [answer for answer in request.answers if answer.index not in job.ended])
+                elif job.live:
                     self._report(job, complete.get(request, ()))
                 if request.done:
                     self._finish(job)
@@ -216,6 +219,7 @@ class EngineThread:
             content = answer.tokens[: len(answer.tokens) - answer.finished]
             text = self.tokenizer.decode(content, skip_special_tokens=False)
             job.report(Ended(answer.index, self._stream(job, answer.index).finish(text), answer))
+            job.ended.add(answer.index)
         now = time.monotonic()
         if job.choice.n > 1 and now - job.reported < INTERVAL:
             return

@@ -75,6 +75,7 @@ class Generation(Job):
     choice: Choice
     live: bool
     streams: dict[int, TextStream] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)  # indices of candidates that were reported as complete
     reported: float = 0.0
 
 

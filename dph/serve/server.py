@@ -19,7 +19,6 @@ from dph.serve.http import timed_protocol
 from dph.serve.limits import Limits
 from dph.serve.service import Service
 
-KEEP_ALIVE = 30  # seconds for which an unused connection stays open
 BACKLOG = 2048  # connections that wait to be accepted
 
 
@@ -78,7 +77,7 @@ def serve(app: Any, bound: socket.socket, limits: Limits, stop_seconds: float) -
         access_log=False,
         server_header=False,
         backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE,
+        timeout_keep_alive=max(round(limits.body_seconds), 1),
         timeout_graceful_shutdown=max(round(stop_seconds), 1),
     )
     logging.getLogger("uvicorn").setLevel(logging.ERROR)

@@ -120,6 +120,8 @@ class Service:
             if best_of < n:
                 raise UserError(f"best_of: expected at least n ({n}), got {best_of}")
             choice = self._choice(body, best_of)
+            if n > 1 and (body.confidence is not None or body.prune_every is not None):
+                raise UserError(f"n: expected 1 with confidence or prune_every, which end candidates early, got {n}")
             given = getattr(body, max_tokens)
             if given is not None:
                 _option(max_tokens, given, RULES["max_new_tokens"])
@@ -163,7 +165,7 @@ class Service:
         choice.check(self._model)
         return choice
 
-    async def judgement(self, conversations: Sequence[Sequence[Message]], groups: bool, where: str) -> Judged:
+    async def answers(self, conversations: Sequence[Sequence[Message]], groups: bool, where: str) -> Answers:
         """Return conversations as encoded answers to judge; ``groups``: they differ in the last message alone.
 
         Raises ApiError (400) for too many, and for one that is too long or does not end in an answer.
@@ -172,7 +174,7 @@ class Service:
             message = f"{where}: expected at most {self.limits.documents}, got {len(conversations)}"
             raise ApiError(400, message, param=where)
 
-        def encode() -> Judged:
+        def encode() -> Answers:
             encoded = []
             for i, messages in enumerate(conversations):
                 chat.check(messages, f"{where}[{i}]")
@@ -184,29 +186,29 @@ class Service:
                 if len(answer) > self.longest:
                     raise UserError(f"{where}[{i}]: expected at most {self.longest} tokens, got {len(answer)}")
                 encoded.append(answer)
-            return Judged(_grouped(encoded, groups), sum(map(len, encoded)))
+            return Answers(_grouped(encoded, groups), sum(map(len, encoded)))
 
         try:
             return await self._encoded(encode)
         except ValueError as error:
             raise refusal(error) from None
 
-    async def score(self, body: Score) -> Judged:
+    async def score(self, body: Score) -> Answers:
         """Return the answers of a request to score. Raises ApiError (400, 404)."""
         self.check_model(body.model)
         for head in body.heads or ():
             self.check_head(head, "heads")
         self._check_judges()
-        return await self.judgement(list(map(_messages, body.conversations)), False, "conversations")
+        return await self.answers(list(map(_messages, body.conversations)), False, "conversations")
 
-    async def rerank(self, body: Rerank) -> tuple[str, Judged]:
+    async def rerank(self, body: Rerank) -> tuple[str, Answers]:
         """Return the head of a request to rank documents, and these as answers to judge. Raises ApiError (400, 404)."""
         self.check_model(body.model)
         self._check_judges()
         head = self.heads[0] if body.head is None else self.check_head(body.head)
         query = Message(role="user", content=body.query)
         pairs = [[query, Message(role="assistant", content=text)] for text in body.documents]
-        return head, await self.judgement(pairs, True, "documents")
+        return head, await self.answers(pairs, True, "documents")
 
     def _check_judges(self) -> None:
         if not self.heads:
@@ -232,9 +234,9 @@ class Service:
         async with self._job(Generation, request=asked.request, choice=asked.choice, live=live) as events:
             yield events
 
-    async def rewards(self, judged: Judged) -> Rewards:
+    async def rewards(self, answers: Answers) -> Rewards:
         """Return the rewards of answers; dropped if the caller is cancelled. Raises ApiError as ``generation``."""
-        async with self._job(Judgement, groups=judged.groups) as events:
+        async with self._job(Judgement, groups=answers.groups) as events:
             return await anext(events)
 
     @asynccontextmanager
@@ -262,7 +264,7 @@ class Service:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Answers:
     """Groups of answers to judge, and their tokens in all."""
 
     groups: list[list[Encoded]]

@@ -58,6 +58,19 @@ def test_concurrent_requests_get_the_answers_of_each_alone(client, opened):
         assert result["choices"][0]["message"]["content"] == library(opened, body)[0].text
 
 
+@pytest.mark.parametrize(("confidence", "sampled"), [(0.001, 3), (0.999, 9)])
+def test_sampling_stops_at_enough_confidence(served, opened, monkeypatch, confidence, sampled):
+    record = {"calibration": {"midpoint": 0.0, "temperature": 1.0}}
+    monkeypatch.setitem(opened[0].head_records, "default", record)
+    options = {"confidence": confidence, "round_size": 3, "temperature": 2.0}
+    with served() as client:
+        body = {**CHAT, **options, "best_of": 9, "max_tokens": 36, "return_candidates": True}
+        result = answered(client, body)
+    expected = dph.best_of_n(*opened, QUESTION, 9, seed=3, max_new_tokens=36, **options)
+    assert [one["text"] for one in result["candidates"]] == [one.text for one in expected]
+    assert len(expected) == sampled
+
+
 def streamed(client, body):
     """The texts of a stream's choices, and its events."""
     found = events(client.post("/v1/chat/completions", json={**body, "stream": True}))
@@ -88,8 +101,9 @@ def test_one_candidate_is_streamed_while_it_grows(client):
     assert sum(map(bool, texts[0])) > 3
 
 
-def test_the_events_of_the_page(client):
-    body = {**CHAT, "best_of": 5, "max_tokens": 12, "prune_every": 3}
+@pytest.mark.parametrize("options", [{}, {"prune_every": 3}, {"temperature": 0}], ids=str)
+def test_the_events_of_the_page(client, options):
+    body = {**CHAT, "best_of": 5, "max_tokens": 12, **options}
     found = events(client.post("/v1/candidates", json=body))
     whole = answered(client, {**body, "return_candidates": True})["candidates"]
     texts = {}
@@ -99,6 +113,7 @@ def test_the_events_of_the_page(client):
     assert found[0]["best_of"] == 5
     assert found[-1]["order"] == [one["index"] for one in whole]
     ends = {event["index"]: event for event in found if event["type"] == "candidate"}
+    assert len(ends) == sum(event["type"] == "candidate" for event in found) == 5
     for one in whole:
         assert {
             name: ends[one["index"]][name] for name in ("reward", "logprob", "finish_reason")

@@ -25,6 +25,7 @@ CHAT_PATH, SCORE_PATH, RERANK_PATH = "/v1/chat/completions", "/v1/score", "/v1/r
         (CHAT_PATH, {**CHAT, "n": True}, 400, "n: expected a valid integer, got True"),
         (CHAT_PATH, {**CHAT, "best_of": 17}, 400, "best_of: expected a number from 1 to 16, got 17"),
         (CHAT_PATH, {**CHAT, "n": 3, "best_of": 2}, 400, "best_of: expected at least n (3), got 2"),
+        (CHAT_PATH, {**CHAT, "n": 2, "prune_every": 2}, 400, "n: expected 1 with confidence or prune_every"),
         (CHAT_PATH, {**CHAT, "max_tokens": 0}, 400, "max_tokens: expected a whole number of at least 1, got 0"),
         (CHAT_PATH, {**CHAT, "max_tokens": 64}, 400, "messages, max_tokens: expected at most 64 tokens in all"),
         (CHAT_PATH, {**CHAT, "messages": LONG}, 400, "expected at most 64 tokens in all, got a prompt of"),
