@@ -33,10 +33,8 @@ def browser():
 
 @pytest.fixture(scope="module")
 def server(models, tmp_path_factory):
-    server = Server(models / "judge", tmp_path_factory.mktemp("server") / "log", "--max-candidates", 12)
-    yield server
-    server.process.kill()
-    server.process.wait()
+    with Server(models / "judge", tmp_path_factory.mktemp("server") / "log", "--max-candidates", 12) as server:
+        yield server
 
 
 @pytest.fixture(params=["light", "dark"])

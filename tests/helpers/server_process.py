@@ -28,6 +28,14 @@ class Server:
         self.url = self.line.split(" at ")[1].split(",")[0]
         self.port = int(self.url.rpartition(":")[2])
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """A test that fails leaves no process."""
+        self.process.kill()
+        self.process.wait()
+
     def post(self, body, path="/v1/chat/completions"):
         """The JSON of a response, or the whole text of a stream."""
         headers = {"Content-Type": "application/json"}

@@ -17,10 +17,8 @@ import dph
 @pytest.fixture(scope="module")
 def server(models, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
-    server = Server(models / "judge", log, "--body-timeout", 1, "--max-tokens", 1024)
-    yield server
-    server.process.kill()
-    server.process.wait()
+    with Server(models / "judge", log, "--body-timeout", 1, "--max-tokens", 1024) as server:
+        yield server
 
 
 def test_64_clients_get_the_answers_of_the_library(server, opened):
@@ -81,29 +79,29 @@ def test_requests_of_clients_that_leave_are_dropped(server):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_end_waits_for_requests_and_refuses_new_ones(models, tmp_path, number):
-    server = Server(models / "judge", tmp_path / "log", "--name", "judge")
-    body = {**CHAT, "max_tokens": 300, "best_of": 4, "temperature": 0.3, "stream": True}
-    results = []
-    client = threading.Thread(target=lambda: results.append(server.post(body)))
-    client.start()
-    server.wait_for("dph_jobs", 1.0)
-    assert server.stop(number) == 0
-    client.join()
-    (text,) = results
-    assert text.endswith("data: [DONE]\n\n")
-    with pytest.raises(OSError, match="refused"):
-        server.post(CHAT)
-    log = server.log.read_text()
-    assert "POST /v1/chat/completions 200" in log
-    assert "Traceback" not in log
+    with Server(models / "judge", tmp_path / "log", "--name", "judge") as server:
+        body = {**CHAT, "max_tokens": 300, "best_of": 4, "temperature": 0.3, "stream": True}
+        results = []
+        client = threading.Thread(target=lambda: results.append(server.post(body)))
+        client.start()
+        server.wait_for("dph_jobs", 1.0)
+        assert server.stop(number) == 0
+        client.join()
+        (text,) = results
+        assert text.endswith("data: [DONE]\n\n")
+        with pytest.raises(OSError, match="refused"):
+            server.post(CHAT)
+        log = server.log.read_text()
+        assert "POST /v1/chat/completions 200" in log
+        assert "Traceback" not in log
 
 
 def test_a_bounded_end(models, tmp_path):
-    server = Server(models / "judge", tmp_path / "log", "--stop-timeout", 1, "--max-tokens", 8000)
-    body = {**CHAT, "max_tokens": 7000, "best_of": 2, "temperature": 0.3}
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(server.post, body)
-        server.wait_for("dph_jobs", 1.0)
-        start = time.monotonic()
-        assert server.stop() == 0
-        assert time.monotonic() - start < 30
+    with Server(models / "judge", tmp_path / "log", "--stop-timeout", 1, "--max-tokens", 8000) as server:
+        body = {**CHAT, "max_tokens": 7000, "best_of": 2, "temperature": 0.3}
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(server.post, body)
+            server.wait_for("dph_jobs", 1.0)
+            start = time.monotonic()
+            assert server.stop() == 0
+            assert time.monotonic() - start < 30
