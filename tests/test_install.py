@@ -171,9 +171,8 @@ def test_wheel_holds_the_packages_and_the_recipes_and_nothing_else(python, tree,
     pip(python, tree, env, "wheel", "--no-deps", "--no-cache-dir", "-w", tmp_path / "wheels", ".")
     (wheel,) = (tmp_path / "wheels").glob("dph-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    sources = [
-        p for folder in ("dph", "dph_kernels") for p in (tree / folder).rglob("*") if p.suffix in (".py", ".yaml")
-    ]
+    files = [path for folder in ("dph", "dph_kernels") for path in (tree / folder).rglob("*")]
+    sources = [path for path in files if path.suffix in (".py", ".yaml", ".html")]
     assert {p.relative_to(tree).as_posix() for p in sources if p.parent.name != "build"} <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"dph", "dph_kernels"}
 
@@ -190,7 +189,8 @@ def test_sdist_holds_all_that_is_built(tree):
     csrc = {path.relative_to(tree).as_posix() for path in (tree / "csrc").rglob("*") if path.is_file()}
     assert {Path(name).suffix for name in csrc} == {".cpp", ".cu", ".h"}
     recipes = {path.relative_to(tree).as_posix() for path in (tree / "dph" / "train" / "recipes").glob("*.yaml")}
-    assert csrc | recipes | {"setup.py", "pyproject.toml", "constraints.txt", "dph/model/model.py"} <= names
+    others = {"setup.py", "pyproject.toml", "constraints.txt", "dph/model/model.py", "dph/serve/page.html"}
+    assert csrc | recipes | others <= names
 
 
 def test_build_needs_no_pytorch():

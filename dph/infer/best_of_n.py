@@ -39,6 +39,7 @@ class Candidate:
         tokens: its token ids, and those of the chat format after the end-of-turn token.
         spread: standard deviation of the reward over the members of an ensemble; 0 for any other head.
         pruned: whether it was dropped before its end, since others seemed better.
+        index: its number among the answers to its prompt, in the order of sampling.
     """
 
     text: str
@@ -49,6 +50,7 @@ class Candidate:
     tokens: tuple[int, ...]
     spread: float = 0.0
     pruned: bool = False
+    index: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +250,7 @@ def ranked(
                 tokens=tuple(chat.continuation(prompt, answer.tokens, tokenizer).tokens[len(prompt) :]),
                 spread=answer.spreads.get(choice.head, 0.0),
                 pruned=answer.pruned,
+                index=answer.index,
             )
         )
     scores = _scores(candidates, choice, weigh)

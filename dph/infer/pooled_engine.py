@@ -37,6 +37,7 @@ CHUNK = 512  # tokens of a prompt that are read at once; a multiple of attention
 BATCH = 1024  # candidates that are continued together, and tokens of prompts that are read between two of their tokens
 # PyTorch's products of matrices on the CPU take another way for fewer rows, with other rounding.
 LEAST_ROWS, ROW_MULTIPLE = 16, 8
+MOST_SAMPLINGS = 64  # before those that no candidate needs are dropped
 
 
 STATES = np.dtype(
@@ -215,6 +216,9 @@ class PooledEngine(Engine):
 
     def _start(self) -> Tensor | None:
         """Add the candidates that begin now, each prompt's as one state; return the logits [S, V] of their tokens."""
+        if len(self._samplings) > MOST_SAMPLINGS:  # of all requests so far
+            kinds, self._states["sampling"] = np.unique(self._states["sampling"], return_inverse=True)
+            self._samplings = [self._samplings[kind] for kind in kinds]
         states, candidates, logits = [], [self._candidates], []
         for request in self.requests:
             count, sampling = len(request._reserved), request.sampling

@@ -18,7 +18,7 @@ Rows = tuple[Tensor, Tensor]  # keys, values
 class KVPool:
     """``rows`` rows of keys and values for each layer, allocated once; keys are stored rotated.
 
-    Ranges are given out by ``take`` and returned by ``free``. Between two of them lies a row that nobody reads: ranges
+    Ranges are given out by ``take`` and returned by ``free``. Between two of them lies a row that is never read: ranges
     that touch would be read in blocks across their border, and rounded accordingly.
     """
 
