@@ -15,6 +15,7 @@ import importlib.util
 import logging
 import os
 import signal
+import socket
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -27,6 +28,7 @@ from dph.errors import UserError, one_line
 LOCAL = "local"
 SHARDS = 128
 STORE_BYTES = 80 << 20  # the least that Ray takes; results are files
+CONNECT_SECONDS = 10
 NOT_PASSED = ("parser", "run", "resume", "worker_device")  # of the options
 
 
@@ -177,26 +179,28 @@ class Worker:
 
 
 def _processed(missing: Sequence[shards.Shard], args: argparse.Namespace, about: Mapping[str, Any]) -> Iterator[int]:
-    """Have the cluster write shards; yield the number of records of each one when it is complete."""
+    """Have workers write shards; yield the number of records of each one when it is complete."""
+    options = {name: value for name, value in vars(args).items() if name not in NOT_PASSED}
+    options["device"] = args.worker_device
+    for row in _mapped(missing, (options, about, os.getcwd()), args):
+        if row["error"]:
+            kind = UserError if row["is_input"] else RuntimeError
+            raise kind(row["error"]) from RuntimeError(row["trace"])
+        yield row["records"]
+
+
+def _mapped(
+    missing: Sequence[shards.Shard], arguments: tuple[Any, ...], args: argparse.Namespace
+) -> Iterator[Mapping[str, Any]]:
+    """Yield what :class:`Worker`, made with these arguments, returns for each shard, in the order of completion."""
     with _connected(args.ray, args.workers) as ray:
         resources = _resources([node["Resources"] for node in ray.nodes() if node["Alive"]], args)
-        options = {name: value for name, value in vars(args).items() if name not in NOT_PASSED}
-        options |= {"device": args.worker_device}
-        rows = [shard._asdict() for shard in missing]
-        done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            Worker,
-            fn_constructor_args=(options, about, os.getcwd()),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=resources.pop("workers"), max_tasks_in_flight_per_actor=1),
-            **resources,
-        )
+        pool = ray.data.ActorPoolStrategy(size=resources.pop("workers"), max_tasks_in_flight_per_actor=1)
+        rows = ray.data.from_items([shard._asdict() for shard in missing], override_num_blocks=len(missing))
+        done = rows.map_batches(Worker, fn_constructor_args=arguments, batch_size=1, compute=pool, **resources)
         try:
-            for row in done.iter_rows():
-                if row["error"]:
-                    kind = UserError if row["is_input"] else RuntimeError
-                    raise kind(row["error"]) from RuntimeError(row["trace"])
-                yield row["records"]
-        except (ray.exceptions.RayError, ray.exceptions.RayTaskError) as error:
+            yield from done.iter_rows()
+        except ray.exceptions.RayError as error:
             raise RuntimeError(f"--ray: {one_line(error)}") from error
 
 
@@ -217,9 +221,12 @@ def _connected(address: str, workers: int | None) -> Iterator[Any]:
         options |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": STORE_BYTES}
     handler = signal.getsignal(signal.SIGTERM)
     try:
+        _check_reachable(address)
         ray.init(address, **options)
-    except (ConnectionError, ValueError) as error:
-        raise UserError(f"--ray: expected the address of a running cluster, or {LOCAL}: {one_line(error)}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--ray: expected the address of a running cluster, or {LOCAL}, got {address}: {one_line(error)}"
+        ) from error
     finally:
         signal.signal(signal.SIGTERM, handler)  # Ray sets one of its own
     try:
@@ -229,6 +236,13 @@ def _connected(address: str, workers: int | None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError if nothing answers at HOST:PORT, which Ray tries for ten minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 def _resources(nodes: Sequence[Mapping[str, float]], args: argparse.Namespace) -> dict[str, int]:
