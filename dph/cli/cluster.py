@@ -16,6 +16,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -220,22 +221,23 @@ def _connected(address: str, workers: int | None) -> Iterator[Any]:
         cores = max(len(os.sched_getaffinity(0)), workers or 1)
         options |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": STORE_BYTES}
     handler = signal.getsignal(signal.SIGTERM)
-    try:
-        _check_reachable(address)
-        ray.init(address, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--ray: expected the address of a running cluster, or {LOCAL}, got {address}: {one_line(error)}"
-        ) from error
-    finally:
-        signal.signal(signal.SIGTERM, handler)  # Ray sets one of its own
-    try:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = context.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        yield ray
-    finally:
-        ray.shutdown()
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints there that a worker was killed
+        try:
+            _check_reachable(address)
+            ray.init(address, **options)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--ray: expected the address of a running cluster, or {LOCAL}, got {address}: {one_line(error)}"
+            ) from error
+        finally:
+            signal.signal(signal.SIGTERM, handler)  # Ray sets one of its own
+        try:
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = context.print_on_execution_start = False
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 def _check_reachable(address: str) -> None:
