@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import importlib.util
 import logging
@@ -18,7 +19,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ LOCAL = "local"
 SHARDS = 128
 STORE_BYTES = 80 << 20  # the least that Ray takes; results are files
 CONNECT_SECONDS = 10
-NOT_PASSED = ("parser", "run", "resume", "worker_device")  # of the options
+NOT_PASSED = ("parser", "resume", "worker_device")  # of the options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +100,9 @@ def check_output(args: argparse.Namespace, source: str) -> None:
         return
     own = Path(os.path.realpath(args.output))
     if own.exists() and not own.is_dir():
-        raise NotADirectoryError(20, os.strerror(20), args.output)
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), args.output)
+    if not own.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), args.output)
     for name in inputs:
         if os.path.isdir(name) and own.is_relative_to(os.path.realpath(name)):
             raise UserError(f"--output: expected a directory outside of {name}, got {args.output}")
@@ -123,8 +126,10 @@ def written(job: results.Job, args: argparse.Namespace, quiet: bool = False) -> 
     ):
         missing = output.missing()
         progress.begin(job.total - sum(shard.stop - shard.start for shard in missing))
-        for count in _processed(missing, args, about) if missing else ():
-            progress.advance(count)
+        if missing:
+            with contextlib.closing(_processed(missing, args, about)) as counts:
+                for count in counts:
+                    progress.advance(count)
         if lost := output.missing():
             raise UserError(
                 f"--output: expected a directory that all machines share, got {args.output}, where {lost[0].name} is "
@@ -179,20 +184,23 @@ class Worker:
         return {"records": [stop - start], "error": [error], "is_input": [is_input], "trace": [trace]}
 
 
-def _processed(missing: Sequence[shards.Shard], args: argparse.Namespace, about: Mapping[str, Any]) -> Iterator[int]:
+def _processed(
+    missing: Sequence[shards.Shard], args: argparse.Namespace, about: Mapping[str, Any]
+) -> Generator[int, None, None]:
     """Have workers write shards; yield the number of records of each one when it is complete."""
     options = {name: value for name, value in vars(args).items() if name not in NOT_PASSED}
     options["device"] = args.worker_device
-    for row in _mapped(missing, (options, about, os.getcwd()), args):
-        if row["error"]:
-            kind = UserError if row["is_input"] else RuntimeError
-            raise kind(row["error"]) from RuntimeError(row["trace"])
-        yield row["records"]
+    with contextlib.closing(_mapped(missing, (options, about, os.getcwd()), args)) as rows:
+        for row in rows:
+            if row["error"]:
+                kind = UserError if row["is_input"] else RuntimeError
+                raise kind(row["error"]) from RuntimeError(row["trace"])
+            yield row["records"]
 
 
 def _mapped(
     missing: Sequence[shards.Shard], arguments: tuple[Any, ...], args: argparse.Namespace
-) -> Iterator[Mapping[str, Any]]:
+) -> Generator[Mapping[str, Any], None, None]:
     """Yield what :class:`Worker`, made with these arguments, returns for each shard, in the order of completion."""
     with _connected(args.ray, args.workers) as ray:
         resources = _resources([node["Resources"] for node in ray.nodes() if node["Alive"]], args)

@@ -128,7 +128,8 @@ def test_results_of_an_interrupted_cluster_are_kept(dph_command, command, tmp_pa
 
 def test_a_directory_without_results_goes_with_an_error(dph_command, command, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "write", lambda *arguments: pytest.fail("written"))
-    monkeypatch.setattr(cluster, "_mapped", lambda *arguments: iter([{"error": "no", "is_input": True, "trace": ""}]))
+    row = {"error": "no", "is_input": True, "trace": ""}
+    monkeypatch.setattr(cluster, "_mapped", lambda *arguments: (row for _ in "a"))
     assert dph_command(*command, "--output", tmp_path / "out", "--ray", "local") == (2, "", "dph: error: no\n")
     assert not (tmp_path / "out").exists()
 
