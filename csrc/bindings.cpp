@@ -12,6 +12,7 @@
 #include "cpu/pages.h"
 #include "dlpack.h"
 #include "laprop.h"
+#include "linear.h"
 #include "linear_logprob.h"
 #include "preference_loss.h"
 #include "residual_norm.h"
@@ -405,6 +406,27 @@ void bind_residual_norm(py::module_& module) {
   module.def("residual_norm_lanes", &dph::residual_norm_lanes);
 }
 
+void bind_linear(py::module_& module) {
+  using namespace dph;
+  using namespace py::literals;
+  py::class_<LinearArguments>(module, "LinearArguments")
+      .def(py::init(&from_fields<LinearArguments>))
+      .def_readwrite("rows", &LinearArguments::rows)
+      .def_readwrite("columns", &LinearArguments::columns)
+      .def_readwrite("depth", &LinearArguments::depth)
+      .def_property("x", nullptr, address(&LinearArguments::x))
+      .def_readwrite("x_row", &LinearArguments::x_row)
+      .def_property("weight", nullptr, address(&LinearArguments::weight))
+      .def_readwrite("weight_row", &LinearArguments::weight_row)
+      .def_readwrite("bf16", &LinearArguments::bf16)
+      .def_property("bias", nullptr, address(&LinearArguments::bias))
+      .def_property("out", nullptr, address(&LinearArguments::out))
+      .def_readwrite("out_row", &LinearArguments::out_row);
+  const auto released = py::call_guard<py::gil_scoped_release>();
+  module.def("linear_lanes", &linear_lanes, "most"_a);
+  module.def("linear_forward_cpu", &linear_forward_cpu, "arguments"_a, "threads"_a, released);
+}
+
 void bind_swiglu(py::module_& module) {
   using namespace dph;
   using namespace py::literals;
@@ -500,6 +522,7 @@ PYBIND11_MODULE(_native, module) {
   bind_linear_logprob(module);
   bind_preference_loss(module);
   bind_residual_norm(module);
+  bind_linear(module);
   bind_swiglu(module);
   bind_swiglu_reward(module);
 }

@@ -286,7 +286,7 @@ _BATCH_INVARIANT = ContextVar("batch_invariant", default=False)
 
 @contextmanager
 def batch_invariant() -> Iterator[None]:
-    """Let each row's result be the same bits whatever other rows are computed with it, in this thread.
+    """Let each row's result be the same bits with any other rows in its call, in this thread.
 
     "auto" then takes the same kernels for any number of rows, and the CPU's attention computes each segment by itself:
     slower for many short ones that share a prompt. The products of PyTorch's matrices decide for themselves: those of
@@ -299,9 +299,8 @@ def batch_invariant() -> Iterator[None]:
         _BATCH_INVARIANT.reset(token)
 
 
-def is_batch_invariant() -> bool:
-    """Whether the caller is inside of :func:`batch_invariant`."""
-    return _BATCH_INVARIANT.get()
+is_batch_invariant = _BATCH_INVARIANT.get
+"""Whether the caller is inside of :func:`batch_invariant`."""
 
 
 def prefer_pytorch(x: Tensor, backend: str) -> bool:

@@ -19,7 +19,7 @@ EXAMPLE = """dph generate runs/align --prompt "Name a prime number." -n 8
 dph generate runs/align --file prompts.jsonl --json
 dph generate runs/align --file prompts.jsonl --seed 0 --output answers.jsonl
 dph generate runs/align --file prompts.jsonl --seed 0 --output answers --ray auto --workers 8"""
-JSON_FIELDS = ("text", "reward", "spread", "logprob", "mean_logprob", "finished")
+JSON_FIELDS = ("text", "reward", "spread", "logprob", "mean_logprob", "finished", "pruned")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

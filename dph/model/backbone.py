@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from dph.model.fused_block import OPTIONAL, BlockMemory, BlockShape, BlockWeights, fused_block, stored_first
 from dph_kernels import checks, dispatch
 from dph_kernels.layout import PackedLayout
+from dph_kernels.linear import apply_linear
 from dph_kernels.residual_norm import residual_norm
 from dph_kernels.rope_attention import rope_attention, split_heads
 from dph_kernels.swiglu import swiglu
@@ -78,12 +79,12 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if memory is None:
             return rope_attention(q, k, v, layout, rope=self.rope, backend=self.backend).flatten(1)
-        if memory.decode:
+        if memory.kind == "decode":
             dtype = torch.promote_types(q.dtype, torch.float32)
             k, v = stored_first(memory, k, v, layout.tables(self.rope, self.head_dim, dtype))
         options = {"rope": self.rope, "memory": memory.read(k), "backend": self.backend}
         attended, keys = rope_attention(q, k, v, layout, **options, return_keys=True)
-        if not memory.decode:
+        if memory.kind == "kv":
             memory.keep(keys, v)
         return attended.flatten(1)
 
@@ -143,10 +144,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, layout: PackedLayout, memory: BlockMemory | None = None) -> Tensor:
         """[T, C] -> [T, C]."""
         memory_kind = None if memory is None else memory.kind
-        form = block_form(self, x, layout, memory_kind, decode=memory is not None and memory.decode)
+        form = block_form(self, x, layout, memory_kind)
         if form.fused:
             total, activations = fused_block(x, layout, memory, form.shape, form.weights)
-            return total + self.ffn.fc2(activations)
+            fc2 = self.ffn.fc2
+            return total + (apply_linear(fc2, activations) if dispatch.is_batch_invariant() else fc2(activations))
         if memory_kind == "hidden":
             return self.after(x, self.attention.forward_inputs(self.attention_norm(x), layout, memory))
         return self.after(x, self.attention(self.before(x), layout, memory))
@@ -181,12 +183,8 @@ class Form(NamedTuple):
     weights: BlockWeights | None = None
 
 
-def block_form(
-    block: Block, x: Tensor, layout: PackedLayout, memory_kind: str | None = None, *, decode: bool = False
-) -> Form:
+def block_form(block: Block, x: Tensor, layout: PackedLayout, memory_kind: str | None = None) -> Form:
     """Decide in which form ``block`` computes ``x`` [T, C] over ``layout``, and why.
-
-    ``decode``: the keys of the call are in its memory, and not in the layout.
 
     A block is fused unless hooks, replaced modules or methods, autocast or a transform need its parts, or the operators
     would reject its tensors: then the parts raise the error. Runs in every call, so text is only formatted on the way
@@ -202,7 +200,7 @@ def block_form(
         return Form(False, f"x has {x.ndim} dimensions, not 2")
     if dispatch.prefer_pytorch(x, "auto"):
         return Form(False, f"PyTorch's own operations are as fast for up to {dispatch.SMALL_ELEMENTS} elements")
-    if layout.queries != len(x) or layout.keys != (0 if decode else len(x)):
+    if layout.queries != len(x) or layout.keys != (0 if memory_kind == "decode" else len(x)):
         return Form(False, "the layout's queries and keys are not as many as the rows of x")
     if layout.query_positions.device != x.device:
         return Form(False, "the layout is on another device than x")

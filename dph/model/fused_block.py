@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from dph_kernels.dispatch import is_batch_invariant
 from dph_kernels.layout import PackedLayout, Rotary
+from dph_kernels.linear import linear
 from dph_kernels.residual_norm import OPERATOR as NORM
 from dph_kernels.residual_norm import WIDEST
 from dph_kernels.rope_attention import OPERATOR as ATTENTION
@@ -31,12 +33,11 @@ class BlockMemory(Protocol):
     """Interface of the memory of one layer (``dph.model.memory.LayerMemory``, ``dph.model.kv_pool.PoolLayer``).
 
     Attributes:
-        kind: "kv", rotated keys and values; "pool", those of many sequences; or "hidden", attention inputs.
-        decode: the call's own keys are read from the memory, too, and stored before.
+        kind: "kv", rotated keys and values; "decode", those of the call too, which are stored before; or "hidden",
+            attention inputs.
     """
 
     kind: str
-    decode: bool
 
     def read(self, like: Tensor) -> tuple[Tensor, ...]:
         """Return the stored rows [M, ...], of the shape of the rows of ``like`` [*, ...]."""
@@ -222,7 +223,8 @@ def _forward(
         kind=shape.norm,
         backend=AUTO,
     )
-    projected = F.linear(normed, weights.qkv, weights.qkv_bias)
+    product = linear if is_batch_invariant() else F.linear
+    projected = product(normed, weights.qkv, weights.qkv_bias)
     q, k, v = split_heads(projected, shape.heads, shape.key_heads)
     normed_q = q_moments = k_moments = None
     if weights.q_norm is not None:
@@ -231,16 +233,16 @@ def _forward(
         _, k, k_moments = NORM.forward(x=k, weight=weights.k_norm, **norm)
         q = normed_q
     tables = layout.tables(shape.rope, q.shape[-1], torch.promote_types(x.dtype, torch.float32))
-    if memory is not None and memory.decode:
+    if memory is not None and memory.kind == "decode":
         k, v = stored_first(memory, k, v, tables)
     memory_k, memory_v = (k[:0], v[:0]) if memory is None else memory.read(k)
     if memory is not None or layout.memory:
         check_inputs(q, k, v, memory_k, memory_v, layout)
     fixed = dict(zip(FIXED, (memory_k, memory_v, layout.segments, *tables), strict=True))
     attended, lse, rotated = ATTENTION.forward(q=q, k=k, v=v, **fixed, scale=q.shape[-1] ** -0.5, backend=AUTO)
-    if memory is not None and not memory.decode:
+    if memory is not None and memory.kind == "kv":
         memory.keep(rotated, v)
-    update = F.linear(attended.flatten(1), weights.out, weights.out_bias)
+    update = product(attended.flatten(1), weights.out, weights.out_bias)
     total, ffn_normed, ffn_moments = NORM.forward(
         x=x,
         update=update,
@@ -250,7 +252,7 @@ def _forward(
         kind=shape.norm,
         backend=AUTO,
     )
-    gate = F.linear(ffn_normed, weights.fc1)
+    gate = product(ffn_normed, weights.fc1)
     activations = GATE.forward(projected=gate, bias=weights.fc1_bias, backend=AUTO)
     saved = _Saved(
         attention_norm=weights.attention_norm,
@@ -283,7 +285,7 @@ def _forward(
 def stored_first(
     memory: BlockMemory, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Store the keys and values of a decoding call, and return the new ones that attention has to read beside: none."""
+    """Store the keys and values of a decoding call, and return the new ones that attention reads in addition: none."""
     memory.keep(rotated_keys(k, *tables[:2]), v)  # a token's key has the position of its query
     return k[:0], v[:0]
 

@@ -28,9 +28,10 @@ class KVPool:
         self._gaps: list[tuple[int, int]] = [(0, rows)]  # free ranges [start, end), rising
         self._taken: dict[int, int] = {}  # start -> end
 
-    def take(self, rows: int) -> int | None:
-        """Return the first row of a range of ``rows`` rows that is now taken; None if none is free."""
-        for i, (start, end) in enumerate(self._gaps):
+    def take(self, rows: int, after: int = -1) -> int | None:
+        """Return the first row of a range of ``rows`` rows behind row ``after`` that is now taken; None without one."""
+        for i in range(bisect.bisect(self._gaps, (after,)), len(self._gaps)):
+            start, end = self._gaps[i]
             if end - start > rows:
                 self._gaps[i : i + 1] = [(start + rows + 1, end)] if end - start > rows + 1 else []
                 self._taken[start] = start + rows + 1
@@ -53,14 +54,22 @@ class KVPool:
 
         ``decode``: its queries find the keys of all tokens in the pool, those of the call too.
         """
-        return lambda layer: PoolLayer(self, layer, rows, decode)
+        return lambda layer: PoolLayer(self, layer, rows, "decode" if decode else "kv")
 
     def buffers(self, layer: int, like: Tensor) -> Rows:
         """Return keys and values of a layer, allocated with rows of the shape and dtype of those of ``like``."""
         if layer == len(self._layers):
             size = (self.rows, *like.shape[1:])
-            self._layers.append((like.new_zeros(size), like.new_zeros(size)))
+            # A GPU's kernels multiply rows that nobody sees by zero: these have to be finite.
+            make = like.new_empty if like.device.type == "cpu" else like.new_zeros
+            self._layers.append((make(size), make(size)))
         return self._layers[layer]
+
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy rows ``sources`` [R] of all layers to ``targets`` [R]."""
+        for buffers in self._layers:
+            for buffer in buffers:
+                buffer.index_copy_(0, targets, buffer[sources])
 
 
 @dataclass(frozen=True)
@@ -70,9 +79,7 @@ class PoolLayer:
     pool: KVPool
     layer: int
     rows: Tensor
-    decode: bool
-
-    kind = "pool"
+    kind: str
 
     def read(self, like: Tensor) -> Rows:
         """Return the pool's rows [M, K, D]."""

@@ -225,8 +225,6 @@ class LayerMemory:
     seen: list[int]
     version: int
 
-    decode = False
-
     @property
     def kind(self) -> str:
         """ "kv" or "hidden"."""

@@ -14,6 +14,7 @@ from helpers.texts import write_lines
 import dph
 from dph.cli import answers, main
 from dph.infer import best_of_n
+from dph.infer.request import Answer
 from dph.model import loading
 
 
@@ -32,12 +33,17 @@ ANSWERS = (("is", True), ("not", False), ("gripping", True), ("film film", True)
 def samples(monkeypatch):
     """In place of sampling: ANSWERS, some of them cut off."""
 
-    def sample(model, tok, prompts, n, **options):
+    def answered(model, tok, requests):
         end = tok.convert_tokens_to_ids(["<|im_end|>"])
-        ends = [(tok(text)["input_ids"], end if finished else []) for text, finished in ANSWERS[:n]]
-        return [[dph.chat.continuation(prompt, text + end, tok) for text, end in ends] for prompt in prompts]
+        for request in requests:
+            for i, (text, finished) in enumerate(ANSWERS[: request._wanted]):
+                tokens = tok(text)["input_ids"] + end * finished
+                (judged,) = model.judge([[dph.chat.continuation(request.prompt, tokens, tok)]])
+                rewards = {head: own[0] for head, own in judged.rewards.items() if finished and request.rewards}
+                request._add(Answer(i, tuple(tokens), finished, judged.logprobs[0], judged.mean_logprobs[0], rewards))
+            yield request
 
-    monkeypatch.setattr("dph.infer.best_of_n.sample", sample)
+    monkeypatch.setattr("dph.infer.best_of_n.answered", answered)
 
 
 def candidates(path, **options):
@@ -147,15 +153,16 @@ def test_control_tokens_in_a_prompt_stay_text(dph_command, models):
 def test_chat_keeps_the_best_and_its_history(dph_command, models, monkeypatch):
     asked = []
 
-    def answer(model, tok, messages, n, **options):
+    def answer(model, tok, conversations, choice, **options):
+        (messages,) = conversations
         asked.append([dict(m) for m in messages])
         texts = [f"answer {len(asked)}\x07", "worse\n\x1b[2J"]
-        return [
+        yield [
             best_of_n.Candidate(text, reward, -3.0, -1.0, finished, (1,))
             for text, reward, finished in zip(texts, (2.0, math.nan), (True, False), strict=True)
         ]
 
-    monkeypatch.setattr("dph.cli.answers.best_of_n", answer)
+    monkeypatch.setattr("dph.cli.answers.best_of_n_each", answer)
     turns = "/candidates\nfirst\n\n/candidates\n/what\nsecond\n/quit\nthird\n"
     code, out, err = dph_command("chat", models / "judge", "-n", 2, "--system", "be brief", stdin=turns)
     assert (code, err) == (0, "")
@@ -187,20 +194,20 @@ class Terminal(io.TextIOWrapper):
 
 
 def echo(asked, *, stopped=()):
-    """In place of best_of_n: notes what it was asked, and answers with it unless Ctrl-C comes in its place."""
+    """In place of best_of_n_each: notes what it was asked, and answers with it unless Ctrl-C comes in its place."""
 
-    def answer(model, tok, messages, n, **options):
-        asked.append([m["content"] for m in messages])
+    def answer(model, tok, conversations, choice, **options):
+        asked.append([m["content"] for m in conversations[0]])
         if asked[-1][-1] in stopped:
             raise KeyboardInterrupt
-        return [best_of_n.Candidate(f"re {asked[-1][-1]}", math.nan, -3.0, -1.0, True, (1,))]
+        yield [best_of_n.Candidate(f"re {asked[-1][-1]}", math.nan, -3.0, -1.0, True, (1,))]
 
     return answer
 
 
 def test_ctrl_c_in_chat_stops_the_answer_alone(models, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr("dph.cli.answers.best_of_n", echo(asked, stopped=["second"]))
+    monkeypatch.setattr("dph.cli.answers.best_of_n_each", echo(asked, stopped=["second"]))
     monkeypatch.setattr(sys, "stdin", Terminal(b"first\nsecond\n/candidates\nthird\n"))
     assert main.main(["chat", str(models / "judge"), "-n", "1"]) == 0
     assert asked == [["first"], ["first", "re first", "second"], ["first", "re first", "third"]]
@@ -213,7 +220,7 @@ def test_ctrl_c_in_chat_stops_the_answer_alone(models, monkeypatch, capsys):
 
 def test_ctrl_c_ends_chat_where_the_turns_are_a_file_s(dph_command, models, monkeypatch):
     asked = []
-    monkeypatch.setattr("dph.cli.answers.best_of_n", echo(asked, stopped=["first"]))
+    monkeypatch.setattr("dph.cli.answers.best_of_n_each", echo(asked, stopped=["first"]))
     code, out, err = dph_command("chat", models / "judge", "-n", 1, stdin="first\nsecond\n")
     assert (code, out, err) == (130, "", "dph: interrupted\n")
     assert asked == [["first"]]
@@ -230,7 +237,7 @@ def test_ctrl_c_at_the_prompt_ends_chat(dph_command, models, monkeypatch):
 @pytest.mark.parametrize("stdin", [Terminal, lambda typed: io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8")])
 def test_a_line_that_is_not_utf_8_is_refused_alone(models, monkeypatch, capsys, stdin):
     asked = []
-    monkeypatch.setattr("dph.cli.answers.best_of_n", echo(asked))
+    monkeypatch.setattr("dph.cli.answers.best_of_n_each", echo(asked))
     monkeypatch.setattr(sys, "stdin", stdin("caf\u00e9\n".encode() + b"caf\xe9\n/\xff\nend\n"))
     assert main.main(["chat", str(models / "judge"), "-n", "1"]) == 0
     assert asked == [["caf\u00e9"], ["caf\u00e9", "re caf\u00e9", "end"]]

@@ -1,6 +1,7 @@
 """Heads on models of transformers: rewards are those of a plain pass, whatever the packing, batch and padding."""
 
 import concurrent.futures
+import dataclasses
 import itertools
 import json
 import shutil
@@ -188,8 +189,9 @@ def test_best_of_n_samples_and_judges(kind):
             expected.append(int(model.backbone.network(input_ids=torch.tensor([expected])).logits[0, -1].argmax()))
             if expected[-1] == END:
                 break
-        assert group[0].tokens[: len(expected)] == expected
-    candidates = dph.best_of_n(model, tokenizer, messages[0], n=12, max_new_tokens=60, seed=0)
+        assert [*prompt, *group[0].tokens] == expected
+        assert group[1] == dataclasses.replace(group[0], index=1)
+    candidates = dph.best_of_n(model, tokenizer, messages[0], n=40, max_new_tokens=60, seed=0)
     assert any(candidate.finished for candidate in candidates)
     answers = []
     for candidate in candidates:
@@ -199,6 +201,14 @@ def test_best_of_n_samples_and_judges(kind):
     for candidate, one in zip(candidates, judged, strict=True):
         assert candidate.logprob == pytest.approx(one.logprobs[0], rel=1e-5)
         assert not candidate.finished or candidate.reward == pytest.approx(one.rewards["default"][0], abs=1e-5)
+    sampling = {"max_new_tokens": 60, "seed": 0}
+    texts = [candidate.text for candidate in candidates]
+    stop = next(text[i : i + 2] for text in texts for i in range(1, len(text)) if text[i : i + 2].isalpha())
+    for candidate in dph.best_of_n(model, tokenizer, messages[0], n=40, stop=[stop], **sampling):
+        assert stop not in candidate.text
+        assert candidate.text in texts or any(text.startswith(candidate.text + stop) for text in texts)
+    with pytest.raises(ValueError, match="prune_every: expected a model of this package"):
+        dph.best_of_n(model, tokenizer, messages[0], n=2, prune_every=3)
     if model.config.max_position_embeddings:
         with pytest.raises(ValueError, match=r"max_new_tokens: expected at most .* got 300"):
             dph.best_of_n(model, tokenizer, messages[0], n=2, max_new_tokens=300)

@@ -1,0 +1,31 @@
+"""Products of rows with weights by csrc/cpu/linear.cpp: fp32, or bf16 with fp32 arithmetic."""
+
+import torch
+from torch import Tensor
+
+from dph_kernels import native
+from dph_kernels.checks import last_contiguous
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x W^T + bias`` [R, N] in the dtype of ``x``."""
+    rows, weight = last_contiguous(x.float()), last_contiguous(weight)
+    bias = None if bias is None else bias.float().contiguous()
+    out = torch.empty((len(rows), len(weight)))
+    arguments = native.module().LinearArguments(
+        rows=len(rows),
+        columns=len(weight),
+        depth=rows.shape[1],
+        x=rows.data_ptr(),
+        x_row=rows.stride(0),
+        weight=weight.data_ptr(),
+        weight_row=weight.stride(0),
+        bf16=weight.dtype == torch.bfloat16,
+        bias=0 if bias is None else bias.data_ptr(),
+        out=out.data_ptr(),
+        out_row=out.stride(0),
+    )
+    native.module().linear_forward_cpu(arguments, native.threads())
+    return out if x.dtype == torch.float32 else out.to(x.dtype)
