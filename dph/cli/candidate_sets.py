@@ -59,11 +59,8 @@ def run(args: argparse.Namespace) -> None:
         scores = choice_scores(judged, heads, place(index), args.logprob, row.texts)
         return {"candidates": name, "index": number, "correct": row.correct, "scores": scores}
 
-    with (
-        results.Results(args.output, about, args.resume) as output,
-        results.Progress("evaluate", len(rows)) as progress,
-    ):
-        lines = results.judged_lines(model, groups, line, place, output, progress)
+    job = results.judging("evaluate", len(rows), model, groups, line, place, about)
+    with results.written(job, args.output, args.resume) as lines:
         votes = {reward_method(head, heads): recorded(model.head_records.get(head, {})).probability for head in heads}
         for name, part in sets.items():
             own = part[: args.limit]

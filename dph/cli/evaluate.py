@@ -210,12 +210,9 @@ def run(args: argparse.Namespace) -> None:
 
     reports: list[Report] = []
     submissions: dict[str, dict[str, list[int]]] = {}  # method -> task -> choices
-    with (
-        results.Results(args.output, about, args.resume) as output,
-        results.Progress("evaluate", len(questions)) as progress,
-    ):
-        groups = questions.groups(tokenizer)
-        lines = results.judged_lines(model, groups, line, questions.location, output, progress)
+    groups = questions.groups(tokenizer)
+    job = results.judging("evaluate", len(questions), model, groups, line, questions.location, about)
+    with results.written(job, args.output, args.resume) as lines:
         for (task, _), gold in zip(sources, questions.gold, strict=True):
             scores = []
             for written in islice(lines, len(gold)):

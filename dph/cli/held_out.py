@@ -70,7 +70,7 @@ def judge(model: JudgingModel, groups: Sequence[Sequence[Encoded]], name: str) -
     def rest(start: int) -> Iterator[Sequence[Encoded]]:
         return iter(groups[start:])
 
-    with results.Results(None, {}, False) as output, results.Progress(name, len(groups)) as progress:
-        for _ in results.judged_lines(model, rest, line, place, output, progress):
+    with results.written(results.judging(name, len(groups), model, rest, line, place)) as lines:
+        for _ in lines:
             pass
     return judged

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
-import json
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dph.cli import common
+from dph.cli import common, described
 from dph.data import atomic
 from dph.errors import UserError, printable
 
@@ -76,38 +75,27 @@ class Results:
             descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             # Without a buffer: its content, which a full disk refused, would be written again when the file is closed.
             self._file = self._stack.enter_context(os.fdopen(descriptor, "r+b", buffering=0))
-            self._lock()
+            described.lock(self._file, self._partial)
             self._begin()
             self._stack = self._stack.pop_all()
         return self
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self._partial}: another process is writing these results") from None
-        except OSError:  # some file systems have no locks
-            pass
-
     def _begin(self) -> None:
         """Check the description of results that are there, or write one."""
         with self._partial.open("rb") as file:
-            described = file.readline()
+            first = file.readline()
             self._has_results = file.readline().endswith(b"\n")
-        saved, about = _parse(described), json.loads(json.dumps(self._about))
-        if described and "command" not in saved:
+        saved = described.parse(first)
+        if first and "command" not in saved:
             raise UserError(f"{self._partial}: expected results of an interrupted command, got another file")
         if self._has_results and not self._resume:
             raise UserError(
                 f"{self._partial}: results of an interrupted command are there: continue it with --resume, or delete "
                 "the file"
             )
-        differing = [key for key in {**saved, **about} if saved.get(key) != about.get(key)]
-        if self._has_results and differing:
-            raise UserError(
-                f"--resume: expected the command that began {self._partial}, got another {', '.join(differing)}"
-            )
-        if not self._has_results:
+        if self._has_results:
+            described.check_same(saved, self._about, self._partial)
+        else:
             self._file.truncate(0)
             try:
                 self._write(common.json_line(self._about))
@@ -139,7 +127,7 @@ class Results:
         """Yield the lines of the first ``count`` records."""
         if count:
             with self._partial.open("rb") as file:
-                yield from map(_parse, islice(file, 1, count + 1))
+                yield from map(described.parse, islice(file, 1, count + 1))
 
     def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Write the results of a batch."""
@@ -173,15 +161,6 @@ class Results:
                 self._partial.unlink(missing_ok=True)
 
 
-def _parse(line: bytes) -> dict[str, Any]:
-    """Return a line of a file of this module; {} for any other."""
-    with contextlib.suppress(ValueError):
-        value = json.loads(line)
-        if isinstance(value, dict):
-            return value
-    return {}
-
-
 def about_model(model: JudgingModel, tokenizer: Any, heads: Sequence[str]) -> dict[str, Any]:
     """Return what results depend on of a model: digests of weights and tokenizer, names of heads, device and dtype."""
     from dph.model.head_file import backbone_digest
@@ -197,20 +176,65 @@ def about_model(model: JudgingModel, tokenizer: Any, heads: Sequence[str]) -> di
     }
 
 
-def judged_lines(
+@dataclass(frozen=True)
+class Job:
+    """Records of a command, and the lines of the output that are made from them.
+
+    Attributes:
+        name: of the command.
+        total: number of records.
+        sizes: returns the number of records of each batch. Only whole batches are resumed, or given to a worker.
+        lines: yields the lines from one record to another (start, stop), both at bounds of batches; those of several
+            records at a time.
+        about: JSON on which the lines depend.
+    """
+
+    name: str
+    total: int
+    sizes: Callable[[], Sequence[int]]
+    lines: Callable[[int, int], Iterator[list[dict[str, Any]]]]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def written(
+    job: Job, path: str | None = None, resume: bool = False, quiet: bool = False
+) -> Iterator[Iterator[dict[str, Any]]]:
+    """Iterator over the lines of a job, those that an interrupted command has completed first.
+
+    A line is written to ``path`` before it is yielded; other arguments as those of :class:`Results` and
+    :class:`Progress`.
+    """
+    with Results(path, job.about, resume) as output, Progress(job.name, job.total, quiet) as progress:
+        yield _written(job, output, progress)
+
+
+def _written(job: Job, output: Results, progress: Progress) -> Iterator[dict[str, Any]]:
+    done = output.keep(job.sizes())
+    progress.begin(done)
+    yield from output.saved(done)
+    for lines in job.lines(done, job.total):
+        output.add(lines)
+        progress.advance(len(lines))
+        yield from lines
+
+
+def judging(
+    name: str,
+    total: int,
     model: JudgingModel,
     groups: Callable[[int], Iterator[Sequence[Encoded]]],
     line: Callable[[int, Judged], dict[str, Any]],
     place: Callable[[int], str],
-    output: Results,
-    progress: Progress,
-) -> Iterator[dict[str, Any]]:
-    """Judge all records; yield the line of each, those that an interrupted command has completed first.
+    about: Mapping[str, Any] | None = None,
+) -> Job:
+    """Return the job that judges all records.
 
-    A line is written before it is yielded. All records are encoded before the first is judged, so that one that cannot
-    be is an error at once.
+    All of them are encoded for the sizes of the batches, so that one that cannot be is an error before the first is
+    judged.
 
     Args:
+        name, total, about: see :class:`Job`.
         groups: returns the encoded alternatives of the records from an index on.
         line: returns a record's line of the output, given its index.
         place: returns the name of a record, given its index, for errors.
@@ -227,15 +251,15 @@ def judged_lines(
                 raise UserError(f"{place(i)}: expected at most {context} tokens, the model's context, got {longest}")
             yield group
 
-    index = output.keep([len(batch) for batch in batches(fitting(), MAX_TOKENS)])
-    progress.begin(index)
-    yield from output.saved(index)
-    for batch in model.judge_batches(groups(index), MAX_TOKENS):
-        lines = [line(index + i, judged) for i, judged in enumerate(batch)]
-        output.add(lines)
-        progress.advance(len(lines))
-        index += len(lines)
-        yield from lines
+    def sizes() -> list[int]:
+        return [len(batch) for batch in batches(fitting(), MAX_TOKENS)]
+
+    def lines(start: int, stop: int) -> Iterator[list[dict[str, Any]]]:
+        for batch in model.judge_batches(islice(groups(start), stop - start), MAX_TOKENS):
+            yield [line(start + i, judged) for i, judged in enumerate(batch)]
+            start += len(batch)
+
+    return Job(name, total, sizes, lines, {} if about is None else about)
 
 
 class Progress:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dph.cli import common, results
+from dph.cli import cluster, common, results
 from dph.errors import UserError, shown_names
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ HELP = "rewards and log-probabilities of conversations, and how often they prefe
 EXAMPLE = """dph score runs/align conversations.jsonl --json
 dph score runs/align preferences.jsonl --output scores.jsonl
 dph score runs/align preferences.jsonl --output scores.jsonl --resume
+dph score runs/align preferences.jsonl --output scores --ray local --workers 4
 dph score runs/align '{source: answers.csv, columns: {prompt: question, completion: answer}, limit: 100}'
 dph score MODEL preferences.jsonl --head runs/helpful --head runs/harmless"""
 WITHOUT_HEAD = "--logprob-only needs no rewards"
@@ -50,12 +50,26 @@ other a conversation. The output has the fields of each line, and its scores in 
     common.add_field(parser, "scores")
     common.add_judging(parser)
     common.add_json(parser)
+    cluster.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Print a line per conversation, and a summary of preferences; write every line to ``--output``."""
+    args = cluster.prepared(args)
+    scored: list[Scored] = []
+    quiet = args.json and sys.stdout.isatty()  # a bar would mix with the lines
+    with cluster.written(open_job(args), args, quiet) as lines:
+        for written in lines:
+            scored.append(written[args.field])
+            if args.json and not _is_pair(written[args.field]):
+                common.print_json(written, flush=True)
+    _report(scored, args.json)
+
+
+def open_job(args: argparse.Namespace) -> results.Job:
+    """Check the conversations, open the model, and return the job that scores them."""
     source, options = common.parse_source(args.file)
-    common.check_output(args.output, source, args.model, Path(args.model) / "model")
+    cluster.check_output(args, source)
 
     from dph.data.files import report_ignored
     from dph.data.rows import open_source, text_options
@@ -81,18 +95,8 @@ def run(args: argparse.Namespace) -> None:
     def line(index: int, judged: Judged) -> dict[str, Any]:
         return {**lines[index], args.field: _scores(judged, heads, lines.location(index))}
 
-    scored: list[Scored] = []
-    quiet = args.json and sys.stdout.isatty()  # a bar would mix with the lines
-    with (
-        results.Results(args.output, about, args.resume) as output,
-        results.Progress("score", len(lines), quiet) as progress,
-    ):
-        groups = _encoder(lines, form, tokenizer)
-        for written in results.judged_lines(model, groups, line, lines.location, output, progress):
-            scored.append(written[args.field])
-            if args.json and not _is_pair(written[args.field]):
-                common.print_json(written, flush=True)
-    _report(scored, args.json)
+    groups = _encoder(lines, form, tokenizer)
+    return results.judging("score", len(lines), model, groups, line, lines.location, about)
 
 
 def alternatives(
