@@ -12,7 +12,6 @@ from dph_kernels import dispatch
 from dph_kernels.linear.native import DTYPES, forward
 from dph_kernels.native import missing
 
-
 # Elements of weights from which the kernel pays: 1.6 to 2.8 times as fast as PyTorch for up to 32 rows, 0.9 to 1.1 for
 # 256 to 1,024. Rows of fewer are short, and their products are quickly done.
 LARGE = 1 << 18
