@@ -1,0 +1,143 @@
+"""Sampled answers to prompts, judged by the model's head and a checker, and the records that a head learns from them.
+
+A line has ``prompt`` (messages), and by answer ``candidates`` (texts), ``correct`` (0 to 1, by the checker; 0 for an
+answer that was cut off), ``finished``, ``logprobs``, and ``rewards`` (null without a head, and for a cut-off answer).
+It is a row of candidates for ``dph evaluate --candidates`` and ``dph card``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dph import chat
+from dph.errors import UserError
+from dph.improve.checkers import RIGHT, Checker
+from dph.improve.prompts import Prompt
+from dph.infer.best_of_n import sample
+from dph.model.judging import JudgingModel
+
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A model's answers to prompts, n each, judged.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: of the model.
+        checker: of the answers.
+        head: reward head; without weights for it, rewards are null.
+        n: answers per prompt.
+        seed: of the answers.
+        options: fields of ``dph.infer.sampling.Sampling``.
+    """
+
+    model: JudgingModel
+    tokenizer: Any
+    checker: Checker
+    head: str
+    n: int
+    seed: int
+    options: Mapping[str, Any]
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """Return the line of each prompt."""
+        has_head = self.head in self.model.head_names and self.head not in self.model.untrained_heads
+        tokens = [chat.prompt(prompt.messages, self.tokenizer) for prompt in prompts]
+        groups = sample(self.model, self.tokenizer, tokens, self.n, seed=self.seed, rewards=has_head, **self.options)
+        lines = []
+        for prompt, answers in zip(prompts, groups, strict=True):
+            texts, rewards, finished = [], [], []
+            for answer in answers:
+                content = answer.tokens[: len(answer.tokens) - answer.finished]
+                texts.append(self.tokenizer.decode(content, skip_special_tokens=False))
+                rewards.append(answer.rewards.get(self.head))
+                finished.append(answer.finished)
+            different = list(dict.fromkeys(text for text, ended in zip(texts, finished, strict=True) if ended))
+            values = dict(zip(different, self.checker(prompt, different), strict=True)) if different else {}
+            correct = [values[text] if ended else 0.0 for text, ended in zip(texts, finished, strict=True)]
+            lines.append(
+                {
+                    "prompt": prompt.messages,
+                    "candidates": texts,
+                    "correct": correct,
+                    "finished": finished,
+                    "logprobs": [answer.logprob for answer in answers],
+                    "rewards": rewards,
+                }
+            )
+        return lines
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The records that a head learns from sampled answers.
+
+    Attributes:
+        form: "pairs", a right answer against a wrong one; or "labels", each answer as good or bad alone.
+        most: pairs, or right and wrong answers each, of a prompt at most.
+        seed: of the choice among answers without rewards.
+    """
+
+    form: Literal["pairs", "labels"] = "pairs"
+    most: int = 6
+    seed: int = 0
+
+    def rows(self, lines: Sequence[Line], tokenizer: Any) -> tuple[list[dict[str, Any]], int]:
+        """Return the rows of a source, hard ones first, and the number of answers that the chat format refuses.
+
+        Hard are wrong answers with a high reward and right ones with a low one.
+        """
+        found, refused = [], 0
+        for number, line in enumerate(lines):
+            kept, left_out = _encodable(_different(line, self.seed, number), line["prompt"], tokenizer)
+            refused += left_out
+            right = sorted(answer for answer in kept if answer[2] >= RIGHT)
+            wrong = sorted((-reward, text, correct) for reward, text, correct in kept if correct < RIGHT)
+            found += self._pairs(line, right, wrong) if self.form == "pairs" else self._labels(line, right, wrong)
+        found.sort(key=lambda pair: -pair[0])  # equal ones in their order
+        return [row for _, row in found], refused
+
+    def _pairs(self, line: Line, right: Sequence[Any], wrong: Sequence[Any]) -> Iterator[tuple[float, dict[str, Any]]]:
+        """Yield difficulty and row of pairs of different answers; each answer is in as few as possible."""
+        rounds = 0
+        for i in range(min(self.most, len(right) * len(wrong))):
+            if i and i % len(right) == 0 and i % len(wrong) == 0:
+                rounds += 1  # all pairs of this shift have been made
+            reward, chosen, _ = right[i % len(right)]
+            negative, rejected, _ = wrong[(i + rounds) % len(wrong)]
+            yield -negative - reward, {"prompt": line["prompt"], "chosen": chosen, "rejected": rejected}
+
+    def _labels(self, line: Line, right: Sequence[Any], wrong: Sequence[Any]) -> Iterator[tuple[float, dict[str, Any]]]:
+        """Yield difficulty and row of the hardest answers, each with its label."""
+        for side, label in ((right, True), (wrong, False)):
+            for value, text, _ in side[: self.most]:
+                yield -value, {"prompt": line["prompt"], "completion": text, "label": label}
+
+
+def _different(line: Line, seed: int, number: int) -> list[tuple[float, str, float]]:
+    """Return reward, text and correctness of the different finished answers; without a head the reward is random."""
+    rng, answers = random.Random(f"{seed}/{number}"), {}
+    columns = zip(line["candidates"], line["correct"], line["finished"], line["rewards"], strict=True)
+    for text, correct, finished, reward in columns:
+        if finished and text not in answers:
+            answers[text] = (rng.random() if reward is None else reward, text, correct)
+    return list(answers.values())
+
+
+def _encodable(
+    answers: Sequence[tuple[float, str, float]], prompt: Sequence[chat.Message], tokenizer: Any
+) -> tuple[list[tuple[float, str, float]], int]:
+    """Return the answers that the chat format takes as they are, and the number of the others."""
+    kept = []
+    for answer in answers:
+        try:
+            chat.encode([*prompt, {"role": "assistant", "content": answer[1]}], tokenizer)
+        except UserError:  # such as white space that a chat template removes
+            continue
+        kept.append(answer)
+    return kept, len(answers) - len(kept)
