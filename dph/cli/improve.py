@@ -159,7 +159,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 def _prompts(args: argparse.Namespace) -> tuple[list[Prompt], list[Prompt]]:
     """Return the prompts of training and the held-out ones."""
-    from dph.improve.prompts import read_prompts, split
+    from dph.improve.prompt_files import read_prompts
+    from dph.improve.prompts import split
 
     source, options = common.parse_source(args.prompts)
     all_prompts = read_prompts(source, **options)

@@ -30,12 +30,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dph.errors import UserError, one_line, shown
-from dph.improve.prompts import Prompt
 
 if TYPE_CHECKING:
+    from dph.improve.prompts import Prompt
     from dph.model.judging import JudgingModel
 
-RIGHT = 0.5  # share from which an answer counts as right
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 TIMEOUT = 60.0  # seconds in which a program has to judge an answer
 PATIENCE = 5.0  # seconds in which a program has to end after the end of its input

@@ -36,26 +36,6 @@ class Prompt:
         return json.dumps(self.messages, sort_keys=True)
 
 
-def read_prompts(source: str, **options: Any) -> list[Prompt]:
-    """Return the rows of a source with ``prompt`` (text or messages) or ``messages``.
-
-    ``options`` as of ``dph.data.rows.open_source``. Raises UserError if the source is missing, empty or malformed.
-    """
-    from dph.data.formats import parse_prompt
-    from dph.data.rows import open_source, text_options
-
-    conversations: list[list[Message]] = []
-    rendered = text_options(**options)["rendered"]
-
-    def visit(place: str) -> Callable[[int, Mapping[str, Any]], None]:
-        return lambda number, row: conversations.append(parse_prompt(row, f"{place}{number}", rendered))
-
-    rows, prompts = open_source(source, visit, with_answers=False, **options), []
-    for i, messages in enumerate(conversations):
-        prompts.append(Prompt(messages, rows.fields(i), rows.location(i)))
-    return prompts
-
-
 def split(prompts: Sequence[Prompt], share: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:
     """Return the prompts to train on, and those of a ``share``, drawn by ``seed`` and prompt alone."""
     train, held_out = [], []
@@ -66,7 +46,7 @@ def split(prompts: Sequence[Prompt], share: float, seed: int) -> tuple[list[Prom
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Return a digest of the prompts and their rows, whatever their places."""
+    """Return a digest of the prompts and their rows, not of their places."""
     digest = blake2b(digest_size=16)
     for prompt in prompts:
         digest.update(f"{prompt.key} {json.dumps(prompt.row, sort_keys=True, default=str)}\n".encode())

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,7 +29,6 @@ from dph import devices
 from dph.data import atomic
 from dph.data.sampler import draw
 from dph.errors import UserError, shown
-from dph.improve.checkers import Checker
 from dph.improve.figures import figures, share_right
 from dph.improve.prompts import Prompt, fingerprint, grow
 from dph.improve.samples import Sampler, Selection
@@ -39,6 +38,9 @@ from dph.model.judging import JudgingModel
 from dph.model.loading import check_tokenizer, load_model, load_tokenizer
 from dph.train.fingerprints import of_tokenizer
 from dph.train.recipe import Recipe, from_dict
+
+if TYPE_CHECKING:
+    from dph.improve.checkers import Checker
 
 BATCH = 1 << 16  # tokens of answers, at most, that are sampled between two writes to a file
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dph import chat
 from dph.errors import UserError
-from dph.improve.checkers import RIGHT, Checker
-from dph.improve.prompts import Prompt
 from dph.infer.best_of_n import sample
 from dph.model.judging import JudgingModel
 
+if TYPE_CHECKING:
+    from dph.improve.checkers import Checker
+    from dph.improve.prompts import Prompt
+
+RIGHT = 0.5  # share from which an answer counts as right
 Line = Mapping[str, Any]
 
 
