@@ -170,7 +170,7 @@ def test_killed_anywhere_it_continues_to_the_same_bytes(words, dph_command, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--recipe", "mini-sft"], "recipe: expected stage head or align"),
+        (["--recipe", "mini-sft", "evaluation.share=0"], "recipe: expected stage head or align"),
         (["objective.heads=[a, b]"], "objective.heads: expected one head, got a, b"),
         (["data.sources=[x.jsonl]"], "data.sources: expected none, as records are made from --prompts"),
         (["--held-out", "1.5"], "--held-out: expected a source, or a share of at least 0 and below 1, got 1.5"),
@@ -186,10 +186,11 @@ def test_wrong_options_are_one_line(words, refused, tmp_path, change, message):
     assert message in refused(*words, *change, "--output", tmp_path / "out")
 
 
-def test_prompts_without_right_and_wrong_answers_are_an_error_that_says_so(words, refused, tmp_path):
+def test_prompts_without_right_and_wrong_answers_are_an_error_that_says_so(words, dph_command, tmp_path):
     (tmp_path / "even_checks.py").write_text("def even(row, answer): return True\n")
-    dph = [*words, "--output", str(tmp_path / "out")]
-    assert "expected right and wrong answers to some prompt, got none among" in refused(*dph).splitlines()[-1]
+    code, _, err = dph_command(*words, "--output", tmp_path / "out")
+    assert code == 2
+    assert "expected right and wrong answers to some prompt, got none among" in err.splitlines()[-1]
 
 
 def test_locked(words, dph_command, tmp_path):
