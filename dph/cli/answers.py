@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 from dph import chat
 from dph.chat import Message
 from dph.cli import common, results
 from dph.errors import UserError
+from dph.evaluate.best_of import NORMALISERS
 from dph.evaluate.tables import table
-from dph.infer.best_of_n import Candidate, best_of_n, check_rank
+from dph.infer.best_of_n import Candidate, Choice, best_of_n_each
+from dph.infer.sampling import Sampling
 
 WITHOUT_HEAD = "--rank logprob, or -n 1, needs no rewards"
 CUT_OFF = "not finished: cut off by --max-new-tokens, so without a reward and ranked last"
+ADAPTIVE = ("confidence", "round_size", "prune_every")
+PRUNED = "dropped: by --prune-every, before its end"
 
 
 class Answerer:
@@ -24,14 +29,14 @@ class Answerer:
     Candidates have rewards if the model has a head. A single answer, and answers ranked by log-probability, need none.
 
     Attributes:
-        head: name of the head; None for none.
+        choice: how many answers are sampled, and how they are ranked.
         system: the message of ``--system``, as a list of at most one.
 
     Raises UserError for a head that the model lacks, and if the options need one that it lacks.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        needs_head = args.n > 1 and args.rank != "logprob"
+        needs_head = (args.n > 1 and args.rank != "logprob") or not (args.confidence is args.prune_every is None)
         values = [] if args.head is None else [args.head]
         self.model, self.tokenizer, names = common.open_model(
             args, values if values or needs_head else None, WITHOUT_HEAD
@@ -40,17 +45,18 @@ class Answerer:
             raise UserError(f"--head: expected one head, got a run of {', '.join(names)}: give {args.head}/heads/NAME")
         if not names:  # none is needed
             names = [name for name in self.model.head_names[:1] if name not in self.model.untrained_heads]
-        self.head = names[0] if names else None
-        self.n, self.rank, self.risk, self.seed = args.n, args.rank, args.risk, args.seed
+        self.normalise, self.seed = args.normalise, args.seed
         self.system = [] if args.system is None else [Message(role="system", content=args.system)]
-        self.sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
-        if self.rank == "lower_bound" and self.n > 1:
-            try:
-                check_rank(self.model, self.head, self.rank)
-            except ValueError as error:
-                raise UserError(f"--rank: {error}") from None
-        else:
-            self.rank = "reward" if self.rank == "lower_bound" else self.rank
+        self.sampling = {field.name: getattr(args, field.name) for field in fields(Sampling)}
+        self.choice = Choice(
+            n=args.n, head=names[0] if names else None, rank=args.rank if args.n > 1 else "reward", risk=args.risk,
+            normalise=NORMALISERS[args.normalise], confidence=args.confidence, round_size=args.round_size,
+            prune_every=args.prune_every,
+        )  # fmt: skip
+        try:
+            self.choice.check(self.model)
+        except ValueError as error:
+            raise UserError(f"--{error}") from None
 
     def check(self, messages: Sequence[Message], where: str) -> None:
         """Raise UserError, which begins with ``where``, for a prompt that the format refuses or that is too long."""
@@ -67,15 +73,14 @@ class Answerer:
 
     def about(self) -> dict[str, Any]:
         """Return what the answers depend on, as JSON."""
-        model = results.about_model(self.model, self.tokenizer, [] if self.head is None else [self.head])
-        return {**model, "n": self.n, "rank": self.rank, "risk": self.risk, "seed": self.seed, **self.sampling}
+        choice = self.choice
+        model = results.about_model(self.model, self.tokenizer, [] if choice.head is None else [choice.head])
+        ranking = {name: getattr(choice, name) for name in ("n", "rank", "risk", *ADAPTIVE)}
+        return {**model, **ranking, "normalise": self.normalise, "seed": self.seed, **self.sampling}
 
-    def candidates(self, messages: Sequence[Message]) -> list[Candidate]:
-        """Return N answers, best first."""
-        return best_of_n(
-            self.model, self.tokenizer, messages, self.n,
-            head=self.head, rank=self.rank, risk=self.risk, seed=self.seed, **self.sampling,
-        )  # fmt: skip
+    def candidates(self, conversations: Sequence[Sequence[Message]]) -> Iterator[list[Candidate]]:
+        """Yield N answers to each conversation, best first."""
+        return best_of_n_each(self.model, self.tokenizer, conversations, self.choice, seed=self.seed, **self.sampling)
 
 
 def candidate_table(candidates: Sequence[Candidate]) -> str:
@@ -83,11 +88,13 @@ def candidate_table(candidates: Sequence[Candidate]) -> str:
     rows, has_spread = [], any(candidate.spread > 0 for candidate in candidates)
     for rank, candidate in enumerate(candidates, 1):
         reward = None if math.isnan(candidate.reward) else candidate.reward
-        finished = "yes" if candidate.finished else "no"
+        finished = "dropped" if candidate.pruned else "yes" if candidate.finished else "no"
         spread = [None if math.isnan(candidate.spread) else candidate.spread] if has_spread else []
         rows.append([rank, reward, *spread, candidate.logprob, finished, candidate.text])
     titles = ["rank", "reward", *(["spread"] if has_spread else []), "log-probability", "finished", "text"]
     text = table(titles, rows)
-    if not all(candidate.finished for candidate in candidates):
+    if not all(candidate.finished or candidate.pruned for candidate in candidates):
         text += f"\n{CUT_OFF}"
+    if any(candidate.pruned for candidate in candidates):
+        text += f"\n{PRUNED}"
     return text

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
         elif line:
             question = Message(role="user", content=line)
             try:
-                candidates = answerer.candidates([*messages, question])
+                (candidates,) = answerer.candidates([[*messages, question]])
             except KeyboardInterrupt:
                 if not interactive:  # lines of a file or a program: Ctrl-C ends the command
                     raise

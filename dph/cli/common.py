@@ -73,21 +73,32 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--n", type=types["n"], default=16, help="answers to choose from (default: 16)")
     parser.add_argument(
         "--rank",
-        choices=("reward", "logprob", "lower_bound"),
+        choices=("reward", "logprob", "lower_bound", "vote"),
         default="reward",
-        help="score that ranks the answers; lower_bound: the reward less --risk times its spread, for an ensemble",
+        help="score that ranks the answers; lower_bound: the reward less --risk times its spread, for an ensemble; "
+        "vote: the sum of the probabilities that equal answers are good",
     )
     parser.add_argument("--risk", type=types["risk"], default=1.0, help="weight of the spread (default: 1)")
     parser.add_argument(
         "--head",
         help="reward head to score with: its name, or the directory of a head or its run (default: the model's first)",
     )
+    add_normalise(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="an answer ends before this text; may be repeated"
+    )
     for name, default, metavar, text in (
+        ("confidence", None, "P", "sample no more once the best answer is good with this probability (dph card)"),
+        ("round_size", 4, "N", "answers between two such decisions (default: 4)"),
+        ("prune_every", None, "TOKENS", "drop the weaker half of the answers after so many tokens, again and again"),
         ("max_new_tokens", 256, "N", "(default: 256)"),
         ("temperature", 1.0, None, "0 takes the likeliest token (default: 1)"),
         ("top_k", 0, "K", "sample among the K likeliest; 0 for all"),
         ("top_p", 1.0, "P", "sample among the likeliest P of the mass"),
+        ("min_p", 0.0, "P", "sample among tokens of at least P times the likeliest one's probability"),
+        ("typical_p", 1.0, "P", "sample among the most typical P of the mass"),
+        ("repetition_penalty", 1.0, "R", "divides the logits of tokens that were said (default: 1)"),
         ("seed", None, None, "of the sampling, for reproducible answers"),
     ):
         option = f"--{name.replace('_', '-')}"

@@ -19,7 +19,7 @@ HELP = "sample several answers to a prompt and rank them"
 EXAMPLE = """dph generate runs/align --prompt "Name a prime number." -n 8
 dph generate runs/align --file prompts.jsonl --json
 dph generate runs/align --file prompts.jsonl --seed 0 --output answers.jsonl"""
-JSON_FIELDS = ("text", "reward", "spread", "logprob", "mean_logprob", "finished")
+JSON_FIELDS = ("text", "reward", "spread", "logprob", "mean_logprob", "finished", "pruned")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,9 +73,10 @@ def run(args: argparse.Namespace) -> None:
     ):
         first = output.keep([1] * len(prompts))
         progress.begin(first)
+        found = answerer.candidates(prompts[first:])
         for i in range(first, len(prompts)):
             try:
-                candidates = answerer.candidates(prompts[i])
+                candidates = next(found)
             except (ValueError, RuntimeError) as error:  # such as a reward that is no number
                 error.add_note(f"answering {place(i)}")
                 raise

@@ -64,11 +64,11 @@ def run(
     frozen, head = stages.improve(pairs_from)
     aligned = stages.train_stage("align", None, sft)
     held_out = list(itertools.islice(puzzles.puzzles(seed, evaluation=True), prompts))
-    frozen_samples = report.sample_and_judge(frozen, stages.tokenizer, held_out, seed)
+    frozen_samples = report.sample_and_check(frozen, stages.tokenizer, held_out, seed)
     results = {
         "SFT": frozen_samples,  # the frozen model's language equals the SFT model's, bit for bit: so do its samples
         "SFT, frozen, with a head": frozen_samples,
-        "aligned jointly": report.sample_and_judge(aligned, stages.tokenizer, held_out, seed),
+        "aligned jointly": report.sample_and_check(aligned, stages.tokenizer, held_out, seed),
     }
     figures = report.save_figures(results, output)  # before the first print: nobody may read the output
     lines = [report.report(results, stages.tokenizer), *(f"figure: {path}" for path in figures)]

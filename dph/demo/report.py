@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dph import chat
-from dph.chat import Encoded
 from dph.data.atomic import atomic_file
 from dph.demo.puzzles import Puzzle
 from dph.evaluate.metrics import Interval, chosen_shares, wilson
 from dph.evaluate.tables import table
-from dph.infer.best_of_n import ranked, sample
-from dph.model.judging import Judged
+from dph.infer.best_of_n import Choice, ranked, sample
+from dph.infer.request import Answer
 from dph.model.model import Model
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ SIZES = (1, 2, 4, 8, 16)  # values of N in the figures
 TABLE_SIZES = (8, 16)  # values of N in the table
 SAMPLE, PROBABLE, REWARD, ORACLE = RULES = ("one sample", "most probable of N", "best of N by reward", "oracle of N")
 ANSWER_TOKENS = 8
-PROMPTS = 250  # sampled at once
 SHOWN = 3  # prompts printed with all their candidates
 
 
@@ -37,41 +35,33 @@ class SampledAnswers:
     Attributes:
         puzzles: of the prompts.
         groups: the candidates of each prompt, in the order of sampling.
-        judged: their log-probabilities and rewards.
         correct: [P, N] whether each candidate is right.
     """
 
     puzzles: list[Puzzle]
-    groups: list[list[Encoded]]
-    judged: list[Judged]
+    groups: list[list[Answer]]
     correct: np.ndarray
 
 
-def sample_answers(
-    model: Model, tokenizer: Any, puzzles: Sequence[Puzzle], n: int, seed: int
-) -> Iterator[list[Encoded]]:
-    """Iterate over the ``n`` sampled answers of each puzzle."""
-    for start in range(0, len(puzzles), PROMPTS):
-        prompts = [chat.prompt(puzzle.question(), tokenizer) for puzzle in puzzles[start : start + PROMPTS]]
-        yield from sample(model, tokenizer, prompts, n, max_new_tokens=ANSWER_TOKENS, seed=seed + start)
+def sample_answers(model: Model, tokenizer: Any, puzzles: Sequence[Puzzle], n: int, seed: int) -> list[list[Answer]]:
+    """Return the ``n`` sampled answers of each puzzle."""
+    prompts = [chat.prompt(puzzle.question(), tokenizer) for puzzle in puzzles]
+    return sample(model, tokenizer, prompts, n, max_new_tokens=ANSWER_TOKENS, seed=seed)
 
 
-def answer_text(answer: Encoded, tokenizer: Any) -> str:
+def answer_text(answer: Answer, tokenizer: Any) -> str:
     """Return the content of an answer."""
-    content = [token for token, in_content in zip(answer.targets, answer.score_mask, strict=True) if in_content]
-    return tokenizer.decode(content, skip_special_tokens=False)
+    return tokenizer.decode(answer.tokens[: len(answer.tokens) - answer.finished], skip_special_tokens=False)
 
 
-def sample_and_judge(model: Model, tokenizer: Any, puzzles: list[Puzzle], seed: int) -> SampledAnswers:
-    """Sample the candidates of every puzzle, judge them with the model and check them."""
-    groups = list(sample_answers(model, tokenizer, puzzles, SIZES[-1], seed))
-    judged = model.judge(groups)
+def sample_and_check(model: Model, tokenizer: Any, puzzles: list[Puzzle], seed: int) -> SampledAnswers:
+    """Sample the candidates of every puzzle, with the model's rewards, and check them."""
+    groups = sample_answers(model, tokenizer, puzzles, SIZES[-1], seed)
     correct = np.zeros((len(puzzles), SIZES[-1]), dtype=bool)
     for i, (puzzle, group) in enumerate(zip(puzzles, groups, strict=True)):
         for j, answer in enumerate(group):
-            finished = answer.reward_position is not None
-            correct[i, j] = finished and puzzle.check(answer_text(answer, tokenizer))
-    return SampledAnswers(puzzles, groups, judged, correct)
+            correct[i, j] = answer.finished and puzzle.check(answer_text(answer, tokenizer))
+    return SampledAnswers(puzzles, groups, correct)
 
 
 def correctness(samples: SampledAnswers, rule: str, n: int) -> np.ndarray:
@@ -85,11 +75,11 @@ def correctness(samples: SampledAnswers, rule: str, n: int) -> np.ndarray:
     if rule == ORACLE:
         return correct.any(1).astype(float)
     values = np.zeros(len(correct))
-    for i, (group, judged) in enumerate(zip(samples.groups, samples.judged, strict=True)):
-        scores = judged.rewards["default"] if rule == REWARD else judged.logprobs
-        finished = [j for j, answer in enumerate(group[:n]) if answer.reward_position is not None]
+    for i, group in enumerate(samples.groups):
+        finished = [j for j, answer in enumerate(group[:n]) if answer.finished]
         if finished:  # an answer that was cut off is never chosen, and none of them is right
-            shares = chosen_shares([[scores[j] for j in finished]])
+            scores = [group[j].rewards["default"] if rule == REWARD else group[j].logprob for j in finished]
+            shares = chosen_shares([scores])
             values[i] = shares[0] @ correct[i, finished]
     return values
 
@@ -126,15 +116,14 @@ def report(results: Mapping[str, SampledAnswers], tokenizer: Any) -> str:
     lines = [f"\nAccuracy on {prompts} held-out prompts\n", table(headers, rows)]
     for i in range(min(SHOWN, prompts)):
         lines += ["", f"{samples.puzzles[i].prompt}   (the {name} model's candidates)"]
-        lines.append(_candidate_table(samples, i, tokenizer))
+        lines.append(_candidate_table(samples.puzzles[i], samples.groups[i], tokenizer))
     return "\n".join(lines)
 
 
-def _candidate_table(samples: SampledAnswers, i: int, tokenizer: Any) -> str:
-    group, puzzle = samples.groups[i], samples.puzzles[i]
-    start = len(chat.prompt(puzzle.question(), tokenizer))
+def _candidate_table(puzzle: Puzzle, group: Sequence[Answer], tokenizer: Any) -> str:
+    prompt = chat.prompt(puzzle.question(), tokenizer)
     rows = []
-    for candidate in ranked(group, samples.judged[i], tokenizer, head="default", start=start):
+    for candidate in ranked(prompt, group, tokenizer, Choice()):
         reward = candidate.reward if candidate.finished else None
         right = "yes" if puzzle.check(candidate.text) else ""
         rows.append([reward, candidate.logprob, candidate.text, right])
@@ -180,7 +169,7 @@ def _histograms(results: Mapping[str, SampledAnswers]) -> Figure:
     figure = Figure(figsize=(5.2 * len(with_head), 3.6), layout="constrained")
     panels = figure.subplots(1, len(with_head), squeeze=False)[0]
     for axes, (name, samples) in zip(panels, with_head.items(), strict=True):
-        rewards = np.array([judged.rewards["default"] for judged in samples.judged])
+        rewards = np.array([[a.rewards.get("default", np.nan) for a in group] for group in samples.groups])
         bins = np.linspace(np.nanmin(rewards), np.nanmax(rewards), 41)
         for label, selected in (("right answers", samples.correct), ("wrong answers", ~samples.correct)):
             axes.hist(rewards[selected & ~np.isnan(rewards)], bins=bins, alpha=0.6, label=label)

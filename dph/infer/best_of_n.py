@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dph import chat
 from dph.chat import Message
 from dph.errors import UserError
-from dph.infer.engine import Answer, Plan, Pruning, Request, answer_all, fixed
+from dph.infer.engine import answered
+from dph.infer.request import Answer, Plan, Pruning, Request, fixed
 from dph.infer.sampling import Sampling, checked
 from dph.model.judging import JudgingModel
 
+Weights = Callable[[Sequence[float]], list[float]]
+
 RANKS = ("reward", "logprob", "lower_bound", "vote")
+
+
+def logistic(rewards: Sequence[float]) -> list[float]:
+    """Return the logistic functions of rewards."""
+    return [1 / (1 + math.exp(-max(reward, -700.0))) for reward in rewards]
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class Choice:
     def __post_init__(self) -> None:
         """Check the numbers; raises UserError with the name of one that is out of range."""
         for name in ("n", "risk", "confidence", "round_size", "prune_every"):
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not None or name not in ("confidence", "prune_every"):
                 object.__setattr__(self, name, checked(name, getattr(self, name)))
 
     def check(self, model: JudgingModel) -> None:
@@ -104,6 +112,12 @@ class Choice:
             return min(self.round_size, self.n - len(answers))
 
         return more
+
+    def weights(self, model: JudgingModel) -> Weights:
+        """Return the weights of a vote: probabilities that answers are good, or logistic functions of the rewards."""
+        if model.head_records.get(self.head, {}).get("calibration") is None:
+            return logistic
+        return lambda rewards: model.probability(rewards, self.head).tolist()
 
     def request(self, model: JudgingModel, prompt: Sequence[int], sampling: Sampling, seed: int | None) -> Request:
         """Return the request of one prompt."""
@@ -140,9 +154,7 @@ def sample(
     options, plan, seed = Sampling(**sampling), fixed(checked("n", n)), None if seed is None else checked("seed", seed)
     rewards = rewards and bool(model.head_names)
     requests = [Request(prompt, plan, options, seed=seed, rewards=rewards) for prompt in prompts]
-    for _ in answer_all(model, tokenizer, requests):
-        pass
-    return [request.answers for request in requests]
+    return [request.answers for request in answered(model, tokenizer, requests)]
 
 
 def best_of_n(
@@ -190,21 +202,26 @@ def best_of_n_each(
     *,
     seed: int | None = None,
     **sampling: Any,
-) -> list[list[Candidate]]:
-    """Answer several conversations at once; see :func:`best_of_n`. Their candidates are those of each alone."""
+) -> Iterator[list[Candidate]]:
+    """Yield the candidates of each conversation, best first; see :func:`best_of_n`.
+
+    Conversations are answered together, and their candidates are those of each alone.
+    """
     choice.check(model)
     options = Sampling(**sampling)
     prompts = [chat.prompt(messages, tokenizer) for messages in conversations]
     requests = [choice.request(model, prompt, options, seed) for prompt in prompts]
-    for _ in answer_all(model, tokenizer, requests):
-        pass
-    return [ranked(request.prompt, request.answers, tokenizer, choice, model) for request in requests]
+    weigh = choice.weights(model)
+    for request in answered(model, tokenizer, requests):
+        yield ranked(request.prompt, request.answers, tokenizer, choice, weigh)
 
 
 def ranked(
-    prompt: Sequence[int], answers: Sequence[Answer], tokenizer: Any, choice: Choice, model: JudgingModel
+    prompt: Sequence[int], answers: Sequence[Answer], tokenizer: Any, choice: Choice, weigh: Weights = logistic
 ) -> list[Candidate]:
     """Return the candidates of one prompt, best first; without a head by log-probability.
+
+    ``weigh``: the weights of a vote (:meth:`Choice.weights`).
 
     Raises ValueError if the reward of a finished answer or a log-probability is NaN.
     """
@@ -233,33 +250,25 @@ def ranked(
                 pruned=answer.pruned,
             )
         )
-    scores = scored(candidates, choice, model)
+    scores = _scores(candidates, choice, weigh)
     order = sorted(range(len(candidates)), key=scores.__getitem__, reverse=True)
     return [candidates[i] for i in order]
 
 
-def scored(candidates: Sequence[Candidate], choice: Choice, model: JudgingModel) -> list[tuple[Any, ...]]:
+def _scores(candidates: Sequence[Candidate], choice: Choice, weigh: Weights) -> list[tuple[Any, ...]]:
     """Return what candidates are ranked by, larger for better ones; finished ones are above all others."""
-    if choice.head is None or choice.rank == "logprob":
-        return [(c.finished, not c.pruned, c.logprob) for c in candidates]
-    if choice.rank != "vote":
-        risk = choice.risk if choice.rank == "lower_bound" else 0.0
-        values = [c.reward - risk * c.spread if c.finished else c.logprob for c in candidates]
-        return [(c.finished, not c.pruned, value) for c, value in zip(candidates, values, strict=True)]
+    by_reward = choice.head is not None and choice.rank != "logprob"
+    risk = choice.risk if choice.rank == "lower_bound" else 0.0
     votes: dict[str, float] = defaultdict(float)
-    finished = [c for c in candidates if c.finished]
-    weights = probabilities([c.reward for c in finished], choice.head, model)
-    for candidate, weight in zip(finished, weights, strict=True):
-        votes[choice.normalise(candidate.text)] += weight
+    if by_reward and choice.rank == "vote":
+        finished = [candidate for candidate in candidates if candidate.finished]
+        for candidate, weight in zip(finished, weigh([c.reward for c in finished]), strict=True):
+            votes[choice.normalise(candidate.text)] += weight
     scores = []
-    for c in candidates:
-        total, value = (votes[choice.normalise(c.text)], c.reward) if c.finished else (0.0, c.logprob)
-        scores.append((c.finished, not c.pruned, total, value))
+    for candidate in candidates:
+        value = candidate.logprob
+        if by_reward and candidate.finished:
+            value = candidate.reward - risk * candidate.spread
+        vote = votes[choice.normalise(candidate.text)] if votes and candidate.finished else 0.0
+        scores.append((candidate.finished, not candidate.pruned, vote, value))
     return scores
-
-
-def probabilities(rewards: Sequence[float], head: str, model: JudgingModel) -> list[float]:
-    """Return the probabilities that answers are good; without a calibration the logistic functions of the rewards."""
-    if model.head_records.get(head, {}).get("calibration") is not None:
-        return model.probability(rewards, head).tolist()
-    return [1 / (1 + math.exp(-max(reward, -700.0))) for reward in rewards]

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from dph.infer.sampling import Sampling
+from dph_kernels.transfer import to_device
 
 STEPS = np.array([0x9E3779B1, 0x85EBCA77], dtype=np.uint32)  # odd: all steps of a key differ
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)  # of lowbias32, a hash of 32 bits with little bias, as int32
@@ -50,32 +51,40 @@ def processors(options: Sampling) -> LogitsProcessorList:
     return made
 
 
-def prompt_key(seed: int, prompt: Sequence[int]) -> bytes:
-    """Return what the keys of a prompt's candidates begin with."""
-    return hashlib.blake2b(np.array([seed, *prompt], dtype=np.int64).tobytes(), digest_size=16).digest()
-
-
-def candidate_key(prompt: bytes, index: int) -> np.ndarray:
-    """Return the key [2] uint32 of a candidate of a prompt."""
-    digest = hashlib.blake2b(index.to_bytes(8, "little"), key=prompt, digest_size=8).digest()
-    return np.frombuffer(digest, dtype=np.uint32)
+def candidate_keys(seed: int, prompt: Sequence[int], indices: Sequence[int]) -> np.ndarray:
+    """Return the keys [C, 2] uint32 of a prompt's candidates with these numbers."""
+    digest = hashlib.blake2b(np.array([seed, *prompt], dtype=np.int64).tobytes(), digest_size=8).digest()
+    word = np.frombuffer(digest, np.uint64) + np.asarray(indices, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # the finaliser of SplitMix64
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (word ^ (word >> np.uint64(31))).view(np.uint32).reshape(-1, 2)
 
 
 def choose(
-    logits: Tensor, options: Sampling, keys: np.ndarray, steps: np.ndarray, seen: Tensor | None = None
+    logits: Tensor,
+    options: Sampling,
+    keys: np.ndarray,
+    steps: np.ndarray,
+    states: np.ndarray | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
-    """Return the next tokens [R] after logits [R, V] fp32.
+    """Return the next tokens [C] of candidates.
 
     Args:
-        options: of all rows.
-        keys: [R, 2] uint32, of the candidates.
-        steps: [R] tokens that each has said so far.
-        seen: [R, S] tokens of prompts and answers, in any order and as often as wanted; for the repetition penalty.
+        logits: [S, V] fp32, of their states.
+        options: of all candidates.
+        keys: [C, 2] uint32.
+        steps: [C] tokens that each has said so far.
+        states: [C] row of ``logits`` of each; None: candidate i has row i.
+        seen: [S, L] tokens of prompts and answers, in any order and as often as wanted; for the repetition penalty.
     """
     scores = processors(options)(seen, logits)
-    if not options.greedy:
-        scores = scores + gumbel(keys, steps, logits.shape[1], logits.device)
-    return scores.argmax(-1)
+    rows = None if states is None else to_device(torch.from_numpy(states), logits.device)
+    if options.greedy:
+        best = scores.argmax(-1)
+        return best if rows is None else best[rows]
+    noise = gumbel(keys, steps, logits.shape[1], logits.device)
+    return noise.add_(scores if rows is None else scores[rows]).argmax(-1)
 
 
 def gumbel(keys: np.ndarray, steps: np.ndarray, vocabulary: int, device: torch.device) -> Tensor:

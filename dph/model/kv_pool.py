@@ -59,8 +59,16 @@ class KVPool:
         """Return keys and values of a layer, allocated with rows of the shape and dtype of those of ``like``."""
         if layer == len(self._layers):
             size = (self.rows, *like.shape[1:])
-            self._layers.append((like.new_zeros(size), like.new_zeros(size)))
+            # A GPU's kernels multiply rows that nobody sees by zero: these have to be finite.
+            make = like.new_empty if like.device.type == "cpu" else like.new_zeros
+            self._layers.append((make(size), make(size)))
         return self._layers[layer]
+
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy rows ``sources`` [R] of all layers to ``targets`` [R]."""
+        for buffers in self._layers:
+            for buffer in buffers:
+                buffer.index_copy_(0, targets, buffer[sources])
 
 
 @dataclass(frozen=True)

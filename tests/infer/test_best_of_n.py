@@ -14,8 +14,9 @@ from helpers.tiny import FORMS, tiny_model
 
 import dph
 from dph import chat
-from dph.infer.best_of_n import ranked, sample
-from dph.model.judging import Judged
+from dph.infer.best_of_n import Choice, ranked, sample
+from dph.infer.choice import candidate_keys, gumbel
+from dph.infer.request import Answer
 
 TOK = small_tokenizer()
 END = TOK.convert_tokens_to_ids("<|im_end|>")
@@ -40,60 +41,73 @@ def answers(*texts, finished=None):
     return prompt, [chat.continuation(prompt, chat.plain(TOK)(t) + e, TOK) for t, e in zip(texts, ends, strict=True)]
 
 
-def judged(rewards, logprobs=None):
-    logprobs = logprobs or [-1.0] * len(rewards)
-    return Judged(logprobs, [x / 2 for x in logprobs], {"default": rewards})
+def in_order(texts, rewards, logprobs=None, *, finished=None, spreads=None, **options):
+    """The candidates of answers with these figures, ranked."""
+    prompt, group = answers(*texts, finished=finished)
+    sampled = []
+    for i, item in enumerate(group):
+        ended, logprob = item.reward_position is not None, -1.0 if logprobs is None else logprobs[i]
+        figures = [{"default": part[i]} if part and ended else {} for part in (rewards, spreads)]
+        sampled.append(
+            Answer(
+                i, tuple(item.tokens[len(prompt) :][: len(said(item, prompt))]), ended, logprob, logprob / 2, *figures
+            )
+        )
+    return ranked(prompt, sampled, TOK, Choice(**options))
+
+
+def said(item, prompt):
+    end = len(item.tokens) if item.reward_position is None else item.reward_position + 1
+    return item.tokens[len(prompt) : end]
 
 
 # Ranking
 
 
 def test_the_best_reward_comes_first():
-    prompt, group = answers("one", "two", "three")
-    candidates = ranked(group, judged([0.5, 2.0, -1.0], [-3.0, -9.0, -1.0]), TOK, head="default", start=len(prompt))
+    candidates = in_order(["one", "two", "three"], [0.5, 2.0, -1.0], [-3.0, -9.0, -1.0])
     assert [c.text for c in candidates] == ["two", "one", "three"]
     assert [c.reward for c in candidates] == [2.0, 0.5, -1.0]
     assert [c.logprob for c in candidates] == [-9.0, -3.0, -1.0]
     assert [c.mean_logprob for c in candidates] == [-4.5, -1.5, -0.5]
     assert all(c.finished for c in candidates)
-    assert candidates[0].tokens[: len(group[1].tokens)] == tuple(group[1].tokens[len(prompt) :])
+    prompt, group = answers("one", "two")
+    assert candidates[0].tokens == tuple(group[1].tokens[len(prompt) :])
 
 
 def test_without_a_head_the_likeliest_comes_first_and_the_cut_off_last():
-    prompt, group = answers("one", "two", "three", finished=(0, 1))
-    without = Judged([-3.0, -2.0, -1.0], [-1.5, -1.0, -0.5], {})
-    candidates = ranked(group, without, TOK, head=None, start=len(prompt))
+    candidates = in_order(["one", "two", "three"], None, [-3.0, -2.0, -1.0], finished=(0, 1), head=None)
     assert [c.text for c in candidates] == ["two", "one", "three"]
     assert [c.logprob for c in candidates] == [-2.0, -3.0, -1.0]
-    assert [c.mean_logprob for c in candidates] == [-1.0, -1.5, -0.5]
     assert [c.finished for c in candidates] == [True, True, False]
     assert all(math.isnan(c.reward) for c in candidates)
 
 
 def test_answers_that_were_cut_off_come_last_whatever_their_probability():
-    nan = math.nan
-    prompt, group = answers("a", "b", "c", "d", finished=(1, 3))
-    candidates = ranked(
-        group, judged([nan, -50.0, nan, -40.0], [-0.1, -9.0, -0.2, -9.0]), TOK, head="default", start=len(prompt)
-    )
+    candidates = in_order("abcd", [0, -50.0, 0, -40.0], [-0.1, -9.0, -0.2, -9.0], finished=(1, 3))
     assert [c.text for c in candidates] == ["d", "b", "a", "c"]
     assert [c.finished for c in candidates] == [True, True, False, False]
-    assert all(math.isnan(c.reward) for c in candidates[2:])
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
+def test_equal_answers_vote_together():
+    texts, rewards = ["a", "b ", "a", "b", "c"], [2.0, 0.5, 1.9, 0.6, 2.5]
+    assert [c.text for c in in_order(texts, rewards, rank="vote")] == ["a", "a", "b", "b ", "c"]  # 1.75, 1.27, 0.92
+    assert in_order(texts, rewards, rank="vote", normalise=lambda text: "same")[0].text == "c"
+    assert [c.text for c in in_order(["a", "b", "b"], [1.0, -9.0, -9.0], rank="vote")] == ["a", "b", "b"]
+    assert in_order(["a", "b", "a"], [1.0, 2.0, 1.0], rank="vote", finished=(0, 1))[0].text == "b"
+
+
+@pytest.mark.parametrize("place", [0, 1])
 def test_a_reward_that_is_no_number_wins_nothing(place):
-    prompt, group = answers("a", "b", "c")
-    rewards = [1.0, 2.0, 3.0]
+    rewards = [1.0, 1.0]
     rewards[place] = math.nan
     with pytest.raises(ValueError, match=f"candidate {place}: expected a number as its reward, got NaN"):
-        ranked(group, judged(rewards), TOK, head="default", start=len(prompt))
+        in_order(["one", "two"], rewards)
 
 
 def test_text_is_the_content_alone():
-    prompt, group = answers("12 lazy dogs\n", "", "<|im_end|> said", finished=(0, 1))
-    texts = {c.text for c in ranked(group, judged([1.0, 2.0, math.nan]), TOK, head="default", start=len(prompt))}
-    assert texts == {"12 lazy dogs\n", "", "<|im_end|> said"}
+    texts = {c.text for c in in_order(["one two", "", "three"], [1.0, 2.0, 0], finished=(0, 1))}
+    assert texts == {"one two", "", "three"}
 
 
 # Judging
@@ -172,18 +186,14 @@ def greedy(model, prompt, limit):
     return tokens[len(prompt) :]
 
 
-def said(item, prompt):
-    end = len(item.tokens) if item.reward_position is None else item.reward_position + 1
-    return item.tokens[len(prompt) : end]
-
-
 @pytest.mark.parametrize("form", [{}, *FORMS.values()], ids=["dph", *FORMS])
 def test_temperature_zero_takes_the_likeliest_token(form):
     model = talker(**form)
     prompts = [chat.prompt([message("user", text)], TOK) for text in ("a", "the quick brown fox", "12")]
     groups = sample(model, TOK, prompts, 3, max_new_tokens=15, temperature=0)
     for prompt, group in zip(prompts, groups, strict=True):
-        assert [said(item, prompt) for item in group] == [greedy(model, prompt, 15)] * 3
+        assert [list(answer.tokens) for answer in group] == [greedy(model, prompt, 15)] * 3
+        assert [answer.index for answer in group] == [0, 1, 2]
 
 
 def test_a_seed_gives_the_same_answers_and_touches_nothing():
@@ -196,13 +206,14 @@ def test_a_seed_gives_the_same_answers_and_touches_nothing():
     unseeded = sample(model, TOK, [prompt], 6, max_new_tokens=10)
     assert not torch.equal(torch.get_rng_state(), state)
     assert unseeded not in (first, other)
-    assert len({tuple(item.tokens) for item in first[0]}) > 1
+    assert len({answer.tokens for answer in first[0]}) > 1
 
 
-def test_without_a_seed_torchs_generator_decides_by_one_number():
-    model, prompts = talker(), [chat.prompt(ASKED, TOK)]
+def test_without_a_seed_torchs_generator_decides_by_one_number_a_prompt():
+    model, prompts = talker(), [chat.prompt(ASKED, TOK)] * 2
     torch.manual_seed(3)
     first, after = sample(model, TOK, prompts, 4, max_new_tokens=10), torch.get_rng_state()
+    assert first[0] != first[1]  # the same prompt twice
     torch.manual_seed(3)
     assert sample(model, TOK, prompts, 4, max_new_tokens=2) != first
     assert torch.equal(torch.get_rng_state(), after)
@@ -212,29 +223,6 @@ def test_without_a_seed_torchs_generator_decides_by_one_number():
     state = torch.get_rng_state()
     sample(model, TOK, prompts, 4, max_new_tokens=10, temperature=0)  # nothing is drawn
     assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"temperature": 0.6}, {"top_k": 9}, {"top_p": 0.7}, {"temperature": 1.7, "top_k": 20, "top_p": 0.9}],
-    ids=str,
-)
-def test_answers_are_those_of_transformers_with_torchs_generator(options):
-    model, n, limit = talker(), 12, 25
-    prompts = [chat.prompt([message("user", text)], TOK) for text in ("a", "the quick brown fox")]
-    groups = sample(model, TOK, prompts, n, max_new_tokens=limit, seed=5, **options)
-    width = max(map(len, prompts))
-    ids = torch.tensor([[TOK.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    torch.manual_seed(5)
-    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **options}
-    out = model.generate(
-        ids, attention_mask=mask, max_new_tokens=limit, do_sample=True, num_return_sequences=n, eos_token_id=END,
-        pad_token_id=TOK.pad_token_id, **settings,
-    )  # fmt: skip
-    for i, row in enumerate(out[:, width:].tolist()):
-        answer = row[: row.index(END) + 1] if END in row else row[:limit]
-        assert said(groups[i // n][i % n], prompts[i // n]) == answer
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -262,31 +250,52 @@ def test_seeded_answers_are_the_same_in_any_number_of_threads(fresh):
 def test_sampled_answers_end_at_the_first_end_token():
     model, prompt = talker(), chat.prompt(ASKED, TOK)
     (group,) = sample(model, TOK, [prompt], 24, max_new_tokens=40, seed=0)
-    finished = [item for item in group if item.reward_position is not None]
-    assert 0 < len(finished) < 24, "the test needs answers of both sorts"
-    for item in group:
-        assert item.tokens[: len(prompt)] == prompt
-        answer = said(item, prompt)
-        if item.reward_position is None:
-            assert len(answer) == 40
-            assert END not in answer
+    assert 0 < sum(answer.finished for answer in group) < 24, "the test needs answers of both sorts"
+    for answer in group:
+        if answer.finished:
+            assert answer.tokens.index(END) == len(answer.tokens) - 1 < 40
         else:
-            assert answer.index(END) == len(answer) - 1
-            assert len(answer) <= 40
-            assert item.tokens[item.reward_position] == END
+            assert len(answer.tokens) == 40
+            assert END not in answer.tokens
+            assert answer.rewards == {}
 
 
-def test_sampling_follows_the_model_s_distribution():
+OPTIONS = [
+    {}, {"temperature": 0.6}, {"top_k": 9}, {"top_p": 0.7}, {"min_p": 0.3}, {"typical_p": 0.6},
+    {"repetition_penalty": 3.0}, {"temperature": 1.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 0.7},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_sampling_follows_the_distribution_of_transformers(options):
     """Chi-squared over the first token of 4,000 answers, the twelve likeliest tokens against the rest."""
     model, prompt = talker(), chat.prompt(ASKED, TOK)
+    ids = torch.tensor([prompt])
     with torch.no_grad():
-        p = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
-    (group,) = sample(model, TOK, [prompt], 4000, max_new_tokens=1, seed=0)
-    counts = torch.bincount(torch.tensor([item.tokens[len(prompt)] for item in group]), minlength=len(p))
-    top = p.topk(12).indices
+        settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **options}
+        out = model.generate(
+            ids, max_new_tokens=1, do_sample=True, output_scores=True, return_dict_in_generate=True, **settings
+        )
+    p = out.scores[0][0].double().softmax(-1)
+    (group,) = sample(model, TOK, [prompt], 4000, max_new_tokens=1, seed=0, **options)
+    counts = torch.bincount(torch.tensor([answer.tokens[0] for answer in group]), minlength=len(p))
+    assert not counts[p == 0].any()
+    top = p.topk(min(12, int((p > 0).sum()) - 1)).indices
     observed = torch.cat([counts[top], counts.sum()[None] - counts[top].sum()]).double()
     expected = torch.cat([p[top], 1 - p[top].sum()[None]]) * 4000
     assert ((observed - expected).square() / expected).sum() < 34.5  # 12 degrees of freedom, one in two thousand
+
+
+def test_steps_and_candidates_draw_independent_noise():
+    """Neighbouring keys, steps and tokens have no correlation, and the noise is Gumbel's."""
+    keys = candidate_keys(1, [1, 2, 3], range(64))
+    noise = torch.stack([gumbel(keys, np.full(64, step), 300, torch.device("cpu")) for step in range(4)]).double()
+    uniform = (-(-noise).exp()).exp()
+    counts = torch.histc(uniform.float(), 20, 0, 1)
+    expected = uniform.numel() / 20
+    assert ((counts - expected) ** 2 / expected).sum() < 45  # 19 degrees of freedom
+    for a, b in ((uniform[1:], uniform[:-1]), (uniform[:, 1:], uniform[:, :-1]), (uniform[..., 1:], uniform[..., :-1])):
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.02
 
 
 @pytest.mark.parametrize(("settings", "allowed"), [({"top_k": 2}, 2), ({"top_p": 1e-6}, 1)])
@@ -295,7 +304,7 @@ def test_truncated_sampling(settings, allowed):
     with torch.no_grad():
         likeliest = model(torch.tensor([prompt])).logits[0, -1].topk(allowed).indices.tolist()
     (group,) = sample(model, TOK, [prompt], 40, max_new_tokens=1, seed=0, **settings)
-    assert {item.tokens[len(prompt)] for item in group} == set(likeliest)
+    assert {answer.tokens[0] for answer in group} == set(likeliest)
 
 
 def test_sampling_leaves_the_mode():
@@ -315,6 +324,9 @@ WRONG = [
     ),
     *(("top_k", x, "a whole number of at least 0") for x in (-1, 0.5, None)),
     *(("top_p", x, "a number above 0 and at most 1") for x in (0, -0.5, 1.01, math.nan, None)),
+    *(("min_p", x, "a number from 0 to 1") for x in (-0.1, 1.5)),
+    *(("repetition_penalty", x, "a finite number above 0") for x in (0, math.inf)),
+    *(("stop", x, "a list of texts that are not empty") for x in ("a", [""], [1])),
     *(("seed", x, INT64) for x in (10**23, 2**63, -(2**63) - 1, 0.5, "1")),
 ]
 

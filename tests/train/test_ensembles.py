@@ -11,10 +11,10 @@ from helpers.texts import conversation, small_tokenizer, write_lines
 import dph
 from dph.cli.main import main
 from dph.errors import UserError
-from dph.infer.best_of_n import ranked
+from dph.infer.best_of_n import Choice, ranked
+from dph.infer.request import Answer
 from dph.model import head_file
 from dph.model.heads import RewardHead
-from dph.model.judging import Judged
 from dph.train import build, config_schema
 
 TOK = small_tokenizer()
@@ -140,17 +140,21 @@ def test_models_and_heads_of_earlier_versions_are_the_same(tmp_path):
 
 
 def test_the_lower_bound_prefers_what_the_members_agree_on(tmp_path, capsys):
-    group = [dph.chat.encode(talk, TOK) for talk in TALKS[:3]]
-    judged = Judged([-1.0, -2.0, -3.0], [-1.0] * 3, {"default": [1.0, 3.0, 2.0]}, {"default": [0.1, 2.5, 0.5]})
-    order = lambda **options: [c.reward for c in ranked(group, judged, TOK, head="default", start=1, **options)]  # noqa: E731
+    end = dph.chat.markup(TOK).end_of_turn
+    figures = zip([-1.0, -2.0, -3.0], [1.0, 3.0, 2.0], [0.1, 2.5, 0.5], strict=True)
+    answers = [Answer(i, (end,), True, p, p, {"default": r}, {"default": s}) for i, (p, r, s) in enumerate(figures)]
+
+    def order(**options):
+        return [c.reward for c in ranked([1], answers, TOK, Choice(**options))]
+
     assert order() == [3.0, 2.0, 1.0]
-    assert order(by="lower_bound") == [2.0, 1.0, 3.0]
-    assert order(by="lower_bound", risk=0.0) == [3.0, 2.0, 1.0]
-    assert order(by="logprob") == [1.0, 3.0, 2.0]
+    assert order(rank="lower_bound") == [2.0, 1.0, 3.0]
+    assert order(rank="lower_bound", risk=0.0) == [3.0, 2.0, 1.0]
+    assert order(rank="logprob") == [1.0, 3.0, 2.0]
     prompt = [{"role": "user", "content": "late"}]
     with pytest.raises(ValueError, match="rank: expected an ensemble"):
         dph.best_of_n(tiny(), TOK, prompt, 2, rank="lower_bound")
-    with pytest.raises(ValueError, match="rank: expected one of reward, logprob, lower_bound, got 'best'"):
+    with pytest.raises(ValueError, match="rank: expected one of reward, logprob, lower_bound, vote, got 'best'"):
         dph.best_of_n(tiny(), TOK, prompt, 2, rank="best")
     model = ensemble().eval()
     options = {"max_new_tokens": 12, "seed": 1, "temperature": 2.0}

@@ -1,0 +1,516 @@
+"""The engine for models of this package: several answers to each of many prompts, continued together token by token.
+
+A prompt is computed once, and all of its candidates read its keys and values; candidates that have said the same so far
+are one. Candidates that end leave, and waiting
+ones take their place. The reward of an answer comes from the step that reads its end-of-turn token, its log-probability
+from the logits that its tokens were drawn from: nothing is computed twice.
+
+An answer depends on its prompt, the seed and its number alone: on the CPU no other prompt or candidate changes a bit of
+it (``dph_kernels.dispatch.batch_invariant``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dph import chat
+from dph.errors import UserError
+from dph.infer.choice import candidate_keys, choose
+from dph.infer.request import STOP_ROOM, Answer, Engine, Request
+from dph.infer.sampling import Sampling
+from dph.model.heads import JudgedStates
+from dph.model.judging import JudgingModel
+from dph.model.kv_pool import KVPool
+from dph_kernels.dispatch import batch_invariant
+from dph_kernels.layout import COLUMNS, PackedLayout
+from dph_kernels.transfer import to_device
+
+CHUNK = 512  # tokens of a prompt that are read at once; a multiple of attention's blocks, counted from its beginning
+BATCH = 1024  # candidates that are continued together, and tokens of prompts that are read between two of their tokens
+# PyTorch's products of matrices on the CPU take another way for fewer rows, with other rounding.
+LEAST_ROWS, ROW_MULTIPLE = 16, 8
+
+
+STATES = np.dtype(
+    [
+        ("request", "i8"),  # key of ``PooledEngine._opened``
+        ("start", "i8"),  # first row of its keys and values: that of one of its candidates
+        ("prompt", "i8"),  # first row of the prompt
+        ("length", "i8"),  # tokens of the prompt
+        ("said", "i8"),  # tokens since; the last ``fresh`` have not been read
+        ("fresh", "i8"),
+        ("limit", "i8"),  # most tokens
+        ("ending", "?"),  # whether the last token is the end of the turn
+        ("rewards", "?"),  # whether that token is judged
+        ("stops", "?"),  # whether there are stop texts
+        ("sampling", "i8"),  # place in ``PooledEngine._samplings``
+    ]
+)
+"""What candidates of one prompt have said that is the same."""
+
+CANDIDATES = np.dtype([("index", "i8"), ("start", "i8"), ("state", "i8"), ("key", "u4", 2)])
+"""Number among the prompt's answers, first row of its own, place in ``_states``, key of its noise."""
+
+
+class PooledEngine(Engine):
+    """Continuous batching over a pool of keys and values.
+
+    Args:
+        model: with a backbone of this package.
+        rows: of the pool; a prompt of P tokens and a candidate of at most N take P + 1 and N + 1.
+        batch: candidates that are continued together at most.
+    """
+
+    def __init__(self, model: JudgingModel, tokenizer: Any, rows: int, batch: int = BATCH) -> None:
+        super().__init__(model, tokenizer)
+        self.pool, self.batch = KVPool(rows), batch
+        self._token_at = np.zeros(rows, np.int64)  # of each row of the pool
+        self._logprob_at = np.zeros(rows, np.float32)
+        self._states, self._candidates = np.empty(0, STATES), np.empty(0, CANDIDATES)
+        self._opened: dict[int, Request] = {}  # requests whose prompts have rows
+        self._numbers = 0
+        self._samplings: list[Sampling] = []
+        self._scratch = self.pool.take(1)  # row of padding tokens
+
+    def check(self, request: Request) -> None:
+        """See :meth:`Engine.check`."""
+        rows = len(request.prompt) + 1 + (request.rows + 1) * max(request.gang, 1)
+        if request.gang > self.batch or rows > self.pool.rows - 2:
+            raise UserError(
+                f"prompt, max_new_tokens: expected at most {self.pool.rows - 2} rows of keys and values and "
+                f"{self.batch} answers at once, got {len(request.prompt)} tokens and {max(request.gang, 1)} answers of "
+                f"up to {request.rows}"
+            )
+        if request.pruning is not None:
+            self.model.check_heads(request.pruning.head)
+
+    def cancel(self, request: Request) -> None:
+        """See :meth:`Engine.cancel`."""
+        if request in self.requests:
+            for start in request._reserved:
+                self.pool.free(start)
+            request._reserved = []
+            mine = np.array(
+                [self._opened[number] is request for number in self._states["request"].tolist()], dtype=bool
+            )
+            self._drop(mine[self._candidates["state"]])
+            self._close(request)
+
+    def partial(self, request: Request) -> dict[int, tuple[int, ...]]:
+        """See :meth:`Engine.partial`."""
+        tokens = {}
+        for index, place in self._candidates[["index", "state"]].tolist():
+            state = self._states[place]
+            if self._opened[int(state["request"])] is request:
+                tokens[index] = tuple(self._token_at[state["start"] : state["start"] + state["said"]].tolist())
+        return tokens
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[Request, Answer]]:
+        """Read the next tokens of all candidates, and of prompts that wait; draw a token for each candidate."""
+        self._admit()
+        with batch_invariant():
+            self._read_prompts()
+            complete, logits = self._read_candidates()
+            first = self._start()
+            if len(self._states):
+                self._draw(torch.cat([part for part in (logits, first) if part is not None]))
+        complete += self._sort_out()
+        for request, answer in complete:
+            request._add(answer)
+        for request in [request for request in self.requests if request.done]:
+            self._close(request)
+        return complete
+
+    # Prompts
+
+    def _admit(self) -> None:
+        """Take rows for candidates of the prompts that are there, then for further prompts, first come first served."""
+        room = self.batch - len(self._candidates) - sum(len(request._reserved) for request in self.requests)
+        is_full = False
+        for request in self.requests:
+            if request._slot is None:
+                is_full = is_full or not self._open(request, room)
+            else:
+                request._reserved += self._take(request, room)
+            room -= len(request._reserved)
+
+    def _open(self, request: Request, room: int) -> bool:
+        """Take rows for a prompt and candidates that start with it; return whether there were enough."""
+        slot = self.pool.take(len(request.prompt))
+        if slot is None:
+            return False
+        if not (taken := self._take(request, room)):
+            self.pool.free(slot)
+            return False
+        request._slot, request._reserved, request._number = slot, taken, self._numbers
+        self._opened[self._numbers] = request
+        self._numbers += 1
+        self._token_at[slot : slot + len(request.prompt)] = request.prompt
+        return True
+
+    def _take(self, request: Request, room: int) -> list[int]:
+        """Return the first rows of waiting candidates, at most ``room``; none if too few can start together."""
+        waiting = request._wanted - request._started - len(request._reserved)
+        taken: list[int] = []
+        while len(taken) < min(waiting, room) and (start := self.pool.take(request.rows)) is not None:
+            taken.append(start)
+        if request.pruning is not None and len(taken) < waiting:
+            for start in taken:
+                self.pool.free(start)
+            return []
+        return taken
+
+    def _read_prompts(self) -> None:
+        """Read chunks of prompts, up to the tokens of a batch, and keep the logits after those that are complete."""
+        parts, budget = [], self.batch
+        for request in self.requests:
+            read, length = request._read, len(request.prompt)
+            while request._slot is not None and read < length and budget > 0:
+                count = min(CHUNK, length - read)
+                if any(owner is request for owner, _, _ in parts):
+                    break  # a chunk reads the ones before it from the pool
+                parts.append((request, read, count))
+                budget -= count
+        if not parts:
+            return
+        counts, table, rows, last = [], [], [], []
+        start = 0
+        total = sum(count for _, _, count in parts)
+        for request, read, count in parts:
+            slot, end = request._slot, start + count
+            keys = (self.pool.rows + start, self.pool.rows + end)
+            table.append((start, end, *keys, slot, slot + read, read))
+            rows.append(np.arange(slot + read, slot + read + count))
+            counts.append(count)
+            last.append(end - 1)
+            start = end
+        padded = _padded_rows(total)
+        rows = np.concatenate([*rows, np.full(padded - total, self._scratch)])
+        layout = PackedLayout(torch.tensor(table).reshape(-1, len(COLUMNS)), padded, padded, self.pool.rows)
+        hidden = self._forward(rows, layout, self._token_at[rows], decode=False)
+        complete = [i for i, (request, read, count) in enumerate(parts) if read + count == len(request.prompt)]
+        logits = self._logits(hidden, np.array(last)[complete]) if complete else None
+        for i, row in zip(complete, () if logits is None else logits, strict=True):
+            parts[i][0]._logits = row.clone()
+        for request, read, count in parts:
+            request._read = read + count
+
+    def _close(self, request: Request) -> None:
+        """Return the rows of a prompt."""
+        request.done = True
+        self.requests.remove(request)
+        if request._slot is not None:
+            self.pool.free(request._slot)
+            del self._opened[request._number]
+        request._slot = request._logits = None
+
+    # Candidates
+
+    def _start(self) -> Tensor | None:
+        """Add the candidates that begin now, each prompt's as one state; return the logits [S, V] of their tokens."""
+        states, candidates, logits = [], [self._candidates], []
+        for request in self.requests:
+            count, sampling = len(request._reserved), request.sampling
+            if request._logits is None or not count:
+                continue
+            if sampling not in self._samplings:
+                self._samplings.append(sampling)
+            own = np.empty(count, CANDIDATES)
+            own["index"] = np.arange(request._started, request._started + count)
+            own["start"], own["state"] = request._reserved, len(self._states) + len(states)
+            own["key"] = candidate_keys(request.seed, request.prompt, own["index"])
+            kind, options = self._samplings.index(sampling), (request.rewards, bool(sampling.stop))
+            place = request._reserved[0], request._slot, len(request.prompt)
+            states.append((request._number, *place, 0, 0, sampling.max_new_tokens, False, *options, kind))
+            candidates.append(own)
+            logits.append(request._logits)
+            request._started += count
+            request._reserved = []
+        if not states:
+            return None
+        self._states = np.concatenate([self._states, np.array(states, STATES)])
+        self._candidates = np.concatenate(candidates)
+        return torch.stack(logits)
+
+    def _read_candidates(self) -> tuple[list[tuple[Request, Answer]], Tensor | None]:
+        """Read the fresh tokens of all states; return the answers that ended, and the logits of the others [S, V].
+
+        The candidates that ended, and those that pruning drops, are gone.
+        """
+        states = self._states
+        if not len(states):
+            return [], None
+        pruning = self._pruning()
+        branches = np.zeros(len(states), np.int64)
+        branches[list(pruning)] = 1
+        queries = states["fresh"] + branches
+        ends = queries.cumsum()  # of each state's queries
+        mine = states[np.repeat(np.arange(len(states)), queries)]
+        total = len(mine)
+        place = mine["said"] - mine["fresh"] + np.arange(total) - np.repeat(ends - queries, queries)
+        rows = mine["start"] + place
+        tokens = np.where(place < mine["said"], self._token_at[rows], self.end)
+        layout = self._decode_layout(mine, place)
+        padding = layout.queries - total
+        padded_rows = np.concatenate([rows, np.full(padding, self._scratch)])
+        tokens = np.concatenate([tokens, np.full(padding, self.end)])
+
+        ending, live = np.flatnonzero(states["ending"]), np.flatnonzero(~states["ending"])
+        judged = np.flatnonzero((states["ending"] & states["rewards"]) | (branches > 0))
+        last = ends - 1 - branches
+        forced = [np.arange(last[i] - states["fresh"][i] + 1, last[i]) for i in ending]  # their next tokens are known
+        wanted = np.concatenate([last[live], *forced])
+        hidden, rewards, spreads = self._forward_judged(padded_rows, layout, tokens, (ends - 1)[judged])
+        logits = self._logits(hidden, wanted) if len(wanted) else None
+        if len(wanted) > len(live):
+            known = rows[wanted[len(live) :]] + 1
+            self._keep_logprobs(known, logits[len(live) :], self._token_at[known])
+
+        figures = {
+            int(i): tuple({head: values[j] for head, values in part.items()} for part in (rewards, spreads))
+            for j, i in enumerate(judged)
+        }
+        complete = self._answers(ending, True, figures)
+        gone = states["ending"][self._candidates["state"]]
+        if pruning:
+            dropped = self._weaker(pruning, figures, complete)
+            complete += self._answers(live, False, {}, dropped)
+            gone |= dropped
+        is_left = np.bincount(self._candidates["state"][~gone], minlength=len(states))[live] > 0
+        self._drop(gone)
+        if not is_left.any():
+            return complete, None
+        return complete, logits[: len(live)] if is_left.all() else logits[torch.from_numpy(np.flatnonzero(is_left))]
+
+    def _decode_layout(self, states: np.ndarray, place: np.ndarray) -> PackedLayout:
+        """Return the layout of one query for each of ``states`` [T], the token with number ``place`` [T] after it."""
+        number, first, prompt = np.arange(len(states)), states["start"], states["prompt"]
+        columns = (
+            number, number + 1, first, first + place + 1, prompt, prompt + states["length"], states["length"] + place
+        )  # fmt: skip
+        table = torch.from_numpy(np.stack(columns, 1))
+        return PackedLayout(table, queries=_padded_rows(len(states)), keys=0, memory=self.pool.rows)
+
+    def _draw(self, logits: Tensor) -> None:
+        """Draw the next tokens of all candidates after logits [S, V]; those of a state that differ part ways."""
+        states, candidates = self._states, self._candidates
+        drawn = np.empty(len(candidates), np.int64)
+        kinds = np.unique(states["sampling"])
+        for kind in kinds:
+            places, mine = np.arange(len(states)), np.arange(len(candidates))
+            if len(kinds) > 1:
+                places = np.flatnonzero(states["sampling"] == kind)
+                mine = np.flatnonzero(states["sampling"][candidates["state"]] == kind)
+            own, sampling = states[places], self._samplings[kind]
+            owner = np.searchsorted(places, candidates["state"][mine])
+            seen = self._seen(own).to(logits.device) if sampling.repetition_penalty != 1 else None
+            some = logits if len(kinds) == 1 else logits[torch.from_numpy(places)]
+            chosen = choose(some, sampling, candidates["key"][mine], own["said"][owner], owner, seen)
+            drawn[mine] = chosen.cpu().numpy()
+
+        # Of the candidates that stay together one lends its rows: that which has done so, if it is among them.
+        lends = candidates["start"] == states["start"][candidates["state"]]
+        codes = candidates["state"] * logits.shape[1] + drawn
+        order = np.argsort(~lends, kind="stable")
+        distinct, first, together = np.unique(codes[order], return_index=True, return_inverse=True)
+        parents, tokens = distinct // logits.shape[1], distinct % logits.shape[1]
+        new = states[parents]
+        new["start"] = candidates["start"][order[first]]
+        self._copy_rows(states["start"][parents], new["start"], states["said"][parents])
+        candidates["state"][order] = together
+        rows = new["start"] + new["said"]
+        self._keep_logprobs(rows, logits, tokens, parents)
+        self._token_at[rows] = tokens
+        new["said"] += 1
+        new["fresh"] = 1
+        new["ending"] = tokens == self.end
+        self._states = new
+
+    def _copy_rows(self, sources: np.ndarray, targets: np.ndarray, counts: np.ndarray) -> None:
+        """Copy ``counts`` [S] rows from each of ``sources`` [S] to ``targets`` [S], where they differ."""
+        counts = np.where(sources == targets, 0, counts)
+        within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        if not len(within):
+            return
+        sources, targets = np.repeat(sources, counts) + within, np.repeat(targets, counts) + within
+        self._token_at[targets], self._logprob_at[targets] = self._token_at[sources], self._logprob_at[sources]
+        device = self.model.device
+        self.pool.copy(to_device(torch.from_numpy(sources), device), to_device(torch.from_numpy(targets), device))
+
+    def _seen(self, states: np.ndarray) -> Tensor:
+        """Return the tokens [S, L] of prompts and answers, with the prompt's first in place of padding."""
+        width = int((states["length"] + states["said"]).max())
+        seen = np.repeat(self._token_at[states["prompt"]][:, None], width, 1)
+        columns = states[["start", "prompt", "length", "said"]].tolist()
+        for row, (start, prompt, length, said) in zip(seen, columns, strict=True):
+            row[:length] = self._token_at[prompt : prompt + length]
+            row[length : length + said] = self._token_at[start : start + said]
+        return torch.from_numpy(seen)
+
+    def _keep_logprobs(
+        self, rows: np.ndarray, logits: Tensor, tokens: np.ndarray, after: np.ndarray | None = None
+    ) -> None:
+        """Store the log-probabilities of ``tokens`` [R] in ``rows`` [R], after rows ``after`` [R] of logits [S, V]."""
+        after = np.arange(len(rows)) if after is None else after
+        places = (to_device(torch.from_numpy(part), logits.device) for part in (after, tokens))
+        logprobs = logits[tuple(places)].cpu().numpy() - logits.logsumexp(1).cpu().numpy()[after]
+        self._logprob_at[rows] = logprobs
+
+    def _sort_out(self) -> list[tuple[Request, Answer]]:
+        """Return the answers that need no more reading: cut-off ones, and finished ones without rewards."""
+        for i in np.flatnonzero(self._states["stops"] & ~self._states["ending"]).tolist():
+            self._apply_stop(i)
+        states = self._states
+        ended = states["ending"] & (states["fresh"] == 1) & ~states["rewards"]
+        cut_off = ~states["ending"] & (states["said"] >= states["limit"])
+        complete = self._answers(np.flatnonzero(ended), True, {}) + self._answers(np.flatnonzero(cut_off), False, {})
+        self._drop((ended | cut_off)[self._candidates["state"]])
+        return complete
+
+    def _apply_stop(self, i: int) -> None:
+        """End a state before a stop text if it has just said one; what remains of its last token is read again."""
+        state = self._states[i]
+        request, start, said = self._opened[int(state["request"])], int(state["start"]), int(state["said"])
+        tokens = self._token_at[start : start + said].tolist()
+        text = self.tokenizer.decode(tokens, skip_special_tokens=False)
+        found = [place for stop in request.sampling.stop if (place := text.find(stop)) >= 0]
+        if not found:
+            return
+        kept, text = said - 1, text[: min(found)]
+        while not text.startswith(beginning := self.tokenizer.decode(tokens[:kept], skip_special_tokens=False)):
+            kept -= 1
+        forced = [*chat.plain(self.tokenizer)(text[len(beginning) :]), self.end]
+        if kept + len(forced) > request.rows:
+            raise UserError(f"stop: expected texts that cut no token into more than {STOP_ROOM}, got {len(forced)}")
+        self._token_at[start + kept : start + kept + len(forced)] = forced
+        if not kept:
+            self._keep_logprobs(np.array([start]), request._logits[None], np.array(forced[:1]))
+        state["said"] = kept + len(forced)
+        state["fresh"] = state["said"] - max(kept - 1, 0)  # the last kept one, for the log-probability of the next
+        state["ending"] = True
+
+    def _answers(
+        self,
+        places: np.ndarray,
+        finished: bool,
+        figures: Mapping[int, tuple[dict[str, float], dict[str, float]]],
+        dropped: np.ndarray | None = None,
+    ) -> list[tuple[Request, Answer]]:
+        """Return the answers of the states at ``places``, with rewards and spreads; of ``dropped`` [C] ones alone."""
+        if not len(places):
+            return []
+        candidates = self._candidates if dropped is None else self._candidates[dropped]
+        candidates = candidates[np.argsort(candidates["state"], kind="stable")]
+        firsts, lasts = (np.searchsorted(candidates["state"], places, side).tolist() for side in ("left", "right"))
+        indices = candidates["index"].tolist()
+        said = self._states["said"][places]
+        ends = said.cumsum()
+        rows = np.repeat(self._states["start"][places] - ends + said, said) + np.arange(ends[-1])
+        tokens, logprobs = self._token_at[rows].tolist(), self._logprob_at[rows].astype(np.float64)
+        totals = np.add.reduceat(logprobs, ends - said)  # every candidate has said something
+        of_content, count = (totals - logprobs[ends - 1], said - 1) if finished else (totals, said)
+        means = np.divide(of_content, count, out=np.full(len(said), math.nan), where=count > 0)
+        columns = (places, firsts, lasts, self._states["request"][places], ends - said, ends, totals, means)
+        answers = []
+        for i, first, last, number, begin, end, total, mean in zip(
+            *(column if isinstance(column, list) else column.tolist() for column in columns), strict=True
+        ):
+            request, own = self._opened[number], figures.get(i, ({}, {}))
+            words = tuple(tokens[begin:end])
+            for index in indices[first:last]:
+                answer = Answer(index, words, finished, total, mean, *own, pruned=dropped is not None)
+                answers.append((request, answer))
+        return answers
+
+    def _drop(self, gone: np.ndarray) -> None:
+        """Remove candidates ``gone`` [C], return their rows, and remove states without candidates."""
+        if not gone.any():
+            return
+        states, candidates = self._states, self._candidates
+        left = np.bincount(candidates["state"][~gone], minlength=len(states))
+        lends = candidates["start"] == states["start"][candidates["state"]]
+        for i in np.flatnonzero(gone & lends & (left[candidates["state"]] > 0)):  # another one takes its rows over
+            heir = np.flatnonzero(~gone & (candidates["state"] == candidates["state"][i]))[0]
+            candidates["start"][[i, heir]] = candidates["start"][[heir, i]]
+        for start in candidates["start"][gone].tolist():
+            self.pool.free(start)
+        self._states, self._candidates = states[left > 0], candidates[~gone]
+        self._candidates["state"] = ((left > 0).cumsum() - 1)[self._candidates["state"]]
+
+    # Pruning
+
+    def _pruning(self) -> dict[int, Request]:
+        """Return the states that are compared in this step, by place, and their requests."""
+        compared = {}
+        if any(request.pruning is not None for request in self._opened.values()):
+            for i, (number, said, ending) in enumerate(self._states[["request", "said", "ending"]].tolist()):
+                request = self._opened[number]
+                if request.pruning is not None and not ending and said % request.pruning.every == 0:
+                    compared[i] = request
+        return compared
+
+    def _weaker(
+        self,
+        pruning: Mapping[int, Request],
+        figures: Mapping[int, tuple[dict[str, float], dict[str, float]]],
+        complete: Sequence[tuple[Request, Answer]],
+    ) -> np.ndarray:
+        """Return [C] whether a candidate is in the weaker half of its prompt's, by the rewards of ``pruning``."""
+        dropped = np.zeros(len(self._candidates), dtype=bool)
+        for request in dict.fromkeys(pruning.values()):
+            head = request.pruning.head
+            finished = [*request.answers, *(answer for owner, answer in complete if owner is request)]
+            scores = [(answer.rewards[head], answer.index, None) for answer in finished if answer.finished]
+            for j, (index, place) in enumerate(self._candidates[["index", "state"]].tolist()):
+                if pruning.get(place) is request:
+                    scores.append((figures[place][0][head], index, j))
+            scores.sort(key=lambda score: (-score[0], score[1]))
+            dropped[[j for _, _, j in scores[-(-len(scores) // 2) :] if j is not None]] = True
+        return dropped
+
+    # The model
+
+    def _forward(
+        self, rows: np.ndarray, layout: PackedLayout, tokens: np.ndarray, *, decode: bool, **options: Any
+    ) -> Any:
+        device = self.model.device
+        places = to_device(torch.from_numpy(rows), device)
+        memory = self.pool.call(places, decode=decode)
+        return self.model.backbone(to_device(torch.from_numpy(tokens), device), layout.to(device), memory, **options)
+
+    def _forward_judged(
+        self, rows: np.ndarray, layout: PackedLayout, tokens: np.ndarray, judged: np.ndarray
+    ) -> tuple[Tensor, dict[str, list[float]], dict[str, list[float]]]:
+        """Return the hidden states of a decoding call, and rewards and spreads by head of the ``judged`` rows."""
+        if not len(judged):
+            return self._forward(rows, layout, tokens, decode=True), {}, {}
+        model = self.model
+        places = to_device(torch.from_numpy(judged), model.device)
+        observer = JudgedStates(model.heads.layers, len(model.backbone.blocks), itemgetter(places))
+        hidden = self._forward(rows, layout, tokens, decode=True, observe=observer)
+        rewards, spreads = {}, {}
+        for head, values in model.rewards_of(observer.joined(), dropout=False, each=True).items():
+            if values.dim() == 2:
+                spreads[head] = values.std(1).tolist()
+                values = values.mean(1)
+            rewards[head] = values.tolist()
+        return hidden, rewards, spreads
+
+    def _logits(self, hidden: Tensor, rows: np.ndarray) -> Tensor:
+        """Return the logits [R, V] fp32 after these rows of hidden states."""
+        padded = np.concatenate([rows, np.repeat(rows[:1], _padded_rows(len(rows)) - len(rows))])
+        states = hidden[to_device(torch.from_numpy(padded), hidden.device)]
+        return self.model.lm_head(self.model.output_proj(states))[: len(rows)].float()
+
+
+def _padded_rows(rows: int) -> int:
+    """Return the number of rows that a product of matrices gets."""
+    return max(-(-rows // ROW_MULTIPLE) * ROW_MULTIPLE, LEAST_ROWS)
