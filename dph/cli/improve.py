@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
 
     from dph.data import atomic
     from dph.evaluate.best_of import NORMALISERS
-    from dph.improve import checkers, figures, rounds, samples
+    from dph.improve import checkers, figures, rounds, selection
 
     train_prompts, held_out = _prompts(args)
     normalise = NORMALISERS[args.normalise]
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
             directory=Path(args.output),
             n=args.n,
             held_out_n=args.held_out_n,
-            selection=samples.Selection(args.records, args.most, args.seed),
+            selection=selection.Selection(args.records, args.most, args.seed),
             sampling={name: getattr(args, name) for name, *_ in SAMPLING},
             normalise=normalise,
             seed=args.seed,

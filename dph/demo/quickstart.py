@@ -29,7 +29,7 @@ from dph.improve import rounds
 from dph.improve.checkers import FunctionChecker
 from dph.improve.figures import describe
 from dph.improve.prompts import Prompt
-from dph.improve.samples import Selection
+from dph.improve.selection import Selection
 from dph.model.model import Model
 from dph.train import build, recipe
 from dph.train.entry import train

@@ -28,7 +28,7 @@ def figures(lines: Sequence[Mapping[str, Any]], normalise: Callable[[str], str])
     """Return by rule, for each N, the share of right answers with its 95% interval, as JSON.
 
     Args:
-        lines: of sampled answers (``dph.improve.samples``), at least one.
+        lines: of sampled answers (``dph.improve.rounds``), at least one.
         normalise: answers that become equal count as one in a vote.
     """
     prompts = []

@@ -1,12 +1,16 @@
 """Rounds of improvement: sample answers, check them, train a head on those that mislead the present one, and again.
 
     DIR/improve.json             what the files depend on: another command is refused
-    DIR/round0/held-out.jsonl    answers of the model itself to the held-out prompts (``dph.improve.samples``)
+    DIR/round0/held-out.jsonl    answers of the model itself to the held-out prompts
     DIR/roundK/samples.jsonl     answers of the model of round K - 1 to the prompts
     DIR/roundK/pairs.jsonl       records made from them, the hard ones first; or labels.jsonl
     DIR/roundK/run/              run directory: trained from the first model on the records of all rounds so far
     DIR/roundK/held-out.jsonl    answers of its model to the held-out prompts
     DIR/roundK/metrics.json      figures of the round; the round is complete
+
+A line of samples has ``prompt`` (messages), and by answer ``candidates`` (texts), ``correct`` (0 to 1, by the checker;
+0 for an answer that was cut off), ``finished``, ``logprobs``, and ``rewards`` (null without a head, and for a cut-off
+answer): a row of candidates for ``dph evaluate --candidates`` and ``dph card``.
 
 A command that is killed continues where it stopped: neither answers nor steps are computed twice.
 """
@@ -25,13 +29,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dph import devices
+from dph import chat, devices
 from dph.data import atomic
 from dph.data.sampler import draw
 from dph.errors import UserError, shown
 from dph.improve.figures import figures, share_right
 from dph.improve.prompts import Prompt, fingerprint, grow
-from dph.improve.samples import Sampler, Selection
+from dph.improve.selection import Selection
+from dph.infer.best_of_n import sample
 from dph.infer.sampling import Sampling
 from dph.model.head_file import backbone_digest
 from dph.model.judging import JudgingModel
@@ -43,6 +48,57 @@ if TYPE_CHECKING:
     from dph.improve.checkers import Checker
 
 BATCH = 1 << 16  # tokens of answers, at most, that are sampled between two writes to a file
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A model's answers to prompts, n each, judged.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: of the model.
+        checker: of the answers.
+        head: reward head; without weights for it, rewards are null.
+        n: answers per prompt.
+        seed: of the answers.
+        options: fields of ``dph.infer.sampling.Sampling``.
+    """
+
+    model: JudgingModel
+    tokenizer: Any
+    checker: Checker
+    head: str
+    n: int
+    seed: int
+    options: Mapping[str, Any]
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """Return the line of each prompt."""
+        has_head = self.head in self.model.head_names and self.head not in self.model.untrained_heads
+        tokens = [chat.prompt(prompt.messages, self.tokenizer) for prompt in prompts]
+        groups = sample(self.model, self.tokenizer, tokens, self.n, seed=self.seed, rewards=has_head, **self.options)
+        lines = []
+        for prompt, answers in zip(prompts, groups, strict=True):
+            texts, rewards, finished = [], [], []
+            for answer in answers:
+                content = answer.tokens[: len(answer.tokens) - answer.finished]
+                texts.append(self.tokenizer.decode(content, skip_special_tokens=False))
+                rewards.append(answer.rewards.get(self.head))
+                finished.append(answer.finished)
+            different = list(dict.fromkeys(text for text, ended in zip(texts, finished, strict=True) if ended))
+            values = dict(zip(different, self.checker(prompt, different), strict=True)) if different else {}
+            correct = [values[text] if ended else 0.0 for text, ended in zip(texts, finished, strict=True)]
+            lines.append(
+                {
+                    "prompt": prompt.messages,
+                    "candidates": texts,
+                    "correct": correct,
+                    "finished": finished,
+                    "logprobs": [answer.logprob for answer in answers],
+                    "rewards": rewards,
+                }
+            )
+        return lines
 
 
 @dataclass(frozen=True)

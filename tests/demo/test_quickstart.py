@@ -8,7 +8,7 @@ import pytest
 
 from dph.cli.main import main, parse
 from dph.demo import puzzles, quickstart, report
-from dph.improve.samples import Sampler
+from dph.improve.rounds import Sampler
 from dph.model.model import Model
 from dph.train.trainer import Result
 

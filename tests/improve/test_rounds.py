@@ -14,7 +14,8 @@ from helpers.tiny import tiny_model
 from dph.cli.main import main
 from dph.data.candidates import read_candidates
 from dph.improve import rounds
-from dph.improve.samples import Sampler, Selection
+from dph.improve.rounds import Sampler
+from dph.improve.selection import Selection
 from dph.model.model import Model
 from dph.train import entry
 from dph.train.trainer import Trainer

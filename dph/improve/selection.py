@@ -1,79 +1,17 @@
-"""Sampled answers to prompts, judged by the model's head and a checker, and the records that a head learns from them.
-
-A line has ``prompt`` (messages), and by answer ``candidates`` (texts), ``correct`` (0 to 1, by the checker; 0 for an
-answer that was cut off), ``finished``, ``logprobs``, and ``rewards`` (null without a head, and for a cut-off answer).
-It is a row of candidates for ``dph evaluate --candidates`` and ``dph card``.
-"""
+"""The records that a head learns from sampled answers: hard ones first."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from dph import chat
 from dph.errors import UserError
-from dph.infer.best_of_n import sample
-from dph.model.judging import JudgingModel
-
-if TYPE_CHECKING:
-    from dph.improve.checkers import Checker
-    from dph.improve.prompts import Prompt
 
 RIGHT = 0.5  # share from which an answer counts as right
 Line = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """A model's answers to prompts, n each, judged.
-
-    Attributes:
-        model: in evaluation mode.
-        tokenizer: of the model.
-        checker: of the answers.
-        head: reward head; without weights for it, rewards are null.
-        n: answers per prompt.
-        seed: of the answers.
-        options: fields of ``dph.infer.sampling.Sampling``.
-    """
-
-    model: JudgingModel
-    tokenizer: Any
-    checker: Checker
-    head: str
-    n: int
-    seed: int
-    options: Mapping[str, Any]
-
-    def __call__(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """Return the line of each prompt."""
-        has_head = self.head in self.model.head_names and self.head not in self.model.untrained_heads
-        tokens = [chat.prompt(prompt.messages, self.tokenizer) for prompt in prompts]
-        groups = sample(self.model, self.tokenizer, tokens, self.n, seed=self.seed, rewards=has_head, **self.options)
-        lines = []
-        for prompt, answers in zip(prompts, groups, strict=True):
-            texts, rewards, finished = [], [], []
-            for answer in answers:
-                content = answer.tokens[: len(answer.tokens) - answer.finished]
-                texts.append(self.tokenizer.decode(content, skip_special_tokens=False))
-                rewards.append(answer.rewards.get(self.head))
-                finished.append(answer.finished)
-            different = list(dict.fromkeys(text for text, ended in zip(texts, finished, strict=True) if ended))
-            values = dict(zip(different, self.checker(prompt, different), strict=True)) if different else {}
-            correct = [values[text] if ended else 0.0 for text, ended in zip(texts, finished, strict=True)]
-            lines.append(
-                {
-                    "prompt": prompt.messages,
-                    "candidates": texts,
-                    "correct": correct,
-                    "finished": finished,
-                    "logprobs": [answer.logprob for answer in answers],
-                    "rewards": rewards,
-                }
-            )
-        return lines
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from helpers.texts import small_tokenizer
 
 from dph.improve.figures import describe, figures, share_right
 from dph.improve.prompts import Prompt, grow, split
-from dph.improve.samples import Selection
+from dph.improve.selection import Selection
 
 TOK = small_tokenizer()
 ASKED = [{"role": "user", "content": "which?"}]
