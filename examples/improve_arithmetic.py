@@ -37,7 +37,6 @@ from dph.train.entry import train
 
 SOLVED = (("What is 4 + 5?", "4 + 5 = 9"), ("What is 7 + 6 - 3?", "7 + 6 = 13, 13 - 3 = 10"))
 RESAMPLES = 2000
-OVERRIDES = ("objective.objective=contrastive", "batch.size=64")
 
 
 def main() -> None:
@@ -52,7 +51,7 @@ def main() -> None:
     parser.add_argument("--held-out-n", type=int, default=16, metavar="N", help="answers to choose from (default: 16)")
     parser.add_argument("--max-new-tokens", type=int, default=24, metavar="N", help="(default: 24)")
     parser.add_argument("--temperature", type=float, default=1.0, help="(default: 1)")
-    parser.add_argument("--override", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the recipe head")
+    parser.add_argument("--override", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the recipe improve")
     args = parser.parse_args()
     seeds = [improve_seed(args, seed) for seed in range(args.seeds)]
     rows = list(figure_rows(seeds))
@@ -99,7 +98,7 @@ def improve_seed(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
         held_out=held_out,
         checker=ReferenceChecker([*prompts, *held_out], number),
         judge="last number",
-        recipe=recipe.load("head", [f"seed={seed}", *OVERRIDES, *args.override]),
+        recipe=recipe.load("improve", [f"seed={seed}", *args.override]),
         directory=args.output / f"seed{seed}",
         n=tuple(args.n),
         held_out_n=args.held_out_n,

@@ -55,7 +55,9 @@ dph train, which other commands open. The same command continues one that was in
         "--judge-timeout", type=common.number_type(float, lambda value: 0 < value < 1e9, "a number above 0"),
         default=60.0, metavar="SECONDS", help="for an answer, of a program (default: 60)",
     )  # fmt: skip
-    parser.add_argument("--recipe", default="head", help="head, align or a preference recipe's file (default: head)")
+    parser.add_argument(
+        "--recipe", default="improve", help="improve, head, align or a preference recipe's file (default: improve)"
+    )
     parser.add_argument("--rounds", type=common.COUNT, default=2, metavar="R", help="(default: 2)")
     parser.add_argument(
         "-n", "--n", type=_counts, default=(8, 32), metavar="N[,N...]",
@@ -65,11 +67,11 @@ dph train, which other commands open. The same command continues one that was in
     parser.add_argument(
         "--records", choices=("pairs", "labels"), default="pairs",
         help="what the head learns: pairs of a right and a wrong answer, or each answer as good or bad alone, which "
-        "needs objective.objective=separable (default: pairs)",
+        "needs --recipe head (default: pairs)",
     )  # fmt: skip
     parser.add_argument(
-        "--most", type=common.COUNT, default=6, metavar="K",
-        help="pairs, or right and wrong answers each, of a prompt and round (default: 6)",
+        "--most", type=common.COUNT, default=2, metavar="K",
+        help="pairs, or right and wrong answers each, of a prompt and round (default: 2)",
     )  # fmt: skip
     parser.add_argument(
         "--held-out", default="0.1", metavar="SOURCE",

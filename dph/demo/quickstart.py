@@ -36,8 +36,8 @@ from dph.train.entry import train
 
 RECORDS = 60_000  # puzzles in the corpus
 VOCABULARY = 300
-CANDIDATES = (8, 16)  # samples of a prompt in each round of improvement
-PAIRS = 3  # of a right and a wrong answer, at most, of a prompt and round
+CANDIDATES = (8, 32)  # samples of a prompt in each round of improvement
+PAIRS = 1  # of a right and a wrong answer of a prompt and round: the hardest one
 # More samples have more answers unlike those of training: the head compares them, on many pairs, without a margin.
 HEAD = (
     "objective.objective=contrastive", "objective.dph_epsilon=0.02", "objective.dropout=0", "batch.size=256",

@@ -3,12 +3,14 @@
 | ``--judge`` | an answer is right if |
 |---|---|
 | ``reference`` | it equals one of the row's ``reference`` answers (a text, a number or a list) after a normaliser |
-| ``head:DIR`` | the head in DIR (of the same backbone), or of the model or run in DIR, gives a probability above 0.5 |
+| ``head:DIR`` | its probability by the head in DIR (of the same backbone, or of a model or run) is at least 0.5 |
 | ``module:function`` | ``function(row, answer)`` is true, or a share of at least 0.5 |
 | a program and its arguments | the program, started once, says so |
 
-A program reads a line of JSON for each answer, the row with its ``messages`` and the ``answer``, and writes a line for
-each: true, false, a number from 0 to 1, or an object with such a value in ``correct``. It has to flush its output.
+Rewards of a head become probabilities by its calibration (``dph card``), else by the logistic function, which fits the
+separable objective. A program reads a line of JSON for each answer, the row with its ``messages`` and the ``answer``,
+and writes a line for each: true, false, a number from 0 to 1, or an object with such a value in ``correct``. It has to
+flush its output.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class Selection:
     """
 
     form: Literal["pairs", "labels"] = "pairs"
-    most: int = 6
+    most: int = 2
     seed: int = 0
 
     def rows(self, lines: Sequence[Line], tokenizer: Any) -> tuple[list[dict[str, Any]], int]:
