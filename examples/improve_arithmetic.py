@@ -35,7 +35,8 @@ from dph.improve.selection import Selection
 from dph.train import recipe
 from dph.train.entry import train
 
-SOLVED = (("What is 4 + 5?", "4 + 5 = 9"), ("What is 7 + 6 - 3?", "7 + 6 = 13, 13 - 3 = 10"))
+ONE_STEP = ("2 + 3", "9 - 4", "6 + 7", "15 - 8", "4 + 4", "11 - 5", "8 + 3", "12 - 9")  # solved ones
+TWO_STEPS = ("2 + 3 + 4", "5 + 6 - 2", "3 + 8 + 1", "9 + 4 - 7")
 RESAMPLES = 2000
 
 
@@ -45,8 +46,8 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL", help="directory or hub name")
     parser.add_argument("--output", type=Path, default=Path("runs/arithmetic"), metavar="DIR", help="rounds and tables")
     parser.add_argument("--seeds", type=int, default=3, metavar="K", help="seeds 0 to K - 1 (default: 3)")
-    parser.add_argument("--prompts", type=int, default=500, metavar="P", help="problems to train on (default: 500)")
-    parser.add_argument("--held-out", type=int, default=200, metavar="P", help="held-out problems (default: 200)")
+    parser.add_argument("--prompts", type=int, default=400, metavar="P", help="problems to train on (default: 400)")
+    parser.add_argument("--held-out", type=int, default=150, metavar="P", help="held-out problems (default: 150)")
     parser.add_argument("--n", type=int, nargs="+", default=[8, 16], help="answers in each round (default: 8 16)")
     parser.add_argument("--held-out-n", type=int, default=16, metavar="N", help="answers to choose from (default: 16)")
     parser.add_argument("--max-new-tokens", type=int, default=24, metavar="N", help="(default: 24)")
@@ -63,25 +64,31 @@ def main() -> None:
 
 
 def problems(seed: int) -> Iterator[Prompt]:
-    """Yield different problems of one and two steps, without end."""
-    rng, seen, number = random.Random(seed), set(), 0
+    """Yield different problems of one and two steps, in turn at random, without end."""
+    rng, seen = random.Random(seed), {*ONE_STEP, *TWO_STEPS}
     while True:
-        a, b, c = rng.randint(2, 50), rng.randint(2, 50), rng.randint(2, 20)
-        forms = {
-            f"{a} + {b}": a + b,
-            f"{max(a, b)} - {min(a, b)}": abs(a - b),
-            f"{a} + {b} - {c}": a + b - c,
-            f"{a} + {b} + {c}": a + b + c,
-        }
-        problem, result = rng.choice(list(forms.items()))
+        a, b, c = rng.randint(2, 15), rng.randint(2, 15), rng.randint(1, 9)
+        forms = (f"{a} + {b}", f"{a + b} - {b}", f"{a} + {b} + {c}", f"{a} + {b} - {min(b, c)}")
+        problem = rng.choice(forms)
         if problem not in seen:
             seen.add(problem)
             messages = []
-            for question, answer in SOLVED:
-                messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            messages.append({"role": "user", "content": f"What is {problem}?"})
-            yield Prompt(messages, {"reference": result}, f"problem {number}")
-            number += 1
+            for solved in ONE_STEP if len(problem.split()) == 3 else TWO_STEPS:
+                messages.append({"role": "user", "content": solved})
+                messages.append({"role": "assistant", "content": ", ".join(steps(solved))})
+            messages.append({"role": "user", "content": problem})
+            yield Prompt(messages, {"reference": steps(problem)[-1].split()[-1]}, problem)
+
+
+def steps(problem: str) -> list[str]:
+    """Return the equations that solve a problem, one for each step."""
+    result, *rest = problem.split()
+    equations = []
+    for operator, operand in zip(rest[::2], rest[1::2], strict=True):
+        value = int(result) + int(operand) * (1 if operator == "+" else -1)
+        equations.append(f"{result} {operator} {operand} = {value}")
+        result = str(value)
+    return equations
 
 
 def improve_seed(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:

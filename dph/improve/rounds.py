@@ -9,8 +9,8 @@
     DIR/roundK/metrics.json      figures of the round; the round is complete
 
 A line of samples has ``prompt`` (messages), and by answer ``candidates`` (texts), ``correct`` (0 to 1, by the checker;
-0 for an answer that was cut off), ``finished``, ``logprobs``, and ``rewards`` (null without a head, and for a cut-off
-answer): a row of candidates for ``dph evaluate --candidates`` and ``dph card``.
+0 for an answer that was cut off), ``finished``, ``tokens``, ``logprobs``, and ``rewards`` (null without a head, and for
+a cut-off answer): a row of candidates for ``dph evaluate --candidates`` and ``dph card``.
 
 A command that is killed continues where it stopped: neither answers nor steps are computed twice.
 """
@@ -31,6 +31,7 @@ import torch
 
 from dph import chat, devices
 from dph.data import atomic
+from dph.data.json_lines import read_jsonl
 from dph.data.sampler import draw
 from dph.errors import UserError, shown
 from dph.improve.figures import figures, share_right
@@ -94,11 +95,24 @@ class Sampler:
                     "candidates": texts,
                     "correct": correct,
                     "finished": finished,
+                    "tokens": [list(answer.tokens) for answer in answers],
                     "logprobs": [answer.logprob for answer in answers],
                     "rewards": rewards,
                 }
             )
         return lines
+
+    def rejudged(self, prompts: Sequence[Prompt], lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return lines of the same backbone, with the rewards of this model's head."""
+        groups = []
+        for prompt, line in zip(prompts, lines, strict=True):
+            tokens = chat.prompt(prompt.messages, self.tokenizer)
+            groups.append([chat.continuation(tokens, answer, self.tokenizer) for answer in line["tokens"]])
+        judged = []
+        for line, one in zip(lines, self.model.judge(groups, logprobs=False), strict=True):
+            pairs = zip(one.rewards[self.head], line["finished"], strict=True)
+            judged.append({**line, "rewards": [reward if ended else None for reward, ended in pairs]})
+        return judged
 
 
 @dataclass(frozen=True)
@@ -247,7 +261,9 @@ def _round(plan: Improvement, number: int, train: Callable[[Recipe], Any]) -> di
     lines: list[dict[str, Any]] = []
     if plan.held_out:
         name = f"round {number}: held-out prompts"
-        lines = _sampled(plan, number, folder / "held-out.jsonl", plan.held_out, plan.held_out_n, plan.seed, name)
+        file, first = folder / "held-out.jsonl", plan.folder(0) / "held-out.jsonl"
+        before = first if number and plan.recipe.stage == "head" else None  # a frozen model gives the same answers
+        lines = _sampled(plan, number, file, plan.held_out, plan.held_out_n, plan.seed, name, before)
         metrics["figures"] = figures(lines, plan.normalise)
     metrics["held_out"] = len(lines)
     atomic.write_text(path, json.dumps(metrics, indent=1) + "\n")
@@ -274,9 +290,19 @@ def _make_records(plan: Improvement, number: int) -> dict[str, Any]:
 
 
 def _sampled(
-    plan: Improvement, number: int, path: Path, prompts: Sequence[Prompt], n: int, seed: int, name: str
+    plan: Improvement,
+    number: int,
+    path: Path,
+    prompts: Sequence[Prompt],
+    n: int,
+    seed: int,
+    name: str,
+    before: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the lines of a file of samples by the model after round ``number``, which is read only if some miss."""
+    """Return the lines of a file of samples by the model after round ``number``, which is read only if some miss.
+
+    With ``before`` only the rewards are its own: the answers are those of that file.
+    """
 
     class Opened:
         @cached_property
@@ -285,10 +311,14 @@ def _sampled(
             return Sampler(model, tokenizer, plan.checker, plan.head, n, seed, plan.sampling)
 
     opened, tokens = Opened(), n * Sampling(**plan.sampling).max_new_tokens
-    return grow(
-        path, prompts, max(BATCH // tokens, 1), lambda batch: opened.sampler(batch),
-        lambda done: plan.progress(name, done, len(prompts)),
-    )  # fmt: skip
+    answered = None if before is None else dict(zip(map(id, prompts), read_jsonl(before), strict=True))
+
+    def make(batch: Sequence[Prompt]) -> list[dict[str, Any]]:
+        if answered is None:
+            return opened.sampler(batch)
+        return opened.sampler.rejudged(batch, [answered[id(prompt)] for prompt in batch])
+
+    return grow(path, prompts, max(BATCH // tokens, 1), make, lambda done: plan.progress(name, done, len(prompts)))
 
 
 @contextlib.contextmanager

@@ -11,11 +11,13 @@ import torch
 from helpers.texts import small_tokenizer, write_lines
 from helpers.tiny import tiny_model
 
+from dph import chat
 from dph.cli.main import main
 from dph.data.candidates import read_candidates
 from dph.improve import rounds
 from dph.improve.rounds import Sampler
 from dph.improve.selection import Selection
+from dph.infer.best_of_n import sample
 from dph.model.model import Model
 from dph.train import entry
 from dph.train.trainer import Trainer
@@ -100,6 +102,17 @@ def test_every_round_keeps_samples_records_figures_and_a_head(words, dph_command
     same = [(out_dir / f"round{i}/held-out.jsonl").read_text().splitlines() for i in (0, 1, 2)]
     texts = [[json.loads(line)["candidates"] for line in lines] for lines in same]
     assert texts[0] == texts[1] == texts[2]  # a frozen model says the same
+    for line, rewards in zip(map(json.loads, same[2]), rewards_of(out_dir / "round2"), strict=True):
+        assert [reward for reward in line["rewards"] if reward is not None] == pytest.approx(rewards, abs=1e-5)
+
+
+def rewards_of(folder):
+    """The rewards of each held-out prompt's finished answers, sampled again with the round's model."""
+    model = Model.from_pretrained(folder / "run/model").eval()
+    for line in map(json.loads, (folder / "held-out.jsonl").read_text().splitlines()):
+        prompt = chat.prompt(line["prompt"], TOK)
+        (answers,) = sample(model, TOK, [prompt], len(line["candidates"]), seed=0, max_new_tokens=6)
+        yield [answer.rewards["default"] for answer in answers if answer.finished]
 
 
 def test_a_complete_command_does_nothing_again_and_another_one_is_refused(words, dph_command, monkeypatch, tmp_path):
