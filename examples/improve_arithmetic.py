@@ -105,7 +105,7 @@ def improve_seed(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
         held_out=held_out,
         checker=ReferenceChecker([*prompts, *held_out], number),
         judge="last number",
-        recipe=recipe.load("improve", [f"seed={seed}", *args.override]),
+        recipe=recipe.load("improve", ["data.sources=[]", f"seed={seed}", *args.override]),
         directory=args.output / f"seed{seed}",
         n=tuple(args.n),
         held_out_n=args.held_out_n,

@@ -70,7 +70,7 @@ def run(
         "SFT, frozen, with a head": frozen_samples,
         "aligned jointly": report.sample_and_check(aligned, stages.tokenizer, held_out, seed),
     }
-    figures = report.save_figures(results, output)  # before the first print: nobody may read the output
+    figures = report.save_figures(results, output)  # before the first print, which a closed stdout ends
     lines = [report.report(results, stages.tokenizer), *(f"figure: {path}" for path in figures)]
     lines.append(f"model: {output / 'sft' / 'model'}  (no reward head: give --rank logprob, or score's --logprob-only)")
     for directory in (head, output / "align"):

@@ -117,7 +117,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Improvement:
-    """What all rounds have in common.
+    """Settings of all rounds.
 
     Attributes:
         model: directory or hub name of the first model.
