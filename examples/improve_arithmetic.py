@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL", help="directory or hub name")
     parser.add_argument("--output", type=Path, default=Path("runs/arithmetic"), metavar="DIR", help="rounds and tables")
     parser.add_argument("--seeds", type=int, default=3, metavar="K", help="seeds 0 to K - 1 (default: 3)")
-    parser.add_argument("--prompts", type=int, default=400, metavar="P", help="problems to train on (default: 400)")
+    parser.add_argument("--prompts", type=int, default=300, metavar="P", help="problems to train on (default: 300)")
     parser.add_argument("--held-out", type=int, default=150, metavar="P", help="held-out problems (default: 150)")
     parser.add_argument("--n", type=int, nargs="+", default=[8, 16], help="answers in each round (default: 8 16)")
     parser.add_argument("--held-out-n", type=int, default=16, metavar="N", help="answers to choose from (default: 16)")

@@ -44,6 +44,7 @@ from dph.model.judging import JudgingModel
 from dph.model.loading import check_tokenizer, load_model, load_tokenizer
 from dph.train.fingerprints import of_tokenizer
 from dph.train.recipe import Recipe, from_dict
+from dph.train.stages.labelled import require_separable
 
 if TYPE_CHECKING:
     from dph.improve.checkers import Checker
@@ -165,6 +166,8 @@ class Improvement:
             raise UserError(
                 f"recipe: expected stage head or align with objective.dph_weight above 0, got {recipe.stage}"
             )
+        if self.selection.form == "labels":
+            require_separable(recipe, "labelled alone, as form labels makes them")
         if len(objective.heads) != 1:
             raise UserError(f"objective.heads: expected one head, got {', '.join(objective.heads) or 'none'}")
         for key, value in (("data.sources", recipe.data.sources), ("evaluation.sources", recipe.evaluation.sources)):

@@ -190,6 +190,7 @@ def test_killed_anywhere_it_continues_to_the_same_bytes(words, dph_command, tmp_
         (["--held-out", "1.5"], "--held-out: expected a source, or a share of at least 0 and below 1, got 1.5"),
         (["--held-out", "0.0001"], "--held-out: expected prompts on both sides of the share 0.0001, got 24 prompts"),
         (["--held-out", "PROMPTS"], "held-out prompts: expected other prompts than those of training, got 24 of them"),
+        (["--records", "labels"], "objective.objective: expected separable, got contrastive"),
         (["-n", "0"], "expected a whole number of at least 1, got '0'"),
         (["--judge", "reference"], "prompts.jsonl:1: reference: expected the right answer"),
         (["--judge", "even_checks:odd"], "--judge: expected a function of even_checks, got odd, which is none"),
@@ -198,6 +199,18 @@ def test_killed_anywhere_it_continues_to_the_same_bytes(words, dph_command, tmp_
 def test_wrong_options_are_one_line(words, refused, tmp_path, change, message):
     change = [str(tmp_path / "prompts.jsonl") if word == "PROMPTS" else word for word in change]
     assert message in refused(*words, *change, "--output", tmp_path / "out")
+
+
+def test_labels_of_single_answers_train_a_separable_head(words, dph_command, tmp_path):
+    changes = ["--recipe", "head", "--records", "labels", "--rounds", 1, "--held-out", 0]
+    code, out, err = dph_command(*words, *changes, "--output", tmp_path / "out")
+    assert code == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "out/round1/labels.jsonl").read_text().splitlines()]
+    assert {row["label"] for row in rows} == {True, False}
+    for row in rows:
+        assert row["label"] == (len(row["completion"]) % 2 == 0)
+    assert "held-out" not in out
+    assert not (tmp_path / "out/improve.png").exists()
 
 
 def test_prompts_without_right_and_wrong_answers_are_an_error_that_says_so(words, dph_command, tmp_path):
