@@ -14,6 +14,7 @@ from dph.infer import sampling
 
 if TYPE_CHECKING:
     from dph.improve.prompts import Prompt
+    from dph.train.endings import Result
     from dph.train.recipe import Recipe
 
 HELP = "sample answers, check them and train a reward head on them, round by round"
@@ -138,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
             note=lambda text: print(printable(text), file=sys.stderr, flush=True),
             progress=progress,
         )
-        for metrics in rounds.improve(plan, args.rounds, lambda recipe: _train(recipe, args.output)):
+        for metrics in rounds.improve(plan, args.rounds, _train):
             results.append(metrics)
             if args.json:
                 common.print_json(metrics, flush=True)
@@ -181,11 +182,11 @@ def _prompts(args: argparse.Namespace) -> tuple[list[Prompt], list[Prompt]]:
     return train, held_out
 
 
-def _train(recipe: Recipe, output: str) -> None:
-    """Train a round, or continue its run. Raises SystemExit if a signal stops it, with a checkpoint written."""
+def _train(recipe: Recipe) -> Result:
+    """Train a round, or continue its run; a note if a signal stops it, with a checkpoint written."""
     from dph.train import entry
 
     result = entry.train(recipe, resume=os.path.isdir(recipe.output.directory))
     if result.exit_code:
         print(printable(f"stopped in {recipe.output.directory}; the same command continues"), file=sys.stderr)
-        raise SystemExit(result.exit_code)
+    return result

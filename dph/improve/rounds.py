@@ -42,6 +42,7 @@ from dph.infer.sampling import Sampling
 from dph.model.head_file import backbone_digest
 from dph.model.judging import JudgingModel
 from dph.model.loading import check_tokenizer, load_model, load_tokenizer
+from dph.train.endings import Result
 from dph.train.fingerprints import of_tokenizer
 from dph.train.recipe import Recipe, from_dict
 from dph.train.stages.labelled import require_separable
@@ -232,15 +233,16 @@ class Improvement:
         return json.loads(json.dumps(about))
 
 
-def improve(plan: Improvement, rounds: int, train: Callable[[Recipe], Any]) -> Iterator[dict[str, Any]]:
+def improve(plan: Improvement, rounds: int, train: Callable[[Recipe], Result]) -> Iterator[dict[str, Any]]:
     """Yield the figures of the first model, then of each round, as it is completed.
 
     Args:
         plan: of the rounds.
         rounds: number of them.
-        train: trains a recipe, or continues its run; raises if it is stopped before its end.
+        train: trains a recipe, or continues its run, and returns the result (``dph.train.entry.train``).
 
-    Raises UserError if the directory holds the rounds of another command, or is in use by another process.
+    Raises UserError if the directory holds the rounds of another command, or is in use by another process, and
+    SystemExit with an exit code if a signal ended training.
     """
     plan.directory.mkdir(parents=True, exist_ok=True)
     with _locked(plan.directory):
@@ -249,7 +251,7 @@ def improve(plan: Improvement, rounds: int, train: Callable[[Recipe], Any]) -> I
             yield _round(plan, number, train)
 
 
-def _round(plan: Improvement, number: int, train: Callable[[Recipe], Any]) -> dict[str, Any]:
+def _round(plan: Improvement, number: int, train: Callable[[Recipe], Result]) -> dict[str, Any]:
     """Complete a round unless it is complete; return its figures. Round 0 judges the first model."""
     folder = plan.folder(number)
     path = folder / "metrics.json"
@@ -260,7 +262,9 @@ def _round(plan: Improvement, number: int, train: Callable[[Recipe], Any]) -> di
     if number:
         metrics |= _make_records(plan, number)
         plan.note(f"round {number}: training")
-        train(plan.recipe_of(number))
+        result = train(plan.recipe_of(number))
+        if result.interrupted:  # a checkpoint is written: the next call continues from it
+            raise SystemExit(result.exit_code)
     lines: list[dict[str, Any]] = []
     if plan.held_out:
         name = f"round {number}: held-out prompts"
