@@ -25,7 +25,7 @@ from dph.train.trainer import Trainer
 TOK = small_tokenizer()
 RUN = [
     "optimiser.steps=6", "optimiser.warmup=1", "evaluation.every=3", "batch.size=4", "evaluation.share=0.2",
-    "objective.layer=-1", "objective.standardised=false", "precision=fp32", "device=cpu", "output.save_every=2",
+    "objective.layer=auto", "objective.sample=10", "precision=fp32", "device=cpu", "output.save_every=2",
 ]  # fmt: skip
 
 
