@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", default="runs/quickstart", help="directory to write (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and sampling (%(default)s)")
     parser.add_argument("--prompts", type=int, default=500, help="held-out prompts (%(default)s)")
-    parser.add_argument("--pairs-from", type=int, default=3000, metavar="P", help="prompts of the pairs (%(default)s)")
+    parser.add_argument("--pairs-from", type=int, default=8000, metavar="P", help="prompts of the pairs (%(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of every stage's steps (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
 

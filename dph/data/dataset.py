@@ -166,7 +166,7 @@ class TaskRecords(Records):
     def at_visit(self, index: int, visit: int) -> Record | None:
         """Return one record; None is a pair without a wrong answer. Raises UserError if the right one is hidden.
 
-        The wrong answer of a pair is drawn anew at each visit.
+        The wrong answer of a pair is drawn again at each visit.
         """
         index = range(len(self))[index]
         task, document = tasks.load(self._spec), self._documents[index]

@@ -391,7 +391,7 @@ class Records(Sequence):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return a short digest of the content that the records are made from, whatever its path and dates."""
+        """Return a short digest of the content that the records are made from, not of its path and dates."""
 
 
 class RowRecords(Records):

@@ -194,6 +194,9 @@ class PairBatches:
     A pair is left out, and counted in ``refused`` by its reason, if a side is longer than ``max_length`` tokens (a cut
     answer has no reward), if the pair takes more than ``max_tokens`` with its prompt shared, if both sides are the
     same, if the record has no wrong answer, or no label for any of ``heads``.
+
+    ``cut`` returns a further record that is made from a pair's answers (``dph.data.prefixes``), or None. It follows
+    the pair in the batch, if that has room and the record is not one to leave out.
     """
 
     def __init__(
@@ -204,11 +207,12 @@ class PairBatches:
         max_length: int | None = None,
         max_tokens: int | None = None,
         heads: Sequence[str] = (),
+        cut: Callable[[Any], Any] | None = None,
     ) -> None:
         if pairs < 1:
             raise UserError(f"pairs: expected at least 1, got {pairs}")
         self.records, self.encode, self.pairs = records, encode, pairs
-        self.max_length, self.max_tokens, self.heads = max_length, max_tokens, heads
+        self.max_length, self.max_tokens, self.heads, self.cut = max_length, max_tokens, heads, cut
         self.refused: Counter[str] = Counter()
         self._before: tuple[int | None, dict[str, int]] = (None, {})  # records and refused pairs before the last batch
 
@@ -230,6 +234,10 @@ class PairBatches:
             if reason is None:
                 batch.append(pair)
                 refused_in_a_row = 0
+                if self.cut is not None and len(batch) < self.pairs:
+                    shorter = self.cut(pair)
+                    if shorter is not None and self._reason_to_refuse(shorter) is None:
+                        batch.append(shorter)
                 continue
             self.refused[reason] += 1
             refused_in_a_row += 1

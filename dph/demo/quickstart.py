@@ -1,14 +1,15 @@
 """The whole method in miniature: a corpus of mostly wrong answers, and a model that learns to choose the right ones.
 
 Pre-training, vocabulary and fine-tuning teach a small model puzzles whose popular answer is wrong. A checker judges the
-model's own samples, and these train two reward heads: one on the frozen model, whose language stays the same, and one
-jointly with the model. Held-out puzzles compare the choice by reward with one sample and with the likeliest answer.
+model's own samples, in two rounds of ``dph.improve``: the second one is about answers that mislead the head of the
+first. They train two reward heads: one on the frozen model, whose language stays the same, and one jointly with the
+model. Held-out puzzles compare the choice by reward with one sample and with the likeliest answer.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
+import json
 import random
 import sys
 import time
@@ -19,19 +20,28 @@ from typing import Any
 import torch
 
 from dph import chat
-from dph.chat import Encoded, Message
+from dph.chat import Message
 from dph.data import tokenizer
 from dph.data.formats import Conversation, Record, Text
 from dph.demo import puzzles, report
-from dph.errors import UserError, printable
+from dph.errors import printable
+from dph.improve import rounds
+from dph.improve.checkers import FunctionChecker
+from dph.improve.figures import describe
+from dph.improve.prompts import Prompt
+from dph.improve.selection import Selection
 from dph.model.model import Model
 from dph.train import build, recipe
 from dph.train.entry import train
 
 RECORDS = 60_000  # puzzles in the corpus
 VOCABULARY = 300
-CANDIDATES = 8  # samples per prompt for the preference pairs
-PAIRS = 6  # wrong answers per right one, at most
+CANDIDATES = (8, 32)  # samples of a prompt in each round of improvement
+PAIRS = 1  # of a right and a wrong answer of a prompt and round: the hardest one
+# More samples have more answers unlike those of training: the head compares them, on many pairs, without a margin.
+HEAD = (
+    "objective.objective=contrastive", "objective.dph_epsilon=0.02", "objective.dropout=0", "batch.size=256",
+)  # fmt: skip
 
 
 def run(
@@ -51,9 +61,8 @@ def run(
     began = time.monotonic()
     stages = Quickstart(output, seed, scale, resume, resume_command)
     sft = stages.train_language_model()
-    pairs = stages.sample_preferences(sft, pairs_from)
-    frozen = stages.train_stage("head", pairs, copy.deepcopy(sft))
-    aligned = stages.train_stage("align", pairs, copy.deepcopy(sft))
+    frozen, head = stages.improve(pairs_from)
+    aligned = stages.train_stage("align", None, sft)
     held_out = list(itertools.islice(puzzles.puzzles(seed, evaluation=True), prompts))
     frozen_samples = report.sample_and_check(frozen, stages.tokenizer, held_out, seed)
     results = {
@@ -61,11 +70,11 @@ def run(
         "SFT, frozen, with a head": frozen_samples,
         "aligned jointly": report.sample_and_check(aligned, stages.tokenizer, held_out, seed),
     }
-    figures = report.save_figures(results, output)  # before the first print: nobody may read the output
+    figures = report.save_figures(results, output)  # before the first print, which a closed stdout ends
     lines = [report.report(results, stages.tokenizer), *(f"figure: {path}" for path in figures)]
     lines.append(f"model: {output / 'sft' / 'model'}  (no reward head: give --rank logprob, or score's --logprob-only)")
-    for name in ("head", "align"):
-        lines.append(f"model: {output / name / 'model'}  (dph chat, dph generate and dph score open it)")
+    for directory in (head, output / "align"):
+        lines.append(f"model: {directory / 'model'}  (dph chat, dph generate and dph score open it)")
     print(printable("\n".join(lines)))
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes on {torch.get_num_threads()} threads")
 
@@ -78,6 +87,7 @@ class Quickstart:
         self.resume, self.resume_command = resume, resume_command
         self.texts: list[Record] = []
         self.conversations: list[Record] = []
+        self.pairs: list[Path] = []  # files of the rounds of improvement
         rng = random.Random(seed)
         for puzzle in itertools.islice(puzzles.puzzles(seed), RECORDS):
             answer = puzzles.corpus_answer(puzzle, rng)
@@ -92,41 +102,53 @@ class Quickstart:
         model = self.train_stage("vocab", self.conversations, model)
         return self.train_stage("sft", self.conversations, model)
 
-    def train_stage(self, name: str, records: Sequence[Any], model: Model | None) -> Model:
-        """Train one stage by its miniature recipe; exits with the resume command if it is interrupted."""
-        settings = recipe.load(f"mini-{name}").as_dict()
-        settings["seed"] = self.seed
+    def recipe_of(self, name: str, *overrides: str) -> recipe.Recipe:
+        """Return the miniature recipe of a stage with this quickstart's seed, directory and number of steps."""
+        settings = recipe.load(f"mini-{name}", [f"seed={self.seed}", *overrides]).as_dict()
         settings["output"]["directory"] = str(self.output / name)
         optimiser = settings["optimiser"]
         optimiser["steps"] = max(round(optimiser["steps"] * self.scale), 1)
         optimiser["warmup"] = min(optimiser["warmup"], optimiser["steps"])
-        stage_recipe = recipe.from_dict(settings)
+        return recipe.from_dict(settings)
+
+    def train_stage(self, name: str, records: Sequence[Any] | None, model: Model | None) -> Model:
+        """Train one stage by its miniature recipe, on ``records`` or on the pairs of all rounds."""
+        sources = [{"source": str(path), "weight": "size"} for path in self.pairs] if records is None else []
+        stage_recipe = self.recipe_of(name, f"data.sources={json.dumps(sources)}")
         torch.manual_seed(self.seed)
         if model is None:
-            model = build.new_model(settings["model"]["config"], self.tokenizer)
+            model = build.new_model(stage_recipe.model.config, self.tokenizer)
         elif stage_recipe.kind == "preference":
             model = build.with_heads(model, stage_recipe.objective)
-        result = train(stage_recipe, model=model, tokenizer=self.tokenizer, records=records, resume=self.resume)
+        return self._train(stage_recipe, model=model, tokenizer=self.tokenizer, records=records).model
+
+    def _train(self, stage_recipe: recipe.Recipe, **options: Any) -> Any:
+        """Train a recipe, or continue its run; exits with the resume command if it is interrupted."""
+        result = train(stage_recipe, resume=self.resume, **options)
         if result.interrupted:
+            name = Path(stage_recipe.output.directory).relative_to(self.output)
             print(printable(f"stopped in stage {name}; {self.resume_command} continues it"), file=sys.stderr)
             sys.exit(result.exit_code)
-        return result.model
+        return result
 
-    def sample_preferences(self, model: Model, prompts: int) -> list[tuple[Encoded, Encoded]]:
-        """Return pairs (right, wrong) of the model's own answers, by the checker's judgement."""
-        asked = list(itertools.islice(puzzles.puzzles(self.seed + 1), prompts))
-        groups = report.sample_answers(model, self.tokenizer, asked, CANDIDATES, self.seed)
-        pairs, rng = [], random.Random(self.seed)
-        for puzzle, answers in zip(asked, groups, strict=True):
-            right, wrong = [], []
-            finished = [answer for answer in answers if answer.reward_position is not None]
-            for answer in {tuple(answer.tokens): answer for answer in finished}.values():  # without duplicates
-                correct = puzzle.check(report.answer_text(answer, self.tokenizer))
-                (right if correct else wrong).append(answer)
-            for answer in right:
-                pairs += [(answer, other) for other in rng.sample(wrong, min(len(wrong), PAIRS))]
-        if not pairs:
-            raise UserError("preferences: expected right and wrong samples, got no prompt with both; train longer")
-        # On stderr, since a closed stdout must not end a run of minutes.
-        print(f"{len(pairs)} preference pairs from {prompts} prompts with {CANDIDATES} samples each", file=sys.stderr)
-        return pairs
+    def improve(self, prompts: int) -> tuple[Model, Path]:
+        """Train the frozen model's head on its own answers to ``prompts`` prompts; return it and its run directory."""
+        asked = {puzzle.prompt: puzzle for puzzle in itertools.islice(puzzles.puzzles(self.seed + 1), prompts)}
+        plan = rounds.Improvement(
+            model=str(self.output / "sft" / "model"),
+            prompts=[Prompt(puzzle.question(), {"puzzle": puzzle.prompt}, puzzle.prompt) for puzzle in asked.values()],
+            checker=FunctionChecker(lambda row, answer: asked[row["puzzle"]].check(answer), "puzzle"),
+            judge="puzzles",
+            recipe=self.recipe_of("head", *HEAD),
+            directory=self.output / "improve",
+            n=CANDIDATES,
+            selection=Selection(most=PAIRS, seed=self.seed),
+            sampling={"max_new_tokens": report.ANSWER_TOKENS},
+            seed=self.seed,
+        )
+        for metrics in rounds.improve(plan, len(CANDIDATES), self._train):
+            if metrics["round"]:  # on stderr, since a closed stdout must not end a run of minutes
+                print(describe(metrics), file=sys.stderr)
+        self.pairs = [plan.records(i + 1) for i in range(len(CANDIDATES))]
+        model, _ = plan.open(len(CANDIDATES))
+        return model, plan.folder(len(CANDIDATES)) / "run"

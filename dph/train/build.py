@@ -171,6 +171,12 @@ def reopen_model(recipe: Recipe, start: Path) -> tuple[JudgingModel, Any, tuple[
     place = names.tokenizer or names.path
     if not (start / "config.json").is_file() or place is None:
         return *open_model(recipe), ()
+    if recipe.kind == "preference" and recipe.objective.layer == "auto":
+        fields = checkpointing.read_json(start / "config.json")  # the layer that the run has chosen
+        form = fields.get("task_head_forms", {}).get(recipe.objective.heads[0], {})
+        layer = form.get("layer", fields.get("reward_layer", -1))
+        layer = tuple(layer) if isinstance(layer, list) else layer
+        recipe = dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, layer=layer))
     has_model, has_tokenizer = names.path is not None and Path(names.path).is_dir(), Path(place).is_dir()
     notes = []
     if not has_tokenizer:

@@ -113,6 +113,15 @@ class Data:
         "draw the wrong answer of a task's pair anew each time the record comes again; false: once for the whole run "
         "(preference stages)",
     )
+    prefixes: float = option(
+        0.0,
+        "share of the records from which a further one is made, by cutting its answers after a random number of tokens "
+        "and closing them with the end-of-turn token, with the final labels: for heads that prune answers while they "
+        "are sampled. It takes a place in the batch; none is made for the last place (stages head, and align with "
+        "objective.dpo_weight 0, as text is not to be learnt from cut answers)",
+        minimum=0,
+        below=1,
+    )
     loss: Literal["answers", "all"] = option(
         "answers",
         "tokens of a conversation that are learnt: answers with their ends of turn, or all but the first token, also "
@@ -466,6 +475,10 @@ class Recipe:
         if self.objective.dpo_mean and (self.stage != "align" or not self.objective.dpo_weight):
             reason = f"in stage {self.stage}" if self.stage != "align" else "with objective.dpo_weight 0"
             raise UserError(f"objective.dpo_mean: expected false {reason}, got true")
+        learns_text = self.stage == "align" and self.objective.dpo_weight > 0
+        if self.data.prefixes and (learns_text or self.kind != "preference"):
+            reason = f"with objective.dpo_weight {self.objective.dpo_weight:g}" if learns_text else "without a head"
+            raise UserError(f"data.prefixes: expected 0 in stage {self.stage} {reason}, got {self.data.prefixes:g}")
         if self.data.loss == "all" and self.kind == "preference":
             raise UserError(f"data.loss: expected answers in stage {self.stage}, got all")
         if not self.data.repeat_system and self.kind != "conversation":

@@ -6,26 +6,29 @@ import signal
 
 import pytest
 
-from dph import chat
 from dph.cli.main import main, parse
 from dph.demo import puzzles, quickstart, report
+from dph.improve.rounds import Sampler
 from dph.model.model import Model
 from dph.train.trainer import Result
 
 SHORT = ["quickstart", "--scale", "0.01", "--prompts", "4", "--pairs-from", "8", "--output"]
 
 
-def truth_and_lie(stages, model, prompts):
-    """Pairs that need no samples: the truth against the popular falsehood."""
-    asked = itertools.islice(puzzles.puzzles(1), prompts)
-    answered = (
-        [[*p.question(), chat.Message(role="assistant", content=a)] for a in (p.truth, p.falsehood)] for p in asked
-    )
-    return [tuple(chat.encode(side, stages.tokenizer) for side in sides) for sides in answered]
+def truth_and_lie(sampler, prompts):
+    """Lines that need no samples: the truth and the popular falsehood."""
+    known = {puzzle.prompt: puzzle for puzzle in itertools.islice(puzzles.puzzles(1), 100)}
+    lines = []
+    for prompt in prompts:
+        puzzle = known[prompt.place]
+        correct = sampler.checker(prompt, [puzzle.truth, puzzle.falsehood])
+        both = {"finished": [True, True], "logprobs": [-1.0, -1.0], "rewards": [None, None], "correct": correct}
+        lines.append({"prompt": prompt.messages, "candidates": [puzzle.truth, puzzle.falsehood], **both})
+    return lines
 
 
 def test_it_ends_with_the_table_pictures_and_models(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(quickstart.Quickstart, "sample_preferences", truth_and_lie)
+    monkeypatch.setattr(Sampler, "__call__", truth_and_lie)
     assert main([*SHORT, str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
     for rule in report.RULES:
@@ -33,7 +36,7 @@ def test_it_ends_with_the_table_pictures_and_models(tmp_path, capsys, monkeypatc
     assert "4 held-out prompts" in printed
     for name in ("accuracy.png", "rewards.png"):
         assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
-    frozen, sft = (Model.from_pretrained(tmp_path / "run" / stage / "model") for stage in ("head", "sft"))
+    frozen, sft = (Model.from_pretrained(tmp_path / "run" / stage / "model") for stage in ("improve/round2/run", "sft"))
     assert sft.head_names == []
     assert frozen.head_names == ["default"]
     backbone = sft.state_dict()
@@ -42,11 +45,11 @@ def test_it_ends_with_the_table_pictures_and_models(tmp_path, capsys, monkeypatc
 
 def test_a_model_that_gets_nothing_right_is_an_error_in_one_line(tmp_path, capsys):
     assert main([*SHORT, str(tmp_path / "run")]) == 2
-    assert "expected right and wrong samples" in capsys.readouterr().err.splitlines()[-1]
+    assert "expected right and wrong answers to some prompt" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_second_run_goes_on_or_says_how(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(quickstart.Quickstart, "sample_preferences", truth_and_lie)
+    monkeypatch.setattr(Sampler, "__call__", truth_and_lie)
     assert main([*SHORT, str(tmp_path / "run")]) == 0
     first = (tmp_path / "run" / "align" / "model" / "model.safetensors").read_bytes()
     capsys.readouterr()

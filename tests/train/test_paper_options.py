@@ -30,7 +30,7 @@ LATER = {
     "optimiser": ["head_prior_decay", "head_weight_decay"],
     "train": ["frozen"],
     "objective": ["dpo_mean"],
-    "data": ["loss", "repeat_system"],
+    "data": ["loss", "prefixes", "repeat_system"],
 }
 FROZEN = ["backbone.embedding.*", "backbone.input_*", "backbone.blocks.0.*", "*.attention.qkv.bias"]
 

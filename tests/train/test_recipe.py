@@ -269,7 +269,7 @@ RANGES = {  # every option with a range: minimum, bound
     "objective.dropout": (0, 1), "guard.stop_after": (1, math.inf), "guard.spike": (1e-12, math.inf),
     "evaluation.sources.limit": (1, math.inf), "evaluation.sources.weight": (0, math.inf),
     "objective.sample": (10, math.inf), "objective.ensemble": (1, math.inf),
-    "evaluation.share": (0, 1), "evaluation.patience": (1, math.inf),
+    "evaluation.share": (0, 1), "data.prefixes": (0, 1), "evaluation.patience": (1, math.inf),
     "evaluation.every": (0, math.inf), "output.save_every": (0, math.inf), "output.keep": (1, math.inf),
     "output.log_every": (1, math.inf), "train.last_layers": (1, math.inf), "lora.rank": (1, math.inf),
     "lora.alpha": (1e-12, math.inf), "lora.dropout": (0, 1),

@@ -15,6 +15,7 @@ from dph.chat import Encoded
 from dph.data.formats import Record
 from dph.data.labels import EncodedAnswers, labels_of
 from dph.data.packing import PackedBatch, PairBatches, fill, pack, packed_length
+from dph.data.prefixes import Prefixes
 from dph.data.sampler import Sampler, draw
 from dph.errors import UserError
 from dph.train.distributed import compute_dtype, full_tensor, partition_bins
@@ -252,6 +253,8 @@ class PreferenceStage(Stage):
         self.metrics = names[: self._not_logged] + names[self._not_logged + 1 :]
         self.frozen = FrozenModel(self)
         self.batches = self.open_pairs(records, self.recipe.batch.size)
+        if self.recipe.data.prefixes:
+            self.batches.cut = Prefixes(self.recipe.data.prefixes, self.recipe.seed)
         self.dropout_seed = draw(2**31, self.recipe.seed, "dropout")
         self.held_out = HeldOutPairs(self, held_out)
 
