@@ -32,8 +32,8 @@ from dph.errors import OtherRankFailed, UserError, printable
 # Modules of dph.cli, each with HELP (one line), EXAMPLE (command lines), add_arguments(parser) and run(args), which
 # returns an exit code or None. PyTorch, transformers and the like are imported in run: --help and errors are fast.
 COMMANDS = (
-    "quickstart", "data", "train", "improve", "ablate", "cache", "evaluate", "generate", "chat", "serve", "score", "heads",
-    "card", "tasks", "plot", "convert", "tokenizer", "doctor",
+    "quickstart", "data", "train", "improve", "ablate", "cache", "evaluate", "generate", "chat", "serve", "score",
+    "heads", "card", "tasks", "plot", "convert", "tokenizer", "doctor",
 )  # fmt: skip
 
 # Errors of the user's input (exit code 2); all others are failures (exit code 1).

@@ -236,7 +236,7 @@ class HeadChecker:
         """Return the probabilities that the answers are good."""
         conversations = [[*prompt.messages, {"role": "assistant", "content": answer}] for answer in answers]
         rewards = self._model.score(self._tokenizer, conversations, self._head).tolist()
-        return self._probabilities(rewards, self._head, self._model)
+        return self._probabilities(self._model, self._head)(rewards)
 
 
 def imported(name: str) -> Callable[[Mapping[str, Any], str], Any]:

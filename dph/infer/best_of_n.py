@@ -26,6 +26,13 @@ def logistic(rewards: Sequence[float]) -> list[float]:
     return [1 / (1 + math.exp(-max(reward, -700.0))) for reward in rewards]
 
 
+def probabilities(model: JudgingModel, head: str | None) -> Weights:
+    """Return the function from rewards to probabilities that answers are good; ``logistic`` without a calibration."""
+    if model.head_records.get(head, {}).get("calibration") is None:
+        return logistic
+    return lambda rewards: model.probability(rewards, head).tolist()
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One sampled answer.
@@ -114,12 +121,6 @@ class Choice:
             return min(self.round_size, self.n - len(answers))
 
         return more
-
-    def weights(self, model: JudgingModel) -> Weights:
-        """Return the weights of a vote: probabilities that answers are good, or logistic functions of the rewards."""
-        if model.head_records.get(self.head, {}).get("calibration") is None:
-            return logistic
-        return lambda rewards: model.probability(rewards, self.head).tolist()
 
     def request(self, model: JudgingModel, prompt: Sequence[int], sampling: Sampling, seed: int | None) -> Request:
         """Return the request of one prompt."""
@@ -213,7 +214,7 @@ def best_of_n_each(
     options = Sampling(**sampling)
     prompts = [chat.prompt(messages, tokenizer) for messages in conversations]
     requests = [choice.request(model, prompt, options, seed) for prompt in prompts]
-    weigh = choice.weights(model)
+    weigh = probabilities(model, choice.head)
     for request in answered(model, tokenizer, requests):
         yield ranked(request.prompt, request.answers, tokenizer, choice, weigh)
 
@@ -223,7 +224,7 @@ def ranked(
 ) -> list[Candidate]:
     """Return the candidates of one prompt, best first; without a head by log-probability.
 
-    ``weigh``: the weights of a vote (:meth:`Choice.weights`).
+    ``weigh``: the weights of a vote (:func:`probabilities`).
 
     Raises ValueError if the reward of a finished answer or a log-probability is NaN.
     """

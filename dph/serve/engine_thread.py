@@ -13,7 +13,7 @@ import torch
 
 from dph.errors import UserError
 from dph.infer.attached_engine import AttachedEngine
-from dph.infer.best_of_n import ranked
+from dph.infer.best_of_n import probabilities, ranked
 from dph.infer.engine import pool_rows
 from dph.infer.pooled_engine import PooledEngine
 from dph.infer.request import Answer, Engine, Request
@@ -238,7 +238,7 @@ class EngineThread:
 
     def _finish(self, job: Generation) -> None:
         answers = job.request.answers
-        weigh = job.choice.weights(self.model)
+        weigh = probabilities(self.model, job.choice.head)
         candidates = ranked(job.request.prompt, answers, self.tokenizer, job.choice, weigh)
         indices = [candidate.index for candidate in candidates]
         self._end(job, Ranked(candidates, indices, sum(len(answer.tokens) for answer in answers)))
