@@ -37,6 +37,7 @@ CHUNK = 512  # tokens of a prompt that are read at once; a multiple of attention
 BATCH = 1024  # candidates that are continued together, and tokens of prompts that are read between two of their tokens
 # PyTorch's products of matrices on the CPU take another way for fewer rows, with other rounding.
 LEAST_ROWS, ROW_MULTIPLE = 16, 8
+BEGINNING = 64  # tokens of the beginnings that prompts share, in multiples: the keys that attention reads at once
 MOST_SAMPLINGS = 64  # before those that no candidate needs are dropped
 
 
@@ -77,6 +78,7 @@ class PooledEngine(Engine):
         self._logprob_at = np.zeros(rows, np.float32)
         self._states, self._candidates = np.empty(0, STATES), np.empty(0, CANDIDATES)
         self._opened: dict[int, Request] = {}  # requests whose prompts have rows
+        self._beginnings: dict[int, list[Request]] = {}  # hash of a prompt's first blocks -> opened requests
         self._numbers = 0
         self._samplings: list[Sampling] = []
         self._scratch = self.pool.take(1)  # row of padding tokens
@@ -154,6 +156,8 @@ class PooledEngine(Engine):
             return False
         request._slot, request._reserved, request._number = slot, taken, self._numbers
         self._opened[self._numbers] = request
+        for beginning in _beginnings(request.prompt):
+            self._beginnings.setdefault(beginning, []).append(request)
         self._numbers += 1
         self._token_at[slot : slot + len(request.prompt)] = request.prompt
         return True
@@ -179,10 +183,13 @@ class PooledEngine(Engine):
         parts: list[tuple[Request, int]] = []  # with numbers of tokens
         budget = self.batch
         for request in self.requests:
-            count = min(CHUNK, len(request.prompt) - request._read)
-            if request._slot is not None and count and budget > 0:
-                parts.append((request, count))
-                budget -= count
+            if request._slot is None or budget <= 0 or request._read == len(request.prompt):
+                continue
+            if not request._read and not self._copy_beginning(request, [part for part, _ in parts]):
+                continue
+            count = min(CHUNK - request._read % CHUNK, len(request.prompt) - request._read)
+            parts.append((request, count))
+            budget -= count
         if not parts:
             return
         table, rows, complete, start = [], [], [], 0
@@ -203,11 +210,33 @@ class PooledEngine(Engine):
             for (request, _), own in zip(complete, logits, strict=True):
                 request._logits = own.clone()
 
+    def _copy_beginning(self, request: Request, reading: Sequence[Request]) -> bool:
+        """Copy the keys and values of the longest beginning that another prompt has read.
+
+        Returns False if one of those that are being ``reading`` has a longer one, which is there at the next step.
+        """
+        blocks = _beginnings(request.prompt)
+        for count in range(len(blocks), 0, -1):
+            others = [other for other in self._beginnings[blocks[count - 1]] if other is not request]
+            rows = count * BEGINNING
+            donor = next((other for other in others if other._read >= rows), None)
+            if donor is not None and donor.prompt[:rows] == request.prompt[:rows]:
+                self._copy_rows(*(np.array([part]) for part in (donor._slot, request._slot, rows)))
+                request._read = rows
+                return True
+            if any(other in reading for other in others):
+                return False
+        return True
+
     def _close(self, request: Request) -> None:
         """Return the rows of a prompt."""
         request.done = True
         self.requests.remove(request)
         if request._slot is not None:
+            for beginning in _beginnings(request.prompt):
+                self._beginnings[beginning].remove(request)
+                if not self._beginnings[beginning]:
+                    del self._beginnings[beginning]
             self.pool.free(request._slot)
             del self._opened[request._number]
         request._slot = request._logits = None
@@ -512,6 +541,18 @@ class PooledEngine(Engine):
         padded = np.concatenate([rows, np.repeat(rows[:1], _padded_rows(len(rows)) - len(rows))])
         states = hidden[to_device(torch.from_numpy(padded), hidden.device)]
         return apply_linear(self.model.lm_head, self.model.output_proj(states))[: len(rows)].float()
+
+
+def _beginnings(prompt: tuple[int, ...]) -> list[int]:
+    """Return hashes of the beginnings of a prompt of 1, 2, ... blocks, as far as another one may copy them.
+
+    The last block is left out: attention may compute the last rows of a prompt, which are few, in another way.
+    """
+    found, value = [], 0
+    for end in range(BEGINNING, len(prompt) - BEGINNING + 1, BEGINNING):
+        value = hash((value, prompt[end - BEGINNING : end]))
+        found.append(value)
+    return found
 
 
 def _padded_rows(rows: int) -> int:

@@ -278,3 +278,26 @@ def test_ranges_of_a_pool_never_meet_and_all_come_back():
     for start in taken:
         pool.free(start)
     assert pool._gaps == [(0, 100)]
+
+
+# Shared beginnings of prompts
+
+
+def test_prompts_with_the_same_beginning_read_it_once(monkeypatch):
+    """Bit by bit as alone, for prompts of all lengths around the blocks; the beginning is computed once."""
+    beginning = chat.prompt([message("user", WORDS * 12)], TOK)
+    assert len(beginning) > 3 * pooled_engine.BEGINNING
+    ends = [PROMPTS[i % 6][:rest] for i, rest in enumerate((1, 9, 62, 63, 64, 65, 90, 128, 129))]
+    prompts = [[*beginning[: 200 - i], *end] for i, end in enumerate(ends * 2)] + [PROMPTS[0], beginning[:130]]
+    model, read = talker(**FORMS["qwen2"]), []
+    forward = PooledEngine._forward
+
+    def counted(self, rows, layout, tokens, *, decode, **options):
+        read.append(0 if decode else int((layout.segments[:, 1] - layout.segments[:, 0]).sum()))
+        return forward(self, rows, layout, tokens, decode=decode, **options)
+
+    monkeypatch.setattr(PooledEngine, "_forward", counted)
+    together = answers(model, requests(prompts, n=2, limit=6))
+    assert sum(read) < sum(map(len, prompts)) / 2
+    assert same(together, [answers(model, [request])[0] for request in requests(prompts, n=2, limit=6)])
+    assert same(crowd(model, 700, 5, requests(prompts, n=2, limit=6)), together)
