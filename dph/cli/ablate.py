@@ -50,8 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 Each combination and seed is a run in a folder of its own, OUTPUT/NAME/seedN. It is judged on its held-out records with
 the weights that it keeps. A command that was interrupted goes on where it stopped. The table has the share of held-out
-pairs in which the chosen answer scores higher: the mean over the seeds, its 95% interval over prompts, and the lowest
-and the highest seed."""
+pairs in which the chosen answer scores higher: the mean over the pairs of all seeds, its 95% interval over prompts, and
+the lowest and the highest seed. With evaluation.share the held-out prompts may also have chosen a run's best step;
+evaluation.sources gives others."""
     common.add_recipe(parser)
     parser.add_argument(
         "--vary",
@@ -195,7 +196,7 @@ def _rows(cell: Cell, seeds: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any
                 "score": rule,
                 "accuracy": asdict(_mean(pairs)),
                 "seeds": [float(np.mean([share for _, share in own])) for own in pairs],
-                "pairs": len(pairs[0]),
+                "pairs": list(map(len, pairs)),
             }
 
 
@@ -218,13 +219,15 @@ def _report(folder: Path, names: Sequence[str], rows: Sequence[dict[str, Any]], 
     """Print the table, and write it as Markdown and JSON, with a picture."""
     from dph.evaluate.tables import markdown_table, table
 
-    headers = [*names, "score", "pair accuracy", "95% interval", "seeds", "pairs"]
+    headers = [*names, "score", "pair accuracy", "95% interval", "seeds", "pairs of a seed"]
     cells = []
     for row in rows:
         figure, seeds = row["accuracy"], row["seeds"]
         interval = f"{figure['low']:.3f} to {figure['high']:.3f}"
         spread = f"{min(seeds):.3f} to {max(seeds):.3f}"
-        cells.append([*row["values"], row["score"], figure["value"], interval, spread, row["pairs"]])
+        fewest, most = min(row["pairs"]), max(row["pairs"])
+        count = fewest if fewest == most else f"{fewest} to {most}"
+        cells.append([*row["values"], row["score"], figure["value"], interval, spread, count])
     atomic.write_text(folder / "ablation.md", markdown_table(headers, cells) + "\n")
     atomic.write_text(folder / "ablation.json", json.dumps({"options": list(names), "rows": rows}, indent=1) + "\n")
     with atomic.atomic_file(folder / "ablation.png") as file:

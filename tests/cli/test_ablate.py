@@ -40,7 +40,7 @@ def test_every_combination_is_trained_once_and_judged(command, dph_command, monk
     ]  # fmt: skip
     for row in rewards:
         assert len(row["seeds"]) == 2
-        assert row["pairs"] == 12
+        assert row["pairs"] == [12, 12]
         assert row["accuracy"]["value"] == pytest.approx(sum(row["seeds"]) / 2)
         assert row["accuracy"]["low"] <= row["accuracy"]["value"] <= row["accuracy"]["high"]
     run = tmp_path / "runs/bert, separable/seed1"
@@ -100,7 +100,7 @@ def test_heads_of_a_run_have_pairs_of_their_own(command, dph_command, tmp_path):
     report = json.loads((tmp_path / "runs/ablation.json").read_text())
     pairs = {row["score"]: row["pairs"] for row in report["rows"]}
     assert list(pairs)[::3] == ["reward new", "reward safe"]
-    assert (pairs["reward new"], pairs["log-probability (sum) safe"]) == (4, 16)
+    assert (pairs["reward new"], pairs["log-probability (sum) safe"]) == ([4], [16])
     alone = write_lines(tmp_path / "alone.jsonl", *rows[4:])
     command[command.index(tmp_path / "runs")] = tmp_path / "others"
     code, out, err = dph_command(*command, "objective.objective=[separable]", f"evaluation.sources=[{alone}]", "--json")
