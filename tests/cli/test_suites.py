@@ -82,6 +82,9 @@ def test_a_suite_of_local_files(dph_command, models, tmp_path, suffix):
         rows = list(csv.reader(table.open())) if suffix == "csv" else rows
         assert rows[-1][:3] == ["GPT4All", "reward", "average"]
         assert float(rows[-1][3]) == pytest.approx(average["value"], abs=5e-4)
+    if suffix == "csv":  # its intervals are numbers
+        assert rows[0][3:6] == ["value", "low", "high"]
+        assert list(map(float, rows[-1][4:6])) == pytest.approx([average["low"], average["high"]])
 
 
 def test_tasks_that_are_not_there_are_said(dph_command, refused, models, tmp_path):
@@ -100,6 +103,17 @@ def test_tasks_that_are_not_there_are_said(dph_command, refused, models, tmp_pat
     assert "--glue-submission: expected one of them, got none" in refused("evaluate", models / "judge")
     line = refused("evaluate", models / "judge", "--task", "boolq", "--directory", folder, "--table", "a.txt")
     assert "--table: expected a file that ends in .md, .csv, .json, got a.txt" in line
+    argv = ["evaluate", models / "judge", "--task", "boolq", "--directory", folder]
+    both = tmp_path / "both.json"
+    line = refused(*argv, "--output", both, "--table", tmp_path / "data/../both.json")
+    assert "--table: expected another file than --output" in line
+    assert not both.exists()
+    line = refused(*argv, "--table", folder / "boolq/validation.csv", "--normalise", "number")
+    assert "--normalise: expected --candidates with it" in line
+    (folder / "boolq/table.csv").write_text("")
+    line = refused(*argv, "--table", folder / "boolq/table.csv")
+    assert "--table: expected another file than the input" in line
+    assert "--shots: " in refused(*argv, "--shots", 1)
 
 
 def test_other_log_probabilities_choose_too(dph_command, models, tmp_path):
@@ -200,7 +214,7 @@ def test_candidates_of_files(dph_command, refused, models, tmp_path):
     best = [line["scores"]["reward"][0] == max(line["scores"]["reward"]) for line in written[4:]]
     assert subset["value"] == pytest.approx(sum(best) / 3)
     assert "subset" in dph_command(*argv[:-3])[1]
-    for option in (["--task", "boolq"], ["--shots", 2], ["--split", "test"]):
+    for option in (["--task", "boolq"], ["--shots", 2], ["--split", "test"], ["--glue-submission", tmp_path / "glue"]):
         assert f"--candidates: expected no {option[0]} with it, got one" in refused(*argv[:-1], *option)
     given_twice = [f"{{source: {sampled}, limit: {count}}}" for count in (1, 2)]
     out = dph_command("evaluate", models / "judge", "--candidates", *given_twice)[1]
