@@ -32,7 +32,6 @@ dph ablate head model.path=MODEL --vary 'data.sources=[[task:boolq], [task:glue/
 dph ablate head data.sources=[pairs.jsonl] --vary 'model.path=[MODEL, OTHER]' --seeds 1 --output runs/table6"""
 RESULT = "judged.json"  # of a run: by score, for each held-out pair its prompt and its share of right choices
 OWN_KEYS = {"seed": "--seeds", "output.directory": "--output"}  # options that the command sets itself
-RESAMPLES = 1000  # of the prompts
 
 
 @dataclass(frozen=True)
@@ -201,18 +200,16 @@ def _rows(cell: Cell, seeds: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any
 
 
 def _mean(seeds: Sequence[Sequence[tuple[str, float]]]) -> Interval:
-    """Return the mean of seeds, each of (prompt, share) of its pairs, with the bootstrap's interval over prompts.
+    """Return the mean over all pairs of seeds, each of (prompt, share) of its pairs, with its interval over prompts.
 
-    Seeds may hold out different prompts. The mean is over all pairs and seeds, the interval that of percentiles.
+    Seeds may hold out different prompts.
     """
     import numpy as np
 
-    from dph.evaluate.metrics import Interval, resampled
+    from dph.evaluate.metrics import wilson_of_groups
 
     prompts, shares = zip(*itertools.chain.from_iterable(seeds), strict=True)
-    weights = resampled(prompts, RESAMPLES)
-    low, high = np.percentile(weights @ np.array(shares) / weights.sum(1), [2.5, 97.5])
-    return Interval(float(np.mean(shares)), float(low), float(high))
+    return wilson_of_groups(np.array(shares), prompts)
 
 
 def _report(folder: Path, names: Sequence[str], rows: Sequence[dict[str, Any]], as_json: bool) -> None:

@@ -6,6 +6,7 @@ import pytest
 from helpers.texts import write_lines
 
 from dph.cli import ablate
+from dph.evaluate.metrics import wilson
 from dph.train import entry
 
 
@@ -51,6 +52,13 @@ def test_every_combination_is_trained_once_and_judged(command, dph_command, monk
     assert "pair accuracy" in (tmp_path / "runs/ablation.md").read_text()
     monkeypatch.setattr(entry, "train", None)  # nothing is trained again
     assert dph_command(*command, *varied)[:2] == (0, out[out.index("objective.pooler") :])
+
+
+def test_seeds_that_are_always_right_are_no_proof():
+    """The interval of right choices alone is not empty, and pairs of one prompt in several seeds are one prompt."""
+    seeds = [[(str(prompt), 1.0) for prompt in range(8)] for _ in range(3)]
+    assert ablate._mean(seeds) == wilson(8, 8)
+    assert ablate._mean([[("a", 1.0)], [("b", 0.5), ("c", 0.0)]]) == wilson(1.5, 3)
 
 
 def test_an_interrupted_command_goes_on(command, dph_command, monkeypatch, tmp_path):
