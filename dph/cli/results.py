@@ -208,7 +208,7 @@ def judged_lines(
     """Judge all records; yield the line of each, those that an interrupted command has completed first.
 
     A line is written before it is yielded. All records are encoded before the first is judged, so that one that cannot
-    be is an error at once.
+    be, or that is longer than the model's context, is an error at once.
 
     Args:
         groups: returns the encoded alternatives of the records from an index on.
@@ -218,7 +218,7 @@ def judged_lines(
     from dph.data.packing import batches
     from dph.model.judging import MAX_TOKENS
 
-    context = getattr(model.backbone, "context", None)
+    context = getattr(model.backbone, "context", None) or model.config.max_position_embeddings
 
     def fitting() -> Iterator[Sequence[Encoded]]:
         for i, group in enumerate(groups(0)):

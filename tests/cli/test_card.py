@@ -150,7 +150,9 @@ def test_label_noise_needs_no_calibration():
 def test_scores_that_are_no_numbers_make_no_card():
     group = [chat.encode(conversation("a", "b"), small_tokenizer())]
     judged = Judged([-1.0], [-1.0], {"default": [float("nan")]})
-    model = SimpleNamespace(backbone=None, judge_batches=lambda groups, _: ([judged] for _ in groups))
+    config = SimpleNamespace(max_position_embeddings=None)
+    judge_batches = lambda groups, _: ([judged] for _ in groups)  # noqa: E731
+    model = SimpleNamespace(backbone=None, config=config, judge_batches=judge_batches)
     with pytest.raises(RuntimeError, match="pairs: record 0: default: expected finite numbers"):
         judge(model, [group], "pairs")
 

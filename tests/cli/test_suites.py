@@ -3,12 +3,13 @@
 import csv
 import json
 import re
+import shutil
 import zipfile
 
 import pytest
 from helpers.texts import message, write_lines
 
-from dph import tasks
+from dph import chat, tasks
 from dph.data.candidates import parse_candidates
 from dph.data.dataset import task_documents
 from dph.errors import UserError
@@ -17,6 +18,7 @@ from dph.evaluate.choices import Report, Row
 from dph.evaluate.few_shot import Demonstrations
 from dph.evaluate.metrics import Interval
 from dph.evaluate.suites import GPT4ALL, SUITES, averages, missing
+from dph.model.loading import load_tokenizer
 
 
 def write_tasks(folder, names, splits=(None,), count=3):
@@ -129,7 +131,7 @@ def test_other_log_probabilities_choose_too(dph_command, models, tmp_path):
     assert next(iter(line["scores"])) == "log-probability"
 
 
-def test_demonstrations_are_earlier_turns_of_the_same_subject(dph_command, models, tmp_path):
+def test_demonstrations_are_earlier_turns_of_the_same_subject(dph_command, refused, models, tmp_path):
     task = tasks.load("mmlu/all")
     shown = []
     for subject in ("math", "law"):
@@ -152,6 +154,14 @@ def test_demonstrations_are_earlier_turns_of_the_same_subject(dph_command, model
     argv = ["evaluate", models / "judge", "--task", "mmlu/all", "--directory", tmp_path]
     (zero, two) = (dph_command(*argv, "--shots", k, "--json")[1] for k in (0, 2))
     assert json.loads(zero)["n"] == json.loads(two)["n"] == 1
+    short = shutil.copytree(models / "judge", tmp_path / "short")  # its context holds the question alone
+    longest = max(len(chat.encode(choice, load_tokenizer(str(short)))) for choice in task.choices(task.example))
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": longest}))
+    argv[1] = short
+    assert dph_command(*argv)[0] == 0
+    line = refused(*argv, "--shots", 2)
+    assert f"test.jsonl:1: expected at most {longest} tokens, the model's context, got " in line
 
 
 def test_demonstrations_of_other_tasks_are_drawn_from_training_records(tmp_path):
