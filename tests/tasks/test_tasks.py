@@ -107,6 +107,8 @@ def test_a_hidden_label_hides_the_answers_and_keeps_the_choices(name):
 
 
 def test_errors_name_the_task():
+    with pytest.raises(UserError, match=r"got 'gsm8k'; dph tasks lists the names"):
+        tasks.load("gsm8k")
     with pytest.raises(UserError, match=r"got 'glue/sst'; the nearest is 'glue/sst2'"):
         tasks.load("glue/sst")
     with pytest.raises(UserError, match=r"task glue/cola: expected the fields sentence, got a record with text"):
