@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -165,10 +165,10 @@ def wilson_of_groups(shares: np.ndarray, groups: Sequence[Hashable]) -> Interval
     if count == n:
         return wilson(float(np.sum(shares)), n)
     effective = float(count)
-    if count > 1 and 0 < mean < 1:
+    if count > 1 and 1e-9 < mean < 1 - 1e-9:
         variance = count / (count - 1) * float(np.sum(np.bincount(members, shares - mean) ** 2)) / n**2
         effective = min(max(mean * (1 - mean) / variance, 1.0), n) if variance else n
-    return wilson(mean * effective, effective)
+    return replace(wilson(mean * effective, effective), value=mean)
 
 
 def wilson(successes: float, n: float) -> Interval:
