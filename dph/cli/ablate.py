@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{key}: expected {OWN_KEYS[key]} in its place, got {shown(option)}")
     recipes = {}
     for cell, seed in itertools.product(cells, range(args.seeds)):
-        recipes[cell.name, seed] = _recipe(args, cell, seed, folder)
+        recipe = recipes[cell.name, seed] = _recipe(args, cell, seed, folder)
+        _saved(recipe)  # one of another recipe is an error before anything is trained
     names = [value.partition("=")[0] for value in args.vary]
     judged: dict[str, list[dict[str, Any]]] = {cell.name: [] for cell in cells}
     for (name, seed), recipe in recipes.items():
@@ -132,25 +133,32 @@ def _folder_name(name: str) -> str:
     return plain if plain == name else f"{plain}-{blake2b(name.encode(), digest_size=4).hexdigest()}"
 
 
-def _judged(recipe: Recipe, name: str) -> dict[str, Any]:
-    """Return the shares of right choices of a run, which is trained and judged unless that was done before."""
+def _saved(recipe: Recipe) -> dict[str, Any] | None:
+    """Return the shares of right choices of a run that was judged before. Raises UserError if its recipe is another."""
     from dph.train import recipe as recipes
 
-    directory = Path(recipe.output.directory)
-    path = directory / RESULT
-    if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if recipes.from_dict(saved["recipe"]) != recipe:
-            raise UserError(f"{path}: expected the result of this recipe, got one of another: give another --output")
-        return saved
+    path = Path(recipe.output.directory) / RESULT
+    if not path.is_file():
+        return None
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if recipes.from_dict(saved["recipe"]) != recipe:
+        raise UserError(f"{path}: expected the result of this recipe, got one of another: give another --output")
+    return saved
+
+
+def _judged(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Return the shares of right choices of a run, which is trained and judged unless that was done before."""
     from dph.train import entry
 
+    if (saved := _saved(recipe)) is not None:
+        return saved
+    directory = Path(recipe.output.directory)
     print(printable(f"{name}: training"), file=sys.stderr)
     result = entry.train(recipe, resume=directory.is_dir())
     if result.exit_code:
         raise SystemExit(result.exit_code)
     saved = {"recipe": recipe.as_dict(), "scores": _judge(directory, recipe.objective.heads)}
-    atomic.write_text(path, json.dumps(saved) + "\n")
+    atomic.write_text(directory / RESULT, json.dumps(saved) + "\n")
     return saved
 
 

@@ -89,8 +89,9 @@ def test_what_is_refused(command, refused, dph_command, tmp_path):
     assert "--vary objective.pooler: expected all values in one list, got two" in line
     assert "expected more than 0, as rewards are compared" in refused(*command, "objective.dph_weight=[0]")
     assert dph_command(*command, "objective.pooler=[bert]")[0] == 0
-    line = refused(*command[:2], "optimiser.lr=0.5", *command[2:], "objective.pooler=[bert]")
+    line = refused(*command[:2], "optimiser.lr=0.5", *command[2:], "objective.pooler=[identity, bert]")
     assert "expected the result of this recipe, got one of another" in line
+    assert not (tmp_path / "runs/identity").exists()  # nothing is trained before that
 
 
 def test_heads_of_a_run_have_pairs_of_their_own(command, dph_command, tmp_path):
