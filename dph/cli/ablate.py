@@ -32,7 +32,6 @@ dph ablate head model.path=MODEL --vary 'data.sources=[[task:boolq], [task:glue/
 dph ablate head data.sources=[pairs.jsonl] --vary 'model.path=[MODEL, OTHER]' --seeds 1 --output runs/table6"""
 RESULT = "judged.json"  # of a run: by score, for each held-out pair its prompt and its share of right choices
 OWN_KEYS = {"seed": "--seeds", "output.directory": "--output"}  # options that the command sets itself
-RESAMPLES = 1000  # of the prompts
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 Each combination and seed is a run in a folder of its own, OUTPUT/NAME/seedN. It is judged on its held-out records with
 the weights that it keeps. A command that was interrupted goes on where it stopped. The table has the share of held-out
-pairs in which the chosen answer scores higher: the mean over the seeds, its 95% interval over prompts, and the lowest
-and the highest seed."""
+pairs in which the chosen answer scores higher: the mean over the pairs of all seeds, its 95% interval over prompts, and
+the lowest and the highest seed. With evaluation.share the held-out prompts may also have chosen a run's best step;
+evaluation.sources gives others."""
     common.add_recipe(parser)
     parser.add_argument(
         "--vary",
@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{key}: expected {OWN_KEYS[key]} in its place, got {shown(option)}")
     recipes = {}
     for cell, seed in itertools.product(cells, range(args.seeds)):
-        recipes[cell.name, seed] = _recipe(args, cell, seed, folder)
+        recipe = recipes[cell.name, seed] = _recipe(args, cell, seed, folder)
+        _saved(recipe)  # one of another recipe is an error before anything is trained
     names = [value.partition("=")[0] for value in args.vary]
     judged: dict[str, list[dict[str, Any]]] = {cell.name: [] for cell in cells}
     for (name, seed), recipe in recipes.items():
@@ -132,25 +133,32 @@ def _folder_name(name: str) -> str:
     return plain if plain == name else f"{plain}-{blake2b(name.encode(), digest_size=4).hexdigest()}"
 
 
-def _judged(recipe: Recipe, name: str) -> dict[str, Any]:
-    """Return the shares of right choices of a run, which is trained and judged unless that was done before."""
+def _saved(recipe: Recipe) -> dict[str, Any] | None:
+    """Return the shares of right choices of a run that was judged before. Raises UserError if its recipe is another."""
     from dph.train import recipe as recipes
 
-    directory = Path(recipe.output.directory)
-    path = directory / RESULT
-    if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if recipes.from_dict(saved["recipe"]) != recipe:
-            raise UserError(f"{path}: expected the result of this recipe, got one of another: give another --output")
-        return saved
+    path = Path(recipe.output.directory) / RESULT
+    if not path.is_file():
+        return None
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if recipes.from_dict(saved["recipe"]) != recipe:
+        raise UserError(f"{path}: expected the result of this recipe, got one of another: give another --output")
+    return saved
+
+
+def _judged(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Return the shares of right choices of a run, which is trained and judged unless that was done before."""
     from dph.train import entry
 
+    if (saved := _saved(recipe)) is not None:
+        return saved
+    directory = Path(recipe.output.directory)
     print(printable(f"{name}: training"), file=sys.stderr)
     result = entry.train(recipe, resume=directory.is_dir())
     if result.exit_code:
         raise SystemExit(result.exit_code)
     saved = {"recipe": recipe.as_dict(), "scores": _judge(directory, recipe.objective.heads)}
-    atomic.write_text(path, json.dumps(saved) + "\n")
+    atomic.write_text(directory / RESULT, json.dumps(saved) + "\n")
     return saved
 
 
@@ -195,36 +203,36 @@ def _rows(cell: Cell, seeds: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any
                 "score": rule,
                 "accuracy": asdict(_mean(pairs)),
                 "seeds": [float(np.mean([share for _, share in own])) for own in pairs],
-                "pairs": len(pairs[0]),
+                "pairs": list(map(len, pairs)),
             }
 
 
 def _mean(seeds: Sequence[Sequence[tuple[str, float]]]) -> Interval:
-    """Return the mean of seeds, each of (prompt, share) of its pairs, with the bootstrap's interval over prompts.
+    """Return the mean over all pairs of seeds, each of (prompt, share) of its pairs, with its interval over prompts.
 
-    Seeds may hold out different prompts. The mean is over all pairs and seeds, the interval that of percentiles.
+    Seeds may hold out different prompts.
     """
     import numpy as np
 
-    from dph.evaluate.metrics import Interval, resampled
+    from dph.evaluate.metrics import wilson_of_groups
 
     prompts, shares = zip(*itertools.chain.from_iterable(seeds), strict=True)
-    weights = resampled(prompts, RESAMPLES)
-    low, high = np.percentile(weights @ np.array(shares) / weights.sum(1), [2.5, 97.5])
-    return Interval(float(np.mean(shares)), float(low), float(high))
+    return wilson_of_groups(np.array(shares), prompts)
 
 
 def _report(folder: Path, names: Sequence[str], rows: Sequence[dict[str, Any]], as_json: bool) -> None:
     """Print the table, and write it as Markdown and JSON, with a picture."""
     from dph.evaluate.tables import markdown_table, table
 
-    headers = [*names, "score", "pair accuracy", "95% interval", "seeds", "pairs"]
+    headers = [*names, "score", "pair accuracy", "95% interval", "seeds", "pairs of a seed"]
     cells = []
     for row in rows:
         figure, seeds = row["accuracy"], row["seeds"]
         interval = f"{figure['low']:.3f} to {figure['high']:.3f}"
         spread = f"{min(seeds):.3f} to {max(seeds):.3f}"
-        cells.append([*row["values"], row["score"], figure["value"], interval, spread, row["pairs"]])
+        fewest, most = min(row["pairs"]), max(row["pairs"])
+        count = fewest if fewest == most else f"{fewest} to {most}"
+        cells.append([*row["values"], row["score"], figure["value"], interval, spread, count])
     atomic.write_text(folder / "ablation.md", markdown_table(headers, cells) + "\n")
     atomic.write_text(folder / "ablation.json", json.dumps({"options": list(names), "rows": rows}, indent=1) + "\n")
     with atomic.atomic_file(folder / "ablation.png") as file:

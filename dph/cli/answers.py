@@ -64,7 +64,8 @@ class Answerer:
             size = len(chat.prompt(messages, self.tokenizer))
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        context, room = getattr(self.model.backbone, "context", None), self.sampling["max_new_tokens"]
+        context = getattr(self.model.backbone, "context", None) or self.model.config.max_position_embeddings
+        room = self.sampling["max_new_tokens"]
         if context is not None and size + room > context:
             raise UserError(
                 f"{where}: expected at most {context} tokens, the model's context, with --max-new-tokens {room}, "

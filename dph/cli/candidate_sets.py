@@ -25,9 +25,9 @@ def run(args: argparse.Namespace) -> None:
     """Judge every file's candidates, print a table of each, and write the scores to ``--output``."""
     from dph.data.candidates import read_candidates
 
-    for name in ("task", "suite", "table", "split", "directory", "shots"):
+    for name in ("task", "suite", "glue_submission", "table", "split", "directory", "shots"):
         if getattr(args, name):
-            raise UserError(f"--candidates: expected no --{name} with it, got one")
+            raise UserError(f"--candidates: expected no --{name.replace('_', '-')} with it, got one")
     sources = common.parse_sources(args.candidates)
     sets = {text: read_candidates(name, **options) for text, (name, options) in sources.items()}
     common.check_output(args.output, args.model, Path(args.model) / "model", *(name for name, _ in sources.values()))

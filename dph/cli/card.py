@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> None:
     """Judge the held-out records and candidates once with all heads, and write a card for each."""
     from dph.data.candidates import read_candidates
 
+    if args.normalise != "words" and not args.candidates:
+        raise UserError("--normalise: expected --candidates with it, got none")
     candidate_sources = common.parse_sources(args.candidates)
     sets = {text: read_candidates(name, **options) for text, (name, options) in candidate_sources.items()}
     titles = {text: Path(text).name for text in sets}
@@ -90,7 +92,8 @@ def run(args: argparse.Namespace) -> None:
         _write(folders[head], found, card.markdown(found, FIGURE), figure)
         print(card.markdown(found))
         if head in files:
-            _keep_calibration(files[head], found)
+            if _keep_calibration(files[head], found):
+                common.print_text(f"head {head} has no calibration any more: the notes of its card say why")
         else:
             common.print_text(f"model.probability lacks the calibration, as there is no file of head {head} to keep it")
         common.print_text(f"written to {folders[head]}")
@@ -131,9 +134,14 @@ def _head_files(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Pat
 def _folders(args: argparse.Namespace, names: Sequence[str], files: Mapping[str, Path]) -> dict[str, Path]:
     """Return the folder of each head's card."""
     if args.output is not None:
+        if Path(args.output).exists() and not Path(args.output).is_dir():
+            raise UserError(f"--output: expected a folder for the card, got the file {args.output}")
         return {name: Path(args.output, name) if len(names) > 1 else Path(args.output) for name in names}
     if missing := [name for name in names if name not in files]:
-        raise UserError(f"--output: expected a folder, as no file of head {', '.join(missing)} is there, got none")
+        raise UserError(
+            f"--output: expected a folder for the card, as {args.model} has no file of head {', '.join(missing)} "
+            "beside which it is written, got none"
+        )
     return dict(files)
 
 
@@ -163,11 +171,13 @@ def _write(folder: Path, found: Mapping[str, Any], text: str, figure: Any) -> No
         figure.savefig(file, dpi=130, format="png")
 
 
-def _keep_calibration(path: Path, found: Mapping[str, Any]) -> None:
-    """Write the calibration into a head's file, or remove an older one."""
+def _keep_calibration(path: Path, found: Mapping[str, Any]) -> bool:
+    """Write the calibration into a head's file, or remove an older one; return whether one was removed."""
     from dph.model import head_file
 
     calibration = found["calibration"]
     if calibration is not None:
         calibration = {key: calibration[key] for key in ("temperature", "midpoint")}
+    is_removed = calibration is None and head_file.read(path).about.get("calibration") is not None
     head_file.update(path, {"calibration": calibration})
+    return is_removed

@@ -316,10 +316,11 @@ def add_heads(model: Model, value: str) -> list[str]:
 # Output
 
 
-def check_output(path: str | None, *inputs: str | Path) -> None:
+def check_output(path: str | None, *inputs: str | Path, option: str = "--output") -> None:
     """Raise UserError if ``path`` or stdout is one of the inputs, and the OSError that writing to ``path`` would raise.
 
-    An input is a file, or a directory of files; None stands for no output but stdout.
+    An input is a file, or a directory of files; None stands for no output but stdout. ``option`` is the name of the
+    path's option, for the error.
     """
     files: list[Path] = []
     for name in map(Path, inputs):
@@ -330,7 +331,7 @@ def check_output(path: str | None, *inputs: str | Path) -> None:
             if stat.S_ISREG(status.st_mode) and _is_stdout(status):
                 raise UserError(f"stdout: expected another file than the input {file}, got the same file")
             if path is not None and os.path.samestat(os.stat(path), status):
-                raise UserError(f"--output: expected another file than the input {file}, got {path}, the same file")
+                raise UserError(f"{option}: expected another file than the input {file}, got {path}, the same file")
     if path is not None:
         atomic.check_writable(path)
 

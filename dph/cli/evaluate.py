@@ -31,6 +31,7 @@ dph evaluate runs/align --candidates samples.jsonl --normalise number
 dph evaluate runs/align --task glue/ax --output predictions.jsonl
 dph evaluate runs/align --task arc/easy boolq --output answers.jsonl"""
 HEADERS = ("task", "method", "metric", "value", "95% interval", "ties", "n")
+CSV_HEADERS = (*HEADERS[:4], "low", "high", *HEADERS[5:])  # numbers in place of the interval's text
 TABLES = (".md", ".csv", ".json")
 WITHOUT_HEAD = "--logprob-only needs no rewards"
 
@@ -166,6 +167,8 @@ def run(args: argparse.Namespace) -> None:
     if args.candidates:
         candidate_sets.run(args)
         return
+    if args.normalise != "words":
+        raise UserError("--normalise: expected --candidates with it, got none")
 
     from dph import tasks
     from dph.data.dataset import task_documents
@@ -177,10 +180,12 @@ def run(args: argparse.Namespace) -> None:
     inputs = [*names, *(task.file for task in loaded if task.file is not None)]
     if args.directory is not None:
         inputs += [Path(args.directory) / name for name in names]
-    for output in (args.output, args.table):
-        common.check_output(output, args.model, Path(args.model) / "model", *inputs)
+    for option, output in (("--output", args.output), ("--table", args.table)):
+        common.check_output(output, args.model, Path(args.model) / "model", *inputs, option=option)
     if args.table is not None and Path(args.table).suffix not in TABLES:
         raise UserError(f"--table: expected a file that ends in {', '.join(TABLES)}, got {args.table}")
+    if None not in (args.output, args.table) and Path(args.output).resolve() == Path(args.table).resolve():
+        raise UserError(f"--table: expected another file than --output, got {args.table} for both")
     sources = []
     for name, task in zip(names, loaded, strict=True):
         sources.append((task, task_documents(task, splits[name] or task.evaluated, args.directory)))
@@ -293,24 +298,33 @@ def _note_hidden(report: Report, output: str | None) -> None:
 
 
 def _cells(reports: Sequence[Report], averages: Sequence[tuple[str, str, Interval]]) -> list[list[Any]]:
-    """Return the rows of the table of tasks, and of the averages below it."""
+    """Return the rows of CSV_HEADERS of the table of tasks, and of the averages below it."""
     rows = []
     for report in reports:
         for row in report.rows:
             for name, interval in row.metrics.items():
-                figures = [None, None] if interval is None else [interval.value, interval.range]
+                figures = [None] * 3 if interval is None else [interval.value, interval.low, interval.high]
                 if not report.labels:
                     figures[0] = NO_LABELS
                 rows.append([report.task, row.method, name, *figures, row.ties, row.n])
     for name, method, figure in averages:
-        rows.append([name, method, "average", figure.value, figure.range, None, None])
+        rows.append([name, method, "average", figure.value, figure.low, figure.high, None, None])
     return rows
+
+
+def _shown(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Return rows of HEADERS from those of :func:`_cells`: the ends of an interval in one cell."""
+    shown = []
+    for row in rows:
+        *before, low, high, ties, n = row
+        shown.append([*before, None if low is None else f"{low:.3f} to {high:.3f}", ties, n])
+    return shown
 
 
 def _table(reports: Sequence[Report], averages: Sequence[tuple[str, str, Interval]]) -> str:
     from dph.evaluate.tables import table
 
-    return table(HEADERS, _cells(reports, averages))
+    return table(HEADERS, _shown(_cells(reports, averages)))
 
 
 def _write_table(path: str, reports: Sequence[Report], averages: Sequence[tuple[str, str, Interval]]) -> None:
@@ -323,10 +337,10 @@ def _write_table(path: str, reports: Sequence[Report], averages: Sequence[tuple[
 
     cells = _cells(reports, averages)
     if path.endswith(".md"):
-        text = markdown_table(HEADERS, cells) + "\n"
+        text = markdown_table(HEADERS, _shown(cells)) + "\n"
     elif path.endswith(".csv"):
         file = io.StringIO()
-        csv.writer(file, lineterminator="\n").writerows([HEADERS, *cells])
+        csv.writer(file, lineterminator="\n").writerows([CSV_HEADERS, *cells])
         text = file.getvalue()
     else:
         rows = [{"average": name, "method": method, **asdict(figure)} for name, method, figure in averages]

@@ -230,8 +230,8 @@ def judging(
 ) -> Job:
     """Return the job that judges all records.
 
-    All of them are encoded for the sizes of the batches, so that one that cannot be is an error before the first is
-    judged.
+    All of them are encoded for the sizes of the batches, so that one that cannot be, or that is longer than the model's
+    context, is an error before the first is judged.
 
     Args:
         name, total, about: see :class:`Job`.
@@ -242,7 +242,7 @@ def judging(
     from dph.data.packing import batches
     from dph.model.judging import MAX_TOKENS
 
-    context = getattr(model.backbone, "context", None)
+    context = getattr(model.backbone, "context", None) or model.config.max_position_embeddings
 
     def fitting() -> Iterator[Sequence[Encoded]]:
         for i, group in enumerate(groups(0)):

@@ -130,7 +130,9 @@ def files_in(folder: Path, suffixes: Sequence[str] = (*ROWS, *TEXT)) -> list[Pat
             is_about = is_about or name.lower() in ABOUT_FILES
             is_read = suffix_of(path) in suffixes and not is_about
             (files if is_read else skipped).append(path)
-    message = f"{folder}: reads {len(files)} files ({_relative(files, folder)})"
+    message = f"{folder}: reads {len(files)} files"
+    if files:
+        message += f" ({_relative(files, folder)})"
     if skipped:
         message += f", skips {len(skipped)} ({_relative(skipped, folder)})"
     report(message)

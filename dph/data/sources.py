@@ -33,6 +33,7 @@ from dph.errors import UserError
 if TYPE_CHECKING:
     from dph.data.row_format import RowFormat
 
+LOCAL_FILES = "or give a task's local files, DIR/TASK/SPLIT.jsonl (--directory DIR, data.directory)"
 FINGERPRINTED = 256  # records in memory that their fingerprint depends on
 
 
@@ -42,7 +43,7 @@ def read_hub(name: str, config: str | None, split: str) -> Sequence[Mapping[str,
         import datasets
         from huggingface_hub import constants
     except ImportError:
-        raise UserError(f"hub data set {name}: needs the package datasets: {INSTALL}") from None
+        raise UserError(f"hub data set {name}: needs the package datasets: {INSTALL}, {LOCAL_FILES}") from None
     what = f"hub data set {name}{f' ({config})' if config else ''}, split {split}"
     was_offline = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     reachable = any(was_offline) or _is_reachable(constants.ENDPOINT)
@@ -53,10 +54,7 @@ def read_hub(name: str, config: str | None, split: str) -> Sequence[Mapping[str,
     except Exception as error:  # of the network, names, splits or formats: the data cannot be read in any case
         reason = " ".join(str(error).split()) or type(error).__name__
         if not reachable:
-            reason = (
-                f"{constants.ENDPOINT} cannot be reached and the data is not in the cache: connect, or give a task's "
-                "local files, DIR/TASK/SPLIT.jsonl (--directory DIR, data.directory)"
-            )
+            reason = f"{constants.ENDPOINT} cannot be reached and the data is not in the cache: connect, {LOCAL_FILES}"
         raise UserError(f"{what}: {reason}") from error
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = was_offline

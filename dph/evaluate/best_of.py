@@ -15,9 +15,10 @@ from decimal import Decimal
 
 import numpy as np
 
-from dph.evaluate.metrics import Interval, resampled
+from dph.evaluate.metrics import Interval, resampled, wilson_of_groups
 
-RESAMPLES = 200  # sets of N candidates of a prompt for a vote, and resamples of the prompts for intervals
+RESAMPLES = 200  # sets of N candidates of a prompt for a vote
+PROMPT_RESAMPLES = 1000  # of the prompts, for the intervals of differences
 # A minus after a letter or digit is a hyphen or a difference.
 NUMBER = re.compile(r"(?:(?<!\w)-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 ROUNDING = 1e-9  # differences of means that are no larger are none
@@ -43,9 +44,10 @@ def scored(texts: Sequence[str], correct: Sequence[float], scores: Mapping[str, 
 
 @dataclass(frozen=True)
 class Curve:
-    """The share of right answers of one rule for each N in ``ns``, with the 95% interval of the bootstrap over prompts.
+    """The share of right answers of one rule for each N in ``ns``, with its 95% interval over prompts.
 
-    ``enough`` is the smallest N that no larger one improves on with a 95% interval of the difference above 0.
+    ``enough`` is the smallest N that no larger one improves on with a 95% interval of the difference above 0, by the
+    bootstrap over prompts.
     """
 
     rule: str
@@ -140,15 +142,15 @@ def curves(
             shares = [right_of_vote(answers, weights, correct, n, np.random.default_rng((seed, index, n))) for n in ns]
             figures.setdefault(rule, []).append(shares)
         figures.setdefault("oracle", []).append([right_of_best(correct, correct, n) for n in ns])
-    weights = resampled(range(len(prompts)), 5 * RESAMPLES, seed) / len(prompts)
+    weights = resampled(range(len(prompts)), PROMPT_RESAMPLES, seed) / len(prompts)
     return [_curve(rule, ns, np.array(values), weights) for rule, values in figures.items()]
 
 
 def _curve(rule: str, ns: tuple[int, ...], values: np.ndarray, weights: np.ndarray) -> Curve:
     """Return the curve of one rule from figures [prompts, N], and the prompts' weights in each resample."""
     means = weights @ values  # [resamples, N]
-    low, high = np.percentile(means, [2.5, 97.5], axis=0)
-    right = [Interval(*map(float, figures)) for figures in zip(values.mean(0), low, high, strict=True)]
+    prompts = np.repeat(np.arange(len(values)), ns[-1]).tolist()  # a figure is a mean over as many candidates at most
+    right = [wilson_of_groups(np.repeat(figures, ns[-1]), prompts) for figures in values.T]
     for enough in range(len(ns)):  # ends with the last one at the latest
         gains = means[:, enough + 1 :] - means[:, [enough]]
         if not np.any(np.percentile(gains, 2.5, axis=0) > ROUNDING):

@@ -15,7 +15,7 @@ import numpy as np
 from dph.errors import UserError
 from dph.evaluate import best_of, calibration
 from dph.evaluate.choices import prefer
-from dph.evaluate.metrics import chosen_shares, wilson
+from dph.evaluate.metrics import chosen_shares, wilson_of_groups
 from dph.evaluate.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -153,8 +153,9 @@ def _preferences(judgements: Judgements) -> list[dict[str, Any]]:
     rows = []
     for rule, title in RULES.items():
         scores = judgements.pairs[rule]
-        kept = scores[~np.isnan(scores).any(1)]
-        rows.append(asdict(prefer(title, *kept.T)) if len(kept) else asdict(prefer(title, [], [])))
+        kept = np.flatnonzero(~np.isnan(scores).any(1))
+        prompts = [judgements.pair_prompts[i] for i in kept]
+        rows.append(asdict(prefer(title, *scores[kept].T, prompts)))
     return rows
 
 
@@ -162,11 +163,11 @@ def _agreement(judgements: Judgements) -> dict[str, dict[str, Any]]:
     """Return the share of pairs in which the reward prefers the answer that each log-probability prefers."""
     found = {}
     for rule in ("sum", "mean"):
-        both = ~np.isnan(judgements.pairs[rule]).any(1)
-        if both.any():
+        both = np.flatnonzero(~np.isnan(judgements.pairs[rule]).any(1))
+        if len(both):
             shares = [chosen_shares(judgements.pairs[name][both])[:, 0] for name in ("reward", rule)]
             same = shares[0] * shares[1] + (1 - shares[0]) * (1 - shares[1])
-            found[RULES[rule]] = asdict(wilson(float(same.sum()), len(same)))
+            found[RULES[rule]] = asdict(wilson_of_groups(same, [judgements.pair_prompts[i] for i in both]))
     return found
 
 
@@ -209,13 +210,14 @@ def _length(judgements: Judgements) -> dict[str, Any]:
     edges = np.unique(np.quantile(differences, np.linspace(0, 1, LENGTH_BINS + 1)))
     numbers = np.clip(np.searchsorted(edges, differences, side="right") - 1, 0, max(len(edges) - 2, 0))
     for number in np.unique(numbers):
-        own = numbers == number
+        own = np.flatnonzero(numbers == number)
+        accuracy = wilson_of_groups(right[own], [judgements.pair_prompts[i] for i in own])
         found["bins"].append(
             {
                 "shortest": int(differences[own].min()),
                 "longest": int(differences[own].max()),
-                "n": int(own.sum()),
-                "accuracy": asdict(wilson(float(right[own].sum()), int(own.sum()))),
+                "n": len(own),
+                "accuracy": asdict(accuracy),
             }
         )
     return found
@@ -284,10 +286,11 @@ def _calibration_lines(figures: Mapping[str, Any]) -> list[str]:
     rows = []
     for name in ("before", "after"):
         rows.append([name, *(figures[name][key] for key in ("ece", "ece_by_chance", "brier"))])
+    shift = f"{-figures['midpoint']:+.4g}"
     return [
         "## Calibration",
         "",
-        f"An answer is good with probability sigmoid((reward - {figures['midpoint']:.4g}) / "
+        f"An answer is good with probability sigmoid((reward {shift[0]} {shift[1:]}) / "
         f"{figures['temperature']:.4g}) (`model.probability`). Before: sigmoid(reward). After: each half of the "
         "prompts by the fit of the other half.",
         "",

@@ -6,7 +6,7 @@ log-probability: its record is left out of what is chosen by that score. Scores 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from dph import chat
 from dph.errors import UserError
-from dph.evaluate.metrics import METRICS, Interval, Metric, check_finite, chosen_shares, wilson, with_interval
+from dph.evaluate.metrics import METRICS, Interval, Metric, check_finite, chosen_shares, wilson_of_groups, with_interval
 
 if TYPE_CHECKING:
     from dph.model.judging import Judged
@@ -206,7 +206,7 @@ class PairRow:
 
     Attributes:
         accuracy: share of the pairs whose chosen answer has the higher score, a tie counting half, with Wilson's
-            interval; None without pairs.
+            interval (of several pairs of a prompt, see ``metrics.wilson_of_groups``); None without pairs.
         margin: mean difference of the two scores; None without pairs.
         ties: pairs with equal scores.
         n: pairs that could be compared.
@@ -219,14 +219,23 @@ class PairRow:
     n: int
 
 
-def prefer(method: str, chosen: Sequence[float | None], rejected: Sequence[float | None]) -> PairRow:
+def prefer(
+    method: str,
+    chosen: Sequence[float | None],
+    rejected: Sequence[float | None],
+    prompts: Sequence[Hashable] | None = None,
+) -> PairRow:
     """Compare the scores [n] of chosen and rejected answers; a pair without one of them (None) is left out.
 
-    Raises RuntimeError if a score is NaN or infinite.
+    ``prompts`` [n] are equal for pairs of the same prompt; None if each pair has its own. Raises RuntimeError if a
+    score is NaN or infinite.
     """
-    pairs = [pair for pair in zip(chosen, rejected, strict=True) if None not in pair]
-    if not pairs:
+    scores = list(zip(chosen, rejected, strict=True))
+    kept = [i for i, pair in enumerate(scores) if None not in pair]
+    if not kept:
         return PairRow(method, None, None, 0, 0)
+    pairs = [scores[i] for i in kept]
     shares = chosen_shares(pairs, lambda i: f"{method}: pair {i}")
     margin = float(np.subtract(*np.array(pairs, dtype=float).T).mean())
-    return PairRow(method, wilson(float(shares[:, 0].sum()), len(pairs)), margin, count_ties(shares), len(pairs))
+    accuracy = wilson_of_groups(shares[:, 0], kept if prompts is None else [prompts[i] for i in kept])
+    return PairRow(method, accuracy, margin, count_ties(shares), len(pairs))

@@ -36,7 +36,10 @@ class Demonstrations:
             return
         if self._split is None:
             raise UserError(f"--shots: expected tasks with a training split, got {task.name}")
-        documents = task_documents(task, self._split, directory)
+        try:
+            documents = task_documents(task, self._split, directory)
+        except UserError as error:
+            raise UserError(f"--shots: {error}") from error
         self._digest = documents.fingerprint()
         groups: dict[Any, list[int]] = {}
         for i in range(len(documents)):

@@ -20,8 +20,14 @@ import json
 from typing import Any
 
 import torch
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ModuleNotFoundError as error:
+    if __name__ == "__main__":
+        raise SystemExit(f"dph: error: lm-evaluation-harness: {error}: pip install lm-eval") from error
+    raise
 
 from dph import chat, devices
 from dph.chat import Encoded
@@ -50,8 +56,8 @@ class HarnessModel(HFLM):
         device: of the model; None, or a GPU where there is none: the one that is there.
         options: further arguments of the harness's ``HFLM``, such as ``max_length``.
 
-    Raises UserError for an unknown ``choose_by`` or ``dtype``; ValueError for a missing or untrained head. Scores that
-    are NaN or infinite are a RuntimeError.
+    Raises UserError for an unknown ``choose_by`` or ``dtype``, and for a missing or untrained head. Scores that are NaN
+    or infinite are a RuntimeError.
     """
 
     def __init__(
@@ -78,7 +84,10 @@ class HarnessModel(HFLM):
             tokenizer = load_tokenizer(tokenizer)
         check_tokenizer(model, tokenizer)
         if choose_by == "reward":
-            model.check_heads(head)
+            try:
+                model.check_heads(head)
+            except ValueError as error:
+                raise UserError(str(error)) from error
         self._choose_by, self._head = choose_by, head
         super().__init__(pretrained=model.eval(), tokenizer=tokenizer, **options)
 
@@ -158,10 +167,13 @@ class HarnessModel(HFLM):
 
 
 def main() -> None:
-    """Run the harness's command line with model ``dph`` known."""
+    """Run the harness's command line with model ``dph`` known; a UserError ends it with one line."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        raise SystemExit(f"dph: error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -151,7 +151,27 @@ def resampled(groups: Iterable[Hashable], resamples: int, seed: int = 0) -> np.n
     return rng.multinomial(len(numbers), [1 / len(numbers)] * len(numbers), resamples)[:, members]
 
 
-def wilson(successes: float, n: int) -> Interval:
+def wilson_of_groups(shares: np.ndarray, groups: Sequence[Hashable]) -> Interval:
+    """The mean of shares [n] with Wilson's 95% interval for the effective number of independent ones.
+
+    Shares of one group, such as pairs of one prompt, depend on each other. The effective number is that with which the
+    variance of a proportion is the variance between groups (Korn and Graubard 1998); n if each is a group of its own,
+    and the number of groups if all shares are 0 or all are 1.
+    """
+    n, mean = len(shares), float(np.mean(shares))
+    numbers: dict[Hashable, int] = {}
+    members = [numbers.setdefault(group, len(numbers)) for group in groups]
+    count = len(numbers)
+    if count == n:
+        return wilson(float(np.sum(shares)), n)
+    effective = float(count)
+    if count > 1 and 1e-9 < mean < 1 - 1e-9:
+        variance = count / (count - 1) * float(np.sum(np.bincount(members, shares - mean) ** 2)) / n**2
+        effective = min(max(mean * (1 - mean) / variance, 1.0), n) if variance else n
+    return replace(wilson(mean * effective, effective), value=mean)
+
+
+def wilson(successes: float, n: float) -> Interval:
     """A proportion with Wilson's 95% interval (1927), which keeps its coverage near 0 and 1."""
     if n < 1:
         raise ValueError(f"n: expected at least 1, got {n}")

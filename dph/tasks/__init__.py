@@ -34,8 +34,7 @@ def load(name: str) -> Task:
             return own.from_hub(name.removeprefix("hub:"))
         if Path(name).exists():
             return own.from_file(Path(name))
-        nearest = difflib.get_close_matches(name, _TASKS, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"task: expected a known name, a file, a folder or hub:NAME, got {name!r}; the nearest is {nearest!r}"
-        )
+        nearest = difflib.get_close_matches(name, _TASKS, n=1)
+        hint = f"the nearest is {nearest[0]!r}" if nearest else "dph tasks lists the names"
+        raise UserError(f"task: expected a known name, a file, a folder or hub:NAME, got {name!r}; {hint}")
     return _TASKS[name]

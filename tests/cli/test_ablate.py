@@ -6,6 +6,7 @@ import pytest
 from helpers.texts import write_lines
 
 from dph.cli import ablate
+from dph.evaluate.metrics import wilson
 from dph.train import entry
 
 
@@ -40,7 +41,7 @@ def test_every_combination_is_trained_once_and_judged(command, dph_command, monk
     ]  # fmt: skip
     for row in rewards:
         assert len(row["seeds"]) == 2
-        assert row["pairs"] == 12
+        assert row["pairs"] == [12, 12]
         assert row["accuracy"]["value"] == pytest.approx(sum(row["seeds"]) / 2)
         assert row["accuracy"]["low"] <= row["accuracy"]["value"] <= row["accuracy"]["high"]
     run = tmp_path / "runs/bert, separable/seed1"
@@ -51,6 +52,13 @@ def test_every_combination_is_trained_once_and_judged(command, dph_command, monk
     assert "pair accuracy" in (tmp_path / "runs/ablation.md").read_text()
     monkeypatch.setattr(entry, "train", None)  # nothing is trained again
     assert dph_command(*command, *varied)[:2] == (0, out[out.index("objective.pooler") :])
+
+
+def test_seeds_that_are_always_right_are_no_proof():
+    """The interval of right choices alone is not empty, and pairs of one prompt in several seeds are one prompt."""
+    seeds = [[(str(prompt), 1.0) for prompt in range(8)] for _ in range(3)]
+    assert ablate._mean(seeds) == wilson(8, 8)
+    assert ablate._mean([[("a", 1.0)], [("b", 0.5), ("c", 0.0)]]) == wilson(1.5, 3)
 
 
 def test_an_interrupted_command_goes_on(command, dph_command, monkeypatch, tmp_path):
@@ -81,8 +89,9 @@ def test_what_is_refused(command, refused, dph_command, tmp_path):
     assert "--vary objective.pooler: expected all values in one list, got two" in line
     assert "expected more than 0, as rewards are compared" in refused(*command, "objective.dph_weight=[0]")
     assert dph_command(*command, "objective.pooler=[bert]")[0] == 0
-    line = refused(*command[:2], "optimiser.lr=0.5", *command[2:], "objective.pooler=[bert]")
+    line = refused(*command[:2], "optimiser.lr=0.5", *command[2:], "objective.pooler=[identity, bert]")
     assert "expected the result of this recipe, got one of another" in line
+    assert not (tmp_path / "runs/identity").exists()  # nothing is trained before that
 
 
 def test_heads_of_a_run_have_pairs_of_their_own(command, dph_command, tmp_path):
@@ -100,7 +109,7 @@ def test_heads_of_a_run_have_pairs_of_their_own(command, dph_command, tmp_path):
     report = json.loads((tmp_path / "runs/ablation.json").read_text())
     pairs = {row["score"]: row["pairs"] for row in report["rows"]}
     assert list(pairs)[::3] == ["reward new", "reward safe"]
-    assert (pairs["reward new"], pairs["log-probability (sum) safe"]) == (4, 16)
+    assert (pairs["reward new"], pairs["log-probability (sum) safe"]) == ([4], [16])
     alone = write_lines(tmp_path / "alone.jsonl", *rows[4:])
     command[command.index(tmp_path / "runs")] = tmp_path / "others"
     code, out, err = dph_command(*command, "objective.objective=[separable]", f"evaluation.sources=[{alone}]", "--json")

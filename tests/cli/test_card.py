@@ -111,6 +111,27 @@ def test_few_prompts_have_no_calibration(run, dph_command, tmp_path):
     assert len(card["candidates"]) == 2
 
 
+def test_a_calibration_that_a_card_removes_is_named(run, dph_command, tmp_path):
+    many = write_lines(tmp_path / "many.jsonl", *pairs(40, start=200))
+    few = write_lines(tmp_path / "few.jsonl", *pairs(4, start=200))
+    outs = [dph_command("card", run, source, "--dtype", "float32")[1] for source in (many, few, few)]
+    assert ["head default has no calibration any more" in out for out in outs] == [False, True, False]
+
+
+def test_intervals_of_several_pairs_of_a_prompt(run, dph_command, tmp_path):
+    """Ten rejected answers of the same text make no narrower interval than one."""
+    rows = pairs(20, start=200)
+    once = write_lines(tmp_path / "once.jsonl", *rows)
+    often = write_lines(tmp_path / "often.jsonl", *({**row, "rejected": [row["rejected"]] * 10} for row in rows))
+    written = []
+    for source in (once, often):
+        assert dph_command("card", run, source, "--output", tmp_path / "card", "--dtype", "float32")[0] == 0
+        written.append(json.loads((tmp_path / "card/card.json").read_text()))
+    assert [one["pairs"] for one in written] == [20, 200]
+    for one, many in zip(*(one["preferences"] for one in written), strict=True):
+        assert many["accuracy"] == pytest.approx(one["accuracy"], abs=0.02)
+
+
 def test_label_noise_needs_no_calibration():
     """Of a head whose rewards are lower for good answers."""
     pairs = np.tile([-1.0, 1.0], (12, 1))
@@ -129,7 +150,9 @@ def test_label_noise_needs_no_calibration():
 def test_scores_that_are_no_numbers_make_no_card():
     group = [chat.encode(conversation("a", "b"), small_tokenizer())]
     judged = Judged([-1.0], [-1.0], {"default": [float("nan")]})
-    model = SimpleNamespace(backbone=None, judge_batches=lambda groups, _: ([judged] for _ in groups))
+    config = SimpleNamespace(max_position_embeddings=None)
+    judge_batches = lambda groups, _: ([judged] for _ in groups)  # noqa: E731
+    model = SimpleNamespace(backbone=None, config=config, judge_batches=judge_batches)
     with pytest.raises(RuntimeError, match="pairs: record 0: default: expected finite numbers"):
         judge(model, [group], "pairs")
 
@@ -137,9 +160,13 @@ def test_scores_that_are_no_numbers_make_no_card():
 def test_what_a_card_needs(run, refused, dph_command, models, tmp_path):
     held_out = write_lines(tmp_path / "held_out.jsonl", *pairs(4))
     assert "expected a run, whose held-out records are known, or PAIRS" in refused("card", models / "judge")
-    assert "--output: expected a folder, as no file of head default is there" in refused(
+    assert "has no file of head default beside which it is written, got none" in refused(
         "card", models / "judge", held_out
     )
+    assert "--output: expected a folder for the card, got the file" in refused(
+        "card", run, held_out, "--output", held_out
+    )
+    assert "--normalise: expected --candidates" in refused("card", run, held_out, "--normalise", "number")
     out = dph_command("card", models / "judge", held_out, "--output", tmp_path / "card")[1]
     assert "model.probability lacks the calibration, as there is no file of head default to keep it" in out
     wrong = write_lines(tmp_path / "wrong.jsonl", {"prompt": "a", "candidates": ["b", "c"], "correct": [1]})

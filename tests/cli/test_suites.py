@@ -3,12 +3,13 @@
 import csv
 import json
 import re
+import shutil
 import zipfile
 
 import pytest
 from helpers.texts import message, write_lines
 
-from dph import tasks
+from dph import chat, tasks
 from dph.data.candidates import parse_candidates
 from dph.data.dataset import task_documents
 from dph.errors import UserError
@@ -17,6 +18,7 @@ from dph.evaluate.choices import Report, Row
 from dph.evaluate.few_shot import Demonstrations
 from dph.evaluate.metrics import Interval
 from dph.evaluate.suites import GPT4ALL, SUITES, averages, missing
+from dph.model.loading import load_tokenizer
 
 
 def write_tasks(folder, names, splits=(None,), count=3):
@@ -82,6 +84,9 @@ def test_a_suite_of_local_files(dph_command, models, tmp_path, suffix):
         rows = list(csv.reader(table.open())) if suffix == "csv" else rows
         assert rows[-1][:3] == ["GPT4All", "reward", "average"]
         assert float(rows[-1][3]) == pytest.approx(average["value"], abs=5e-4)
+    if suffix == "csv":  # its intervals are numbers
+        assert rows[0][3:6] == ["value", "low", "high"]
+        assert list(map(float, rows[-1][4:6])) == pytest.approx([average["low"], average["high"]])
 
 
 def test_tasks_that_are_not_there_are_said(dph_command, refused, models, tmp_path):
@@ -100,6 +105,17 @@ def test_tasks_that_are_not_there_are_said(dph_command, refused, models, tmp_pat
     assert "--glue-submission: expected one of them, got none" in refused("evaluate", models / "judge")
     line = refused("evaluate", models / "judge", "--task", "boolq", "--directory", folder, "--table", "a.txt")
     assert "--table: expected a file that ends in .md, .csv, .json, got a.txt" in line
+    argv = ["evaluate", models / "judge", "--task", "boolq", "--directory", folder]
+    both = tmp_path / "both.json"
+    line = refused(*argv, "--output", both, "--table", tmp_path / "data/../both.json")
+    assert "--table: expected another file than --output" in line
+    assert not both.exists()
+    line = refused(*argv, "--table", folder / "boolq/validation.csv", "--normalise", "number")
+    assert "--normalise: expected --candidates with it" in line
+    (folder / "boolq/table.csv").write_text("")
+    line = refused(*argv, "--table", folder / "boolq/table.csv")
+    assert "--table: expected another file than the input" in line
+    assert "--shots: " in refused(*argv, "--shots", 1)
 
 
 def test_other_log_probabilities_choose_too(dph_command, models, tmp_path):
@@ -115,7 +131,7 @@ def test_other_log_probabilities_choose_too(dph_command, models, tmp_path):
     assert next(iter(line["scores"])) == "log-probability"
 
 
-def test_demonstrations_are_earlier_turns_of_the_same_subject(dph_command, models, tmp_path):
+def test_demonstrations_are_earlier_turns_of_the_same_subject(dph_command, refused, models, tmp_path):
     task = tasks.load("mmlu/all")
     shown = []
     for subject in ("math", "law"):
@@ -138,6 +154,14 @@ def test_demonstrations_are_earlier_turns_of_the_same_subject(dph_command, model
     argv = ["evaluate", models / "judge", "--task", "mmlu/all", "--directory", tmp_path]
     (zero, two) = (dph_command(*argv, "--shots", k, "--json")[1] for k in (0, 2))
     assert json.loads(zero)["n"] == json.loads(two)["n"] == 1
+    short = shutil.copytree(models / "judge", tmp_path / "short")  # its context holds the question alone
+    longest = max(len(chat.encode(choice, load_tokenizer(str(short)))) for choice in task.choices(task.example))
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": longest}))
+    argv[1] = short
+    assert dph_command(*argv)[0] == 0
+    line = refused(*argv, "--shots", 2)
+    assert f"test.jsonl:1: expected at most {longest} tokens, the model's context, got " in line
 
 
 def test_demonstrations_of_other_tasks_are_drawn_from_training_records(tmp_path):
@@ -200,7 +224,7 @@ def test_candidates_of_files(dph_command, refused, models, tmp_path):
     best = [line["scores"]["reward"][0] == max(line["scores"]["reward"]) for line in written[4:]]
     assert subset["value"] == pytest.approx(sum(best) / 3)
     assert "subset" in dph_command(*argv[:-3])[1]
-    for option in (["--task", "boolq"], ["--shots", 2], ["--split", "test"]):
+    for option in (["--task", "boolq"], ["--shots", 2], ["--split", "test"], ["--glue-submission", tmp_path / "glue"]):
         assert f"--candidates: expected no {option[0]} with it, got one" in refused(*argv[:-1], *option)
     given_twice = [f"{{source: {sampled}, limit: {count}}}" for count in (1, 2)]
     out = dph_command("evaluate", models / "judge", "--candidates", *given_twice)[1]

@@ -8,6 +8,7 @@ from scipy import stats
 
 from dph.evaluate import best_of
 from dph.evaluate.best_of import Scored
+from dph.evaluate.metrics import wilson
 
 
 def test_the_best_of_n_is_the_mean_over_all_choices():
@@ -64,6 +65,21 @@ def max_right(answers, correct, kept):
 )
 def test_equal_answers(text, as_number, as_words):
     assert (best_of.number(text), best_of.words(text)) == (as_number, as_words)
+
+
+def test_few_prompts_that_are_all_right_are_no_proof():
+    """Intervals are Wilson's over prompts: a resample of right prompts alone is always right."""
+    right = [Scored(["4", "5", "6"], np.array([1.0, 0.0, 0.0]), {"reward": np.array([2.0, 1.0, 0.0])})] * 14
+    curves = {curve.rule: curve for curve in best_of.curves(right, best_of.words, {})}
+    last = curves["reward"].right[-1]
+    assert (last.low, last.high) == pytest.approx((wilson(14, 14).low, 1.0))
+    assert curves["random"].right[-1].low == pytest.approx(wilson(14, 42).low)  # of 42 candidates
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(300):
+        figures = (rng.random((20, 1)) < 0.95).astype(float)
+        interval = best_of._curve("reward", (4,), figures, np.full((1, 20), 1 / 20)).right[0]
+        covered += interval.low <= 0.95 <= interval.high
+    assert covered / 300 > 0.92  # the bootstrap's is at most 0.64, the share of samples with a wrong one
 
 
 def test_curves_from_a_random_choice_to_an_oracle():

@@ -17,6 +17,7 @@ from dph.evaluate.metrics import (
     pearson,
     spearman,
     wilson,
+    wilson_of_groups,
     with_interval,
 )
 
@@ -70,6 +71,28 @@ def test_correlations():
 
 def test_every_task_has_a_known_metric():
     assert {tasks.load(name).metric for name in tasks.names()} - {None} <= set(METRICS)
+
+
+def test_shares_of_one_group_count_as_often_as_they_are_independent():
+    rng = np.random.default_rng(0)
+    alone = rng.integers(0, 2, 50).astype(float)
+    assert wilson_of_groups(alone, range(50)) == wilson(alone.sum(), 50)
+    groups = np.repeat(np.arange(50), 6).tolist()
+    copies = wilson_of_groups(np.repeat(alone, 6), groups)  # six copies of a share say no more than one
+    assert (copies.low, copies.high) == pytest.approx(
+        (wilson(alone.sum(), 50).low, wilson(alone.sum(), 50).high), abs=0.01
+    )
+    assert wilson_of_groups(np.ones(12), [0] * 4 + [1] * 8) == wilson(2, 2)
+    assert wilson_of_groups(np.array([1.0, 0.0]), "aa") == wilson(0.5, 1)
+    assert wilson_of_groups(np.tile([1.0, 0.0], 5), np.repeat(np.arange(5), 2).tolist()) == wilson(5, 10)
+    covered = 0
+    for _ in range(400):  # pairs of 30 prompts, whose own shares spread about 0.7
+        own = rng.beta(0.7, 0.3, 30)
+        interval = wilson_of_groups(
+            (rng.random((30, 6)) < own[:, None]).astype(float).ravel(), np.repeat(range(30), 6).tolist()
+        )
+        covered += interval.low <= 0.7 <= interval.high
+    assert 0.92 <= covered / 400 <= 0.98
 
 
 def test_wilson_known_values():

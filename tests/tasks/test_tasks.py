@@ -107,6 +107,8 @@ def test_a_hidden_label_hides_the_answers_and_keeps_the_choices(name):
 
 
 def test_errors_name_the_task():
+    with pytest.raises(UserError, match=r"got 'gsm8k'; dph tasks lists the names"):
+        tasks.load("gsm8k")
     with pytest.raises(UserError, match=r"got 'glue/sst'; the nearest is 'glue/sst2'"):
         tasks.load("glue/sst")
     with pytest.raises(UserError, match=r"task glue/cola: expected the fields sentence, got a record with text"):
@@ -215,7 +217,9 @@ def test_documents_come_from_the_hub_by_name_config_and_split(monkeypatch):
         task_documents(tasks.load("glue/mnli"), "validation")
     assert not sys.modules["datasets"].config.HF_HUB_OFFLINE
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"needs the package datasets: pip install 'dph\[data\]'$"):
+    with pytest.raises(
+        UserError, match=r"needs the package datasets: pip install 'dph\[data\]', or give a task's local"
+    ):
         task_documents(tasks.load("glue/mnli"), "validation")
 
 
