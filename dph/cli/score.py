@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dph.cli import cluster, common, results
@@ -57,13 +58,15 @@ def run(args: argparse.Namespace) -> None:
     """Print a line per conversation, and a summary of preferences; write every line to ``--output``."""
     args = cluster.prepared(args)
     scored: list[Scored] = []
+    prompts: list[Hashable] = []
     quiet = args.json and sys.stdout.isatty()  # a bar would mix with the lines
     with cluster.written(open_job(args), args, quiet) as lines:
         for written in lines:
             scored.append(written[args.field])
+            prompts.append(_prompt(written, len(prompts)))
             if args.json and not _is_pair(written[args.field]):
                 common.print_json(written, flush=True)
-    _report(scored, args.json)
+    _report(scored, prompts, args.json)
 
 
 def open_job(args: argparse.Namespace) -> results.Job:
@@ -199,7 +202,15 @@ def _is_pair(scored: Scored) -> bool:
     return SIDES[0] in scored
 
 
-def _report(scored: Sequence[Scored], as_json: bool) -> None:
+def _prompt(row: Mapping[str, Any], number: int) -> Hashable:
+    """Return what pairs of the same prompt share: the prompt of a row, else the row's number."""
+    prompt = row.get("prompt")
+    if prompt is None and isinstance(row.get("chosen"), list):
+        prompt = row["chosen"][:-1]
+    return number if prompt is None else json.dumps(prompt, sort_keys=True, default=str)
+
+
+def _report(scored: Sequence[Scored], prompts: Sequence[Hashable], as_json: bool) -> None:
     """Print a table of the conversations, and how often each score prefers the chosen answer of the pairs."""
     from dataclasses import asdict
 
@@ -208,6 +219,7 @@ def _report(scored: Sequence[Scored], as_json: bool) -> None:
 
     conversations = [[i, *scores.values()] for i, scores in enumerate(scored) if not _is_pair(scores)]
     pairs = [scores for scores in scored if _is_pair(scores)]
+    of_pairs = [prompt for prompt, scores in zip(prompts, scored, strict=True) if _is_pair(scores)]
     keys = pairs[0][SIDES[0]] if pairs else scored[0]
     if conversations and not as_json:
         print(table(["record", *map(_title, keys)], conversations))
@@ -217,7 +229,8 @@ def _report(scored: Sequence[Scored], as_json: bool) -> None:
     for key in keys if pairs else ():
         if key.startswith("spread"):
             continue
-        rows.append(prefer(_title(key), *([pair[side][key] for pair in pairs] for side in SIDES)))
+        columns = ([pair[side][key] for pair in pairs] for side in SIDES)
+        rows.append(prefer(_title(key), *columns, prompts=of_pairs))
     if as_json:
         for row in rows:
             common.print_json(asdict(row))

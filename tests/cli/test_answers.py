@@ -465,3 +465,18 @@ def test_scores_do_not_take_the_place_of_a_field(dph_command, models, tmp_path):
     line = json.loads(twice.read_text())
     assert {key: line[key] for key in row} == row
     assert line["rewards"] == line["again"]
+
+
+def test_pairs_of_one_prompt_count_as_dependent(dph_command, models, tmp_path):
+    """The same pair four times says no more than once; of four prompts it says more."""
+    pair = {"chosen": "a or b", "rejected": "the film"}
+    alike = write_lines(tmp_path / "alike.jsonl", *[{"prompt": "is it", **pair}] * 4)
+    messages = [[USER, {"role": "assistant", "content": pair[side]}] for side in ("chosen", "rejected")]
+    whole = write_lines(tmp_path / "whole.jsonl", *[dict(zip(("chosen", "rejected"), messages, strict=True))] * 4)
+    others = write_lines(tmp_path / "others.jsonl", *[{"prompt": f"is it {i}", **pair} for i in range(4)])
+    widths = []
+    for file in (alike, whole, others):
+        _, out, _ = dph_command("score", models / "judge", file, "--json", "--logprob-only")
+        row = next(row for row in map(json.loads, out.splitlines()) if row.get("accuracy", {}).get("value") in (0, 1))
+        widths.append(row["accuracy"]["high"] - row["accuracy"]["low"])
+    assert widths[0] == widths[1] > widths[2]
