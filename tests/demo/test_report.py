@@ -3,21 +3,21 @@ import math
 import numpy as np
 import pytest
 
-from dph.chat import Encoded
 from dph.demo import puzzles, report
 from dph.demo.report import SampledAnswers, correctness
-from dph.model.judging import Judged
-
-
-def answer(finished=True):
-    return Encoded([0, 1], [1, 0], [True, False], [True, False], 1 if finished else None)
+from dph.infer.request import Answer
 
 
 def outcome(right, rewards, logprobs, finished=None):
-    groups = [[answer(f) for f in row] for row in (finished or [[True] * len(row) for row in right])]
-    judged = [Judged(p, p, {"default": r}) for p, r in zip(logprobs, rewards, strict=True)]
+    finished = finished or [[True] * len(row) for row in right]
+    groups = []
+    for rows in zip(rewards, logprobs, finished, strict=True):
+        group = []
+        for i, (reward, logprob, ended) in enumerate(zip(*rows, strict=True)):
+            group.append(Answer(i, (1, 2), ended, logprob, logprob, {"default": reward} if ended else {}))
+        groups.append(group)
     asked = [puzzles.Puzzle("sort", "sort: b a", "a b", "b a")] * len(right)
-    return SampledAnswers(asked, groups, judged, np.array(right, dtype=bool))
+    return SampledAnswers(asked, groups, np.array(right, dtype=bool))
 
 
 FOUND = outcome(
