@@ -41,12 +41,12 @@ class AttachedEngine(Engine):
         if not self.requests:
             return []
         request = self.requests[0]
-        count = request._wanted - request._started
+        count = request.wanted - request.started
         sampled = self._sample(request, count)
         answers = self._judged(request, sampled)
-        request._started += count
+        request.started += count
         for answer in answers:
-            request._add(answer)
+            request.add(answer)
         if request.done:
             self.requests.remove(request)
         return [(request, answer) for answer in answers]
@@ -56,7 +56,7 @@ class AttachedEngine(Engine):
         device, limit = self.model.device, request.sampling.max_new_tokens
         ids = torch.tensor([request.prompt], device=device)
         next_logits = self.model.decoder(ids, torch.ones_like(ids), limit, count)
-        keys = candidate_keys(request.seed, request.prompt, range(request._started, request._started + count))
+        keys = candidate_keys(request.seed, request.prompt, range(request.started, request.started + count))
         tokens, seen = ids[:, -1:].repeat_interleave(count, 0), ids.repeat_interleave(count, 0)
         answers: list[list[int]] = [[] for _ in range(count)]
         open_ones = set(range(count))
@@ -94,7 +94,7 @@ class AttachedEngine(Engine):
                 figures = [{head: own[i] for head, own in part.items()} for part in (judged.rewards, judged.spreads)]
             answers.append(
                 Answer(
-                    request._started + i, tuple(tokens), finished, judged.logprobs[i],
+                    request.started + i, tuple(tokens), finished, judged.logprobs[i],
                     math.nan if mean is None else mean, *figures,
                 )
             )  # fmt: skip

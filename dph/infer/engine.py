@@ -21,7 +21,7 @@ def engine_for(model: JudgingModel, tokenizer: Any, requests: Sequence[Request] 
     wanted = least = 0
     for request in requests:
         prompt, one = len(request.prompt) + 1, request.rows + 1
-        wanted += prompt + one * request._wanted
+        wanted += prompt + one * request.wanted
         least = max(least, prompt + one * max(request.gang, 1))
     return PooledEngine(model, tokenizer, max(least, min(wanted, pool_rows(model))) + 2)
 

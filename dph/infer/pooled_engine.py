@@ -98,9 +98,9 @@ class PooledEngine(Engine):
     def cancel(self, request: Request) -> None:
         """See :meth:`Engine.cancel`."""
         if request in self.requests:
-            for start in request._reserved:
+            for start in request.reserved:
                 self.pool.free(start)
-            request._reserved = []
+            request.reserved = []
             mine = np.array(
                 [self._opened[number] is request for number in self._states["request"].tolist()], dtype=bool
             )
@@ -128,7 +128,7 @@ class PooledEngine(Engine):
                 self._draw(torch.cat([part for part in (logits, first) if part is not None]))
         complete += self._sort_out()
         for request, answer in complete:
-            request._add(answer)
+            request.add(answer)
         for request in [request for request in self.requests if request.done]:
             self._close(request)
         return complete
@@ -137,14 +137,14 @@ class PooledEngine(Engine):
 
     def _admit(self) -> None:
         """Take rows for candidates of the prompts that are there, then for further prompts, first come first served."""
-        room = self.batch - len(self._candidates) - sum(len(request._reserved) for request in self.requests)
+        room = self.batch - len(self._candidates) - sum(len(request.reserved) for request in self.requests)
         is_full = False
         for request in self.requests:
-            if request._slot is None:
+            if request.slot is None:
                 is_full = is_full or not self._open(request, room)
             else:
-                request._reserved += self._take(request, request._slot, room)
-            room -= len(request._reserved)
+                request.reserved += self._take(request, request.slot, room)
+            room -= len(request.reserved)
 
     def _open(self, request: Request, room: int) -> bool:
         """Take rows for a prompt and candidates that start with it; return whether there were enough."""
@@ -154,7 +154,7 @@ class PooledEngine(Engine):
         if not (taken := self._take(request, slot, room)):
             self.pool.free(slot)
             return False
-        request._slot, request._reserved, request._number = slot, taken, self._numbers
+        request.slot, request.reserved, request.number = slot, taken, self._numbers
         self._opened[self._numbers] = request
         for beginning in _beginnings(request.prompt):
             self._beginnings.setdefault(beginning, []).append(request)
@@ -168,7 +168,7 @@ class PooledEngine(Engine):
         They lie behind the prompt's: attention adds up the parts in the order of the rows. The last prompt of the pool
         has only candidates behind it, which end, and there was room for one of its own: some prompt can always go on.
         """
-        waiting = request._wanted - request._started - len(request._reserved)
+        waiting = request.wanted - request.started - len(request.reserved)
         taken: list[int] = []
         while len(taken) < min(waiting, room) and (start := self.pool.take(request.rows, slot)) is not None:
             taken.append(start)
@@ -183,22 +183,22 @@ class PooledEngine(Engine):
         parts: list[tuple[Request, int]] = []  # with numbers of tokens
         budget = self.batch
         for request in self.requests:
-            if request._slot is None or budget <= 0 or request._read == len(request.prompt):
+            if request.slot is None or budget <= 0 or request.read == len(request.prompt):
                 continue
-            if not request._read and not self._copy_beginning(request, [part for part, _ in parts]):
+            if not request.read and not self._copy_beginning(request, [part for part, _ in parts]):
                 continue
-            count = min(CHUNK - request._read % CHUNK, len(request.prompt) - request._read)
+            count = min(CHUNK - request.read % CHUNK, len(request.prompt) - request.read)
             parts.append((request, count))
             budget -= count
         if not parts:
             return
         table, rows, complete, start = [], [], [], 0
         for request, count in parts:
-            slot, read, end = request._slot, request._read, start + count
+            slot, read, end = request.slot, request.read, start + count
             table.append((start, end, self.pool.rows + start, self.pool.rows + end, slot, slot + read, read))
             rows.append(np.arange(slot + read, slot + read + count))
-            request._read = read + count
-            if request._read == len(request.prompt):
+            request.read = read + count
+            if request.read == len(request.prompt):
                 complete.append((request, end - 1))
             start = end
         padded = _padded_rows(start)
@@ -208,7 +208,7 @@ class PooledEngine(Engine):
         if complete:
             logits = self._logits(hidden, np.array([row for _, row in complete]))
             for (request, _), own in zip(complete, logits, strict=True):
-                request._logits = own.clone()
+                request.logits = own.clone()
 
     def _copy_beginning(self, request: Request, reading: Sequence[Request]) -> bool:
         """Copy the keys and values of the longest beginning that another prompt has read.
@@ -219,10 +219,10 @@ class PooledEngine(Engine):
         for count in range(len(blocks), 0, -1):
             others = [other for other in self._beginnings[blocks[count - 1]] if other is not request]
             rows = count * BEGINNING
-            donor = next((other for other in others if other._read >= rows), None)
+            donor = next((other for other in others if other.read >= rows), None)
             if donor is not None and donor.prompt[:rows] == request.prompt[:rows]:
-                self._copy_rows(*(np.array([part]) for part in (donor._slot, request._slot, rows)))
-                request._read = rows
+                self._copy_rows(*(np.array([part]) for part in (donor.slot, request.slot, rows)))
+                request.read = rows
                 return True
             if any(other in reading for other in others):
                 return False
@@ -232,14 +232,14 @@ class PooledEngine(Engine):
         """Return the rows of a prompt."""
         request.done = True
         self.requests.remove(request)
-        if request._slot is not None:
+        if request.slot is not None:
             for beginning in _beginnings(request.prompt):
                 self._beginnings[beginning].remove(request)
                 if not self._beginnings[beginning]:
                     del self._beginnings[beginning]
-            self.pool.free(request._slot)
-            del self._opened[request._number]
-        request._slot = request._logits = None
+            self.pool.free(request.slot)
+            del self._opened[request.number]
+        request.slot = request.logits = None
 
     # Candidates
 
@@ -250,22 +250,22 @@ class PooledEngine(Engine):
             self._samplings = [self._samplings[kind] for kind in kinds]
         states, candidates, logits = [], [self._candidates], []
         for request in self.requests:
-            count, sampling = len(request._reserved), request.sampling
-            if request._logits is None or not count:
+            count, sampling = len(request.reserved), request.sampling
+            if request.logits is None or not count:
                 continue
             if sampling not in self._samplings:
                 self._samplings.append(sampling)
             own = np.empty(count, CANDIDATES)
-            own["index"] = np.arange(request._started, request._started + count)
-            own["start"], own["state"] = request._reserved, len(self._states) + len(states)
+            own["index"] = np.arange(request.started, request.started + count)
+            own["start"], own["state"] = request.reserved, len(self._states) + len(states)
             own["key"] = candidate_keys(request.seed, request.prompt, own["index"])
             kind, options = self._samplings.index(sampling), (request.rewards, bool(sampling.stop))
-            place = request._reserved[0], request._slot, len(request.prompt)
-            states.append((request._number, *place, 0, 0, sampling.max_new_tokens, False, *options, kind))
+            place = request.reserved[0], request.slot, len(request.prompt)
+            states.append((request.number, *place, 0, 0, sampling.max_new_tokens, False, *options, kind))
             candidates.append(own)
-            logits.append(request._logits)
-            request._started += count
-            request._reserved = []
+            logits.append(request.logits)
+            request.started += count
+            request.reserved = []
         if not states:
             return None
         self._states = np.concatenate([self._states, np.array(states, STATES)])
@@ -424,7 +424,7 @@ class PooledEngine(Engine):
             raise UserError(f"stop: expected texts that cut no token into more than {STOP_ROOM}, got {len(forced)}")
         self._token_at[start + kept : start + kept + len(forced)] = forced
         if not kept:
-            self._keep_logprobs(np.array([start]), request._logits[None], np.array(forced[:1]))
+            self._keep_logprobs(np.array([start]), request.logits[None], np.array(forced[:1]))
         state["said"] = kept + len(forced)
         state["fresh"] = state["said"] - max(kept - 1, 0)  # the last kept one, for the log-probability of the next
         state["ending"] = True

@@ -81,6 +81,8 @@ class Request:
     Attributes:
         answers: those that are complete, in the order of their indices.
         done: whether no more will come.
+        wanted, started: answers that the plan has asked for so far, and those that have begun.
+        number, slot, read, logits, reserved: notes of its engine, see ``PooledEngine``.
 
     Raises UserError for an empty prompt, and ValueError for a seed out of range.
     """
@@ -104,12 +106,12 @@ class Request:
         self.seed = checked("seed", seed)
         self.done = False
         self._complete: dict[int, Answer] = {}
-        self._wanted = self._started = 0
-        self._number = -1  # in its engine
-        self._slot: int | None = None  # first row of the prompt
-        self._read = 0  # tokens of the prompt that have been read
-        self._logits: Tensor | None = None  # [V] after the prompt
-        self._reserved: list[int] = []  # first rows of candidates that have not started
+        self.wanted = self.started = 0
+        self.number = -1  # in its engine
+        self.slot: int | None = None  # first row of the prompt
+        self.read = 0  # tokens of the prompt that have been read
+        self.logits: Tensor | None = None  # [V] after the prompt
+        self.reserved: list[int] = []  # first rows of candidates that have not started
         self._extend()
 
     @property
@@ -125,19 +127,19 @@ class Request:
     @property
     def gang(self) -> int:
         """Candidates that have to start together."""
-        waiting = self._wanted - self._started
+        waiting = self.wanted - self.started
         return waiting if self.pruning is not None else min(waiting, 1)
 
     def _extend(self) -> None:
         """Ask the plan for further answers."""
         more = self.plan(self.answers)
-        self._wanted += more
+        self.wanted += more
         self.done = more <= 0
 
-    def _add(self, answer: Answer) -> None:
+    def add(self, answer: Answer) -> None:
         """Take a complete answer; the last one decides whether more are sampled."""
         self._complete[answer.index] = answer
-        if len(self._complete) == self._wanted:
+        if len(self._complete) == self.wanted:
             self._extend()
 
 

@@ -36,11 +36,11 @@ def samples(monkeypatch):
     def answered(model, tok, requests):
         end = tok.convert_tokens_to_ids(["<|im_end|>"])
         for request in requests:
-            for i, (text, finished) in enumerate(ANSWERS[: request._wanted]):
+            for i, (text, finished) in enumerate(ANSWERS[: request.wanted]):
                 tokens = tok(text)["input_ids"] + end * finished
                 (judged,) = model.judge([[dph.chat.continuation(request.prompt, tokens, tok)]])
                 rewards = {head: own[0] for head, own in judged.rewards.items() if finished and request.rewards}
-                request._add(Answer(i, tuple(tokens), finished, judged.logprobs[0], judged.mean_logprobs[0], rewards))
+                request.add(Answer(i, tuple(tokens), finished, judged.logprobs[0], judged.mean_logprobs[0], rewards))
             yield request
 
     monkeypatch.setattr("dph.infer.best_of_n.answered", answered)
