@@ -24,6 +24,7 @@ DPH_FN void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
 DPH_FN Vec splat(float x) { return x - Vec{}; }
 DPH_FN Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+#include "lane_sum.h"
 #include "transpose.h"
 
 // 2^x to 1e-7; 0 for results below 2^-125, NaN stays NaN. Inputs are at most about 0.
@@ -195,21 +196,6 @@ DPH_FN void mask(float* const (&matrices)[N], float hidden, const Tile& t, int64
 
 DPH_FN bool sees(const Tile& t, int64_t i, int64_t key) {
   return (t.bound[0][i] <= key && key < t.bound[1][i]) || (t.bound[2][i] <= key && key < t.bound[3][i]);
-}
-
-// Sum over the lanes, by successive halves.
-DPH_FN float sum(Vec x) {
-  typedef float Half __attribute__((vector_size(2 * DPH_LANES)));
-  typedef float Quarter __attribute__((vector_size(DPH_LANES)));
-  Half halves[2];
-  Quarter quarters[2];
-  memcpy(halves, &x, sizeof x);
-  const Half half = halves[0] + halves[1];
-  memcpy(quarters, &half, sizeof half);
-  const Quarter quarter = quarters[0] + quarters[1];
-  float result = quarter[0];
-  for (int64_t l = 1; l < W / 4; ++l) result += quarter[l];
-  return result;
 }
 
 // Rows of a block with an element that is not finite. A product of the whole block would multiply it by the zeros of

@@ -7,31 +7,8 @@
 namespace dph {
 namespace {
 
-namespace baseline {
-#define DPH_TARGET
-#define DPH_LANES 4
-#include "linear_kernels.h"
-#undef DPH_TARGET
-#undef DPH_LANES
-}  // namespace baseline
-
-#ifdef DPH_X86
-namespace avx2 {
-#define DPH_TARGET DPH_AVX2
-#define DPH_LANES 8
-#include "linear_kernels.h"
-#undef DPH_TARGET
-#undef DPH_LANES
-}  // namespace avx2
-
-namespace avx512 {
-#define DPH_TARGET DPH_AVX512
-#define DPH_LANES 16
-#include "linear_kernels.h"
-#undef DPH_TARGET
-#undef DPH_LANES
-}  // namespace avx512
-#endif
+#define DPH_KERNELS_FILE "linear_kernels.h"
+#include "each_instruction_set.h"
 
 struct Kernels {
   int lanes;

@@ -1,6 +1,4 @@
-// Products of rows with weights for one instruction set. linear.cpp includes this file once per instruction set, each
-// time in a separate namespace, with DPH_TARGET (function attribute) and DPH_LANES (vector width in floats) defined;
-// hence there is no include guard.
+// Products of rows with weights for one instruction set (each_instruction_set.h).
 //
 // Vector lanes are columns of x and of the weights, both of which are read in their original layout: every weight comes
 // from memory once for a block of rows of x, which stays in the cache.
@@ -21,23 +19,10 @@ DPH_FN Vec load(const uint16_t* bf16) {
   const Bits bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(bf16), Bits) << 16;
   return reinterpret_cast<Vec>(bits);
 }
+#include "lane_sum.h"
+
 DPH_FN float value(float x) { return x; }
 DPH_FN float value(uint16_t bf16) { return float_from_bf16(bf16); }
-
-// Sum over the lanes, by successive halves.
-DPH_FN float sum(Vec x) {
-  typedef float Half __attribute__((vector_size(2 * DPH_LANES)));
-  typedef float Quarter __attribute__((vector_size(DPH_LANES)));
-  Half halves[2];
-  Quarter quarters[2];
-  memcpy(halves, &x, sizeof x);
-  const Half half = halves[0] + halves[1];
-  memcpy(quarters, &half, sizeof half);
-  const Quarter quarter = quarters[0] + quarters[1];
-  float result = quarter[0];
-  for (int64_t l = 1; l < W / 4; ++l) result += quarter[l];
-  return result;
-}
 
 // The M by N results of M rows of x and N rows of weights.
 template <int M, int N, class T>

@@ -102,32 +102,8 @@ struct Job {
   }
 };
 
-namespace baseline {
-#define DPH_TARGET
-#define DPH_LANES 4
-#include "swiglu_reward_kernels.h"
-#undef DPH_TARGET
-#undef DPH_LANES
-}  // namespace baseline
-
-// Explicit targets instead of target_clones: vector types must match the register width of the instruction set.
-#ifdef DPH_X86
-namespace avx2 {
-#define DPH_TARGET DPH_AVX2
-#define DPH_LANES 8
-#include "swiglu_reward_kernels.h"
-#undef DPH_TARGET
-#undef DPH_LANES
-}  // namespace avx2
-
-namespace avx512 {
-#define DPH_TARGET DPH_AVX512
-#define DPH_LANES 16
-#include "swiglu_reward_kernels.h"
-#undef DPH_TARGET
-#undef DPH_LANES
-}  // namespace avx512
-#endif
+#define DPH_KERNELS_FILE "swiglu_reward_kernels.h"
+#include "each_instruction_set.h"
 
 using Stage = void (*)(const Job&, int64_t, Scratch&);
 

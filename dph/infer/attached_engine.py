@@ -15,6 +15,7 @@ from dph.infer.choice import candidate_keys, choose
 from dph.infer.request import Answer, Engine, Request
 
 if TYPE_CHECKING:
+    from dph.infer.sampling import Sampling
     from dph.model.judging import JudgingModel
 
 
@@ -68,20 +69,21 @@ class AttachedEngine(Engine):
             for i, token in enumerate(chosen.tolist()):
                 if i in open_ones:
                     answers[i].append(token)
-                    if token == self.end or self._stopped(answers[i], request.sampling.stop):
+                    if token == self.end or self._stopped(answers[i], request.sampling):
                         open_ones.discard(i)
             if not open_ones:
                 break
         return answers
 
-    def _stopped(self, answer: list[int], stops: Sequence[str]) -> bool:
+    def _stopped(self, answer: list[int], sampling: Sampling) -> bool:
         """End an answer before a stop text if it has said one; return whether."""
-        if stops:
-            text = self.tokenizer.decode(answer, skip_special_tokens=False)
-            if found := [place for stop in stops if (place := text.find(stop)) >= 0]:
-                answer[:] = [*chat.plain(self.tokenizer)(text[: min(found)]), self.end]
-                return True
-        return False
+        if not sampling.stop:
+            return False
+        text = self.tokenizer.decode(answer, skip_special_tokens=False)
+        if (end := sampling.stop_place(text)) is None:
+            return False
+        answer[:] = [*chat.plain(self.tokenizer)(text[:end]), self.end]
+        return True
 
     def _judged(self, request: Request, sampled: Sequence[list[int]]) -> list[Answer]:
         group = [chat.continuation(request.prompt, tokens, self.tokenizer) for tokens in sampled]

@@ -1,9 +1,9 @@
 """The engine for models of this package: several answers to each of many prompts, continued together token by token.
 
 A prompt is computed once, and all of its candidates read its keys and values; candidates that have said the same so far
-are one. Candidates that end leave, and waiting
-ones take their place. The reward of an answer comes from the step that reads its end-of-turn token, its log-probability
-from the logits that its tokens were drawn from: nothing is computed twice.
+are one. Candidates that end leave, and waiting ones take their place. The reward of an answer comes from the step that
+reads its end-of-turn token, its log-probability from the logits that its tokens were drawn from: nothing is computed
+twice.
 
 An answer depends on its prompt, the seed and its number alone: on the CPU no other prompt or candidate changes a bit of
 it (``dph_kernels.dispatch.batch_invariant``).
@@ -413,10 +413,9 @@ class PooledEngine(Engine):
         request, start, said = self._opened[int(state["request"])], int(state["start"]), int(state["said"])
         tokens = self._token_at[start : start + said].tolist()
         text = self.tokenizer.decode(tokens, skip_special_tokens=False)
-        found = [place for stop in request.sampling.stop if (place := text.find(stop)) >= 0]
-        if not found:
+        if (end := request.sampling.stop_place(text)) is None:
             return
-        kept, text = said - 1, text[: min(found)]
+        kept, text = said - 1, text[:end]
         while not text.startswith(beginning := self.tokenizer.decode(tokens[:kept], skip_special_tokens=False)):
             kept -= 1
         forced = [*chat.plain(self.tokenizer)(text[len(beginning) :]), self.end]

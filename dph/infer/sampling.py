@@ -97,6 +97,10 @@ class Sampling:
             raise UserError(f"stop: expected a list of texts that are not empty, got {shown(stop)}")
         object.__setattr__(self, "stop", tuple(stop))
 
+    def stop_place(self, text: str) -> int | None:
+        """Return where the first stop text in ``text`` begins; None without one."""
+        return min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=None)
+
     @property
     def greedy(self) -> bool:
         """Whether the most probable token is taken, so that all answers to a prompt are equal."""

@@ -313,7 +313,15 @@ class AttachedModel(HeadFiles, JudgingModel):
         return self.backbone.network.generate(*args, **kwargs)
 
     def decoder(self, ids: Tensor, mask: Tensor, max_new_tokens: int, copies: int) -> Callable[[Tensor], Tensor]:
-        """Read prompts into the network's cache; see :meth:`dph.model.judging.JudgingModel.decoder`.
+        """Read prompts but for their last tokens, and return a function that continues them token by token.
+
+        Args:
+            ids, mask: prompts [B, S], padded on the left.
+            max_new_tokens: most tokens of an answer.
+            copies: answers per prompt.
+
+        Returns a function from the next tokens [B * copies, 1], at first the prompts' last ones, to the logits
+        [B * copies, V] after them.
 
         Raises ValueError if an answer might leave the network's context.
         """

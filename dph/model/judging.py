@@ -135,19 +135,6 @@ class JudgingModel(PreTrainedModel):
     ) -> Tensor:
         """Hidden states [T, C] of the tokens without padding; ``observe`` as in the backbone."""
 
-    @abstractmethod
-    def decoder(self, ids: Tensor, mask: Tensor, max_new_tokens: int, copies: int) -> Callable[[Tensor], Tensor]:
-        """Read prompts but for their last tokens, and return a function that continues them token by token.
-
-        Args:
-            ids, mask: prompts [B, S], padded on the left.
-            max_new_tokens: most tokens of an answer.
-            copies: answers per prompt.
-
-        Returns a function from the next tokens [B * copies, 1], at first the prompts' last ones, to the logits
-        [B * copies, V] after them.
-        """
-
     # Trained and untrained heads
 
     def _mark_loaded(self, names: Set[str], prefix: str = "") -> None:

@@ -491,14 +491,7 @@ class Model(HeadFiles, JudgingModel, GenerationMixin):
             input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )
 
-    # Streams, and decoding token by token
-
-    def decoder(self, ids: Tensor, mask: Tensor, max_new_tokens: int, copies: int) -> Callable[[Tensor], Tensor]:
-        """Read prompts into a memory; see :meth:`dph.model.judging.JudgingModel.decoder`."""
-        memory = Memory(length=ids.shape[1] + max_new_tokens)
-        self(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=memory, logits_to_keep=1)
-        memory.batch_repeat_interleave(copies)
-        return lambda tokens: self(tokens, past_key_values=memory, logits_to_keep=1).logits[:, -1]
+    # Streams
 
     def stream_logprobs(
         self, tokens: Tensor, targets: Tensor, memory: Memory | None = None, *, statistics: bool = False
