@@ -13,6 +13,7 @@ from helpers.command_line import ANSWER, USER
 from helpers.texts import write_lines
 
 from dph.cli import main, results
+from dph.infer.pooled_engine import PooledEngine
 from dph.model import judging
 
 ROWS = {"score": 300, "evaluate": 60, "generate": 40}
@@ -215,8 +216,8 @@ def test_without_a_terminal_progress_is_a_line_a_minute(dph_command, command, mo
 @pytest.mark.parametrize("command", ["score", "evaluate", "generate"], indirect=True)
 def test_all_records_are_checked_before_the_first_is_judged(refused, command, models, tmp_path, monkeypatch):
     words, rows = command
-    for name in ("judge_batches", "decoder"):
-        monkeypatch.setattr(judging.JudgingModel, name, lambda *args, **options: pytest.fail("judged"))
+    for owner, name in ((judging.JudgingModel, "judge_batches"), (PooledEngine, "step")):
+        monkeypatch.setattr(owner, name, lambda *args, **options: pytest.fail("judged"))
     if words[0] == "evaluate":
         file = tmp_path / "data/glue/rte/validation.jsonl"
         write_lines(file, *rows[:30], rows[0] | {"label": 7})
