@@ -27,7 +27,7 @@ from dph.infer.prompt_reader import PromptReader
 from dph.infer.request import STOP_ROOM, Answer, Engine, Request
 from dph.infer.sampling import Sampling
 from dph.infer.token_pool import TokenPool, padded_count
-from dph.model.heads import JudgedStates
+from dph.model.heads import JudgedStates, split_members
 from dph.model.judging import JudgingModel
 from dph_kernels.dispatch import batch_invariant
 from dph_kernels.layout import PackedLayout
@@ -386,10 +386,6 @@ class PooledEngine(Engine):
         places = to_device(torch.from_numpy(judged), model.device)
         observer = JudgedStates(model.heads.layers, len(model.backbone.blocks), itemgetter(places))
         hidden = self.pool.forward(rows, layout, tokens, decode=True, observe=observer)
-        rewards, spreads = {}, {}
-        for head, values in model.rewards_of(observer.joined(), dropout=False, each=True).items():
-            if values.dim() == 2:
-                spreads[head] = values.std(1).tolist()
-                values = values.mean(1)
-            rewards[head] = values.tolist()
-        return hidden, rewards, spreads
+        rewards, members = split_members(model.rewards_of(observer.joined(), dropout=False, each=True))
+        spreads = {head: values.std(1).tolist() for head, values in members.items()}
+        return hidden, {head: values.tolist() for head, values in rewards.items()}, spreads
