@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dph.cli import cluster, common, results
-from dph.errors import UserError, printable
+from dph.errors import UserError, add_note, printable
 
 if TYPE_CHECKING:
     from dph.chat import Message
@@ -92,7 +92,7 @@ def open_job(args: argparse.Namespace) -> results.Job:
             try:
                 candidates = next(answers)
             except (ValueError, RuntimeError) as error:  # such as a reward that is no number
-                error.add_note(f"answering {place(i)}")
+                add_note(error, f"answering {place(i)}")
                 raise
             fields = [{key: getattr(candidate, key) for key in JSON_FIELDS} for candidate in candidates]
             yield [{**rows[i], "messages": prompts[i], args.field: fields}]
