@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dph.errors import shown
 from dph.serve.limits import ApiError
@@ -22,9 +22,17 @@ MOST_STOPS, LONGEST_STOP = 16, 256
 
 
 class Body(BaseModel):
-    """Base of all bodies: other fields and other types are errors."""
+    """Base of all bodies: other fields and other types are errors, and null stands for absence."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, values: Any) -> Any:
+        """Return the fields that are not null: clients send an answer back with ``"refusal": null``."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class ChatMessage(Body):
@@ -152,12 +160,12 @@ def parse(content: bytes, form: type[AnyBody]) -> AnyBody:
 
 
 def _relevant(values: Mapping[str, Any], form: type[Body]) -> dict[str, Any]:
-    """Return the fields that are neither null nor without effect."""
+    """Return the fields that are not without effect."""
     kept = {}
     for name, value in values.items():
         is_known = name in form.model_fields
         is_neutral = name in NEUTRAL and type(value) in (type(NEUTRAL[name]), float) and value == NEUTRAL[name]
-        if value is not None and (is_known or not (name in HARMLESS or is_neutral)):
+        if is_known or not (name in HARMLESS or is_neutral):
             kept[name] = value
     return kept
 
