@@ -82,14 +82,11 @@ def prepared(args: argparse.Namespace) -> argparse.Namespace:
         )
     if importlib.util.find_spec("ray") is None:
         raise UserError("--ray: needs the ray package: pip install -e '.[ray]' or pip install 'ray[data]'")
-    device, dtype = args.device, args.dtype
-    if device == "auto":
-        from dph import devices
+    from dph import devices
 
-        device = devices.choose("auto")
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    return argparse.Namespace(**{**vars(args), "device": "cpu", "dtype": dtype, "worker_device": device})
+    device = devices.choose("auto") if args.device == "auto" else args.device
+    own = {"device": "cpu", "dtype": devices.inference_dtype(args.dtype, device), "worker_device": device}
+    return argparse.Namespace(**{**vars(args), **own})
 
 
 def check_output(args: argparse.Namespace, source: str) -> None:

@@ -307,7 +307,11 @@ class Progress:
         """Return itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         """Leave the bar on the terminal."""
         if self._bar is not None:
             self._bar.close()
+
+    def __exit__(self, *_: object) -> None:
+        """See :meth:`close`."""
+        self.close()

@@ -12,7 +12,9 @@ A line of samples has ``prompt`` (messages), and by answer ``candidates`` (texts
 0 for an answer that was cut off), ``finished``, ``tokens``, ``logprobs``, and ``rewards`` (null without a head, and for
 a cut-off answer): a row of candidates for ``dph evaluate --candidates`` and ``dph card``.
 
-A command that is killed continues where it stopped: neither answers nor steps are computed twice.
+The same command continues one that was stopped. Files of answers grow by whole batches, and training stops with a
+checkpoint. A process that was killed (SIGKILL) repeats its batch, or the steps since the last checkpoint
+(``output.save_every``).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +35,11 @@ from dph import chat, devices
 from dph.data import atomic
 from dph.data.json_lines import read_jsonl
 from dph.data.sampler import draw
-from dph.errors import UserError, shown
+from dph.errors import UserError, add_note, shown
 from dph.improve.figures import figures, share_right
 from dph.improve.prompts import Prompt, fingerprint, grow
 from dph.improve.selection import Selection
-from dph.infer.best_of_n import sample
+from dph.infer.best_of_n import check_number, prompt_tokens, sample
 from dph.infer.sampling import Sampling
 from dph.model.head_file import backbone_digest
 from dph.model.judging import JudgingModel
@@ -84,6 +86,9 @@ class Sampler:
         for prompt, answers in zip(prompts, groups, strict=True):
             texts, rewards, finished = [], [], []
             for answer in answers:
+                _check_number(prompt, answer.logprob, "log-probability", answer.index)
+                if self.head in answer.rewards:
+                    _check_number(prompt, answer.rewards[self.head], "reward", answer.index)
                 content = answer.tokens[: len(answer.tokens) - answer.finished]
                 texts.append(self.tokenizer.decode(content, skip_special_tokens=False))
                 rewards.append(answer.rewards.get(self.head))
@@ -111,10 +116,23 @@ class Sampler:
             tokens = chat.prompt(prompt.messages, self.tokenizer)
             groups.append([chat.continuation(tokens, answer, self.tokenizer) for answer in line["tokens"]])
         judged = []
-        for line, one in zip(lines, self.model.judge(groups, logprobs=False), strict=True):
-            pairs = zip(one.rewards[self.head], line["finished"], strict=True)
-            judged.append({**line, "rewards": [reward if ended else None for reward, ended in pairs]})
+        for prompt, line, one in zip(prompts, lines, self.model.judge(groups, logprobs=False), strict=True):
+            rewards: list[float | None] = []
+            for index, (reward, ended) in enumerate(zip(one.rewards[self.head], line["finished"], strict=True)):
+                if ended:
+                    _check_number(prompt, reward, "reward", index)
+                rewards.append(reward if ended else None)
+            judged.append({**line, "rewards": rewards})
         return judged
+
+
+def _check_number(prompt: Prompt, value: float, kind: str, index: int) -> None:
+    """Raise ValueError, with a note that names the prompt, for NaN."""
+    try:
+        check_number(value, kind, index)
+    except ValueError as error:
+        add_note(error, f"answering {prompt.place}")
+        raise
 
 
 @dataclass(frozen=True)
@@ -205,16 +223,10 @@ class Improvement:
 
     def open(self, number: int) -> tuple[JudgingModel, Any]:
         """Return the model after a round, in evaluation mode, and its tokenizer; 0 is the first model."""
-        path = self.model if number == 0 else str(self.folder(number) / "run")
-        device = devices.choose(self.device, "--device")
-        dtype = self.dtype if self.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
-        model, tokenizer = load_model(path, dtype=getattr(torch, dtype)), load_tokenizer(path)
-        check_tokenizer(model, tokenizer)
-        return model.to(device).eval(), tokenizer
+        return open_model(self.model if number == 0 else str(self.folder(number) / "run"), self.device, self.dtype)
 
-    def about(self) -> dict[str, Any]:
-        """Return what the files depend on, as JSON; the number of rounds may grow."""
-        model, tokenizer = self.open(0)
+    def about(self, model: JudgingModel, tokenizer: Any) -> dict[str, Any]:
+        """Return what the files depend on, as JSON; the number of rounds may grow. The model is the first one."""
         about = {
             "model": backbone_digest(model),
             "tokenizer": of_tokenizer(tokenizer),
@@ -233,6 +245,15 @@ class Improvement:
         return json.loads(json.dumps(about))
 
 
+def open_model(path: str, device: str, dtype: str) -> tuple[JudgingModel, Any]:
+    """Return a model, in evaluation mode on ``--device`` in ``--dtype``, and its tokenizer."""
+    device = devices.choose(device, "--device")
+    model = load_model(path, dtype=getattr(torch, devices.inference_dtype(dtype, device)))
+    tokenizer = load_tokenizer(path)
+    check_tokenizer(model, tokenizer)
+    return model.to(device).eval(), tokenizer
+
+
 def improve(plan: Improvement, rounds: int, train: Callable[[Recipe], Result]) -> Iterator[dict[str, Any]]:
     """Yield the figures of the first model, then of each round, as it is completed.
 
@@ -241,12 +262,17 @@ def improve(plan: Improvement, rounds: int, train: Callable[[Recipe], Result]) -
         rounds: number of them.
         train: trains a recipe, or continues its run, and returns the result (``dph.train.entry.train``).
 
-    Raises UserError if the directory holds the rounds of another command, or is in use by another process, and
-    SystemExit with an exit code if a signal ended training.
+    Raises UserError if the directory holds the rounds of another command, or is in use by another process, for a prompt
+    that the model cannot answer, and SystemExit with an exit code if a signal ended training.
     """
     plan.directory.mkdir(parents=True, exist_ok=True)
     with _locked(plan.directory):
-        _check_same(plan)
+        model, tokenizer = plan.open(0)
+        for prompt in (*plan.prompts, *plan.held_out):
+            longest = Sampling(**plan.sampling).max_new_tokens
+            prompt_tokens(model, tokenizer, prompt.messages, longest, prompt.place)
+        _check_same(plan, plan.about(model, tokenizer))
+        del model
         for number in range(rounds + 1):
             yield _round(plan, number, train)
 
@@ -262,7 +288,8 @@ def _round(plan: Improvement, number: int, train: Callable[[Recipe], Result]) ->
     if number:
         metrics |= _make_records(plan, number)
         plan.note(f"round {number}: training")
-        result = train(plan.recipe_of(number))
+        with _noted(plan):
+            result = train(plan.recipe_of(number))
         if result.interrupted:  # a checkpoint is written: the next call continues from it
             raise SystemExit(result.exit_code)
     lines: list[dict[str, Any]] = []
@@ -283,8 +310,7 @@ def _make_records(plan: Improvement, number: int) -> dict[str, Any]:
     seed = draw(2**62, plan.seed, "round", number)
     path, records = plan.folder(number) / "samples.jsonl", plan.records(number)
     lines = _sampled(plan, number - 1, path, plan.prompts, n, seed, f"round {number}: prompts")
-    _, tokenizer = plan.open(0)
-    rows, refused = plan.selection.rows(lines, tokenizer)
+    rows, refused = plan.selection.rows(lines, load_tokenizer(plan.model))
     atomic.write_text(records, "".join(json.dumps(row) + "\n" for row in rows))
     if not rows:
         earlier = sum(plan.records(i).stat().st_size for i in range(1, number))
@@ -311,21 +337,31 @@ def _sampled(
     With ``before`` only the rewards are its own: the answers are those of that file.
     """
 
-    class Opened:
-        @cached_property
-        def sampler(self) -> Sampler:
-            model, tokenizer = plan.open(number)
-            return Sampler(model, tokenizer, plan.checker, plan.head, n, seed, plan.sampling)
+    @cache
+    def sampler() -> Sampler:
+        model, tokenizer = plan.open(number)
+        return Sampler(model, tokenizer, plan.checker, plan.head, n, seed, plan.sampling)
 
-    opened, tokens = Opened(), n * Sampling(**plan.sampling).max_new_tokens
+    tokens = n * Sampling(**plan.sampling).max_new_tokens
     answered = None if before is None else dict(zip(map(id, prompts), read_jsonl(before), strict=True))
 
     def make(batch: Sequence[Prompt]) -> list[dict[str, Any]]:
         if answered is None:
-            return opened.sampler(batch)
-        return opened.sampler.rejudged(batch, [answered[id(prompt)] for prompt in batch])
+            return sampler()(batch)
+        return sampler().rejudged(batch, [answered[id(prompt)] for prompt in batch])
 
-    return grow(path, prompts, max(BATCH // tokens, 1), make, lambda done: plan.progress(name, done, len(prompts)))
+    with _noted(plan):
+        return grow(path, prompts, max(BATCH // tokens, 1), make, lambda done: plan.progress(name, done, len(prompts)))
+
+
+@contextlib.contextmanager
+def _noted(plan: Improvement) -> Iterator[None]:
+    """Context in which errors and interrupts get a note that nothing complete is lost."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        add_note(error, f"the same command continues what is in {plan.directory}")
+        raise
 
 
 @contextlib.contextmanager
@@ -341,9 +377,9 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _check_same(plan: Improvement) -> None:
-    """Compare the plan with the one that began in the directory, or write it."""
-    path, about = plan.directory / "improve.json", plan.about()
+def _check_same(plan: Improvement, about: dict[str, Any]) -> None:
+    """Compare what the files depend on with what began in the directory, or write it."""
+    path = plan.directory / "improve.json"
     if not path.is_file():
         if foreign := [name.name for name in plan.directory.iterdir() if name.name not in ("lock", "cache")]:
             raise UserError(f"{plan.directory}: expected a new folder, got one with {', '.join(sorted(foreign)[:5])}")

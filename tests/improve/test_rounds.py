@@ -3,18 +3,24 @@
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from helpers.texts import small_tokenizer, write_lines
+from helpers.texts import message, small_tokenizer, write_lines
 from helpers.tiny import tiny_model
 
 from dph import chat
+from dph.cli import results
+from dph.cli.improve import Progress
 from dph.cli.main import main
 from dph.data.candidates import read_candidates
 from dph.improve import rounds
+from dph.improve.prompts import Prompt
 from dph.improve.rounds import Sampler
 from dph.improve.selection import Selection
 from dph.infer.best_of_n import sample
@@ -187,8 +193,14 @@ def test_killed_anywhere_it_continues_to_the_same_bytes(words, dph_command, tmp_
         (["--recipe", "mini-sft", "evaluation.share=0"], "recipe: expected stage head or align"),
         (["objective.heads=[a, b]"], "objective.heads: expected one head, got a, b"),
         (["data.sources=[x.jsonl]"], "data.sources: expected none, as records are made from --prompts"),
+        (["output.directory=x"], "output.directory=x: expected --output in its place, got both"),
+        (["model.path=x"], "model.path=x: expected MODEL in its place, got both"),
+        (["seed=3"], "seed=3: expected --seed in its place, got both"),
         (["--held-out", "1.5"], "--held-out: expected a source, or a share of at least 0 and below 1, got 1.5"),
-        (["--held-out", "0.0001"], "--held-out: expected prompts on both sides of the share 0.0001, got 24 prompts"),
+        (
+            ["--held-out", "0.0001"],
+            "--held-out: expected prompts on both sides of the share 0.0001, got 24 of 24 to train",
+        ),
         (["--held-out", "PROMPTS"], "held-out prompts: expected other prompts than those of training, got 24 of them"),
         (["--records", "labels"], "objective.objective: expected separable, got contrastive"),
         (["-n", "0"], "expected a whole number of at least 1, got '0'"),
@@ -199,6 +211,56 @@ def test_killed_anywhere_it_continues_to_the_same_bytes(words, dph_command, tmp_
 def test_wrong_options_are_one_line(words, refused, tmp_path, change, message):
     change = [str(tmp_path / "prompts.jsonl") if word == "PROMPTS" else word for word in change]
     assert message in refused(*words, *change, "--output", tmp_path / "out")
+
+
+def test_a_prompt_that_is_too_long_is_named_before_the_first_answer(words, refused, monkeypatch, tmp_path):
+    config = json.loads((Path(words[1]) / "config.json").read_text())
+    shutil.copytree(words[1], tmp_path / "small")
+    (tmp_path / "small/config.json").write_text(json.dumps({**config, "max_position_embeddings": 24}))
+    monkeypatch.setattr(Sampler, "__call__", None)
+    with open("prompts.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "word " * 40}) + "\n")
+    line = refused("improve", tmp_path / "small", *words[2:], "--output", tmp_path / "out")
+    assert "prompts.jsonl:25: expected at most 24 tokens, the model's context, with --max-new-tokens 6, got" in line
+
+
+def test_a_reward_that_is_no_number_is_an_error_that_names_the_prompt(talker):
+    model = tiny_model(vocab_size=len(TOK), im_end_token_id=TOK.convert_tokens_to_ids("<|im_end|>"))
+    with torch.no_grad():
+        model.lm_head.weight[model.config.im_end_token_id] *= 8
+        for parameter in model.heads.parameters():
+            parameter.fill_(torch.nan)
+    sampler = Sampler(model, TOK, lambda prompt, answers: [0.0] * len(answers), "default", 8, 0, {"max_new_tokens": 8})
+    with pytest.raises(ValueError, match="expected a number as its reward, got NaN") as caught:
+        sampler([Prompt([message("user", "The fox?")], {}, "asked.jsonl:7")])
+    assert caught.value.__notes__ == ["answering asked.jsonl:7"]
+
+
+def test_interrupted_it_says_how_to_go_on(words, dph_command, monkeypatch, tmp_path):
+    whole, calls = Sampler.__call__, []
+
+    def interrupted(self, prompts):
+        calls.append(prompts)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(self, prompts)
+
+    monkeypatch.setattr(Sampler, "__call__", interrupted)
+    code, _, err = dph_command(*words, "--output", "out")
+    assert code == 130
+    assert err.splitlines()[-1] == "dph: interrupted; the same command continues what is in out"
+    assert len((tmp_path / "out/round1/samples.jsonl.partial").read_text().splitlines()) == 5
+
+
+def test_progress_of_a_file_has_its_ends_and_a_line_a_minute(monkeypatch, capsys):
+    monkeypatch.setattr(results, "LINE_EVERY", 0)
+    progress = Progress()
+    for name in ("round 0: held-out prompts", "round 1: prompts"):
+        for done in (2, 5, 10):
+            progress(name, done, 10)
+    lines = [re.sub(r" records, .*", " records", line) for line in capsys.readouterr().err.splitlines()]
+    assert lines[:2] == ["round 0: held-out prompts: 2 of 10", "round 0: held-out prompts: 5 of 10 records"]
+    assert lines[-1] == "round 1: prompts: 10 of 10"
 
 
 def test_labels_of_single_answers_train_a_separable_head(words, dph_command, tmp_path):
