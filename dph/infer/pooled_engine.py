@@ -89,17 +89,15 @@ class PooledEngine(Engine):
     def cancel(self, request: Request) -> None:
         """See :meth:`Engine.cancel`."""
         if request in self.requests:
-            own = np.array([self._owner(state) is request for state in self._states], dtype=bool)
-            self._drop(own[self._candidates["state"]])
+            self._drop(self._are_of(request))
             self._close(request)
 
     def partial(self, request: Request) -> dict[int, tuple[int, ...]]:
         """See :meth:`Engine.partial`."""
         tokens = {}
-        for index, place in self._candidates[["index", "state"]].tolist():
-            state = self._states[place]
-            if self._owner(state) is request:
-                tokens[index] = tuple(self.pool.tokens[state["start"] : state["start"] + state["said"]].tolist())
+        for index, place in self._candidates[self._are_of(request)][["index", "state"]].tolist():
+            start, said = self._states[["start", "said"]][place].tolist()
+            tokens[index] = tuple(self.pool.tokens[start : start + said].tolist())
         return tokens
 
     @torch.no_grad()
@@ -119,8 +117,9 @@ class PooledEngine(Engine):
             self._close(request)
         return complete
 
-    def _owner(self, state: np.void) -> Request:
-        return self.prompts.opened[int(state["request"])]
+    def _are_of(self, request: Request) -> np.ndarray:
+        """Return [C] whether a candidate is one of the request."""
+        return self._states["request"][self._candidates["state"]] == request.number
 
     def _close(self, request: Request) -> None:
         """Remove a request whose candidates are gone."""
@@ -277,7 +276,8 @@ class PooledEngine(Engine):
     def _apply_stop(self, i: int) -> None:
         """End a state before a stop text if it has just said one; what remains of its last token is read again."""
         state = self._states[i]
-        request, start, said = self._owner(state), int(state["start"]), int(state["said"])
+        number, start, said = state[["request", "start", "said"]].tolist()
+        request = self.prompts.opened[number]
         tokens = self.pool.tokens[start : start + said].tolist()
         text = self.tokenizer.decode(tokens, skip_special_tokens=False)
         if (end := request.sampling.stop_place(text)) is None:
