@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from dph.infer.request import Request
 from dph.infer.token_pool import TokenPool, padded_count
 from dph_kernels.layout import PackedLayout
+
+if TYPE_CHECKING:
+    from dph.infer.request import Request
 
 CHUNK = 512  # tokens of a prompt that are read at once; a multiple of attention's blocks, counted from its beginning
 BEGINNING = 64  # tokens of the beginnings that prompts share, in multiples: the keys that attention reads at once

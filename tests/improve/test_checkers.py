@@ -135,10 +135,8 @@ def test_a_program_that_fails_is_named_with_the_answer(judge, tmp_path, code, go
 
 def test_a_program_with_a_line_too_many_is_refused(judge, tmp_path):
     path = program(tmp_path / "talkative", 'print("true\\nfalse", flush=True)')
-    with pytest.raises(
-        UserError, match=r"answer '4' to sums.jsonl:4: expected one line of JSON, got more: '(true|false)'"
-    ):
-        judge(path, ["3", "4"])
+    with pytest.raises(UserError, match=r"answer '3' to sums.jsonl:4: expected one line of JSON, got more: 'false'"):
+        judge(path, ["3"])
 
 
 @pytest.mark.parametrize(
