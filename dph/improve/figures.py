@@ -53,15 +53,14 @@ def describe(metrics: Mapping[str, Any]) -> str:
     """Return the figures of a round as text with a table."""
     number, lines = metrics["round"], []
     if number:
-        lines.append(
-            f"round {number}: {metrics['prompts']:,} prompts with {metrics['n']} answers each, "
-            f"{100 * metrics['right']:.1f} % right, {metrics['records']:,} records"
-            + (
-                f", {metrics['refused']:,} answers left out, which the chat format changes"
-                if metrics["refused"]
-                else ""
-            )
-        )
+        parts = [f"round {number}: {metrics['prompts']:,} prompts with {metrics['n']} answers each"]
+        parts.append(f"{100 * metrics['right']:.1f} % right")
+        if "cut_off" in metrics:  # not in those of earlier versions
+            parts.append(f"{100 * metrics['cut_off']:.1f} % cut off")
+        parts.append(f"{metrics['records']:,} records")
+        if metrics["refused"]:
+            parts.append(f"{metrics['refused']:,} answers left out, which the chat format changes")
+        lines.append(", ".join(parts))
     else:
         lines.append("the model itself")
     if "figures" in metrics:

@@ -192,6 +192,11 @@ class Improvement:
         for key, value in (("data.sources", recipe.data.sources), ("evaluation.sources", recipe.evaluation.sources)):
             if value:
                 raise UserError(f"{key}: expected none, as records are made from --prompts, got {shown(value)}")
+        if recipe.output.best is not None and not recipe.evaluation.share:
+            raise UserError(
+                f"evaluation.share: expected a share above 0, as output.best is {recipe.output.best}, got 0; "
+                "output.best=null output.model=last needs none"
+            )
         overlap = {prompt.key for prompt in self.prompts}.intersection(prompt.key for prompt in self.held_out)
         if overlap:
             raise UserError(
@@ -268,8 +273,8 @@ def improve(plan: Improvement, rounds: int, train: Callable[[Recipe], Result]) -
     plan.directory.mkdir(parents=True, exist_ok=True)
     with _locked(plan.directory):
         model, tokenizer = plan.open(0)
+        longest = Sampling(**plan.sampling).max_new_tokens
         for prompt in (*plan.prompts, *plan.held_out):
-            longest = Sampling(**plan.sampling).max_new_tokens
             prompt_tokens(model, tokenizer, prompt.messages, longest, prompt.place)
         _check_same(plan, plan.about(model, tokenizer))
         del model
@@ -312,14 +317,19 @@ def _make_records(plan: Improvement, number: int) -> dict[str, Any]:
     lines = _sampled(plan, number - 1, path, plan.prompts, n, seed, f"round {number}: prompts")
     rows, refused = plan.selection.rows(lines, load_tokenizer(plan.model))
     atomic.write_text(records, "".join(json.dumps(row) + "\n" for row in rows))
+    cut_off = 1 - sum(map(sum, (line["finished"] for line in lines))) / (n * len(lines))
     if not rows:
         earlier = sum(plan.records(i).stat().st_size for i in range(1, number))
         if not earlier:
             raise UserError(
                 f"{path}: expected right and wrong answers to some prompt, got none among {len(lines)} prompts with "
-                f"{n} answers each: other prompts, or more answers, may have both"
+                f"{n} answers each, {100 * cut_off:.0f} % of them cut off by --max-new-tokens: other prompts, more or "
+                "longer answers may have both"
             )
-    return {"prompts": len(lines), "n": n, "right": share_right(lines), "records": len(rows), "refused": refused}
+    return {
+        "prompts": len(lines), "n": n, "right": share_right(lines), "cut_off": cut_off, "records": len(rows),
+        "refused": refused,
+    }  # fmt: skip
 
 
 def _sampled(

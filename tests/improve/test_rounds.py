@@ -100,7 +100,10 @@ def test_every_round_keeps_samples_records_figures_and_a_head(words, dph_command
         metrics = json.loads((folder / "metrics.json").read_text())
         assert metrics["figures"]["n"] == [1, 2, 4, 5]
         assert set(metrics["figures"]["rules"]) == {"one sample", "most probable", "by reward", "vote", "oracle"}
-        assert f"round {number}: {24 - held_out} prompts with {n} answers each" in out
+        cut_off = [not ended for line in samples for ended in line["finished"]]
+        assert 0 < metrics["cut_off"] == pytest.approx(sum(cut_off) / len(cut_off))
+        summary = f"round {number}: {24 - held_out} prompts with {n} answers each, "
+        assert f"{summary}{100 * metrics['right']:.1f} % right, {100 * metrics['cut_off']:.1f} % cut off, " in out
     recipe = json.loads((out_dir / "round2/run/config.json").read_text())
     sources = [str(out_dir / f"round{i}/pairs.jsonl") for i in (1, 2)]
     assert [source["source"] for source in recipe["data"]["sources"]] == sources
@@ -195,6 +198,10 @@ def test_killed_anywhere_it_continues_to_the_same_bytes(words, dph_command, tmp_
         (["data.sources=[x.jsonl]"], "data.sources: expected none, as records are made from --prompts"),
         (["output.directory=x"], "output.directory=x: expected --output in its place, got both"),
         (["model.path=x"], "model.path=x: expected MODEL in its place, got both"),
+        (
+            ["evaluation.share=0"],
+            "evaluation.share: expected a share above 0, as output.best is reward_accuracy, got 0",
+        ),
         (["seed=3"], "seed=3: expected --seed in its place, got both"),
         (["--held-out", "1.5"], "--held-out: expected a source, or a share of at least 0 and below 1, got 1.5"),
         (
@@ -241,7 +248,7 @@ def test_interrupted_it_says_how_to_go_on(words, dph_command, monkeypatch, tmp_p
 
     def interrupted(self, prompts):
         calls.append(prompts)
-        if len(calls) == 3:
+        if len(calls) == 4:  # the second batch of round 1
             raise KeyboardInterrupt
         return whole(self, prompts)
 
@@ -280,6 +287,7 @@ def test_prompts_without_right_and_wrong_answers_are_an_error_that_says_so(words
     code, _, err = dph_command(*words, "--output", tmp_path / "out")
     assert code == 2
     assert "expected right and wrong answers to some prompt, got none among" in err.splitlines()[-1]
+    assert re.search(r"4 answers each, \d+ % of them cut off by --max-new-tokens: ", err)
 
 
 def test_locked(words, dph_command, tmp_path):
