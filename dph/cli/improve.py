@@ -104,20 +104,21 @@ def run(args: argparse.Namespace) -> None:
     from dph.data import atomic
     from dph.evaluate.best_of import NORMALISERS
     from dph.improve import checkers, figures, rounds, selection
+    from dph.improve.plan import Improvement, open_model
 
     train_prompts, held_out = _prompts(args)
     normalise = NORMALISERS[args.normalise]
     atomic.check_new_files(args.output)
 
-    def open_model(path: str) -> tuple[JudgingModel, Any]:
-        return rounds.open_model(path, args.device, args.dtype)
+    def opened(path: str) -> tuple[JudgingModel, Any]:
+        return open_model(path, args.device, args.dtype)
 
     completed: list[dict[str, Any]] = []
     with checkers.open_checker(
-        args.judge, [*train_prompts, *held_out], normalise=normalise, backbone=args.model, open_model=open_model,
+        args.judge, [*train_prompts, *held_out], normalise=normalise, backbone=args.model, open_model=opened,
         timeout=args.judge_timeout,
     ) as checker:  # fmt: skip
-        plan = rounds.Improvement(
+        plan = Improvement(
             model=args.model,
             prompts=train_prompts,
             held_out=held_out,
