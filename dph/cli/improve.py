@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
         return open_model(path, args.device, args.dtype)
 
     completed: list[dict[str, Any]] = []
-    with checkers.open_checker(
+    with contextlib.closing(Progress()) as progress, checkers.open_checker(
         args.judge, [*train_prompts, *held_out], normalise=normalise, backbone=args.model, open_model=opened,
         timeout=args.judge_timeout,
     ) as checker:  # fmt: skip
@@ -135,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
             device=args.device,
             dtype=args.dtype,
             note=lambda text: print(printable(text), file=sys.stderr, flush=True),
-            progress=Progress(),
+            progress=progress,
         )
         for metrics in rounds.improve(plan, args.rounds, _train):
             completed.append(metrics)
@@ -169,6 +170,11 @@ class Progress:
         if (is_new or done == total) and not sys.stderr.isatty():
             print(f"{name}: {done:,} of {total:,}", file=sys.stderr, flush=True)
         if done == total:
+            self.close()
+
+    def close(self) -> None:
+        """Leave the bar of the present file, if there is one."""
+        if self._shown is not None:
             self._shown.close()
             self._shown = None
 
@@ -180,7 +186,9 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     for override in args.overrides:
         if option := OWN.get(override.partition("=")[0].strip()):
             raise UserError(f"{override}: expected {option} in its place, got both")
-    own = ["data.sources=[]", "evaluation.sources=[]", "model.path=null", f"seed={args.seed}", f"device={args.device}"]
+    own = ["data.sources=[]", "evaluation.sources=[]", "model.path=null", f"seed={args.seed}"]
+    if args.device != "auto":  # which leaves it to the recipe
+        own.append(f"device={args.device}")
     return recipes.load(args.recipe, [*own, *args.overrides])
 
 
