@@ -1,5 +1,6 @@
 """Rounds of improvement: what is made, kept and never made twice; killed anywhere, the same command continues."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -15,8 +16,7 @@ from helpers.texts import message, small_tokenizer, write_lines
 from helpers.tiny import tiny_model
 
 from dph import chat
-from dph.cli import results
-from dph.cli.improve import Progress
+from dph.cli import improve, results
 from dph.cli.main import main
 from dph.data.candidates import read_candidates
 from dph.improve import rounds
@@ -259,9 +259,19 @@ def test_interrupted_it_says_how_to_go_on(words, dph_command, monkeypatch, tmp_p
     assert len((tmp_path / "out/round1/samples.jsonl.partial").read_text().splitlines()) == 5
 
 
+@pytest.mark.parametrize(
+    ("device", "values", "expected"),
+    [("cpu", [], "cpu"), ("cuda:1", [], "cuda:1"), ("auto", ["device=cuda:2"], "cuda:2"), ("auto", [], "auto")],
+)
+def test_training_has_the_device_of_the_command(device, values, expected):
+    args = argparse.Namespace(recipe="improve", overrides=values, seed=3, device=device)
+    recipe = improve._recipe(args)
+    assert (recipe.device, recipe.seed) == (expected, 3)
+
+
 def test_progress_of_a_file_has_its_ends_and_a_line_a_minute(monkeypatch, capsys):
     monkeypatch.setattr(results, "LINE_EVERY", 0)
-    progress = Progress()
+    progress = improve.Progress()
     for name in ("round 0: held-out prompts", "round 1: prompts"):
         for done in (2, 5, 10):
             progress(name, done, 10)
