@@ -177,7 +177,7 @@ def _plain(value: Any) -> Any:
 
 
 def _wrong_field(error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = error.errors(include_url=False)[0]
     name = ""
     for part in first["loc"]:
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
@@ -186,5 +186,9 @@ def _wrong_field(error: ValidationError) -> ApiError:
         return ApiError(400, f"{name}: not supported", param=name, code="unsupported_field")
     if first["type"] == "missing":
         return ApiError(400, f"{name}: expected a value, got none", param=name)
+    if first["type"] in ("too_short", "too_long"):
+        context = first["ctx"]
+        most = f"least {context['min_length']}" if first["type"] == "too_short" else f"most {context['max_length']}"
+        return ApiError(400, f"{name}: expected at {most}, got {len(first['input'])}", param=name)
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     return ApiError(400, f"{name}: {message}, got {shown(first['input'])}", param=name)

@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 import time
+import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -100,8 +101,12 @@ def test_a_bounded_end(models, tmp_path):
     with Server(models / "judge", tmp_path / "log", "--stop-timeout", 1, "--max-tokens", 8000) as server:
         body = {**CHAT, "max_tokens": 7000, "best_of": 2, "temperature": 0.3}
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(server.post, body)
+            dropped = pool.submit(server.post, body)
             server.wait_for("dph_jobs", 1.0)
             start = time.monotonic()
             assert server.stop() == 0
             assert time.monotonic() - start < 30
+            with pytest.raises(urllib.error.HTTPError, match="503") as caught:
+                dropped.result()
+        assert json.load(caught.value)["error"]["code"] == "stopping"
+        assert "Traceback" not in server.log.read_text()
