@@ -199,7 +199,7 @@ def _mapped(
     missing: Sequence[shards.Shard], arguments: tuple[Any, ...], args: argparse.Namespace
 ) -> Generator[Mapping[str, Any], None, None]:
     """Yield what :class:`Worker`, made with these arguments, returns for each shard, in the order of completion."""
-    with _connected(args.ray, args.workers) as ray:
+    with _connected(args.ray) as ray:
         resources = _resources([node["Resources"] for node in ray.nodes() if node["Alive"]], args)
         pool = ray.data.ActorPoolStrategy(size=resources.pop("workers"), max_tasks_in_flight_per_actor=1)
         rows = ray.data.from_items([shard._asdict() for shard in missing], override_num_blocks=len(missing))
@@ -211,7 +211,7 @@ def _mapped(
 
 
 @contextlib.contextmanager
-def _connected(address: str, workers: int | None) -> Iterator[Any]:
+def _connected(address: str) -> Iterator[Any]:
     """Context with a connection to a cluster; that of LOCAL ends with it. It has the module ``ray``."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of what Ray Data itself does
@@ -223,8 +223,11 @@ def _connected(address: str, workers: int | None) -> Iterator[Any]:
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
-        cores = max(len(os.sched_getaffinity(0)), workers or 1)
-        options |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+        options |= {
+            "num_cpus": len(os.sched_getaffinity(0)),
+            "include_dashboard": False,
+            "object_store_memory": STORE_BYTES,
+        }
     handler = signal.getsignal(signal.SIGTERM)
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints there that a worker was killed
         try:

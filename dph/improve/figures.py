@@ -29,14 +29,14 @@ def figures(lines: Sequence[Mapping[str, Any]], normalise: Callable[[str], str])
 
     Args:
         lines: of sampled answers (``dph.improve.rounds``), at least one.
-        normalise: answers that become equal count as one in a vote.
+        normalise: answers that become equal count as one in a vote, which is among the finished ones.
     """
     prompts = []
     for line in lines:
         scores = {PROBABLE: _of_finished(line, "logprobs")}
         if any(reward is not None for other in lines for reward in other["rewards"]):
             scores[REWARD] = line["rewards"]
-        prompts.append(scored(line["candidates"], line["correct"], scores))
+        prompts.append(scored(line["candidates"], line["correct"], scores, line["finished"]))
     by_rule, ns = {}, ()
     for curve in curves(prompts, normalise, {}):
         ns = curve.ns

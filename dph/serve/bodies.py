@@ -41,6 +41,12 @@ class ChatMessage(Body):
     role: Literal["system", "user", "assistant"]
     content: str
 
+    @field_validator("role", mode="before")
+    @classmethod
+    def rename_developer(cls, role: Any) -> Any:
+        """Return "system" for "developer", OpenAI's newer name of it."""
+        return "system" if role == "developer" else role
+
     @field_validator("content", mode="before")
     @classmethod
     def join_parts(cls, content: Any) -> Any:

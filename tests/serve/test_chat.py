@@ -149,6 +149,12 @@ def test_an_answer_can_be_sent_back_as_it_came(client):
     assert same[0] == same[1]
 
 
+def test_developer_is_the_newer_name_of_system(client):
+    names = ("system", "developer")
+    requests = [{**CHAT, "messages": [{"role": name, "content": "be brief"}, *QUESTION]} for name in names]
+    assert answered(client, requests[0])["choices"] == answered(client, requests[1])["choices"]
+
+
 def test_text_that_spells_control_tokens_stays_text(client, opened):
     body = {
         **CHAT,
