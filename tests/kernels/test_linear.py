@@ -8,6 +8,7 @@ from torch import nn
 import dph_kernels.linear as package
 from dph_kernels import dispatch, native
 from dph_kernels.linear import apply_linear, linear
+from dph_kernels.linear import native as linear_native
 
 MISSING = native.missing("cpu")
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -107,3 +108,27 @@ def test_everything_else_is_pytorch_s(monkeypatch):
     assert torch.equal(apply_linear(module, x), torch.zeros(1))
     monkeypatch.setattr(package, "LARGE", 10**6)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("rows", [1, 32, 33, 200])
+def test_bf16_without_bf16_instructions_is_computed_in_fp32(rows, monkeypatch):
+    """Outside of batch_invariant, too: few rows by the kernel, more by fp32 products of panels of weights."""
+    monkeypatch.setattr(package, "has_bf16_products", lambda: False)
+    monkeypatch.setattr(linear_native, "PANEL", 40 * 48)  # a last panel that is not full
+    x, weight, bias = drawn(rows, 48).bfloat16(), drawn(90, 48, seed=1).bfloat16(), drawn(90, seed=2).bfloat16()
+    token = dispatch._BATCH_INVARIANT.set(False)
+    try:
+        for given in (None, bias):
+            exact = F.linear(x.double(), weight.double(), None if given is None else given.double())
+            found = linear(x, weight, given)
+            assert found.dtype == torch.bfloat16
+            assert ((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
+        monkeypatch.setattr(package, "forward", None)
+        monkeypatch.setattr(package, "forward_by_panels", None)
+        assert torch.equal(linear(x.float(), weight.float()), F.linear(x.float(), weight.float()))
+        with torch.enable_grad():
+            assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+        monkeypatch.setattr(package, "has_bf16_products", lambda: True)
+        assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+    finally:
+        dispatch._BATCH_INVARIANT.reset(token)
