@@ -31,8 +31,9 @@ from dph.evaluate.metrics import Interval, resampled
 from dph.evaluate.tables import table
 from dph.improve.checkers import ReferenceChecker
 from dph.improve.figures import describe
+from dph.improve.plan import Improvement
 from dph.improve.prompts import Prompt
-from dph.improve.rounds import Improvement, improve
+from dph.improve.rounds import improve
 from dph.improve.selection import Selection
 from dph.train import recipe
 from dph.train.entry import train

@@ -51,7 +51,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16"),
-        help="of the weights (default: bfloat16 on a GPU, float32 on the CPU)",
+        help="of the weights (default: bfloat16 on a GPU, float32 on the CPU, where bfloat16 takes half of the memory)",
     )
 
 

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from dph.model.fused_block import OPTIONAL, BlockMemory, BlockShape, BlockWeights, fused_block, stored_first
 from dph_kernels import checks, dispatch
 from dph_kernels.layout import PackedLayout
-from dph_kernels.linear import apply_linear, may_differ
+from dph_kernels.linear import apply_linear
 from dph_kernels.residual_norm import residual_norm
 from dph_kernels.rope_attention import rope_attention, split_heads
 from dph_kernels.swiglu import swiglu
@@ -148,7 +148,7 @@ class Block(nn.Module):
         if form.fused:
             total, activations = fused_block(x, layout, memory, form.shape, form.weights)
             fc2 = self.ffn.fc2
-            return total + (apply_linear(fc2, activations) if may_differ(x) else fc2(activations))
+            return total + apply_linear(fc2, activations)
         if memory_kind == "hidden":
             return self.after(x, self.attention.forward_inputs(self.attention_norm(x), layout, memory))
         return self.after(x, self.attention(self.before(x), layout, memory))

@@ -22,7 +22,7 @@ FEW = 32  # rows up to which the kernel multiplies bf16 weights faster than PyTo
 
 def may_differ(x: Tensor) -> bool:
     """Whether :func:`linear` may compute a product of ``x`` otherwise than PyTorch."""
-    return dispatch.is_batch_invariant() or _is_decoded(x)
+    return not torch.compiler.is_compiling() and (dispatch.is_batch_invariant() or _is_decoded(x))
 
 
 def _is_decoded(x: Tensor) -> bool:
@@ -30,7 +30,7 @@ def _is_decoded(x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``x W^T + bias`` [R, N] of rows [R, K] and weights [N, K].
+    """Return ``x W^T + bias`` [.., N] of rows [.., K] and weights [N, K].
 
     Without gradients, rows on the CPU are multiplied with large weights in fp32, and only the results of bf16 ones are
     rounded: by the kernel inside of ``dispatch.batch_invariant()``, and bf16 rows on a CPU without bf16 instructions
@@ -43,21 +43,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or weight.numel() < LARGE
         or x.device.type != "cpu"
         or x.dtype not in DTYPES
-        or x.ndim != 2
-        or x.shape[1:] != weight.shape[1:]
+        or x.ndim < 2
+        or x.shape[-1:] != weight.shape[1:]
         or any(tensor.dtype != x.dtype for tensor in tensors)
         or torch.is_autocast_enabled("cpu")
         or not dispatch.can_bypass_dispatcher(tensors)
         or missing("cpu")
     ):
         return F.linear(x, weight, bias)
-    if dispatch.is_batch_invariant() or len(x) <= FEW:
-        return forward(x, weight, bias)
-    return forward_by_panels(x, weight, bias)
+    rows = x.flatten(0, -2)
+    multiply = forward if dispatch.is_batch_invariant() or len(rows) <= FEW else forward_by_panels
+    return multiply(rows, weight, bias).view(*x.shape[:-1], len(weight))
 
 
 def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
-    """Return ``module(x)``, by :func:`linear` if the module is a plain ``nn.Linear``."""
-    if dispatch.is_modified(module, nn.Linear):
+    """Return ``module(x)``, by :func:`linear` if the module is a plain ``nn.Linear`` and that may differ."""
+    if not may_differ(x) or dispatch.is_modified(module, nn.Linear):
         return module(x)
     return linear(x, module.weight, module.bias)

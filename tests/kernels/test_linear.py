@@ -81,6 +81,12 @@ def test_strided_rows_and_weights_and_any_number_of_threads():
         torch.set_num_threads(threads)
 
 
+def test_rows_have_any_number_of_dimensions():
+    x, weight = drawn(2, 3, 4, 50), drawn(8, 50, seed=1)
+    assert torch.equal(linear(x, weight).flatten(0, -2), linear(x.flatten(0, -2), weight))
+    assert linear(x[:0], weight).shape == (0, 3, 4, 8)
+
+
 def test_nan_and_infinity_stay_in_their_rows():
     x, weight = drawn(6, 50), drawn(8, 50, seed=1)
     expected = linear(x, weight)
@@ -92,11 +98,11 @@ def test_nan_and_infinity_stay_in_their_rows():
 
 
 def test_everything_else_is_pytorch_s(monkeypatch):
-    """Other dtypes and ranks, gradients, autocast, and modules with hooks; errors are those of PyTorch."""
+    """Other dtypes, vectors, gradients, autocast, and modules with hooks; errors are those of PyTorch."""
     monkeypatch.setattr(package, "forward", None)
     x, weight = drawn(6, 5), drawn(8, 5, seed=1)
     assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
-    assert torch.equal(linear(x[None], weight), F.linear(x[None], weight))
+    assert torch.equal(linear(x[0], weight), F.linear(x[0], weight))
     with torch.enable_grad():
         assert linear(x, weight.requires_grad_()).requires_grad
     with torch.autocast("cpu", torch.bfloat16):
