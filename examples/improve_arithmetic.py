@@ -1,10 +1,11 @@
-"""Arithmetic that a small chat model can do at times, improved by its own samples: two rounds of ``dph improve``.
+"""Arithmetic that a small chat model can do at times, improved by its own samples with ``dph improve``.
 
-Problems of one and two steps are generated, and some solved ones stand in front of each as earlier turns. The model
-samples answers, the last number of each is compared with the result, and a reward head learns which are right; the
-model itself stays frozen. On held-out problems the table has, for each seed and over all, the share of right answers of
-one sample, of the most probable and of the best by reward among N, of a vote, and of an oracle, with 95% intervals; the
-differences are those of the same problems.
+Problems of one and two steps are generated, and two solved ones, one of each kind, stand in front of each as earlier
+turns. The model samples answers, the last number of each is compared with the result, and a reward head learns which
+are right; the model itself stays frozen. Many of its mistakes show: a step too many, or one that is left out. On
+held-out problems the table has, for each seed and over all, the share of right answers of one sample, of the most
+probable and of the best by reward among N, and of an oracle, with 95% intervals; the differences are those of the same
+problems. A model of 135M parameters takes 13 minutes a seed on 2 CPU cores.
 
     python examples/improve_arithmetic.py MODEL --output runs/arithmetic
 
