@@ -103,7 +103,7 @@ def test_a_head_on_a_frozen_layer(layer, tmp_path):
 
 
 def test_cached_references_and_shared_states_change_nothing(tmp_path):
-    """But rounding: references are cached in other batches, and a product may round a row otherwise among other rows."""
+    """But rounding: references are cached in other batches, and a product may round a row by the rows beside it."""
     changes = {"batch__micro": 2}
     shared = go(last("align", tmp_path / "shared", **changes), model=model_of(None))
     cached = go(last("align", tmp_path / "cached", objective__reference="cache", **changes), model=model_of(None))
