@@ -320,3 +320,10 @@ def toolchain() -> dict[str, str]:
     from dph_kernels import native
 
     return native.toolchain()
+
+
+def one_thread() -> str | None:
+    """Return why the C++ kernels use one thread and the command that changes it, or None."""
+    from dph_kernels import native
+
+    return native.one_thread()
