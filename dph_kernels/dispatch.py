@@ -288,9 +288,9 @@ _BATCH_INVARIANT = ContextVar("batch_invariant", default=False)
 def batch_invariant() -> Iterator[None]:
     """Let each row's result be the same bits with any other rows in its call, in this thread.
 
-    "auto" then takes the same kernels for any number of rows, and the CPU's attention computes each segment by itself:
-    slower for many short ones that share a prompt. The products of PyTorch's matrices decide for themselves: those of
-    the CPU do so from 16 rows on.
+    "auto" then takes the same kernels for any number of rows, the CPU's attention computes each segment by itself,
+    which is slower for many short ones that share a prompt, and ``dph_kernels.linear`` multiplies rows with weights.
+    The products of PyTorch's matrices, which others than the CPU's kernels use, decide for themselves.
     """
     token = _BATCH_INVARIANT.set(True)
     try:

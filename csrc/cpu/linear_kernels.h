@@ -1,7 +1,8 @@
 // Products of rows with weights for one instruction set (each_instruction_set.h).
 //
-// Vector lanes are columns of x and of the weights, both of which are read in their original layout: every weight comes
-// from memory once for a block of rows of x, which stays in the cache.
+// Of large weights the vector lanes are columns of x and of the weights, both of which are read in their original layout:
+// every weight comes from memory once for a block of rows of x, which stays in the cache. Of small ones, which are in a
+// cache anyway and whose rows may be short, the lanes are rows of the weights, which are transposed first.
 
 #define DPH_FN DPH_TARGET static inline __attribute__((always_inline))
 
@@ -20,6 +21,7 @@ DPH_FN Vec load(const uint16_t* bf16) {
   return reinterpret_cast<Vec>(bits);
 }
 #include "lane_sum.h"
+#include "transpose.h"
 
 DPH_FN float value(float x) { return x; }
 DPH_FN float value(uint16_t bf16) { return float_from_bf16(bf16); }
@@ -72,6 +74,78 @@ DPH_FN void block(const LinearArguments& a, int64_t first, int64_t last, int64_t
 // Results of rows [first, last) and columns [column, end).
 DPH_TARGET inline void linear_block(const LinearArguments& a, int64_t first, int64_t last, int64_t column, int64_t end) {
   a.bf16 ? block<uint16_t>(a, first, last, column, end) : block<float>(a, first, last, column, end);
+}
+
+// Small weights
+
+constexpr int64_t SPAN = 2 * W;                  // columns of a tile
+constexpr int64_t MANY = DPH_LANES == 16 ? 12 : 6;  // rows of a tile
+
+// packed [depth, SPAN] becomes the transpose of ``count`` rows of weights from ``column`` on, and zeros.
+template <class T>
+DPH_FN void pack(float* packed, const LinearArguments& a, int64_t column, int64_t count) {
+  const T* const weight = static_cast<const T*>(a.weight) + column * a.weight_row;
+  for (int64_t first = 0; first < SPAN; first += W) {
+    int64_t k = 0;
+    for (; k + W <= a.depth; k += W) {
+      Vec rows[W];
+      for (int64_t n = 0; n < W; ++n) {
+        rows[n] = first + n < count ? load(weight + (first + n) * a.weight_row + k) : Vec{};
+      }
+      turn(rows);
+      for (int64_t l = 0; l < W; ++l) *reinterpret_cast<Loose*>(packed + (k + l) * SPAN + first) = rows[l];
+    }
+    for (; k < a.depth; ++k) {
+      for (int64_t n = first; n < first + W; ++n) {
+        packed[k * SPAN + n] = n < count ? value(weight[n * a.weight_row + k]) : 0.0f;
+      }
+    }
+  }
+}
+
+// The results of M rows of x and ``count`` columns.
+template <int M>
+DPH_FN void packed_tile(const LinearArguments& a, const float* packed, int64_t row, int64_t column, int64_t count) {
+  const float* const x = a.x + row * a.x_row;
+  Vec sums[M][2] = {};
+  for (int64_t k = 0; k < a.depth; ++k) {
+    const Vec low = load(packed + k * SPAN), high = load(packed + k * SPAN + W);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+      const float of_row = x[m * a.x_row + k];
+      sums[m][0] += of_row * low;
+      sums[m][1] += of_row * high;
+    }
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m) {
+    float results[SPAN];
+    memcpy(results, sums[m], sizeof results);
+    float* const out = a.out + (row + m) * a.out_row + column;
+    if (a.bias) {
+      for (int64_t n = 0; n < count; ++n) out[n] = results[n] + a.bias[column + n];
+    } else {
+      memcpy(out, results, count * sizeof(float));
+    }
+  }
+}
+
+template <class T>
+DPH_FN void packed_rows(const LinearArguments& a, float* packed, int64_t first, int64_t last, int64_t column,
+                        int64_t count) {
+  pack<T>(packed, a, column, count);
+  int64_t row = first;
+  for (; row + MANY <= last; row += MANY) packed_tile<MANY>(a, packed, row, column, count);
+  for (; row + 4 <= last; row += 4) packed_tile<4>(a, packed, row, column, count);
+  for (; row < last; ++row) packed_tile<1>(a, packed, row, column, count);
+}
+
+// Results of rows [first, last) and at most SPAN columns from ``column`` on; ``packed`` has depth * SPAN floats.
+DPH_TARGET inline void linear_packed(const LinearArguments& a, float* packed, int64_t first, int64_t last,
+                                     int64_t column) {
+  const int64_t count = a.columns - column < SPAN ? a.columns - column : SPAN;
+  a.bf16 ? packed_rows<uint16_t>(a, packed, first, last, column, count)
+         : packed_rows<float>(a, packed, first, last, column, count);
 }
 
 #undef DPH_FN

@@ -16,7 +16,7 @@ from dph_kernels.transfer import to_device
 if TYPE_CHECKING:
     from dph.model.judging import JudgingModel
 
-# PyTorch's products of matrices on the CPU take another way for fewer rows, with other rounding.
+# PyTorch's products of matrices, where ours are not there, take another way for fewer rows, with other rounding.
 LEAST_ROWS, ROW_MULTIPLE = 16, 8
 
 
@@ -73,7 +73,8 @@ class TokenPool(KVPool):
         """Return the logits [R, V] fp32 after ``rows`` [R] of hidden states [T, C]."""
         padded = np.concatenate([rows, np.repeat(rows[:1], padded_count(len(rows)) - len(rows))])
         states = hidden[to_device(torch.from_numpy(padded), hidden.device)]
-        return apply_linear(self._model.lm_head, self._model.output_proj(states))[: len(rows)].float()
+        predicting = apply_linear(self._model.output_proj, states)
+        return apply_linear(self._model.lm_head, predicting)[: len(rows)].float()
 
 
 def padded_count(rows: int) -> int:

@@ -307,7 +307,8 @@ class Backbone(nn.Module):
         draws = recompute and _has_dropout(self.blocks)
         if states is None:
             first = 0
-            x = self.input_norm(self.input_proj(tokens if tokens.is_floating_point() else self.embedding(tokens)))
+            embedded = tokens if tokens.is_floating_point() else self.embedding(tokens)
+            x = self.input_norm(apply_linear(self.input_proj, embedded))
         else:
             first, x = states
         for i, block in enumerate(self.blocks):

@@ -19,6 +19,18 @@ class SwiGLU(nn.Module):
         return swiglu(projected)
 
 
+def deviations(states: Tensor) -> Tensor:
+    """Return the standard deviation [C] of each column of states [R, C] in fp64; 1 for one that is constant.
+
+    A column that varies by no more than rounding is constant, as the embedding of the token that ends every answer.
+    Divided by its deviation the rounding, which differs from one batch to another, would count as much as any state.
+    """
+    exact = states.double()
+    rounding = max(32 * torch.finfo(torch.float32).eps, torch.finfo(states.dtype).eps)
+    deviation = exact.std(0)
+    return torch.where(deviation > rounding * exact.abs().amax(0), deviation, 1.0)
+
+
 class Standardise(nn.Module):
     """(h - mean) / deviation, by figures of the training answers' states; (0, 1) until they are set."""
 
@@ -30,10 +42,8 @@ class Standardise(nn.Module):
     @torch.no_grad()
     def fit(self, states: Tensor) -> None:
         """Set the figures from states [R, C], of at least two different rows; a constant column keeps its scale."""
-        exact = states.double()
-        self.mean.copy_(exact.mean(0))
-        deviation = exact.std(0)
-        self.deviation.copy_(torch.where(deviation > 0, deviation, 1.0))
+        self.mean.copy_(states.double().mean(0))
+        self.deviation.copy_(deviations(states))
 
     @property
     def is_fitted(self) -> bool:

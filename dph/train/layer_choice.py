@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dph.data.sampler import draw
+from dph.model.heads import deviations
 
 FOLDS = 5
 DECAYS = (0.03, 0.1, 0.3, 1.0)  # of the probes, relative to the mean loss
@@ -42,9 +43,8 @@ def probe_layers(
     folds = torch.tensor([draw(FOLDS, seed, repr(prompt)) for prompt in prompts])
     accuracies = []
     for layers in [[layer] for layer in range(states.shape[2])] if chosen is None else chosen:
-        own = states[:, :, layers].flatten(2).double()
-        deviation = own.flatten(0, 1).std(0)
-        difference = (own[:, 0] - own[:, 1]) / torch.where(deviation > 0, deviation, 1.0)
+        own = states[:, :, layers].flatten(2)
+        difference = (own[:, 0].double() - own[:, 1].double()) / deviations(own.flatten(0, 1))
         accuracies.append(max(_cross_validated(difference, folds, decay) for decay in DECAYS))
     return accuracies
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 @pytest.fixture(autouse=True)
 def every_size(monkeypatch):
-    """Also small weights, which PyTorch multiplies otherwise, without gradients."""
+    """Without gradients, and also small weights outside of batch_invariant."""
     monkeypatch.setattr(package, "LARGE", 0)
     with torch.no_grad(), dispatch.batch_invariant():
         yield
@@ -41,6 +41,9 @@ SIZES = [
     (4, 16, 4),
     (17, 130, 33),
     (70, 576, 100),
+    (29, 100, 40),
+    (5, 600, 450),
+    (400, 24, 65),
     (5, 33, 4),
     (9, 2100, 3),
     (0, 8, 4),
@@ -112,13 +115,11 @@ def test_everything_else_is_pytorch_s(monkeypatch):
     module = nn.Linear(5, 8)
     module.register_forward_hook(lambda *_: torch.zeros(1))
     assert torch.equal(apply_linear(module, x), torch.zeros(1))
-    monkeypatch.setattr(package, "LARGE", 10**6)
-    assert torch.equal(linear(x, weight), F.linear(x, weight))
 
 
 @pytest.mark.parametrize("rows", [1, 32, 33, 200])
 def test_bf16_without_bf16_instructions_is_computed_in_fp32(rows, monkeypatch):
-    """Outside of batch_invariant, too: few rows by the kernel, more by fp32 products of panels of weights."""
+    """Outside of batch_invariant, too: few rows by the kernel, more by fp32 products of panels of large weights."""
     monkeypatch.setattr(package, "has_bf16_products", lambda: False)
     monkeypatch.setattr(linear_native, "PANEL", 40 * 48)  # a last panel that is not full
     x, weight, bias = drawn(rows, 48).bfloat16(), drawn(90, 48, seed=1).bfloat16(), drawn(90, seed=2).bfloat16()
@@ -131,6 +132,9 @@ def test_bf16_without_bf16_instructions_is_computed_in_fp32(rows, monkeypatch):
             assert ((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
         monkeypatch.setattr(package, "forward", None)
         monkeypatch.setattr(package, "forward_by_panels", None)
+        monkeypatch.setattr(package, "LARGE", 10**6)
+        assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+        monkeypatch.setattr(package, "LARGE", 0)
         assert torch.equal(linear(x.float(), weight.float()), F.linear(x.float(), weight.float()))
         with torch.enable_grad():
             assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))

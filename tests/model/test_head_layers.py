@@ -10,6 +10,7 @@ import dph
 from dph.chat import Encoded
 from dph.errors import UserError
 from dph.model.auto_classes import RewardModel
+from dph.model.heads import Standardise
 
 IDS = torch.cat([tokens(3, 9), torch.full((3, 1), END)], 1)
 
@@ -38,6 +39,23 @@ def test_rewards_are_those_of_the_layer_s_states(layer, form):
     output = classifier(IDS, output_hidden_states=True)
     torch.testing.assert_close(output.logits[:, 0], expected)
     assert len(output.hidden_states) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_column_that_varies_by_rounding_alone_keeps_its_scale(dtype):
+    """As the state of the last token below the first block, which is the same for all answers."""
+    torch.manual_seed(0)
+    states = torch.randn(40, 6)
+    states[:, 0], states[:, 1] = 0.37, 0.37 + 1e-7 * torch.randn(40)
+    states[:, 2], states[:, 3] = 1e-6 * states[:, 2], 100 + states[:, 3]
+    states = states.to(dtype)
+    figures = Standardise(6)
+    figures.fit(states)
+    exact = states.double()
+    constant = [0, 1]
+    assert figures.deviation[constant].tolist() == [1.0, 1.0]
+    torch.testing.assert_close(figures.deviation[2:].double(), exact[:, 2:].std(0), rtol=1e-6, atol=0.0)
+    assert (figures((states + 1e-6 * torch.randn(40, 6)).float())[:, constant].abs() < 1e-2).all()
 
 
 @pytest.mark.parametrize("layers", [[1, 2], [2, 0, -1]])
