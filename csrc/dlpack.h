@@ -23,6 +23,7 @@ struct DLDataType {
   uint16_t lanes;
 };
 
+constexpr int32_t kDLCPU = 1;                   // type of DLDevice
 constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;  // codes of DLDataType
 
 struct DLTensor {

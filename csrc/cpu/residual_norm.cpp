@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t LEAST_ROWS = 16;   // minimum rows per chunk
 constexpr int64_t MOST_CHUNKS = 64;  // limits the cost of adding the partial sums
 constexpr int64_t BLOCK = 256;       // columns that a thread reduces at a time
-constexpr int64_t SMALL = 16384;     // elements up to which a second thread does not pay off
+constexpr int64_t SMALL = 32768;     // elements up to which a second thread does not pay off
 
 int64_t chunk_rows(int64_t rows) { return std::max(LEAST_ROWS, (rows + MOST_CHUNKS - 1) / MOST_CHUNKS); }
 int64_t chunk_count(int64_t rows) { return (rows + chunk_rows(rows) - 1) / chunk_rows(rows); }
@@ -78,6 +78,7 @@ DPH_INLINE void forward_row(const ResidualNorm& a, const Row& row) {
     const float value = centred * rstd * get(weight[i]);
     put(normed[i], BIAS ? value + get(bias[i]) : value);
   }
+  if (!a.rstd) return;
   if (!RMS) a.mean[row.index] = mean;
   a.rstd[row.index] = rstd;
 }
@@ -226,7 +227,8 @@ int residual_norm_lanes(int most) {
 
 void residual_norm_forward_cpu(const ResidualNorm& a, int threads) {
   if (!a.rows) return;
-#pragma omp parallel for schedule(static) num_threads(threads) if (a.rows * a.columns > SMALL)
+  if (threads == 1 || a.rows * a.columns <= SMALL) return passes.forward(a, 0, a.rows);
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int part = 0; part < threads; ++part) {
     passes.forward(a, a.rows * part / threads, a.rows * (part + 1) / threads);
   }

@@ -50,13 +50,18 @@ def test_it_names_the_backends_that_run(monkeypatch):
         assert {(operator, getattr(report, name).backend) for name, operator in OPERATORS.items()} <= used
 
 
-def test_few_elements_are_left_to_pytorch(monkeypatch):
+def test_few_elements_are_left_to_pytorch_without_a_kernel(monkeypatch):
+    """In fp64; in fp32 the CPU's kernels compute them."""
     monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", TOKENS * 16)
-    (report, _) = report_blocks(tiny_model().backbone, TOKENS)
-    backends = report.attention.backend, report.norm.backend, report.gate.backend
-    assert (report.fused, *backends) == (False, "cpu", "PyTorch", "cpu")  # the gate has more columns
+    for double, norm in ((True, "PyTorch"), (False, "cpu")):
+        model = tiny_model()
+        (report, _) = report_blocks((model.double() if double else model).backbone, TOKENS)
+        backends = report.attention.backend, report.norm.backend, report.gate.backend
+        kernel = "reference" if double else "cpu"  # the gate has more columns
+        assert (report.fused, *backends) == (False, kernel, norm, kernel)
     monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", TOKENS * 48)
-    assert report_blocks(tiny_model().backbone, TOKENS)[0].gate.backend == "PyTorch"
+    assert report_blocks(tiny_model().double().backbone, TOKENS)[0].gate.backend == "PyTorch"
+    assert report_blocks(tiny_model().backbone, TOKENS)[0].gate.backend == "cpu"
 
 
 def test_its_forms_are_those_of_the_call(monkeypatch):
