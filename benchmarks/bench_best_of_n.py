@@ -53,11 +53,11 @@ class FullLength(PooledEngine):
         states = self._states
         states["ending"] = states["said"] == states["limit"]
         last = (states["start"] + states["said"] - 1)[states["ending"]]
-        drawn = self._token_at[last].copy()
-        self._token_at[last] = self.end
+        drawn = self.pool.tokens[last].copy()
+        self.pool.tokens[last] = self.end
         known = torch.from_numpy(drawn != self.end)
         if known.any():  # the log-probability is that of the token that takes the drawn one's place
-            self._keep_logprobs(last, logits, self._token_at[last])
+            self.pool.keep_logprobs(last, logits, self.pool.tokens[last])
 
 
 class Ours:

@@ -2,8 +2,8 @@
 
 All compute the loss of supervised training, the mean of -log p over R rows, so that implementations with one loss for
 all rows can take part: they have the upstream gradient in the forward pass and need three products instead of four (as
-does ours on a GPU and on Intel's CPUs, if one upstream gradient holds for all rows). Rates count the necessary three.
-Peak memory excludes the gradients themselves.
+does ours on a GPU and on most CPUs). The "weighted" rows have the mean of -w log p, with a weight w of each row that ours
+is given. Rates count the necessary three products. Peak memory excludes the gradients themselves.
 """
 
 import ctypes
@@ -27,17 +27,21 @@ SECONDS = 2.0
 # Forward and backward pass, by device: our speed as a multiple of theirs, and their memory as a multiple of ours.
 GOALS = {"cpu": {"materialised": 1.1}, "cuda": {"best rival": 1.0}}
 MEMORY = {"cpu": {"materialised": 20}, "cuda": {}}
-PRODUCTS = {"forward": 1, "both": 3}
-TITLES = {"forward": "forward", "both": "forward + backward"}
+PRODUCTS = {"forward": 1, "both": 3, "weighted": 3}
+TITLES = {"forward": "forward", "both": "forward + backward", "weighted": "weighted, forward + backward"}
+BY_ROW = tuple(PRODUCTS)  # directions of implementations that return the log-probability of each row
 
 
 class Contender(NamedTuple):
-    """``make()`` gives a function of hidden, weight and targets: [R] log-probabilities, or the loss."""
+    """``make()`` gives a function of hidden, weight and targets: [R] log-probabilities, or the loss.
+
+    Ours also takes the weights of the rows.
+    """
 
     who: str
     make: Callable
     kind: str = "rival"
-    directions: tuple[str, ...] = ("forward", "both")
+    directions: tuple[str, ...] = BY_ROW
 
 
 def materialised(hidden, weight, targets):
@@ -99,33 +103,38 @@ CONTENDERS = [
 
 @functools.cache
 def problem(rows):
-    """Return hidden, weight and targets."""
+    """Return hidden, weight, targets and the weights of rows."""
     torch.manual_seed(0)
     hidden = torch.randn(rows, C, device=DEVICE).to(DTYPE).requires_grad_()
     weight = torch.randn(V, C, device=DEVICE).mul(0.05).to(DTYPE).requires_grad_()
-    return hidden, weight, torch.randint(V, (rows,), device=DEVICE)
+    return hidden, weight, torch.randint(V, (rows,), device=DEVICE), torch.rand(rows, device=DEVICE)
 
 
-def step(run, direction, hidden, weight, targets):
-    """Return the loss, and for both directions its gradients."""
-    with torch.set_grad_enabled(direction == "both"):
-        out = run(hidden, weight, targets)
+def step(contender, direction, run, hidden, weight, targets, row_weights):
+    """Return the loss, and unless ``direction`` is forward its gradients."""
+    known = {"row_weights": row_weights} if direction == "weighted" and contender.kind == "ours" else {}
+    with torch.set_grad_enabled(direction != "forward"):
+        out = run(hidden, weight, targets, **known)
+        if direction == "weighted":
+            out = row_weights * out
         loss = -out.mean() if out.ndim else out
-    return [loss, *torch.autograd.grad(loss, (hidden, weight))] if direction == "both" else [loss]
+    return [loss] if direction == "forward" else [loss, *torch.autograd.grad(loss, (hidden, weight))]
 
 
 @functools.cache
-def truth(rows):
-    hidden, weight, targets = problem(rows)
+def truth(rows, weighted):
+    hidden, weight, targets, row_weights = problem(rows)
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    loss = torch.nn.functional.cross_entropy(wide[0] @ wide[1].T, targets)
+    losses = torch.nn.functional.cross_entropy(wide[0] @ wide[1].T, targets, reduction="none")
+    loss = (row_weights * losses if weighted else losses).mean()
     return [loss.detach(), *torch.autograd.grad(loss, wide)]
 
 
-def check(run, direction, rows=300):
+def check(contender, direction, run, rows=300):
     """Compare with fp64, on fewer rows since fp64 is slow."""
-    for got, want in zip(step(run, direction, *problem(rows)), truth(rows), strict=False):
-        error = (got.double() - want).abs().max()
+    got = step(contender, direction, run, *problem(rows))
+    for result, want in zip(got, truth(rows, direction == "weighted"), strict=False):
+        error = (result.double() - want).abs().max()
         assert error <= TOLERANCE * want.abs().max(), f"off by {error:.2e}"
 
 
@@ -162,7 +171,7 @@ def bench_linear_logprob(direction, contender, timed, peak_memory, record, limit
         pytest.skip(reason)
     try:
         run = contender.make()
-        check(run, direction)
+        check(contender, direction, run)
     except Exception as error:  # a rival that fails or is inaccurate on this machine
         if not rival:
             raise
@@ -170,11 +179,11 @@ def bench_linear_logprob(direction, contender, timed, peak_memory, record, limit
     given = problem(R)
 
     def once():
-        step(run, direction, *given)
+        step(contender, direction, run, *given)
 
     once()
     peak = peak_memory(once) if DEVICE == "cuda" else peak_on_cpu(once)
-    if peak is not None and direction == "both":
+    if peak is not None and direction != "forward":
         peak -= sum(x.numel() * x.element_size() for x in given[:2])
     timed(once, SECONDS)
     record(

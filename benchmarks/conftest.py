@@ -191,11 +191,18 @@ def _quantiles(times):
 
 
 def device():
-    """Return the machine's name in results: the GPU's, or the processor's with the number of threads."""
+    """Return the machine's name in results: the GPU's, or the processor's with threads and instruction set."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = cpuinfo.get_cpu_info().get("brand_raw", platform.machine())
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{name}, {torch.get_num_threads()} threads, {instruction_set()}"
+
+
+def instruction_set():
+    """Return the name of the widest instruction set in use, that of PyTorch and ours if they differ (avx2.sh)."""
+    pytorch = torch.backends.cpu.get_cpu_capability()
+    ours = native.cpu_capability() if native.missing("cpu") is None else None
+    return pytorch if ours in (pytorch.lower(), None) else f"{pytorch} (ours: {ours})"
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

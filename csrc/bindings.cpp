@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "cpu/instruction_sets.h"
 #include "cpu/pages.h"
 #include "dlpack.h"
 #include "laprop.h"
@@ -134,11 +135,12 @@ void bind_linear_logprob(py::module_& module) {
       .def_property("logprobs", nullptr, address(&LogprobTile::logprobs))
       .def_property("entropy", nullptr, address(&LogprobTile::entropy))
       .def_property("best", nullptr, address(&LogprobTile::best))
-      .def_property("upstream", nullptr, address(&LogprobTile::upstream));
+      .def_property("upstream", nullptr, address(&LogprobTile::upstream))
+      .def_property("factors", nullptr, address(&LogprobTile::factors));
   const py::call_guard<py::gil_scoped_release> released;
   module.def("linear_logprob_reduce_cpu", &linear_logprob_reduce_cpu, "tile"_a, "threads"_a, released);
   module.def("linear_logprob_gradient_cpu", &linear_logprob_gradient_cpu, "tile"_a, "threads"_a, released);
-  module.def("linear_logprob_both_cpu", &linear_logprob_both_cpu, "tile"_a, "threads"_a, released);
+  module.def("linear_logprob_keep_cpu", &linear_logprob_keep_cpu, "tile"_a, "threads"_a, released);
 }
 
 // DLPack function table of torch.Tensor.
@@ -1002,6 +1004,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("prefer_huge_pages", [](intptr_t data, int64_t bytes) {
     dph::prefer_huge_pages(reinterpret_cast<void*>(data), bytes);
   });
+  module.attr("vector_floats") = dph::vector_floats();
 #if defined(__x86_64__) && defined(__GNUC__)
   module.attr("intel") = __builtin_cpu_is("intel") != 0;  // CPU vendor
 #else

@@ -6,19 +6,12 @@
 #include <cstdint>
 #include <cstring>
 
-// Inline functions shared by the CPU and CUDA kernels of an operator.
+// Inline functions: those shared by the CPU and CUDA kernels of an operator, and helpers of the CPU kernels, which must be
+// inlined to be compiled for the caller's instruction set.
 #ifdef __CUDACC__
 #define DPH_INLINE __host__ __device__ __forceinline__
 #else
 #define DPH_INLINE inline __attribute__((always_inline))
-#endif
-
-// Compiles a function for AVX-512, AVX2 and the baseline; the dynamic loader selects the best version that the CPU
-// supports. Helpers must be inlined (DPH_INLINE); otherwise they are compiled for the baseline only.
-#if defined(__x86_64__) && defined(__linux__) && !defined(__CUDACC__)
-#define DPH_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define DPH_CLONES
 #endif
 
 namespace dph {

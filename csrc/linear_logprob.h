@@ -24,7 +24,8 @@ struct LogprobTile {
   float* entropy = nullptr;  // null, like best, if not requested
   int64_t* best = nullptr;
 
-  const float* upstream = nullptr;  // [rows], gradient passes only
+  const float* upstream = nullptr;  // [rows], gradient pass only
+  float* factors = nullptr;         // [rows], linear_logprob_keep_cpu only
 };
 
 // Updates largest, log_sum, logprobs, entropy and best with one tile.
@@ -33,7 +34,8 @@ void linear_logprob_reduce_cpu(const LogprobTile& tile, int threads);
 // Replaces the logits by their gradients, in place: upstream * (onehot(target) - exp(logit - largest - log_sum)).
 void linear_logprob_gradient_cpu(const LogprobTile& tile, int threads);
 
-// Both passes, for a tile that spans the whole vocabulary: each row is read from memory once.
-void linear_logprob_both_cpu(const LogprobTile& tile, int threads);
+// Both passes for upstream gradients of 1 and a tile that spans the whole vocabulary, each row of which is read from
+// memory once. The logits' gradients are ``factors`` times what replaces the logits: products scale fewer numbers by it.
+void linear_logprob_keep_cpu(const LogprobTile& tile, int threads);
 
 }  // namespace dph

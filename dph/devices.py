@@ -24,6 +24,13 @@ def choose(name: str, key: str = "device") -> str:
     return name
 
 
+def inference_dtype(name: str, device: str) -> str:
+    """Return the dtype ``name``; for "auto" float32 on the CPU, where it is the fastest, and bfloat16 on a GPU."""
+    if name != "auto":
+        return name
+    return "float32" if device == "cpu" else "bfloat16"
+
+
 def low_precision(precision: str, device: torch.device) -> bool:
     """Whether a stage computes in bf16; "auto" does on GPUs."""
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")

@@ -18,6 +18,11 @@ class OtherRankFailed(RuntimeError):
     """Raised on the ranks that did not fail; the failing rank reports the error."""
 
 
+def add_note(error: BaseException, text: str) -> None:
+    """Add a note to an exception, as its method ``add_note`` of Python 3.11 does."""
+    error.__notes__ = [*getattr(error, "__notes__", ()), text]
+
+
 # Control characters (C0 and C1), the marks that reorder text or end a line, and halves of surrogate pairs, which no
 # encoding can write.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

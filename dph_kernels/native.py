@@ -18,6 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CPU_CAPABILITIES = {"baseline": 4, "avx2": 8, "avx512": 16}
+"""Instruction set of the CPU's kernels -> floats per vector. The environment variable DPH_CPU_CAPABILITY, read once,
+names the widest one that they may use, if the CPU has it, as ATEN_CPU_CAPABILITY does for PyTorch."""
+
+
+def _check_capability(name: str) -> None:
+    """Raise ValueError for a value of DPH_CPU_CAPABILITY that the module would ignore."""
+    if name and name not in CPU_CAPABILITIES:
+        expected = ", ".join(CPU_CAPABILITIES)
+        raise ValueError(f"DPH_CPU_CAPABILITY: expected one of {expected}, got {name!r}")
+
+
+_check_capability(os.environ.get("DPH_CPU_CAPABILITY", ""))
+
 try:
     from dph_kernels import _native
 except ImportError as error:
@@ -62,11 +76,20 @@ def toolchain() -> dict[str, str]:
     }
 
 
+def cpu_capability() -> str:
+    """Return the name in CPU_CAPABILITIES of the instruction set that the CPU's kernels use."""
+    return next(name for name, floats in CPU_CAPABILITIES.items() if floats == _native.vector_floats)
+
+
 def _description() -> str:
     if _native is None:
         return "not built" if _import_error.startswith("cannot import name") else f"broken: {_import_error}"
     cuda = f"CUDA {_cuda_version()}" if _native.cuda else "without CUDA"
-    return f"built by g++ {_native.compiler}, {cuda}" + (", from other sources than csrc/ holds" if _stale() else "")
+    built = f"built by g++ {_native.compiler}, {cuda}"
+    if _stale():
+        return f"{built}, from other sources than csrc/ holds"
+    limit = os.environ.get("DPH_CPU_CAPABILITY")
+    return f"{built}, CPU kernels for {cpu_capability()}" + (f" (DPH_CPU_CAPABILITY is {limit})" if limit else "")
 
 
 def _cuda_version() -> str:

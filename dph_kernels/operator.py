@@ -62,6 +62,7 @@ class JointGradient:
 
     Attributes:
         pays: ``(implementation, inputs) -> bool``, whether a call that bypasses the dispatcher computes them.
+            ``forward_and_gradients`` and ``setup`` get the call's ``joint`` arguments among the inputs, too.
         setup: ``(ctx, results, inputs) -> outputs``, stores on ``ctx`` what ``compute`` reads.
         compute: as in :class:`Gradient`; not differentiable.
     """
@@ -129,8 +130,11 @@ class Operator:
             function = "forward_and_gradients"
             self._apply_joint = self._autograd_function(function, joint.setup, joint.compute, once=True)
 
-    def __call__(self, *, backend: str, joint: bool = False, **inputs: Any) -> Any:
-        """Return the outputs, with gradients; ``joint``: these may be computed along with the outputs."""
+    def __call__(self, *, backend: str, joint: Inputs | None = None, **inputs: Any) -> Any:
+        """Return the outputs, with gradients.
+
+        ``joint``: more arguments of ``forward_and_gradients`` if it may compute them along with the outputs, else None.
+        """
         plain = self._accept(inputs) if self._accept else None
         values = list(map(inputs.get, self._tensors))
         for name in self._lists:
@@ -143,8 +147,8 @@ class Operator:
             return self._dispatched(inputs, backend, [value for value in values if value is not None])
         if not (self._gradient and torch.is_grad_enabled() and any(map(_requires_grad, filter(_is_given, values)))):
             return self._forward(inputs, backend)
-        if joint and self._joint.pays(self._choose(inputs, backend)[0], inputs):
-            return self._apply_joint(inputs, backend, *values)
+        if joint is not None and self._joint.pays(self._choose(inputs, backend)[0], inputs):
+            return self._apply_joint(inputs | joint, backend, *values)
         return self._apply(inputs, backend, *values)
 
     def _dispatched(self, inputs: Inputs, backend: str, tensors: Sequence[Tensor]) -> Any:

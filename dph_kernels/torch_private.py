@@ -5,6 +5,7 @@ and :func:`missing` lists it.
 """
 
 import functools
+import platform
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -34,6 +35,8 @@ NAMES = {
     "torch.autograd.forward_ad._current_level": "whether forward-mode differentiation is active",
     "torch.autograd.forward_ad._set_fwd_grad_enabled": "outputs without tangents",
     "torch.nn.modules.module._has_any_global_hook": "whether a hook is registered on all modules",
+    "torch.cpu._is_avx512_bf16_supported": "whether the CPU has bf16 instructions",
+    "torch.ops.mkldnn._is_mkldnn_bf16_supported": "whether oneDNN multiplies bf16 matrices",
     "torch.ops.mkldnn._linear_pointwise": "oneDNN's product of fp32 matrices",
     "torch.utils._python_dispatch.is_in_torch_dispatch_mode": "whether a dispatch mode is active",
 }
@@ -80,7 +83,9 @@ has_any_global_hook = function("torch.nn.modules.module._has_any_global_hook")
 is_functorch_wrapped_tensor = function("torch._C._functorch.is_functorch_wrapped_tensor")
 is_gradtrackingtensor = function("torch._C._functorch.is_gradtrackingtensor")
 is_legacy_batchedtensor = function("torch._C._functorch.is_legacy_batchedtensor")
+avx512_has_bf16 = function("torch.cpu._is_avx512_bf16_supported")
 is_zerotensor = function("torch.Tensor._is_zerotensor")
+onednn_takes_bf16 = function("torch.ops.mkldnn._is_mkldnn_bf16_supported")
 linear_pointwise = function("torch.ops.mkldnn._linear_pointwise")
 profiler_enabled = function("torch.autograd._profiler_enabled")
 record_function = function("torch._C._profiler._RecordFunctionFast")
@@ -97,6 +102,17 @@ def interception() -> str | None:
         "torch.jit traces the call": get_tracing_state() is not None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+@functools.cache
+def has_bf16_products() -> bool:
+    """Whether PyTorch multiplies bf16 matrices on the CPU by instructions for it, and not number by number.
+
+    oneDNN takes bf16 on any x86 CPU with AVX-512, also without such instructions: then it is slower than in fp32.
+    """
+    if not torch.backends.mkldnn.is_available() or not onednn_takes_bf16():
+        return False
+    return platform.machine().lower() not in ("x86_64", "amd64") or avx512_has_bf16()
 
 
 def is_differentiated(x: Tensor) -> bool:

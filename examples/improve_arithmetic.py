@@ -1,10 +1,11 @@
-"""Arithmetic that a small chat model can do at times, improved by its own samples: two rounds of ``dph improve``.
+"""Arithmetic that a small chat model can do at times, improved by its own samples with ``dph improve``.
 
-Problems of one and two steps are generated, and some solved ones stand in front of each as earlier turns. The model
-samples answers, the last number of each is compared with the result, and a reward head learns which are right; the
-model itself stays frozen. On held-out problems the table has, for each seed and over all, the share of right answers of
-one sample, of the most probable and of the best by reward among N, of a vote, and of an oracle, with 95% intervals; the
-differences are those of the same problems.
+Problems of one and two steps are generated, and two solved ones, one of each kind, stand in front of each as earlier
+turns. The model samples answers, the last number of each is compared with the result, and a reward head learns which
+are right; the model itself stays frozen. Many of its mistakes show: a step too many, or one that is left out. On
+held-out problems the table has, for each seed and over all, the share of right answers of one sample, of the most
+probable and of the best by reward among N, and of an oracle, with 95% intervals; the differences are those of the same
+problems. A model of 135M parameters takes 13 minutes a seed on 2 CPU cores.
 
     python examples/improve_arithmetic.py MODEL --output runs/arithmetic
 
@@ -14,7 +15,9 @@ The command continues where it was interrupted. ``dph improve`` does the same fr
 """
 
 import argparse
+import itertools
 import json
+import operator
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,14 +32,15 @@ from dph.evaluate.metrics import Interval, resampled
 from dph.evaluate.tables import table
 from dph.improve.checkers import ReferenceChecker
 from dph.improve.figures import describe
+from dph.improve.plan import Improvement
 from dph.improve.prompts import Prompt
-from dph.improve.rounds import Improvement, improve
+from dph.improve.rounds import improve
 from dph.improve.selection import Selection
 from dph.train import recipe
 from dph.train.entry import train
 
-ONE_STEP = ("2 + 3", "9 - 4", "6 + 7", "15 - 8", "4 + 4", "11 - 5", "8 + 3", "12 - 9")  # solved ones
-TWO_STEPS = ("2 + 3 + 4", "5 + 6 - 2", "3 + 8 + 1", "9 + 4 - 7")
+SOLVED = ("3 + 4", "2 * 5 + 3")  # in front of each problem: one of one step, one of two
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 RESAMPLES = 2000
 
 
@@ -47,8 +51,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/arithmetic"), metavar="DIR", help="rounds and tables")
     parser.add_argument("--seeds", type=int, default=3, metavar="K", help="seeds 0 to K - 1 (default: 3)")
     parser.add_argument("--prompts", type=int, default=300, metavar="P", help="problems to train on (default: 300)")
-    parser.add_argument("--held-out", type=int, default=150, metavar="P", help="held-out problems (default: 150)")
-    parser.add_argument("--n", type=int, nargs="+", default=[8, 16], help="answers in each round (default: 8 16)")
+    parser.add_argument("--held-out", type=int, default=120, metavar="P", help="held-out problems (default: 120)")
+    parser.add_argument("--n", type=int, nargs="+", default=[16], help="answers in each round (default: 16)")
+    parser.add_argument("--most", type=int, default=8, metavar="K", help="pairs of a problem and round (default: 8)")
     parser.add_argument("--held-out-n", type=int, default=16, metavar="N", help="answers to choose from (default: 16)")
     parser.add_argument("--max-new-tokens", type=int, default=24, metavar="N", help="(default: 24)")
     parser.add_argument("--temperature", type=float, default=1.0, help="(default: 1)")
@@ -65,15 +70,14 @@ def main() -> None:
 
 def problems(seed: int) -> Iterator[Prompt]:
     """Yield different problems of one and two steps, in turn at random, without end."""
-    rng, seen = random.Random(seed), {*ONE_STEP, *TWO_STEPS}
+    rng, seen = random.Random(seed), set(SOLVED)
     while True:
-        a, b, c = rng.randint(2, 15), rng.randint(2, 15), rng.randint(1, 9)
-        forms = (f"{a} + {b}", f"{a + b} - {b}", f"{a} + {b} + {c}", f"{a} + {b} - {min(b, c)}")
-        problem = rng.choice(forms)
+        a, b = rng.randint(2, 20), rng.randint(2, 9)
+        problem = rng.choice((f"{a} + {b}", f"{a} * {b}", f"{a} + {b} - {rng.randint(1, b)}"))
         if problem not in seen:
             seen.add(problem)
-            messages = []
-            for solved in ONE_STEP if len(problem.split()) == 3 else TWO_STEPS:
+            messages = [{"role": "system", "content": "Calculate."}]
+            for solved in SOLVED:
                 messages.append({"role": "user", "content": solved})
                 messages.append({"role": "assistant", "content": ", ".join(steps(solved))})
             messages.append({"role": "user", "content": problem})
@@ -84,10 +88,10 @@ def steps(problem: str) -> list[str]:
     """Return the equations that solve a problem, one for each step."""
     result, *rest = problem.split()
     equations = []
-    for operator, operand in zip(rest[::2], rest[1::2], strict=True):
-        value = int(result) + int(operand) * (1 if operator == "+" else -1)
-        equations.append(f"{result} {operator} {operand} = {value}")
-        result = str(value)
+    for name, operand in zip(rest[::2], rest[1::2], strict=True):
+        value = str(OPERATORS[name](int(result), int(operand)))
+        equations.append(f"{result} {name} {operand} = {value}")
+        result = value
     return equations
 
 
@@ -96,9 +100,9 @@ def improve_seed(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
 
     The problems are those of the seed.
     """
-    source = problems(seed)
-    prompts = [next(source) for _ in range(args.prompts)]
-    held_out = [next(source) for _ in range(args.held_out)]
+    everything = list(itertools.islice(problems(seed), args.prompts + args.held_out))
+    random.Random(seed).shuffle(everything)  # the one-step ones are few, and come early
+    prompts, held_out = everything[: args.prompts], everything[args.prompts :]
     plan = Improvement(
         model=args.model,
         prompts=prompts,
@@ -109,7 +113,7 @@ def improve_seed(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
         directory=args.output / f"seed{seed}",
         n=tuple(args.n),
         held_out_n=args.held_out_n,
-        selection=Selection(seed=seed),
+        selection=Selection(most=args.most, seed=seed),
         sampling={"max_new_tokens": args.max_new_tokens, "temperature": args.temperature},
         normalise=number,
         seed=seed,

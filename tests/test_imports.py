@@ -204,6 +204,14 @@ def test_torch_load_is_never_called():
                 assert node.value.id != "torch", f"{path.relative_to(ROOT)}:{node.lineno} calls torch.load"
 
 
+def test_notes_are_added_to_errors_as_every_python_can():
+    """BaseException.add_note is of Python 3.11, and no tool finds calls of it."""
+    for path in ROOT.glob("dph/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            is_method = isinstance(node, ast.Attribute) and node.attr == "add_note"
+            assert not is_method, f"{path.relative_to(ROOT)}:{node.lineno}: expected dph.errors.add_note"
+
+
 @pytest.mark.parametrize(
     ("path", "line", "complaint"),
     [

@@ -137,12 +137,33 @@ DPH_INLINE double squares(const Grad* grad, int64_t size) {
   return sum;
 }
 
-}  // namespace
-
-DPH_CLONES double gradient_norm_cpu_chunk(const GradientTensor& t, int64_t begin, int64_t size) {
+DPH_INLINE double chunk_squares(const GradientTensor& t, int64_t begin, int64_t size) {
   if (t.kinds & LAPROP_BF16_GRAD) return squares(static_cast<const uint16_t*>(t.grad) + begin, size);
   return squares(static_cast<const float*>(t.grad) + begin, size);
 }
+
+#define DPH_SQUARES(name) \
+  double squares_##name(const GradientTensor& t, int64_t begin, int64_t size) { return chunk_squares(t, begin, size); }
+DPH_SQUARES(baseline)
+#ifdef DPH_X86
+DPH_AVX2 DPH_SQUARES(avx2)
+DPH_AVX512 DPH_SQUARES(avx512)
+#endif
+#undef DPH_SQUARES
+
+using Squares = double (*)(const GradientTensor&, int64_t, int64_t);
+
+Squares pick_squares() {
+#ifdef DPH_X86
+  if (vector_floats() == 16) return squares_avx512;
+  if (vector_floats() == 8) return squares_avx2;
+#endif
+  return squares_baseline;
+}
+
+const Squares gradient_squares = pick_squares();
+
+}  // namespace
 
 void gradient_norm_cpu(const GradientNormArguments& a, int threads) {
   const int64_t run = run_length(a.chunks, threads);
@@ -150,7 +171,7 @@ void gradient_norm_cpu(const GradientNormArguments& a, int threads) {
   for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
     const GradientTensor& t = a.tensors[laprop_row(a.tensors, a.count, chunk)];
     const int64_t begin = (chunk - t.first_chunk) * LAPROP_CHUNK;
-    a.partials[chunk] = gradient_norm_cpu_chunk(t, begin, std::min(LAPROP_CHUNK, t.size - begin));
+    a.partials[chunk] = gradient_squares(t, begin, std::min(LAPROP_CHUNK, t.size - begin));
   }
   double sum = 0.0;
   for (int64_t chunk = 0; chunk < a.chunks; ++chunk) sum += a.partials[chunk];

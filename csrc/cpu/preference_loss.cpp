@@ -1,6 +1,7 @@
 // Joint preference objective on the CPU. cDPO is the contrastive objective on implicit rewards, so one loop serves
 // both. Partial sums over fixed groups of pairs are added in order, so results do not depend on the number of threads.
 #include "../preference_loss.h"
+#include "instruction_sets.h"
 
 #include <math.h>
 
@@ -113,14 +114,29 @@ DPH_INLINE void block(const Part& part, const float* chosen, const float* reject
                             : pairs<false>(part, chosen, rejected, size, chosen_slope, rejected_slope));
 }
 
-}  // namespace
+#define DPH_BLOCK(name)                                                                                          \
+  void name(const Part& part, const float* chosen, const float* rejected, int64_t size, float* chosen_slope,     \
+            float* rejected_slope, Sums& sums) {                                                                 \
+    block(part, chosen, rejected, size, chosen_slope, rejected_slope, sums);                                     \
+  }
+DPH_BLOCK(baseline)
+#ifdef DPH_X86
+DPH_AVX2 DPH_BLOCK(avx2)
+DPH_AVX512 DPH_BLOCK(avx512)
+#endif
+#undef DPH_BLOCK
 
-DPH_CLONES void preference_loss_cpu_block(const Part& part, const float* chosen, const float* rejected, int64_t size,
-                                          float* chosen_slope, float* rejected_slope, Sums& sums) {
-  block(part, chosen, rejected, size, chosen_slope, rejected_slope, sums);
+using Block = decltype(&baseline);
+
+Block pick() {
+#ifdef DPH_X86
+  if (vector_floats() == 16) return avx512;
+  if (vector_floats() == 8) return avx2;
+#endif
+  return baseline;
 }
 
-namespace {
+const Block wide_block = pick();
 
 DPH_INLINE void subtract(const float* x, const float* y, float factor, int64_t size, float* result) {
   for (int64_t i = 0; i < size; ++i) result[i] = factor * (x[i] - y[i]);
@@ -142,11 +158,7 @@ Sums group(const Part& part, int64_t begin, int64_t end, int64_t head) {
     const bool dense = part.heads == 1;
     float* const chosen = dense ? part.chosen + begin : slopes[0];
     float* const rejected = dense ? part.rejected + begin : slopes[1];
-    if (part.wide) {
-      preference_loss_cpu_block(part, values[0], values[1], size, chosen, rejected, sums);
-    } else {
-      block(part, values[0], values[1], size, chosen, rejected, sums);
-    }
+    (part.wide ? wide_block : baseline)(part, values[0], values[1], size, chosen, rejected, sums);
     if (!dense) {
       scatter(slopes[0], begin, size, head, part.heads, part.chosen);
       scatter(slopes[1], begin, size, head, part.heads, part.rejected);

@@ -42,6 +42,21 @@ DPH_INLINE T* at(const NormRows& rows, const Row& row) {
   return static_cast<T*>(rows.data) + row.token * rows.token + row.head * rows.head;
 }
 
+// Sum of term(i) over [0, size), of its halves at once: each addition waits for the one before it.
+template <class Term>
+DPH_INLINE float sum_of(int64_t size, const Term& term) {
+  const int64_t half = size / 32 * 16;
+  float first = 0.0f, second = 0.0f, rest = 0.0f;
+#pragma omp simd reduction(+ : first, second)
+  for (int64_t i = 0; i < half; ++i) {
+    first += term(i);
+    second += term(i + half);
+  }
+#pragma omp simd reduction(+ : rest)
+  for (int64_t i = 2 * half; i < size; ++i) rest += term(i);
+  return (first + second) + rest;
+}
+
 template <class T, bool RMS, bool UPDATE, bool BIAS>
 DPH_INLINE void forward_row(const ResidualNorm& a, const Row& row) {
   const int64_t size = a.columns;
@@ -60,13 +75,12 @@ DPH_INLINE void forward_row(const ResidualNorm& a, const Row& row) {
     for (int64_t i = 0; i < size; ++i) sum += RMS ? get(total[i]) * get(total[i]) : get(total[i]);
   }
   const float mean = RMS ? 0.0f : sum / size;
-  float squares = RMS ? sum : 0.0f;
+  float squares = sum;
   if (!RMS) {
-#pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < size; ++i) {
+    squares = sum_of(size, [=](int64_t i) __attribute__((always_inline)) {
       const float centred = get(total[i]) - mean;
-      squares += centred * centred;
-    }
+      return centred * centred;
+    });
   }
   const float rstd = 1.0f / sqrtf(squares / size + a.eps);
   const T* __restrict weight = static_cast<const T*>(a.weight);

@@ -8,13 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
-from dph import chat
 from dph.chat import Message
 from dph.cli import common, results
 from dph.errors import UserError
 from dph.evaluate.best_of import NORMALISERS
 from dph.evaluate.tables import table
-from dph.infer.best_of_n import Candidate, Choice, best_of_n_each
+from dph.infer.best_of_n import Candidate, Choice, best_of_n_each, prompt_tokens
 from dph.infer.sampling import Sampling
 
 WITHOUT_HEAD = "--rank logprob, or -n 1, needs no rewards"
@@ -60,17 +59,7 @@ class Answerer:
 
     def check(self, messages: Sequence[Message], where: str) -> None:
         """Raise UserError, which begins with ``where``, for a prompt that the format refuses or that is too long."""
-        try:
-            size = len(chat.prompt(messages, self.tokenizer))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-        context = getattr(self.model.backbone, "context", None) or self.model.config.max_position_embeddings
-        room = self.sampling["max_new_tokens"]
-        if context is not None and size + room > context:
-            raise UserError(
-                f"{where}: expected at most {context} tokens, the model's context, with --max-new-tokens {room}, "
-                f"got a prompt of {size}"
-            )
+        prompt_tokens(self.model, self.tokenizer, messages, self.sampling["max_new_tokens"], where)
 
     def about(self) -> dict[str, Any]:
         """Return what the answers depend on, as JSON."""

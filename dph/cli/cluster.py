@@ -82,14 +82,11 @@ def prepared(args: argparse.Namespace) -> argparse.Namespace:
         )
     if importlib.util.find_spec("ray") is None:
         raise UserError("--ray: needs the ray package: pip install -e '.[ray]' or pip install 'ray[data]'")
-    device, dtype = args.device, args.dtype
-    if device == "auto":
-        from dph import devices
+    from dph import devices
 
-        device = devices.choose("auto")
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    return argparse.Namespace(**{**vars(args), "device": "cpu", "dtype": dtype, "worker_device": device})
+    device = devices.choose("auto") if args.device == "auto" else args.device
+    own = {"device": "cpu", "dtype": devices.inference_dtype(args.dtype, device), "worker_device": device}
+    return argparse.Namespace(**{**vars(args), **own})
 
 
 def check_output(args: argparse.Namespace, source: str) -> None:
@@ -202,7 +199,7 @@ def _mapped(
     missing: Sequence[shards.Shard], arguments: tuple[Any, ...], args: argparse.Namespace
 ) -> Generator[Mapping[str, Any], None, None]:
     """Yield what :class:`Worker`, made with these arguments, returns for each shard, in the order of completion."""
-    with _connected(args.ray, args.workers) as ray:
+    with _connected(args.ray) as ray:
         resources = _resources([node["Resources"] for node in ray.nodes() if node["Alive"]], args)
         pool = ray.data.ActorPoolStrategy(size=resources.pop("workers"), max_tasks_in_flight_per_actor=1)
         rows = ray.data.from_items([shard._asdict() for shard in missing], override_num_blocks=len(missing))
@@ -214,7 +211,7 @@ def _mapped(
 
 
 @contextlib.contextmanager
-def _connected(address: str, workers: int | None) -> Iterator[Any]:
+def _connected(address: str) -> Iterator[Any]:
     """Context with a connection to a cluster; that of LOCAL ends with it. It has the module ``ray``."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of what Ray Data itself does
@@ -226,8 +223,11 @@ def _connected(address: str, workers: int | None) -> Iterator[Any]:
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
-        cores = max(len(os.sched_getaffinity(0)), workers or 1)
-        options |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+        options |= {
+            "num_cpus": len(os.sched_getaffinity(0)),
+            "include_dashboard": False,
+            "object_store_memory": STORE_BYTES,
+        }
     handler = signal.getsignal(signal.SIGTERM)
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints there that a worker was killed
         try:

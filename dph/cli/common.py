@@ -51,7 +51,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16"),
-        help="of the weights (default: bfloat16 on a GPU, float32 on the CPU)",
+        help="of the weights (default: bfloat16 on a GPU, float32 on the CPU, where bfloat16 takes half of the memory)",
     )
 
 
@@ -115,13 +115,15 @@ def add_field(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--field", default=default, metavar="NAME", help=f"field that is added (default: {default})")
 
 
-def add_normalise(parser: argparse.ArgumentParser) -> None:
-    """Add the choice of what makes two candidates the same answer in a vote."""
+def add_normalise(
+    parser: argparse.ArgumentParser, rule: str = "candidates count as one answer in a vote if they have"
+) -> None:
+    """Add the choice of what makes two candidates the same answer; ``rule`` is the beginning of its help."""
     parser.add_argument(
         "--normalise",
         choices=("words", "number"),
         default="words",
-        help="candidates that count as one answer in a vote: of equal words, or of equal last numbers (default: words)",
+        help=f"{rule} equal words, or equal last numbers (default: words)",
     )
 
 
@@ -273,9 +275,7 @@ def open_model(args: argparse.Namespace, heads: Sequence[str] | None, alternativ
     from dph.model.loading import check_tokenizer, load_model, load_tokenizer
 
     device = devices.choose(args.device, "--device")
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
+    dtype = devices.inference_dtype(args.dtype, device)
     model = load_model(args.model, dtype=getattr(torch, dtype))
     tokenizer = load_tokenizer(args.model)
     check_tokenizer(model, tokenizer)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from dph.cli import cluster, common, results
-from dph.errors import UserError, printable
+from dph.errors import UserError, add_note, printable
 
 if TYPE_CHECKING:
     from dph.chat import Message
@@ -92,7 +92,7 @@ def open_job(args: argparse.Namespace) -> results.Job:
             try:
                 candidates = next(answers)
             except (ValueError, RuntimeError) as error:  # such as a reward that is no number
-                error.add_note(f"answering {place(i)}")
+                add_note(error, f"answering {place(i)}")
                 raise
             fields = [{key: getattr(candidate, key) for key in JSON_FIELDS} for candidate in candidates]
             yield [{**rows[i], "messages": prompts[i], args.field: fields}]
@@ -106,17 +106,10 @@ def read_prompts(text: str, added: str | None = None) -> tuple[SourceRows, list[
     ``added`` is a field that no row may have.
     """
     from dph.data.files import report_ignored
-    from dph.data.formats import parse_prompt
-    from dph.data.rows import open_source, text_options
+    from dph.data.rows import open_prompts
 
     source, options = common.parse_source(text)
-    prompts: list[list[Message]] = []
     ignored: set[str] = set()
-    rendered = text_options(**options)["rendered"]
-
-    def visit(place: str) -> Callable[[int, Mapping[str, Any]], None]:
-        return lambda number, row: prompts.append(parse_prompt(row, f"{place}{number}", rendered, ignored))
-
-    rows = open_source(source, visit, with_answers=False, added=added, **options)
+    rows, prompts = open_prompts(source, ignored, added=added, **options)
     report_ignored(source, ignored - options.get("filter", {}).keys())
     return rows, prompts

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dph.cli import common
+from dph.cli import common, results
 from dph.errors import UserError, printable
 from dph.infer import sampling
 
 if TYPE_CHECKING:
     from dph.improve.prompts import Prompt
+    from dph.model.judging import JudgingModel
     from dph.train.endings import Result
     from dph.train.recipe import Recipe
 
@@ -21,6 +23,8 @@ HELP = "sample answers, check them and train a reward head on them, round by rou
 EXAMPLE = """dph improve MODEL --prompts questions.jsonl --judge reference --normalise number --output runs/better
 dph improve MODEL --prompts prompts.jsonl --judge checks:is_right --rounds 3 -n 8,32 --output runs/better
 dph improve MODEL --prompts prompts.jsonl --judge './check --strict' --recipe align optimiser.lr=1e-5 --output runs/x"""
+# Values of the recipe that the command itself has.
+OWN = {"model.path": "MODEL", "output.directory": "--output", "seed": "--seed"}
 SAMPLING = (
     ("max_new_tokens", 256, "N", "(default: 256)"),
     ("temperature", 1.0, None, "(default: 1)"),
@@ -51,7 +55,7 @@ dph train, which other commands open. The same command continues one that was in
         help="reference (the rows have the right answers), module:function of (row, answer), head:DIR, or a program "
         "that reads lines of JSON (dph/improve/checkers.py)",
     )
-    common.add_normalise(parser)
+    common.add_normalise(parser, "an answer is that of the reference, and answers count as one in a vote, if they have")
     parser.add_argument(
         "--judge-timeout", type=common.number_type(float, lambda value: 0 < value < 1e9, "a number above 0"),
         default=60.0, metavar="SECONDS", help="for an answer, of a program (default: 60)",
@@ -95,32 +99,27 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def run(args: argparse.Namespace) -> None:
     """Check the options, then print the figures of each round, and draw them."""
-    recipe = _recipe(args)
     common.check_model(args)
+    recipe = _recipe(args)
 
     from dph.data import atomic
     from dph.evaluate.best_of import NORMALISERS
     from dph.improve import checkers, figures, rounds, selection
+    from dph.improve.plan import Improvement, open_model
 
     train_prompts, held_out = _prompts(args)
     normalise = NORMALISERS[args.normalise]
     atomic.check_new_files(args.output)
-    show = sys.stderr.isatty()
 
-    def progress(name: str, done: int, total: int) -> None:
-        if show or done in (0, total):
-            print(f"{name}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+    def opened(path: str) -> tuple[JudgingModel, Any]:
+        return open_model(path, args.device, args.dtype)
 
-    def backbone() -> tuple[Any, Any]:
-        from dph.model.loading import load_model, load_tokenizer
-
-        return load_model(args.model), load_tokenizer(args.model)
-
-    results: list[dict[str, Any]] = []
-    with checkers.open_checker(
-        args.judge, [*train_prompts, *held_out], normalise=normalise, model=backbone, timeout=args.judge_timeout
-    ) as checker:
-        plan = rounds.Improvement(
+    completed: list[dict[str, Any]] = []
+    with contextlib.closing(Progress()) as progress, checkers.open_checker(
+        args.judge, [*train_prompts, *held_out], normalise=normalise, backbone=args.model, open_model=opened,
+        timeout=args.judge_timeout,
+    ) as checker:  # fmt: skip
+        plan = Improvement(
             model=args.model,
             prompts=train_prompts,
             held_out=held_out,
@@ -140,23 +139,56 @@ def run(args: argparse.Namespace) -> None:
             progress=progress,
         )
         for metrics in rounds.improve(plan, args.rounds, _train):
-            results.append(metrics)
+            completed.append(metrics)
             if args.json:
                 common.print_json(metrics, flush=True)
             elif metrics["round"] or held_out:
                 print(figures.describe(metrics) + "\n", flush=True)
     if held_out:
         with atomic.atomic_file(Path(args.output) / "improve.png") as file:
-            figures.picture(results).savefig(file, dpi=130, format="png")
+            figures.picture(completed).savefig(file, dpi=130, format="png")
     if not args.json:
         common.print_text(f"model: {plan.folder(args.rounds) / 'run'}")
+
+
+class Progress:
+    """Progress of the files of answers, one after another: as of other commands, with a line for a file's ends."""
+
+    def __init__(self) -> None:
+        self._shown: results.Progress | None = None
+        self._done = 0
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """Show the progress of the file ``name``."""
+        is_new = self._shown is None
+        if self._shown is None:
+            self._shown = results.Progress(name, total)
+            self._shown.begin(done)
+        else:
+            self._shown.advance(done - self._done)
+        self._done = done
+        if (is_new or done == total) and not sys.stderr.isatty():
+            print(f"{name}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+        if done == total:
+            self.close()
+
+    def close(self) -> None:
+        """Leave the bar of the present file, if there is one."""
+        if self._shown is not None:
+            self._shown.close()
+            self._shown = None
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     """Return the recipe, without sources, which are the records of the rounds."""
     from dph.train import recipe as recipes
 
+    for override in args.overrides:
+        if option := OWN.get(override.partition("=")[0].strip()):
+            raise UserError(f"{override}: expected {option} in its place, got both")
     own = ["data.sources=[]", "evaluation.sources=[]", "model.path=null", f"seed={args.seed}"]
+    if args.device != "auto":  # which leaves it to the recipe
+        own.append(f"device={args.device}")
     return recipes.load(args.recipe, [*own, *args.overrides])
 
 
@@ -177,7 +209,8 @@ def _prompts(args: argparse.Namespace) -> tuple[list[Prompt], list[Prompt]]:
     train, held_out = split(all_prompts, share, args.seed)
     if not train or (share and not held_out):
         raise UserError(
-            f"--held-out: expected prompts on both sides of the share {share:g}, got {len(all_prompts)} prompts"
+            f"--held-out: expected prompts on both sides of the share {share:g}, got {len(train)} of "
+            f"{len(all_prompts)} to train on: give another share, a source, or 0 for none"
         )
     return train, held_out
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dph.cli import common, described
 from dph.data import atomic
-from dph.errors import UserError, printable
+from dph.errors import UserError, add_note, printable
 
 if TYPE_CHECKING:
     from dph.chat import Encoded
@@ -156,7 +156,7 @@ class Results:
                     shutil.copyfileobj(results, file)
                 self._partial.unlink()
             elif self._has_results:
-                error.add_note(f"the results so far are in {self._partial}: --resume continues")
+                add_note(error, f"the results so far are in {self._partial}: --resume continues")
             else:
                 self._partial.unlink(missing_ok=True)
 
@@ -307,7 +307,11 @@ class Progress:
         """Return itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         """Leave the bar on the terminal."""
         if self._bar is not None:
             self._bar.close()
+
+    def __exit__(self, *_: object) -> None:
+        """See :meth:`close`."""
+        self.close()

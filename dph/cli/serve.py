@@ -8,13 +8,10 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dph.cli import common
 from dph.errors import UserError
-
-if TYPE_CHECKING:
-    from dph.serve.limits import Limits
+from dph.serve.limits import Limits
 
 HELP = "serve a model by an OpenAI-compatible API with best-of-N, rewards and reranking, and a page to try it"
 EXAMPLE = """dph serve runs/align
@@ -47,17 +44,19 @@ key of --api-key-file, or of the environment variable {KEY_VARIABLE}, as a beare
     parser.add_argument("--api-key-file", metavar="FILE", help="file with the key that clients have to send")
     for name, kind, default, text in (
         ("best-of", common.COUNT, 1, "candidates for a request that does not give best_of"),
-        ("max-body-bytes", BYTES, 1 << 20, "largest body of a request (413)"),
-        ("max-candidates", common.COUNT, 128, "largest n and best_of (400)"),
-        ("max-tokens", common.COUNT, 4096, "most tokens of a prompt with its answer (400)"),
-        ("max-documents", common.COUNT, 1024, "most documents or conversations of a request (400)"),
-        ("max-requests", common.COUNT, 256, "most requests at once, running or waiting (503)"),
-        ("timeout", SECONDS, 300, "seconds for a request (504)"),
-        ("body-timeout", SECONDS, 10, "seconds for a request's headers, and for its body, to arrive (408)"),
+        ("max-body-bytes", BYTES, Limits.body_bytes, "largest body of a request (413)"),
+        ("max-candidates", common.COUNT, Limits.candidates, "largest n and best_of (400)"),
+        ("max-tokens", common.COUNT, Limits.tokens, "most tokens of a prompt with its answer (400)"),
+        ("max-documents", common.COUNT, Limits.documents, "most documents or conversations of a request (400)"),
+        ("max-requests", common.COUNT, Limits.requests, "most requests at once, running or waiting (503)"),
+        ("timeout", SECONDS, Limits.seconds, "seconds for a request (504)"),
+        ("body-timeout", SECONDS, Limits.body_seconds, "seconds for a request's headers, then for its body (408)"),
         ("stop-timeout", SECONDS, 30, "seconds to finish requests after SIGINT or SIGTERM"),
         ("cache-mib", common.COUNT, 1024, "MiB of keys and values"),
     ):
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} (default: {default})")
+        parser.add_argument(
+            f"--{name}", type=kind, default=default, metavar="N", help=f"{text} (default: {default:.15g})"
+        )
     parser.add_argument("--log-text", action="store_true", help="log prompts and answers too")
 
 
@@ -73,10 +72,12 @@ def run(args: argparse.Namespace) -> None:
 
     bound = server.listen(args.host, args.port)
     loopback = server.is_loopback(bound)
-    limits = _limits(args)
-    heads = None if args.head is None else args.head
-    model, tokenizer, names = common.open_model(args, heads, "without --head the model answers by log-probability")
-    if heads is None:
+    limits = Limits(
+        body_bytes=args.max_body_bytes, candidates=args.max_candidates, tokens=args.max_tokens,
+        documents=args.max_documents, requests=args.max_requests, seconds=args.timeout, body_seconds=args.body_timeout,
+    )  # fmt: skip
+    model, tokenizer, names = common.open_model(args, args.head, "without --head the model answers by log-probability")
+    if args.head is None:
         names = [name for name in model.head_names if name not in model.untrained_heads]
     name = args.name or _name(args.model)
     app = server.make(
@@ -93,15 +94,6 @@ def run(args: argparse.Namespace) -> None:
     common.print_text(f"{name} at {address}, heads: {', '.join(names) or 'none'}")
     sys.stdout.flush()
     server.serve(app, bound, limits, args.stop_timeout)
-
-
-def _limits(args: argparse.Namespace) -> Limits:
-    from dph.serve.limits import Limits
-
-    return Limits(
-        body_bytes=args.max_body_bytes, candidates=args.max_candidates, tokens=args.max_tokens,
-        documents=args.max_documents, requests=args.max_requests, seconds=args.timeout, body_seconds=args.body_timeout,
-    )  # fmt: skip
 
 
 def _name(model: str) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dph.cli import common, described
 from dph.data import atomic
-from dph.errors import UserError, shown_names
+from dph.errors import UserError, add_note, shown_names
 
 if TYPE_CHECKING:
     from dph.cli.results import Job
@@ -139,7 +139,7 @@ class Shards:
         with self._stack:
             self._delete_temporary()
             if error is not None and self._has_results():
-                error.add_note(f"the results so far are in {self.directory}: --resume continues")
+                add_note(error, f"the results so far are in {self.directory}: --resume continues")
             elif error is not None:
                 (self.directory / COMMAND).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):

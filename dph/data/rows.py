@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dph import tasks
+from dph.chat import Message
 from dph.data import files, folders
 from dph.data.conversions import check_columns, renamed
 from dph.data.dataset import check_is_no_task, load, task_documents
-from dph.data.formats import Preference
+from dph.data.formats import Preference, parse_prompt
 from dph.data.json_lines import combined_fingerprint
 from dph.data.row_format import RowFormat
 from dph.data.sources import read_hub
@@ -120,6 +121,24 @@ def open_source(
         fitting = f" that fits the filter {shown(dict(filter))}" if filter else ""
         raise UserError(f"{spec}: expected at least one record{fitting}, got none")
     return SourceRows(rows, row_format, used, limit, has_visit)
+
+
+def open_prompts(
+    spec: str | Path, ignored: set[str] | None = None, **options: Any
+) -> tuple[SourceRows, list[list[Message]]]:
+    """Return the rows of a source, and the conversation to answer of each: its ``prompt`` or ``messages``.
+
+    Args:
+        spec, options: see :func:`open_source`.
+        ignored: see :func:`dph.data.formats.parse_prompt`.
+    """
+    prompts: list[list[Message]] = []
+    rendered = text_options(**options)["rendered"]
+
+    def visit(place: str) -> Callable[[int, Mapping[str, Any]], None]:
+        return lambda number, row: prompts.append(parse_prompt(row, f"{place}{number}", rendered, ignored))
+
+    return open_source(spec, visit, with_answers=False, **options), prompts
 
 
 def text_options(text_field: str = "text", format: str | None = None, **_: Any) -> dict[str, Any]:

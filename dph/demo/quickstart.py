@@ -28,6 +28,7 @@ from dph.errors import printable
 from dph.improve import rounds
 from dph.improve.checkers import FunctionChecker
 from dph.improve.figures import describe
+from dph.improve.plan import Improvement
 from dph.improve.prompts import Prompt
 from dph.improve.selection import Selection
 from dph.model.model import Model
@@ -134,7 +135,7 @@ class Quickstart:
     def improve(self, prompts: int) -> tuple[Model, Path]:
         """Train the frozen model's head on its own answers to ``prompts`` prompts; return it and its run directory."""
         asked = {puzzle.prompt: puzzle for puzzle in itertools.islice(puzzles.puzzles(self.seed + 1), prompts)}
-        plan = rounds.Improvement(
+        plan = Improvement(
             model=str(self.output / "sft" / "model"),
             prompts=[Prompt(puzzle.question(), {"puzzle": puzzle.prompt}, puzzle.prompt) for puzzle in asked.values()],
             checker=FunctionChecker(lambda row, answer: asked[row["puzzle"]].check(answer), "puzzle"),

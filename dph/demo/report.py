@@ -170,9 +170,10 @@ def _histograms(results: Mapping[str, SampledAnswers]) -> Figure:
     panels = figure.subplots(1, len(with_head), squeeze=False)[0]
     for axes, (name, samples) in zip(panels, with_head.items(), strict=True):
         rewards = np.array([[a.rewards.get("default", np.nan) for a in group] for group in samples.groups])
-        bins = np.linspace(np.nanmin(rewards), np.nanmax(rewards), 41)
+        rewarded = ~np.isnan(rewards)
+        bins = np.histogram_bin_edges(rewards[rewarded], bins=40)
         for label, selected in (("right answers", samples.correct), ("wrong answers", ~samples.correct)):
-            axes.hist(rewards[selected & ~np.isnan(rewards)], bins=bins, alpha=0.6, label=label)
+            axes.hist(rewards[selected & rewarded], bins=bins, alpha=0.6, label=label)
         axes.set(title=name, xlabel="reward", ylabel="candidates")
         axes.legend(fontsize=8)
     return figure

@@ -29,17 +29,27 @@ Probability = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Scored:
-    """Candidates of one prompt: texts, how right each is (0 to 1), and by rule their scores."""
+    """Candidates of one prompt: texts, how right each is (0 to 1), by rule their scores, and which ones may vote."""
 
     texts: Sequence[str]
     correct: np.ndarray
     scores: Mapping[str, np.ndarray]
+    voters: np.ndarray
 
 
-def scored(texts: Sequence[str], correct: Sequence[float], scores: Mapping[str, Sequence[float | None]]) -> Scored:
-    """Return candidates with their scores; None, the mean log-probability of an empty answer, comes last."""
+def scored(
+    texts: Sequence[str],
+    correct: Sequence[float],
+    scores: Mapping[str, Sequence[float | None]],
+    finished: Sequence[bool] | None = None,
+) -> Scored:
+    """Return candidates with their scores; None, the mean log-probability of an empty answer, comes last.
+
+    Those that are not ``finished`` (None: all are) do not vote.
+    """
     values = {rule: np.array([-np.inf if x is None else x for x in own]) for rule, own in scores.items()}
-    return Scored(texts, np.array(correct), values)
+    voters = np.ones(len(texts)) if finished is None else np.array(finished, dtype=float)
+    return Scored(texts, np.array(correct), values, voters)
 
 
 @dataclass(frozen=True)
@@ -135,9 +145,9 @@ def curves(
         figures["random"].append([float(correct.mean())] * len(ns))
         for rule, scores in prompt.scores.items():
             figures.setdefault(rule, []).append([right_of_best(scores, correct, n) for n in ns])
-        votes = {"vote": np.ones(len(correct))}
+        votes = {"vote": prompt.voters}
         for rule, probability in probabilities.items():
-            votes[f"vote by {rule}"] = probability(prompt.scores[rule])
+            votes[f"vote by {rule}"] = probability(prompt.scores[rule]) * prompt.voters
         for rule, weights in votes.items():
             shares = [right_of_vote(answers, weights, correct, n, np.random.default_rng((seed, index, n))) for n in ns]
             figures.setdefault(rule, []).append(shares)

@@ -55,7 +55,8 @@ def open_checker(
     prompts: Sequence[Prompt],
     *,
     normalise: Callable[[str], str] = str.strip,
-    model: Callable[[], tuple[JudgingModel, Any]] | None = None,
+    backbone: str | None = None,
+    open_model: Callable[[str], tuple[JudgingModel, Any]] | None = None,
     timeout: float = TIMEOUT,
 ) -> Iterator[Checker]:
     """Context with the checker ``name``, a value of ``--judge``.
@@ -64,7 +65,8 @@ def open_checker(
         name: see the table of the module.
         prompts: all that will be checked.
         normalise: answers and references that become equal count as equal; for "reference".
-        model: returns the model and tokenizer of the backbone that the head of a directory alone belongs to.
+        backbone: path of the model that a head belongs to whose directory holds the head alone.
+        open_model: returns the model and tokenizer of a path; for heads.
         timeout: seconds in which a program has to judge an answer.
 
     Raises UserError if there is no such checker, or if a row lacks what it needs.
@@ -72,7 +74,7 @@ def open_checker(
     if name == "reference":
         yield ReferenceChecker(prompts, normalise)
     elif name.startswith("head:"):
-        yield HeadChecker(name.removeprefix("head:"), model)
+        yield HeadChecker(name.removeprefix("head:"), backbone, open_model or _opened)
     elif FUNCTION.fullmatch(name):
         yield FunctionChecker(imported(name), name)
     else:
@@ -150,6 +152,7 @@ class ProgramChecker:
     def __call__(self, prompt: Prompt, answers: Sequence[str]) -> list[float]:
         """Return the program's judgements of the answers."""
         row = row_of(prompt)
+        self._check_no_more(f"{self._command}: before {prompt.place}")
         lines = [json.dumps({**row, "answer": answer}, default=str) + "\n" for answer in answers]
         writer = threading.Thread(target=self._write, args=("".join(lines).encode(),), daemon=True)
         writer.start()  # while answers are read: neither side may wait for the other's full pipe
@@ -163,7 +166,17 @@ class ProgramChecker:
                 value = line.decode(errors="replace")
             values.append(checked(value.get("correct") if isinstance(value, dict) else value, where))
         writer.join()
+        self._check_no_more(where)
         return values
+
+    def _check_no_more(self, where: str) -> None:
+        """Raise UserError for a line that no answer belongs to: all later ones would be those of other answers."""
+        output = self._process.stdout
+        if not self._unread and select.select([output], [], [], 0)[0]:
+            self._unread = os.read(output.fileno(), 1 << 16)
+        if self._unread:
+            line = self._unread.decode(errors="replace").splitlines()[0]
+            raise UserError(f"{where}: expected one line of JSON, got more: {shown(line)}")
 
     def _write(self, data: bytes) -> None:
         with contextlib.suppress(OSError):  # a program that has ended: reading reports it
@@ -208,23 +221,22 @@ class HeadChecker:
     """Another reward head, whose rewards are read as probabilities: those of its calibration, if it has one.
 
     Args:
-        path: a model or run directory, or the directory of a head of the backbone that ``model`` returns.
-        model: returns a model without this head, and its tokenizer.
+        path: a model or run directory, or the directory of a head of ``backbone``.
+        backbone, open_model: see :func:`open_checker`.
     """
 
-    def __init__(self, path: str, model: Callable[[], tuple[JudgingModel, Any]] | None) -> None:
+    def __init__(self, path: str, backbone: str | None, open_model: Callable[[str], tuple[JudgingModel, Any]]) -> None:
         from dph.infer.best_of_n import probabilities
         from dph.model import head_file
-        from dph.model.loading import load_model, load_tokenizer
 
         self._probabilities = probabilities
         if Path(path, head_file.DESCRIPTION).is_file():
-            if model is None:
+            if backbone is None:
                 raise UserError(f"--judge: expected a model or run, got the head {path} without its backbone")
-            self._model, self._tokenizer = model()
+            self._model, self._tokenizer = open_model(backbone)
             self._head = self._model.load_head(path, "judge")
         else:
-            self._model, self._tokenizer = load_model(path), load_tokenizer(path)
+            self._model, self._tokenizer = open_model(path)
             self._head = next(iter(self._model.head_names), "default")
             try:
                 self._model.check_heads(self._head)
@@ -237,6 +249,12 @@ class HeadChecker:
         conversations = [[*prompt.messages, {"role": "assistant", "content": answer}] for answer in answers]
         rewards = self._model.score(self._tokenizer, conversations, self._head).tolist()
         return self._probabilities(self._model, self._head)(rewards)
+
+
+def _opened(path: str) -> tuple[JudgingModel, Any]:
+    from dph.model.loading import load_model, load_tokenizer
+
+    return load_model(path), load_tokenizer(path)
 
 
 def imported(name: str) -> Callable[[Mapping[str, Any], str], Any]:

@@ -29,14 +29,14 @@ def figures(lines: Sequence[Mapping[str, Any]], normalise: Callable[[str], str])
 
     Args:
         lines: of sampled answers (``dph.improve.rounds``), at least one.
-        normalise: answers that become equal count as one in a vote.
+        normalise: answers that become equal count as one in a vote, which is among the finished ones.
     """
     prompts = []
     for line in lines:
         scores = {PROBABLE: _of_finished(line, "logprobs")}
         if any(reward is not None for other in lines for reward in other["rewards"]):
             scores[REWARD] = line["rewards"]
-        prompts.append(scored(line["candidates"], line["correct"], scores))
+        prompts.append(scored(line["candidates"], line["correct"], scores, line["finished"]))
     by_rule, ns = {}, ()
     for curve in curves(prompts, normalise, {}):
         ns = curve.ns
@@ -53,15 +53,14 @@ def describe(metrics: Mapping[str, Any]) -> str:
     """Return the figures of a round as text with a table."""
     number, lines = metrics["round"], []
     if number:
-        lines.append(
-            f"round {number}: {metrics['prompts']:,} prompts with {metrics['n']} answers each, "
-            f"{100 * metrics['right']:.1f} % right, {metrics['records']:,} records"
-            + (
-                f", {metrics['refused']:,} answers left out, which the chat format changes"
-                if metrics["refused"]
-                else ""
-            )
-        )
+        parts = [f"round {number}: {metrics['prompts']:,} prompts with {metrics['n']} answers each"]
+        parts.append(f"{100 * metrics['right']:.1f} % right")
+        if "cut_off" in metrics:  # not in those of earlier versions
+            parts.append(f"{100 * metrics['cut_off']:.1f} % cut off")
+        parts.append(f"{metrics['records']:,} records")
+        if metrics["refused"]:
+            parts.append(f"{metrics['refused']:,} answers left out, which the chat format changes")
+        lines.append(", ".join(parts))
     else:
         lines.append("the model itself")
     if "figures" in metrics:

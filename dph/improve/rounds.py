@@ -12,40 +12,36 @@ A line of samples has ``prompt`` (messages), and by answer ``candidates`` (texts
 0 for an answer that was cut off), ``finished``, ``tokens``, ``logprobs``, and ``rewards`` (null without a head, and for
 a cut-off answer): a row of candidates for ``dph evaluate --candidates`` and ``dph card``.
 
-A command that is killed continues where it stopped: neither answers nor steps are computed twice.
+The same command continues one that was stopped. Files of answers grow by whole batches, and training stops with a
+checkpoint. A process that was killed (SIGKILL) repeats its batch, or the steps since the last checkpoint
+(``output.save_every``).
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from dph import chat, devices
+from dph import chat
 from dph.data import atomic
 from dph.data.json_lines import read_jsonl
 from dph.data.sampler import draw
-from dph.errors import UserError, shown
+from dph.errors import UserError, add_note
 from dph.improve.figures import figures, share_right
-from dph.improve.prompts import Prompt, fingerprint, grow
-from dph.improve.selection import Selection
-from dph.infer.best_of_n import sample
+from dph.improve.plan import Improvement
+from dph.improve.prompts import Prompt, grow
+from dph.infer.best_of_n import check_number, prompt_tokens, sample
 from dph.infer.sampling import Sampling
-from dph.model.head_file import backbone_digest
 from dph.model.judging import JudgingModel
-from dph.model.loading import check_tokenizer, load_model, load_tokenizer
+from dph.model.loading import load_tokenizer
 from dph.train.endings import Result
-from dph.train.fingerprints import of_tokenizer
 from dph.train.recipe import Recipe, from_dict
-from dph.train.stages.labelled import require_separable
 
 if TYPE_CHECKING:
     from dph.improve.checkers import Checker
@@ -84,6 +80,9 @@ class Sampler:
         for prompt, answers in zip(prompts, groups, strict=True):
             texts, rewards, finished = [], [], []
             for answer in answers:
+                _check_number(prompt, answer.logprob, "log-probability", answer.index)
+                if self.head in answer.rewards:
+                    _check_number(prompt, answer.rewards[self.head], "reward", answer.index)
                 content = answer.tokens[: len(answer.tokens) - answer.finished]
                 texts.append(self.tokenizer.decode(content, skip_special_tokens=False))
                 rewards.append(answer.rewards.get(self.head))
@@ -111,126 +110,23 @@ class Sampler:
             tokens = chat.prompt(prompt.messages, self.tokenizer)
             groups.append([chat.continuation(tokens, answer, self.tokenizer) for answer in line["tokens"]])
         judged = []
-        for line, one in zip(lines, self.model.judge(groups, logprobs=False), strict=True):
-            pairs = zip(one.rewards[self.head], line["finished"], strict=True)
-            judged.append({**line, "rewards": [reward if ended else None for reward, ended in pairs]})
+        for prompt, line, one in zip(prompts, lines, self.model.judge(groups, logprobs=False), strict=True):
+            rewards: list[float | None] = []
+            for index, (reward, ended) in enumerate(zip(one.rewards[self.head], line["finished"], strict=True)):
+                if ended:
+                    _check_number(prompt, reward, "reward", index)
+                rewards.append(reward if ended else None)
+            judged.append({**line, "rewards": rewards})
         return judged
 
 
-@dataclass(frozen=True)
-class Improvement:
-    """Settings of all rounds.
-
-    Attributes:
-        model: directory or hub name of the first model.
-        prompts: of the training records.
-        held_out: prompts of the figures; none for no figures.
-        checker: of the answers.
-        judge: name of the checker, which the files depend on.
-        recipe: of stage head or align; its model, sources and directory are those of a round.
-        directory: of all rounds.
-        n: answers per prompt of the first round, the second, ...; the last number is that of all later ones.
-        held_out_n: answers per held-out prompt.
-        selection: of the training records.
-        sampling: fields of ``dph.infer.sampling.Sampling``.
-        normalise: what makes two answers the same in a vote.
-        seed: of the answers.
-        device, dtype: that answers are computed with.
-        note: called with a line of text about what begins.
-        progress: called with a name, the number of prompts that are done, and that of all.
-
-    Raises UserError for a recipe that cannot learn from the records.
-    """
-
-    model: str
-    prompts: Sequence[Prompt]
-    checker: Checker
-    judge: str
-    recipe: Recipe
-    directory: Path
-    n: tuple[int, ...] = (16,)
-    held_out: Sequence[Prompt] = ()
-    held_out_n: int = 16
-    selection: Selection = field(default_factory=Selection)
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    normalise: Callable[[str], str] = str.strip
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    note: Callable[[str], None] = lambda text: None
-    progress: Callable[[str, int, int], None] = lambda name, done, total: None
-
-    def __post_init__(self) -> None:
-        """Check the recipe."""
-        recipe, objective = self.recipe, self.recipe.objective
-        if recipe.kind != "preference" or not objective.dph_weight:
-            raise UserError(
-                f"recipe: expected stage head or align with objective.dph_weight above 0, got {recipe.stage}"
-            )
-        if self.selection.form == "labels":
-            require_separable(recipe, "labelled alone, as form labels makes them")
-        if len(objective.heads) != 1:
-            raise UserError(f"objective.heads: expected one head, got {', '.join(objective.heads) or 'none'}")
-        for key, value in (("data.sources", recipe.data.sources), ("evaluation.sources", recipe.evaluation.sources)):
-            if value:
-                raise UserError(f"{key}: expected none, as records are made from --prompts, got {shown(value)}")
-        overlap = {prompt.key for prompt in self.prompts}.intersection(prompt.key for prompt in self.held_out)
-        if overlap:
-            raise UserError(
-                f"held-out prompts: expected other prompts than those of training, got {len(overlap)} of them"
-            )
-
-    @property
-    def head(self) -> str:
-        """Name of the head."""
-        return self.recipe.objective.heads[0]
-
-    def folder(self, number: int) -> Path:
-        """Return the folder of a round."""
-        return self.directory / f"round{number}"
-
-    def records(self, number: int) -> Path:
-        """Return the file of a round's records."""
-        return self.folder(number) / f"{self.selection.form}.jsonl"
-
-    def recipe_of(self, number: int) -> Recipe:
-        """Return the recipe of a round: from the first model, on the records of all rounds up to this one."""
-        values = self.recipe.as_dict()
-        values["model"]["path"] = self.model
-        sources = [{"source": str(self.records(i)), "weight": "size"} for i in range(1, number + 1)]
-        values["data"]["sources"] = sources
-        values["data"]["cache"] = self.recipe.data.cache or str(self.directory / "cache")
-        values["output"]["directory"] = str(self.folder(number) / "run")
-        return from_dict(values)
-
-    def open(self, number: int) -> tuple[JudgingModel, Any]:
-        """Return the model after a round, in evaluation mode, and its tokenizer; 0 is the first model."""
-        path = self.model if number == 0 else str(self.folder(number) / "run")
-        device = devices.choose(self.device, "--device")
-        dtype = self.dtype if self.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
-        model, tokenizer = load_model(path, dtype=getattr(torch, dtype)), load_tokenizer(path)
-        check_tokenizer(model, tokenizer)
-        return model.to(device).eval(), tokenizer
-
-    def about(self) -> dict[str, Any]:
-        """Return what the files depend on, as JSON; the number of rounds may grow."""
-        model, tokenizer = self.open(0)
-        about = {
-            "model": backbone_digest(model),
-            "tokenizer": of_tokenizer(tokenizer),
-            "prompts": fingerprint(self.prompts),
-            "held_out": fingerprint(self.held_out),
-            "held_out_n": self.held_out_n,
-            "judge": self.judge,
-            "n": self.n,
-            "selection": dataclasses.asdict(self.selection),
-            "sampling": dict(self.sampling),
-            "seed": self.seed,
-            "device": model.device.type,
-            "dtype": str(model.dtype),
-            "recipe": self.recipe.as_dict(),
-        }
-        return json.loads(json.dumps(about))
+def _check_number(prompt: Prompt, value: float, kind: str, index: int) -> None:
+    """Raise ValueError, with a note that names the prompt, for NaN."""
+    try:
+        check_number(value, kind, index)
+    except ValueError as error:
+        add_note(error, f"answering {prompt.place}")
+        raise
 
 
 def improve(plan: Improvement, rounds: int, train: Callable[[Recipe], Result]) -> Iterator[dict[str, Any]]:
@@ -241,12 +137,17 @@ def improve(plan: Improvement, rounds: int, train: Callable[[Recipe], Result]) -
         rounds: number of them.
         train: trains a recipe, or continues its run, and returns the result (``dph.train.entry.train``).
 
-    Raises UserError if the directory holds the rounds of another command, or is in use by another process, and
-    SystemExit with an exit code if a signal ended training.
+    Raises UserError if the directory holds the rounds of another command, or is in use by another process, for a prompt
+    that the model cannot answer, and SystemExit with an exit code if a signal ended training.
     """
     plan.directory.mkdir(parents=True, exist_ok=True)
     with _locked(plan.directory):
-        _check_same(plan)
+        model, tokenizer = plan.open(0)
+        longest = Sampling(**plan.sampling).max_new_tokens
+        for prompt in (*plan.prompts, *plan.held_out):
+            prompt_tokens(model, tokenizer, prompt.messages, longest, prompt.place)
+        _check_same(plan, plan.about(model, tokenizer))
+        del model
         for number in range(rounds + 1):
             yield _round(plan, number, train)
 
@@ -262,7 +163,8 @@ def _round(plan: Improvement, number: int, train: Callable[[Recipe], Result]) ->
     if number:
         metrics |= _make_records(plan, number)
         plan.note(f"round {number}: training")
-        result = train(plan.recipe_of(number))
+        with _noted(plan):
+            result = train(plan.recipe_of(number))
         if result.interrupted:  # a checkpoint is written: the next call continues from it
             raise SystemExit(result.exit_code)
     lines: list[dict[str, Any]] = []
@@ -283,17 +185,21 @@ def _make_records(plan: Improvement, number: int) -> dict[str, Any]:
     seed = draw(2**62, plan.seed, "round", number)
     path, records = plan.folder(number) / "samples.jsonl", plan.records(number)
     lines = _sampled(plan, number - 1, path, plan.prompts, n, seed, f"round {number}: prompts")
-    _, tokenizer = plan.open(0)
-    rows, refused = plan.selection.rows(lines, tokenizer)
+    rows, refused = plan.selection.rows(lines, load_tokenizer(plan.model))
     atomic.write_text(records, "".join(json.dumps(row) + "\n" for row in rows))
+    cut_off = 1 - sum(map(sum, (line["finished"] for line in lines))) / (n * len(lines))
     if not rows:
         earlier = sum(plan.records(i).stat().st_size for i in range(1, number))
         if not earlier:
             raise UserError(
                 f"{path}: expected right and wrong answers to some prompt, got none among {len(lines)} prompts with "
-                f"{n} answers each: other prompts, or more answers, may have both"
+                f"{n} answers each, {100 * cut_off:.0f} % of them cut off by --max-new-tokens: other prompts, more or "
+                "longer answers may have both"
             )
-    return {"prompts": len(lines), "n": n, "right": share_right(lines), "records": len(rows), "refused": refused}
+    return {
+        "prompts": len(lines), "n": n, "right": share_right(lines), "cut_off": cut_off, "records": len(rows),
+        "refused": refused,
+    }  # fmt: skip
 
 
 def _sampled(
@@ -311,21 +217,31 @@ def _sampled(
     With ``before`` only the rewards are its own: the answers are those of that file.
     """
 
-    class Opened:
-        @cached_property
-        def sampler(self) -> Sampler:
-            model, tokenizer = plan.open(number)
-            return Sampler(model, tokenizer, plan.checker, plan.head, n, seed, plan.sampling)
+    @cache
+    def sampler() -> Sampler:
+        model, tokenizer = plan.open(number)
+        return Sampler(model, tokenizer, plan.checker, plan.head, n, seed, plan.sampling)
 
-    opened, tokens = Opened(), n * Sampling(**plan.sampling).max_new_tokens
+    tokens = n * Sampling(**plan.sampling).max_new_tokens
     answered = None if before is None else dict(zip(map(id, prompts), read_jsonl(before), strict=True))
 
     def make(batch: Sequence[Prompt]) -> list[dict[str, Any]]:
         if answered is None:
-            return opened.sampler(batch)
-        return opened.sampler.rejudged(batch, [answered[id(prompt)] for prompt in batch])
+            return sampler()(batch)
+        return sampler().rejudged(batch, [answered[id(prompt)] for prompt in batch])
 
-    return grow(path, prompts, max(BATCH // tokens, 1), make, lambda done: plan.progress(name, done, len(prompts)))
+    with _noted(plan):
+        return grow(path, prompts, max(BATCH // tokens, 1), make, lambda done: plan.progress(name, done, len(prompts)))
+
+
+@contextlib.contextmanager
+def _noted(plan: Improvement) -> Iterator[None]:
+    """Context in which errors and interrupts get a note that nothing complete is lost."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        add_note(error, f"the same command continues what is in {plan.directory}")
+        raise
 
 
 @contextlib.contextmanager
@@ -341,9 +257,9 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _check_same(plan: Improvement) -> None:
-    """Compare the plan with the one that began in the directory, or write it."""
-    path, about = plan.directory / "improve.json", plan.about()
+def _check_same(plan: Improvement, about: dict[str, Any]) -> None:
+    """Compare what the files depend on with what began in the directory, or write it."""
+    path = plan.directory / "improve.json"
     if not path.is_file():
         if foreign := [name.name for name in plan.directory.iterdir() if name.name not in ("lock", "cache")]:
             raise UserError(f"{plan.directory}: expected a new folder, got one with {', '.join(sorted(foreign)[:5])}")

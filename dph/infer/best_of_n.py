@@ -231,15 +231,9 @@ def ranked(
     candidates = []
     for answer in answers:
         reward = answer.rewards.get(choice.head, math.nan)
-        has_reward = choice.head is not None and answer.finished
-        for kind, is_broken in (
-            ("reward", has_reward and math.isnan(reward)), ("log-probability", math.isnan(answer.logprob)),
-        ):  # fmt: skip
-            if is_broken:
-                raise ValueError(
-                    f"candidate {answer.index}: expected a number as its {kind}, got NaN: the model's weights are "
-                    "broken"
-                )
+        if choice.head is not None and answer.finished:
+            check_number(reward, "reward", answer.index)
+        check_number(answer.logprob, "log-probability", answer.index)
         content = answer.tokens[: len(answer.tokens) - answer.finished]
         candidates.append(
             Candidate(
@@ -257,6 +251,33 @@ def ranked(
     scores = _scores(candidates, choice, weigh)
     order = sorted(range(len(candidates)), key=scores.__getitem__, reverse=True)
     return [candidates[i] for i in order]
+
+
+def check_number(value: float, kind: str, index: int) -> None:
+    """Raise ValueError for NaN as the reward or log-probability (``kind``) of the candidate ``index``."""
+    if math.isnan(value):
+        raise ValueError(f"candidate {index}: expected a number as its {kind}, got NaN: the model's weights are broken")
+
+
+def prompt_tokens(
+    model: JudgingModel, tokenizer: Any, messages: Sequence[Message], max_new_tokens: int, where: str
+) -> list[int]:
+    """Return the tokens of a prompt up to the beginning of the answer.
+
+    Raises UserError, which begins with ``where``, for a prompt that the chat format refuses, and for one that leaves no
+    room for ``max_new_tokens`` in the model's context.
+    """
+    try:
+        tokens = chat.prompt(messages, tokenizer)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    context = getattr(model.backbone, "context", None) or model.config.max_position_embeddings
+    if context is not None and len(tokens) + max_new_tokens > context:
+        raise UserError(
+            f"{where}: expected at most {context} tokens, the model's context, with --max-new-tokens {max_new_tokens}, "
+            f"got a prompt of {len(tokens)}"
+        )
+    return tokens
 
 
 def _scores(candidates: Sequence[Candidate], choice: Choice, weigh: Weights) -> list[tuple[Any, ...]]:

@@ -23,27 +23,23 @@ from torch import Tensor
 from dph import chat
 from dph.errors import UserError
 from dph.infer.choice import candidate_keys, choose
+from dph.infer.prompt_reader import PromptReader
 from dph.infer.request import STOP_ROOM, Answer, Engine, Request
 from dph.infer.sampling import Sampling
-from dph.model.heads import JudgedStates
+from dph.infer.token_pool import TokenPool, padded_count
+from dph.model.heads import JudgedStates, split_members
 from dph.model.judging import JudgingModel
-from dph.model.kv_pool import KVPool
 from dph_kernels.dispatch import batch_invariant
 from dph_kernels.layout import PackedLayout
-from dph_kernels.linear import apply_linear
 from dph_kernels.transfer import to_device
 
-CHUNK = 512  # tokens of a prompt that are read at once; a multiple of attention's blocks, counted from its beginning
 BATCH = 1024  # candidates that are continued together, and tokens of prompts that are read between two of their tokens
-# PyTorch's products of matrices on the CPU take another way for fewer rows, with other rounding.
-LEAST_ROWS, ROW_MULTIPLE = 16, 8
-BEGINNING = 64  # tokens of the beginnings that prompts share, in multiples: the keys that attention reads at once
 MOST_SAMPLINGS = 64  # before those that no candidate needs are dropped
 
 
 STATES = np.dtype(
     [
-        ("request", "i8"),  # key of ``PooledEngine._opened``
+        ("request", "i8"),  # key of ``PromptReader.opened``
         ("start", "i8"),  # first row of its keys and values: that of one of its candidates
         ("prompt", "i8"),  # first row of the prompt
         ("length", "i8"),  # tokens of the prompt
@@ -73,15 +69,10 @@ class PooledEngine(Engine):
 
     def __init__(self, model: JudgingModel, tokenizer: Any, rows: int, batch: int = BATCH) -> None:
         super().__init__(model, tokenizer, chat.markup(tokenizer).end_of_turn)
-        self.pool, self.batch = KVPool(rows), batch
-        self._token_at = np.zeros(rows, np.int64)  # of each row of the pool
-        self._logprob_at = np.zeros(rows, np.float32)
+        self.pool, self.batch = TokenPool(model, rows), batch
+        self.prompts = PromptReader(self.pool, batch)
         self._states, self._candidates = np.empty(0, STATES), np.empty(0, CANDIDATES)
-        self._opened: dict[int, Request] = {}  # requests whose prompts have rows
-        self._beginnings: dict[int, list[Request]] = {}  # hash of a prompt's first blocks -> opened requests
-        self._numbers = 0
         self._samplings: list[Sampling] = []
-        self._scratch = self.pool.take(1)  # row of padding tokens
 
     def check(self, request: Request) -> None:
         """See :meth:`Engine.check`."""
@@ -98,30 +89,23 @@ class PooledEngine(Engine):
     def cancel(self, request: Request) -> None:
         """See :meth:`Engine.cancel`."""
         if request in self.requests:
-            for start in request.reserved:
-                self.pool.free(start)
-            request.reserved = []
-            mine = np.array(
-                [self._opened[number] is request for number in self._states["request"].tolist()], dtype=bool
-            )
-            self._drop(mine[self._candidates["state"]])
+            self._drop(self._are_of(request))
             self._close(request)
 
     def partial(self, request: Request) -> dict[int, tuple[int, ...]]:
         """See :meth:`Engine.partial`."""
         tokens = {}
-        for index, place in self._candidates[["index", "state"]].tolist():
-            state = self._states[place]
-            if self._opened[int(state["request"])] is request:
-                tokens[index] = tuple(self._token_at[state["start"] : state["start"] + state["said"]].tolist())
+        for index, place in self._candidates[self._are_of(request)][["index", "state"]].tolist():
+            start, said = self._states[["start", "said"]][place].tolist()
+            tokens[index] = tuple(self.pool.tokens[start : start + said].tolist())
         return tokens
 
     @torch.no_grad()
     def step(self) -> list[tuple[Request, Answer]]:
         """Read the next tokens of all candidates, and of prompts that wait; draw a token for each candidate."""
-        self._admit()
+        self.prompts.admit(self.requests, len(self._candidates))
         with batch_invariant():
-            self._read_prompts()
+            self.prompts.read(self.requests)
             complete, logits = self._read_candidates()
             first = self._start()
             if len(self._states):
@@ -133,113 +117,15 @@ class PooledEngine(Engine):
             self._close(request)
         return complete
 
-    # Prompts
-
-    def _admit(self) -> None:
-        """Take rows for candidates of the prompts that are there, then for further prompts, first come first served."""
-        room = self.batch - len(self._candidates) - sum(len(request.reserved) for request in self.requests)
-        is_full = False
-        for request in self.requests:
-            if request.slot is None:
-                is_full = is_full or not self._open(request, room)
-            else:
-                request.reserved += self._take(request, request.slot, room)
-            room -= len(request.reserved)
-
-    def _open(self, request: Request, room: int) -> bool:
-        """Take rows for a prompt and candidates that start with it; return whether there were enough."""
-        slot = self.pool.take(len(request.prompt))
-        if slot is None:
-            return False
-        if not (taken := self._take(request, slot, room)):
-            self.pool.free(slot)
-            return False
-        request.slot, request.reserved, request.number = slot, taken, self._numbers
-        self._opened[self._numbers] = request
-        for beginning in _beginnings(request.prompt):
-            self._beginnings.setdefault(beginning, []).append(request)
-        self._numbers += 1
-        self._token_at[slot : slot + len(request.prompt)] = request.prompt
-        return True
-
-    def _take(self, request: Request, slot: int, room: int) -> list[int]:
-        """Return the first rows of waiting candidates, at most ``room``; none if too few can start together.
-
-        They lie behind the prompt's: attention adds up the parts in the order of the rows. The last prompt of the pool
-        has only candidates behind it, which end, and there was room for one of its own: some prompt can always go on.
-        """
-        waiting = request.wanted - request.started - len(request.reserved)
-        taken: list[int] = []
-        while len(taken) < min(waiting, room) and (start := self.pool.take(request.rows, slot)) is not None:
-            taken.append(start)
-        if request.pruning is not None and len(taken) < waiting:
-            for start in taken:
-                self.pool.free(start)
-            return []
-        return taken
-
-    def _read_prompts(self) -> None:
-        """Read a chunk of each prompt, up to the tokens of a batch, and keep the logits after the complete ones."""
-        parts: list[tuple[Request, int]] = []  # with numbers of tokens
-        budget = self.batch
-        for request in self.requests:
-            if request.slot is None or budget <= 0 or request.read == len(request.prompt):
-                continue
-            if not request.read and not self._copy_beginning(request, [part for part, _ in parts]):
-                continue
-            count = min(CHUNK - request.read % CHUNK, len(request.prompt) - request.read)
-            parts.append((request, count))
-            budget -= count
-        if not parts:
-            return
-        table, rows, complete, start = [], [], [], 0
-        for request, count in parts:
-            slot, read, end = request.slot, request.read, start + count
-            table.append((start, end, self.pool.rows + start, self.pool.rows + end, slot, slot + read, read))
-            rows.append(np.arange(slot + read, slot + read + count))
-            request.read = read + count
-            if request.read == len(request.prompt):
-                complete.append((request, end - 1))
-            start = end
-        padded = _padded_rows(start)
-        rows = np.concatenate([*rows, np.full(padded - start, self._scratch)])
-        layout = PackedLayout(torch.tensor(table), padded, padded, self.pool.rows)
-        hidden = self._forward(rows, layout, self._token_at[rows], decode=False)
-        if complete:
-            logits = self._logits(hidden, np.array([row for _, row in complete]))
-            for (request, _), own in zip(complete, logits, strict=True):
-                request.logits = own.clone()
-
-    def _copy_beginning(self, request: Request, reading: Sequence[Request]) -> bool:
-        """Copy the keys and values of the longest beginning that another prompt has read.
-
-        Returns False if one of those that are being ``reading`` has a longer one, which is there at the next step.
-        """
-        blocks = _beginnings(request.prompt)
-        for count in range(len(blocks), 0, -1):
-            others = [other for other in self._beginnings[blocks[count - 1]] if other is not request]
-            rows = count * BEGINNING
-            donor = next((other for other in others if other.read >= rows), None)
-            if donor is not None and donor.prompt[:rows] == request.prompt[:rows]:
-                self._copy_rows(*(np.array([part]) for part in (donor.slot, request.slot, rows)))
-                request.read = rows
-                return True
-            if any(other in reading for other in others):
-                return False
-        return True
+    def _are_of(self, request: Request) -> np.ndarray:
+        """Return [C] whether a candidate is one of the request."""
+        return self._states["request"][self._candidates["state"]] == request.number
 
     def _close(self, request: Request) -> None:
-        """Return the rows of a prompt."""
+        """Remove a request whose candidates are gone."""
         request.done = True
         self.requests.remove(request)
-        if request.slot is not None:
-            for beginning in _beginnings(request.prompt):
-                self._beginnings[beginning].remove(request)
-                if not self._beginnings[beginning]:
-                    del self._beginnings[beginning]
-            self.pool.free(request.slot)
-            del self._opened[request.number]
-        request.slot = request.logits = None
+        self.prompts.close(request)
 
     # Candidates
 
@@ -289,10 +175,10 @@ class PooledEngine(Engine):
         total = len(mine)
         place = mine["said"] - mine["fresh"] + np.arange(total) - np.repeat(ends - queries, queries)
         rows = mine["start"] + place
-        tokens = np.where(place < mine["said"], self._token_at[rows], self.end)
+        tokens = np.where(place < mine["said"], self.pool.tokens[rows], self.end)
         layout = self._decode_layout(mine, place)
         padding = layout.queries - total
-        padded_rows = np.concatenate([rows, np.full(padding, self._scratch)])
+        padded_rows = np.concatenate([rows, np.full(padding, self.pool.padding)])
         tokens = np.concatenate([tokens, np.full(padding, self.end)])
 
         ending, live = np.flatnonzero(states["ending"]), np.flatnonzero(~states["ending"])
@@ -301,10 +187,10 @@ class PooledEngine(Engine):
         forced = [np.arange(last[i] - states["fresh"][i] + 1, last[i]) for i in ending]  # their next tokens are known
         wanted = np.concatenate([last[live], *forced])
         hidden, rewards, spreads = self._forward_judged(padded_rows, layout, tokens, (ends - 1)[judged])
-        logits = self._logits(hidden, wanted) if len(wanted) else None
+        logits = self.pool.logits(hidden, wanted) if len(wanted) else None
         if len(wanted) > len(live):
             known = rows[wanted[len(live) :]] + 1
-            self._keep_logprobs(known, logits[len(live) :], self._token_at[known])
+            self.pool.keep_logprobs(known, logits[len(live) :], self.pool.tokens[known])
 
         figures = {
             int(i): tuple({head: values[j] for head, values in part.items()} for part in (rewards, spreads))
@@ -329,7 +215,7 @@ class PooledEngine(Engine):
             number, number + 1, first, first + place + 1, prompt, prompt + states["length"], states["length"] + place
         )  # fmt: skip
         table = torch.from_numpy(np.stack(columns, 1))
-        return PackedLayout(table, queries=_padded_rows(len(states)), keys=0, memory=self.pool.rows)
+        return PackedLayout(table, queries=padded_count(len(states)), keys=0, memory=self.pool.rows)
 
     def _draw(self, logits: Tensor) -> None:
         """Draw the next tokens of all candidates after logits [S, V]; those of a state that differ part ways."""
@@ -356,45 +242,25 @@ class PooledEngine(Engine):
         parents, tokens = distinct // logits.shape[1], distinct % logits.shape[1]
         new = states[parents]
         new["start"] = candidates["start"][order[first]]
-        self._copy_rows(states["start"][parents], new["start"], states["said"][parents])
+        self.pool.copy_ranges(states["start"][parents], new["start"], states["said"][parents])
         candidates["state"][order] = together
         rows = new["start"] + new["said"]
-        self._keep_logprobs(rows, logits, tokens, parents)
-        self._token_at[rows] = tokens
+        self.pool.keep_logprobs(rows, logits, tokens, parents)
+        self.pool.tokens[rows] = tokens
         new["said"] += 1
         new["fresh"] = 1
         new["ending"] = tokens == self.end
         self._states = new
 
-    def _copy_rows(self, sources: np.ndarray, targets: np.ndarray, counts: np.ndarray) -> None:
-        """Copy ``counts`` [S] rows from each of ``sources`` [S] to ``targets`` [S], where they differ."""
-        counts = np.where(sources == targets, 0, counts)
-        within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-        if not len(within):
-            return
-        sources, targets = np.repeat(sources, counts) + within, np.repeat(targets, counts) + within
-        self._token_at[targets], self._logprob_at[targets] = self._token_at[sources], self._logprob_at[sources]
-        device = self.model.device
-        self.pool.copy(to_device(torch.from_numpy(sources), device), to_device(torch.from_numpy(targets), device))
-
     def _seen(self, states: np.ndarray) -> Tensor:
         """Return the tokens [S, L] of prompts and answers, with the prompt's first in place of padding."""
         width = int((states["length"] + states["said"]).max())
-        seen = np.repeat(self._token_at[states["prompt"]][:, None], width, 1)
+        seen = np.repeat(self.pool.tokens[states["prompt"]][:, None], width, 1)
         columns = states[["start", "prompt", "length", "said"]].tolist()
         for row, (start, prompt, length, said) in zip(seen, columns, strict=True):
-            row[:length] = self._token_at[prompt : prompt + length]
-            row[length : length + said] = self._token_at[start : start + said]
+            row[:length] = self.pool.tokens[prompt : prompt + length]
+            row[length : length + said] = self.pool.tokens[start : start + said]
         return torch.from_numpy(seen)
-
-    def _keep_logprobs(
-        self, rows: np.ndarray, logits: Tensor, tokens: np.ndarray, after: np.ndarray | None = None
-    ) -> None:
-        """Store the log-probabilities of ``tokens`` [R] in ``rows`` [R], after rows ``after`` [R] of logits [S, V]."""
-        after = np.arange(len(rows)) if after is None else after
-        places = (to_device(torch.from_numpy(part), logits.device) for part in (after, tokens))
-        logprobs = logits[tuple(places)].cpu().numpy() - logits.logsumexp(1).cpu().numpy()[after]
-        self._logprob_at[rows] = logprobs
 
     def _sort_out(self) -> list[tuple[Request, Answer]]:
         """Return the answers that need no more reading: cut-off ones, and finished ones without rewards."""
@@ -410,8 +276,9 @@ class PooledEngine(Engine):
     def _apply_stop(self, i: int) -> None:
         """End a state before a stop text if it has just said one; what remains of its last token is read again."""
         state = self._states[i]
-        request, start, said = self._opened[int(state["request"])], int(state["start"]), int(state["said"])
-        tokens = self._token_at[start : start + said].tolist()
+        number, start, said = state[["request", "start", "said"]].tolist()
+        request = self.prompts.opened[number]
+        tokens = self.pool.tokens[start : start + said].tolist()
         text = self.tokenizer.decode(tokens, skip_special_tokens=False)
         if (end := request.sampling.stop_place(text)) is None:
             return
@@ -421,9 +288,9 @@ class PooledEngine(Engine):
         forced = [*chat.plain(self.tokenizer)(text[len(beginning) :]), self.end]
         if kept + len(forced) > request.rows:
             raise UserError(f"stop: expected texts that cut no token into more than {STOP_ROOM}, got {len(forced)}")
-        self._token_at[start + kept : start + kept + len(forced)] = forced
+        self.pool.tokens[start + kept : start + kept + len(forced)] = forced
         if not kept:
-            self._keep_logprobs(np.array([start]), request.logits[None], np.array(forced[:1]))
+            self.pool.keep_logprobs(np.array([start]), request.logits[None], np.array(forced[:1]))
         state["said"] = kept + len(forced)
         state["fresh"] = state["said"] - max(kept - 1, 0)  # the last kept one, for the log-probability of the next
         state["ending"] = True
@@ -445,7 +312,7 @@ class PooledEngine(Engine):
         said = self._states["said"][places]
         ends = said.cumsum()
         rows = np.repeat(self._states["start"][places] - ends + said, said) + np.arange(ends[-1])
-        tokens, logprobs = self._token_at[rows].tolist(), self._logprob_at[rows].astype(np.float64)
+        tokens, logprobs = self.pool.tokens[rows].tolist(), self.pool.logprobs[rows].astype(np.float64)
         totals = np.add.reduceat(logprobs, ends - said)  # every candidate has said something
         of_content, count = (totals - logprobs[ends - 1], said - 1) if finished else (totals, said)
         means = np.divide(of_content, count, out=np.full(len(said), math.nan), where=count > 0)
@@ -454,7 +321,7 @@ class PooledEngine(Engine):
         for i, first, last, number, begin, end, total, mean in zip(
             *(column if isinstance(column, list) else column.tolist() for column in columns), strict=True
         ):
-            request, own = self._opened[number], figures.get(i, ({}, {}))
+            request, own = self.prompts.opened[number], figures.get(i, ({}, {}))
             words = tuple(tokens[begin:end])
             for index in indices[first:last]:
                 answer = Answer(index, words, finished, total, mean, *own, pruned=dropped is not None)
@@ -481,9 +348,9 @@ class PooledEngine(Engine):
     def _pruning(self) -> dict[int, Request]:
         """Return the states that are compared in this step, by place, and their requests."""
         compared = {}
-        if any(request.pruning is not None for request in self._opened.values()):
+        if any(request.pruning is not None for request in self.prompts.opened.values()):
             for i, (number, said, ending) in enumerate(self._states[["request", "said", "ending"]].tolist()):
-                request = self._opened[number]
+                request = self.prompts.opened[number]
                 if request.pruning is not None and not ending and said % request.pruning.every == 0:
                     compared[i] = request
         return compared
@@ -509,51 +376,16 @@ class PooledEngine(Engine):
 
     # The model
 
-    def _forward(
-        self, rows: np.ndarray, layout: PackedLayout, tokens: np.ndarray, *, decode: bool, **options: Any
-    ) -> Any:
-        device = self.model.device
-        places = to_device(torch.from_numpy(rows), device)
-        memory = self.pool.call(places, decode=decode)
-        return self.model.backbone(to_device(torch.from_numpy(tokens), device), layout.to(device), memory, **options)
-
     def _forward_judged(
         self, rows: np.ndarray, layout: PackedLayout, tokens: np.ndarray, judged: np.ndarray
     ) -> tuple[Tensor, dict[str, list[float]], dict[str, list[float]]]:
         """Return the hidden states of a decoding call, and rewards and spreads by head of the ``judged`` rows."""
         if not len(judged):
-            return self._forward(rows, layout, tokens, decode=True), {}, {}
+            return self.pool.forward(rows, layout, tokens, decode=True), {}, {}
         model = self.model
         places = to_device(torch.from_numpy(judged), model.device)
         observer = JudgedStates(model.heads.layers, len(model.backbone.blocks), itemgetter(places))
-        hidden = self._forward(rows, layout, tokens, decode=True, observe=observer)
-        rewards, spreads = {}, {}
-        for head, values in model.rewards_of(observer.joined(), dropout=False, each=True).items():
-            if values.dim() == 2:
-                spreads[head] = values.std(1).tolist()
-                values = values.mean(1)
-            rewards[head] = values.tolist()
-        return hidden, rewards, spreads
-
-    def _logits(self, hidden: Tensor, rows: np.ndarray) -> Tensor:
-        """Return the logits [R, V] fp32 after these rows of hidden states."""
-        padded = np.concatenate([rows, np.repeat(rows[:1], _padded_rows(len(rows)) - len(rows))])
-        states = hidden[to_device(torch.from_numpy(padded), hidden.device)]
-        return apply_linear(self.model.lm_head, self.model.output_proj(states))[: len(rows)].float()
-
-
-def _beginnings(prompt: tuple[int, ...]) -> list[int]:
-    """Return hashes of the beginnings of a prompt of 1, 2, ... blocks, as far as another one may copy them.
-
-    The last block is left out: attention may compute the last rows of a prompt, which are few, in another way.
-    """
-    found, value = [], 0
-    for end in range(BEGINNING, len(prompt) - BEGINNING + 1, BEGINNING):
-        value = hash((value, prompt[end - BEGINNING : end]))
-        found.append(value)
-    return found
-
-
-def _padded_rows(rows: int) -> int:
-    """Return the number of rows that a product of matrices gets."""
-    return max(-(-rows // ROW_MULTIPLE) * ROW_MULTIPLE, LEAST_ROWS)
+        hidden = self.pool.forward(rows, layout, tokens, decode=True, observe=observer)
+        rewards, members = split_members(model.rewards_of(observer.joined(), dropout=False, each=True))
+        spreads = {head: values.std(1).tolist() for head, values in members.items()}
+        return hidden, {head: values.tolist() for head, values in rewards.items()}, spreads

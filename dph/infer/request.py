@@ -82,7 +82,7 @@ class Request:
         answers: those that are complete, in the order of their indices.
         done: whether no more will come.
         wanted, started: answers that the plan has asked for so far, and those that have begun.
-        number, slot, read, logits, reserved: notes of its engine, see ``PooledEngine``.
+        number, slot, read, logits, reserved: notes of its engine, see ``PromptReader``.
 
     Raises UserError for an empty prompt, and ValueError for a seed out of range.
     """

@@ -148,7 +148,7 @@ class Block(nn.Module):
         if form.fused:
             total, activations = fused_block(x, layout, memory, form.shape, form.weights)
             fc2 = self.ffn.fc2
-            return total + (apply_linear(fc2, activations) if dispatch.is_batch_invariant() else fc2(activations))
+            return total + apply_linear(fc2, activations)
         if memory_kind == "hidden":
             return self.after(x, self.attention.forward_inputs(self.attention_norm(x), layout, memory))
         return self.after(x, self.attention(self.before(x), layout, memory))

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from dph_kernels.dispatch import is_batch_invariant
 from dph_kernels.layout import PackedLayout, Rotary
-from dph_kernels.linear import linear
+from dph_kernels.linear import linear, may_differ
 from dph_kernels.residual_norm import OPERATOR as NORM
 from dph_kernels.residual_norm import WIDEST
 from dph_kernels.rope_attention import OPERATOR as ATTENTION
@@ -223,7 +222,7 @@ def _forward(
         kind=shape.norm,
         backend=AUTO,
     )
-    product = linear if is_batch_invariant() else F.linear
+    product = linear if may_differ(x) else F.linear
     projected = product(normed, weights.qkv, weights.qkv_bias)
     q, k, v = split_heads(projected, shape.heads, shape.key_heads)
     normed_q = q_moments = k_moments = None

@@ -155,9 +155,7 @@ class RewardHead(nn.Module):
             rewards = self._in_parts(hidden, seed, row_ids, dropout)
         else:
             rewards = self._fused(hidden, seed or 0, row_ids, dropout)
-        if each or self.members == 1:
-            return rewards
-        return {name: values.mean(1) for name, values in rewards.items()}
+        return rewards if each else split_members(rewards)[0]
 
     def _is_modified(self) -> bool:
         """Whether a module is not the original, or observed by hooks."""
@@ -264,9 +262,21 @@ class RewardHeads(nn.Module):
         layers, rewards = self.layers, {}
         states = dict(zip(layers, hidden.chunk(len(layers), 1), strict=True))
         for head in self.values():
-            own = [states[layer] for layer in head.layers]
+            own = list(map(states.__getitem__, head.layers))
             rewards |= head(torch.cat(own, 1) if len(own) > 1 else own[0], seed, row_ids, dropout, each)
         return rewards
+
+
+def split_members(rewards: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the rewards [R] of heads, and of ensembles alone those of the members [R, M], whose mean is the reward.
+
+    ``rewards``: of a call with ``each``.
+    """
+    means, members = dict(rewards), {}
+    for name, values in rewards.items():
+        if values.dim() == 2:
+            means[name], members[name] = values.mean(1), values
+    return means, members
 
 
 class JudgedStates:

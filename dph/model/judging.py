@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from dph import chat
 from dph.data.packing import PackedBatch, batches, pack
-from dph.model.heads import JudgedStates, RewardHead, RewardHeads
+from dph.model.heads import JudgedStates, RewardHead, RewardHeads, split_members
 from dph.model.padded_batch import PaddedBatch, checked_inputs, last_positions
 from dph_kernels import checks, dispatch, linear_logprob
 
@@ -269,13 +269,11 @@ class JudgingModel(PreTrainedModel):
         cut_off = batch.reward_rows < 0
         if answer_ids is None:
             answer_ids = torch.arange(len(cut_off), device=cut_off.device)
-        rewards = self.heads(states, dropout_seed, answer_ids, dropout, each=True)
-        members = {}
-        for name, values in rewards.items():
-            if values.dim() == 2:
-                members[name] = values.masked_fill(cut_off[:, None], float("nan"))
-                values = values.mean(1)
-            rewards[name] = values.masked_fill(cut_off, float("nan"))
+        rewards, members = split_members(self.heads(states, dropout_seed, answer_ids, dropout, each=True))
+        for name in rewards:
+            rewards[name] = rewards[name].masked_fill(cut_off, float("nan"))
+        for name in members:
+            members[name] = members[name].masked_fill(cut_off[:, None], float("nan"))
         return rewards, members
 
     def reward_states(self, batch: PackedBatch, layers: list[int] | None = None) -> Tensor:

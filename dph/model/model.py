@@ -53,6 +53,7 @@ from dph.model.padded_batch import (
     document_positions,
 )
 from dph_kernels import checks, dispatch
+from dph_kernels.linear import apply_linear
 from dph_kernels.transfer import to_device
 
 log = logging.getLogger(__name__)
@@ -363,7 +364,7 @@ class Model(HeadFiles, JudgingModel, GenerationMixin):
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # -0: all
         output = CausalLMOutputWithPast(
             loss=loss,
-            logits=self.lm_head(states[:, columns]),
+            logits=apply_linear(self.lm_head, states[:, columns]),
             past_key_values=read.past_key_values,
             hidden_states=read.hidden_states,
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dph.errors import shown
 from dph.serve.limits import ApiError
@@ -22,9 +22,17 @@ MOST_STOPS, LONGEST_STOP = 16, 256
 
 
 class Body(BaseModel):
-    """Base of all bodies: other fields and other types are errors."""
+    """Base of all bodies: other fields and other types are errors, and null stands for absence."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, values: Any) -> Any:
+        """Return the fields that are not null: clients send an answer back with ``"refusal": null``."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class ChatMessage(Body):
@@ -32,6 +40,12 @@ class ChatMessage(Body):
 
     role: Literal["system", "user", "assistant"]
     content: str
+
+    @field_validator("role", mode="before")
+    @classmethod
+    def rename_developer(cls, role: Any) -> Any:
+        """Return "system" for "developer", OpenAI's newer name of it."""
+        return "system" if role == "developer" else role
 
     @field_validator("content", mode="before")
     @classmethod
@@ -152,12 +166,12 @@ def parse(content: bytes, form: type[AnyBody]) -> AnyBody:
 
 
 def _relevant(values: Mapping[str, Any], form: type[Body]) -> dict[str, Any]:
-    """Return the fields that are neither null nor without effect."""
+    """Return the fields that are not without effect."""
     kept = {}
     for name, value in values.items():
         is_known = name in form.model_fields
         is_neutral = name in NEUTRAL and type(value) in (type(NEUTRAL[name]), float) and value == NEUTRAL[name]
-        if value is not None and (is_known or not (name in HARMLESS or is_neutral)):
+        if is_known or not (name in HARMLESS or is_neutral):
             kept[name] = value
     return kept
 
@@ -169,7 +183,7 @@ def _plain(value: Any) -> Any:
 
 
 def _wrong_field(error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = error.errors(include_url=False)[0]
     name = ""
     for part in first["loc"]:
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
@@ -178,5 +192,9 @@ def _wrong_field(error: ValidationError) -> ApiError:
         return ApiError(400, f"{name}: not supported", param=name, code="unsupported_field")
     if first["type"] == "missing":
         return ApiError(400, f"{name}: expected a value, got none", param=name)
+    if first["type"] in ("too_short", "too_long"):
+        context = first["ctx"]
+        most = f"least {context['min_length']}" if first["type"] == "too_short" else f"most {context['max_length']}"
+        return ApiError(400, f"{name}: expected at {most}, got {len(first['input'])}", param=name)
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     return ApiError(400, f"{name}: {message}, got {shown(first['input'])}", param=name)

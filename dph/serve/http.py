@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dph.errors import one_line
-from dph.serve.limits import ApiError, Limits, busy, origin, out_of_time
+from dph.serve.limits import ApiError, Limits, busy, origin, out_of_time, stopping
 from dph.serve.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,9 @@ class Gate:
         except asyncio.TimeoutError:  # also a client that reads too slowly
             if not status:
                 await error_response(out_of_time(self._limits.seconds))(scope, receive, watched)
+        except asyncio.CancelledError:  # by uvicorn, once it has waited for the requests that run at its end
+            if not status:
+                await error_response(stopping())(scope, receive, watched)
         except Exception as error:  # the application has answered; uvicorn would log its text
             log.error("%s", origin(error))
         finally:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dph.errors import OtherRankFailed, RunLost, one_line
+from dph.errors import OtherRankFailed, RunLost, add_note, one_line
 from dph.model.config import FAMILIES
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def after_error(trainer: Trainer, error: Exception, progress: Progress) -> None:
             reason = one_line(second, 500)
             if isinstance(second, OSError) and second.filename is not None:
                 reason = f"{second.filename}: {second.strerror}"
-            _add_note(error, f"saving step {trainer.step} failed, too: {reason}")
+            add_note(error, f"saving step {trainer.step} failed, too: {reason}")
     _note_saved(error, trainer.run, trainer.step)
 
 
@@ -97,12 +97,7 @@ def _note_saved(error: Exception, run: RunDirectory, step: int) -> None:
     text = "no checkpoint was saved"
     if run.saved_step is not None:
         text = f"step {run.saved_step} is saved in {run.directory}, --resume continues from it"
-    _add_note(error, text)
-
-
-def _add_note(error: Exception, text: str) -> None:
-    """Add a note as ``add_note`` of Python 3.11 does."""
-    error.__notes__ = [*getattr(error, "__notes__", ()), text]
+    add_note(error, text)
 
 
 def finish(trainer: Trainer, stopped: int | None, progress: Progress) -> Result:

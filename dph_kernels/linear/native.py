@@ -1,12 +1,14 @@
-"""Products of rows with weights by csrc/cpu/linear.cpp: fp32, or bf16 with fp32 arithmetic."""
+"""Products of rows with weights in fp32 arithmetic: by csrc/cpu/linear.cpp, and of bf16 weights panel by panel."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dph_kernels import native
 from dph_kernels.checks import last_contiguous
 
 DTYPES = (torch.float32, torch.bfloat16)
+PANEL = 1 << 21  # weights that are fp32 numbers at the same time: 8 MiB
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -29,3 +31,13 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     )
     native.module().linear_forward_cpu(arguments, native.threads())
     return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
+def forward_by_panels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x W^T + bias`` [R, N] in bf16 of bf16 rows and weights, by PyTorch's product in fp32."""
+    rows, out = x.float(), x.new_empty(len(x), len(weight))
+    columns = max(PANEL // weight.shape[1] // 16 * 16, 16)
+    for first in range(0, len(weight), columns):
+        panel = slice(first, first + columns)
+        out[:, panel] = F.linear(rows, weight[panel].float(), None if bias is None else bias[panel].float())
+    return out

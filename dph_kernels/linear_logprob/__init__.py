@@ -81,10 +81,10 @@ def _compute(
     return grads
 
 
-# Gradients along with the log-probabilities are those of the sum of all log-probabilities. If all upstream gradients
-# are equal, the gradients are correct up to that factor; otherwise the weight gradient is recomputed, as it is in a
-# second backward pass through the same graph. A registered operator may not modify saved tensors, so this path bypasses
-# the dispatcher.
+# Gradients along with the log-probabilities are, for hidden, those of each log-probability, and for weight that of
+# their sum, or of the sum of row_weights * log-probabilities. If the upstream gradients are these weights times one
+# factor, so is the weight gradient; otherwise it is recomputed, as both are in a second backward pass through the same
+# graph. A registered operator may not modify saved tensors, so this path bypasses the dispatcher.
 
 
 def _joint_pays(implementation: ModuleType, inputs: Inputs) -> bool:
@@ -96,7 +96,7 @@ def _joint_pays(implementation: ModuleType, inputs: Inputs) -> bool:
 
 def _setup_joint(ctx: FunctionCtx, results: tuple[Tensor, ...], inputs: Inputs) -> tuple[Tensor, ...]:
     *output, d_hidden, d_weight = results
-    ctx.gradients = [d_hidden, d_weight]
+    ctx.gradients, ctx.row_weights = [d_hidden, d_weight], inputs["row_weights"]
     _setup(ctx, output, inputs)
     return tuple(output)
 
@@ -111,24 +111,31 @@ def _compute_joint(
         return {"hidden": d_hidden, "weight": d_weight}
     d_hidden, d_weight = ctx.gradients
     ctx.gradients = []
-    if _is_uniform(grad):
-        d_weight.mul_(grad[:1])  # not a scalar, which would be rounded to the dtype of the weights
+    factor = _factor(grad, ctx.row_weights)
+    if factor is not None:
+        d_weight.mul_(factor)
     else:
         del d_weight  # its memory is used again
         _, d_weight = recompute(hidden_needed=False)
     return {"hidden": d_hidden.mul_(grad[:, None]), "weight": d_weight}
 
 
-def _is_uniform(grad: Tensor) -> bool:
-    """Whether all upstream gradients are one number, as those of a sum are, visibly; else the numbers are compared.
+def _factor(grad: Tensor, row_weights: Tensor | None) -> Tensor | None:
+    """Return the number [1] by which ``row_weights`` (None: ones) give all upstream gradients, or None.
 
-    The comparison waits for a GPU; while a CUDA graph is recorded nothing can be read, and the answer is False.
+    [1] instead of a scalar, which would be rounded to the dtype of the weights. An expanded number, as of a sum, is
+    visible; else numbers are compared, which waits for a GPU. While a CUDA graph is recorded nothing can be read.
     """
-    if grad.stride(0) == 0:
-        return True
+    if row_weights is None and grad.stride(0) == 0:
+        return grad[:1]
     if grad.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    return torch.equal(*grad.aminmax())
+        return None
+    if row_weights is None:
+        return grad[:1] if torch.equal(*grad.aminmax()) else None
+    largest = row_weights.abs().argmax(0, keepdim=True)
+    factor = grad[largest] / row_weights[largest]  # NaN if all are 0, and then no number equals its product
+    rounding = 4 * torch.finfo(grad.dtype).eps * grad.abs()
+    return factor if bool(((factor * row_weights - grad).abs() <= rounding).all()) else None
 
 
 OPERATOR = Operator(
@@ -148,6 +155,7 @@ def linear_logprob(
     *,
     statistics: bool = False,
     uniform: bool = True,
+    row_weights: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each row's target token: ``log_softmax(hidden @ weight.T)[r, targets[r]]``.
@@ -158,13 +166,16 @@ def linear_logprob(
         targets: [R] int64, each in [0, V): rows without a target are left out by the caller.
         statistics: also return entropy and arg-max of each row's distribution.
         uniform: whether to expect one upstream gradient for all rows, as of a sum or a mean. The gradients may then be
-            computed in the forward pass, on a GPU in bf16 and on an Intel CPU in fp32: three products of the size
+            computed in the forward pass, on a GPU in bf16 and on most CPUs in fp32: three products of the size
             R x C x V instead of four. Any upstream gradient gives right results, but a different one per row costs
             five products, and gradients that are not used cost two. False for those, under
             ``torch.utils.checkpoint``, and for results with the bits of a call without gradients. Until the backward
             pass both gradients take their memory. The backward pass waits for a GPU unless the upstream gradient is
             expanded from one number, as that of ``sum`` is (that of ``mean`` is not, and counts as different per row
             while a CUDA graph is recorded).
+        row_weights: [R] upstream gradients to expect instead, up to one factor, if they differ per row and are known:
+            those of ``(row_weights * logprobs).sum()`` take three products, too. The result is not multiplied by them,
+            and they get no gradient here.
         backend: "auto" or a backend's name.
 
     Returns:
@@ -175,9 +186,9 @@ def linear_logprob(
     Under ``torch.autocast`` hidden and weight are cast to its dtype; the sums stay in fp32.
 
     Raises:
-        ValueError: a wrong shape, dtype or device; on the CPU also a target outside [0, V). On a GPU that check would
-            wait for the device; there the reference fails with PyTorch's device-side assertion, and "triton" returns
-            NaN.
+        ValueError: a wrong shape, dtype or device, or ``row_weights`` with ``uniform=False``; on the CPU also a target
+            outside [0, V). On a GPU that check would wait for the device; there the reference fails with PyTorch's
+            device-side assertion, and "triton" returns NaN.
     """
     hidden, weight = checks.cast_together(hidden, weight)
     checks.shape("hidden", hidden, "R", "C")
@@ -190,7 +201,17 @@ def linear_logprob(
     checks.device("targets", targets, hidden.device)
     if weight.shape[0] == 0:
         raise ValueError(f"weight: expected at least one row (V >= 1), got shape {list(weight.shape)}")
+    if row_weights is not None:
+        if not uniform:
+            raise ValueError("row_weights: expected None with uniform=False, which expects no upstream gradients")
+        checks.shape("row_weights", row_weights, hidden.shape[0])
+        checks.dtype("row_weights", row_weights, checks.FLOATS)
+        checks.device("row_weights", row_weights, hidden.device)
+        checks.memory("row_weights", row_weights)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        row_weights = row_weights.detach().to(dtype, copy=True)  # the caller's may change before the backward pass
+    joint = {"row_weights": row_weights} if uniform else None
     logprobs, _, entropy, best = OPERATOR(
-        hidden=hidden, weight=weight, targets=targets, statistics=statistics, backend=backend, joint=uniform
+        hidden=hidden, weight=weight, targets=targets, statistics=statistics, backend=backend, joint=joint
     )
     return (logprobs, entropy, best) if statistics else logprobs

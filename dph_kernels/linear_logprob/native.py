@@ -19,6 +19,7 @@ MOST_OPERAND = 3 * 2**18  # elements of states, and of weights: 3 MiB
 MOST_SUMS = 2**22  # elements of the fp32 sums for a gradient in half precision: 16 MiB
 
 MOST_LOGITS = 13_100_000  # and elements of states, per block of rows with joint gradients: 52 MB
+MOST_PACKED = 8192  # columns per product of such a block: MKL's packed copy of their weights grows with them
 LEAST_ROWS = 64  # per block that make reading all weights twice worthwhile
 
 
@@ -112,27 +113,31 @@ def joint_pays(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def forward_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool, row_weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Same results as ``reference.forward``, and the gradients of the sum of all log-probabilities.
+    """Same results as ``reference.forward``, and the gradients that the backward pass scales.
 
-    Blocks of rows with all of their logits: three products.
+    For hidden those of each log-probability, for weight that of their (weighted) sum. Three products, for blocks of
+    rows with all of their logits.
     """
-    rows, upstream = len(hidden), hidden.new_ones(len(hidden))
+    rows = len(hidden)
     logprobs, normaliser, entropy, best = empty_results(hidden, targets, statistics)
     grad_hidden, grad_weight = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (hidden, weight))
     targets, logits = targets.contiguous(), hidden.new_empty(min(rows, _block(weight)), len(weight))
+    factors = hidden.new_empty(len(logits), 1)  # times the kept logits: their gradients
     for large in (logits, grad_weight):
         native.module().prefer_huge_pages(large.data_ptr(), 4 * large.numel())
     for block in spans(rows, len(logits), 16):
         h, x = hidden[block].contiguous(), logits[: block.stop - block.start]
-        for columns in spans(len(weight), 2048, 16):  # for all columns at once MKL would allocate a packed copy
+        for columns in spans(len(weight), MOST_PACKED, 16):
             torch.mm(h, weight[columns].T, out=x[:, columns])
         results = logprobs[block], entropy[block], best[block]
-        fields = {"last": True, "upstream": upstream.data_ptr()}
+        fields = {"last": True, "factors": factors.data_ptr()}
         tile = _tile(x, 0, targets[block], normaliser[:, block], results, **fields)
-        native.module().linear_logprob_both_cpu(tile, native.threads())
-        torch.mm(x, weight, out=grad_hidden[block])
+        native.module().linear_logprob_keep_cpu(tile, native.threads())
+        factor = factors[: len(h)]
+        torch.mm(x, weight, out=grad_hidden[block]).mul_(factor)
+        h = h * (factor if row_weights is None else factor * row_weights[block, None])
         torch.mm(x.T, h, out=grad_weight) if block.start == 0 else grad_weight.addmm_(x.T, h)
     return logprobs, normaliser, entropy, best, grad_hidden, grad_weight
 
@@ -145,11 +150,13 @@ def _block(weight: Tensor) -> int:
 def mkl_is_faster() -> bool:
     """Whether PyTorch's own fp32 product is no slower than oneDNN's.
 
-    PyTorch calls MKL, which uses half of the vector width of processors that are not Intel's; oneDNN uses all of it and
-    is twice as fast there. On Intel's both are about equal, and MKL reads transposed factors without a copy.
+    PyTorch calls MKL, which uses no wider vectors than AVX2's on processors that are not Intel's; oneDNN is twice as
+    fast on those with AVX-512. On the others both are about equal, and MKL reads transposed factors without a copy.
     """
-    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    return native.module().intel or not onednn
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return True
+    avx2 = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return avx2 or native.module().intel
 
 
 def _tiles(hidden: Tensor, weight: Tensor) -> tuple[list[slice], list[slice], Tensor | None]:

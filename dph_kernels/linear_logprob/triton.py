@@ -307,13 +307,14 @@ def joint_pays(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def forward_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool, row_weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Results of ``reference.forward``, and the gradients of the sum of all log-probabilities.
+    """Results of ``reference.forward``, and the gradients that the backward pass scales.
 
-    Three products, some rows at a time with all columns.
+    For hidden those of each log-probability, for weight that of their (weighted) sum. Three products, some rows at a
+    time with all columns.
     """
-    return _forward_and_gradients(triton_device(hidden.device), hidden, weight, targets, statistics)
+    return _forward_and_gradients(triton_device(hidden.device), hidden, weight, targets, statistics, row_weights)
 
 
 def _joint_rows(gpu: TritonDevice, weight: Tensor) -> int:
@@ -325,7 +326,12 @@ def _joint_rows(gpu: TritonDevice, weight: Tensor) -> int:
 
 
 def _forward_and_gradients(
-    gpu: TritonDevice, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool
+    gpu: TritonDevice,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    statistics: bool,
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     engine = Fused(gpu, hidden, weight, partials=4 if statistics else 2)
     engine.keep(hidden, weight)
@@ -338,6 +344,8 @@ def _forward_and_gradients(
         change = engine.reduce_and_keep(h, w, targets[part], *results)
         engine.add(hidden_sums, change, w, True)
         engine.finish(hidden_sums, grad_hidden[part])
+        if row_weights is not None:
+            h = (h * row_weights[part, None]).to(h.dtype)
         engine.add(weight_sums, change.T, h, part.start == 0)
         del h, hidden_sums, change  # their memory is reused by the next ones
     engine.finish(weight_sums, grad_weight)

@@ -62,6 +62,12 @@ def test_figures_are_pictures(tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.filterwarnings("error")
+def test_figures_of_answers_that_were_all_cut_off(tmp_path):
+    cut = outcome([[0] * 16] * 3, [[math.nan] * 16] * 3, [[-1.0] * 16] * 3, [[False] * 16] * 3)
+    report.save_figures({"SFT": cut, "aligned jointly": cut}, tmp_path)
+
+
 def test_a_rule_has_one_colour_in_every_panel():
     wide = outcome([[0, 1] * 8] * 3, [list(range(16))] * 3, [[-1.0] * 16] * 3)
     sft, frozen = report._curves({"SFT": wide, "frozen": wide}).axes

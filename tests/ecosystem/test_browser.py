@@ -118,6 +118,7 @@ def test_errors_and_stopping(page):
     page.wait_for_selector("#candidates .text:not(:empty)")
     page.click("#stop")
     wait_for_status(page, "Stopped.")
+    assert "growing" not in page.locator("#candidates").text_content()
     page.fill("#prompt", "film " * 5000)
     page.fill("#tokens", "20")
     page.click("#send")

@@ -31,6 +31,8 @@ def test_the_client_of_openai(models, tmp_path):
                 text += choice.delta.content or ""
         assert text == first.choices[0].message.content
         assert chunk.usage == first.usage
+        talk = [*QUESTION, first.choices[0].message, *QUESTION]  # as its documentation continues a conversation
+        assert client.chat.completions.create(**{**options, "messages": talk}).choices
         with pytest.raises(openai.BadRequestError, match="n: expected a number from 1 to 128, got 1000"):
             client.chat.completions.create(**options, n=1000)
         with pytest.raises(openai.NotFoundError, match="model: expected judge"):

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from dph.evaluate import best_of
-from dph.evaluate.best_of import Scored
+from dph.evaluate.best_of import scored
 from dph.evaluate.metrics import wilson
 
 
@@ -43,6 +43,13 @@ def test_a_vote_of_many_candidates_is_a_mean_over_draws():
     assert shares[1] == pytest.approx(expected, abs=0.1)
 
 
+def test_answers_that_were_cut_off_do_not_vote():
+    prompt = scored(["4", "4", "5"], [0.0, 0.0, 1.0], {"reward": [None, None, 1.0]}, [False, False, True])
+    curves = best_of.curves([prompt], str.strip, {"reward": lambda rewards: 1 / (1 + np.exp(-rewards))})
+    last = {curve.rule: curve.right[-1].value for curve in curves}
+    assert (last["vote"], last["vote by reward"], last["random"]) == (1, 1, pytest.approx(1 / 3))
+
+
 def max_right(answers, correct, kept):
     counts = {answers[i]: sum(answers[j] == answers[i] for j in kept) for i in kept}
     best = [answer for answer, count in counts.items() if count == max(counts.values())]
@@ -69,7 +76,7 @@ def test_equal_answers(text, as_number, as_words):
 
 def test_few_prompts_that_are_all_right_are_no_proof():
     """Intervals are Wilson's over prompts: a resample of right prompts alone is always right."""
-    right = [Scored(["4", "5", "6"], np.array([1.0, 0.0, 0.0]), {"reward": np.array([2.0, 1.0, 0.0])})] * 14
+    right = [scored(["4", "5", "6"], [1.0, 0.0, 0.0], {"reward": [2.0, 1.0, 0.0]})] * 14
     curves = {curve.rule: curve for curve in best_of.curves(right, best_of.words, {})}
     last = curves["reward"].right[-1]
     assert (last.low, last.high) == pytest.approx((wilson(14, 14).low, 1.0))
@@ -89,7 +96,7 @@ def test_curves_from_a_random_choice_to_an_oracle():
         count = 5 + i % 4
         correct = (rng.random(count) < 0.4).astype(float)
         scores = {"reward": correct + rng.normal(0, 0.7, count), "noise": rng.normal(size=count)}
-        prompts.append(Scored([str(int(c)) for c in correct], correct, scores))
+        prompts.append(scored([str(int(c)) for c in correct], correct, scores))
     curves = {curve.rule: curve for curve in best_of.curves(prompts, best_of.words, {"reward": np.exp})}
     assert list(curves) == ["random", "reward", "noise", "vote", "vote by reward", "oracle"]
     mean = np.mean([prompt.correct.mean() for prompt in prompts])
@@ -103,9 +110,9 @@ def test_curves_from_a_random_choice_to_an_oracle():
     assert values["oracle"] == sorted(values["oracle"])
     assert values["oracle"][-1] > values["reward"][-1] > mean
     assert curves["random"].enough == 1 < curves["reward"].enough
-    worse = [Scored(p.texts, p.correct, {"reward": -p.correct}) for p in prompts]
+    worse = [scored(p.texts, p.correct, {"reward": -p.correct}) for p in prompts]
     assert best_of.curves(worse, best_of.words, {})[1].enough == 1  # more candidates make it worse
     assert best_of.curves(prompts, best_of.words, {}) == best_of.curves(prompts, best_of.words, {})
-    dips = [Scored("abc", np.array([0.5, 0.0, 1.0]), {"reward": np.array([2.0, 1.0, 0.0])})] * 20
+    dips = [scored("abc", [0.5, 0.0, 1.0], {"reward": [2.0, 1.0, 0.0]})] * 20
     best = best_of.curves(dips, best_of.words, {})[1]
     assert ([round(right.value, 3) for right in best.right], best.enough) == ([0.5, 0.333, 0.5], 1)

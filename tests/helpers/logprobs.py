@@ -26,9 +26,9 @@ def as_fp64(*tensors):
     return [x.detach().double().requires_grad_() for x in tensors]
 
 
-def compare(hidden, weight, targets, backend, grad=None):
+def compare(hidden, weight, targets, backend, grad=None, **options):
     """Values and both gradients of an operator call against eager PyTorch."""
-    got = linear_logprob(hidden, weight, targets, backend=backend)
+    got = linear_logprob(hidden, weight, targets, backend=backend, **options)
     same = eager(hidden, weight, targets)[0]
     wide = as_fp64(hidden, weight)
     truth = eager(*wide, targets)[0]

@@ -133,6 +133,12 @@ def test_a_program_that_fails_is_named_with_the_answer(judge, tmp_path, code, go
     assert f"{path}: answer '4' to sums.jsonl:4: {got}" in str(caught.value)
 
 
+def test_a_program_with_a_line_too_many_is_refused(judge, tmp_path):
+    path = program(tmp_path / "talkative", 'print("true\\nfalse", flush=True)')
+    with pytest.raises(UserError, match=r"answer '3' to sums.jsonl:4: expected one line of JSON, got more: 'false'"):
+        judge(path, ["3"])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -155,6 +161,16 @@ def test_a_head_judges_by_its_probability(judge, models, tmp_path):
     expected = torch.sigmoid(model.score(tok, talks)).tolist()
     assert judge(f"head:{models / 'judge'}", answers) == pytest.approx(expected)
     model.save_head(tmp_path / "head", "short")
-    backbone = lambda: (dph.Model.from_pretrained(models / "judge"), tok)  # noqa: E731
     expected = torch.sigmoid(model.score(tok, talks, "short")).tolist()
-    assert judge(f"head:{tmp_path / 'head'}", answers, model=backbone) == pytest.approx(expected)
+    options = {"backbone": str(models / "judge")}
+    assert judge(f"head:{tmp_path / 'head'}", answers, **options) == pytest.approx(expected)
+    opened = []
+
+    def in_bfloat16(path):
+        opened.append(path)
+        return dph.Model.from_pretrained(path, dtype=torch.bfloat16), tok
+
+    low = torch.sigmoid(model.bfloat16().score(tok, talks, "short")).tolist()
+    assert low != pytest.approx(expected)
+    assert judge(f"head:{tmp_path / 'head'}", answers, **options, open_model=in_bfloat16) == pytest.approx(low)
+    assert opened == [str(models / "judge")]

@@ -1,20 +1,26 @@
 """Rounds of improvement: what is made, kept and never made twice; killed anywhere, the same command continues."""
 
+import argparse
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from helpers.texts import small_tokenizer, write_lines
+from helpers.texts import message, small_tokenizer, write_lines
 from helpers.tiny import tiny_model
 
 from dph import chat
+from dph.cli import improve, results
 from dph.cli.main import main
 from dph.data.candidates import read_candidates
 from dph.improve import rounds
+from dph.improve.prompts import Prompt
 from dph.improve.rounds import Sampler
 from dph.improve.selection import Selection
 from dph.infer.best_of_n import sample
@@ -94,7 +100,10 @@ def test_every_round_keeps_samples_records_figures_and_a_head(words, dph_command
         metrics = json.loads((folder / "metrics.json").read_text())
         assert metrics["figures"]["n"] == [1, 2, 4, 5]
         assert set(metrics["figures"]["rules"]) == {"one sample", "most probable", "by reward", "vote", "oracle"}
-        assert f"round {number}: {24 - held_out} prompts with {n} answers each" in out
+        cut_off = [not ended for line in samples for ended in line["finished"]]
+        assert 0 < metrics["cut_off"] == pytest.approx(sum(cut_off) / len(cut_off))
+        summary = f"round {number}: {24 - held_out} prompts with {n} answers each, "
+        assert f"{summary}{100 * metrics['right']:.1f} % right, {100 * metrics['cut_off']:.1f} % cut off, " in out
     recipe = json.loads((out_dir / "round2/run/config.json").read_text())
     sources = [str(out_dir / f"round{i}/pairs.jsonl") for i in (1, 2)]
     assert [source["source"] for source in recipe["data"]["sources"]] == sources
@@ -187,8 +196,18 @@ def test_killed_anywhere_it_continues_to_the_same_bytes(words, dph_command, tmp_
         (["--recipe", "mini-sft", "evaluation.share=0"], "recipe: expected stage head or align"),
         (["objective.heads=[a, b]"], "objective.heads: expected one head, got a, b"),
         (["data.sources=[x.jsonl]"], "data.sources: expected none, as records are made from --prompts"),
+        (["output.directory=x"], "output.directory=x: expected --output in its place, got both"),
+        (["model.path=x"], "model.path=x: expected MODEL in its place, got both"),
+        (
+            ["evaluation.share=0"],
+            "evaluation.share: expected a share above 0, as output.best is reward_accuracy, got 0",
+        ),
+        (["seed=3"], "seed=3: expected --seed in its place, got both"),
         (["--held-out", "1.5"], "--held-out: expected a source, or a share of at least 0 and below 1, got 1.5"),
-        (["--held-out", "0.0001"], "--held-out: expected prompts on both sides of the share 0.0001, got 24 prompts"),
+        (
+            ["--held-out", "0.0001"],
+            "--held-out: expected prompts on both sides of the share 0.0001, got 24 of 24 to train",
+        ),
         (["--held-out", "PROMPTS"], "held-out prompts: expected other prompts than those of training, got 24 of them"),
         (["--records", "labels"], "objective.objective: expected separable, got contrastive"),
         (["-n", "0"], "expected a whole number of at least 1, got '0'"),
@@ -199,6 +218,66 @@ def test_killed_anywhere_it_continues_to_the_same_bytes(words, dph_command, tmp_
 def test_wrong_options_are_one_line(words, refused, tmp_path, change, message):
     change = [str(tmp_path / "prompts.jsonl") if word == "PROMPTS" else word for word in change]
     assert message in refused(*words, *change, "--output", tmp_path / "out")
+
+
+def test_a_prompt_that_is_too_long_is_named_before_the_first_answer(words, refused, monkeypatch, tmp_path):
+    config = json.loads((Path(words[1]) / "config.json").read_text())
+    shutil.copytree(words[1], tmp_path / "small")
+    (tmp_path / "small/config.json").write_text(json.dumps({**config, "max_position_embeddings": 24}))
+    monkeypatch.setattr(Sampler, "__call__", None)
+    with open("prompts.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "word " * 40}) + "\n")
+    line = refused("improve", tmp_path / "small", *words[2:], "--output", tmp_path / "out")
+    assert "prompts.jsonl:25: expected at most 24 tokens, the model's context, with --max-new-tokens 6, got" in line
+
+
+def test_a_reward_that_is_no_number_is_an_error_that_names_the_prompt(talker):
+    model = tiny_model(vocab_size=len(TOK), im_end_token_id=TOK.convert_tokens_to_ids("<|im_end|>"))
+    with torch.no_grad():
+        model.lm_head.weight[model.config.im_end_token_id] *= 8
+        for parameter in model.heads.parameters():
+            parameter.fill_(torch.nan)
+    sampler = Sampler(model, TOK, lambda prompt, answers: [0.0] * len(answers), "default", 8, 0, {"max_new_tokens": 8})
+    with pytest.raises(ValueError, match="expected a number as its reward, got NaN") as caught:
+        sampler([Prompt([message("user", "The fox?")], {}, "asked.jsonl:7")])
+    assert caught.value.__notes__ == ["answering asked.jsonl:7"]
+
+
+def test_interrupted_it_says_how_to_go_on(words, dph_command, monkeypatch, tmp_path):
+    whole, calls = Sampler.__call__, []
+
+    def interrupted(self, prompts):
+        calls.append(prompts)
+        if len(calls) == 4:  # the second batch of round 1
+            raise KeyboardInterrupt
+        return whole(self, prompts)
+
+    monkeypatch.setattr(Sampler, "__call__", interrupted)
+    code, _, err = dph_command(*words, "--output", "out")
+    assert code == 130
+    assert err.splitlines()[-1] == "dph: interrupted; the same command continues what is in out"
+    assert len((tmp_path / "out/round1/samples.jsonl.partial").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("device", "values", "expected"),
+    [("cpu", [], "cpu"), ("cuda:1", [], "cuda:1"), ("auto", ["device=cuda:2"], "cuda:2"), ("auto", [], "auto")],
+)
+def test_training_has_the_device_of_the_command(device, values, expected):
+    args = argparse.Namespace(recipe="improve", overrides=values, seed=3, device=device)
+    recipe = improve._recipe(args)
+    assert (recipe.device, recipe.seed) == (expected, 3)
+
+
+def test_progress_of_a_file_has_its_ends_and_a_line_a_minute(monkeypatch, capsys):
+    monkeypatch.setattr(results, "LINE_EVERY", 0)
+    progress = improve.Progress()
+    for name in ("round 0: held-out prompts", "round 1: prompts"):
+        for done in (2, 5, 10):
+            progress(name, done, 10)
+    lines = [re.sub(r" records, .*", " records", line) for line in capsys.readouterr().err.splitlines()]
+    assert lines[:2] == ["round 0: held-out prompts: 2 of 10", "round 0: held-out prompts: 5 of 10 records"]
+    assert lines[-1] == "round 1: prompts: 10 of 10"
 
 
 def test_labels_of_single_answers_train_a_separable_head(words, dph_command, tmp_path):
@@ -218,6 +297,7 @@ def test_prompts_without_right_and_wrong_answers_are_an_error_that_says_so(words
     code, _, err = dph_command(*words, "--output", tmp_path / "out")
     assert code == 2
     assert "expected right and wrong answers to some prompt, got none among" in err.splitlines()[-1]
+    assert re.search(r"4 answers each, \d+ % of them cut off by --max-new-tokens: ", err)
 
 
 def test_locked(words, dph_command, tmp_path):

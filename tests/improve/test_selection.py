@@ -75,9 +75,9 @@ def test_figures_count_a_cut_off_answer_as_wrong_and_choose_it_last():
         assert values[rule] == [0.25, 0.5]
     assert values["one sample"] == [0.25, 0.25]
     assert share_right(lines) == 0.25
-    text = describe({"round": 1, "prompts": 2, "n": 2, "right": 0.25, "records": 3, "refused": 4, "held_out": 2,
-                     "figures": found})  # fmt: skip
-    assert "25.0 % right, 3 records, 4 answers left out, which the chat format changes" in text
+    text = describe({"round": 1, "prompts": 2, "n": 2, "right": 0.25, "cut_off": 0.5, "records": 3, "refused": 4,
+                     "held_out": 2, "figures": found})  # fmt: skip
+    assert "25.0 % right, 50.0 % cut off, 3 records, 4 answers left out, which the chat format changes" in text
     assert "by reward" in text.splitlines()[2]
 
 

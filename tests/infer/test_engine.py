@@ -13,12 +13,13 @@ from helpers.tiny import FORMS
 import dph
 from dph import chat
 from dph.errors import UserError
-from dph.infer import engine, pooled_engine
+from dph.infer import engine, pooled_engine, prompt_reader
 from dph.infer.best_of_n import Choice, best_of_n_each
 from dph.infer.engine import answered, engine_for
 from dph.infer.pooled_engine import PooledEngine
 from dph.infer.request import Pruning, Request, fixed
 from dph.infer.sampling import Sampling
+from dph.infer.token_pool import TokenPool
 from dph.model.kv_pool import KVPool
 
 WORDS = "the quick brown fox jumps over a lazy dog and says hello to the world again "
@@ -44,7 +45,7 @@ def crowd(model, rows, batch, asked):
     for request in asked:
         small.submit(request)
     small.run()
-    assert len(small._states) == len(small._candidates) == len(small._opened) == 0
+    assert len(small._states) == len(small._candidates) == len(small.prompts.opened) == 0
     assert small.pool._gaps == [(2, rows)]  # all rows are free again, but for that of padding
     return [request.answers for request in asked]
 
@@ -81,7 +82,7 @@ def test_figures_are_those_of_every_conversation_alone(form):
 def test_long_prompts_are_read_in_pieces():
     model = talker()
     prompt = chat.prompt([message("user", WORDS * 60)], TOK)
-    assert len(prompt) > 2 * pooled_engine.CHUNK
+    assert len(prompt) > 2 * prompt_reader.CHUNK
     asked = requests([prompt, PROMPTS[0]], n=2, limit=4)
     group, other = answers(model, asked)
     assert same(other, answers(model, requests([PROMPTS[0]], n=2, limit=4))[0])
@@ -286,17 +287,17 @@ def test_ranges_of_a_pool_never_meet_and_all_come_back():
 def test_prompts_with_the_same_beginning_read_it_once(monkeypatch):
     """Bit by bit as alone, for prompts of all lengths around the blocks; the beginning is computed once."""
     beginning = chat.prompt([message("user", WORDS * 12)], TOK)
-    assert len(beginning) > 3 * pooled_engine.BEGINNING
+    assert len(beginning) > 3 * prompt_reader.BEGINNING
     ends = [PROMPTS[i % 6][:rest] for i, rest in enumerate((1, 9, 62, 63, 64, 65, 90, 128, 129))]
     prompts = [[*beginning[: 200 - i], *end] for i, end in enumerate(ends * 2)] + [PROMPTS[0], beginning[:130]]
     model, read = talker(**FORMS["qwen2"]), []
-    forward = PooledEngine._forward
+    forward = TokenPool.forward
 
     def counted(self, rows, layout, tokens, *, decode, **options):
         read.append(0 if decode else int((layout.segments[:, 1] - layout.segments[:, 0]).sum()))
         return forward(self, rows, layout, tokens, decode=decode, **options)
 
-    monkeypatch.setattr(PooledEngine, "_forward", counted)
+    monkeypatch.setattr(TokenPool, "forward", counted)
     together = answers(model, requests(prompts, n=2, limit=6))
     assert sum(read) < sum(map(len, prompts)) / 2
     assert same(together, [answers(model, [request])[0] for request in requests(prompts, n=2, limit=6)])

@@ -8,6 +8,7 @@ from torch import nn
 import dph_kernels.linear as package
 from dph_kernels import dispatch, native
 from dph_kernels.linear import apply_linear, linear
+from dph_kernels.linear import native as linear_native
 
 MISSING = native.missing("cpu")
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -80,6 +81,12 @@ def test_strided_rows_and_weights_and_any_number_of_threads():
         torch.set_num_threads(threads)
 
 
+def test_rows_have_any_number_of_dimensions():
+    x, weight = drawn(2, 3, 4, 50), drawn(8, 50, seed=1)
+    assert torch.equal(linear(x, weight).flatten(0, -2), linear(x.flatten(0, -2), weight))
+    assert linear(x[:0], weight).shape == (0, 3, 4, 8)
+
+
 def test_nan_and_infinity_stay_in_their_rows():
     x, weight = drawn(6, 50), drawn(8, 50, seed=1)
     expected = linear(x, weight)
@@ -91,11 +98,11 @@ def test_nan_and_infinity_stay_in_their_rows():
 
 
 def test_everything_else_is_pytorch_s(monkeypatch):
-    """Other dtypes and ranks, gradients, autocast, and modules with hooks; errors are those of PyTorch."""
+    """Other dtypes, vectors, gradients, autocast, and modules with hooks; errors are those of PyTorch."""
     monkeypatch.setattr(package, "forward", None)
     x, weight = drawn(6, 5), drawn(8, 5, seed=1)
     assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
-    assert torch.equal(linear(x[None], weight), F.linear(x[None], weight))
+    assert torch.equal(linear(x[0], weight), F.linear(x[0], weight))
     with torch.enable_grad():
         assert linear(x, weight.requires_grad_()).requires_grad
     with torch.autocast("cpu", torch.bfloat16):
@@ -107,3 +114,27 @@ def test_everything_else_is_pytorch_s(monkeypatch):
     assert torch.equal(apply_linear(module, x), torch.zeros(1))
     monkeypatch.setattr(package, "LARGE", 10**6)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("rows", [1, 32, 33, 200])
+def test_bf16_without_bf16_instructions_is_computed_in_fp32(rows, monkeypatch):
+    """Outside of batch_invariant, too: few rows by the kernel, more by fp32 products of panels of weights."""
+    monkeypatch.setattr(package, "has_bf16_products", lambda: False)
+    monkeypatch.setattr(linear_native, "PANEL", 40 * 48)  # a last panel that is not full
+    x, weight, bias = drawn(rows, 48).bfloat16(), drawn(90, 48, seed=1).bfloat16(), drawn(90, seed=2).bfloat16()
+    token = dispatch._BATCH_INVARIANT.set(False)
+    try:
+        for given in (None, bias):
+            exact = F.linear(x.double(), weight.double(), None if given is None else given.double())
+            found = linear(x, weight, given)
+            assert found.dtype == torch.bfloat16
+            assert ((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
+        monkeypatch.setattr(package, "forward", None)
+        monkeypatch.setattr(package, "forward_by_panels", None)
+        assert torch.equal(linear(x.float(), weight.float()), F.linear(x.float(), weight.float()))
+        with torch.enable_grad():
+            assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+        monkeypatch.setattr(package, "has_bf16_products", lambda: True)
+        assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+    finally:
+        dispatch._BATCH_INVARIANT.reset(token)

@@ -247,6 +247,10 @@ def test_compiles_as_one_graph(device, backend):
         ({"targets": torch.zeros(5, dtype=torch.int64, device="meta")}, "targets: expected a tensor on cpu, got one"),
         ({"targets": torch.tensor([0, 1, 11, 2, 3])}, r"targets: expected values in \[0, 11\), got 11"),
         ({"targets": torch.tensor([0, 1, -100, 2, 3])}, r"targets: expected values in \[0, 11\), got -100"),
+        ({"row_weights": torch.zeros(4)}, r"row_weights: expected shape \[5\], got \[4\]"),
+        ({"row_weights": torch.zeros(5, dtype=torch.int64)}, "row_weights: expected float16 or .*float64, got int64"),
+        ({"row_weights": torch.zeros(5, device="meta")}, "row_weights: expected a tensor on cpu, got one on meta"),
+        ({"row_weights": torch.zeros(5), "uniform": False}, "row_weights: expected None with uniform=False"),
         ({"backend": "fast"}, "backend: expected 'auto' or one of .*, got 'fast'"),
     ],
 )

@@ -79,6 +79,72 @@ def test_equal_upstream_gradients_in_memory_of_their_own(device, backend, dtype,
     assert not joint
 
 
+def rows_of_weights(kind, rows, device):
+    weights = torch.randn(rows, device=device).double()
+    return {
+        "fp32": weights.float(),
+        "bf16": weights.bfloat16(),
+        "fp64": weights,
+        "mask": (weights > 0).float(),
+        "strided": weights.float().repeat_interleave(2)[::2],
+        "negated": torch._neg_view(weights.float()),
+    }[kind]
+
+
+@pytest.mark.parametrize(("device", "backend", "dtype"), WAYS)
+@pytest.mark.parametrize("scale", [1.0, -0.7, 1e-6])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp64", "mask", "strided", "negated"])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_row_weights(kind, scale, device, backend, dtype, joint):
+    """As upstream gradients, up to a factor: no gradient is computed a second time."""
+    hidden, weight, targets = problem(65, 16, 111, device, dtype)
+    row_weights = rows_of_weights(kind, len(hidden), device)
+    compare(hidden, weight, targets, backend, row_weights.float() * scale, row_weights=row_weights)
+    assert not joint
+
+
+@pytest.mark.parametrize(("device", "backend", "dtype"), WAYS)
+def test_a_weighted_sum_and_what_its_weights_get(device, backend, dtype, joint):
+    hidden, weight, targets = problem(65, 16, 111, device, dtype)
+    row_weights = rows_of_weights("fp32", len(hidden), device).requires_grad_()
+    logprobs = linear_logprob(hidden, weight, targets, row_weights=row_weights, backend=backend)
+    ((row_weights * logprobs).sum() / row_weights.sum()).backward()
+    assert not joint
+    expected, total = row_weights.detach(), row_weights.detach().sum()
+    torch.testing.assert_close(row_weights.grad, (logprobs - (expected * logprobs).sum() / total).detach() / total)
+    plain = linear_logprob(hidden, weight, targets, uniform=False, backend=backend)
+    grads = torch.autograd.grad(plain, (hidden, weight), expected / total)
+    for ours, want in zip((hidden.grad, weight.grad), grads, strict=True):
+        off = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(ours, want, rtol=off, atol=off * want.abs().max().item())
+
+
+@pytest.mark.parametrize(("device", "backend", "dtype"), WAYS)
+@pytest.mark.parametrize("kind", ["another row", "another sign", "zeros", "infinite", "changed"])
+def test_row_weights_that_the_upstream_gradients_are_not(kind, device, backend, dtype, joint):
+    hidden, weight, targets = problem(65, 16, 111, device, dtype)
+    row_weights = rows_of_weights("fp32", len(hidden), device).abs() + 0.1
+    grad = row_weights.clone()
+    if kind == "another row":
+        grad[3] *= 1 + 1e-5
+    elif kind == "another sign":
+        grad[-1].neg_()
+    elif kind == "zeros":
+        row_weights.zero_()
+    elif kind == "infinite":
+        row_weights[2] = math.inf
+    if kind != "changed":
+        compare(hidden, weight, targets, backend, grad, row_weights=row_weights)
+        assert joint == [(False, True)]
+        return
+    logprobs = linear_logprob(hidden, weight, targets, row_weights=row_weights, backend=backend)
+    expected = torch.autograd.grad(logprobs, (hidden, weight), grad, retain_graph=True)
+    logprobs = linear_logprob(hidden, weight, targets, row_weights=row_weights, backend=backend)
+    row_weights.mul_(2)  # before the backward pass; the upstream gradients are still those that were announced
+    for ours, want in zip(torch.autograd.grad(logprobs, (hidden, weight), grad), expected, strict=True):
+        torch.testing.assert_close(ours, want)
+
+
 @pytest.mark.gpu
 def test_the_gpu_is_not_waited_for_after_a_sum():
     hidden, weight, targets = make(3000, 64, 500, torch.bfloat16, "cuda")

@@ -5,6 +5,7 @@ import mmap
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,24 @@ def test_without_onednn(device, backend, small_tiles):
     small_tiles.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert native.mkl_is_faster()
     compare(*make(65, 16, 111), backend)
+
+
+@pytest.mark.parametrize(
+    ("intel", "capability", "mkl", "faster"),
+    [
+        (True, "AVX512", True, True),
+        (False, "AVX512", True, False),  # where MKL uses half of the vector width
+        (False, "AVX2", True, True),
+        (False, "AVX2", False, False),
+        (False, "DEFAULT", True, False),
+    ],
+)
+def test_the_product_that_uses_the_whole_vector_width(intel, capability, mkl, faster, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(native.native, "module", lambda: SimpleNamespace(intel=intel))
+    assert native.mkl_is_faster() == faster
 
 
 @pytest.mark.parametrize(("device", "backend"), NATIVE)

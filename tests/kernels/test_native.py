@@ -1,5 +1,6 @@
 """The native module: loaded once, shares PyTorch's threads, and says what is missing in words that help."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def pretend(monkeypatch, module, error="cannot import name '_native' from 'dph_k
 
 def fake(**attributes):
     source = native.source_digest(native.CSRC)
-    return types.SimpleNamespace(**{"source": source, "cuda": 13000, "compiler": "12.2.0", **attributes})
+    given = {"source": source, "cuda": 13000, "compiler": "12.2.0", "vector_floats": 8}
+    return types.SimpleNamespace(**given | attributes)
 
 
 @built
@@ -53,6 +55,35 @@ def test_one_openmp_runtime():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
+
+
+@built
+@pytest.mark.parametrize("name", native.CPU_CAPABILITIES)
+def test_instruction_sets_that_the_environment_permits(name):
+    """Of every operator that has kernels for several."""
+    code = (
+        "from dph_kernels import native\n"
+        "lanes = [f(16) for n, f in vars(native.module()).items() if n.endswith('_lanes')]\n"
+        "print(native.cpu_capability(), *lanes, '|', native.toolchain()['C++ module'])"
+    )
+    environment = os.environ | {"DPH_CPU_CAPABILITY": name}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    words, _, description = done.stdout.strip().partition(" | ")
+    capability, *lanes = words.split()
+    floats = native.CPU_CAPABILITIES[capability]
+    assert floats == min(native.CPU_CAPABILITIES[name], native.CPU_CAPABILITIES[native.cpu_capability()])
+    assert len(lanes) >= 4
+    assert set(lanes) == {str(floats)}
+    assert description.endswith(f"CPU kernels for {capability} (DPH_CPU_CAPABILITY is {name})")
+
+
+def test_an_instruction_set_that_does_not_exist():
+    environment = os.environ | {"DPH_CPU_CAPABILITY": "AVX2"}
+    code = "from dph.cli.main import main; raise SystemExit(main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    error = "DPH_CPU_CAPABILITY: expected one of baseline, avx2, avx512, got 'AVX2'"
+    assert done.stderr == f"dph: error: {error}\n"
 
 
 def test_without_module_and_compiler(monkeypatch):
@@ -96,7 +127,7 @@ def test_built_without_cuda(monkeypatch):
     pretend(monkeypatch, fake(cuda=0))
     assert native.missing("cpu") is None
     assert "built without CUDA: put nvcc on the PATH or set CUDA_HOME" in native.missing("cuda")
-    assert native.toolchain()["C++ module"].endswith("without CUDA")
+    assert native.toolchain()["C++ module"].endswith("without CUDA, CPU kernels for avx2")
 
 
 def test_no_gpu(monkeypatch):

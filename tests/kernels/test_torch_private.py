@@ -8,11 +8,12 @@ import torch
 from dph_kernels import torch_private
 
 PACKAGE = Path(torch_private.__file__).parent
-USES = ("torch._C", "_RecordFunctionFast", "_current_level", "_profiler_enabled", "_python_dispatch", "mkldnn._linear")
+USES = ("torch._C", "_RecordFunctionFast", "_current_level", "_profiler_enabled", "_python_dispatch", "mkldnn._")
 FIXED = (
     "torch.Tensor._is_zerotensor",
     "torch._C._FunctionBase.apply",
     "torch._C.DispatchKey.AutogradFunctionality",
+    "torch.ops.mkldnn._is_mkldnn_bf16_supported",
     "torch.ops.mkldnn._linear_pointwise",
 )
 """Attributes of types in C++ and of torch.ops, which cannot be removed for a test."""

@@ -132,10 +132,27 @@ def test_the_events_of_the_page(client, options):
         {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "response_format": {"type": "text"}},
         {"max_tokens": None, "max_completion_tokens": 8},
         {"head": "default", "rank": "reward", "n": 1, "best_of": 1},
+        {"messages": [{**QUESTION[0], "name": None}], "stream_options": None},
     ],
 )
 def test_fields_that_change_nothing(client, fields):
     assert answered(client, {**CHAT, **fields})["choices"] == answered(client, CHAT)["choices"]
+
+
+def test_an_answer_can_be_sent_back_as_it_came(client):
+    """OpenAI's clients keep its fields, such as ``"refusal": null``."""
+    message = answered(client, {**CHAT, "max_tokens": 4})["choices"][0]["message"]
+    assert message["refusal"] is None
+    messages = [*QUESTION, message, *QUESTION]
+    plain = [*QUESTION, {"role": "assistant", "content": message["content"]}, *QUESTION]
+    same = [answered(client, {**CHAT, "messages": sent})["choices"] for sent in (messages, plain)]
+    assert same[0] == same[1]
+
+
+def test_developer_is_the_newer_name_of_system(client):
+    names = ("system", "developer")
+    requests = [{**CHAT, "messages": [{"role": name, "content": "be brief"}, *QUESTION]} for name in names]
+    assert answered(client, requests[0])["choices"] == answered(client, requests[1])["choices"]
 
 
 def test_text_that_spells_control_tokens_stays_text(client, opened):

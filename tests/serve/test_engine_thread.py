@@ -17,7 +17,7 @@ def test_nothing_is_left_of_requests_with_different_options(client):
         answered(client, {**CHAT, "temperature": 1 + i / 100, "seed": i, "best_of": 2, "max_tokens": 2})
     engine = thread._engine
     assert len(engine._samplings) <= 66
-    assert (engine.requests, len(engine._candidates), engine._opened) == ([], 0, {})
+    assert (engine.requests, len(engine._candidates), engine.prompts.opened) == ([], 0, {})
     assert len(engine.pool._taken) == 1  # the row of padding tokens
     assert thread.jobs == 0
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 import time
+import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -96,12 +97,21 @@ def test_the_end_waits_for_requests_and_refuses_new_ones(models, tmp_path, numbe
         assert "Traceback" not in log
 
 
+def refusal(server, body):
+    """Status and code of the error of a request."""
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        server.post(body)
+    return caught.value.code, json.load(caught.value)["error"]["code"]
+
+
 def test_a_bounded_end(models, tmp_path):
     with Server(models / "judge", tmp_path / "log", "--stop-timeout", 1, "--max-tokens", 8000) as server:
         body = {**CHAT, "max_tokens": 7000, "best_of": 2, "temperature": 0.3}
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(server.post, body)
+            dropped = pool.submit(refusal, server, body)
             server.wait_for("dph_jobs", 1.0)
             start = time.monotonic()
             assert server.stop() == 0
             assert time.monotonic() - start < 30
+            assert dropped.result() == (503, "stopping")
+        assert "Traceback" not in server.log.read_text()
