@@ -118,31 +118,6 @@ auto address(Pointer T::* field) {
   return [field](T& self, intptr_t value) { self.*field = reinterpret_cast<Pointer>(value); };
 }
 
-void bind_linear_logprob(py::module_& module) {
-  using namespace dph;
-  using namespace py::literals;
-  py::class_<LogprobTile>(module, "LogprobTile")
-      .def(py::init(&from_fields<LogprobTile>))
-      .def_readwrite("rows", &LogprobTile::rows)
-      .def_readwrite("columns", &LogprobTile::columns)
-      .def_readwrite("stride", &LogprobTile::stride)
-      .def_readwrite("first", &LogprobTile::first)
-      .def_readwrite("last", &LogprobTile::last)
-      .def_property("logits", nullptr, address(&LogprobTile::logits))
-      .def_property("targets", nullptr, address(&LogprobTile::targets))
-      .def_property("largest", nullptr, address(&LogprobTile::largest))
-      .def_property("log_sum", nullptr, address(&LogprobTile::log_sum))
-      .def_property("logprobs", nullptr, address(&LogprobTile::logprobs))
-      .def_property("entropy", nullptr, address(&LogprobTile::entropy))
-      .def_property("best", nullptr, address(&LogprobTile::best))
-      .def_property("upstream", nullptr, address(&LogprobTile::upstream))
-      .def_property("factors", nullptr, address(&LogprobTile::factors));
-  const py::call_guard<py::gil_scoped_release> released;
-  module.def("linear_logprob_reduce_cpu", &linear_logprob_reduce_cpu, "tile"_a, "threads"_a, released);
-  module.def("linear_logprob_gradient_cpu", &linear_logprob_gradient_cpu, "tile"_a, "threads"_a, released);
-  module.def("linear_logprob_keep_cpu", &linear_logprob_keep_cpu, "tile"_a, "threads"_a, released);
-}
-
 // DLPack function table of torch.Tensor.
 const DLPackExchangeAPI& exchange() {
   static const DLPackExchangeAPI* known = nullptr;
@@ -183,22 +158,49 @@ py::object call(PyObject* function, py::handle argument) {
   return checked(PyObject_CallOneArg(function, argument.ptr()));
 }
 
-int64_t integer(const py::object& number) {
+int64_t integer(py::handle number) {
   const int64_t value = PyLong_AsLongLong(number.ptr());
   if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
   return value;
 }
 
+// Defines a function with positional arguments, of any type: pybind11 would take about as long as reading five tensors.
+template <auto function, size_t... i>
+void define(py::module_& module, const char* name, std::index_sequence<i...>) {
+  static const auto run = [](PyObject*, PyObject* const* arguments, Py_ssize_t count) -> PyObject* {
+    if (count != sizeof...(i)) {
+      PyErr_Format(PyExc_TypeError, "expected %zu arguments, got %zd", sizeof...(i), count);
+      return nullptr;
+    }
+    try {
+      return function(arguments[i]...).release().ptr();
+    } catch (py::error_already_set& error) {
+      error.restore();
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+  };
+  static PyMethodDef method = {name, nullptr, METH_FASTCALL, nullptr};
+  PyObject* (*const pointer)(PyObject*, PyObject* const*, Py_ssize_t) = run;
+  method.ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(pointer));
+  module.attr(name) = checked(PyCFunction_New(&method, nullptr));
+}
+
 bool is_true(PyObject* function) { return call(function).ptr() == Py_True; }
+
+bool in_forward_mode() {
+  static PyObject* const level = attribute("dph_kernels.torch_private", "forward_mode_level");
+  return integer(call(level)) >= 0;
+}
 
 // Whether a call on plain tensors has to go through PyTorch's dispatcher, apart from torch.compile and lazily negated
 // tensors: dispatch.is_intercepted.
 bool intercepted() {
   static PyObject* const mode = attribute("dph_kernels.torch_private", "is_in_torch_dispatch_mode");
   static PyObject* const transforms = attribute("dph_kernels.torch_private", "are_functorch_transforms_active");
-  static PyObject* const level = attribute("dph_kernels.torch_private", "forward_mode_level");
   static PyObject* const tracing = attribute("dph_kernels.torch_private", "get_tracing_state");
-  return is_true(mode) || is_true(transforms) || integer(call(level)) >= 0 || !call(tracing).is_none();
+  return is_true(mode) || is_true(transforms) || in_forward_mode() || !call(tracing).is_none();
 }
 
 // Reads a tensor's metadata. Returns false for subclasses other than Parameter, and for tensors without storage (e.g.
@@ -219,24 +221,26 @@ bool peek_any(py::handle tensor, DLTensor& found) {
 // Like ``peek_any``, but returns false for tensors without an address (e.g. efficient zero tensors), too.
 bool peek(py::handle tensor, DLTensor& found) { return peek_any(tensor, found) && found.data; }
 
-// Whether a kernel can read the tensor: it is of no subclass and not lazily negated, and its storage, which may have
-// been freed, holds all of its elements.
-bool readable(py::handle tensor, DLTensor& found) {
+// Whether a kernel can read a tensor with this metadata: it is not lazily negated, and its storage, which may have been
+// freed, holds all of its elements.
+bool is_whole(py::handle tensor, const DLTensor& x) {
   static PyObject* const is_neg = attribute("torch", "Tensor", "is_neg");
   static PyObject* const untyped_storage = attribute("torch", "Tensor", "untyped_storage");
   static PyObject* const storage_offset = attribute("torch", "Tensor", "storage_offset");
-  if (!peek_any(tensor, found)) return false;
   if (call(is_neg, tensor).ptr() != Py_False) return false;
   int64_t last = 0;
-  for (int32_t axis = 0; axis < found.ndim; ++axis) {
-    if (found.shape[axis] == 0) return true;  // nothing is read
-    last += (found.shape[axis] - 1) * found.strides[axis];
+  for (int32_t axis = 0; axis < x.ndim; ++axis) {
+    if (x.shape[axis] == 0) return true;  // nothing is read
+    last += (x.shape[axis] - 1) * x.strides[axis];
   }
-  if (!found.data) return false;
+  if (!x.data) return false;
   const int64_t stored = PyObject_Size(call(untyped_storage, tensor).ptr());  // bytes
   last += integer(call(storage_offset, tensor));
-  return (last + 1) * (found.dtype.bits * found.dtype.lanes / 8) <= stored;
+  return (last + 1) * (x.dtype.bits * x.dtype.lanes / 8) <= stored;
 }
+
+// Whether a kernel can read the tensor: ``is_whole``, and of no subclass.
+bool readable(py::handle tensor, DLTensor& found) { return peek_any(tensor, found) && is_whole(tensor, found); }
 
 // dispatch.can_bypass_dispatcher, apart from torch.compile; entries that are None are left out.
 bool can_bypass_dispatcher(const py::sequence& tensors) {
@@ -279,15 +283,12 @@ bool needs_gradients(std::initializer_list<py::handle> tensors) {
   return false;
 }
 
-// Whether a backward pass may bypass the dispatcher, and nothing but its kernel is needed: not gradients of gradients,
-// and of upstream gradients that are plain tensors, or None.
-bool is_usual_backward(const py::args& grads) {
+// Whether a backward pass needs nothing but its kernel: the upstream gradient is a plain tensor, and no gradients of
+// gradients are wanted.
+bool is_usual_gradient(py::handle grad) {
   static PyObject* const enabled = attribute("torch", "is_grad_enabled");
   DLTensor found;
-  for (const py::handle grad : grads) {
-    if (!grad.is_none() && !readable(grad, found)) return false;
-  }
-  return !is_true(enabled) && !profiled_or_cast() && !intercepted();
+  return readable(grad, found) && !is_true(enabled) && !profiled_or_cast() && !intercepted();
 }
 
 int torch_threads() {
@@ -329,6 +330,10 @@ bool is_text(py::handle value, const char* text) {
   return PyUnicode_Check(value.ptr()) && PyUnicode_CompareWithASCIIString(value.ptr(), text) == 0;
 }
 
+int64_t size_of(const DLTensor& x) {
+  return std::accumulate(x.shape, x.shape + x.ndim, int64_t{1}, std::multiplies<int64_t>());
+}
+
 bool is_contiguous(const DLTensor& x) {
   if (std::find(x.shape, x.shape + x.ndim, 0) != x.shape + x.ndim) return true;
   int64_t stride = 1;
@@ -362,14 +367,22 @@ py::object empty_like(py::handle tensor, const DLTensor& x) {
   return checked(PyObject_CallMethodOneArg(torch, name, tensor.ptr()));
 }
 
+// A tensor and its metadata; data is null if it is None or has no elements.
+struct Described {
+  py::object tensor;
+  DLTensor x;
+
+  explicit Described(py::object value) : tensor(std::move(value)), x(describe(tensor)) {}
+};
+
 // The tensor, copied unless the elements of its last dimension are contiguous (checks.last_contiguous); or None.
-py::object last_contiguous(py::handle tensor) {
-  if (!tensor.is_none()) {
-    const DLTensor x = describe(tensor);
-    if (x.strides[x.ndim - 1] != 1) return tensor.attr("contiguous")();
-  }
-  return py::reinterpret_borrow<py::object>(tensor);
+Described last_contiguous(py::handle tensor) {
+  Described found(py::reinterpret_borrow<py::object>(tensor));
+  if (found.x.ndim == 0 || found.x.strides[found.x.ndim - 1] == 1) return found;
+  return Described(tensor.attr("contiguous")());
 }
+
+Described empty_like(const Described& like) { return Described(empty_like(like.tensor, like.x)); }
 
 // Like ``peek``, but throws if the tensor is a subclass or has no storage.
 DLTensor look(py::handle tensor) {
@@ -481,6 +494,85 @@ void bind_preference_loss(py::module_& module) {
   module.def("preference_loss_gradients_cpu", &preference_loss_gradients);
 }
 
+// A tile of logits, from ``row`` and ``column`` on, of rows with ``targets`` [R] and ``normaliser`` [2, R].
+dph::LogprobTile logprob_tile(py::handle logits, int64_t row, int64_t column, py::handle targets,
+                              py::handle normaliser) {
+  const DLTensor x = describe(logits), moments = describe(normaliser);
+  dph::LogprobTile tile;
+  tile.logits = static_cast<float*>(x.data);
+  tile.rows = x.shape[0];
+  tile.columns = x.shape[1];
+  tile.stride = x.strides[0];
+  tile.first = column;
+  tile.targets = data_of<int64_t>(targets) + row;
+  tile.largest = static_cast<float*>(moments.data) + row;
+  tile.log_sum = tile.largest + moments.shape[1];
+  return tile;
+}
+
+// ``entropy`` and ``best`` are empty without statistics.
+void set_results(dph::LogprobTile& tile, int64_t row, py::handle logprobs, py::handle entropy, py::handle best) {
+  tile.logprobs = data_of(logprobs) + row;
+  tile.entropy = data_of(entropy);
+  tile.best = data_of<int64_t>(best);
+  if (!tile.entropy) return;
+  tile.entropy += row;
+  tile.best += row;
+}
+
+// The caller has checked the tensors. Arguments are positional, because keyword arguments would take longer than a few
+// rows.
+void linear_logprob_reduce(py::handle logits, int64_t row, int64_t column, py::handle targets, py::handle normaliser,
+                           py::handle logprobs, py::handle entropy, py::handle best, bool last) {
+  dph::LogprobTile tile = logprob_tile(logits, row, column, targets, normaliser);
+  set_results(tile, row, logprobs, entropy, best);
+  tile.last = last;
+  const int threads = torch_threads();
+  const py::gil_scoped_release released;
+  dph::linear_logprob_reduce_cpu(tile, threads);
+}
+
+void linear_logprob_gradient(py::handle logits, int64_t row, int64_t column, py::handle targets, py::handle normaliser,
+                             py::handle grad) {
+  dph::LogprobTile tile = logprob_tile(logits, row, column, targets, normaliser);
+  tile.upstream = data_of(grad) + row;
+  const int threads = torch_threads();
+  const py::gil_scoped_release released;
+  dph::linear_logprob_gradient_cpu(tile, threads);
+}
+
+void linear_logprob_keep(py::handle logits, int64_t row, py::handle targets, py::handle normaliser, py::handle logprobs,
+                         py::handle entropy, py::handle best, py::handle factors) {
+  dph::LogprobTile tile = logprob_tile(logits, row, 0, targets, normaliser);
+  set_results(tile, row, logprobs, entropy, best);
+  tile.last = true;
+  tile.factors = data_of(factors);
+  const int threads = torch_threads();
+  const py::gil_scoped_release released;
+  dph::linear_logprob_keep_cpu(tile, threads);
+}
+
+// Whether a call of the operator is usual (see dispatch.usual_call) and needs no gradients.
+bool linear_logprob_fits(py::handle hidden, py::handle weight, py::handle targets) {
+  DLTensor rows, matrix, chosen;
+  if (!readable(hidden, rows) || !is_kernel_float(rows) || rows.ndim != 2 || !rows.data) return false;
+  if (!readable(weight, matrix) || !is_like(matrix, rows) || matrix.ndim != 2 || !matrix.data) return false;
+  if (!readable(targets, chosen) || chosen.dtype.code != kDLInt || chosen.dtype.bits != 64) return false;
+  if (!is_on(chosen, rows.device) || chosen.ndim != 1 || !is_contiguous(chosen)) return false;
+  if (matrix.shape[1] != rows.shape[1] || chosen.shape[0] != rows.shape[0]) return false;
+  const auto* ids = static_cast<const int64_t*>(chosen.data);
+  const auto is_token = [&](int64_t id) { return id >= 0 && id < matrix.shape[0]; };
+  if (!std::all_of(ids, ids + chosen.shape[0], is_token)) return false;
+  return !intercepted() && !profiled_or_cast() && !needs_gradients({hidden, weight});
+}
+
+void bind_linear_logprob(py::module_& module) {
+  module.def("linear_logprob_fits", &linear_logprob_fits);
+  module.def("linear_logprob_reduce_cpu", &linear_logprob_reduce);
+  module.def("linear_logprob_gradient_cpu", &linear_logprob_gradient);
+  module.def("linear_logprob_keep_cpu", &linear_logprob_keep);
+}
+
 // Whether the optimizer's lists hold contiguous tensors on one device, of the shapes of the parameters and of dtypes
 // that it supports (_check_tensors of dph_kernels/laprop). Lists that are absent are empty.
 bool laprop_fits(const py::sequence& params, const py::sequence& grads, const py::sequence& exp_avg,
@@ -514,10 +606,6 @@ bool gradients_fit(const py::sequence& grads) {
     if (!is_on(x, first.device)) return false;
   }
   return true;
-}
-
-int64_t size_of(const DLTensor& x) {
-  return std::accumulate(x.shape, x.shape + x.ndim, int64_t{1}, std::multiplies<int64_t>());
 }
 
 int64_t chunks_of(int64_t size) { return (size + dph::LAPROP_CHUNK - 1) / dph::LAPROP_CHUNK; }
@@ -585,115 +673,114 @@ void bind_laprop_tensors(py::module_& module) {
   module.def("gradient_norm_tensors_cpu", &gradient_norm_tensors);
 }
 
-dph::AttentionRows attention_rows(py::handle tensor) {
-  const DLTensor x = describe(tensor);
-  return {x.data, x.strides[0], x.strides[1]};
+dph::AttentionRows attention_rows(const Described& tensor) {
+  return {tensor.x.data, tensor.x.strides[0], tensor.x.strides[1]};
 }
 
 // ``target`` becomes the rows of ``source`` [T, H, D], rotated by ``sign`` times the angles of ``cos`` and ``sin``
 // [T, D/2].
-dph::RotateArguments rotate_arguments(py::handle source, py::handle target, py::handle cos, py::handle sin,
+dph::RotateArguments rotate_arguments(const Described& source, const Described& target, py::handle cos, py::handle sin,
                                       float sign) {
-  const DLTensor from = describe(source), to = describe(target);
   dph::RotateArguments a;
   a.in = attention_rows(source);
   a.out = attention_rows(target);
   a.cos = data_of(cos);
   a.sin = data_of(sin);
-  a.rows = from.shape[0];
-  a.heads = from.shape[1];
-  a.head_dim = from.shape[2];
+  a.rows = source.x.shape[0];
+  a.heads = source.x.shape[1];
+  a.head_dim = source.x.shape[2];
   a.sign = sign;
-  a.in_bf16 = from.dtype.code == kDLBfloat;
-  a.out_bf16 = to.dtype.code == kDLBfloat;
+  a.in_bf16 = source.x.dtype.code == kDLBfloat;
+  a.out_bf16 = target.x.dtype.code == kDLBfloat;
   return a;
 }
 
-py::object rotate(py::handle source, py::handle target, py::handle cos, py::handle sin, float sign) {
-  const dph::RotateArguments a = rotate_arguments(source, target, cos, sin, sign);
+py::object rotate(py::handle source, py::object target, py::handle cos, py::handle sin, float sign) {
+  const Described from = last_contiguous(source), to(std::move(target));
+  const dph::RotateArguments a = rotate_arguments(from, to, cos, sin, sign);
   const int threads = torch_threads();
   {
     const py::gil_scoped_release released;
     dph::rotate_cpu(a, threads);
   }
-  return py::reinterpret_borrow<py::object>(target);
+  return to.tensor;
 }
 
-// Arguments of both passes; ``work`` is (tiles, runs, bounds).
-dph::AttentionArguments attention_arguments(py::handle q, py::handle rotated, py::handle v, py::handle memory_k,
-                                            py::handle memory_v, py::handle out, py::handle lse, py::handle q_cos,
-                                            py::handle q_sin, const py::tuple& work, double scale) {
-  const DLTensor queries = describe(q), tiles = describe(work[0]);
-  dph::AttentionArguments a;
-  a.heads = queries.shape[1];
-  a.key_heads = describe(v).shape[1];
-  a.head_dim = queries.shape[2];
-  a.memory = describe(memory_k).shape[0];
-  a.scale = scale;
-  a.bf16 = queries.dtype.code == kDLBfloat;
-  a.q = attention_rows(q);
-  a.k = attention_rows(rotated);
-  a.v = attention_rows(v);
-  a.memory_k = attention_rows(memory_k);
-  a.memory_v = attention_rows(memory_v);
-  a.out = attention_rows(out);
-  a.q_cos = data_of(q_cos);
-  a.q_sin = data_of(q_sin);
-  a.lse = data_of(lse);
-  a.work.count = tiles.shape[0];
-  a.work.tiles = static_cast<const int32_t*>(tiles.data);
-  a.work.runs = data_of<int32_t>(work[1]);
-  a.work.bounds = data_of<int32_t>(work[2]);
-  return a;
-}
+// Inputs and results of both passes; ``work`` is (tiles, runs, bounds).
+struct AttentionTensors {
+  Described q, rotated, v, memory_k, memory_v, out, lse;
+
+  dph::AttentionArguments arguments(py::handle q_cos, py::handle q_sin, const py::tuple& work, double scale) const {
+    const DLTensor tiles = describe(work[0]);
+    dph::AttentionArguments a;
+    a.heads = q.x.shape[1];
+    a.key_heads = v.x.shape[1];
+    a.head_dim = q.x.shape[2];
+    a.memory = memory_k.x.shape[0];
+    a.scale = scale;
+    a.bf16 = q.x.dtype.code == kDLBfloat;
+    a.q = attention_rows(q);
+    a.k = attention_rows(rotated);
+    a.v = attention_rows(v);
+    a.memory_k = attention_rows(memory_k);
+    a.memory_v = attention_rows(memory_v);
+    a.out = attention_rows(out);
+    a.q_cos = data_of(q_cos);
+    a.q_sin = data_of(q_sin);
+    a.lse = static_cast<float*>(lse.x.data);
+    a.work.count = tiles.shape[0];
+    a.work.tiles = static_cast<const int32_t*>(tiles.data);
+    a.work.runs = data_of<int32_t>(work[1]);
+    a.work.bounds = data_of<int32_t>(work[2]);
+    return a;
+  }
+};
 
 // Rotates the keys and computes attention; returns (out, lse, rotated keys). The caller has checked the tensors.
 // Arguments are positional, because keyword arguments would take longer than a few rows.
 py::tuple attention_forward(py::handle q, py::handle k, py::handle v, py::handle memory_k, py::handle memory_v,
                             py::handle q_cos, py::handle q_sin, py::handle k_cos, py::handle k_sin,
                             const py::tuple& work, double scale) {
-  const py::object queries = last_contiguous(q), keys = last_contiguous(k), values = last_contiguous(v);
-  const py::object stored_k = last_contiguous(memory_k), stored_v = last_contiguous(memory_v);
-  const DLTensor x = describe(queries);
-  const py::object out = empty_like(queries, x), rotated = empty_like(keys, describe(keys));
-  const py::object lse = new_floats(q, {x.shape[0], x.shape[1]});
-  const dph::RotateArguments rotation = rotate_arguments(keys, rotated, k_cos, k_sin, 1.0f);
-  const dph::AttentionArguments a =
-      attention_arguments(queries, rotated, values, stored_k, stored_v, out, lse, q_cos, q_sin, work, scale);
+  const Described queries = last_contiguous(q), keys = last_contiguous(k);
+  const Described lse(new_floats(q, {queries.x.shape[0], queries.x.shape[1]}));
+  const AttentionTensors tensors{queries, empty_like(keys), last_contiguous(v), last_contiguous(memory_k),
+                                 last_contiguous(memory_v), empty_like(queries), lse};
+  const dph::RotateArguments rotation = rotate_arguments(keys, tensors.rotated, k_cos, k_sin, 1.0f);
+  const dph::AttentionArguments a = tensors.arguments(q_cos, q_sin, work, scale);
   const int threads = torch_threads();
   {
     const py::gil_scoped_release released;
     dph::rotate_cpu(rotation, threads);
     dph::attention_forward_cpu(a, threads);
   }
-  return py::make_tuple(out, lse, rotated);
+  return py::make_tuple(tensors.out.tensor, lse.tensor, tensors.rotated.tensor);
 }
 
 // Returns the gradient of the queries, and adds to ``dk`` and ``dv``, those of the rotated keys and of the values: zeros
 // of fp32 with a head for each of ``parts``.
-py::object attention_backward(py::handle grad, py::handle q, py::handle rotated, py::handle v, py::handle memory_k,
-                              py::handle memory_v, py::handle out, py::handle lse, py::handle dk, py::handle dv,
+py::object attention_backward(py::handle grad, py::handle q, py::object rotated, py::handle v, py::handle memory_k,
+                              py::handle memory_v, py::object out, py::object lse, py::object dk, py::object dv,
                               py::handle q_cos, py::handle q_sin, const py::tuple& work, py::handle tasks,
                               int64_t parts, double scale) {
-  const py::object upstream = last_contiguous(grad), queries = last_contiguous(q), values = last_contiguous(v);
-  const py::object stored_k = last_contiguous(memory_k), stored_v = last_contiguous(memory_v);
-  const py::object dq = empty_like(queries, describe(queries));
-  dph::AttentionArguments a =
-      attention_arguments(queries, rotated, values, stored_k, stored_v, out, lse, q_cos, q_sin, work, scale);
+  const AttentionTensors tensors{last_contiguous(q), Described(rotated), last_contiguous(v), last_contiguous(memory_k),
+                                 last_contiguous(memory_v), Described(out), Described(lse)};
+  const Described dq = empty_like(tensors.q);
+  const Described upstream = last_contiguous(grad), d_keys(dk), d_values(dv);
   const DLTensor starts = describe(tasks);
+  dph::AttentionArguments a = tensors.arguments(q_cos, q_sin, work, scale);
   a.work.tasks = static_cast<const int32_t*>(starts.data);
   a.work.task_count = starts.shape[0] - 1;
   a.grad = attention_rows(upstream);
   a.dq = attention_rows(dq);
-  a.dk = attention_rows(dk);
-  a.dv = attention_rows(dv);
+  a.dk = attention_rows(d_keys);
+  a.dv = attention_rows(d_values);
   a.parts = parts;
   const int threads = torch_threads();
   {
     const py::gil_scoped_release released;
     dph::attention_backward_cpu(a, threads);
   }
-  return dq;
+  return dq.tensor;
 }
 
 // Whether attention's inputs are floating-point tensors on one device that fit together and have the layout's sizes
@@ -727,8 +814,6 @@ dph::NormRows norm_rows(const DLTensor& x) {
   return {x.data, x.strides[0], x.ndim == 3 ? x.strides[1] : 0};
 }
 
-dph::NormRows norm_rows(py::handle tensor) { return norm_rows(describe(tensor)); }
-
 // Arguments of both passes. ``total``: the rows that are normalised.
 dph::ResidualNorm residual_norm_arguments(const DLTensor& total, const DLTensor& weight, bool rms) {
   dph::ResidualNorm a;
@@ -742,95 +827,119 @@ dph::ResidualNorm residual_norm_arguments(const DLTensor& total, const DLTensor&
   return a;
 }
 
-// Returns (total, normed, moments), or without ``moments`` (total, normed). The caller has checked the tensors; rows are
-// contiguous. Moments are mean and rstd [2, T] or [2, T, H], of RMSNorm rstd alone.
-py::tuple run_residual_norm(py::handle x, const DLTensor& rows, py::handle update, py::handle weight, py::handle bias,
-                            double eps, bool rms, bool keep_moments) {
-  const py::object normed = empty_like(x, rows);
-  py::object total = py::reinterpret_borrow<py::object>(x), moments = py::none();
-  if (!update.is_none()) total = empty_like(x, rows);
-  dph::ResidualNorm a = residual_norm_arguments(describe(total), describe(weight), rms);
-  if (keep_moments) {
-    std::vector<int64_t> sizes{rms ? 1 : 2};
-    sizes.insert(sizes.end(), rows.shape, rows.shape + rows.ndim - 1);
-    moments = new_floats(x, sizes);
-    a.rstd = data_of(moments);
-    if (!rms && a.rstd) {
-      a.mean = a.rstd;
-      a.rstd += a.rows;
+// ``moments`` of all rows: mean and 1 / standard deviation, of RMSNorm 1 / root mean square alone; null for none.
+void set_moments(dph::ResidualNorm& a, float* moments) {
+  a.mean = a.rms ? nullptr : moments;
+  a.rstd = a.rms || !moments ? moments : moments + a.rows;
+}
+
+// The tensors of a forward pass, whose rows are contiguous.
+struct NormInputs {
+  py::handle x;
+  DLTensor rows{}, update{}, weight{}, bias{};
+  bool rms = false;
+  double eps = 0.0;
+
+  // Returns (total, normed); total is x if there is no update.
+  py::tuple run(float* moments) const {
+    const Described normed(empty_like(x, rows));
+    const py::object total = update.ndim ? empty_like(x, rows) : py::reinterpret_borrow<py::object>(x);
+    dph::ResidualNorm a = residual_norm_arguments(update.ndim ? describe(total) : rows, weight, rms);
+    a.eps = static_cast<float>(eps);
+    a.x = norm_rows(rows);
+    a.update = norm_rows(update);
+    a.bias = bias.data;
+    a.normed = norm_rows(normed.x);
+    set_moments(a, moments);
+    const int threads = torch_threads();
+    {
+      const py::gil_scoped_release released;
+      dph::residual_norm_forward_cpu(a, threads);
     }
+    return py::make_tuple(total, normed.tensor);
   }
-  a.eps = static_cast<float>(eps);
-  a.x = norm_rows(rows);
-  a.update = norm_rows(update);
-  a.bias = describe(bias).data;
-  a.normed = norm_rows(normed);
-  const int threads = torch_threads();
-  {
-    const py::gil_scoped_release released;
-    dph::residual_norm_forward_cpu(a, threads);
-  }
-  if (!keep_moments) return py::make_tuple(total, normed);
-  return py::make_tuple(total, normed, moments);
+};
+
+// The sum of both (of one if ``update`` is None), and its LayerNorm, in PyTorch's operations: their gradients are C++.
+py::tuple layer_norm(py::handle x, py::handle update, py::handle weight, py::handle bias, py::handle eps,
+                     int64_t columns) {
+  static PyObject* const norm = attribute("torch", "layer_norm");
+  const py::object total = update.is_none() ? py::reinterpret_borrow<py::object>(x)
+                                            : checked(PyNumber_Add(x.ptr(), update.ptr()));
+  const py::tuple shape = py::make_tuple(columns);
+  PyObject* const arguments[] = {total.ptr(), shape.ptr(), weight.ptr(), bias.ptr(), eps.ptr()};
+  return py::make_tuple(total, checked(PyObject_Vectorcall(norm, arguments, 5, nullptr)));
 }
 
-// A usual call of the operator, see dispatch.usual_call.
+// A usual call of the operator, see dispatch.usual_call. A LayerNorm of up to ``few`` elements is computed by PyTorch.
 py::object residual_norm(py::handle x, py::handle update, py::handle weight, py::handle bias, py::handle eps,
-                         py::handle kind) {
+                         py::handle kind, py::handle few) {
   constexpr int64_t WIDEST = 16384;  // columns that "auto" leaves to kernels, on every device
-  const bool rms = is_text(kind, "rms");
-  DLTensor rows, added, scale, shift;
-  if (!(rms ? bias.is_none() : is_text(kind, "layer"))) return py::none();
+  NormInputs a;
+  a.x = x;
+  a.rms = is_text(kind, "rms");
+  if (!(a.rms ? bias.is_none() : is_text(kind, "layer"))) return py::none();
   if (!PyFloat_CheckExact(eps.ptr()) || !(PyFloat_AS_DOUBLE(eps.ptr()) >= 0.0)) return py::none();
-  if (!readable(x, rows) || !readable(weight, scale) || !is_kernel_float(rows)) return py::none();
-  if (rows.ndim < 2 || rows.ndim > 3 || !has_rows(rows)) return py::none();
-  const int64_t columns = rows.shape[rows.ndim - 1];
-  if (columns > WIDEST || !is_vector(scale, columns, rows)) return py::none();
-  if (!update.is_none() && !(readable(update, added) && is_alike(added, rows) && has_rows(added))) return py::none();
-  if (!bias.is_none() && !(readable(bias, shift) && is_vector(shift, columns, rows))) return py::none();
-  if (intercepted() || profiled_or_cast()) return py::none();
-  if (needs_gradients({x, update, weight, bias})) return py::bool_(true);
-  return run_residual_norm(x, rows, update, weight, bias, PyFloat_AS_DOUBLE(eps.ptr()), rms, false);
+  a.eps = PyFloat_AS_DOUBLE(eps.ptr());
+  if (!peek(x, a.rows) || !peek(weight, a.weight) || !is_kernel_float(a.rows)) return py::none();
+  if (a.rows.ndim < 2 || a.rows.ndim > 3 || !has_rows(a.rows)) return py::none();
+  const int64_t columns = a.rows.shape[a.rows.ndim - 1];
+  if (columns > WIDEST || !is_vector(a.weight, columns, a.rows)) return py::none();
+  if (!update.is_none() && !(peek(update, a.update) && is_alike(a.update, a.rows) && has_rows(a.update))) {
+    return py::none();
+  }
+  if (!bias.is_none() && !(peek(bias, a.bias) && is_vector(a.bias, columns, a.rows))) return py::none();
+  if (!a.rms && size_of(a.rows) <= integer(few)) {
+    if (in_forward_mode()) return py::none();
+    return layer_norm(x, update, weight, bias, eps, columns);
+  }
+  for (const auto& [tensor, metadata] : {std::pair{x, &a.rows}, {update, &a.update}, {weight, &a.weight}, {bias, &a.bias}}) {
+    if (!tensor.is_none() && !is_whole(tensor, *metadata)) return py::none();
+  }
+  if (intercepted() || profiled_or_cast() || needs_gradients({x, update, weight, bias})) return py::none();
+  return a.run(nullptr);
 }
 
-// Returns (total, normed, moments); total is x if there is no update.
+// Returns (total, normed, moments [2, T] or [2, T, H], of RMSNorm [1, ...]); total is x if there is no update.
 py::tuple residual_norm_forward(py::handle x, py::handle update, py::handle weight, py::handle bias, double eps,
                                 bool rms) {
-  const py::object rows = last_contiguous(x), added = last_contiguous(update);
-  const py::object scale = last_contiguous(weight), shift = last_contiguous(bias);
-  return run_residual_norm(rows, describe(rows), added, scale, shift, eps, rms, true);
+  const Described rows = last_contiguous(x), added = last_contiguous(update);
+  const Described scale = last_contiguous(weight), shift = last_contiguous(bias);
+  std::vector<int64_t> sizes{rms ? 1 : 2};
+  sizes.insert(sizes.end(), rows.x.shape, rows.x.shape + rows.x.ndim - 1);
+  const py::object moments = new_floats(x, sizes);
+  const NormInputs a{rows.tensor, rows.x, added.x, scale.x, shift.x, rms, eps};
+  const py::tuple results = a.run(data_of(moments));
+  return py::make_tuple(results[0], results[1], moments);
 }
 
-// Returns gradients of (x and update, weight, bias), empty unless needed.
+// Returns the gradients of (x and update, weight, bias); those that are not needed are empty.
 py::tuple residual_norm_backward(py::handle d_total, py::handle d_normed, py::handle total, py::handle weight,
-                                 py::handle moments, bool x_needed, bool weight_needed, bool bias_needed) {
-  const py::object d_sum = last_contiguous(d_total), d_rows = last_contiguous(d_normed);
-  const py::object rows = last_contiguous(total), scale = last_contiguous(weight);
-  const DLTensor normalised = describe(rows), factors = describe(scale), statistics = describe(moments);
-  dph::ResidualNorm a = residual_norm_arguments(normalised, factors, statistics.shape[0] == 1);
-  a.rstd = static_cast<float*>(statistics.data);
-  if (!a.rms && a.rstd) {
-    a.mean = a.rstd;
-    a.rstd += a.rows;
-  }
-  const py::object d_x = x_needed ? empty_like(rows, normalised) : new_empty(rows, {0});
-  const py::object d_weight = weight_needed ? empty_like(scale, factors) : new_empty(scale, {0});
-  const py::object d_bias = bias_needed ? empty_like(scale, factors) : new_empty(scale, {0});
-  a.d_total = norm_rows(d_sum);
-  a.d_normed = norm_rows(d_rows);
-  a.d_x = norm_rows(d_x);
-  a.d_weight = data_of<void>(d_weight);
-  a.d_bias = data_of<void>(d_bias);
+                                 py::handle moments, const std::array<bool, 3>& needs) {
+  const Described d_sum = last_contiguous(d_total), d_rows = last_contiguous(d_normed);
+  const Described rows = last_contiguous(total), scale = last_contiguous(weight);
+  const DLTensor statistics = describe(moments);
+  const auto result = [&](size_t i, const Described& like) {
+    return needs[i] ? empty_like(like) : Described(new_empty(like.tensor, {0}));
+  };
+  const Described d_x = result(0, rows), d_weight = result(1, scale), d_bias = result(2, scale);
+  dph::ResidualNorm a = residual_norm_arguments(rows.x, scale.x, statistics.shape[0] == 1);
+  set_moments(a, static_cast<float*>(statistics.data));
+  a.d_total = norm_rows(d_sum.x);
+  a.d_normed = norm_rows(d_rows.x);
+  a.d_x = norm_rows(d_x.x);
+  a.d_weight = d_weight.x.data;
+  a.d_bias = d_bias.x.data;
   const int threads = torch_threads();
   {
     const py::gil_scoped_release released;
     dph::residual_norm_backward_cpu(a, threads);
   }
-  return py::make_tuple(d_x, d_weight, d_bias);
+  return py::make_tuple(d_x.tensor, d_weight.tensor, d_bias.tensor);
 }
 
 void bind_residual_norm(py::module_& module) {
-  module.def("residual_norm", &residual_norm);
+  define<residual_norm>(module, "residual_norm", std::make_index_sequence<7>());
   module.def("residual_norm_forward_cpu", &residual_norm_forward);
   module.def("residual_norm_backward_cpu", &residual_norm_backward);
   module.def("residual_norm_lanes", &dph::residual_norm_lanes);
@@ -868,44 +977,27 @@ dph::SwigluArguments swiglu_arguments(const DLTensor& projected, const DLTensor&
   return a;
 }
 
-// The caller has checked the tensors; ``bias`` is fp32, or None.
-py::object swiglu_forward(py::handle projected, py::handle bias) {
-  const py::object rows = last_contiguous(projected), shift = last_contiguous(bias);
-  dph::SwigluArguments a = swiglu_arguments(describe(rows), describe(shift));
-  py::object out = new_empty(rows, {a.rows, a.columns});
-  a.out = data_of<void>(out);
+py::object run_swiglu(py::handle projected, const DLTensor& rows, const DLTensor& bias) {
+  dph::SwigluArguments a = swiglu_arguments(rows, bias);
+  Described out(new_empty(projected, {a.rows, a.columns}));
+  a.out = out.x.data;
   const int threads = torch_threads();
   {
     const py::gil_scoped_release released;
     dph::swiglu_forward_cpu(a, threads);
   }
-  return out;
+  return out.tensor;
 }
 
-// Returns the gradient of ``projected``, and that of the bias as a sum for each chunk of rows; empty unless needed.
-py::tuple swiglu_backward(py::handle grad, py::handle projected, py::handle bias, bool projected_needed,
-                          bool bias_needed) {
-  const py::object upstream = last_contiguous(grad), rows = last_contiguous(projected), shift = last_contiguous(bias);
-  const DLTensor d_out = describe(upstream), x = describe(rows);
-  dph::SwigluArguments a = swiglu_arguments(x, describe(shift));
-  const int64_t width = x.shape[1], chunks = (a.rows + dph::SWIGLU_CHUNK - 1) / dph::SWIGLU_CHUNK;
-  const py::object d_projected = projected_needed ? empty_like(rows, x) : new_empty(rows, {0});
-  const py::object sums = bias_needed ? new_floats(rows, {chunks, width}) : new_empty(rows, {0});
-  a.grad = d_out.data;
-  a.grad_row = d_out.strides[0];
-  a.d_projected = data_of<void>(d_projected);
-  a.sums = data_of(sums);
-  const int threads = torch_threads();
-  {
-    const py::gil_scoped_release released;
-    dph::swiglu_backward_cpu(a, threads);
-  }
-  return py::make_tuple(d_projected, sums);
+// The caller has checked the tensors; ``bias`` is fp32, or None.
+py::object swiglu_forward(py::handle projected, py::handle bias) {
+  const Described rows = last_contiguous(projected), shift = last_contiguous(bias);
+  return run_swiglu(rows.tensor, rows.x, shift.x);
 }
 
 // A usual call of the operator, see dispatch.usual_call.
 py::object swiglu(py::handle projected, py::handle bias) {
-  DLTensor rows, shift;
+  DLTensor rows, shift{};
   if (!readable(projected, rows) || !is_kernel_float(rows) || rows.ndim != 2 || !has_rows(rows)) return py::none();
   if (rows.shape[1] % 2) return py::none();
   if (!bias.is_none()) {
@@ -913,12 +1005,32 @@ py::object swiglu(py::handle projected, py::handle bias) {
   }
   if (intercepted() || profiled_or_cast()) return py::none();
   if (needs_gradients({projected, bias})) return py::bool_(true);
-  return swiglu_forward(projected, bias);
+  return run_swiglu(projected, rows, shift);
+}
+
+// Returns the gradient of ``projected``, and that of the bias as a sum for each chunk of rows; None unless needed.
+py::tuple swiglu_backward(py::handle grad, py::handle projected, py::handle bias, bool projected_needed,
+                          bool bias_needed) {
+  const Described upstream = last_contiguous(grad), rows = last_contiguous(projected), shift = last_contiguous(bias);
+  dph::SwigluArguments a = swiglu_arguments(rows.x, shift.x);
+  const int64_t chunks = (a.rows + dph::SWIGLU_CHUNK - 1) / dph::SWIGLU_CHUNK;
+  const Described d_projected(projected_needed ? empty_like(rows.tensor, rows.x) : py::none());
+  const Described sums(bias_needed ? new_floats(projected, {chunks, rows.x.shape[1]}) : py::none());
+  a.grad = upstream.x.data;
+  a.grad_row = upstream.x.strides[0];
+  a.d_projected = d_projected.x.data;
+  a.sums = static_cast<float*>(sums.x.data);
+  const int threads = torch_threads();
+  {
+    const py::gil_scoped_release released;
+    dph::swiglu_backward_cpu(a, threads);
+  }
+  return py::make_tuple(d_projected.tensor, sums.tensor);
 }
 
 void bind_swiglu(py::module_& module) {
   module.attr("SWIGLU_CHUNK") = dph::SWIGLU_CHUNK;
-  module.def("swiglu", &swiglu);
+  define<swiglu>(module, "swiglu", std::make_index_sequence<2>());
   module.def("swiglu_forward_cpu", &swiglu_forward);
   module.def("swiglu_backward_cpu", &swiglu_backward);
 }
@@ -1018,7 +1130,7 @@ PYBIND11_MODULE(_native, module) {
   module.attr("cuda") = 0;
 #endif
   module.def("can_bypass_dispatcher", &can_bypass_dispatcher);
-  module.def("is_usual_backward", &is_usual_backward);
+  module.def("is_usual_gradient", &is_usual_gradient);
   bind_laprop_tensors(module);
   bind_attention(module);
   bind_laprop(module);

@@ -308,31 +308,32 @@ is_batch_invariant = _BATCH_INVARIANT.get
 
 
 @functools.cache
-def usual_calls(operator: str) -> ModuleType | None:
-    """Return the module with the functions for usual calls of a cheap operator on the CPU, None if there is none.
+def usual_call(operator: str) -> Callable[..., Any] | None:
+    """Return a function for usual calls of ``operator`` on the CPU, or None if there is none.
 
     For few elements the Python before a kernel would take several times as long as all of the arithmetic. A call with
     the backend "auto" is usual if its tensors are plain, in memory and fit, without the dispatcher, autocast or a
-    profile. ``usual_call``, in C++, checks this, allocates the results and runs the kernel. It returns None for any
-    other call, which the operator then checks and computes in the same bits, and True if gradients are needed, for
-    ``usual_call_with_gradients``. Not for code that is compiled.
+    profile. The function checks this in C++ and returns None for any other call, which the operator then checks and
+    computes in the same bits. Not for code that is compiled.
     """
-    module = implementation(operator, "cpu", "auto", torch.float32)
-    return module if hasattr(module, "usual_call") else None
+    return getattr(implementation(operator, "cpu", "auto", torch.float32), "usual_call", None)
 
 
-def prefer_pytorch(operator: str, x: Tensor, backend: str) -> bool:
+def prefer_pytorch(operator: str, x: Tensor, backend: str, *, everywhere: bool = False) -> bool:
     """Whether "auto" computes a cheap operator on ``x`` in plain PyTorch.
 
     PyTorch's compiler fuses such an operation with its neighbours, which it cannot do with a custom operator. And for
-    few elements the Python before a kernel takes several times as long as all of the arithmetic, except on the CPU, see
-    :func:`usual_calls`. The choice does not depend on gradients, so that calls with and without them give the same bits.
+    few elements the Python before a kernel takes several times as long as all of the arithmetic, except on the CPU (see
+    :func:`usual_call`) unless it is so ``everywhere``. The choice does not depend on gradients: calls with and without
+    them give the same bits.
     """
     if backend != "auto":
         return False
     if torch.compiler.is_compiling():
         return True
-    return is_small(x) and (x.device.type != "cpu" or choose(operator, "cpu", "auto", x.dtype).backend != "cpu")
+    if not is_small(x):
+        return False
+    return everywhere or x.device.type != "cpu" or choose(operator, "cpu", "auto", x.dtype).backend != "cpu"
 
 
 def is_small(x: Tensor) -> bool:

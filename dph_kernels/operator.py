@@ -175,7 +175,9 @@ class Operator:
 
         So it is with gradients enabled: gradients of gradients are wanted, which the operator refuses.
         """
-        if torch.is_grad_enabled() or not dispatch.can_bypass_dispatcher(list(map(arguments.get, self._gradient.upstream))):
+        if torch.is_grad_enabled() or not dispatch.can_bypass_dispatcher(
+            list(map(arguments.get, self._gradient.upstream))
+        ):
             return self._dispatched_backward(**arguments, backend=backend)
         with dispatch.profile_range(f"{self.name}_backward"):
             return self._run_backward(**arguments, backend=backend)

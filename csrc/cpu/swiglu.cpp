@@ -1,6 +1,7 @@
 // SwiGLU on the CPU: each element is read and written once per pass, with parallel loops over rows.
 #include "../swiglu.h"
 #include "instruction_sets.h"
+#include "threads.h"
 
 #include <math.h>
 
@@ -106,14 +107,12 @@ const Kernels kernels = pick();
 }  // namespace
 
 void swiglu_forward_cpu(const SwigluArguments& a, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (a.rows * a.columns > SMALL)
-  for (int64_t row = 0; row < a.rows; ++row) kernels.forward(a, row);
+  for_each(a.rows, threads, a.rows * a.columns > SMALL, [&](int64_t row) { kernels.forward(a, row); });
 }
 
 void swiglu_backward_cpu(const SwigluArguments& a, int threads) {
   const int64_t chunks = (a.rows + SWIGLU_CHUNK - 1) / SWIGLU_CHUNK;
-#pragma omp parallel for schedule(static) num_threads(threads) if (a.rows * a.columns > SMALL)
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) kernels.backward(a, chunk);
+  for_each(chunks, threads, a.rows * a.columns > SMALL, [&](int64_t chunk) { kernels.backward(a, chunk); });
 }
 
 }  // namespace dph

@@ -70,7 +70,7 @@ def _in_parts(block: Block, x: Tensor, norm: Choice, gate: Choice) -> tuple[Choi
     if isinstance(block.attention_norm, norms) and isinstance(block.ffn_norm, norms):
         if checks.autocast_active(x):
             norm = Choice("PyTorch", "under autocast its rules decide the dtypes")
-        elif dispatch.prefer_pytorch("residual_norm", x, "auto"):
+        elif dispatch.prefer_pytorch("residual_norm", x, "auto", everywhere=block.ffn_norm.kind == "layer"):
             norm = few
         elif x.shape[1] > WIDEST:
             norm = Choice("PyTorch", f"rows have more than {WIDEST} elements")

@@ -82,11 +82,8 @@ def swiglu(projected: Tensor, bias: Tensor | None = None, *, backend: str = "aut
     Raises:
         ValueError: a wrong shape, dtype or device, or an odd number of columns.
     """
-    if backend == "auto" and not torch.compiler.is_compiling() and (usual := dispatch.usual_calls("swiglu")):
-        activations = usual.usual_call(projected, bias)
-        if activations is True:
-            activations = usual.usual_call_with_gradients(projected, bias)
-        if activations is not None:
+    if backend == "auto" and not torch.compiler.is_compiling() and (usual := dispatch.usual_call("swiglu")):
+        if (activations := usual(projected, bias)) is not None:
             return activations
     projected, bias = checks.cast_together(projected, bias)
     checks.shape("projected", projected, "T", "2F")

@@ -18,17 +18,18 @@ def backward(
     grad: Tensor, projected: Tensor, bias: Tensor | None, projected_needed: bool, bias_needed: bool
 ) -> tuple[Tensor, Tensor]:
     """Same results as ``reference.backward``; rows are summed in chunks, and the chunks by PyTorch."""
+    if bias is None and bias_needed:
+        bias = projected.new_zeros(projected.shape[1])  # without one, the kernel takes no sums
     wide = None if bias is None else bias.float()
     inputs = grad, projected, wide, projected_needed, bias_needed
     d_projected, sums = native.module().swiglu_backward_cpu(*inputs)
-    if not bias_needed:
-        return d_projected, sums
-    return d_projected, (sums[0] if len(sums) == 1 else sums.sum(0)).to(projected.dtype)
+    d_bias = projected.new_empty(0) if sums is None else _sum(sums).to(projected.dtype)
+    return projected.new_empty(0) if d_projected is None else d_projected, d_bias
 
 
-# Usual calls, see dispatch.usual_calls
-
-usual_call = native.function("swiglu")
+def _sum(chunks: Tensor) -> Tensor:
+    """Return the sum of the rows."""
+    return chunks[0] if len(chunks) == 1 else chunks.sum(0)
 
 
 class _UsualFunction(torch.autograd.Function):
@@ -42,19 +43,19 @@ class _UsualFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         projected, bias = ctx.saved_tensors
-        projected_needed, bias_needed = ctx.needs_input_grad
-        if native.module().is_usual_backward(grad):
-            d_projected, d_bias = backward(grad, projected, bias, projected_needed, bias_needed)
-        else:
-            d_projected, d_bias = OPERATOR.backward(
-                grad=grad,
-                projected=projected,
-                bias=bias,
-                projected_needed=projected_needed,
-                bias_needed=bias_needed,
-                backend="auto",
-            )
-        return d_projected if projected_needed else None, d_bias if bias_needed else None
+        needs = ctx.needs_input_grad
+        if native.module().is_usual_gradient(grad):
+            d_projected, sums = native.module().swiglu_backward_cpu(grad, projected, bias, *needs)
+            return d_projected, None if sums is None else _sum(sums)
+        arguments = {"projected": projected, "bias": bias, "projected_needed": needs[0], "bias_needed": needs[1]}
+        grads = OPERATOR.backward(grad=grad, **arguments, backend="auto")
+        return tuple(value if need else None for value, need in zip(grads, needs, strict=True))
 
 
-usual_call_with_gradients = unwrapped_apply(_UsualFunction)
+_with_gradients, _usual_call = unwrapped_apply(_UsualFunction), native.function("swiglu")
+
+
+def usual_call(projected: Tensor, bias: Tensor | None) -> Tensor | None:
+    """See dispatch.usual_call."""
+    activations = _usual_call(projected, bias)
+    return _with_gradients(projected, bias) if activations is True else activations

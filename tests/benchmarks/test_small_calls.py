@@ -32,7 +32,7 @@ def test_another_result_is_an_error():
 def test_table_and_figures(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(small_calls, "TURN", 1e-6)
     figures, table = tmp_path / "small.json", tmp_path / "small.md"
-    arguments = ["swiglu", "laprop", "--rows", "1", "3", "--threads", "1", "--columns", "256", "--seconds", "0.001"]
+    arguments = ["swiglu, bias", "laprop", "--rows", "1", "3", "--threads", "1", "--columns", "256", "--seconds", "0.001"]
     outputs = ["--json", str(figures), "--output", str(table)]
     monkeypatch.setattr(small_calls, "GOAL", 0.0)
     assert small_calls.main([*arguments, *outputs]) == 0
@@ -41,14 +41,13 @@ def test_table_and_figures(tmp_path, capsys, monkeypatch):
     content = json.loads(figures.read_text())
     assert {"device", "torch", "python"} == content["machine_info"].keys()
     found = [(x["operator"], x["direction"], x["rows"]) for x in content["figures"]]
-    both = [(name, direction, rows) for name in ("swiglu", "swiglu, bias")
-            for direction in ("forward", "forward + backward") for rows in (1, 3)]  # fmt: skip
+    both = [("swiglu, bias", direction, rows) for direction in ("forward", "forward + backward") for rows in (1, 3)]
     assert found == [*both, ("laprop", "forward", 1), ("laprop", "forward", 3)]
     assert all(x["ratio"] > 0 for x in content["figures"])
     lines = [line for line in table.read_text().splitlines() if line.startswith("| ")]
     assert lines[0] == "| operator | C | passes | threads | 1 | 3 |"
-    assert len(lines) == 2 + 5
-    assert lines[2].startswith("| swiglu | 256 | forward | 1 | ")
+    assert len(lines) == 2 + 3
+    assert lines[2].startswith("| swiglu, bias | 256 | forward | 1 | ")
     assert "swiglu" in capsys.readouterr().out
 
 

@@ -37,7 +37,7 @@ def force(backend, few=0):
         return find(operator, device, backend, dtype)
 
     dispatch.implementation = noted
-    dispatch.usual_calls.cache_clear()
+    dispatch.usual_call.cache_clear()
     return used
 
 
@@ -54,7 +54,7 @@ def forced(backend):
     finally:
         dispatch.AUTO.update(lines)
         dispatch.implementation, dispatch.SMALL_ELEMENTS = find, few
-        for cached in (dispatch.choose, find, dispatch.usual_calls):
+        for cached in (dispatch.choose, find, dispatch.usual_call):
             cached.cache_clear()
 
 

@@ -1,9 +1,9 @@
-"""The call of C++ that checks, allocates and computes a usual call of a cheap operator: the bits of the general way."""
+"""Usual calls, which C++ checks and computes: the bits of the general way."""
 
 import pytest
 import torch
 
-from dph_kernels import dispatch, native, residual_norm, swiglu
+from dph_kernels import dispatch, linear_logprob, native, residual_norm, swiglu
 from tests.kernels.test_tensors import FREED, OTHER, READABLE
 
 pytestmark = pytest.mark.skipif(bool(native.missing("cpu")), reason=str(native.missing("cpu")))
@@ -43,6 +43,12 @@ CALLS = {
 EACH = pytest.mark.parametrize("call", CALLS)
 
 
+@pytest.fixture(params=[0, 2**17])
+def few(request, monkeypatch):
+    """The elements up to which PyTorch computes a LayerNorm."""
+    monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", request.param)
+
+
 def results(operator, given, options, backend="auto"):
     found = operator(*given, **options, backend=backend)
     return [found] if isinstance(found, torch.Tensor) else list(found)
@@ -62,8 +68,9 @@ def only_usual(monkeypatch):
 @EACH
 @pytest.mark.parametrize("rows", [1, 2, 63, 700])
 @pytest.mark.usefixtures("poisoned_empty")
-def test_the_bits_of_the_general_way(call, rows, request):
+def test_the_bits_of_the_general_way(call, rows, request, monkeypatch):
     """With and without gradients, at every number of rows, whose results do not depend on the other rows."""
+    monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", 0)
     operator, make = CALLS[call]
     given, options = make(rows)
     expected = results(operator, given, options, "cpu")
@@ -84,7 +91,7 @@ def test_the_bits_of_the_general_way(call, rows, request):
 
 
 @EACH
-@pytest.mark.usefixtures("only_usual")
+@pytest.mark.usefixtures("few", "only_usual")
 def test_rows_of_any_strides(call):
     """A slice of a wider tensor is read in place, and its results are contiguous."""
     operator, make = CALLS[call]
@@ -95,7 +102,7 @@ def test_rows_of_any_strides(call):
 
 
 @EACH
-@pytest.mark.usefixtures("only_usual")
+@pytest.mark.usefixtures("few", "only_usual")
 def test_parameters_without_gradients(call):
     operator, make = CALLS[call]
     given, options = make(3)
@@ -109,24 +116,42 @@ def test_parameters_without_gradients(call):
             assert a is given[0] or not a.requires_grad
 
 
+@pytest.mark.parametrize("call", [call for call in CALLS if call.startswith("layer")])
+def test_few_elements_of_a_layer_norm(call):
+    """The bits of PyTorch's own operations for every caller: with gradients, in a profile, or in forward mode."""
+    operator, make = CALLS[call]
+    x, update, weight, bias = make(3)[0]
+    total = x if update is None else x + update
+    expected = torch.nn.functional.layer_norm(total, total.shape[-1:], weight, bias, 1e-5)
+    assert torch.equal(operator(x, update, weight, bias)[1], expected)
+    with torch.profiler.profile():
+        assert torch.equal(operator(x, update, weight, bias)[1], expected)
+    got = operator(x, update, weight.clone().requires_grad_(), bias)[1]
+    assert torch.equal(got, expected)
+    assert got.grad_fn.name() == "NativeLayerNormBackward0"
+    with torch.autograd.forward_ad.dual_level():
+        assert native.module().residual_norm(x, update, weight, bias, 1e-5, "layer", 2**17) is None
+
+
 def usual(operator, given, options):
-    """The result of C++ itself."""
+    """The result of C++ itself, by kernels."""
     if operator is swiglu:
         return native.module().swiglu(*given)
-    return native.module().residual_norm(*given, options.get("eps", 1e-5), options["kind"])
+    return native.module().residual_norm(*given, options.get("eps", 1e-5), options["kind"], 0)
 
 
 @EACH
-def test_gradients_are_announced(call):
+def test_gradients_are_not_forgotten(call):
     operator, make = CALLS[call]
     given, options = make(3)
     for i, x in enumerate(given):
         if x is not None:
             leaves = list(given)
             leaves[i] = x.clone().requires_grad_()
-            assert usual(operator, leaves, options) is True
+            assert usual(operator, leaves, options) is (True if operator is swiglu else None)
+            assert all(y.requires_grad or y is given[0] for y in results(operator, leaves, options)[-1:])
             with torch.no_grad():
-                assert usual(operator, leaves, options) is not True
+                assert usual(operator, leaves, options) not in (True, None)
 
 
 @EACH
@@ -216,6 +241,56 @@ def test_rows_that_auto_leaves_to_pytorch():
         assert (usual(residual_norm, given, options) is not None) == fits
 
 
-def test_other_backends_have_none(monkeypatch):
+@pytest.mark.parametrize("operator", ["residual_norm", "swiglu", "linear_logprob"])
+def test_other_backends_have_none(operator, monkeypatch):
+    assert dispatch.usual_call.__wrapped__(operator)
     monkeypatch.setattr(dispatch, "implementation", lambda *_: torch)
-    assert dispatch.usual_calls.__wrapped__("swiglu") is None
+    assert dispatch.usual_call.__wrapped__(operator) is None
+
+
+# linear_logprob
+
+
+def logits():
+    return drawn(5, 24), drawn(70, 24), torch.randint(70, (5,))
+
+
+def test_log_probabilities(only_usual):
+    given = logits()
+    expected = torch.log_softmax(given[0] @ given[1].T, -1).gather(1, given[2][:, None])[:, 0]
+    torch.testing.assert_close(linear_logprob(*given), expected)
+    torch.testing.assert_close(linear_logprob(given[0].T.contiguous().T, *given[1:]), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_logprob(given[0].requires_grad_(), *given[1:]), expected)
+
+
+def test_log_probabilities_of_the_general_way():
+    hidden, weight, targets = logits()
+    expected, fits = linear_logprob(hidden, weight, targets), native.module().linear_logprob_fits
+    assert fits(hidden, weight, targets)
+    with torch.profiler.profile():
+        assert torch.equal(linear_logprob(hidden, weight, targets), expected)
+    leaf = hidden.clone().requires_grad_()
+    assert torch.equal(linear_logprob(leaf, weight, targets, uniform=False), expected)
+    misfits = [
+        (leaf, weight, targets),
+        (hidden.double(), weight.double(), targets),
+        (hidden.bfloat16(), weight, targets),
+        (hidden[:, :-1], weight, targets),
+        (hidden[0], weight, targets),
+        (hidden[:0], weight, targets[:0]),
+        (hidden, weight[:0], targets),
+        (hidden, weight, targets[1:]),
+        (hidden, weight, targets.int()),
+        (hidden, weight, targets + 70),
+        (hidden, weight, targets - 70),
+        (hidden, weight, targets.tolist()),
+    ]
+    for given in misfits:
+        assert not fits(*given)
+    for make in (READABLE["negated lazily"], READABLE["subclass"], *FREED.values()):
+        assert not fits(make(hidden), weight, targets)
+        assert not fits(hidden, make(weight), targets)
+    for mode in modes().values():
+        with mode():
+            assert not fits(hidden, weight, targets)

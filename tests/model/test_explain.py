@@ -50,15 +50,14 @@ def test_it_names_the_backends_that_run(monkeypatch):
         assert {(operator, getattr(report, name).backend) for name, operator in OPERATORS.items()} <= used
 
 
-def test_few_elements_are_left_to_pytorch_without_a_kernel(monkeypatch):
-    """In fp64; in fp32 the CPU's kernels compute them."""
+def test_few_elements_are_left_to_pytorch(monkeypatch):
+    """Those of a LayerNorm, and without a kernel, as in fp64, of the gate."""
     monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", TOKENS * 16)
-    for double, norm in ((True, "PyTorch"), (False, "cpu")):
+    for double, kernel in ((True, "reference"), (False, "cpu")):
         model = tiny_model()
         (report, _) = report_blocks((model.double() if double else model).backbone, TOKENS)
         backends = report.attention.backend, report.norm.backend, report.gate.backend
-        kernel = "reference" if double else "cpu"  # the gate has more columns
-        assert (report.fused, *backends) == (False, kernel, norm, kernel)
+        assert (report.fused, *backends) == (False, kernel, "PyTorch", kernel)  # the gate has more columns
     monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", TOKENS * 48)
     assert report_blocks(tiny_model().double().backbone, TOKENS)[0].gate.backend == "PyTorch"
     assert report_blocks(tiny_model().backbone, TOKENS)[0].gate.backend == "cpu"
