@@ -8,11 +8,13 @@ PyTorch.
 import copy
 import hashlib
 import os
+import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +25,15 @@ from setuptools.errors import BaseError, CCompilerError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-COMPILE = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+COMPILE = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",  # g++'s default; clang's contracts products and sums of the same expression only
+]
 CUDA_COMPILE = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 CUDA_TARGETS = [
     "-gencode=arch=compute_80,code=sm_80",
@@ -31,7 +41,22 @@ CUDA_TARGETS = [
     "-gencode=arch=compute_90,code=compute_90",
 ]
 CUDA_LIBRARIES = ["cudart_static", "dl", "rt", "pthread"]
+INSTALL_COMPILER = "Apple's compiler (xcode-select --install)" if sys.platform == "darwin" else "g++ (apt install g++)"
+PROBE = """
+#include <cstdint>
+int probe() {
+  int sum = 0;
+#pragma omp parallel for num_threads(2) reduction(+ : sum)
+  for (int i = 0; i < 2; ++i) sum += i;
+  return sum;
+}
+"""
 FAILURES = (BaseError, CCompilerError)  # all exceptions that setuptools raises if a compiler or linker fails
+
+
+# python.org's interpreters for macOS compile for Intel too, for which there is no PyTorch any more.
+if sys.platform == "darwin":
+    os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
 
 
 class CudaUnavailable(Exception):
@@ -92,11 +117,35 @@ def build_cuda(folder):
     return objects, libraries
 
 
+def openmp():
+    """Return pairs of compiler and linker flags, best first: OpenMP, its vector loops without threads, neither.
+
+    On macOS no OpenMP runtime is linked: a process with two copies of libomp is aborted, and PyTorch, which is imported
+    first (dph_kernels/native.py), has loaded one. Its symbols are found when the module is loaded.
+    """
+    if sys.platform != "darwin":
+        threads = [(["-fopenmp"], ["-fopenmp"])]
+    elif pytorch_loads_libomp():
+        # Apple's clang rejects -fopenmp, but passes it on.
+        threads = [(["-Xpreprocessor", "-fopenmp"], ["-Wl,-undefined,dynamic_lookup"])]
+    else:
+        threads = []
+    return [*threads, (["-fopenmp-simd"], []), ([], [])]
+
+
+def pytorch_loads_libomp():
+    """Whether PyTorch for macOS loads libomp: its wheels do, so also if it is not installed yet."""
+    library = Path(sysconfig.get_path("platlib"), "torch", "lib", "libtorch_cpu.dylib")
+    if not library.exists() or shutil.which("otool") is None:
+        return True
+    return "libomp" in subprocess.run(["otool", "-L", str(library)], capture_output=True, text=True).stdout
+
+
 class BuildNative(build_ext):
     def build_extension(self, ext):
         """Build with CUDA, else for the CPU, else raise (setuptools then continues: the extension is optional)."""
-        openmp = self.probe()
-        flags = {"compile": [*COMPILE, *openmp], "link": openmp}
+        compiler_flags, linker_flags = self.probe()
+        flags = {"compile": [*COMPILE, *compiler_flags], "link": linker_flags}
         try:
             objects, folders = build_cuda(Path(self.build_temp).resolve() / "cuda")
             self.build(ext, flags, objects, folders)
@@ -105,23 +154,29 @@ class BuildNative(build_ext):
             self.build(ext, flags)
 
     def probe(self):
-        """Return the OpenMP flag if the compiler supports it; raise if there is no working compiler."""
+        """Return the first flags of ``openmp`` that work; raise if there is no working compiler."""
+        for compiler_flags, linker_flags in openmp():
+            try:
+                self.build_probe(compiler_flags, linker_flags)
+            except FAILURES as error:
+                reason = error
+                continue
+            if not linker_flags:
+                say("the C++ kernels will use one core: no OpenMP (`dph doctor` shows how to get it)")
+            return compiler_flags, linker_flags
+        say(f"no working C++ compiler ({reason}), so this installs as pure Python, without the C++ and CUDA kernels")
+        say(f"to build them, install {INSTALL_COMPILER}, then run `pip install -e .` again")
+        raise reason
+
+    def build_probe(self, compiler_flags, linker_flags):
+        """Compile and link a function that uses two threads."""
         source = Path(self.build_temp).resolve() / "probe.cpp"
         source.parent.mkdir(parents=True, exist_ok=True)
-        source.write_text("#include <cstdint>\nint probe() { return 0; }\n")
-        try:
-            self.compiler.compile([str(source)], output_dir=self.build_temp, extra_postargs=[*COMPILE, "-fopenmp"])
-            return ["-fopenmp"]
-        except FAILURES:
-            pass
-        try:
-            self.compiler.compile([str(source)], output_dir=self.build_temp, extra_postargs=COMPILE)
-        except FAILURES as error:
-            say(f"no working C++ compiler ({error}), so this installs as pure Python, without the C++ and CUDA kernels")
-            say("to build them, install g++ (apt install g++), then run `pip install -e .` again")
-            raise
-        say("the compiler does not support OpenMP: the C++ kernels will use one core")
-        return []
+        source.write_text(PROBE)
+        extra = [*COMPILE, *compiler_flags]
+        objects = self.compiler.compile([str(source)], output_dir=self.build_temp, extra_postargs=extra)
+        target = str(source.with_suffix(".so"))
+        self.compiler.link_shared_object(objects, target, extra_postargs=linker_flags, target_lang="c++")
 
     def build(self, ext, flags, cuda_objects=(), cuda_folders=()):
         ext = copy.copy(ext)

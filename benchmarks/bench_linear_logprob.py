@@ -2,8 +2,8 @@
 
 All compute the loss of supervised training, the mean of -log p over R rows, so that implementations with one loss for
 all rows can take part: they have the upstream gradient in the forward pass and need three products instead of four (as
-does ours on a GPU and on most CPUs). The "weighted" rows have the mean of -w log p, with a weight w of each row that ours
-is given. Rates count the necessary three products. Peak memory excludes the gradients themselves.
+does ours on a GPU and on most CPUs). The "weighted" rows have the mean of -w log p, with a weight w of each row that
+ours is given. Rates count the necessary three products. Peak memory excludes the gradients themselves.
 """
 
 import ctypes

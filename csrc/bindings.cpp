@@ -1109,10 +1109,22 @@ void bind_swiglu_reward(py::module_& module) {
 
 }  // namespace
 
+#define DPH_QUOTED(value) #value
+#define DPH_TEXT(macro) DPH_QUOTED(macro)
+
 PYBIND11_MODULE(_native, module) {
   module.doc() = "C++ and CUDA kernels of dph_kernels";
   module.attr("source") = DPH_SOURCE;  // digest of csrc at build time
-  module.attr("compiler") = __VERSION__;
+#if defined(__clang__)
+  module.attr("compiler") = "clang++ " __clang_version__;
+#else
+  module.attr("compiler") = "g++ " __VERSION__;
+#endif
+#if defined(_OPENMP)
+  module.attr("openmp") = true;
+#else
+  module.attr("openmp") = false;
+#endif
   module.def("prefer_huge_pages", [](intptr_t data, int64_t bytes) {
     dph::prefer_huge_pages(reinterpret_cast<void*>(data), bytes);
   });

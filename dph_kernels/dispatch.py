@@ -344,3 +344,10 @@ def is_small(x: Tensor) -> bool:
 def toolchain() -> dict[str, str]:
     """Return how the native module was built and which compilers are installed, in words: name -> description."""
     return native.toolchain()
+
+
+def one_thread() -> str | None:
+    """Return why the C++ kernels use one thread and the command that changes it, or None."""
+    from dph_kernels import native
+
+    return native.one_thread()

@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -39,6 +40,9 @@ except ImportError as error:
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 REBUILD = "`pip install --no-deps -e .` in the source folder"
+INSTALL_COMPILER = (  # as in setup.py
+    "Apple's compiler (xcode-select --install)" if sys.platform == "darwin" else "g++ (apt install g++)"
+)
 threads = torch.get_num_threads  # of a CPU kernel
 CAPABILITY = (8, 0)  # the oldest GPU that setup.py compiles for
 
@@ -81,11 +85,23 @@ def cpu_capability() -> str:
     return next(name for name, floats in CPU_CAPABILITIES.items() if floats == _native.vector_floats)
 
 
+def one_thread() -> str | None:
+    """Return why the C++ kernels use one thread and the command that changes it, or None."""
+    if missing("cpu") or _native.openmp:
+        return None
+    if sys.platform == "darwin":
+        reason = "PyTorch had no OpenMP when it was built: install PyTorch's wheel (pip install torch)"
+    else:
+        reason = "its compiler had no OpenMP: unset CXX to use g++, or install clang's (apt install libomp-dev)"
+    return f"the C++ module uses one thread, as {reason}, then run {REBUILD}"
+
+
 def _description() -> str:
     if _native is None:
         return "not built" if _import_error.startswith("cannot import name") else f"broken: {_import_error}"
     cuda = f"CUDA {_cuda_version()}" if _native.cuda else "without CUDA"
-    built = f"built by g++ {_native.compiler}, {cuda}"
+    threads = "" if getattr(_native, "openmp", True) else ", one thread"  # older modules lack it
+    built = f"built by {_native.compiler}, {cuda}{threads}"
     if _stale():
         return f"{built}, from other sources than csrc/ holds"
     limit = os.environ.get("DPH_CPU_CAPABILITY")
@@ -110,7 +126,8 @@ def _version(command: str | None, line: int) -> str:
 
 def compiler() -> str | None:
     """Return the path of the C++ compiler that a build would use, or None."""
-    return shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0])
+    default = "clang++" if sys.platform == "darwin" else "g++"
+    return shutil.which(shlex.split(os.environ.get("CXX") or default)[0])
 
 
 def nvcc() -> str | None:
@@ -123,7 +140,7 @@ def _not_built() -> str:
     if not _import_error.startswith("cannot import name"):  # the file is there
         return f"the C++ module cannot be loaded ({_import_error}): run {REBUILD}"
     if compiler() is None:
-        return f"the C++ module is not built: no C++ compiler; install g++ (apt install g++), then run {REBUILD}"
+        return f"the C++ module is not built: no C++ compiler; install {INSTALL_COMPILER}, then run {REBUILD}"
     return f"the C++ module is not built, though {compiler()} is here: run {REBUILD} (with -v for its output)"
 
 

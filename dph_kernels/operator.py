@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from dph_kernels import checks, dispatch
 from dph_kernels.torch_private import constant, forward_mode_level, is_differentiated, is_zerotensor, unwrapped_apply
@@ -64,7 +64,7 @@ class JointGradient:
         pays: ``(implementation, inputs) -> bool``, whether a call that bypasses the dispatcher computes them.
             ``forward_and_gradients`` and ``setup`` get the call's ``joint`` arguments among the inputs, too.
         setup: ``(ctx, results, inputs) -> outputs``, stores on ``ctx`` what ``compute`` reads.
-        compute: as in :class:`Gradient`; not differentiable.
+        compute: as in :class:`Gradient`, whose own is called if the gradients are to be differentiated.
     """
 
     pays: Callable[[ModuleType, Inputs], bool]
@@ -128,7 +128,7 @@ class Operator:
             self._apply = self._autograd_function(function, gradient.setup, gradient.compute)
         if joint:
             function = "forward_and_gradients"
-            self._apply_joint = self._autograd_function(function, joint.setup, joint.compute, once=True)
+            self._apply_joint = self._autograd_function(function, joint.setup, joint.compute)
 
     def __call__(self, *, backend: str, joint: Inputs | None = None, **inputs: Any) -> Any:
         """Return the outputs, with gradients.
@@ -281,11 +281,11 @@ class Operator:
         self.operator.register_autograd(backward, setup_context=setup)
 
     def _autograd_function(
-        self, function: str, setup: Callable[..., Any], compute: Callable[..., Inputs], *, once: bool = False
+        self, function: str, setup: Callable[..., Any], compute: Callable[..., Inputs]
     ) -> Callable[..., Any]:
         """Return ``apply`` of an autograd function that calls ``function`` of the implementation, past the dispatcher.
 
-        With ``once`` the gradients are not differentiable.
+        Gradients that are to be differentiated are those of ``Gradient``, which have a graph.
         """
 
         def forward(ctx: FunctionCtx, inputs: Inputs, backend: str, *tensors: Tensor | None) -> Any:
@@ -301,12 +301,14 @@ class Operator:
         def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Any, ...]:
             backward, device, backend = ctx.call
             # With gradients enabled, gradients of gradients are wanted, which the operator refuses.
-            if torch.is_grad_enabled() or not dispatch.can_bypass_dispatcher(grads):
+            wanted = torch.is_grad_enabled()
+            if wanted or not dispatch.can_bypass_dispatcher(grads):
                 backward = partial(self._dispatched_backward, backend=backend)
             elif torch.is_autocast_enabled(device):
                 backward = partial(dispatch.without_autocast, backward, device)
             needs = ctx.needs_input_grad
-            computed = compute(ctx, dict(zip(self._tensors, needs[2:], strict=False)), backward, *grads)
+            run = self._gradient.compute if wanted else compute
+            computed = run(ctx, dict(zip(self._tensors, needs[2:], strict=False)), backward, *grads)
             if not computed:
                 return (None,) * len(needs)
             results = [None, None, *map(computed.get, self._tensors)]
@@ -314,8 +316,7 @@ class Operator:
                 results += computed[name]
             return tuple(results)
 
-        functions = {"forward": forward, "backward": once_differentiable(backward) if once else backward}
-        functions = {name: staticmethod(function) for name, function in functions.items()}
+        functions = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         return unwrapped_apply(type(self.name, (torch.autograd.Function,), functions))
 
 

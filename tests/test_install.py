@@ -43,6 +43,7 @@ assert x[0].max() < 1
 print("backend:", dispatch.choose("laprop", "cpu").backend)
 print("cpu:", native.missing("cpu"))
 print("cuda:", native.missing("cuda"))
+print("module:", native.toolchain()["C++ module"])
 """
 
 
@@ -102,7 +103,7 @@ def install(python, tree, env):
     assert (python.parent / "dph").exists(), "the dph command is missing"
     code, said = run([python, "-c", STEP], tree.parent, env)
     assert code == 0, said
-    return output, dict(line.split(": ", 1) for line in said.strip().splitlines()[-3:])
+    return output, dict(line.split(": ", 1) for line in said.strip().splitlines()[-4:])
 
 
 @pytest.mark.parametrize("case", ["CXX=/bin/false", "CXX=/bin/false, no nvcc", "nothing on the PATH"])
@@ -155,6 +156,18 @@ def test_without_nvcc_it_is_for_the_cpu(python, tree, compiler):
     assert said["backend"] == "cpu"
     assert said["cpu"] == "None"
     assert said["cuda"].startswith("the C++ module was built without CUDA: put nvcc on the PATH")
+
+
+def test_clang_builds_it_too(python, tree, tmp_path):
+    if shutil.which("clang++") is None:
+        pytest.skip("needs clang++ (apt install clang)")
+    compiler = script(tmp_path / "compiler", 'exec clang++ "$@" -O0')
+    output, said = install(python, tree, environment(CXX=compiler, PATH=path_without("nvcc")))
+    assert said["backend"] == "cpu"
+    assert said["cpu"] == "None"
+    assert said["module"].startswith("built by clang++ ")
+    # Without the package libomp-dev.
+    assert ("the C++ kernels will use one core" in output) is (", one thread, " in said["module"])
 
 
 def test_nvcc_that_fails_costs_the_cuda_kernels_only(python, tree, compiler, tmp_path):

@@ -1,7 +1,7 @@
-// Includes the file DPH_KERNELS_FILE once per instruction set, each time in a namespace of its own (baseline, avx2,
-// avx512), with DPH_TARGET (function attribute) and DPH_LANES (vector width in floats) defined; hence neither file has an
-// include guard. Explicit targets instead of target_clones: vector types must match the register width of the
-// instruction set. Needs instruction_sets.h.
+// Includes the file DPH_KERNELS_FILE once per instruction set, each time in a namespace of its own (baseline: SSE2, or
+// NEON on Arm; avx2, avx512), with DPH_TARGET (function attribute) and DPH_LANES (vector width in floats) defined; hence
+// neither file has an include guard. Explicit targets instead of target_clones: vector types must match the register
+// width of the instruction set. Needs instruction_sets.h.
 
 namespace baseline {
 #define DPH_TARGET

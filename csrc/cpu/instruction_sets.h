@@ -8,8 +8,12 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define DPH_X86 1
 #define DPH_AVX2 __attribute__((target("avx2,fma")))
+#if defined(__clang__)  // would ignore the whole attribute because of the preferred width
+#define DPH_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"), min_vector_width(512)))
+#else
 #define DPH_AVX512 \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#endif
 #endif
 
 namespace dph {

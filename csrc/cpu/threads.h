@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #if defined(_OPENMP)
-#include <omp.h>
+extern "C" int omp_get_thread_num();  // instead of <omp.h>, which clang has only if libomp's headers are installed
 #endif
 
 namespace dph {

@@ -63,6 +63,8 @@ def report() -> str:
             reason = dispatch.missing("laprop", device, device)
             if reason:
                 missing.append((kernels, reason))
+    if reason := dispatch.one_thread():
+        missing.append(("threads of C++ kernels", reason))
     missing += _missing_packages()
 
     sections = {

@@ -59,12 +59,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _attend_unfused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Compute the same as ``_attend`` in separate operations, for NaN and infinities on the CPU."""
-    n, m = q.shape[2], k.shape[2]
+    """Compute the same as ``_attend`` in separate operations, for NaN and infinities on the CPU.
+
+    In fp32 at least: oneDNN's bf16 product with AMX pads an odd inner dimension with the next row's first number times
+    0, which is NaN if that number is.
+    """
+    dtype, n, m = q.dtype, q.shape[2], k.shape[2]
     k, v = (reference.repeat(x, q.shape[1]) for x in (k, v))
+    q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
     hidden = torch.ones(n, m, dtype=torch.bool).triu(m - n + 1)
     scores = (q @ k.transpose(-1, -2) * scale).masked_fill(hidden, float("-inf"))
-    return scores.softmax(-1) @ v
+    return (scores.softmax(-1) @ v).to(dtype)
 
 
 def _function(*factors: tuple[Tensor, Tensor]) -> Callable[..., Tensor]:

@@ -62,6 +62,15 @@ def test_missing_compiler_comes_with_its_command(monkeypatch):
     assert row.endswith(" no C++ compiler; install g++")
 
 
+@pytest.mark.usefixtures("installed")
+def test_one_thread_comes_with_its_command(monkeypatch):
+    monkeypatch.setattr(dispatch, "missing", lambda *_: None)
+    monkeypatch.setattr(dispatch, "one_thread", lambda: "no OpenMP; install libomp")
+    row = lines("Missing")[0]
+    assert row.startswith("threads of C++ kernels ")
+    assert row.endswith(" no OpenMP; install libomp")
+
+
 def test_not_installed(monkeypatch):
     def absent(name):
         raise metadata.PackageNotFoundError(name)

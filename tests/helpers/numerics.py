@@ -36,10 +36,19 @@ def assert_close_to_fp64(
     assert torch.equal(got64[truth.isinf()], truth[truth.isinf()]), f"{name}: other infinities than in fp64"
     if not finite.any():
         return
-    got64, same64, truth = got64[finite], same64[finite], truth[finite]
-    error, earned = (got64 - truth).abs().max().item(), (same64 - truth).abs().max().nan_to_num(0, 0).item()
-    allowed = factor * earned + (FLOOR[got.dtype] if floor is None else floor) * truth.abs().max().item()
+    error = (got64[finite] - truth[finite]).abs().max().item()
+    earned, allowed = tolerance(same64, truth, factor, FLOOR[got.dtype] if floor is None else floor)
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e} (plain PyTorch has {earned:.3e})"
+
+
+def tolerance(same_precision: Tensor, fp64: Tensor, factor: float, floor: float) -> tuple[float, float]:
+    """Return the error of plain PyTorch in the same precision, and the error that it allows."""
+    finite = fp64.isfinite()
+    if not finite.any():
+        return 0.0, 0.0
+    truth = fp64[finite]
+    earned = (same_precision.double()[finite] - truth).abs().max().nan_to_num(0, 0).item()
+    return earned, factor * earned + floor * truth.abs().max().item()
 
 
 def strange_nans() -> Tensor:

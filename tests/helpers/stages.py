@@ -82,12 +82,16 @@ def same(one, two, **tolerance):
 
 
 def same_gradients(part, full):
-    """The names of the parameters that have gradients in the model of one trainer: those of the other's."""
+    """The names of the parameters that have gradients in the model of one trainer: those of the other's.
+
+    To rounding: where the embedding trains, too, log-probabilities are differentiated by other products.
+    """
     expected, trained = dict(full.model.named_parameters()), set()
     for name, p in part.model.named_parameters():
         if p.grad is not None:
             trained.add(name)
-            torch.testing.assert_close(p.grad, expected[name].grad, rtol=1e-5, atol=1e-6)
+            grad = expected[name].grad
+            torch.testing.assert_close(p.grad, grad, rtol=0.0, atol=1e-5 * max(0.1, grad.abs().max().item()), msg=name)
     return trained
 
 

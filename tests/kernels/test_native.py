@@ -1,6 +1,7 @@
 """The native module: loaded once, shares PyTorch's threads, and says what is missing in words that help."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,14 +35,14 @@ def pretend(monkeypatch, module, error="cannot import name '_native' from 'dph_k
 
 def fake(**attributes):
     source = native.source_digest(native.CSRC)
-    given = {"source": source, "cuda": 13000, "compiler": "12.2.0", "vector_floats": 8}
-    return types.SimpleNamespace(**given | attributes)
+    built = {"source": source, "cuda": 13000, "compiler": "g++ 12.2.0", "openmp": True, "vector_floats": 8}
+    return types.SimpleNamespace(**(built | attributes))
 
 
 @built
 def test_module_is_what_the_sources_say():
     assert native.module().source == native.source_digest(native.CSRC)
-    assert native.toolchain()["C++ module"].startswith("built by g++ ")
+    assert re.match(r"built by (g|clang)\+\+ \d+", native.toolchain()["C++ module"])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -128,6 +129,18 @@ def test_built_without_cuda(monkeypatch):
     assert native.missing("cpu") is None
     assert "built without CUDA: put nvcc on the PATH or set CUDA_HOME" in native.missing("cuda")
     assert native.toolchain()["C++ module"].endswith("without CUDA, CPU kernels for avx2")
+
+
+def test_built_without_openmp(monkeypatch):
+    pretend(monkeypatch, fake())
+    assert dispatch.one_thread() is None
+    pretend(monkeypatch, fake(openmp=False, cuda=0))
+    assert native.missing("cpu") is None
+    assert native.toolchain()["C++ module"] == "built by g++ 12.2.0, without CUDA, one thread, CPU kernels for avx2"
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert "one thread, as its compiler had no OpenMP: unset CXX" in dispatch.one_thread()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "PyTorch had no OpenMP when it was built: install PyTorch's wheel" in dispatch.one_thread()
 
 
 def test_no_gpu(monkeypatch):

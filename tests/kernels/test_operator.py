@@ -129,7 +129,7 @@ def test_gradients_of_gradients_are_refused():
         grad.sum().backward()
     out = OPERATOR(**given, backend="auto", joint={})
     (grad,) = torch.autograd.grad(out.square().sum(), given["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula"):
         grad.sum().backward()
 
 

@@ -363,7 +363,7 @@ def test_gradients_of_gradients_are_right_or_refused(monkeypatch):
             sum(grad.square().sum() for grad in grads).backward()
             continue
         name = FOLDERS.get(operator, operator)
-        with pytest.raises(RuntimeError, match=f"{name}_backward.* no autograd formula|once_differentiable"):
+        with pytest.raises(RuntimeError, match=f"{name}_backward.* no autograd formula"):
             sum(grad.square().sum() for grad in grads).backward()
 
 

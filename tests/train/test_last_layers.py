@@ -103,11 +103,13 @@ def test_a_head_on_a_frozen_layer(layer, tmp_path):
 
 
 def test_cached_references_and_shared_states_change_nothing(tmp_path):
+    """But rounding: references are cached in other batches, and a product may round a row by the rows beside it."""
     changes = {"batch__micro": 2}
     shared = go(last("align", tmp_path / "shared", **changes), model=model_of(None))
     cached = go(last("align", tmp_path / "cached", objective__reference="cache", **changes), model=model_of(None))
-    same(shared, cached)
-    assert figures(tmp_path / "shared") == figures(tmp_path / "cached")
+    same(shared, cached, rtol=1e-5, atol=1e-6)
+    for one, two in zip(figures(tmp_path / "shared"), figures(tmp_path / "cached"), strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["align", "sft"])
