@@ -506,7 +506,7 @@ dph::LogprobTile logprob_tile(py::handle logits, int64_t row, int64_t column, py
   tile.first = column;
   tile.targets = data_of<int64_t>(targets) + row;
   tile.largest = static_cast<float*>(moments.data) + row;
-  tile.log_sum = tile.largest + moments.shape[1];
+  tile.log_sum = tile.largest + moments.strides[0];
   return tile;
 }
 

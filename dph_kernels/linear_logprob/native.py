@@ -5,7 +5,6 @@ are converted block by block. Blocks of the vocabulary are the outer loop, so th
 converted) once and its gradient is complete at the end of its iteration.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch

@@ -82,8 +82,9 @@ def swiglu(projected: Tensor, bias: Tensor | None = None, *, backend: str = "aut
     Raises:
         ValueError: a wrong shape, dtype or device, or an odd number of columns.
     """
-    if backend == "auto" and not torch.compiler.is_compiling() and (usual := dispatch.usual_call("swiglu")):
-        if (activations := usual(projected, bias)) is not None:
+    if backend == "auto" and not torch.compiler.is_compiling():
+        usual = dispatch.usual_call("swiglu")
+        if usual and (activations := usual(projected, bias)) is not None:
             return activations
     projected, bias = checks.cast_together(projected, bias)
     checks.shape("projected", projected, "T", "2F")

@@ -32,7 +32,8 @@ def test_another_result_is_an_error():
 def test_table_and_figures(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(small_calls, "TURN", 1e-6)
     figures, table = tmp_path / "small.json", tmp_path / "small.md"
-    arguments = ["swiglu, bias", "laprop", "--rows", "1", "3", "--threads", "1", "--columns", "256", "--seconds", "0.001"]
+    arguments = ["swiglu, bias", "laprop", "--rows", "1", "3", "--threads", "1", "--columns", "256"]
+    arguments += ["--seconds", "0.001"]
     outputs = ["--json", str(figures), "--output", str(table)]
     monkeypatch.setattr(small_calls, "GOAL", 0.0)
     assert small_calls.main([*arguments, *outputs]) == 0
