@@ -597,17 +597,6 @@ bool laprop_fits(const py::sequence& params, const py::sequence& grads, const py
   return true;
 }
 
-// Whether all gradients are contiguous floating-point tensors on one device.
-bool gradients_fit(const py::sequence& grads) {
-  DLTensor first{}, x;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    if (!peek_any(grads[i], x) || !is_floating(x) || x.dtype.bits < 16 || !is_contiguous(x)) return false;
-    if (i == 0) first = x;
-    if (!is_on(x, first.device)) return false;
-  }
-  return true;
-}
-
 int64_t chunks_of(int64_t size) { return (size + dph::LAPROP_CHUNK - 1) / dph::LAPROP_CHUNK; }
 
 // One step on tensors of the CPU, in place, with the settings of LapropSettings in their order. The caller has checked
@@ -668,7 +657,6 @@ void gradient_norm_tensors(const py::sequence& grads, double max_norm, py::handl
 
 void bind_laprop_tensors(py::module_& module) {
   module.def("laprop_fits", &laprop_fits);
-  module.def("gradients_fit", &gradients_fit);
   module.def("laprop_tensors_cpu", &laprop_tensors);
   module.def("gradient_norm_tensors_cpu", &gradient_norm_tensors);
 }

@@ -248,8 +248,7 @@ def gradient_norm(grads: Sequence[Tensor], *, max_norm: float = float("inf"), ba
     dtypes = *GRADIENTS, torch.float64
     if grads:
         checks.tensor("grads[0]", grads[0])
-        fits = _is_checked_by_extension() and extension.module().gradients_fit(grads)
-        if not (fits or _alike(grads, dtypes, grads[0].device)):
+        if not _alike(grads, dtypes, grads[0].device):
             for i, grad in enumerate(grads):
                 _check_one(f"grads[{i}]", grad, dtypes, grads[0].device)
     for i, grad in enumerate(grads):
@@ -291,8 +290,9 @@ def _check_tensors(lists: dict[str, Sequence[Tensor]]) -> None:
     """Check shape, dtype, device and layout of every tensor; names are formatted only for an error."""
     params = lists["params"]
     example = params[0]
-    if _is_checked_by_extension() and extension.module().laprop_fits(*(lists.get(name, ()) for name in LISTS)):
-        return
+    has_extension = not torch.compiler.is_compiling() and extension.missing("cpu") is None
+    if has_extension and extension.module().laprop_fits(*(lists.get(name, ()) for name in LISTS)):
+        return  # in a fraction of the time of Python
     checks.tensor("params[0]", example)
     checks.dtype("params[0]", example, (torch.float32, torch.float64))
     for name, tensors in lists.items():
@@ -308,11 +308,6 @@ def _check_tensors(lists: dict[str, Sequence[Tensor]]) -> None:
             checks.memory(f"{name}[{i}]", tensor)
             checks.shape(f"{name}[{i}]", tensor, *param.shape)
             _check_one(f"{name}[{i}]", tensor, dtypes, example.device)
-
-
-def _is_checked_by_extension() -> bool:
-    """Whether the C++ module may check the tensors: in a fraction of the time of Python."""
-    return not torch.compiler.is_compiling() and extension.missing("cpu") is None
 
 
 def _alike(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], device: torch.device) -> bool:
