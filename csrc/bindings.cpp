@@ -3,9 +3,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+#include <functional>
+#include <initializer_list>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -97,10 +104,6 @@ void bind_laprop(py::module_& module) {
 #endif
 }
 
-dph::AttentionRows attention_rows(intptr_t data, int64_t row, int64_t head) {
-  return {reinterpret_cast<void*>(data), row, head};
-}
-
 // Sets each field by name; an unknown field raises AttributeError.
 template <class T>
 T from_fields(const py::kwargs& fields) {
@@ -113,86 +116,6 @@ T from_fields(const py::kwargs& fields) {
 template <class T, class Pointer>
 auto address(Pointer T::* field) {
   return [field](T& self, intptr_t value) { self.*field = reinterpret_cast<Pointer>(value); };
-}
-
-void bind_attention(py::module_& module) {
-  using namespace dph;
-  using namespace py::literals;
-  module.attr("ATTENTION_ROWS") = ATTENTION_ROWS;
-  module.attr("ATTENTION_BLOCK") = ATTENTION_BLOCK;
-  py::class_<AttentionRows>(module, "AttentionRows").def(py::init(&attention_rows), "data"_a, "row"_a, "head"_a);
-  py::class_<AttentionArguments> attention(module, "AttentionArguments");
-  attention.def(py::init(&from_fields<AttentionArguments>))
-      .def("schedule",
-           [](AttentionArguments& self, intptr_t tiles, intptr_t runs, intptr_t bounds, int64_t count, intptr_t tasks,
-              int64_t task_count) {
-             self.work = {reinterpret_cast<const int32_t*>(tiles), reinterpret_cast<const int32_t*>(runs),
-                          reinterpret_cast<const int32_t*>(bounds), reinterpret_cast<const int32_t*>(tasks), count,
-                          task_count};
-           },
-           py::kw_only(), "tiles"_a, "runs"_a, "bounds"_a, "count"_a, "tasks"_a = 0, "task_count"_a = 0)
-      .def_readwrite("heads", &AttentionArguments::heads)
-      .def_readwrite("key_heads", &AttentionArguments::key_heads)
-      .def_readwrite("parts", &AttentionArguments::parts)
-      .def_readwrite("head_dim", &AttentionArguments::head_dim)
-      .def_readwrite("memory", &AttentionArguments::memory)
-      .def_readwrite("scale", &AttentionArguments::scale)
-      .def_readwrite("bf16", &AttentionArguments::bf16)
-      .def_readwrite("q", &AttentionArguments::q)
-      .def_readwrite("k", &AttentionArguments::k)
-      .def_readwrite("v", &AttentionArguments::v)
-      .def_readwrite("memory_k", &AttentionArguments::memory_k)
-      .def_readwrite("memory_v", &AttentionArguments::memory_v)
-      .def_readwrite("out", &AttentionArguments::out)
-      .def_readwrite("grad", &AttentionArguments::grad)
-      .def_readwrite("dq", &AttentionArguments::dq)
-      .def_readwrite("dk", &AttentionArguments::dk)
-      .def_readwrite("dv", &AttentionArguments::dv)
-      .def_property("q_cos", nullptr, address(&AttentionArguments::q_cos))
-      .def_property("q_sin", nullptr, address(&AttentionArguments::q_sin))
-      .def_property("lse", nullptr, address(&AttentionArguments::lse));
-  py::class_<RotateArguments>(module, "RotateArguments")
-      .def(py::init(&from_fields<RotateArguments>))
-      .def_readwrite("source", &RotateArguments::in)
-      .def_readwrite("target", &RotateArguments::out)
-      .def_readwrite("rows", &RotateArguments::rows)
-      .def_readwrite("heads", &RotateArguments::heads)
-      .def_readwrite("head_dim", &RotateArguments::head_dim)
-      .def_readwrite("sign", &RotateArguments::sign)
-      .def_readwrite("source_bf16", &RotateArguments::in_bf16)
-      .def_readwrite("target_bf16", &RotateArguments::out_bf16)
-      .def_property("cos", nullptr, address(&RotateArguments::cos))
-      .def_property("sin", nullptr, address(&RotateArguments::sin));
-  const py::call_guard<py::gil_scoped_release> released;
-  module.def("attention_lanes", &attention_lanes, "most"_a);
-  module.def("attention_forward_cpu", &attention_forward_cpu, "arguments"_a, "threads"_a, released);
-  module.def("attention_backward_cpu", &attention_backward_cpu, "arguments"_a, "threads"_a, released);
-  module.def("rotate_cpu", &rotate_cpu, "arguments"_a, "threads"_a, released);
-}
-
-void bind_linear_logprob(py::module_& module) {
-  using namespace dph;
-  using namespace py::literals;
-  py::class_<LogprobTile>(module, "LogprobTile")
-      .def(py::init(&from_fields<LogprobTile>))
-      .def_readwrite("rows", &LogprobTile::rows)
-      .def_readwrite("columns", &LogprobTile::columns)
-      .def_readwrite("stride", &LogprobTile::stride)
-      .def_readwrite("first", &LogprobTile::first)
-      .def_readwrite("last", &LogprobTile::last)
-      .def_property("logits", nullptr, address(&LogprobTile::logits))
-      .def_property("targets", nullptr, address(&LogprobTile::targets))
-      .def_property("largest", nullptr, address(&LogprobTile::largest))
-      .def_property("log_sum", nullptr, address(&LogprobTile::log_sum))
-      .def_property("logprobs", nullptr, address(&LogprobTile::logprobs))
-      .def_property("entropy", nullptr, address(&LogprobTile::entropy))
-      .def_property("best", nullptr, address(&LogprobTile::best))
-      .def_property("upstream", nullptr, address(&LogprobTile::upstream))
-      .def_property("factors", nullptr, address(&LogprobTile::factors));
-  const py::call_guard<py::gil_scoped_release> released;
-  module.def("linear_logprob_reduce_cpu", &linear_logprob_reduce_cpu, "tile"_a, "threads"_a, released);
-  module.def("linear_logprob_gradient_cpu", &linear_logprob_gradient_cpu, "tile"_a, "threads"_a, released);
-  module.def("linear_logprob_keep_cpu", &linear_logprob_keep_cpu, "tile"_a, "threads"_a, released);
 }
 
 // DLPack function table of torch.Tensor.
@@ -211,25 +134,255 @@ const DLPackExchangeAPI& exchange() {
   return *known;
 }
 
+// An attribute of a Python module, or of a class in it, alive until the interpreter exits.
+PyObject* attribute(const char* module, const char* name, const char* member = nullptr) {
+  py::object found = py::module_::import(module).attr(name);
+  if (member) found = found.attr(member);
+  return found.release().ptr();
+}
+
+PyObject* interned(const char* name) {
+  PyObject* const text = PyUnicode_InternFromString(name);
+  if (!text) throw py::error_already_set();
+  return text;
+}
+
+py::object checked(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+py::object call(PyObject* function) { return checked(PyObject_CallNoArgs(function)); }
+
+py::object call(PyObject* function, py::handle argument) {
+  return checked(PyObject_CallOneArg(function, argument.ptr()));
+}
+
+int64_t integer(py::handle number) {
+  const int64_t value = PyLong_AsLongLong(number.ptr());
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+// Defines a function with positional arguments, of any type: pybind11 would take about as long as reading five tensors.
+template <auto function, size_t... i>
+void define(py::module_& module, const char* name, std::index_sequence<i...>) {
+  static const auto run = [](PyObject*, PyObject* const* arguments, Py_ssize_t count) -> PyObject* {
+    if (count != sizeof...(i)) {
+      PyErr_Format(PyExc_TypeError, "expected %zu arguments, got %zd", sizeof...(i), count);
+      return nullptr;
+    }
+    try {
+      return function(arguments[i]...).release().ptr();
+    } catch (py::error_already_set& error) {
+      error.restore();
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+  };
+  static PyMethodDef method = {name, nullptr, METH_FASTCALL, nullptr};
+  PyObject* (*const pointer)(PyObject*, PyObject* const*, Py_ssize_t) = run;
+  method.ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(pointer));
+  module.attr(name) = checked(PyCFunction_New(&method, nullptr));
+}
+
+bool is_true(PyObject* function) { return call(function).ptr() == Py_True; }
+
+bool in_forward_mode() {
+  static PyObject* const level = attribute("dph_kernels.torch_private", "forward_mode_level");
+  return integer(call(level)) >= 0;
+}
+
+// Whether a call on plain tensors has to go through PyTorch's dispatcher, apart from torch.compile and lazily negated
+// tensors: dispatch.is_intercepted.
+bool intercepted() {
+  static PyObject* const mode = attribute("dph_kernels.torch_private", "is_in_torch_dispatch_mode");
+  static PyObject* const transforms = attribute("dph_kernels.torch_private", "are_functorch_transforms_active");
+  static PyObject* const tracing = attribute("dph_kernels.torch_private", "get_tracing_state");
+  return is_true(mode) || is_true(transforms) || in_forward_mode() || !call(tracing).is_none();
+}
+
 // Reads a tensor's metadata. Returns false for subclasses other than Parameter, and for tensors without storage (e.g.
-// batched tensors of vmap, or efficient zero tensors).
-bool peek(py::handle tensor, DLTensor& found) {
-  static PyObject *plain = nullptr, *parameter = nullptr;  // classes, alive until the interpreter exits
-  if (!parameter) {
-    const py::module_ torch = py::module_::import("torch");
-    plain = torch.attr("Tensor").ptr();
-    parameter = torch.attr("nn").attr("Parameter").ptr();
-  }
+// sparse ones, or batched tensors of vmap).
+bool peek_any(py::handle tensor, DLTensor& found) {
+  static PyObject* const plain = attribute("torch", "Tensor");
+  static PyObject* const parameter = attribute("torch.nn", "Parameter");
   const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
   if (type != plain && type != parameter) return false;
   if (exchange().dltensor_from_py_object_no_sync(tensor.ptr(), &found) != 0) {
     PyErr_Clear();
     return false;
   }
-  if (!found.data) return false;
-  found.data = static_cast<char*>(found.data) + found.byte_offset;
+  if (found.data) found.data = static_cast<char*>(found.data) + found.byte_offset;
   return true;
 }
+
+// Like ``peek_any``, but returns false for tensors without an address (e.g. efficient zero tensors), too.
+bool peek(py::handle tensor, DLTensor& found) { return peek_any(tensor, found) && found.data; }
+
+// Whether a kernel can read a tensor with this metadata: it is not lazily negated, and its storage, which may have been
+// freed, holds all of its elements.
+bool is_whole(py::handle tensor, const DLTensor& x) {
+  static PyObject* const is_neg = attribute("torch", "Tensor", "is_neg");
+  static PyObject* const untyped_storage = attribute("torch", "Tensor", "untyped_storage");
+  static PyObject* const storage_offset = attribute("torch", "Tensor", "storage_offset");
+  if (call(is_neg, tensor).ptr() != Py_False) return false;
+  int64_t last = 0;
+  for (int32_t axis = 0; axis < x.ndim; ++axis) {
+    if (x.shape[axis] == 0) return true;  // nothing is read
+    last += (x.shape[axis] - 1) * x.strides[axis];
+  }
+  if (!x.data) return false;
+  const int64_t stored = PyObject_Size(call(untyped_storage, tensor).ptr());  // bytes
+  last += integer(call(storage_offset, tensor));
+  return (last + 1) * (x.dtype.bits * x.dtype.lanes / 8) <= stored;
+}
+
+// Whether a kernel can read the tensor: ``is_whole``, and of no subclass.
+bool readable(py::handle tensor, DLTensor& found) { return peek_any(tensor, found) && is_whole(tensor, found); }
+
+// dispatch.can_bypass_dispatcher, apart from torch.compile; entries that are None are left out.
+bool can_bypass_dispatcher(const py::sequence& tensors) {
+  DLTensor found;
+  for (const py::handle tensor : tensors) {
+    if (!tensor.is_none() && !readable(tensor, found)) return false;
+  }
+  return !intercepted();
+}
+
+// Reads a tensor's metadata; data is null if the tensor is None or has no elements.
+DLTensor describe(py::handle tensor) {
+  DLTensor found{};
+  if (tensor.is_none()) return found;
+  if (exchange().dltensor_from_py_object_no_sync(tensor.ptr(), &found) != 0) throw py::error_already_set();
+  if (found.data) found.data = static_cast<char*>(found.data) + found.byte_offset;
+  return found;
+}
+
+template <class T = float>
+T* data_of(py::handle tensor) {
+  return static_cast<T*>(describe(tensor).data);
+}
+
+// Whether a call on readable tensors has to be named in a profile, or is computed in another dtype.
+bool profiled_or_cast() {
+  static PyObject* const autocast = attribute("dph_kernels.torch_private", "any_autocast_enabled");
+  static PyObject* const profiled = attribute("dph_kernels.torch_private", "profiler_enabled");
+  return is_true(autocast) || is_true(profiled);
+}
+
+bool needs_gradients(std::initializer_list<py::handle> tensors) {
+  static PyObject* const enabled = attribute("torch", "is_grad_enabled");
+  static PyObject* const requires_grad = interned("requires_grad");
+  if (!is_true(enabled)) return false;
+  for (const py::handle tensor : tensors) {
+    if (tensor.is_none()) continue;
+    if (checked(PyObject_GetAttr(tensor.ptr(), requires_grad)).ptr() == Py_True) return true;
+  }
+  return false;
+}
+
+// Whether a backward pass needs nothing but its kernel: the upstream gradient is a plain tensor, and no gradients of
+// gradients are wanted.
+bool is_usual_gradient(py::handle grad) {
+  static PyObject* const enabled = attribute("torch", "is_grad_enabled");
+  DLTensor found;
+  return readable(grad, found) && !is_true(enabled) && !profiled_or_cast() && !intercepted();
+}
+
+int torch_threads() {
+  static PyObject* const count = attribute("torch", "get_num_threads");
+  return static_cast<int>(integer(call(count)));
+}
+
+bool is_floating(const DLTensor& x) { return x.dtype.code == kDLFloat || x.dtype.code == kDLBfloat; }
+
+// Whether the CPU's kernels compute in the dtype and on the device.
+bool is_kernel_float(const DLTensor& x) {
+  const bool fp32 = x.dtype.code == kDLFloat && x.dtype.bits == 32;
+  return x.device.device_type == kDLCPU && (fp32 || x.dtype.code == kDLBfloat);
+}
+
+bool is_on(const DLTensor& x, const DLDevice& device) {
+  return x.device.device_type == device.device_type && x.device.device_id == device.device_id;
+}
+
+// Whether both have the same dtype and device.
+bool is_like(const DLTensor& x, const DLTensor& like) {
+  return x.dtype.code == like.dtype.code && x.dtype.bits == like.dtype.bits && is_on(x, like.device);
+}
+
+// Whether both have the same shape, dtype and device.
+bool is_alike(const DLTensor& x, const DLTensor& like) {
+  return is_like(x, like) && x.ndim == like.ndim && std::equal(x.shape, x.shape + x.ndim, like.shape);
+}
+
+// Whether x is a contiguous vector of this size, of the dtype and device of ``like``.
+bool is_vector(const DLTensor& x, int64_t size, const DLTensor& like) {
+  return is_like(x, like) && x.ndim == 1 && x.shape[0] == size && (size == 1 || x.strides[0] == 1);
+}
+
+// Whether x has elements, in rows of contiguous ones.
+bool has_rows(const DLTensor& x) { return x.data && x.strides[x.ndim - 1] == 1; }
+
+bool is_text(py::handle value, const char* text) {
+  return PyUnicode_Check(value.ptr()) && PyUnicode_CompareWithASCIIString(value.ptr(), text) == 0;
+}
+
+int64_t size_of(const DLTensor& x) {
+  return std::accumulate(x.shape, x.shape + x.ndim, int64_t{1}, std::multiplies<int64_t>());
+}
+
+bool is_contiguous(const DLTensor& x) {
+  if (std::find(x.shape, x.shape + x.ndim, 0) != x.shape + x.ndim) return true;
+  int64_t stride = 1;
+  for (int32_t axis = x.ndim - 1; axis >= 0; --axis) {
+    if (x.shape[axis] != 1 && x.strides[axis] != stride) return false;
+    stride *= x.shape[axis];
+  }
+  return true;
+}
+
+// Contiguous memory of this shape, and of the dtype and device of ``tensor``. PyTorch's functions are looked up in each
+// call, as the tests replace them.
+py::object new_empty(py::handle tensor, const std::vector<int64_t>& shape) {
+  static PyObject* const name = interned("new_empty");
+  py::tuple sizes(shape.size());
+  for (size_t axis = 0; axis < shape.size(); ++axis) sizes[axis] = shape[axis];
+  return checked(PyObject_CallMethodOneArg(tensor.ptr(), name, sizes.ptr()));
+}
+
+// fp32 memory of this shape, on the device of ``tensor``.
+py::object new_floats(py::handle tensor, const std::vector<int64_t>& shape) {
+  static PyObject* const fp32 = attribute("torch", "float32");
+  if (describe(tensor).dtype.code == kDLFloat) return new_empty(tensor, shape);  // faster, and fp16 has no kernel
+  return tensor.attr("new_empty")(py::cast(shape), py::arg("dtype") = py::handle(fp32));
+}
+
+// Contiguous memory of the shape, dtype and device of ``tensor``, whose metadata is x.
+py::object empty_like(py::handle tensor, const DLTensor& x) {
+  static PyObject *const torch = py::module_::import("torch").release().ptr(), *const name = interned("empty_like");
+  if (!is_contiguous(x)) return new_empty(tensor, {x.shape, x.shape + x.ndim});
+  return checked(PyObject_CallMethodOneArg(torch, name, tensor.ptr()));
+}
+
+// A tensor and its metadata; data is null if it is None or has no elements.
+struct Described {
+  py::object tensor;
+  DLTensor x;
+
+  explicit Described(py::object value) : tensor(std::move(value)), x(describe(tensor)) {}
+};
+
+// The tensor, copied unless the elements of its last dimension are contiguous (checks.last_contiguous); or None.
+Described last_contiguous(py::handle tensor) {
+  Described found(py::reinterpret_borrow<py::object>(tensor));
+  if (found.x.ndim == 0 || found.x.strides[found.x.ndim - 1] == 1) return found;
+  return Described(tensor.attr("contiguous")());
+}
+
+Described empty_like(const Described& like) { return Described(empty_like(like.tensor, like.x)); }
 
 // Like ``peek``, but throws if the tensor is a subclass or has no storage.
 DLTensor look(py::handle tensor) {
@@ -341,68 +494,440 @@ void bind_preference_loss(py::module_& module) {
   module.def("preference_loss_gradients_cpu", &preference_loss_gradients);
 }
 
-// Reads a tensor's metadata; data is null if the tensor is None or has no elements.
-DLTensor describe(py::handle tensor) {
-  DLTensor found{};
-  if (tensor.is_none()) return found;
-  if (exchange().dltensor_from_py_object_no_sync(tensor.ptr(), &found) != 0) throw py::error_already_set();
-  if (found.data) found.data = static_cast<char*>(found.data) + found.byte_offset;
-  return found;
+// A tile of logits, from ``row`` and ``column`` on, of rows with ``targets`` [R] and ``normaliser`` [2, R].
+dph::LogprobTile logprob_tile(py::handle logits, int64_t row, int64_t column, py::handle targets,
+                              py::handle normaliser) {
+  const DLTensor x = describe(logits), moments = describe(normaliser);
+  dph::LogprobTile tile;
+  tile.logits = static_cast<float*>(x.data);
+  tile.rows = x.shape[0];
+  tile.columns = x.shape[1];
+  tile.stride = x.strides[0];
+  tile.first = column;
+  tile.targets = data_of<int64_t>(targets) + row;
+  tile.largest = static_cast<float*>(moments.data) + row;
+  tile.log_sum = tile.largest + moments.strides[0];
+  return tile;
 }
 
-dph::NormRows norm_rows(py::handle tensor) {
-  const DLTensor x = describe(tensor);
+// ``entropy`` and ``best`` are empty without statistics.
+void set_results(dph::LogprobTile& tile, int64_t row, py::handle logprobs, py::handle entropy, py::handle best) {
+  tile.logprobs = data_of(logprobs) + row;
+  tile.entropy = data_of(entropy);
+  tile.best = data_of<int64_t>(best);
+  if (!tile.entropy) return;
+  tile.entropy += row;
+  tile.best += row;
+}
+
+// The caller has checked the tensors. Arguments are positional, because keyword arguments would take longer than a few
+// rows.
+void linear_logprob_reduce(py::handle logits, int64_t row, int64_t column, py::handle targets, py::handle normaliser,
+                           py::handle logprobs, py::handle entropy, py::handle best, bool last) {
+  dph::LogprobTile tile = logprob_tile(logits, row, column, targets, normaliser);
+  set_results(tile, row, logprobs, entropy, best);
+  tile.last = last;
+  const int threads = torch_threads();
+  const py::gil_scoped_release released;
+  dph::linear_logprob_reduce_cpu(tile, threads);
+}
+
+void linear_logprob_gradient(py::handle logits, int64_t row, int64_t column, py::handle targets, py::handle normaliser,
+                             py::handle grad) {
+  dph::LogprobTile tile = logprob_tile(logits, row, column, targets, normaliser);
+  tile.upstream = data_of(grad) + row;
+  const int threads = torch_threads();
+  const py::gil_scoped_release released;
+  dph::linear_logprob_gradient_cpu(tile, threads);
+}
+
+void linear_logprob_keep(py::handle logits, int64_t row, py::handle targets, py::handle normaliser, py::handle logprobs,
+                         py::handle entropy, py::handle best, py::handle factors) {
+  dph::LogprobTile tile = logprob_tile(logits, row, 0, targets, normaliser);
+  set_results(tile, row, logprobs, entropy, best);
+  tile.last = true;
+  tile.factors = data_of(factors);
+  const int threads = torch_threads();
+  const py::gil_scoped_release released;
+  dph::linear_logprob_keep_cpu(tile, threads);
+}
+
+// Whether a call of the operator is usual (see dispatch.usual_call) and needs no gradients.
+bool linear_logprob_fits(py::handle hidden, py::handle weight, py::handle targets) {
+  DLTensor rows, matrix, chosen;
+  if (!readable(hidden, rows) || !is_kernel_float(rows) || rows.ndim != 2 || !rows.data) return false;
+  if (!readable(weight, matrix) || !is_like(matrix, rows) || matrix.ndim != 2 || !matrix.data) return false;
+  if (!readable(targets, chosen) || chosen.dtype.code != kDLInt || chosen.dtype.bits != 64) return false;
+  if (!is_on(chosen, rows.device) || chosen.ndim != 1 || !is_contiguous(chosen)) return false;
+  if (matrix.shape[1] != rows.shape[1] || chosen.shape[0] != rows.shape[0]) return false;
+  const auto* ids = static_cast<const int64_t*>(chosen.data);
+  const auto is_token = [&](int64_t id) { return id >= 0 && id < matrix.shape[0]; };
+  if (!std::all_of(ids, ids + chosen.shape[0], is_token)) return false;
+  return !intercepted() && !profiled_or_cast() && !needs_gradients({hidden, weight});
+}
+
+void bind_linear_logprob(py::module_& module) {
+  module.def("linear_logprob_fits", &linear_logprob_fits);
+  module.def("linear_logprob_reduce_cpu", &linear_logprob_reduce);
+  module.def("linear_logprob_gradient_cpu", &linear_logprob_gradient);
+  module.def("linear_logprob_keep_cpu", &linear_logprob_keep);
+}
+
+// Whether the optimizer's lists hold contiguous tensors on one device, of the shapes of the parameters and of dtypes
+// that it supports (_check_tensors of dph_kernels/laprop). Lists that are absent are empty.
+bool laprop_fits(const py::sequence& params, const py::sequence& grads, const py::sequence& exp_avg,
+                 const py::sequence& exp_avg_sq, const py::sequence& priors, const py::sequence& copies) {
+  const auto is_half = [](const DLTensor& x, bool fp16) {
+    return x.dtype.code == kDLBfloat || (fp16 && x.dtype.code == kDLFloat && x.dtype.bits == 16);
+  };
+  DLTensor first, param, x;
+  if (!peek_any(params[0], first) || first.dtype.code != kDLFloat || first.dtype.bits < 32) return false;
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (!peek_any(params[i], param) || !is_like(param, first) || !is_contiguous(param)) return false;
+    for (const auto& [list, halves, full] :
+         {std::tuple{&grads, 2, true}, {&exp_avg, 0, true}, {&exp_avg_sq, 0, true}, {&priors, 1, true},
+          {&copies, 2, false}}) {
+      if (list->size() == 0) continue;
+      if (!peek_any((*list)[i], x) || !is_on(x, first.device) || !is_contiguous(x)) return false;
+      const bool fp32 = list == &grads && x.dtype.code == kDLFloat && x.dtype.bits == 32;
+      if (!(full && is_like(x, first)) && !fp32 && !(halves && is_half(x, halves == 2))) return false;
+      if (x.ndim != param.ndim || !std::equal(x.shape, x.shape + x.ndim, param.shape)) return false;
+    }
+  }
+  return true;
+}
+
+int64_t chunks_of(int64_t size) { return (size + dph::LAPROP_CHUNK - 1) / dph::LAPROP_CHUNK; }
+
+// One step on tensors of the CPU, in place, with the settings of LapropSettings in their order. The caller has checked
+// the tensors; lists that are absent are empty.
+void laprop_tensors(const py::sequence& params, const py::sequence& grads, const py::sequence& exp_avg,
+                    const py::sequence& exp_avg_sq, const py::sequence& priors, const py::sequence& copies,
+                    py::handle grad_scale, py::handle clock, py::handle rate, const std::array<double, 8>& settings) {
+  std::vector<dph::LapropTensor> table(params.size());
+  dph::LapropArguments a{};
+  for (size_t i = 0; i < table.size(); ++i) {
+    const DLTensor grad = describe(grads[i]);
+    dph::LapropTensor& row = table[i];
+    row = {data_of(params[i]), data_of(exp_avg[i]), data_of(exp_avg_sq[i]), grad.data,
+           nullptr,            nullptr,             size_of(grad),          a.chunks,
+           0};
+    if (grad.dtype.code == kDLBfloat) row.kinds |= dph::LAPROP_BF16_GRAD;
+    if (priors.size()) {
+      const DLTensor prior = describe(priors[i]);
+      row.prior = prior.data;
+      if (prior.dtype.code == kDLBfloat) row.kinds |= dph::LAPROP_BF16_PRIOR;
+    }
+    if (copies.size()) row.copy = data_of<uint16_t>(copies[i]);
+    a.chunks += chunks_of(row.size);
+  }
+  a.tensors = table.data();
+  a.count = table.size();
+  a.settings = {settings[0], settings[1], settings[2], settings[3], settings[4], settings[5], settings[6], settings[7]};
+  a.grad_scale = data_of(grad_scale);
+  a.clock = data_of<dph::LapropClock>(clock);
+  a.rate = data_of<double>(rate);
+  const int threads = torch_threads();
+  const py::gil_scoped_release released;
+  dph::laprop_cpu(a, threads);
+}
+
+// The norm of gradients on the CPU, written with the scale and the flag into tensors of one element.
+void gradient_norm_tensors(const py::sequence& grads, double max_norm, py::handle norm, py::handle scale,
+                           py::handle finite) {
+  std::vector<dph::GradientTensor> table(grads.size());
+  dph::GradientNormArguments a{};
+  for (size_t i = 0; i < table.size(); ++i) {
+    const DLTensor grad = describe(grads[i]);
+    table[i] = {grad.data, size_of(grad), a.chunks, grad.dtype.code == kDLBfloat ? dph::LAPROP_BF16_GRAD : 0};
+    a.chunks += chunks_of(table[i].size);
+  }
+  std::vector<double> partials(a.chunks);
+  a.tensors = table.data();
+  a.count = table.size();
+  a.max_norm = max_norm;
+  a.partials = partials.data();
+  a.norm = data_of<double>(norm);
+  a.scale = data_of(scale);
+  a.finite = data_of<bool>(finite);
+  const int threads = torch_threads();
+  const py::gil_scoped_release released;
+  dph::gradient_norm_cpu(a, threads);
+}
+
+void bind_laprop_tensors(py::module_& module) {
+  module.def("laprop_fits", &laprop_fits);
+  module.def("laprop_tensors_cpu", &laprop_tensors);
+  module.def("gradient_norm_tensors_cpu", &gradient_norm_tensors);
+}
+
+dph::AttentionRows attention_rows(const Described& tensor) {
+  return {tensor.x.data, tensor.x.strides[0], tensor.x.strides[1]};
+}
+
+// ``target`` becomes the rows of ``source`` [T, H, D], rotated by ``sign`` times the angles of ``cos`` and ``sin``
+// [T, D/2].
+dph::RotateArguments rotate_arguments(const Described& source, const Described& target, py::handle cos, py::handle sin,
+                                      float sign) {
+  dph::RotateArguments a;
+  a.in = attention_rows(source);
+  a.out = attention_rows(target);
+  a.cos = data_of(cos);
+  a.sin = data_of(sin);
+  a.rows = source.x.shape[0];
+  a.heads = source.x.shape[1];
+  a.head_dim = source.x.shape[2];
+  a.sign = sign;
+  a.in_bf16 = source.x.dtype.code == kDLBfloat;
+  a.out_bf16 = target.x.dtype.code == kDLBfloat;
+  return a;
+}
+
+py::object rotate(py::handle source, py::object target, py::handle cos, py::handle sin, float sign) {
+  const Described from = last_contiguous(source), to(std::move(target));
+  const dph::RotateArguments a = rotate_arguments(from, to, cos, sin, sign);
+  const int threads = torch_threads();
+  {
+    const py::gil_scoped_release released;
+    dph::rotate_cpu(a, threads);
+  }
+  return to.tensor;
+}
+
+// Inputs and results of both passes; ``work`` is (tiles, runs, bounds).
+struct AttentionTensors {
+  Described q, rotated, v, memory_k, memory_v, out, lse;
+
+  dph::AttentionArguments arguments(py::handle q_cos, py::handle q_sin, const py::tuple& work, double scale) const {
+    const DLTensor tiles = describe(work[0]);
+    dph::AttentionArguments a;
+    a.heads = q.x.shape[1];
+    a.key_heads = v.x.shape[1];
+    a.head_dim = q.x.shape[2];
+    a.memory = memory_k.x.shape[0];
+    a.scale = scale;
+    a.bf16 = q.x.dtype.code == kDLBfloat;
+    a.q = attention_rows(q);
+    a.k = attention_rows(rotated);
+    a.v = attention_rows(v);
+    a.memory_k = attention_rows(memory_k);
+    a.memory_v = attention_rows(memory_v);
+    a.out = attention_rows(out);
+    a.q_cos = data_of(q_cos);
+    a.q_sin = data_of(q_sin);
+    a.lse = static_cast<float*>(lse.x.data);
+    a.work.count = tiles.shape[0];
+    a.work.tiles = static_cast<const int32_t*>(tiles.data);
+    a.work.runs = data_of<int32_t>(work[1]);
+    a.work.bounds = data_of<int32_t>(work[2]);
+    return a;
+  }
+};
+
+// Rotates the keys and computes attention; returns (out, lse, rotated keys). The caller has checked the tensors.
+// Arguments are positional, because keyword arguments would take longer than a few rows.
+py::tuple attention_forward(py::handle q, py::handle k, py::handle v, py::handle memory_k, py::handle memory_v,
+                            py::handle q_cos, py::handle q_sin, py::handle k_cos, py::handle k_sin,
+                            const py::tuple& work, double scale) {
+  const Described queries = last_contiguous(q), keys = last_contiguous(k);
+  const Described lse(new_floats(q, {queries.x.shape[0], queries.x.shape[1]}));
+  const AttentionTensors tensors{queries, empty_like(keys), last_contiguous(v), last_contiguous(memory_k),
+                                 last_contiguous(memory_v), empty_like(queries), lse};
+  const dph::RotateArguments rotation = rotate_arguments(keys, tensors.rotated, k_cos, k_sin, 1.0f);
+  const dph::AttentionArguments a = tensors.arguments(q_cos, q_sin, work, scale);
+  const int threads = torch_threads();
+  {
+    const py::gil_scoped_release released;
+    dph::rotate_cpu(rotation, threads);
+    dph::attention_forward_cpu(a, threads);
+  }
+  return py::make_tuple(tensors.out.tensor, lse.tensor, tensors.rotated.tensor);
+}
+
+// Returns the gradient of the queries, and adds to ``dk`` and ``dv``, those of the rotated keys and of the values: zeros
+// of fp32 with a head for each of ``parts``.
+py::object attention_backward(py::handle grad, py::handle q, py::object rotated, py::handle v, py::handle memory_k,
+                              py::handle memory_v, py::object out, py::object lse, py::object dk, py::object dv,
+                              py::handle q_cos, py::handle q_sin, const py::tuple& work, py::handle tasks,
+                              int64_t parts, double scale) {
+  const AttentionTensors tensors{last_contiguous(q), Described(rotated), last_contiguous(v), last_contiguous(memory_k),
+                                 last_contiguous(memory_v), Described(out), Described(lse)};
+  const Described dq = empty_like(tensors.q);
+  const Described upstream = last_contiguous(grad), d_keys(dk), d_values(dv);
+  const DLTensor starts = describe(tasks);
+  dph::AttentionArguments a = tensors.arguments(q_cos, q_sin, work, scale);
+  a.work.tasks = static_cast<const int32_t*>(starts.data);
+  a.work.task_count = starts.shape[0] - 1;
+  a.grad = attention_rows(upstream);
+  a.dq = attention_rows(dq);
+  a.dk = attention_rows(d_keys);
+  a.dv = attention_rows(d_values);
+  a.parts = parts;
+  const int threads = torch_threads();
+  {
+    const py::gil_scoped_release released;
+    dph::attention_backward_cpu(a, threads);
+  }
+  return dq.tensor;
+}
+
+// Whether attention's inputs are floating-point tensors on one device that fit together and have the layout's sizes
+// (check_inputs of dph_kernels/rope_attention).
+bool attention_fits(py::handle q, py::handle k, py::handle v, py::handle memory_k, py::handle memory_v,
+                    py::handle positions, int64_t queries, int64_t keys, int64_t memory) {
+  DLTensor x, rows;
+  if (!peek_any(q, x) || x.ndim != 3 || x.shape[0] != queries || x.shape[2] % 2) return false;
+  if (!is_floating(x) || !peek_any(positions, rows) || !is_on(rows, x.device)) return false;
+  int64_t heads = 0;
+  for (const auto& [tensor, size] : {std::pair{k, keys}, {v, keys}, {memory_k, memory}, {memory_v, memory}}) {
+    if (!peek_any(tensor, rows) || !is_like(rows, x) || rows.ndim != 3) return false;
+    if (!heads) heads = rows.shape[1];  // of the keys
+    if (rows.shape[0] != size || rows.shape[1] != heads || rows.shape[2] != x.shape[2]) return false;
+  }
+  return heads > 0 && x.shape[1] > 0 && x.shape[1] % heads == 0;
+}
+
+void bind_attention(py::module_& module) {
+  module.attr("ATTENTION_ROWS") = dph::ATTENTION_ROWS;
+  module.attr("ATTENTION_BLOCK") = dph::ATTENTION_BLOCK;
+  module.def("attention_lanes", &dph::attention_lanes);
+  module.def("attention_fits", &attention_fits);
+  module.def("attention_forward_cpu", &attention_forward);
+  module.def("attention_backward_cpu", &attention_backward);
+  module.def("rotate_cpu", &rotate);
+}
+
+dph::NormRows norm_rows(const DLTensor& x) {
   if (!x.data) return {};
   return {x.data, x.strides[0], x.ndim == 3 ? x.strides[1] : 0};
 }
 
-// ``moments``: mean and rstd [2, T] or [2, T, H], of RMSNorm rstd alone.
-dph::ResidualNorm residual_norm(py::handle total, py::handle weight, py::handle moments) {
-  const DLTensor scale = describe(weight), found = describe(moments);
+// Arguments of both passes. ``total``: the rows that are normalised.
+dph::ResidualNorm residual_norm_arguments(const DLTensor& total, const DLTensor& weight, bool rms) {
   dph::ResidualNorm a;
-  a.heads = found.ndim == 3 ? found.shape[2] : 1;
-  a.rows = found.shape[1] * a.heads;
-  a.columns = scale.shape[0];
-  a.bf16 = scale.dtype.code == kDLBfloat;
-  a.rms = found.shape[0] == 1;
+  a.heads = total.ndim == 3 ? total.shape[1] : 1;
+  a.rows = total.shape[0] * a.heads;
+  a.columns = weight.shape[0];
+  a.bf16 = weight.dtype.code == kDLBfloat;
+  a.rms = rms;
   a.total = norm_rows(total);
-  a.weight = scale.data;
-  a.rstd = static_cast<float*>(found.data);
-  if (!a.rms) {
-    a.mean = a.rstd;
-    a.rstd += a.rows;
-  }
+  a.weight = weight.data;
   return a;
 }
 
-// The caller has checked the tensors and their layouts. Arguments are positional, because keyword arguments would take
-// longer than a few rows.
-void residual_norm_forward(py::handle x, py::handle update, py::handle weight, py::handle bias, float eps,
-                           py::handle total, py::handle normed, py::handle moments, int threads) {
-  dph::ResidualNorm a = residual_norm(update.is_none() ? x : total, weight, moments);
-  a.eps = eps;
-  a.x = norm_rows(x);
-  a.update = norm_rows(update);
-  a.bias = describe(bias).data;
-  a.normed = norm_rows(normed);
-  const py::gil_scoped_release released;
-  dph::residual_norm_forward_cpu(a, threads);
+// ``moments`` of all rows: mean and 1 / standard deviation, of RMSNorm 1 / root mean square alone; null for none.
+void set_moments(dph::ResidualNorm& a, float* moments) {
+  a.mean = a.rms ? nullptr : moments;
+  a.rstd = a.rms || !moments ? moments : moments + a.rows;
 }
 
-// Gradients that are not requested are passed as empty tensors.
-void residual_norm_backward(py::handle d_total, py::handle d_normed, py::handle total, py::handle weight,
-                            py::handle moments, py::handle d_x, py::handle d_weight, py::handle d_bias, int threads) {
-  dph::ResidualNorm a = residual_norm(total, weight, moments);
-  a.d_total = norm_rows(d_total);
-  a.d_normed = norm_rows(d_normed);
-  a.d_x = norm_rows(d_x);
-  a.d_weight = describe(d_weight).data;
-  a.d_bias = describe(d_bias).data;
-  const py::gil_scoped_release released;
-  dph::residual_norm_backward_cpu(a, threads);
+// The tensors of a forward pass, whose rows are contiguous.
+struct NormInputs {
+  py::handle x;
+  DLTensor rows{}, update{}, weight{}, bias{};
+  bool rms = false;
+  double eps = 0.0;
+
+  // Returns (total, normed); total is x if there is no update.
+  py::tuple run(float* moments) const {
+    const Described normed(empty_like(x, rows));
+    const py::object total = update.ndim ? empty_like(x, rows) : py::reinterpret_borrow<py::object>(x);
+    dph::ResidualNorm a = residual_norm_arguments(update.ndim ? describe(total) : rows, weight, rms);
+    a.eps = static_cast<float>(eps);
+    a.x = norm_rows(rows);
+    a.update = norm_rows(update);
+    a.bias = bias.data;
+    a.normed = norm_rows(normed.x);
+    set_moments(a, moments);
+    const int threads = torch_threads();
+    {
+      const py::gil_scoped_release released;
+      dph::residual_norm_forward_cpu(a, threads);
+    }
+    return py::make_tuple(total, normed.tensor);
+  }
+};
+
+// The sum of both (of one if ``update`` is None), and its LayerNorm, in PyTorch's operations: their gradients are C++.
+py::tuple layer_norm(py::handle x, py::handle update, py::handle weight, py::handle bias, py::handle eps,
+                     int64_t columns) {
+  static PyObject* const norm = attribute("torch", "layer_norm");
+  const py::object total = update.is_none() ? py::reinterpret_borrow<py::object>(x)
+                                            : checked(PyNumber_Add(x.ptr(), update.ptr()));
+  const py::tuple shape = py::make_tuple(columns);
+  PyObject* const arguments[] = {total.ptr(), shape.ptr(), weight.ptr(), bias.ptr(), eps.ptr()};
+  return py::make_tuple(total, checked(PyObject_Vectorcall(norm, arguments, 5, nullptr)));
+}
+
+// A usual call of the operator, see dispatch.usual_call. A LayerNorm of up to ``few`` elements is computed by PyTorch.
+py::object residual_norm(py::handle x, py::handle update, py::handle weight, py::handle bias, py::handle eps,
+                         py::handle kind, py::handle few) {
+  constexpr int64_t WIDEST = 16384;  // columns that "auto" leaves to kernels, on every device
+  NormInputs a;
+  a.x = x;
+  a.rms = is_text(kind, "rms");
+  if (!(a.rms ? bias.is_none() : is_text(kind, "layer"))) return py::none();
+  if (!PyFloat_CheckExact(eps.ptr()) || !(PyFloat_AS_DOUBLE(eps.ptr()) >= 0.0)) return py::none();
+  a.eps = PyFloat_AS_DOUBLE(eps.ptr());
+  if (!peek(x, a.rows) || !peek(weight, a.weight) || !is_kernel_float(a.rows)) return py::none();
+  if (a.rows.ndim < 2 || a.rows.ndim > 3 || !has_rows(a.rows)) return py::none();
+  const int64_t columns = a.rows.shape[a.rows.ndim - 1];
+  if (columns > WIDEST || !is_vector(a.weight, columns, a.rows)) return py::none();
+  if (!update.is_none() && !(peek(update, a.update) && is_alike(a.update, a.rows) && has_rows(a.update))) {
+    return py::none();
+  }
+  if (!bias.is_none() && !(peek(bias, a.bias) && is_vector(a.bias, columns, a.rows))) return py::none();
+  if (!a.rms && size_of(a.rows) <= integer(few)) {
+    if (in_forward_mode()) return py::none();
+    return layer_norm(x, update, weight, bias, eps, columns);
+  }
+  for (const auto& [tensor, metadata] : {std::pair{x, &a.rows}, {update, &a.update}, {weight, &a.weight}, {bias, &a.bias}}) {
+    if (!tensor.is_none() && !is_whole(tensor, *metadata)) return py::none();
+  }
+  if (intercepted() || profiled_or_cast() || needs_gradients({x, update, weight, bias})) return py::none();
+  return a.run(nullptr);
+}
+
+// Returns (total, normed, moments [2, T] or [2, T, H], of RMSNorm [1, ...]); total is x if there is no update.
+py::tuple residual_norm_forward(py::handle x, py::handle update, py::handle weight, py::handle bias, double eps,
+                                bool rms) {
+  const Described rows = last_contiguous(x), added = last_contiguous(update);
+  const Described scale = last_contiguous(weight), shift = last_contiguous(bias);
+  std::vector<int64_t> sizes{rms ? 1 : 2};
+  sizes.insert(sizes.end(), rows.x.shape, rows.x.shape + rows.x.ndim - 1);
+  const py::object moments = new_floats(x, sizes);
+  const NormInputs a{rows.tensor, rows.x, added.x, scale.x, shift.x, rms, eps};
+  const py::tuple results = a.run(data_of(moments));
+  return py::make_tuple(results[0], results[1], moments);
+}
+
+// Returns the gradients of (x and update, weight, bias); those that are not needed are empty.
+py::tuple residual_norm_backward(py::handle d_total, py::handle d_normed, py::handle total, py::handle weight,
+                                 py::handle moments, const std::array<bool, 3>& needs) {
+  const Described d_sum = last_contiguous(d_total), d_rows = last_contiguous(d_normed);
+  const Described rows = last_contiguous(total), scale = last_contiguous(weight);
+  const DLTensor statistics = describe(moments);
+  const auto result = [&](size_t i, const Described& like) {
+    return needs[i] ? empty_like(like) : Described(new_empty(like.tensor, {0}));
+  };
+  const Described d_x = result(0, rows), d_weight = result(1, scale), d_bias = result(2, scale);
+  dph::ResidualNorm a = residual_norm_arguments(rows.x, scale.x, statistics.shape[0] == 1);
+  set_moments(a, static_cast<float*>(statistics.data));
+  a.d_total = norm_rows(d_sum.x);
+  a.d_normed = norm_rows(d_rows.x);
+  a.d_x = norm_rows(d_x.x);
+  a.d_weight = d_weight.x.data;
+  a.d_bias = d_bias.x.data;
+  const int threads = torch_threads();
+  {
+    const py::gil_scoped_release released;
+    dph::residual_norm_backward_cpu(a, threads);
+  }
+  return py::make_tuple(d_x.tensor, d_weight.tensor, d_bias.tensor);
 }
 
 void bind_residual_norm(py::module_& module) {
+  define<residual_norm>(module, "residual_norm", std::make_index_sequence<7>());
   module.def("residual_norm_forward_cpu", &residual_norm_forward);
   module.def("residual_norm_backward_cpu", &residual_norm_backward);
   module.def("residual_norm_lanes", &dph::residual_norm_lanes);
@@ -429,73 +954,145 @@ void bind_linear(py::module_& module) {
   module.def("linear_forward_cpu", &linear_forward_cpu, "arguments"_a, "threads"_a, released);
 }
 
+dph::SwigluArguments swiglu_arguments(const DLTensor& projected, const DLTensor& bias) {
+  dph::SwigluArguments a;
+  a.rows = projected.shape[0];
+  a.columns = projected.shape[1] / 2;
+  a.bf16 = projected.dtype.code == kDLBfloat;
+  a.projected = projected.data;
+  a.projected_row = projected.strides[0];
+  a.bias = static_cast<const float*>(bias.data);
+  return a;
+}
+
+py::object run_swiglu(py::handle projected, const DLTensor& rows, const DLTensor& bias) {
+  dph::SwigluArguments a = swiglu_arguments(rows, bias);
+  Described out(new_empty(projected, {a.rows, a.columns}));
+  a.out = out.x.data;
+  const int threads = torch_threads();
+  {
+    const py::gil_scoped_release released;
+    dph::swiglu_forward_cpu(a, threads);
+  }
+  return out.tensor;
+}
+
+// The caller has checked the tensors; ``bias`` is fp32, or None.
+py::object swiglu_forward(py::handle projected, py::handle bias) {
+  const Described rows = last_contiguous(projected), shift = last_contiguous(bias);
+  return run_swiglu(rows.tensor, rows.x, shift.x);
+}
+
+// A usual call of the operator, see dispatch.usual_call.
+py::object swiglu(py::handle projected, py::handle bias) {
+  DLTensor rows, shift{};
+  if (!readable(projected, rows) || !is_kernel_float(rows) || rows.ndim != 2 || !has_rows(rows)) return py::none();
+  if (rows.shape[1] % 2) return py::none();
+  if (!bias.is_none()) {
+    if (!readable(bias, shift) || !is_vector(shift, rows.shape[1], rows) || shift.dtype.bits != 32) return py::none();
+  }
+  if (intercepted() || profiled_or_cast()) return py::none();
+  if (needs_gradients({projected, bias})) return py::bool_(true);
+  return run_swiglu(projected, rows, shift);
+}
+
+// Returns the gradient of ``projected``, and that of the bias as a sum for each chunk of rows; None unless needed.
+py::tuple swiglu_backward(py::handle grad, py::handle projected, py::handle bias, bool projected_needed,
+                          bool bias_needed) {
+  const Described upstream = last_contiguous(grad), rows = last_contiguous(projected), shift = last_contiguous(bias);
+  dph::SwigluArguments a = swiglu_arguments(rows.x, shift.x);
+  const int64_t chunks = (a.rows + dph::SWIGLU_CHUNK - 1) / dph::SWIGLU_CHUNK;
+  const Described d_projected(projected_needed ? empty_like(rows.tensor, rows.x) : py::none());
+  const Described sums(bias_needed ? new_floats(projected, {chunks, rows.x.shape[1]}) : py::none());
+  a.grad = upstream.x.data;
+  a.grad_row = upstream.x.strides[0];
+  a.d_projected = d_projected.x.data;
+  a.sums = static_cast<float*>(sums.x.data);
+  const int threads = torch_threads();
+  {
+    const py::gil_scoped_release released;
+    dph::swiglu_backward_cpu(a, threads);
+  }
+  return py::make_tuple(d_projected.tensor, sums.tensor);
+}
+
 void bind_swiglu(py::module_& module) {
-  using namespace dph;
-  using namespace py::literals;
-  module.attr("SWIGLU_CHUNK") = SWIGLU_CHUNK;
-  py::class_<SwigluArguments>(module, "SwigluArguments")
-      .def(py::init(&from_fields<SwigluArguments>))
-      .def_readwrite("rows", &SwigluArguments::rows)
-      .def_readwrite("columns", &SwigluArguments::columns)
-      .def_readwrite("bf16", &SwigluArguments::bf16)
-      .def_property("projected", nullptr, address(&SwigluArguments::projected))
-      .def_readwrite("projected_row", &SwigluArguments::projected_row)
-      .def_property("bias", nullptr, address(&SwigluArguments::bias))
-      .def_property("out", nullptr, address(&SwigluArguments::out))
-      .def_property("grad", nullptr, address(&SwigluArguments::grad))
-      .def_readwrite("grad_row", &SwigluArguments::grad_row)
-      .def_property("d_projected", nullptr, address(&SwigluArguments::d_projected))
-      .def_property("sums", nullptr, address(&SwigluArguments::sums));
-  const py::call_guard<py::gil_scoped_release> released;
-  module.def("swiglu_forward_cpu", &swiglu_forward_cpu, "arguments"_a, "threads"_a, released);
-  module.def("swiglu_backward_cpu", &swiglu_backward_cpu, "arguments"_a, "threads"_a, released);
+  module.attr("SWIGLU_CHUNK") = dph::SWIGLU_CHUNK;
+  define<swiglu>(module, "swiglu", std::make_index_sequence<2>());
+  module.def("swiglu_forward_cpu", &swiglu_forward);
+  module.def("swiglu_backward_cpu", &swiglu_backward);
+}
+
+dph::RewardMatrix reward_matrix(py::handle tensor) {
+  const DLTensor x = describe(tensor);
+  if (!x.data) return {};
+  return {x.data, x.strides[0], x.ndim == 2 ? x.strides[1] : 0};
+}
+
+// Arguments of both passes. ``dropouts``: (threshold, stream, fraction that is kept) of the input, then of the pooled
+// state. Results of the forward pass that are not kept are empty.
+dph::SwigluRewardArguments swiglu_reward_arguments(py::handle hidden, py::handle reward, py::handle w1, py::handle w2,
+                                                   py::handle row_ids, const py::tuple& dropouts, uint64_t seed,
+                                                   py::handle projected, py::handle pooled) {
+  const DLTensor states = describe(hidden), first = describe(w1);
+  const auto dropout = [&](size_t index) {
+    const py::tuple x = dropouts[index];
+    return dph::RewardDropout{x[0].cast<uint32_t>(), x[1].cast<uint32_t>(), x[2].cast<float>()};
+  };
+  dph::SwigluRewardArguments a;
+  a.rows = states.shape[0];
+  a.columns = states.shape[1];
+  a.width = first.ndim ? first.shape[0] / 2 : 0;
+  a.heads = describe(reward).shape[0];
+  a.bf16 = states.dtype.code == kDLBfloat;
+  a.hidden = reward_matrix(hidden);
+  a.reward = reward_matrix(reward);
+  a.w1 = reward_matrix(w1);
+  a.w2 = reward_matrix(w2);
+  a.row_ids = data_of<int64_t>(row_ids);
+  a.seed = seed;
+  a.input = dropout(0);
+  a.pooled = dropout(1);
+  a.kept_projected = data_of(projected);
+  a.kept_pooled = data_of(pooled);
+  return a;
+}
+
+// The caller has checked the tensors. Arguments are positional, because keyword arguments would take longer than a few
+// rows.
+void swiglu_reward_forward(py::handle hidden, py::handle reward, py::handle w1, py::handle b1, py::handle w2,
+                           py::handle b2, py::handle row_ids, const py::tuple& dropouts, uint64_t seed,
+                           py::handle rewards, py::handle projected, py::handle pooled, int threads) {
+  dph::SwigluRewardArguments a =
+      swiglu_reward_arguments(hidden, reward, w1, w2, row_ids, dropouts, seed, projected, pooled);
+  a.b1 = reward_matrix(b1);
+  a.b2 = reward_matrix(b2);
+  a.rewards = data_of(rewards);
+  const py::gil_scoped_release released;
+  dph::swiglu_reward_forward_cpu(a, threads);
+}
+
+// ``grads``: results in the order hidden, reward, w1, b1, w2, b2, empty if not requested.
+void swiglu_reward_backward(py::handle grad, py::handle hidden, py::handle reward, py::handle w1, py::handle w2,
+                            py::handle row_ids, const py::tuple& dropouts, uint64_t seed, py::handle projected,
+                            py::handle pooled, const py::tuple& grads, int threads) {
+  dph::SwigluRewardArguments a =
+      swiglu_reward_arguments(hidden, reward, w1, w2, row_ids, dropouts, seed, projected, pooled);
+  const DLTensor upstream = describe(grad);
+  a.grad = static_cast<const float*>(upstream.data);
+  a.grad_row = upstream.strides[0];
+  a.grad_column = upstream.strides[1];
+  void** const results[] = {&a.d_hidden, &a.d_reward, &a.d_w1, &a.d_b1, &a.d_w2, &a.d_b2};
+  for (size_t i = 0; i < 6; ++i) *results[i] = data_of<void>(grads[i]);
+  const py::gil_scoped_release released;
+  dph::swiglu_reward_backward_cpu(a, threads);
 }
 
 void bind_swiglu_reward(py::module_& module) {
-  using namespace dph;
-  using namespace py::literals;
-  using Arguments = SwigluRewardArguments;
-  module.attr("REWARD_LANES") = REWARD_LANES;
-  py::class_<RewardMatrix>(module, "RewardMatrix")
-      .def(py::init([](intptr_t data, int64_t row, int64_t column) {
-             return RewardMatrix{reinterpret_cast<void*>(data), row, column};
-           }),
-           "data"_a = 0, "row"_a = 0, "column"_a = 0);
-  py::class_<RewardDropout>(module, "RewardDropout")
-      .def(py::init<uint32_t, uint32_t, float>(), "threshold"_a, "stream"_a, "keep"_a);
-  py::class_<Arguments>(module, "SwigluRewardArguments")
-      .def(py::init(&from_fields<Arguments>))
-      .def_readwrite("rows", &Arguments::rows)
-      .def_readwrite("columns", &Arguments::columns)
-      .def_readwrite("width", &Arguments::width)
-      .def_readwrite("heads", &Arguments::heads)
-      .def_readwrite("bf16", &Arguments::bf16)
-      .def_readwrite("hidden", &Arguments::hidden)
-      .def_readwrite("reward", &Arguments::reward)
-      .def_readwrite("w1", &Arguments::w1)
-      .def_readwrite("b1", &Arguments::b1)
-      .def_readwrite("w2", &Arguments::w2)
-      .def_readwrite("b2", &Arguments::b2)
-      .def_property("row_ids", nullptr, address(&Arguments::row_ids))
-      .def_readwrite("seed", &Arguments::seed)
-      .def_readwrite("input", &Arguments::input)
-      .def_readwrite("pooled", &Arguments::pooled)
-      .def_property("rewards", nullptr, address(&Arguments::rewards))
-      .def_property("kept_projected", nullptr, address(&Arguments::kept_projected))
-      .def_property("kept_pooled", nullptr, address(&Arguments::kept_pooled))
-      .def_property("grad", nullptr, address(&Arguments::grad))
-      .def_readwrite("grad_row", &Arguments::grad_row)
-      .def_readwrite("grad_column", &Arguments::grad_column)
-      .def_property("d_hidden", nullptr, address(&Arguments::d_hidden))
-      .def_property("d_reward", nullptr, address(&Arguments::d_reward))
-      .def_property("d_w1", nullptr, address(&Arguments::d_w1))
-      .def_property("d_b1", nullptr, address(&Arguments::d_b1))
-      .def_property("d_w2", nullptr, address(&Arguments::d_w2))
-      .def_property("d_b2", nullptr, address(&Arguments::d_b2));
-  const py::call_guard<py::gil_scoped_release> released;
-  module.def("swiglu_reward_lanes", &swiglu_reward_lanes, "most"_a);
-  module.def("swiglu_reward_forward_cpu", &swiglu_reward_forward_cpu, "arguments"_a, "threads"_a, released);
-  module.def("swiglu_reward_backward_cpu", &swiglu_reward_backward_cpu, "arguments"_a, "threads"_a, released);
+  module.attr("REWARD_LANES") = dph::REWARD_LANES;
+  module.def("swiglu_reward_lanes", &dph::swiglu_reward_lanes);
+  module.def("swiglu_reward_forward_cpu", &swiglu_reward_forward);
+  module.def("swiglu_reward_backward_cpu", &swiglu_reward_backward);
 }
 
 }  // namespace
@@ -532,6 +1129,9 @@ PYBIND11_MODULE(_native, module) {
 #else
   module.attr("cuda") = 0;
 #endif
+  module.def("can_bypass_dispatcher", &can_bypass_dispatcher);
+  module.def("is_usual_gradient", &is_usual_gradient);
+  bind_laprop_tensors(module);
   bind_attention(module);
   bind_laprop(module);
   bind_linear_logprob(module);

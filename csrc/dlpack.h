@@ -23,7 +23,8 @@ struct DLDataType {
   uint16_t lanes;
 };
 
-constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;  // codes of DLDataType
+constexpr int32_t kDLCPU = 1;                   // type of DLDevice
+constexpr uint8_t kDLInt = 0, kDLFloat = 2, kDLBfloat = 4;  // codes of DLDataType
 
 struct DLTensor {
   void* data;

@@ -25,7 +25,7 @@ struct ResidualNorm {
   NormRows total;
   const void* weight = nullptr;  // [columns]
   float* mean = nullptr;         // [rows], null if rms
-  float* rstd = nullptr;         // [rows], 1 / standard deviation, or 1 / root mean square
+  float* rstd = nullptr;         // [rows], 1 / standard deviation, or 1 / root mean square; null for no backward pass
 
   // Forward.
   NormRows x;

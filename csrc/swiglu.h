@@ -15,7 +15,7 @@ struct SwigluArguments {
   bool bf16 = false;
   const void* projected = nullptr;  // [rows, 2 columns], [x | gate] before the bias
   int64_t projected_row = 0;
-  const float* bias = nullptr;  // [2 columns]
+  const float* bias = nullptr;  // [2 columns], or null
   void* out = nullptr;          // [rows, columns], forward only
 
   // Backward only.

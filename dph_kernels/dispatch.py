@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dph_kernels import torch_private
+from dph_kernels import native, torch_private
 from dph_kernels.checks import PLAIN, in_memory
 
 ON_REQUEST = "only by name: not measured to be faster"
@@ -142,8 +142,6 @@ def missing(operator: str, backend: str, device: str, dtype: torch.dtype | None 
         known = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         return f"it computes in {known}, and these are {str(dtype).removeprefix('torch.')}"
     if backend in ("cpu", "cuda"):
-        from dph_kernels import native
-
         return native.missing(backend)
     return None
 
@@ -215,11 +213,17 @@ def needs_dispatcher(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def can_bypass_dispatcher(tensors: Sequence[Tensor]) -> bool:
-    """Whether a call does not need the dispatcher, and its tensors are of no subclass and have elements in memory."""
-    if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, tensors)):
+def can_bypass_dispatcher(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a call does not need the dispatcher, and its tensors are of no subclass and have elements in memory.
+
+    Entries may be None. The C++ module, if there is one, takes a fifth of the time.
+    """
+    if torch.compiler.is_compiling():
         return False
-    return not is_intercepted(tensors) and in_memory(tensors)
+    if native.missing("cpu") is None:
+        return native.module().can_bypass_dispatcher(tensors)
+    present = [x for x in tensors if x is not None]
+    return PLAIN.issuperset(map(type, present)) and not is_intercepted(present) and in_memory(present)
 
 
 def is_intercepted(tensors: Sequence[Tensor]) -> bool:
@@ -303,22 +307,42 @@ is_batch_invariant = _BATCH_INVARIANT.get
 """Whether the caller is inside of :func:`batch_invariant`."""
 
 
-def prefer_pytorch(x: Tensor, backend: str) -> bool:
+@functools.cache
+def usual_call(operator: str) -> Callable[..., Any] | None:
+    """Return a function for usual calls of ``operator`` on the CPU, or None if there is none.
+
+    For few elements the Python before a kernel would take several times as long as all of the arithmetic. A call with
+    the backend "auto" is usual if its tensors are plain, in memory and fit, without the dispatcher, autocast or a
+    profile. The function checks this in C++ and returns None for any other call, which the operator then checks and
+    computes in the same bits. Not for code that is compiled.
+    """
+    return getattr(implementation(operator, "cpu", "auto", torch.float32), "usual_call", None)
+
+
+def prefer_pytorch(operator: str, x: Tensor, backend: str, *, everywhere: bool = False) -> bool:
     """Whether "auto" computes a cheap operator on ``x`` in plain PyTorch.
 
     PyTorch's compiler fuses such an operation with its neighbours, which it cannot do with a custom operator. And for
-    few elements, as in decoding token by token, the Python before a kernel takes several times as long as all of the
-    arithmetic. The choice does not depend on gradients, so that calls with and without them give the same bits.
+    few elements the Python before a kernel takes several times as long as all of the arithmetic, except on the CPU (see
+    :func:`usual_call`) unless it is so ``everywhere``. The choice does not depend on gradients: calls with and without
+    them give the same bits.
     """
     if backend != "auto":
         return False
-    return torch.compiler.is_compiling() or (x.numel() <= SMALL_ELEMENTS and not is_batch_invariant())
+    if torch.compiler.is_compiling():
+        return True
+    if not is_small(x):
+        return False
+    return everywhere or x.device.type != "cpu" or choose(operator, "cpu", "auto", x.dtype).backend != "cpu"
+
+
+def is_small(x: Tensor) -> bool:
+    """Whether the Python before a kernel may take longer than the kernel; never inside of :func:`batch_invariant`."""
+    return x.numel() <= SMALL_ELEMENTS and not is_batch_invariant()
 
 
 def toolchain() -> dict[str, str]:
     """Return how the native module was built and which compilers are installed, in words: name -> description."""
-    from dph_kernels import native
-
     return native.toolchain()
 
 

@@ -10,9 +10,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +52,11 @@ def module() -> ModuleType:
     if reason := missing("cpu"):
         raise RuntimeError(reason)
     return _native
+
+
+def function(name: str) -> Callable[..., Any] | None:
+    """Return a function of the native module, None if the module is not built or has no such function."""
+    return getattr(_native, name, None)
 
 
 @functools.cache

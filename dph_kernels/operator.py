@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
+from operator import attrgetter, is_not
 from types import ModuleType
 from typing import Any, get_type_hints
 
@@ -26,7 +26,7 @@ from dph_kernels.torch_private import constant, forward_mode_level, is_different
 Inputs = dict[str, Any]
 """Values by the names of an operator's signature, without ``backend``."""
 
-_requires_grad = attrgetter("requires_grad")
+_requires_grad, _is_given = attrgetter("requires_grad"), partial(is_not, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,6 @@ class Operator:
         self._parameters = tuple(types)
         self._tensors = tuple(name for name, kind in types.items() if kind in (Tensor, Tensor | None))
         self._lists = tuple(name for name, kind in types.items() if kind == list[Tensor])
-        self._optional = Tensor | None in types.values()
         self.operator = _register(self.name, self._kernel, fake, self._mutates)
         if gradient:
             self._register_gradient(gradient)
@@ -140,31 +139,29 @@ class Operator:
         values = list(map(inputs.get, self._tensors))
         for name in self._lists:
             values += inputs[name]
-        tensors = values
-        if self._optional:
-            tensors = []
-            for value in values:
-                if value is not None:
-                    tensors.append(value)
         if plain is None:
-            bypass = dispatch.can_bypass_dispatcher(tensors)
+            bypass = dispatch.can_bypass_dispatcher(values)
         else:
-            bypass = plain and not dispatch.is_intercepted(tensors)
+            bypass = plain and not dispatch.is_intercepted(values)
         if not bypass:
-            if dispatch.needs_formula(tensors):
-                if self._gradient:
-                    return self._differentiable(inputs, backend)
-                if forward_mode_level() >= 0:
-                    raise RuntimeError(f"{self.name}: expected tensors without tangents, as it has no derivative")
-            for name in self._lists:
-                if name not in self._mutates:
-                    inputs[name] = list(map(_written_out, inputs[name]))
-            return self.operator(**inputs, backend=backend)
-        if not (self._gradient and torch.is_grad_enabled() and any(map(_requires_grad, tensors))):
+            return self._dispatched(inputs, backend, [value for value in values if value is not None])
+        if not (self._gradient and torch.is_grad_enabled() and any(map(_requires_grad, filter(_is_given, values)))):
             return self._forward(inputs, backend)
         if joint is not None and self._joint.pays(self._choose(inputs, backend)[0], inputs):
             return self._apply_joint(inputs | joint, backend, *values)
         return self._apply(inputs, backend, *values)
+
+    def _dispatched(self, inputs: Inputs, backend: str, tensors: Sequence[Tensor]) -> Any:
+        """Return the outputs through the dispatcher, or if derivatives are needed by the reference."""
+        if dispatch.needs_formula(tensors):
+            if self._gradient:
+                return self._differentiable(inputs, backend)
+            if forward_mode_level() >= 0:
+                raise RuntimeError(f"{self.name}: expected tensors without tangents, as it has no derivative")
+        for name in self._lists:
+            if name not in self._mutates:
+                inputs[name] = list(map(_written_out, inputs[name]))
+        return self.operator(**inputs, backend=backend)
 
     def forward(self, *, backend: str, **inputs: Any) -> Any:
         """Return the outputs without gradients, bypassing the dispatcher; the caller has checked that this is possible.
@@ -174,9 +171,13 @@ class Operator:
         return self._forward(inputs, backend)
 
     def backward(self, *, backend: str, **arguments: Any) -> Any:
-        """Return the results of ``backward``, through the dispatcher if the upstream gradients need it."""
-        upstream = [arguments[name] for name in self._gradient.upstream if arguments[name] is not None]
-        if not dispatch.can_bypass_dispatcher(upstream):
+        """Return the results of ``backward``, through the dispatcher if the upstream gradients need it.
+
+        So it is with gradients enabled: gradients of gradients are wanted, which the operator refuses.
+        """
+        if torch.is_grad_enabled() or not dispatch.can_bypass_dispatcher(
+            list(map(arguments.get, self._gradient.upstream))
+        ):
             return self._dispatched_backward(**arguments, backend=backend)
         with dispatch.profile_range(f"{self.name}_backward"):
             return self._run_backward(**arguments, backend=backend)
@@ -299,13 +300,9 @@ class Operator:
 
         def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Any, ...]:
             backward, device, backend = ctx.call
-            upstream = []
-            for grad in grads:
-                if grad is not None:
-                    upstream.append(grad)
             # With gradients enabled, gradients of gradients are wanted, which the operator refuses.
             wanted = torch.is_grad_enabled()
-            if wanted or not dispatch.can_bypass_dispatcher(upstream):
+            if wanted or not dispatch.can_bypass_dispatcher(grads):
                 backward = partial(self._dispatched_backward, backend=backend)
             elif torch.is_autocast_enabled(device):
                 backward = partial(dispatch.without_autocast, backward, device)

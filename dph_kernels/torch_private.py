@@ -28,6 +28,7 @@ NAMES = {
     "torch._C._functorch.is_gradtrackingtensor": "whether torch.func differentiates with respect to a tensor",
     "torch._C._functorch.is_legacy_batchedtensor": "whether is_grads_batched of torch.autograd.grad batches a tensor",
     "torch._C._functorch.unwrap_if_dead": "the tensor inside the wrapper of a torch.func transform that has ended",
+    "torch._C._is_any_autocast_enabled": "whether autocast is on for any device",
     "torch._C._get_tracing_state": "whether torch.jit traces a call",
     "torch._C._profiler._RecordFunctionFast": "a named range in a profile",
     "torch.autograd._profiler_enabled": "whether a profile is being recorded",
@@ -65,6 +66,7 @@ def function(name: str) -> Callable[..., Any]:
     return find(name) or absent
 
 
+any_autocast_enabled = function("torch._C._is_any_autocast_enabled")
 are_functorch_transforms_active = function("torch._C._are_functorch_transforms_active")
 _LEVEL = "torch.autograd.forward_ad._current_level"
 forward_mode_level = function(_LEVEL)

@@ -52,7 +52,20 @@ class Scratch {
   std::unique_ptr<float, Free> data_;
 };
 
-constexpr int64_t WORTH_THREADS = 16384;  // elements to rotate; below this, starting threads costs more than the work
+// Elements to rotate, and multiply-adds of one product, below which starting threads costs more than the work.
+constexpr int64_t WORTH_THREADS = 16384, WORTH_PRODUCTS = 1 << 19;
+
+bool worth_threads(const AttentionArguments& a) {
+  int64_t pairs = 0;  // of a query and a key
+  for (int64_t i = 0; i < a.work.count; ++i) {
+    const int32_t* tile = a.work.tiles + 6 * i;
+    for (int32_t run = tile[2]; run < tile[4]; ++run) {
+      pairs += int64_t{tile[1] - tile[0]} * (a.work.runs[2 * run + 1] - a.work.runs[2 * run]);
+    }
+    if (pairs * a.heads * a.head_dim > WORTH_PRODUCTS) return true;
+  }
+  return false;
+}
 
 }  // namespace
 
@@ -63,6 +76,7 @@ int attention_lanes(int most) {
 
 void attention_forward_cpu(const AttentionArguments& a, int threads) {
   const int64_t items = a.work.count * a.key_heads;
+  if (!worth_threads(a)) threads = 1;
   const Scratch scratch(baseline::forward_floats(a.head_dim), threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (items > 1)
   for (int64_t item = 0; item < items; ++item) {  // longest first; the heads of a tile are adjacent in memory
@@ -75,6 +89,7 @@ void attention_forward_cpu(const AttentionArguments& a, int threads) {
 
 void attention_backward_cpu(const AttentionArguments& a, int threads) {
   const int64_t slots = a.key_heads * a.parts, items = a.work.task_count * slots;  // slots: heads of dk and dv
+  if (!worth_threads(a)) threads = 1;
   const Scratch scratch(baseline::backward_floats(a.head_dim), threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (items > 1)
   for (int64_t item = 0; item < items; ++item) {

@@ -2,6 +2,7 @@
 // the passes over them. Partial sums are over fixed chunks of rows, so results do not depend on the number of threads.
 #include "../residual_norm.h"
 #include "instruction_sets.h"
+#include "threads.h"
 
 #include <math.h>
 
@@ -14,7 +15,8 @@ namespace {
 constexpr int64_t LEAST_ROWS = 16;   // minimum rows per chunk
 constexpr int64_t MOST_CHUNKS = 64;  // limits the cost of adding the partial sums
 constexpr int64_t BLOCK = 256;       // columns that a thread reduces at a time
-constexpr int64_t SMALL = 16384;     // elements up to which a second thread does not pay off
+constexpr int64_t FEW = 4096;        // partial sums that are kept on the stack
+constexpr int64_t SMALL = 32768;     // elements up to which a second thread does not pay off
 
 int64_t chunk_rows(int64_t rows) { return std::max(LEAST_ROWS, (rows + MOST_CHUNKS - 1) / MOST_CHUNKS); }
 int64_t chunk_count(int64_t rows) { return (rows + chunk_rows(rows) - 1) / chunk_rows(rows); }
@@ -92,6 +94,7 @@ DPH_INLINE void forward_row(const ResidualNorm& a, const Row& row) {
     const float value = centred * rstd * get(weight[i]);
     put(normed[i], BIAS ? value + get(bias[i]) : value);
   }
+  if (!a.rstd) return;
   if (!RMS) a.mean[row.index] = mean;
   a.rstd[row.index] = rstd;
 }
@@ -212,10 +215,9 @@ int64_t sum_count(const ResidualNorm& a) { return (a.rms ? 1 : 2) * a.columns; }
 
 // result [columns] = partial sums added over all chunks, in order; ``partials`` points to those of the first chunk.
 void add_up(const ResidualNorm& a, const float* partials, void* result, int threads) {
-  const int64_t chunks = chunk_count(a.rows);
-#pragma omp parallel for schedule(static) num_threads(threads) if (chunks * a.columns > SMALL)
-  for (int64_t begin = 0; begin < a.columns; begin += BLOCK) {
-    const int64_t size = std::min(BLOCK, a.columns - begin);
+  const int64_t chunks = chunk_count(a.rows), blocks = (a.columns + BLOCK - 1) / BLOCK;
+  for_each(blocks, threads, chunks * a.columns > SMALL, [&](int64_t block) {
+    const int64_t begin = block * BLOCK, size = std::min(BLOCK, a.columns - begin);
     float sums[BLOCK] = {};
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const float* part = partials + chunk * sum_count(a) + begin;
@@ -228,7 +230,7 @@ void add_up(const ResidualNorm& a, const float* partials, void* result, int thre
         put(static_cast<float*>(result)[begin + i], sums[i]);
       }
     }
-  }
+  });
 }
 
 }  // namespace
@@ -240,24 +242,25 @@ int residual_norm_lanes(int most) {
 
 void residual_norm_forward_cpu(const ResidualNorm& a, int threads) {
   if (!a.rows) return;
-#pragma omp parallel for schedule(static) num_threads(threads) if (a.rows * a.columns > SMALL)
-  for (int part = 0; part < threads; ++part) {
+  if (a.rows * a.columns <= SMALL) threads = 1;
+  for_each(threads, threads, true, [&](int64_t part) {
     passes.forward(a, a.rows * part / threads, a.rows * (part + 1) / threads);
-  }
+  });
 }
 
 void residual_norm_backward_cpu(const ResidualNorm& a, int threads) {
   const int64_t chunks = chunk_count(a.rows), size = chunk_rows(a.rows), count = sum_count(a);
   const bool summed = a.d_weight || a.d_bias;
-  const std::unique_ptr<float[]> partials(summed ? new float[chunks * count] : nullptr);
-#pragma omp parallel for schedule(static) num_threads(threads) if (a.rows * a.columns > SMALL)
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    float* sums = summed ? partials.get() + chunk * count : nullptr;
+  float few[FEW];
+  const std::unique_ptr<float[]> many(summed && chunks * count > FEW ? new float[chunks * count] : nullptr);
+  float* const partials = many ? many.get() : few;
+  for_each(chunks, threads, a.rows * a.columns > SMALL, [&](int64_t chunk) {
+    float* sums = summed ? partials + chunk * count : nullptr;
     if (sums) std::fill(sums, sums + count, 0.0f);
     passes.backward(a, chunk * size, std::min(a.rows, (chunk + 1) * size), sums);
-  }
-  if (a.d_weight) add_up(a, partials.get(), a.d_weight, threads);
-  if (a.d_bias) add_up(a, partials.get() + a.columns, a.d_bias, threads);
+  });
+  if (a.d_weight) add_up(a, partials, a.d_weight, threads);
+  if (a.d_bias) add_up(a, partials + a.columns, a.d_bias, threads);
 }
 
 }  // namespace dph

@@ -198,8 +198,8 @@ def block_form(block: Block, x: Tensor, layout: PackedLayout, memory_kind: str |
         return Form(False, "autocast is active")
     if x.ndim != 2:
         return Form(False, f"x has {x.ndim} dimensions, not 2")
-    if dispatch.prefer_pytorch(x, "auto"):
-        return Form(False, f"PyTorch's own operations are as fast for up to {dispatch.SMALL_ELEMENTS} elements")
+    if dispatch.is_small(x):
+        return Form(False, f"the parts are as fast for up to {dispatch.SMALL_ELEMENTS} elements")
     if layout.queries != len(x) or layout.keys != (0 if memory_kind == "decode" else len(x)):
         return Form(False, "the layout's queries and keys are not as many as the rows of x")
     if layout.query_positions.device != x.device:

@@ -70,13 +70,13 @@ def _in_parts(block: Block, x: Tensor, norm: Choice, gate: Choice) -> tuple[Choi
     if isinstance(block.attention_norm, norms) and isinstance(block.ffn_norm, norms):
         if checks.autocast_active(x):
             norm = Choice("PyTorch", "under autocast its rules decide the dtypes")
-        elif dispatch.prefer_pytorch(x, "auto"):
+        elif dispatch.prefer_pytorch("residual_norm", x, "auto", everywhere=block.ffn_norm.kind == "layer"):
             norm = few
         elif x.shape[1] > WIDEST:
             norm = Choice("PyTorch", f"rows have more than {WIDEST} elements")
     if isinstance(block.ffn, FeedForward):
-        projected = torch.empty(len(x), 2 * block.ffn.fc2.weight.shape[1], device="meta")
-        gate = few if dispatch.prefer_pytorch(projected, "auto") else gate
+        projected = x.new_empty(1, 1).expand(len(x), 2 * block.ffn.fc2.weight.shape[1])
+        gate = few if dispatch.prefer_pytorch("swiglu", projected, "auto") else gate
     return norm, gate
 
 

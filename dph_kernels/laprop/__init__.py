@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from dph_kernels import checks, dispatch
+from dph_kernels import native as extension
 from dph_kernels.operator import Inputs, Operator
 
 GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 COPIES = (torch.bfloat16, torch.float16)
+LISTS = ("params", "grads", "exp_avg", "exp_avg_sq", "priors", "copies")
 _shape, _dtype, _device = (operator.attrgetter(name) for name in ("shape", "dtype", "device"))
 
 
@@ -288,6 +290,9 @@ def _check_tensors(lists: dict[str, Sequence[Tensor]]) -> None:
     """Check shape, dtype, device and layout of every tensor; names are formatted only for an error."""
     params = lists["params"]
     example = params[0]
+    has_extension = not torch.compiler.is_compiling() and extension.missing("cpu") is None
+    if has_extension and extension.module().laprop_fits(*(lists.get(name, ()) for name in LISTS)):
+        return  # in a fraction of the time of Python
     checks.tensor("params[0]", example)
     checks.dtype("params[0]", example, (torch.float32, torch.float64))
     for name, tensors in lists.items():

@@ -4,12 +4,16 @@ import functools
 import itertools
 from array import array
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from dph_kernels import native
 
+SETTINGS = itemgetter(
+    "lr", "beta1", "beta2", "eps", "weight_decay", "prior_decay", "bias_correction", "momentum_scale"
+)  # in the order of LapropSettings (csrc/laprop.h)
 TABLES = 64  # cached device tables, of about 20 KB for 300 parameters
 BF16_GRAD, BF16_PRIOR = 1, 2  # of `kinds` in csrc/laprop.h
 
@@ -28,13 +32,16 @@ def forward(
 ) -> None:
     """One step, in place; the settings are those of ``reference.forward``."""
     device, kernels = params[0].device, native.module()
+    if device.type == "cpu":
+        lists, numbers = (params, grads, exp_avg, exp_avg_sq, priors, copies), (grad_scale, clock, rate)
+        return kernels.laprop_tensors_cpu(*lists, *numbers, SETTINGS(settings))
     columns = params, exp_avg, exp_avg_sq, grads, priors, copies
     words, chunks = _table(columns, grads, priors, kernels.LAPROP_CHUNK)
     with native.device_guard(device):
         table = _table_on(words, device)
         # The allocator may reuse its memory after the return: by then the kernel is queued on the same stream.
         coefficients = None
-        if clock is not None and device.type == "cuda":
+        if clock is not None:
             coefficients = torch.empty(kernels.LAPROP_COEFFICIENTS, dtype=torch.float32, device=device)
         arguments = kernels.LapropArguments(
             table=table.data_ptr(),
@@ -46,16 +53,20 @@ def forward(
             coefficients=native.pointer(coefficients),
             **settings,
         )
-        _run("laprop", arguments, device)
+        kernels.laprop_cuda(arguments, native.stream(device))
+    return None
 
 
 def gradient_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
     """Same results as ``reference.gradient_norm``."""
     device, kernels = grads[0].device, native.module()
-    words, chunks = _table([grads], grads, [], kernels.LAPROP_CHUNK)
     norm = torch.empty((), dtype=torch.float64, device=device)
     scale = torch.empty(1, dtype=torch.float32, device=device)
     finite = torch.empty((), dtype=torch.bool, device=device)
+    if device.type == "cpu":
+        kernels.gradient_norm_tensors_cpu(grads, max_norm, norm, scale, finite)
+        return norm, scale, finite
+    words, chunks = _table([grads], grads, [], kernels.LAPROP_CHUNK)
     partials = torch.empty(chunks, dtype=torch.float64, device=device)
     with native.device_guard(device):
         table = _table_on(words, device)
@@ -69,16 +80,8 @@ def gradient_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Ten
             scale=scale.data_ptr(),
             finite=finite.data_ptr(),
         )
-        _run("gradient_norm", arguments, device)
+        kernels.gradient_norm_cuda(arguments, native.stream(device))
     return norm, scale, finite
-
-
-def _run(name: str, arguments: object, device: torch.device) -> None:
-    kernels = native.module()
-    if device.type == "cuda":
-        getattr(kernels, f"{name}_cuda")(arguments, native.stream(device))
-    else:
-        getattr(kernels, f"{name}_cpu")(arguments, native.threads())
 
 
 def _table(
@@ -109,9 +112,7 @@ def _table(
 
 
 def _table_on(words: array, device: torch.device) -> Tensor:
-    """Return the words as a tensor that the kernel can read."""
-    if device.type == "cpu":
-        return torch.frombuffer(words, dtype=torch.int64)
+    """Return the words as a tensor on a CUDA device."""
     stream = native.stream(device)
     if torch.cuda.is_current_stream_capturing():
         # Part of the graph, which writes it again at each replay: a cached table could be freed before the graph.

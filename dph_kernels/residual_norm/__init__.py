@@ -122,8 +122,8 @@ def residual_norm(
         bias: [C] added to the norm, or None; kind "rms" has none.
         eps: added to the variance, or to the mean square.
         kind: "layer", or "rms" for RMSNorm (https://arxiv.org/abs/1910.07467) without mean and bias.
-        backend: "auto" or a backend's name. "auto" is plain PyTorch for few elements, for rows of more than 16384, and
-            under ``torch.compile`` and ``torch.autocast``.
+        backend: "auto" or a backend's name. "auto" is plain PyTorch for few elements (of kind "rms" only on a GPU),
+            for rows of more than 16384, and under ``torch.compile`` and ``torch.autocast``.
 
     Returns:
         (total, normed), both of the shape and dtype of x; total is x itself if there is no update. With a backend's
@@ -141,6 +141,10 @@ def residual_norm(
         ValueError: a wrong shape, dtype or device, eps below 0, an unknown kind, or a bias of kind "rms".
         RuntimeError: "triton" with rows of more than 16384 elements.
     """
+    if backend == "auto" and not torch.compiler.is_compiling() and (usual := dispatch.usual_call("residual_norm")):
+        few = 0 if dispatch.is_batch_invariant() else dispatch.SMALL_ELEMENTS
+        if results := usual(x, update, weight, bias, eps, kind, few):
+            return results
     checks.option("kind", kind, KINDS)
     if kind == "rms" and bias is not None:
         raise ValueError(f"bias: expected None with kind 'rms', got a {type(bias).__name__}")
@@ -161,7 +165,8 @@ def residual_norm(
             checks.dtype(name, value, x.dtype)
             checks.device(name, value, x.device)
     checks.number("eps", eps, 0.0)
-    if dispatch.prefer_pytorch(x, backend) or (backend == "auto" and columns > WIDEST):
+    few = dispatch.prefer_pytorch("residual_norm", x, backend, everywhere=kind == "layer")
+    if few or (backend == "auto" and columns > WIDEST):
         checks.require_memory(x=x, update=update, weight=weight, bias=bias)
         return _plain(x, update, weight, bias, eps, kind)
     total, normed, _ = OPERATOR(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from dph_kernels import checks, dispatch
+from dph_kernels import native as extension
 from dph_kernels.layout import PackedLayout, Rotary
 from dph_kernels.operator import Gradient, Inputs, Operator
 
@@ -86,6 +87,10 @@ def rope_attention(
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, layout: PackedLayout) -> None:
     """Check shapes, dtypes and devices of attention's inputs."""
+    if not torch.compiler.is_compiling() and extension.missing("cpu") is None:  # usually in one call
+        sizes = layout.queries, layout.keys, layout.memory
+        if extension.module().attention_fits(q, k, v, memory_k, memory_v, layout.query_positions, *sizes):
+            return
     checks.shape("q", q, layout.queries, "H", "D")
     heads, head_dim = q.shape[1:]
     if head_dim % 2:

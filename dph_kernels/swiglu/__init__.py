@@ -71,7 +71,8 @@ def swiglu(projected: Tensor, bias: Tensor | None = None, *, backend: str = "aut
         bias: [2F] of the product before, same dtype and device. Its gradient, the sum over the rows of projected's
             gradient, is taken here, before rounding, and saves a pass over memory; the order of the sum depends on the
             sizes alone (and on the GPU).
-        backend: "auto" or a backend's name. "auto" is plain PyTorch for few elements, and under ``torch.compile``.
+        backend: "auto" or a backend's name. "auto" is plain PyTorch for few elements on a GPU, and under
+            ``torch.compile``.
 
     Returns:
         [T, F] of projected's dtype.
@@ -81,6 +82,10 @@ def swiglu(projected: Tensor, bias: Tensor | None = None, *, backend: str = "aut
     Raises:
         ValueError: a wrong shape, dtype or device, or an odd number of columns.
     """
+    if backend == "auto" and not torch.compiler.is_compiling():
+        usual = dispatch.usual_call("swiglu")
+        if usual and (activations := usual(projected, bias)) is not None:
+            return activations
     projected, bias = checks.cast_together(projected, bias)
     checks.shape("projected", projected, "T", "2F")
     checks.dtype("projected", projected, checks.FLOATS)
@@ -91,7 +96,7 @@ def swiglu(projected: Tensor, bias: Tensor | None = None, *, backend: str = "aut
         checks.shape("bias", bias, projected.shape[1])
         checks.dtype("bias", bias, projected.dtype)
         checks.device("bias", bias, projected.device)
-    if dispatch.prefer_pytorch(projected, backend):
+    if dispatch.prefer_pytorch("swiglu", projected, backend):
         checks.require_memory(projected=projected, bias=bias)
         return _plain(projected, bias)
     return OPERATOR(projected=projected, bias=bias, backend=backend)

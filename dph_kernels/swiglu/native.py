@@ -2,55 +2,60 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from dph_kernels import native
-from dph_kernels.checks import last_contiguous
+from dph_kernels.swiglu import OPERATOR
+from dph_kernels.torch_private import unwrapped_apply
 
 
 def forward(projected: Tensor, bias: Tensor | None) -> Tensor:
     """Same results as ``reference.forward``."""
-    projected, bias = last_contiguous(projected), _wide(bias, projected)
-    out = projected.new_empty(len(projected), projected.shape[1] // 2)
-    arguments = _arguments(projected, bias, out=out.data_ptr())
-    native.module().swiglu_forward_cpu(arguments, native.threads())
-    return out
+    return native.module().swiglu_forward_cpu(projected, None if bias is None else bias.float())
 
 
 def backward(
     grad: Tensor, projected: Tensor, bias: Tensor | None, projected_needed: bool, bias_needed: bool
 ) -> tuple[Tensor, Tensor]:
     """Same results as ``reference.backward``; rows are summed in chunks, and the chunks by PyTorch."""
-    kernels = native.module()
-    grad, projected, bias = last_contiguous(grad), last_contiguous(projected), _wide(bias, projected)
-    rows, width = projected.shape
-    d_projected = projected.new_empty((rows, width) if projected_needed else 0)
-    chunks = -(-rows // kernels.SWIGLU_CHUNK)
-    sums = projected.new_empty((chunks, width) if bias_needed else 0, dtype=torch.float32)
-    arguments = _arguments(
-        projected,
-        bias,
-        grad=grad.data_ptr(),
-        grad_row=grad.stride(0),
-        d_projected=d_projected.data_ptr(),  # null if it is empty
-        sums=sums.data_ptr(),
-    )
-    kernels.swiglu_backward_cpu(arguments, native.threads())
-    return d_projected, sums.sum(0).to(projected.dtype) if bias_needed else projected.new_empty(0)
+    if bias is None and bias_needed:
+        bias = projected.new_zeros(projected.shape[1])  # without one, the kernel takes no sums
+    wide = None if bias is None else bias.float()
+    inputs = grad, projected, wide, projected_needed, bias_needed
+    d_projected, sums = native.module().swiglu_backward_cpu(*inputs)
+    d_bias = projected.new_empty(0) if sums is None else _sum(sums).to(projected.dtype)
+    return projected.new_empty(0) if d_projected is None else d_projected, d_bias
 
 
-def _wide(bias: Tensor | None, projected: Tensor) -> Tensor:
-    """Return the bias in fp32, zeros if there is none: reading them costs nothing."""
-    return projected.new_zeros(projected.shape[1], dtype=torch.float32) if bias is None else bias.float().contiguous()
+def _sum(chunks: Tensor) -> Tensor:
+    """Return the sum of the rows."""
+    return chunks[0] if len(chunks) == 1 else chunks.sum(0)
 
 
-def _arguments(projected: Tensor, bias: Tensor, **fields: int) -> object:
-    """Return the kernels' argument, which holds addresses: the tensors have to outlive it."""
-    return native.module().SwigluArguments(
-        rows=len(projected),
-        columns=projected.shape[1] // 2,
-        bf16=projected.dtype == torch.bfloat16,
-        projected=projected.data_ptr(),
-        projected_row=projected.stride(0),
-        bias=bias.data_ptr(),
-        **fields,
-    )
+class _UsualFunction(torch.autograd.Function):
+    """The gradients of a usual call: those of the operator, with a third of the Python."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, projected: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(projected, bias)
+        return native.module().swiglu_forward_cpu(projected, bias)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        projected, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if native.module().is_usual_gradient(grad):
+            d_projected, sums = native.module().swiglu_backward_cpu(grad, projected, bias, *needs)
+            return d_projected, None if sums is None else _sum(sums)
+        arguments = {"projected": projected, "bias": bias, "projected_needed": needs[0], "bias_needed": needs[1]}
+        grads = OPERATOR.backward(grad=grad, **arguments, backend="auto")
+        return tuple(value if need else None for value, need in zip(grads, needs, strict=True))
+
+
+_with_gradients, _usual_call = unwrapped_apply(_UsualFunction), native.function("swiglu")
+
+
+def usual_call(projected: Tensor, bias: Tensor | None) -> Tensor | None:
+    """See dispatch.usual_call."""
+    activations = _usual_call(projected, bias)
+    return _with_gradients(projected, bias) if activations is True else activations

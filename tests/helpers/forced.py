@@ -37,6 +37,7 @@ def force(backend, few=0):
         return find(operator, device, backend, dtype)
 
     dispatch.implementation = noted
+    dispatch.usual_call.cache_clear()
     return used
 
 
@@ -53,8 +54,8 @@ def forced(backend):
     finally:
         dispatch.AUTO.update(lines)
         dispatch.implementation, dispatch.SMALL_ELEMENTS = find, few
-        dispatch.choose.cache_clear()
-        find.cache_clear()
+        for cached in (dispatch.choose, find, dispatch.usual_call):
+            cached.cache_clear()
 
 
 def main():

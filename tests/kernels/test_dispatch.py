@@ -143,16 +143,44 @@ def test_tensors_without_numbers(operator, gradients, monkeypatch):
         assert x.grad.shape == (5, 8)
 
 
+@pytest.fixture
+def called(monkeypatch):
+    """Names of the functions of implementations that were called, apart from usual calls."""
+    names, original = [], dispatch.call
+    monkeypatch.setattr(dispatch, "call", lambda *args: names.append(args[0].__name__) or original(*args))
+    return names
+
+
 @pytest.mark.parametrize("operator", CHEAP)
 @pytest.mark.parametrize("few", [39, 40])
-def test_cheap_operators_leave_few_elements_to_pytorch(operator, few, monkeypatch):
+def test_cheap_operators_without_a_kernel_leave_few_elements_to_pytorch(operator, few, called, monkeypatch):
     """With and without gradients, whose results have to be the same bits: those of a policy and its reference."""
-    called, original = [], dispatch.call
-    monkeypatch.setattr(dispatch, "call", lambda *args: called.append(args[0].__name__) or original(*args))
+    monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", few)
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)  # has no kernel on the CPU
+    run = {"residual_norm": lambda x: residual_norm(x, x, torch.ones(8).double())[1], "swiglu": swiglu}[operator]
+    got = run(x)
+    with torch.no_grad():
+        assert torch.equal(run(x), got)
+    assert called == (["forward"] * 2 if few < x.numel() else [])
+    assert got.requires_grad
+
+
+@pytest.mark.skipif(bool(native.missing("cpu")), reason=str(native.missing("cpu")))
+@pytest.mark.parametrize("operator", CHEAP)
+@pytest.mark.parametrize("few", [0, 2**17])
+def test_cheap_operators_on_the_cpu(operator, few, monkeypatch):
+    """The same bits for every caller: with gradients or without, of all rows or of one, seen by a profile or not."""
     monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", few)
     x = torch.randn(5, 8, requires_grad=True)
     got = CHEAP[operator](x)
     with torch.no_grad():
         assert torch.equal(CHEAP[operator](x), got)
-    assert called == (["forward"] * 2 if few < x.numel() else [])
+        assert torch.equal(CHEAP[operator](x[2:3]), got[2:3])
+        with torch.profiler.profile():
+            assert torch.equal(CHEAP[operator](x), got)
+    with torch.profiler.profile():
+        assert torch.equal(CHEAP[operator](x), got)
+    if operator == "swiglu" or not few:  # PyTorch computes a LayerNorm of few elements
+        with dispatch.batch_invariant():
+            assert torch.equal(CHEAP[operator](x), got)
     assert got.requires_grad

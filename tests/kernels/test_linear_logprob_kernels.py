@@ -204,10 +204,9 @@ def test_rows_beyond_32_bits_in_cpp(device, backend):
     logits, targets, upstream, expected, grad = far_tile()
     kernels, logprobs, normaliser = module(), torch.empty(3), torch.empty(2, 3)
     results = logprobs, torch.empty(0), targets[:0]
-    kernels.linear_logprob_reduce_cpu(native._tile(logits, 0, targets, normaliser, results, last=True), 1)
+    kernels.linear_logprob_reduce_cpu(logits, 0, 0, targets, normaliser, *results, True)
     torch.testing.assert_close(logprobs, expected)
-    tile = native._tile(logits, 0, targets, normaliser, upstream=upstream.data_ptr())
-    kernels.linear_logprob_gradient_cpu(tile, 1)
+    kernels.linear_logprob_gradient_cpu(logits, 0, 0, targets, normaliser, upstream)
     torch.testing.assert_close(logits.clone(), grad)
 
 

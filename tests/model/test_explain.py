@@ -51,12 +51,16 @@ def test_it_names_the_backends_that_run(monkeypatch):
 
 
 def test_few_elements_are_left_to_pytorch(monkeypatch):
+    """Those of a LayerNorm, and without a kernel, as in fp64, of the gate."""
     monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", TOKENS * 16)
-    (report, _) = report_blocks(tiny_model().backbone, TOKENS)
-    backends = report.attention.backend, report.norm.backend, report.gate.backend
-    assert (report.fused, *backends) == (False, "cpu", "PyTorch", "cpu")  # the gate has more columns
+    for double, kernel in ((True, "reference"), (False, "cpu")):
+        model = tiny_model()
+        (report, _) = report_blocks((model.double() if double else model).backbone, TOKENS)
+        backends = report.attention.backend, report.norm.backend, report.gate.backend
+        assert (report.fused, *backends) == (False, kernel, "PyTorch", kernel)  # the gate has more columns
     monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", TOKENS * 48)
-    assert report_blocks(tiny_model().backbone, TOKENS)[0].gate.backend == "PyTorch"
+    assert report_blocks(tiny_model().double().backbone, TOKENS)[0].gate.backend == "PyTorch"
+    assert report_blocks(tiny_model().backbone, TOKENS)[0].gate.backend == "cpu"
 
 
 def test_its_forms_are_those_of_the_call(monkeypatch):
