@@ -552,7 +552,7 @@ void linear_logprob_keep(py::handle logits, int64_t row, py::handle targets, py:
   dph::linear_logprob_keep_cpu(tile, threads);
 }
 
-// Whether a call of the operator is usual (see dispatch.usual_call) and needs no gradients.
+// Whether a call of the operator is usual, see dispatch.usual_call.
 bool linear_logprob_fits(py::handle hidden, py::handle weight, py::handle targets) {
   DLTensor rows, matrix, chosen;
   if (!readable(hidden, rows) || !is_kernel_float(rows) || rows.ndim != 2 || !rows.data) return false;
@@ -563,7 +563,7 @@ bool linear_logprob_fits(py::handle hidden, py::handle weight, py::handle target
   const auto* ids = static_cast<const int64_t*>(chosen.data);
   const auto is_token = [&](int64_t id) { return id >= 0 && id < matrix.shape[0]; };
   if (!std::all_of(ids, ids + chosen.shape[0], is_token)) return false;
-  return !intercepted() && !profiled_or_cast() && !needs_gradients({hidden, weight});
+  return !intercepted() && !profiled_or_cast();
 }
 
 void bind_linear_logprob(py::module_& module) {

@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
 from types import ModuleType
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from dph_kernels import checks, dispatch
+from dph_kernels import native as extension
 from dph_kernels.operator import Gradient, Inputs, JointGradient, Operator
 
 
@@ -85,20 +86,21 @@ def _compute(
 # Gradients along with the log-probabilities are, for hidden, those of each log-probability, and for weight that of
 # their sum, or of the sum of row_weights * log-probabilities. If the upstream gradients are these weights times one
 # factor, so is the weight gradient; otherwise it is recomputed, as both are in a second backward pass through the same
-# graph. For few rows on a CPU the logits are kept instead: their gradients serve all upstream gradients, and any number
-# of backward passes. A registered operator may not modify saved tensors, so this path bypasses the dispatcher.
+# graph. A registered operator may not modify saved tensors, so this path bypasses the dispatcher.
 
 
 def _joint_pays(implementation: ModuleType, inputs: Inputs) -> bool:
-    return hasattr(implementation, "joint_pays") and implementation.joint_pays(inputs["hidden"], inputs["weight"])
+    hidden, weight = inputs["hidden"], inputs["weight"]
+    if not (hidden.requires_grad and weight.requires_grad):
+        return False
+    return hasattr(implementation, "joint_pays") and implementation.joint_pays(hidden, weight)
 
 
-def _setup_joint(ctx: FunctionCtx, results: tuple[Any, ...], inputs: Inputs) -> tuple[Tensor, ...]:
-    output, gradients = results[:4], list(results[4:])
-    ctx.kept = gradients.pop() if len(gradients) == 1 else None
-    ctx.gradients, ctx.row_weights = gradients, inputs["row_weights"]
+def _setup_joint(ctx: FunctionCtx, results: tuple[Tensor, ...], inputs: Inputs) -> tuple[Tensor, ...]:
+    *output, d_hidden, d_weight = results
+    ctx.gradients, ctx.row_weights = [d_hidden, d_weight], inputs["row_weights"]
     _setup(ctx, output, inputs)
-    return output
+    return tuple(output)
 
 
 def _compute_joint(
@@ -106,11 +108,7 @@ def _compute_joint(
 ) -> Inputs:
     saved = dict(zip(SAVED, ctx.saved_tensors, strict=True))  # raises PyTorch's error if they have been freed
     recompute = partial(backward, grad=grad, **saved, weight_needed=True)
-    usual = dispatch.can_bypass_dispatcher((grad,))
-    if usual and ctx.kept is not None:
-        inputs = {"hidden": saved["hidden"], "weight": saved["weight"], "needs": needs}
-        return dispatch.call(_products, grad.device.type, {"grad": grad, "kept": ctx.kept, **inputs})
-    if not ctx.gradients or not usual:
+    if not ctx.gradients or not dispatch.can_bypass_dispatcher((grad,)):
         d_hidden, d_weight = recompute(hidden_needed=True)
         return {"hidden": d_hidden, "weight": d_weight}
     d_hidden, d_weight = ctx.gradients
@@ -122,17 +120,6 @@ def _compute_joint(
         del d_weight  # its memory is used again
         _, d_weight = recompute(hidden_needed=False)
     return {"hidden": d_hidden.mul_(grad[:, None]), "weight": d_weight}
-
-
-def _products(grad: Tensor, kept: tuple[Tensor, Tensor], hidden: Tensor, weight: Tensor, needs: Inputs) -> Inputs:
-    """Return the gradients that are needed, from the kept logits [R, V] and their factors [R, 1]."""
-    logits, factors = kept
-    scale, grads = factors * grad[:, None], {}
-    if needs["hidden"]:
-        grads["hidden"] = logits.mm(weight).mul_(scale)
-    if needs["weight"]:
-        grads["weight"] = logits.t().mm(hidden * scale)
-    return grads
 
 
 def _factor(grad: Tensor, row_weights: Tensor | None) -> Tensor | None:
@@ -151,6 +138,30 @@ def _factor(grad: Tensor, row_weights: Tensor | None) -> Tensor | None:
     factor = grad[largest] / row_weights[largest]  # NaN if all are 0, and then no number equals its product
     rounding = 4 * torch.finfo(grad.dtype).eps * grad.abs()
     return factor if bool(((factor * row_weights - grad).abs() <= rounding).all()) else None
+
+
+# Few logits, that of one row or of a small vocabulary, are quickly written and read again, and each tile of a kernel
+# takes several calls from Python.
+FEW = 16  # times ``dispatch.SMALL_ELEMENTS``: 8 MiB
+
+_fits = extension.function("linear_logprob_fits")
+
+
+def _prefer_pytorch(hidden: Tensor, weight: Tensor, backend: str, statistics: bool) -> bool:
+    """Whether "auto" computes all logits in plain PyTorch: few, on the CPU in fp32; with and without gradients."""
+    return (
+        backend == "auto"
+        and not statistics
+        and hidden.dtype == torch.float32
+        and hidden.device.type == "cpu"
+        and 0 < len(hidden) * len(weight) <= FEW * dispatch.SMALL_ELEMENTS
+        and not (dispatch.is_batch_invariant() or torch.compiler.is_compiling())
+    )
+
+
+def _plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the log-probabilities from logits [R, V]."""
+    return -F.cross_entropy(F.linear(hidden, weight), targets, reduction="none")
 
 
 OPERATOR = Operator(
@@ -183,15 +194,15 @@ def linear_logprob(
         uniform: whether to expect one upstream gradient for all rows, as of a sum or a mean. The gradients may then be
             computed in the forward pass, on a GPU in bf16 and on most CPUs in fp32: three products of the size
             R x C x V instead of four. Any upstream gradient gives right results, but a different one per row costs
-            five products, and gradients that are not used cost two (neither costs more for few rows on a CPU). False
-            for those, under ``torch.utils.checkpoint``, and for results with the bits of a call without gradients.
-            Until the backward pass both gradients take their memory. The backward pass waits for a GPU unless the
-            upstream gradient is expanded from one number, as that of ``sum`` is (that of ``mean`` is not, and counts as
-            different per row while a CUDA graph is recorded).
+            five products, and gradients that are not used cost two. False for those, under
+            ``torch.utils.checkpoint``, and for results with the bits of a call without gradients. Until the backward
+            pass both gradients take their memory. The backward pass waits for a GPU unless the upstream gradient is
+            expanded from one number, as that of ``sum`` is (that of ``mean`` is not, and counts as different per row
+            while a CUDA graph is recorded).
         row_weights: [R] upstream gradients to expect instead, up to one factor, if they differ per row and are known:
             those of ``(row_weights * logprobs).sum()`` take three products, too. The result is not multiplied by them,
             and they get no gradient here.
-        backend: "auto" or a backend's name.
+        backend: "auto" or a backend's name. "auto" is plain PyTorch for few logits in fp32 on the CPU.
 
     Returns:
         [R] in nats, never above 0, in fp32 (fp64 for fp64 inputs); all sums are taken in that precision.
@@ -205,10 +216,9 @@ def linear_logprob(
             outside [0, V). On a GPU that check would wait for the device; there the reference fails with PyTorch's
             device-side assertion, and "triton" returns NaN.
     """
-    if backend == "auto" and row_weights is None and not statistics and not torch.compiler.is_compiling():
-        usual = dispatch.usual_call("linear_logprob")
-        if usual and (logprobs := usual(hidden, weight, targets)) is not None:
-            return logprobs
+    usual = _fits and row_weights is None and not torch.compiler.is_compiling() and _fits(hidden, weight, targets)
+    if usual and _prefer_pytorch(hidden, weight, backend, statistics):  # past the checks, which take longer
+        return _plain(hidden, weight, targets)
     hidden, weight = checks.cast_together(hidden, weight)
     checks.shape("hidden", hidden, "R", "C")
     checks.dtype("hidden", hidden, checks.FLOATS)
@@ -229,6 +239,10 @@ def linear_logprob(
         checks.memory("row_weights", row_weights)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         row_weights = row_weights.detach().to(dtype, copy=True)  # the caller's may change before the backward pass
+    if _prefer_pytorch(hidden, weight, backend, statistics):
+        checks.require_memory(hidden=hidden, weight=weight, targets=targets)
+        checks.indices("targets", targets, len(weight))
+        return _plain(hidden, weight, targets)
     joint = {"row_weights": row_weights} if uniform else None
     logprobs, _, entropy, best = OPERATOR(
         hidden=hidden, weight=weight, targets=targets, statistics=statistics, backend=backend, joint=joint

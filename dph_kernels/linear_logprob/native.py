@@ -5,8 +5,6 @@ are converted block by block. Blocks of the vocabulary are the outer loop, so th
 converted) once and its gradient is complete at the end of its iteration.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,17 +14,11 @@ from dph_kernels.linear_logprob import empty_results, spans
 # Tiles of the R x V logits, within 64 MB of extra memory.
 MOST_ROWS, MOST_COLUMNS = 2048, 1024  # at most 8 MiB of logits
 MOST_OPERAND = 3 * 2**18  # elements of states, and of weights: 3 MiB
-# Few rows take larger tiles, since each tile costs several calls.
-FEW_LOGITS, FEW_OPERAND = 2**18, 2**22  # elements of logits, and of fp32 weights, which are read in place
 MOST_SUMS = 2**22  # elements of the fp32 sums for a gradient in half precision: 16 MiB
 
 MOST_LOGITS = 13_100_000  # and elements of states, per block of rows with joint gradients: 52 MB
 MOST_PACKED = 8192  # columns per product of such a block: MKL's packed copy of their weights grows with them
 LEAST_ROWS = 64  # per block that make reading all weights twice worthwhile
-KEPT_LOGITS = 2**22  # elements up to which they are kept for the backward pass: 16 MiB
-
-
-_fits = native.function("linear_logprob_fits")
 
 
 def forward(hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -44,11 +36,6 @@ def forward(hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool) -
             del h, logits  # their memory is reused by the next ones
         del w
     return logprobs, normaliser, entropy, best
-
-
-def usual_call(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor | None:
-    """See dispatch.usual_call."""
-    return forward(hidden, weight, targets, False)[0] if _fits(hidden, weight, targets) else None
 
 
 def backward(
@@ -113,59 +100,39 @@ def backward(
 def joint_pays(hidden: Tensor, weight: Tensor) -> bool:
     """Whether :func:`forward_and_gradients` is faster than two passes.
 
-    It is in fp32, whose sums need no memory besides the gradients, for few rows, and for both gradients with PyTorch's
-    own product: oneDNN's packs the vocabulary again for each block of rows.
+    It is in fp32, whose sums need no memory besides the gradients, and with PyTorch's own product: oneDNN's packs the
+    vocabulary again for each block of rows.
     """
-    if not (hidden.dtype == weight.dtype == torch.float32 and len(hidden) > 0 and weight.is_contiguous()):
-        return False
-    both = hidden.requires_grad and weight.requires_grad
-    return _are_kept(hidden, weight) or (both and mkl_is_faster() and _block(weight) >= LEAST_ROWS)
-
-
-def _are_kept(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether all logits are kept for the backward pass.
-
-    For few rows the gradient of the weights takes about as long to multiply by a factor as to compute.
-    """
-    return len(hidden) * len(weight) <= KEPT_LOGITS
+    fp32 = hidden.dtype == weight.dtype == torch.float32
+    return fp32 and len(hidden) > 0 and weight.is_contiguous() and mkl_is_faster() and _block(weight) >= LEAST_ROWS
 
 
 def forward_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, statistics: bool, row_weights: Tensor | None
-) -> tuple[Any, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Same results as ``reference.forward``, and the gradients that the backward pass scales.
 
     For hidden those of each log-probability, for weight that of their (weighted) sum. Three products, for blocks of
-    rows with all of their logits. For few rows instead of these gradients a tuple (kept logits [R, V], factors [R, 1]),
-    whose product is the gradient of each log-probability with respect to the logits.
+    rows with all of their logits.
     """
-    rows, few = len(hidden), _are_kept(hidden, weight)
+    rows = len(hidden)
     logprobs, normaliser, entropy, best = empty_results(hidden, targets, statistics)
-    state = targets.contiguous(), normaliser, logprobs, entropy, best
-    logits = hidden.new_empty(rows if few else min(rows, _block(weight)), len(weight))
-    factors = hidden.new_empty(len(logits), 1)  # times the kept logits: their gradients
-    native.module().prefer_huge_pages(logits.data_ptr(), 4 * logits.numel())
-    if few:
-        _logits(hidden.contiguous(), weight, logits)
-        native.module().linear_logprob_keep_cpu(logits, 0, *state, factors)
-        return logprobs, normaliser, entropy, best, (logits, factors)
     grad_hidden, grad_weight = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (hidden, weight))
-    native.module().prefer_huge_pages(grad_weight.data_ptr(), 4 * grad_weight.numel())
+    state = targets.contiguous(), normaliser, logprobs, entropy, best
+    logits = hidden.new_empty(min(rows, _block(weight)), len(weight))
+    factors = hidden.new_empty(len(logits), 1)  # times the kept logits: their gradients
+    for large in (logits, grad_weight):
+        native.module().prefer_huge_pages(large.data_ptr(), 4 * large.numel())
     for block in spans(rows, len(logits), 16):
         h, x = hidden[block].contiguous(), logits[: block.stop - block.start]
-        _logits(h, weight, x)
+        for columns in spans(len(weight), MOST_PACKED, 16):
+            torch.mm(h, weight[columns].T, out=x[:, columns])
         native.module().linear_logprob_keep_cpu(x, block.start, *state, factors)
         factor = factors[: len(h)]
         torch.mm(x, weight, out=grad_hidden[block]).mul_(factor)
         h = h * (factor if row_weights is None else factor * row_weights[block, None])
         torch.mm(x.T, h, out=grad_weight) if block.start == 0 else grad_weight.addmm_(x.T, h)
     return logprobs, normaliser, entropy, best, grad_hidden, grad_weight
-
-
-def _logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Compute all logits of some rows."""
-    for columns in spans(len(weight), MOST_PACKED, 16):
-        torch.mm(hidden, weight[columns].T, out=out[:, columns])
 
 
 def _block(weight: Tensor) -> int:
@@ -192,9 +159,6 @@ def _tiles(hidden: Tensor, weight: Tensor) -> tuple[list[slice], list[slice], Te
     """
     most = max(16, MOST_OPERAND // max(1, hidden.shape[1]))
     most_rows, most_columns = min(MOST_ROWS, most), min(MOST_COLUMNS, most)
-    if weight.dtype == torch.float32 and weight.is_contiguous():
-        few = min(FEW_LOGITS // max(1, len(hidden)), FEW_OPERAND // max(1, hidden.shape[1]))
-        most_columns = max(most_columns, few)
     buffer = None
     if mkl_is_faster():
         size = min(len(hidden), most_rows) * min(len(weight), most_columns)

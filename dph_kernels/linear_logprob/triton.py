@@ -300,8 +300,8 @@ def backward(
 
 
 def joint_pays(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`forward_and_gradients` pays: both gradients of a dtype in JOINT, and memory for enough rows."""
-    if hidden.dtype not in JOINT or not hidden.numel() or not (hidden.requires_grad and weight.requires_grad):
+    """Whether :func:`forward_and_gradients` pays: states of a dtype in JOINT, and memory for enough rows."""
+    if hidden.dtype not in JOINT or not hidden.numel():
         return False
     return _joint_rows(triton_device(hidden.device), weight) >= min(LEAST_ROWS, len(hidden))
 

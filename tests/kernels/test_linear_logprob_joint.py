@@ -9,7 +9,7 @@ import torch
 from helpers.logprobs import compare, make
 from helpers.numerics import implementations
 
-from dph_kernels import dispatch, native
+from dph_kernels import dispatch
 from dph_kernels.launcher import TritonDevice
 from dph_kernels.linear_logprob import linear_logprob
 
@@ -30,7 +30,6 @@ def joint(small_tiles, backend, dtype):
     if backend == "cpu":
         small_tiles.setattr(module, "mkl_is_faster", lambda: True)
         small_tiles.setattr(module, "MOST_LOGITS", 16 * 130)
-        small_tiles.setattr(module, "KEPT_LOGITS", 0)
     else:
         small_tiles.setattr(module, "JOINT", (dtype,))  # the interpreter has no bf16
         small_tiles.setattr(module, "_joint_rows", lambda gpu, _: module._config(gpu).block_m)
@@ -353,38 +352,3 @@ def test_extra_memory_is_bounded():
     linear_logprob(hidden, weight, targets, statistics=True, backend="triton")[0].sum().backward()
     gradients = 2 * (hidden.numel() + weight.numel())
     assert torch.cuda.max_memory_allocated() - before < gradients + 300e6
-
-
-CPU_KERNEL = pytest.mark.skipif(bool(native.missing("cpu")), reason=str(native.missing("cpu")))
-
-
-@CPU_KERNEL
-@pytest.mark.parametrize("rows", [1, 7, 65])
-@pytest.mark.parametrize("needed", ["both", "hidden", "weight"])
-@pytest.mark.usefixtures("poisoned_empty")
-def test_logits_that_are_kept(needed, rows, monkeypatch):
-    """Few rows on the CPU: any upstream gradients and any number of backward passes, from one pass over the weights."""
-    module = importlib.import_module("dph_kernels.linear_logprob.native")
-    monkeypatch.setattr(module, "backward", lambda **_: pytest.fail("the logits are computed again"))
-    hidden, weight, targets = make(rows, 16, 111, torch.float32, "cpu")
-    leaves = {"both": [hidden, weight], "hidden": [hidden], "weight": [weight]}[needed]
-    for x in (hidden, weight):
-        x.requires_grad_(any(x is leaf for leaf in leaves))
-    logprobs = linear_logprob(hidden, weight, targets, backend="cpu")
-    wide = hidden.double() @ weight.double().T
-    truth = wide.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    torch.testing.assert_close(logprobs, truth.float())
-    for upstream in (torch.ones(rows), torch.randn(rows), torch.zeros(rows)):
-        got = torch.autograd.grad(logprobs, leaves, upstream, retain_graph=True)
-        want = torch.autograd.grad(truth, leaves, upstream.double(), retain_graph=True)
-        for ours, theirs in zip(got, want, strict=True):
-            torch.testing.assert_close(ours, theirs)
-
-
-@CPU_KERNEL
-def test_gradients_of_kept_logits_are_not_differentiable():
-    hidden, weight, targets = make(5, 16, 111, torch.float32, "cpu")
-    logprobs = linear_logprob(hidden, weight, targets, backend="cpu")
-    (grad,) = torch.autograd.grad(logprobs.square().sum(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        grad.sum().backward()

@@ -241,7 +241,7 @@ def test_rows_that_auto_leaves_to_pytorch():
         assert (usual(residual_norm, given, options) is not None) == fits
 
 
-@pytest.mark.parametrize("operator", ["residual_norm", "swiglu", "linear_logprob"])
+@pytest.mark.parametrize("operator", ["residual_norm", "swiglu"])
 def test_other_backends_have_none(operator, monkeypatch):
     assert dispatch.usual_call.__wrapped__(operator)
     monkeypatch.setattr(dispatch, "implementation", lambda *_: torch)
@@ -255,25 +255,37 @@ def logits():
     return drawn(5, 24), drawn(70, 24), torch.randint(70, (5,))
 
 
-def test_log_probabilities(only_usual):
-    given = logits()
-    expected = torch.log_softmax(given[0] @ given[1].T, -1).gather(1, given[2][:, None])[:, 0]
-    torch.testing.assert_close(linear_logprob(*given), expected)
-    torch.testing.assert_close(linear_logprob(given[0].T.contiguous().T, *given[1:]), expected)
-    with torch.no_grad():
-        torch.testing.assert_close(linear_logprob(given[0].requires_grad_(), *given[1:]), expected)
-
-
-def test_log_probabilities_of_the_general_way():
+@pytest.mark.parametrize("few", [True, False])
+def test_few_logits_are_pytorch_s(few, monkeypatch):
+    """The same bits with and without gradients, row weights and a profile; more logits are the kernel's."""
     hidden, weight, targets = logits()
-    expected, fits = linear_logprob(hidden, weight, targets), native.module().linear_logprob_fits
-    assert fits(hidden, weight, targets)
+    monkeypatch.setattr(dispatch, "SMALL_ELEMENTS", 22 if few else 21)  # 350 logits, the limit is 352 or 336
+    called = []
+    monkeypatch.setattr(dispatch, "call", lambda *arguments, run=dispatch.call: called.append(1) or run(*arguments))
+    plain = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    expected = linear_logprob(hidden, weight, targets)
+    torch.testing.assert_close(expected, plain)
+    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    found = linear_logprob(*leaves, targets, row_weights=torch.rand(5), uniform=True)
     with torch.profiler.profile():
         assert torch.equal(linear_logprob(hidden, weight, targets), expected)
-    leaf = hidden.clone().requires_grad_()
-    assert torch.equal(linear_logprob(leaf, weight, targets, uniform=False), expected)
+    torch.testing.assert_close(linear_logprob(hidden.T.contiguous().T, weight, targets), expected)
+    assert not called or not few
+    if few:
+        assert torch.equal(found, expected)
+        with pytest.raises(ValueError, match=r"targets: expected values in \[0, 70\), got 70"):
+            linear_logprob(hidden, weight, targets.fill_(70))
+        with dispatch.batch_invariant():
+            linear_logprob(hidden, weight, targets.fill_(0))
+        linear_logprob(hidden, weight, targets, backend="cpu")
+        assert called
+
+
+def test_misfits_of_log_probabilities():
+    hidden, weight, targets = logits()
+    fits = native.module().linear_logprob_fits
+    assert fits(hidden, weight, targets)
     misfits = [
-        (leaf, weight, targets),
         (hidden.double(), weight.double(), targets),
         (hidden.bfloat16(), weight, targets),
         (hidden[:, :-1], weight, targets),
