@@ -500,10 +500,10 @@ bool attention_fits(py::handle q, py::handle k, py::handle v, py::handle memory_
   DLTensor x, rows;
   if (!peek_any(q, x) || x.ndim != 3 || x.shape[0] != queries || x.shape[2] % 2) return false;
   if (!is_floating(x) || !peek_any(positions, rows) || !is_on(rows, x.device)) return false;
-  int64_t heads = 0;
+  int64_t heads = -1;  // of the keys
   for (const auto& [tensor, size] : {std::pair{k, keys}, {v, keys}, {memory_k, memory}, {memory_v, memory}}) {
     if (!peek_any(tensor, rows) || !is_like(rows, x) || rows.ndim != 3) return false;
-    if (!heads) heads = rows.shape[1];  // of the keys
+    if (heads < 0) heads = rows.shape[1];
     if (rows.shape[0] != size || rows.shape[1] != heads || rows.shape[2] != x.shape[2]) return false;
   }
   return heads > 0 && x.shape[1] > 0 && x.shape[1] % heads == 0;

@@ -6,6 +6,7 @@ Dense batches, preference pairs, streams with memory and decoding differ only in
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -308,7 +309,8 @@ class Backbone(nn.Module):
         if states is None:
             first = 0
             embedded = tokens if tokens.is_floating_point() else self.embedding(tokens)
-            x = self.input_norm(apply_linear(self.input_proj, embedded))
+            project = partial(apply_linear, self.input_proj) if dispatch.is_batch_invariant() else self.input_proj
+            x = self.input_norm(project(embedded))
         else:
             first, x = states
         for i, block in enumerate(self.blocks):

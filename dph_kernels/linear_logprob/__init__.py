@@ -152,10 +152,11 @@ def _prefer_pytorch(hidden: Tensor, weight: Tensor, backend: str, statistics: bo
     return (
         backend == "auto"
         and not statistics
+        and not torch.compiler.is_compiling()
         and hidden.dtype == torch.float32
         and hidden.device.type == "cpu"
         and 0 < len(hidden) * len(weight) <= FEW * dispatch.SMALL_ELEMENTS
-        and not (dispatch.is_batch_invariant() or torch.compiler.is_compiling())
+        and not dispatch.is_batch_invariant()
     )
 
 
@@ -216,9 +217,14 @@ def linear_logprob(
             outside [0, V). On a GPU that check would wait for the device; there the reference fails with PyTorch's
             device-side assertion, and "triton" returns NaN.
     """
-    usual = _fits and row_weights is None and not torch.compiler.is_compiling() and _fits(hidden, weight, targets)
-    if usual and _prefer_pytorch(hidden, weight, backend, statistics):  # past the checks, which take longer
-        return _plain(hidden, weight, targets)
+    if (
+        row_weights is None
+        and _fits
+        and not torch.compiler.is_compiling()
+        and _fits(hidden, weight, targets)
+        and _prefer_pytorch(hidden, weight, backend, statistics)
+    ):
+        return _plain(hidden, weight, targets)  # past the checks, which take longer
     hidden, weight = checks.cast_together(hidden, weight)
     checks.shape("hidden", hidden, "R", "C")
     checks.dtype("hidden", hidden, checks.FLOATS)

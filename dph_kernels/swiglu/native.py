@@ -6,7 +6,6 @@ from torch.autograd.function import FunctionCtx
 
 from dph_kernels import native
 from dph_kernels.swiglu import OPERATOR
-from dph_kernels.torch_private import unwrapped_apply
 
 
 def forward(projected: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,10 +51,10 @@ class _UsualFunction(torch.autograd.Function):
         return tuple(value if need else None for value, need in zip(grads, needs, strict=True))
 
 
-_with_gradients, _usual_call = unwrapped_apply(_UsualFunction), native.function("swiglu")
+_usual_call = native.function("swiglu")
 
 
 def usual_call(projected: Tensor, bias: Tensor | None) -> Tensor | None:
     """See dispatch.usual_call."""
     activations = _usual_call(projected, bias)
-    return _with_gradients(projected, bias) if activations is True else activations
+    return _UsualFunction.apply(projected, bias) if activations is True else activations

@@ -27,6 +27,7 @@ OTHERS = {
     "total += x[m * a.x_row + j] * value(": "the last columns, fewer than a vector",
     "largest = x[i] > largest": "a maximum",
     "philox(seed, place, stream": "integers",
+    "pairs += int64_t": "integers",
     "parts[k * job.lanes + n] += job.reward": "one product per feature, whose own sum has as many as there are columns",
 }
 
@@ -128,7 +129,7 @@ def test_inner_loops_are_multiply_adds_of_neon(harness, compiler):
 def test_loops_without_neon_are_found():
     """An instruction that is repeated and scalar, in a loop of its own and in one that has vectors elsewhere."""
     loops = [loop for loop in neon.source_loops() if loop.file == "linear_kernels.h" and loop.adds_products]
-    vectors, rest = loops
+    loops = vectors, rest = loops[:2]
     place = (vectors.file, vectors.first)
     called = (("linear_kernels.h", 1),)
     fused = neon.MultiplyAdd(True, True, (place, *called), ())
