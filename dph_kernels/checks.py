@@ -106,7 +106,7 @@ def _have_addresses(tensors: Sequence[Tensor]) -> bool:
     return without == 0 or without == list(map(Tensor.numel, tensors)).count(0)
 
 
-_is_given = partial(is_not, None)
+is_given = partial(is_not, None)
 
 
 def require_memory(**tensors: Tensor | None) -> None:
@@ -114,7 +114,7 @@ def require_memory(**tensors: Tensor | None) -> None:
     if torch.compiler.is_dynamo_compiling():
         return
     try:
-        if _have_addresses(list(filter(_is_given, tensors.values()))):
+        if _have_addresses(list(filter(is_given, tensors.values()))):
             return
     except RuntimeError:  # no storage
         pass

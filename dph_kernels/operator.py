@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter, is_not
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, get_type_hints
 
@@ -26,7 +26,7 @@ from dph_kernels.torch_private import constant, forward_mode_level, is_different
 Inputs = dict[str, Any]
 """Values by the names of an operator's signature, without ``backend``."""
 
-_requires_grad, _is_given = attrgetter("requires_grad"), partial(is_not, None)
+_requires_grad = attrgetter("requires_grad")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +144,10 @@ class Operator:
         else:
             bypass = plain and not dispatch.is_intercepted(values)
         if not bypass:
-            return self._dispatched(inputs, backend, [value for value in values if value is not None])
-        if not (self._gradient and torch.is_grad_enabled() and any(map(_requires_grad, filter(_is_given, values)))):
+            return self._dispatched(inputs, backend, list(filter(checks.is_given, values)))
+        if not (
+            self._gradient and torch.is_grad_enabled() and any(map(_requires_grad, filter(checks.is_given, values)))
+        ):
             return self._forward(inputs, backend)
         if joint is not None and self._joint.pays(self._choose(inputs, backend)[0], inputs):
             return self._apply_joint(inputs | joint, backend, *values)

@@ -1,6 +1,7 @@
 // Products of few rows with weights on the CPU: blocks of rows that fit the cache, times strips of columns in parallel.
 #include "../linear.h"
 #include "instruction_sets.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <cstring>
@@ -35,6 +36,7 @@ constexpr int64_t WORTH_THREADS = 100000;  // products; below this, starting thr
 
 constexpr int64_t SMALL = 1 << 18, SHALLOW = 1024;  // weights, and their columns, up to which they are transposed
 constexpr int64_t PACKED_ROWS = 192;                // of a work item at most, which transposes them again
+constexpr int64_t WIDEST = 32;                      // span of the widest vectors
 
 // The choice depends on the weights alone, so that the results of a row do not depend on the other rows.
 bool is_small(const LinearArguments& a) { return a.columns * a.depth < SMALL && a.depth <= SHALLOW; }
@@ -42,12 +44,11 @@ bool is_small(const LinearArguments& a) { return a.columns * a.depth < SMALL && 
 void forward_small(const LinearArguments& a, int threads) {
   const int64_t spans = (a.columns + kernels.span - 1) / kernels.span;
   const int64_t blocks = (a.rows + PACKED_ROWS - 1) / PACKED_ROWS, items = blocks * spans;
-#pragma omp parallel for schedule(static) num_threads(threads) if (a.rows * a.columns * a.depth > WORTH_THREADS)
-  for (int64_t item = 0; item < items; ++item) {
-    alignas(64) float packed[SHALLOW * 32];
+  for_each(items, threads, a.rows * a.columns * a.depth > WORTH_THREADS, [&](int64_t item) {
+    alignas(64) float packed[SHALLOW * WIDEST];
     const int64_t block = item / spans;
     kernels.packed(a, packed, a.rows * block / blocks, a.rows * (block + 1) / blocks, item % spans * kernels.span);
-  }
+  });
 }
 
 }  // namespace
@@ -63,10 +64,9 @@ void linear_forward_cpu(const LinearArguments& a, int threads) {
   const int64_t block = std::max<int64_t>(ROW_FLOATS / std::max<int64_t>(a.depth, 1) / 4 * 4, 4);
   for (int64_t first = 0; first < a.rows; first += block) {
     const int64_t last = std::min(first + block, a.rows);
-#pragma omp parallel for schedule(static) num_threads(threads) if ((last - first) * a.columns * a.depth > WORTH_THREADS)
-    for (int64_t strip = 0; strip < strips; ++strip) {
+    for_each(strips, threads, (last - first) * a.columns * a.depth > WORTH_THREADS, [&](int64_t strip) {
       kernels.block(a, first, last, strip * STRIP, std::min((strip + 1) * STRIP, a.columns));
-    }
+    });
   }
 }
 

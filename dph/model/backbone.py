@@ -6,7 +6,6 @@ Dense batches, preference pairs, streams with memory and decoding differ only in
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -309,8 +308,9 @@ class Backbone(nn.Module):
         if states is None:
             first = 0
             embedded = tokens if tokens.is_floating_point() else self.embedding(tokens)
-            project = partial(apply_linear, self.input_proj) if dispatch.is_batch_invariant() else self.input_proj
-            x = self.input_norm(project(embedded))
+            invariant = dispatch.is_batch_invariant()
+            projected = apply_linear(self.input_proj, embedded) if invariant else self.input_proj(embedded)
+            x = self.input_norm(projected)
         else:
             first, x = states
         for i, block in enumerate(self.blocks):
