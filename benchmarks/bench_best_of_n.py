@@ -25,6 +25,7 @@ from benchmarks.bench_family import DEVICE, DTYPE
 from dph.infer.pooled_engine import PooledEngine
 from dph.infer.request import Answer, Request, fixed
 from dph.infer.sampling import Sampling
+from dph.infer.token_loop import TokenLoop
 from dph.train.budget import flops
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}[DTYPE]  # of the largest value
@@ -45,8 +46,20 @@ class Job(NamedTuple):
 JOBS = [Job(256, 16, 64)] if DEVICE == "cpu" else [Job(512, 16, 128), Job(512, 128, 128)]
 
 
+class FullLengthLoop(TokenLoop):
+    """The engine's loop on a GPU, with candidates that end at their last token."""
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """Replace the tokens that end too early, and those that do not end."""
+        chosen = super().choose(logits)
+        chosen = chosen.where(chosen != self.end, chosen + 1)
+        return chosen.where(self.said + 1 < self.limit, self.end)
+
+
 class FullLength(PooledEngine):
     """The engine, with candidates that end at their last token."""
+
+    loop_type = FullLengthLoop
 
     def _draw(self, logits: Tensor) -> None:
         super()._draw(logits)

@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from dph import chat
 from dph.errors import UserError
 from dph.infer.choice import candidate_keys, choose
 from dph.infer.request import Answer, Engine, Request
+from dph_kernels.transfer import to_device
 
 if TYPE_CHECKING:
     from dph.infer.sampling import Sampling
@@ -57,13 +57,14 @@ class AttachedEngine(Engine):
         device, limit = self.model.device, request.sampling.max_new_tokens
         ids = torch.tensor([request.prompt], device=device)
         next_logits = self.model.decoder(ids, torch.ones_like(ids), limit, count)
-        keys = candidate_keys(request.seed, request.prompt, range(request.started, request.started + count))
+        indices = range(request.started, request.started + count)
+        keys = to_device(torch.from_numpy(candidate_keys(request.seed, request.prompt, indices)), device)
         tokens, seen = ids[:, -1:].repeat_interleave(count, 0), ids.repeat_interleave(count, 0)
         answers: list[list[int]] = [[] for _ in range(count)]
         open_ones = set(range(count))
         for step in range(limit):
             logits = next_logits(tokens).float()
-            chosen = choose(logits, request.sampling, keys, np.full(count, step), seen=seen)
+            chosen = choose(logits, request.sampling, keys, keys.new_full((count,), step), seen=seen)
             tokens = chosen[:, None]
             seen = torch.cat([seen, tokens], 1)
             for i, token in enumerate(chosen.tolist()):

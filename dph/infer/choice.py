@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,10 +25,10 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from dph.infer.sampling import Sampling
-from dph_kernels.transfer import to_device
+if TYPE_CHECKING:
+    from dph.infer.sampling import Sampling
 
-STEPS = np.array([0x9E3779B1, 0x85EBCA77], dtype=np.uint32)  # odd: all steps of a key differ
+STEPS = (0x9E3779B1 - 2**32, 0x85EBCA77 - 2**32)  # as int32; odd: all steps of a key differ
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)  # of lowbias32, a hash of 32 bits with little bias, as int32
 
 
@@ -52,46 +53,45 @@ def processors(options: Sampling) -> LogitsProcessorList:
 
 
 def candidate_keys(seed: int, prompt: Sequence[int], indices: Sequence[int]) -> np.ndarray:
-    """Return the keys [C, 2] uint32 of a prompt's candidates with these numbers."""
+    """Return the keys [C, 2] int32 of a prompt's candidates with these numbers."""
     digest = hashlib.blake2b(np.array([seed, *prompt], dtype=np.int64).tobytes(), digest_size=8).digest()
     word = np.frombuffer(digest, np.uint64) + np.asarray(indices, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # the finaliser of SplitMix64
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (word ^ (word >> np.uint64(31))).view(np.uint32).reshape(-1, 2)
+    return (word ^ (word >> np.uint64(31))).view(np.int32).reshape(-1, 2)
 
 
 def choose(
     logits: Tensor,
     options: Sampling,
-    keys: np.ndarray,
-    steps: np.ndarray,
-    states: np.ndarray | None = None,
+    keys: Tensor,
+    steps: Tensor,
+    states: Tensor | None = None,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """Return the next tokens [C] of candidates.
+    """Return the next tokens [C] of candidates; all tensors are on one device, and the host waits for none.
 
     Args:
         logits: [S, V] fp32, of their states.
         options: of all candidates.
-        keys: [C, 2] uint32.
+        keys: [C, 2] int32, of ``candidate_keys``.
         steps: [C] tokens that each has said so far.
         states: [C] row of ``logits`` of each; None: candidate i has row i.
         seen: [S, L] tokens of prompts and answers, in any order and as often as wanted; for the repetition penalty.
     """
     scores = processors(options)(seen, logits)
-    rows = None if states is None else to_device(torch.from_numpy(states), logits.device)
     if options.greedy:
         best = scores.argmax(-1)
-        return best if rows is None else best[rows]
-    noise = gumbel(keys, steps, logits.shape[1], logits.device)
-    return noise.add_(scores if rows is None else scores[rows]).argmax(-1)
+        return best if states is None else best[states]
+    noise = gumbel(keys, steps, logits.shape[1])
+    return noise.add_(scores if states is None else scores[states]).argmax(-1)
 
 
-def gumbel(keys: np.ndarray, steps: np.ndarray, vocabulary: int, device: torch.device) -> Tensor:
-    """Return standard Gumbel noise [R, V] fp32 for keys [R, 2] uint32 and steps [R]."""
-    mixed = keys + steps.astype(np.uint32)[:, None] * STEPS
-    first, second = torch.from_numpy(mixed.view(np.int32)).to(device)[:, :, None].unbind(1)
-    word = _hashed_tokens(vocabulary, device) ^ first
+def gumbel(keys: Tensor, steps: Tensor, vocabulary: int) -> Tensor:
+    """Return standard Gumbel noise [R, V] fp32 for keys [R, 2] int32 and steps [R]."""
+    steps = steps.to(torch.int32)[:, None]
+    first, second = (keys[:, i : i + 1] + steps * STEPS[i] for i in (0, 1))
+    word = _hashed_tokens(vocabulary, keys.device) ^ first
     word *= MULTIPLIERS[0]
     word ^= (word >> 15) & 0x1FFFF
     word += second

@@ -7,12 +7,16 @@ twice.
 
 An answer depends on its prompt, the seed and its number alone: on the CPU no other prompt or candidate changes a bit of
 it (``dph_kernels.dispatch.batch_invariant``).
+
+On a GPU, whose tokens take less time than the host's part in them, the host looks at the candidates only after every
+``TURNS`` tokens (``TokenLoop``), while no prompt waits to be read and no option needs the host for each token.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -26,15 +30,17 @@ from dph.infer.choice import candidate_keys, choose
 from dph.infer.prompt_reader import PromptReader
 from dph.infer.request import STOP_ROOM, Answer, Engine, Request
 from dph.infer.sampling import Sampling
+from dph.infer.token_loop import LEAST_SIZE, TURNS, TokenLoop
 from dph.infer.token_pool import TokenPool, padded_count
 from dph.model.heads import JudgedStates, split_members
 from dph.model.judging import JudgingModel
 from dph_kernels.dispatch import batch_invariant
 from dph_kernels.layout import PackedLayout
-from dph_kernels.transfer import to_device
+from dph_kernels.transfer import all_to_device, to_device
 
 BATCH = 1024  # candidates that are continued together, and tokens of prompts that are read between two of their tokens
 MOST_SAMPLINGS = 64  # before those that no candidate needs are dropped
+MOST_LOOPS = 8  # kept, each with its CUDA graph
 
 
 STATES = np.dtype(
@@ -54,8 +60,12 @@ STATES = np.dtype(
 )
 """What candidates of one prompt have said that is the same."""
 
-CANDIDATES = np.dtype([("index", "i8"), ("start", "i8"), ("state", "i8"), ("key", "u4", 2)])
+CANDIDATES = np.dtype([("index", "i8"), ("start", "i8"), ("state", "i8"), ("key", "i4", 2)])
 """Number among the prompt's answers, first row of its own, place in ``_states``, key of its noise."""
+
+
+Figures = tuple[dict[str, float], dict[str, float]]
+"""Rewards and spreads of an answer by head."""
 
 
 class PooledEngine(Engine):
@@ -65,11 +75,18 @@ class PooledEngine(Engine):
         model: with a backbone of this package.
         rows: of the pool; a prompt of P tokens and a candidate of at most N take P + 1 and N + 1.
         batch: candidates that are continued together at most.
+        turns: tokens that are drawn between two looks of the host at most; None for ``TURNS`` on a GPU, else 1.
     """
 
-    def __init__(self, model: JudgingModel, tokenizer: Any, rows: int, batch: int = BATCH) -> None:
+    loop_type = TokenLoop
+
+    def __init__(
+        self, model: JudgingModel, tokenizer: Any, rows: int, batch: int = BATCH, turns: int | None = None
+    ) -> None:
         super().__init__(model, tokenizer, chat.markup(tokenizer).end_of_turn)
         self.pool, self.batch = TokenPool(model, rows), batch
+        self.turns = turns or (TURNS if model.device.type == "cuda" else 1)
+        self._loops: dict[Hashable, TokenLoop] = {}  # the last one that was used comes last
         self.prompts = PromptReader(self.pool, batch)
         self._states, self._candidates = np.empty(0, STATES), np.empty(0, CANDIDATES)
         self._samplings: list[Sampling] = []
@@ -102,14 +119,17 @@ class PooledEngine(Engine):
 
     @torch.no_grad()
     def step(self) -> list[tuple[Request, Answer]]:
-        """Read the next tokens of all candidates, and of prompts that wait; draw a token for each candidate."""
+        """Read the next tokens of all candidates, and of prompts that wait; draw a token, or several, for each."""
         self.prompts.admit(self.requests, len(self._candidates))
         with batch_invariant():
-            self.prompts.read(self.requests)
-            complete, logits = self._read_candidates()
-            first = self._start()
-            if len(self._states):
-                self._draw(torch.cat([part for part in (logits, first) if part is not None]))
+            if self._can_loop():
+                complete = self._run_loop()
+            else:
+                self.prompts.read(self.requests)
+                complete, logits = self._read_candidates()
+                first = self._start()
+                if len(self._states):
+                    self._draw(torch.cat([part for part in (logits, first) if part is not None]))
         complete += self._sort_out()
         for request, answer in complete:
             request.add(answer)
@@ -136,18 +156,19 @@ class PooledEngine(Engine):
             self._samplings = [self._samplings[kind] for kind in kinds]
         states, candidates, logits = [], [self._candidates], []
         for request in self.requests:
-            count, sampling = len(request.reserved), request.sampling
+            count = len(request.reserved)
             if request.logits is None or not count:
                 continue
+            sampling = replace(request.sampling, max_new_tokens=1, stop=())  # of the choice, which these do not change
             if sampling not in self._samplings:
                 self._samplings.append(sampling)
             own = np.empty(count, CANDIDATES)
             own["index"] = np.arange(request.started, request.started + count)
             own["start"], own["state"] = request.reserved, len(self._states) + len(states)
             own["key"] = candidate_keys(request.seed, request.prompt, own["index"])
-            kind, options = self._samplings.index(sampling), (request.rewards, bool(sampling.stop))
+            kind, options = self._samplings.index(sampling), (request.rewards, bool(request.sampling.stop))
             place = request.reserved[0], request.slot, len(request.prompt)
-            states.append((request.number, *place, 0, 0, sampling.max_new_tokens, False, *options, kind))
+            states.append((request.number, *place, 0, 0, request.sampling.max_new_tokens, False, *options, kind))
             candidates.append(own)
             logits.append(request.logits)
             request.started += count
@@ -186,16 +207,12 @@ class PooledEngine(Engine):
         last = ends - 1 - branches
         forced = [np.arange(last[i] - states["fresh"][i] + 1, last[i]) for i in ending]  # their next tokens are known
         wanted = np.concatenate([last[live], *forced])
-        hidden, rewards, spreads = self._forward_judged(padded_rows, layout, tokens, (ends - 1)[judged])
+        hidden, figures = self._forward_judged(padded_rows, layout, tokens, judged, (ends - 1)[judged])
         logits = self.pool.logits(hidden, wanted) if len(wanted) else None
         if len(wanted) > len(live):
             known = rows[wanted[len(live) :]] + 1
             self.pool.keep_logprobs(known, logits[len(live) :], self.pool.tokens[known])
 
-        figures = {
-            int(i): tuple({head: values[j] for head, values in part.items()} for part in (rewards, spreads))
-            for j, i in enumerate(judged)
-        }
         complete = self._answers(ending, True, figures)
         gone = states["ending"][self._candidates["state"]]
         if pruning:
@@ -229,10 +246,10 @@ class PooledEngine(Engine):
                 mine = np.flatnonzero(states["sampling"][candidates["state"]] == kind)
             own, sampling = states[places], self._samplings[kind]
             owner = np.searchsorted(places, candidates["state"][mine])
-            seen = self._seen(own).to(logits.device) if sampling.repetition_penalty != 1 else None
+            seen = to_device(self._seen(own), logits.device) if sampling.repetition_penalty != 1 else None
             some = logits if len(kinds) == 1 else logits[torch.from_numpy(places)]
-            chosen = choose(some, sampling, candidates["key"][mine], own["said"][owner], owner, seen)
-            drawn[mine] = chosen.cpu().numpy()
+            tables = [torch.from_numpy(table) for table in (candidates["key"][mine], own["said"][owner], owner)]
+            drawn[mine] = choose(some, sampling, *all_to_device(tables, logits.device), seen).cpu().numpy()
 
         # Of the candidates that stay together one lends its rows: that which has done so, if it is among them.
         lends = candidates["start"] == states["start"][candidates["state"]]
@@ -299,7 +316,7 @@ class PooledEngine(Engine):
         self,
         places: np.ndarray,
         finished: bool,
-        figures: Mapping[int, tuple[dict[str, float], dict[str, float]]],
+        figures: Mapping[int, Figures],
         dropped: np.ndarray | None = None,
     ) -> list[tuple[Request, Answer]]:
         """Return the answers of the states at ``places``, with rewards and spreads; of ``dropped`` [C] ones alone."""
@@ -343,6 +360,65 @@ class PooledEngine(Engine):
         self._states, self._candidates = states[left > 0], candidates[~gone]
         self._candidates["state"] = ((left > 0).cumsum() - 1)[self._candidates["state"]]
 
+    # Several tokens at once
+
+    def _can_loop(self) -> bool:
+        """Whether the next tokens of all candidates can be drawn without the host, and no prompt waits for it."""
+        states = self._states
+        if self.turns == 1 or not len(states) or (states["fresh"] > 1).any() or states["stops"].any():
+            return False
+        if (states["sampling"] != states["sampling"][0]).any():
+            return False
+        if self._samplings[states["sampling"][0]].repetition_penalty != 1:
+            return False
+        return all(not request.reserved and request.pruning is None for request in self.prompts.opened.values())
+
+    def _run_loop(self) -> list[tuple[Request, Answer]]:
+        """Draw several tokens of all candidates; return the answers that ended."""
+        self._part()
+        states, candidates = self._states, self._candidates
+        keys = np.empty((len(states), 2), np.int32)
+        keys[candidates["state"]] = candidates["key"]
+        drawn = self._loop().run(states, keys)
+
+        ends = drawn.count.cumsum()
+        turn = np.arange(ends[-1]) - np.repeat(ends - drawn.count, drawn.count)
+        column = np.repeat(np.arange(len(states)), drawn.count)
+        rows = (states["start"] + states["said"])[column] + turn
+        self.pool.tokens[rows], self.pool.logprobs[rows] = drawn.tokens[turn, column], drawn.logprobs[turn, column]
+        states["said"] += drawn.count
+        states["ending"] = self.pool.tokens[states["start"] + states["said"] - 1] == self.end
+
+        judged = np.flatnonzero(drawn.read_end & states["rewards"])
+        figures = self._figures(judged, drawn.judged[to_device(torch.from_numpy(judged), self.model.device)])
+        complete = self._answers(np.flatnonzero(drawn.read_end), True, figures)
+        self._drop(drawn.read_end[candidates["state"]])
+        return complete
+
+    def _part(self) -> None:
+        """Give each candidate a state of its own."""
+        states, candidates = self._states, self._candidates
+        shared, own = states[candidates["state"]], candidates["start"]
+        self.pool.copy_ranges(shared["start"], own, shared["said"])
+        shared["start"] = own
+        candidates["state"] = np.arange(len(candidates))
+        self._states = shared
+
+    def _loop(self) -> TokenLoop:
+        """Return the loop for the present candidates."""
+        sampling, layers = self._samplings[self._states["sampling"][0]], self.model.heads.layers
+        size = max(1 << (len(self._states) - 1).bit_length(), LEAST_SIZE)
+        key = (size, sampling, *layers)
+        loop = self._loops.pop(key, None)
+        if loop is None:
+            loop = self.loop_type(self.pool, self.model, self.end, sampling, size, self.turns)
+            if self._loops:  # one runs at a time, and none keeps a result in the memory of its graph
+                loop.graph_pool = next(iter(self._loops.values())).graph_pool
+        self._loops[key] = loop
+        if len(self._loops) > MOST_LOOPS:
+            del self._loops[next(iter(self._loops))]
+        return loop
+
     # Pruning
 
     def _pruning(self) -> dict[int, Request]:
@@ -358,7 +434,7 @@ class PooledEngine(Engine):
     def _weaker(
         self,
         pruning: Mapping[int, Request],
-        figures: Mapping[int, tuple[dict[str, float], dict[str, float]]],
+        figures: Mapping[int, Figures],
         complete: Sequence[tuple[Request, Answer]],
     ) -> np.ndarray:
         """Return [C] whether a candidate is in the weaker half of its prompt's, by the rewards of ``pruning``."""
@@ -377,15 +453,24 @@ class PooledEngine(Engine):
     # The model
 
     def _forward_judged(
-        self, rows: np.ndarray, layout: PackedLayout, tokens: np.ndarray, judged: np.ndarray
-    ) -> tuple[Tensor, dict[str, list[float]], dict[str, list[float]]]:
-        """Return the hidden states of a decoding call, and rewards and spreads by head of the ``judged`` rows."""
+        self, rows: np.ndarray, layout: PackedLayout, tokens: np.ndarray, places: np.ndarray, judged: np.ndarray
+    ) -> tuple[Tensor, dict[int, Figures]]:
+        """Return the hidden states of a decoding call, and by ``places`` [A] the figures of the ``judged`` [A] rows."""
         if not len(judged):
-            return self.pool.forward(rows, layout, tokens, decode=True), {}, {}
+            return self.pool.forward(rows, layout, tokens, decode=True), {}
         model = self.model
-        places = to_device(torch.from_numpy(judged), model.device)
-        observer = JudgedStates(model.heads.layers, len(model.backbone.blocks), itemgetter(places))
+        select = itemgetter(to_device(torch.from_numpy(judged), model.device))
+        observer = JudgedStates(model.heads.layers, len(model.backbone.blocks), select)
         hidden = self.pool.forward(rows, layout, tokens, decode=True, observe=observer)
-        rewards, members = split_members(model.rewards_of(observer.joined(), dropout=False, each=True))
+        return hidden, self._figures(places, observer.joined())
+
+    def _figures(self, places: np.ndarray, judged: Tensor) -> dict[int, Figures]:
+        """Return by ``places`` [A] the figures of judged states [A, N C]."""
+        if not len(places):
+            return {}
+        rewards, members = split_members(self.model.rewards_of(judged, dropout=False, each=True))
         spreads = {head: values.std(1).tolist() for head, values in members.items()}
-        return hidden, {head: values.tolist() for head, values in rewards.items()}, spreads
+        rewards, figures = {head: values.tolist() for head, values in rewards.items()}, {}
+        for j, place in enumerate(places.tolist()):
+            figures[place] = tuple({head: values[j] for head, values in part.items()} for part in (rewards, spreads))
+        return figures

@@ -72,9 +72,11 @@ class TokenPool(KVPool):
     def logits(self, hidden: Tensor, rows: np.ndarray) -> Tensor:
         """Return the logits [R, V] fp32 after ``rows`` [R] of hidden states [T, C]."""
         padded = np.concatenate([rows, np.repeat(rows[:1], padded_count(len(rows)) - len(rows))])
-        states = hidden[to_device(torch.from_numpy(padded), hidden.device)]
-        predicting = apply_linear(self._model.output_proj, states)
-        return apply_linear(self._model.lm_head, predicting)[: len(rows)].float()
+        return self.predict(hidden[to_device(torch.from_numpy(padded), hidden.device)])[: len(rows)]
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """Return the logits [T, V] fp32 after hidden states [T, C]."""
+        return apply_linear(self._model.lm_head, apply_linear(self._model.output_proj, hidden)).float()
 
 
 def padded_count(rows: int) -> int:

@@ -20,6 +20,7 @@ from dph_kernels.layout import PackedLayout
 from dph_kernels.linear import apply_linear
 from dph_kernels.residual_norm import residual_norm
 from dph_kernels.rope_attention import rope_attention, split_heads
+from dph_kernels.rope_attention.growing import GrowingLayout
 from dph_kernels.swiglu import swiglu
 from dph_kernels.torch_private import has_any_global_hook
 
@@ -72,7 +73,9 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.layer_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.layer_norm_eps)
 
-    def forward(self, projected: Tensor, layout: PackedLayout, memory: BlockMemory | None = None) -> Tensor:
+    def forward(
+        self, projected: Tensor, layout: PackedLayout | GrowingLayout, memory: BlockMemory | None = None
+    ) -> Tensor:
         """Queries, keys and values [T, (H + 2K) D], and a memory of keys and values -> [T, HD]."""
         q, k, v = split_heads(projected, self.heads, self.key_heads)
         if self.q_norm is not None:
@@ -200,6 +203,8 @@ def block_form(block: Block, x: Tensor, layout: PackedLayout, memory_kind: str |
         return Form(False, f"x has {x.ndim} dimensions, not 2")
     if dispatch.is_small(x):
         return Form(False, f"the parts are as fast for up to {dispatch.SMALL_ELEMENTS} elements")
+    if isinstance(layout, GrowingLayout):
+        return Form(False, "the layout grows on the device")
     if layout.queries != len(x) or layout.keys != (0 if memory_kind == "decode" else len(x)):
         return Form(False, "the layout's queries and keys are not as many as the rows of x")
     if layout.query_positions.device != x.device:

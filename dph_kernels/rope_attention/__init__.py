@@ -12,13 +12,14 @@ from dph_kernels import checks, dispatch
 from dph_kernels import native as extension
 from dph_kernels.layout import PackedLayout, Rotary
 from dph_kernels.operator import Gradient, Inputs, Operator
+from dph_kernels.rope_attention.growing import GrowingLayout, attend
 
 
 def rope_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: PackedLayout,
+    layout: PackedLayout | GrowingLayout,
     *,
     rope: Rotary,
     memory: tuple[Tensor, Tensor] | None = None,
@@ -38,7 +39,8 @@ def rope_attention(
         q: [T, H, D] queries, before rotation; D even.
         k: [S, K, D] new keys, before rotation; K divides H.
         v: [S, K, D] new values.
-        layout: the visibility of keys to queries, with T queries, S new keys and M memory rows.
+        layout: the visibility of keys to queries, with T queries, S new keys and M memory rows. A growing one, for
+            inference, needs a memory and no new keys.
         rope: rotary embedding; positions come from the layout.
         memory: rotated keys and values [M, K, D] of earlier segments; they get no gradient.
         scale: factor on the scores; D ** -0.5 if None.
@@ -63,6 +65,11 @@ def rope_attention(
     GQA (arXiv 2305.13245).
     """
     memory_k, memory_v = memory if memory is not None else (k[:0], v[:0])
+    if isinstance(layout, GrowingLayout):
+        checks.shape("k", k, 0, "K", "D")
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        out = attend(q, (memory_k, memory_v), layout, rope=rope, scale=scale, backend=backend)
+        return (out, k.detach()) if return_keys else out
     q, k, v, memory_k, memory_v = checks.cast_together(q, k, v, memory_k, memory_v)
     check_inputs(q, k, v, memory_k, memory_v, layout)
     head_dim = q.shape[-1]

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dph_kernels.rope_attention.growing import GrowingLayout
+
 SCORES = 1 << 26  # largest number of scores held at once (256 MB in fp32)
 
 
@@ -37,6 +39,20 @@ def forward(
         out[rows] = torch.einsum("ghqk,gkhd->gqhd", _probabilities(scores, hidden), values[columns])
         lse[rows] = scores.logsumexp(-1).transpose(1, 2)
     return out.to(q.dtype), lse, rotated
+
+
+def forward_growing(
+    *, q: Tensor, memory_k: Tensor, memory_v: Tensor, layout: GrowingLayout, q_cos: Tensor, q_sin: Tensor, scale: float
+) -> Tensor:
+    """Return the output [T, H, D] of queries over a memory of rotated keys, with the bounds of ``layout``."""
+    own_start, own_end, start, end = layout.bounds[:, :, None].unbind(1)
+    row = torch.arange(len(memory_k), device=q.device)
+    hidden = ~(((own_start <= row) & (row < own_end)) | ((start <= row) & (row < end)))  # [T, M]
+    unread = hidden.all(0)[:, None, None]  # may be uninitialised: not even zero times such a row is a number
+    keys, values = (repeat(x, q.shape[1]).to(q_cos.dtype).masked_fill(unread, 0.0) for x in (memory_k, memory_v))
+    scores = torch.einsum("qhd,khd->hqk", rotate(q, q_cos, q_sin), keys) * scale
+    probabilities = _probabilities(scores.masked_fill_(hidden, float("-inf")), hidden)
+    return torch.einsum("hqk,khd->qhd", probabilities, values).to(q.dtype)
 
 
 def backward(

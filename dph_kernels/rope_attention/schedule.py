@@ -75,15 +75,17 @@ def bounds(content: bytes, queries: int, *, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def by_queries(
     content: bytes, queries: int, memory: int, *, rows: int, block: int, limit: int = 0, apart: bool = False,
-    device: torch.device,
+    growing: bool = False, device: torch.device,
 ) -> Schedule:  # fmt: skip
     """Tiles of up to ``rows`` queries and the keys that they see (memory first), in blocks of ``block``.
 
     ``limit`` > 0 splits a tile's work into items of at most that many blocks (few queries on many keys). ``apart``: no
-    tile has queries of two segments.
+    tile has queries of two segments. ``growing``: queries may see fewer own keys than their segment has, so that all
+    runs of these are masked.
     """
     if device != CPU:  # computed on the CPU first, which also needs the schedule to decide on a split
-        work = by_queries(content, queries, memory, rows=rows, block=block, limit=limit, apart=apart, device=CPU)
+        options = {"limit": limit, "apart": apart, "growing": growing}
+        work = by_queries(content, queries, memory, rows=rows, block=block, **options, device=CPU)
         return Schedule(*all_to_device([tensor for tensor in work if tensor is not None], device))
     table = segments_of(content)
     tiles = _cut_apart(table, queries, rows) if apart else _cut(*_query_groups(table, queries), rows, block)
@@ -95,7 +97,8 @@ def by_queries(
     one = np.ones_like(count)
     axis = int(max(k1.max(initial=0), p1.max(initial=0), memory)) + 1
     seen = _levels(tile, [(p0, p1, one), (k0, for_any, one)], np.ones(len(tiles), np.int64), axis)
-    full = _levels(tile, [(p0, p1, count), (k0, for_all, count)], tiles[:, 1] - tiles[:, 0], axis)
+    always = [(p0, p1, count)] if growing else [(p0, p1, count), (k0, for_all, count)]
+    full = _levels(tile, always, tiles[:, 1] - tiles[:, 0], axis)
     seen, full = _split_at(seen, memory, axis), _split_at(full, memory, axis)
     return _schedule(tiles, seen, full, np.bincount(tile, minlength=len(tiles)), block, axis, memory, limit, device)
 

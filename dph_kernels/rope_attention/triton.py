@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,9 @@ from dph_kernels.launcher import (
 from dph_kernels.layout import PackedLayout, Rotary
 from dph_kernels.rope_attention import schedule
 from dph_kernels.rope_attention import triton_kernels as kernels
+from dph_kernels.rope_attention.growing import GrowingLayout
 from dph_kernels.rope_attention.schedule import Schedule
+from dph_kernels.transfer import all_to_device
 
 # Configurations
 
@@ -236,11 +239,21 @@ def _forward(
     rotated = _rotate(gpu, k, k_cos, k_sin)
     q_cos, q_sin, scale = _positive(q_cos, q_sin, scale)
     q, v, memory_k, memory_v = (last_contiguous(x) for x in (q, v, memory_k, memory_v))
-    (queries, heads, head_dim), memory, device = q.shape, len(memory_k), q.device
+    (queries, heads, head_dim), memory = q.shape, len(memory_k)
     sizes = queries, len(v), memory, heads, v.shape[1], head_dim, q.dtype
-    config, work, schedule_tables, constants = _plan(gpu, "forward", schedule.content_of(segments), *sizes)
-    items, packs = len(work.tiles), heads // constants["PACK"]
+    plan = _plan(gpu, "forward", schedule.content_of(segments), *sizes)
+    out, lse = _attend(gpu, plan, q, rotated, v, memory_k, memory_v, (q_cos, q_sin), scale)
+    return out, lse, rotated
 
+
+def _attend(
+    gpu: TritonDevice, plan: _Plan, q: Tensor, rotated: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor,
+    tables: tuple[Tensor, Tensor], scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return output [T, H, D] and log-sum-exp [T, H] of a plan; all tensors have strides of 1 in the last dimension."""
+    config, work, schedule_tables, constants = plan
+    (queries, heads), device = q.shape[:2], q.device
+    items, packs = len(work.tiles), heads // constants["PACK"]
     out = torch.empty(q.shape, dtype=q.dtype, device=device)
     lse = torch.empty((queries, heads), dtype=torch.float32, device=device)
     partial, partial_lse = out, lse
@@ -249,9 +262,9 @@ def _forward(
         partial = torch.empty((*partial_lse.shape, constants["BD"]), dtype=torch.float32, device=device)
     unit, (q_heads, v_heads, *memory_heads) = _heads(q, v, memory_k, memory_v)
     arguments = {
-        "q": q_heads, "k": rotated, "v": v_heads, "memory": tuple(memory_heads), "tables": (q_cos, q_sin),
-        "out": partial, "lse": partial_lse, "schedule": schedule_tables, "scale": scale * kernels.LOG2_E.value,
-        "M": memory, "H": heads,
+        "q": q_heads, "k": rotated, "v": v_heads, "memory": tuple(memory_heads), "tables": tables, "out": partial,
+        "lse": partial_lse, "schedule": schedule_tables, "scale": scale * kernels.LOG2_E.value, "M": len(memory_k),
+        "H": heads,
     }  # fmt: skip
     gpu.launch(kernels.forward, (items, packs), config, arguments, {**constants, "UNIT": unit})
     if work.split:
@@ -261,7 +274,70 @@ def _forward(
         }  # fmt: skip
         constants = {name: constants[name] for name in ("D", "BD", "BM", "PACK")}
         gpu.launch(kernels.combine, (len(work.pieces) - 1, packs), config, arguments, constants)
-    return out, lse, rotated
+    return out, lse
+
+
+def forward_growing(
+    *, q: Tensor, memory_k: Tensor, memory_v: Tensor, layout: GrowingLayout, q_cos: Tensor, q_sin: Tensor, scale: float
+) -> Tensor:
+    """Same arguments and result as ``reference.forward_growing``."""
+    sizes = triton_device(q.device), layout, q.shape[1], memory_k.shape[1], q.shape[2], q.dtype
+    plan: _GrowingPlan = layout.plan(sizes[2:], lambda: _GrowingPlan(*sizes))
+    q_cos, q_sin, scale = _positive(q_cos, q_sin, scale)
+    q, memory_k, memory_v = (last_contiguous(x) for x in (q, memory_k, memory_v))
+    new = memory_k.new_empty((0, *memory_k.shape[1:]))  # all keys are in the memory
+    out, _ = _attend(sizes[0], plan.plan, q, new, new, memory_k, memory_v, (q_cos, q_sin), scale)
+    return out
+
+
+class _GrowingPlan:
+    """A plan whose tables on the device are rewritten, and whose grids stay the same, while they have room.
+
+    Work is always split, and the tables end with empty items and tiles. See ``growing.Plan``.
+    """
+
+    def __init__(
+        self, gpu: TritonDevice, layout: GrowingLayout, heads: int, key_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        self.gpu, self.layout, self.heads = gpu, layout, heads
+        group = heads // key_heads
+        self.pack, config = _pack(group), _config(gpu, "few", head_dim, dtype, group)
+        self.config = config
+        self.constants = {
+            "D": head_dim, "BD": _padded(head_dim), "BM": config.block_m, "BN": config.block_n, "STEP": config.block_k,
+            "PACK": self.pack, "SHARE": group // self.pack, "MEMORY": True, "SPLIT": True,
+        }  # fmt: skip
+        self.plan: _Plan | None = None
+
+    def fill(self, content: bytes) -> bool:
+        """See ``growing.Plan``."""
+        layout, config = self.layout, self.config
+        sizes = {"rows": config.block_m // self.pack, "block": config.block_n, "growing": True, "device": CPU}
+        whole = schedule.by_queries(content, layout.queries, layout.memory, **sizes)
+        limit = _limit(whole, self.heads // self.pack, config, self.gpu)
+        work = schedule.by_queries(content, layout.queries, layout.memory, **sizes, limit=limit) if limit else whole
+        items, tiles = len(work.tiles), len(whole.tiles)
+        pieces = np.arange(items + 1) if work.pieces is None else work.pieces.numpy()
+        order = np.arange(items) if work.order is None else work.order.numpy()
+        needed = (items + 1, len(work.runs), tiles + 1, items + 1)  # at least one empty item
+        is_new = self.plan is None or any(
+            count > len(table) for count, table in zip(needed, self.plan.work, strict=True)
+        )
+        if is_new:
+            room = [next_power_of_2(count) for count in needed]
+            shapes = (room[0], 6), (room[1], 2), (room[2],), (room[0],)
+            made = [torch.zeros(shape, dtype=torch.int32, device=self.gpu.device) for shape in shapes]
+            self.plan = _Plan(config, Schedule(*made), (made[0], made[1], layout.bounds), self.constants)
+        tables = []
+        for values, table, rest in zip(
+            (work.tiles.numpy(), work.runs.numpy(), pieces, order), self.plan.work, (0, 0, items, items), strict=True
+        ):
+            padded = np.full(table.shape, rest, np.int32)
+            padded[: len(values)] = values
+            tables.append(torch.from_numpy(padded))
+        for table, values in zip(self.plan.work, all_to_device(tables, self.gpu.device), strict=True):
+            table.copy_(values)
+        return not is_new
 
 
 def _backward(

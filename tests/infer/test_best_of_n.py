@@ -263,8 +263,8 @@ def test_sampling_follows_the_distribution_of_transformers(options):
 
 def test_steps_and_candidates_draw_independent_noise():
     """Neighbouring keys, steps and tokens have no correlation, and the noise is Gumbel's."""
-    keys = candidate_keys(1, [1, 2, 3], range(64))
-    noise = torch.stack([gumbel(keys, np.full(64, step), 300, torch.device("cpu")) for step in range(4)]).double()
+    keys = torch.from_numpy(candidate_keys(1, [1, 2, 3], range(64)))
+    noise = torch.stack([gumbel(keys, torch.full((64,), step), 300) for step in range(4)]).double()
     uniform = (-(-noise).exp()).exp()
     counts = torch.histc(uniform.float(), 20, 0, 1)
     expected = uniform.numel() / 20
