@@ -107,10 +107,14 @@ def figure(address: tuple[str, int], name: str) -> float:
 
 def compare(load: Load, options: argparse.Namespace) -> int:
     """Return how many of some answers differ from the library's."""
+    import torch
+
     import dph
+    from dph.devices import inference_dtype
     from dph.model.loading import load_model, load_tokenizer
 
-    model, tokenizer = load_model(options.model).eval(), load_tokenizer(options.model)
+    dtype = getattr(torch, inference_dtype("auto", "cpu"))  # as the server chooses it
+    model, tokenizer = load_model(options.model, dtype=dtype).eval(), load_tokenizer(options.model)
     if options.head:
         from dph.cli.common import add_heads
 

@@ -125,6 +125,7 @@ def run(args: argparse.Namespace) -> None:
             held_out=held_out,
             checker=checker,
             judge=f"{args.judge} ({args.normalise})",
+            judge_files=checkers.content_of(args.judge),
             recipe=recipe,
             directory=Path(args.output),
             n=args.n,

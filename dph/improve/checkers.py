@@ -16,7 +16,10 @@ flush its output.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import importlib
+import inspect
 import json
 import math
 import os
@@ -83,6 +86,31 @@ def open_checker(
             yield checker
         finally:
             checker.close()
+
+
+def content_of(name: str) -> dict[str, str]:
+    """Return digests of the files of the checker ``name`` by path: another content may judge in another way.
+
+    These are the module of a function, those among a program's words, and those of a head or its model.
+    """
+    if name.startswith("head:"):
+        folder = Path(name.removeprefix("head:"))
+        folder = folder / "model" if (folder / "model").is_dir() else folder  # of a run
+        files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+    elif FUNCTION.fullmatch(name):
+        files = [Path(inspect.getfile(imported(name)))]
+    elif name == "reference":
+        files = []
+    else:
+        files = [Path(word) for word in shlex.split(name) if Path(word).is_file()]
+    digests = {}
+    for path in files:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            for block in iter(functools.partial(file.read, 1 << 20), b""):
+                digest.update(block)
+        digests[str(path)] = digest.hexdigest()
+    return digests
 
 
 class ReferenceChecker:

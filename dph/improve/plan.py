@@ -36,6 +36,7 @@ class Improvement:
         held_out: prompts of the figures; none for no figures.
         checker: of the answers.
         judge: name of the checker, which the files depend on.
+        judge_files: digests of its files by path, on whose contents they depend too (``checkers.content_of``).
         recipe: of stage head or align; its model, sources and directory are those of a round.
         directory: of all rounds.
         n: answers per prompt of the first round, the second, ...; the last number is that of all later ones.
@@ -57,6 +58,7 @@ class Improvement:
     judge: str
     recipe: Recipe
     directory: Path
+    judge_files: Mapping[str, str] = field(default_factory=dict)
     n: tuple[int, ...] = (16,)
     held_out: Sequence[Prompt] = ()
     held_out_n: int = 16
@@ -130,6 +132,7 @@ class Improvement:
             "held_out": fingerprint(self.held_out),
             "held_out_n": self.held_out_n,
             "judge": self.judge,
+            "judge's files": dict(self.judge_files),
             "n": self.n,
             "selection": dataclasses.asdict(self.selection),
             "sampling": dict(self.sampling),

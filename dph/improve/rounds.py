@@ -268,6 +268,7 @@ def _check_same(plan: Improvement, about: dict[str, Any]) -> None:
     saved = json.loads(path.read_text(encoding="utf-8"))
     saved["recipe"] = from_dict(saved["recipe"]).as_dict()  # with the options of later versions
     about["recipe"] = from_dict(about["recipe"]).as_dict()
+    saved.setdefault("judge's files", about["judge's files"])  # which earlier versions did not keep
     if different := [key for key in about if saved.get(key) != about[key]]:
         raise UserError(
             f"{plan.directory}: expected the command that began there, got another {', '.join(different)}: give "

@@ -2,6 +2,7 @@
 
 import stat
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 import dph
 from dph.errors import UserError
 from dph.evaluate.best_of import NORMALISERS
-from dph.improve.checkers import open_checker
+from dph.improve.checkers import content_of, open_checker
 from dph.improve.prompts import Prompt
 from dph.model.loading import load_tokenizer
 
@@ -174,3 +175,24 @@ def test_a_head_judges_by_its_probability(judge, models, tmp_path):
     assert low != pytest.approx(expected)
     assert judge(f"head:{tmp_path / 'head'}", answers, **options, open_model=in_bfloat16) == pytest.approx(low)
     assert opened == [str(models / "judge")]
+
+
+def test_the_files_of_a_checker_are_known_by_their_contents(tmp_path, monkeypatch):
+    """Of a program with its arguments, a module and a head in a run; a file that changes has another digest."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    run = tmp_path / "run/model"
+    run.mkdir(parents=True)
+    for name in ("judging_module.py", "judge.sh", "words.txt", "run/model/model.safetensors", "run/log.txt"):
+        Path(name).write_text("def right(row, answer): return True\n")
+    files = {
+        "reference": set(), "bash judge.sh --words words.txt": {"judge.sh", "words.txt"},
+        "judging_module:right": {str(tmp_path / "judging_module.py")}, "head:run": {"run/model/model.safetensors"},
+    }  # fmt: skip
+    for name, paths in files.items():
+        before = content_of(name)
+        assert set(before) == paths
+        for path in paths:
+            with open(path, "a") as file:
+                file.write("#\n")
+            assert content_of(name)[path] != before[path]

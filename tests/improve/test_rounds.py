@@ -54,6 +54,7 @@ def words(talker, tmp_path, monkeypatch):
     """Arguments of a command of two rounds, but for --output: right is an answer with an even number of letters."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "even_checks", raising=False)  # of another folder
     monkeypatch.setattr(rounds, "BATCH", 6 * 4 * 5)  # five prompts
     (tmp_path / "even_checks.py").write_text("def even(row, answer): return len(answer) % 2 == 0\n")
     prompts = write_lines(tmp_path / "prompts.jsonl", *({"prompt": f"The fox {i}?"} for i in range(24)))
@@ -135,6 +136,11 @@ def test_a_complete_command_does_nothing_again_and_another_one_is_refused(words,
     code, _, err = dph_command(*words, "--output", tmp_path / "out", "--seed", 1, "optimiser.lr=1e-2")
     assert code == 2
     assert "expected the command that began there, got another prompts, held_out, selection, seed, recipe" in err
+    with open("even_checks.py", "a") as checker:
+        checker.write("# judges in another way\n")
+    code, _, err = dph_command(*words, "--output", tmp_path / "out")
+    assert code == 2
+    assert "expected the command that began there, got another judge's files" in err
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine.txt").write_text("x")
     code, _, err = dph_command(*words, "--output", tmp_path / "other")
