@@ -810,8 +810,33 @@ void swiglu_reward_backward(py::handle grad, py::handle hidden, py::handle rewar
   dph::swiglu_reward_backward_cpu(a, threads);
 }
 
+// Whether the inputs are floating-point tensors on one device that fit together (_check_weights of
+// dph_kernels/swiglu_reward).
+bool swiglu_reward_fits(py::handle hidden, py::handle reward, py::handle w1, py::handle b1, py::handle w2,
+                        py::handle b2) {
+  DLTensor rows, vectors, first, second, bias;
+  if (!peek_any(hidden, rows) || rows.ndim != 2 || !is_floating(rows)) return false;
+  const int64_t columns = rows.shape[1];
+  const auto is_matrix = [&](py::handle tensor, DLTensor& found, int64_t width) {
+    return peek_any(tensor, found) && is_like(found, rows) && found.ndim == 2 && found.shape[0] && found.shape[1] == width;
+  };
+  const auto is_bias = [&](py::handle tensor, int64_t size) {
+    if (tensor.is_none()) return true;
+    return peek_any(tensor, bias) && is_like(bias, rows) && bias.ndim == 1 && bias.shape[0] == size;
+  };
+  if (!is_matrix(reward, vectors, columns)) return false;
+  int64_t width = columns;
+  if (!w1.is_none()) {
+    if (!is_matrix(w1, first, columns) || first.shape[0] % 2 || !is_bias(b1, first.shape[0])) return false;
+    width = first.shape[0] / 2;
+  }
+  if (w2.is_none()) return w1.is_none() && b1.is_none() && b2.is_none();
+  return (!w1.is_none() || b1.is_none()) && is_matrix(w2, second, width) && second.shape[0] == columns && is_bias(b2, columns);
+}
+
 void bind_swiglu_reward(py::module_& module) {
   module.attr("REWARD_LANES") = dph::REWARD_LANES;
+  module.def("swiglu_reward_fits", &swiglu_reward_fits);
   module.def("swiglu_reward_lanes", &dph::swiglu_reward_lanes);
   module.def("swiglu_reward_forward_cpu", &swiglu_reward_forward);
   module.def("swiglu_reward_backward_cpu", &swiglu_reward_backward);

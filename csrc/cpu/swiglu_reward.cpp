@@ -20,7 +20,9 @@ constexpr int64_t SPAN = 128;   // maximum features per work item if weights are
 constexpr int64_t PANEL = 32;   // columns per panel
 constexpr int64_t CHUNK = 256;  // columns of a product computed at a time
 constexpr int64_t DEPTH = 128;  // features reduced at a time: a panel of them fills half of the L1 cache
-constexpr int FEW = 8;          // maximum number of answers for a forward pass with features along the lanes
+constexpr int FEW = 8;          // maximum number of answers for products with features along the lanes
+constexpr int64_t FEW_SPAN = 1024;  // maximum features per work item of those by columns
+static_assert(FEW_SPAN * FEW <= BLOCK * CHUNK, "the sums fit the scratch memory");
 static_assert(BLOCK == PANEL && CHUNK % PANEL == 0 && DEPTH % PANEL == 0, "blocks are whole panels");
 
 int64_t blocks(int64_t size, int64_t block = BLOCK) { return (size + block - 1) / block; }
@@ -56,14 +58,21 @@ Buffer<T> buffer(int64_t size) {
   return memory;
 }
 
-// Buffers of one thread.
+// Buffers of one thread, smaller for few answers.
 struct Scratch {
-  Buffer<float> sums = buffer(SPAN * CHUNK), packed = buffer(SPAN * (DEPTH + 16));
+  Buffer<float> sums, packed;
+
+  explicit Scratch(bool few)
+      : sums(buffer(few ? BLOCK * CHUNK : SPAN * CHUNK)),
+        packed(buffer(few ? 2 * FEW * FEW_SPAN : SPAN * (DEPTH + 16))) {}
 };
+
+bool are_few(const SwigluRewardArguments& a);
 
 // One call and its intermediate results; ``lanes`` is R padded to whole vectors or to ``few_lanes``.
 struct Job {
   const SwigluRewardArguments& a;
+  bool few;  // whether products put features along the lanes
   int64_t lanes;
   int64_t span = BLOCK;
   Buffer<float> reward = buffer(a.heads * a.columns);  // [K, C]
@@ -75,8 +84,11 @@ struct Job {
   Panels hidden_rows, gated_rows;                        // features along the columns
   std::unique_ptr<Buffer<float>[]> owned{new Buffer<float>[8]};
   int held = 0;
+  mutable std::vector<Scratch> scratch;  // of each thread; allocated here, so that the caller can catch a failure
 
-  Job(const SwigluRewardArguments& arguments, int64_t size) : a(arguments), lanes(size) {
+  Job(const SwigluRewardArguments& arguments, int threads)
+      : a(arguments), few(are_few(a)), lanes(few ? few_lanes(a.rows) : padded(a.rows)) {
+    for (int thread = 0; thread < threads; ++thread) scratch.emplace_back(few);
     for (int64_t r = 0; r < lanes; ++r) {
       const uint64_t id = r >= a.rows ? 0 : a.row_ids ? a.row_ids[r] : r;
       row_low.get()[r] = static_cast<uint32_t>(id);
@@ -132,24 +144,27 @@ Kernels pick(int lanes) {
 
 Kernels kernels = pick(vector_floats());
 
-// Calls run(block, scratch) for all blocks on all threads. Scratch memory is allocated before the parallel region so
-// that the caller can catch an allocation failure.
-template <class Run>
-void each(int64_t count, int threads, const Run& run) {
-  std::vector<Scratch> scratch(std::min<int64_t>(threads, std::max<int64_t>(count, 1)));
-#pragma omp parallel for schedule(dynamic) num_threads(scratch.size()) if (count > 1)
-  for (int64_t block = 0; block < count; ++block) run(block, scratch[thread_number()]);
-}
-
-void each(int64_t count, int threads, const Job& job, Stage stage) {
-  each(count, threads, [&](int64_t block, Scratch& scratch) { stage(job, block, scratch); });
-}
-
 // Whether to put features along the lanes: few answers, row-major weights and enough features for a vector.
 bool are_few(const SwigluRewardArguments& a) {
   const bool lies = a.w2.column == 1 && (!a.width || a.w1.column == 1);
   const bool wide = a.columns >= kernels.lanes && (!a.width || a.width >= kernels.lanes);
   return a.rows > 0 && a.rows <= FEW && a.w2.data && lies && wide;
+}
+
+// Calls run(block, scratch) for all blocks, on all threads unless ``brief``.
+template <class Run>
+void each(int64_t count, const Job& job, const Run& run, bool brief = false) {
+  const int64_t threads = std::min<int64_t>(job.scratch.size(), count);
+  if (brief || threads <= 1) {  // a region takes a few microseconds, on a single thread, too
+    for (int64_t block = 0; block < count; ++block) run(block, job.scratch[0]);
+    return;
+  }
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t block = 0; block < count; ++block) run(block, job.scratch[thread_number()]);
+}
+
+void each(int64_t count, const Job& job, Stage stage, bool brief = false) {
+  each(count, job, [&](int64_t block, Scratch& scratch) { stage(job, block, scratch); }, brief);
 }
 
 }  // namespace
@@ -160,16 +175,15 @@ int swiglu_reward_lanes(int most) {
 }
 
 void swiglu_reward_forward_cpu(const SwigluRewardArguments& a, int threads) {
-  const bool few = are_few(a);
-  Job job(a, few ? few_lanes(a.rows) : padded(a.rows));
+  Job job(a, threads);
   const int64_t count = blocks(a.columns);
   job.parts = buffer(count * a.heads * job.lanes);
-  each(count, threads, job, kernels.take_hidden);
+  each(count, job, kernels.take_hidden, job.few);
   if (a.width) {
     job.gated = job.make(a.width, job.lanes);
-    each(blocks(a.width), threads, job, few ? kernels.gate_few : kernels.gate);
+    each(blocks(a.width), job, job.few ? kernels.gate_few : kernels.gate);
   }
-  each(count, threads, job, few ? kernels.reward_few : kernels.reward);
+  each(count, job, job.few ? kernels.reward_few : kernels.reward);
   for (int64_t r = 0; r < a.rows; ++r) {
     for (int64_t k = 0; k < a.heads; ++k) {
       float sum = 0.0f;
@@ -182,7 +196,7 @@ void swiglu_reward_forward_cpu(const SwigluRewardArguments& a, int threads) {
 }
 
 void swiglu_reward_backward_cpu(const SwigluRewardArguments& a, int threads) {
-  Job job(a, padded(a.rows));
+  Job job(a, threads);
   job.parts = buffer(a.columns * a.heads);
   job.grad = buffer(a.heads * job.lanes);
   for (int64_t k = 0; k < a.heads; ++k) {
@@ -191,9 +205,9 @@ void swiglu_reward_backward_cpu(const SwigluRewardArguments& a, int threads) {
     }
   }
   void* wide = a.width ? a.d_w1 : a.d_w2;  // weight gradient that is computed from hidden
-  if (wide || !a.w2.data) each(blocks(a.columns), threads, job, kernels.take_hidden);
+  if (wide || !a.w2.data) each(blocks(a.columns), job, kernels.take_hidden, job.few);
   if (a.w2.data) job.d_pooled = job.make(a.columns, job.lanes);
-  each(blocks(a.columns), threads, job, kernels.pool_backward);
+  each(blocks(a.columns), job, kernels.pool_backward, job.few);
   if (!a.w2.data) return;
 
   const bool below = a.width && (a.d_hidden || a.d_w1 || a.d_b1);
@@ -205,17 +219,18 @@ void swiglu_reward_backward_cpu(const SwigluRewardArguments& a, int threads) {
   }
   auto spans = [&](int64_t features, Stage stage) {
     job.span = blocks(features, SPAN) >= 2 * threads ? SPAN : BLOCK;
-    each(blocks(features, job.span), threads, job, stage);
+    if (job.few) job.span = blocks(blocks(features), threads * blocks(features, threads * FEW_SPAN)) * BLOCK;
+    each(blocks(features, job.span), job, stage);
   };
   if (below || job.gated_rows.data) spans(a.width, kernels.gate_backward);
   if (a.d_hidden) spans(a.columns, kernels.hidden_backward);
   if (wide) {
     job.hidden_rows = job.make(a.rows, padded(a.columns));
-    each(blocks(a.columns), threads, job, kernels.turn_hidden);
+    each(blocks(a.columns), job, kernels.turn_hidden, job.few);
   }
   auto weight = [&](const Panels& left, const Panels& right, int64_t columns, void* out) {
     prefer_huge_pages(out, left.features * columns * (a.bf16 ? sizeof(uint16_t) : sizeof(float)));
-    each(blocks(left.features), threads, [&](int64_t block, Scratch& scratch) {
+    each(blocks(left.features), job, [&](int64_t block, Scratch& scratch) {
       kernels.weight_backward(left, right, columns, out, a.bf16, block, scratch);
     });
   };

@@ -1,5 +1,5 @@
-// Forward pass for few answers on one instruction set. swiglu_reward_kernels.h includes this file in the namespace of
-// the instruction set; hence there is no include guard.
+// Products for few answers on one instruction set. swiglu_reward_kernels.h includes this file in the namespace of the
+// instruction set; hence there is no include guard.
 //
 // Vector lanes are features: weights are loaded as vectors, not broadcast, and multiplied by job.lanes answers
 // (adjacent in memory), whereas ``product`` multiplies each weight by a whole vector of answers. Results are
@@ -91,6 +91,123 @@ DPH_TARGET static void project_few(float* sums, const RewardMatrix& weights, con
   for (int64_t l = 0; bias.data && l < W; ++l) {
     const float own = get(bias, first + l, 0, bf16);
     for (int64_t n = 0; n < answers.lanes; ++n) sums[n * W + l] += own;
+  }
+}
+
+// The first ``count`` elements of a vector, and zeros.
+template <class Element>
+DPH_FN Vec first(const Element* from, int64_t count) {
+  Vec values = {};
+  for (int64_t l = 0; l < count; ++l) values[l] = value(from[l]);
+  return values;
+}
+
+// Adds to acc [N, FEW_SPAN] ROWS rows of ``count`` weights times the gradients of N answers, one row after the other.
+template <class Element, int N, int ROWS>
+DPH_FN void add_rows(float* acc, const Element* rows, int64_t ld, int64_t count, const float* grads, int64_t step) {
+  Vec factors[ROWS][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) factors[r][n] = grads[r * step + n] - Vec{};
+  }
+  for (int64_t c = 0; c < count; c += W) {
+    Vec w[ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) w[r] = c + W <= count ? load(rows + r * ld + c) : first(rows + r * ld + c, count - c);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      Vec sum = load(acc + n * FEW_SPAN + c);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) sum += w[r] * factors[r][n];
+      store(acc + n * FEW_SPAN + c, sum);
+    }
+  }
+}
+
+// sums [count, FEW] = columns [first, first + count) of the weights times the gradients of N answers. It sums over the
+// rows, DEPTH at a time as ``product`` does, and reads each from end to end. ``buffer`` holds 2 N FEW_SPAN floats.
+template <class Element, int N>
+DPH_FN void combine_rows(float* sums, const RewardMatrix& weights, int64_t first, int64_t count, const Panels& grads,
+                         float* buffer) {
+  float *acc = buffer, *total = buffer + N * FEW_SPAN;
+  const Element* data = static_cast<const Element*>(weights.data) + first;
+  const int64_t step = grads.width(0);
+  for (int64_t begin = 0; begin < grads.features; begin += DEPTH) {
+    const int64_t end = std::min(begin + DEPTH, grads.features);
+    memset(acc, 0, N * FEW_SPAN * sizeof(float));
+    int64_t k = begin;
+    constexpr int ROWS = N <= 2 && W == 16 ? 8 : 4;  // their factors fill the registers
+    for (; k + ROWS <= end; k += ROWS) {
+      add_rows<Element, N, ROWS>(acc, data + k * weights.row, weights.row, count, grads.row(k, 0), step);
+    }
+    for (; k < end; ++k) {
+      add_rows<Element, N, 1>(acc, data + k * weights.row, weights.row, count, grads.row(k, 0), step);
+    }
+    for (int n = 0; n < N; ++n) {
+      float *sum = total + n * FEW_SPAN, *part = acc + n * FEW_SPAN;
+      for (int64_t c = 0; c < count; ++c) sum[c] = begin ? sum[c] + part[c] : part[c];
+    }
+  }
+  for (int64_t c = 0; c < count; ++c) {
+    for (int n = 0; n < N; ++n) sums[c * FEW + n] = total[n * FEW_SPAN + c];
+  }
+}
+
+template <class Element>
+DPH_FN void combine_rows(float* sums, const RewardMatrix& weights, int64_t first, int64_t count, const Panels& grads,
+                         int64_t answers, float* buffer) {
+  if (answers == 1) {
+    combine_rows<Element, 1>(sums, weights, first, count, grads, buffer);
+  } else if (answers == 2) {
+    combine_rows<Element, 2>(sums, weights, first, count, grads, buffer);
+  } else if (answers <= 4) {
+    combine_rows<Element, 4>(sums, weights, first, count, grads, buffer);
+  } else {
+    combine_rows<Element, FEW>(sums, weights, first, count, grads, buffer);
+  }
+}
+
+// Rows [first, first + count) of a weight gradient [.., columns]: products of features of ``left`` and ``right``, summed
+// over the N answers. Rows are written from end to end, four at a time.
+template <class Element, int N>
+DPH_FN void outer_few(Element* out, const Panels& left, const Panels& right, int64_t first, int64_t count,
+                      int64_t columns) {
+  constexpr int ROWS = 1;
+  for (int64_t i = 0; i < count; i += ROWS) {
+    const int64_t rows = std::min<int64_t>(ROWS, count - i);
+    float factors[ROWS][N] = {};
+    for (int64_t r = 0; r < rows; ++r) memcpy(factors[r], left.row(first + i + r, 0), N * sizeof(float));
+    Element* to = out + (first + i) * columns;
+    for (int64_t c = 0; c < columns; c += W) {
+      const float* features = right.row(0, c);
+      const int64_t step = right.width(c);
+      Vec sums[ROWS] = {};
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        const Vec b = load(features + n * step);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) sums[r] += factors[r][n] * b;
+      }
+      const int64_t filled = std::min(W, columns - c);
+      for (int64_t r = 0; r < rows; ++r) {
+        if (sizeof(Element) == sizeof(float) && filled == W) {
+          store(reinterpret_cast<float*>(to + r * columns + c), sums[r]);
+          continue;
+        }
+        for (int64_t l = 0; l < filled; ++l) put(to, r * columns + c + l, sums[r][l], sizeof(Element) == 2);
+      }
+    }
+  }
+}
+
+template <class Element>
+DPH_FN void outer_few(Element* out, const Panels& left, const Panels& right, int64_t first, int64_t count,
+                      int64_t columns) {
+  if (right.features == 1) {
+    outer_few<Element, 1>(out, left, right, first, count, columns);
+  } else {
+    outer_few<Element, 2>(out, left, right, first, count, columns);
   }
 }
 

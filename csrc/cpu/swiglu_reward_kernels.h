@@ -93,6 +93,26 @@ DPH_FN void draw(float* factors, const Job& job, const RewardDropout& dropout, i
   }
 }
 
+#include "swiglu_reward_few.h"
+
+// The transpose of ``weights``, rows [first, first + count), times gradients of answers [begin, end): in ``s.sums``, with
+// the row stride that is returned.
+DPH_TARGET static int64_t turned_product(const Job& job, Scratch& s, const RewardMatrix& weights, int64_t first,
+                                         int64_t count, const Panels& grads, int64_t begin, int64_t end) {
+  float *sums = s.sums.get(), *buffer = s.packed.get();
+  if (!job.few) {
+    const Left turned = {weights.data, weights.column, weights.row, job.a.bf16, {}};
+    product(sums, CHUNK, turned, first, count, grads, begin, end, buffer);
+    return CHUNK;
+  }
+  if (job.a.bf16) {
+    combine_rows<uint16_t>(sums, weights, first, count, grads, job.a.rows, buffer);
+  } else {
+    combine_rows<float>(sums, weights, first, count, grads, job.a.rows, buffer);
+  }
+  return FEW;
+}
+
 // Stages. Each processes a block of BLOCK features for all answers, or of job.span if weights are read by columns.
 
 // Loads columns [32 * block, ..) of the hidden states, times their dropout factors, with answers along the lanes.
@@ -259,27 +279,26 @@ DPH_TARGET inline void pool_backward_block(const Job& job, int64_t block, Scratc
 DPH_TARGET inline void gate_backward_block(const Job& job, int64_t block, Scratch& s) {
   const SwigluRewardArguments& a = job.a;
   const int64_t first = block * job.span, count = std::min(job.span, a.width - first);
-  const Left turned = {a.w2.data, a.w2.column, a.w2.row, a.bf16, {}};
-  float x_biases[SPAN] = {}, g_biases[SPAN] = {};
+  float x_biases[FEW_SPAN] = {}, g_biases[FEW_SPAN] = {};
   for (int64_t begin = 0; begin < job.lanes; begin += CHUNK) {
     const int64_t end = std::min(begin + CHUNK, job.lanes);
-    float* sums = s.sums.get();
-    if (job.d_projected.data) {
-      product(sums, CHUNK, turned, first, count, job.d_pooled, begin, end, s.packed.get());
-    }
+    int64_t step = 0;
+    if (job.d_projected.data) step = turned_product(job, s, a.w2, first, count, job.d_pooled, begin, end);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t f = first + i;
       for (int64_t j = begin; j < end; j += PANEL) {
         const float *x = job.projected.row(f, j), *g = job.projected.row(a.width + f, j);
         const int64_t width = job.width(j), filled = std::min(width, a.rows - j);
+        alignas(64) float gated[PANEL];
         if (job.d_projected.data) {
-          float* d = sums + i * CHUNK + j - begin;
+          float* d = s.sums.get() + i * step + j - begin;
           clear_padding(job, d, j);
           float *dx = job.d_projected.row(f, j), *dg = job.d_projected.row(a.width + f, j);
           float x_sum = 0.0f, g_sum = 0.0f;
 #pragma omp simd reduction(+ : x_sum, g_sum)
           for (int64_t l = 0; l < width; ++l) {
             const float share = sigmoid_of(g[l]);
+            gated[l] = x[l] * (g[l] * share);
             dx[l] = d[l] * (g[l] * share);
             dg[l] = d[l] * x[l] * share * (1.0f + g[l] * (1.0f - share));
             x_sum += dx[l];
@@ -287,11 +306,11 @@ DPH_TARGET inline void gate_backward_block(const Job& job, int64_t block, Scratc
           }
           x_biases[i] += x_sum;
           g_biases[i] += g_sum;
+        } else {
+#pragma omp simd
+          for (int64_t l = 0; l < width; ++l) gated[l] = x[l] * (g[l] * sigmoid_of(g[l]));
         }
         if (!job.gated_rows.data) continue;
-        alignas(64) float gated[PANEL];
-#pragma omp simd
-        for (int64_t l = 0; l < width; ++l) gated[l] = x[l] * (g[l] * sigmoid_of(g[l]));
         float* to = job.gated_rows.row(j, f);
         const int64_t step = job.gated_rows.width(f);
         for (int64_t l = 0; l < filled; ++l) to[l * step] = gated[l];
@@ -309,14 +328,13 @@ DPH_TARGET inline void hidden_backward_block(const Job& job, int64_t block, Scra
   const SwigluRewardArguments& a = job.a;
   const int64_t first = block * job.span, count = std::min(job.span, a.columns - first);
   const RewardMatrix& w = a.width ? a.w1 : a.w2;
-  const Left turned = {w.data, w.column, w.row, a.bf16, {}};
   const Panels& grad = a.width ? job.d_projected : job.d_pooled;
   for (int64_t begin = 0; begin < job.lanes; begin += CHUNK) {
     const int64_t end = std::min(begin + CHUNK, job.lanes);
-    product(s.sums.get(), CHUNK, turned, first, count, grad, begin, end, s.packed.get());
+    const int64_t step = turned_product(job, s, w, first, count, grad, begin, end);
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t j = begin; j < std::min(end, a.rows); j += PANEL) {
-        put_hidden(job, first + i, j, s.sums.get() + i * CHUNK + j - begin);
+        put_hidden(job, first + i, j, s.sums.get() + i * step + j - begin);
       }
     }
   }
@@ -326,6 +344,14 @@ DPH_TARGET inline void hidden_backward_block(const Job& job, int64_t block, Scra
 DPH_TARGET inline void weight_backward_block(const Panels& left, const Panels& right, int64_t columns, void* out,
                                              bool bf16, int64_t block, Scratch& s) {
   const int64_t first = block * BLOCK, count = std::min(BLOCK, left.features - first);
+  if (right.features == 1 || right.features == 2) {
+    if (bf16) {
+      outer_few(static_cast<uint16_t*>(out), left, right, first, count, columns);
+    } else {
+      outer_few(static_cast<float*>(out), left, right, first, count, columns);
+    }
+    return;
+  }
   const Left a = {nullptr, 0, 0, false, left};
   for (int64_t begin = 0; begin < right.lanes; begin += CHUNK) {
     const int64_t end = std::min(begin + CHUNK, right.lanes), whole = std::min(end, columns / PANEL * PANEL);
@@ -342,7 +368,5 @@ DPH_TARGET inline void weight_backward_block(const Panels& left, const Panels& r
     }
   }
 }
-
-#include "swiglu_reward_few.h"
 
 #undef DPH_FN

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from dph_kernels import checks, dispatch
+from dph_kernels import native as extension
 from dph_kernels.operator import Gradient, Inputs, Operator
 
 
@@ -111,6 +112,9 @@ def _check(name: str, tensor: Tensor | None, like: Tensor, *sizes: int | str) ->
 def _check_weights(
     hidden: Tensor, reward: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None
 ) -> None:
+    is_native = not torch.compiler.is_compiling() and extension.missing("cpu") is None
+    if is_native and extension.module().swiglu_reward_fits(hidden, reward, w1, b1, w2, b2):  # usually
+        return
     checks.shape("hidden", hidden, "R", "C")
     checks.dtype("hidden", hidden, checks.FLOATS)
     columns = hidden.shape[1]
