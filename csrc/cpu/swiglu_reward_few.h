@@ -32,65 +32,90 @@ DPH_FN Vec element(Vec words, int place) {
   return reinterpret_cast<Vec>((place == 1) == little_endian ? bits & 0xffff0000u : bits << 16);
 }
 
-// sums [N, W] = W rows of a matrix with row stride ``ld``, times N answers.
-template <class Element, int N>
-DPH_FN void multiply_few(float* sums, const Element* rows, int64_t ld, const Panels& answers) {
+// sums [G, N, W] = G groups of W rows of a matrix with row stride ``ld``, times N answers. The sums of one group are one
+// chain of additions for each answer; with few answers a second group fills the time in which these wait.
+template <class Element, int N, int G>
+DPH_FN void multiply_few(float* sums, const Element* const* groups, int64_t ld, const Panels& answers) {
   constexpr int places = sizeof(float) / sizeof(Element);
   constexpr int64_t tile = W * places;
-  const Element* fourths[W / 4];
-  for (int i = 0; i < W / 4; ++i) fourths[i] = rows + 4 * i * ld;
-  Vec total[N] = {};
+  const Element* fourths[G][W / 4];
+  for (int g = 0; g < G; ++g) {
+    for (int i = 0; i < W / 4; ++i) fourths[g][i] = groups[g] + 4 * i * ld;
+  }
+  Vec total[G][N] = {};
   for (int64_t begin = 0; begin < answers.features; begin += DEPTH) {
     const int64_t end = std::min(begin + DEPTH, answers.features), whole = end / tile * tile;
     const float* b = answers.row(begin, 0);
-    Vec acc[N] = {};
+    Vec acc[G][N] = {};
     for (int64_t k = begin; k < whole; k += tile, b += tile * N) {
-      Vec words[W];
-      load_rows(words, fourths, ld, k);
-      turn(words);
+#pragma GCC unroll 2
+      for (int g = 0; g < G; ++g) {
+        Vec words[W];
+        load_rows(words, fourths[g], ld, k);
+        turn(words);
 #pragma GCC unroll 32
-      for (int d = 0; d < tile; ++d) {
-        const Vec a = element<Element>(words[d / places], d % places);
+        for (int d = 0; d < tile; ++d) {
+          const Vec a = element<Element>(words[d / places], d % places);
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) acc[n] += a * (b[d * N + n] - Vec{});
+          for (int n = 0; n < N; ++n) acc[g][n] += a * (b[d * N + n] - Vec{});
+        }
       }
     }
     for (int64_t k = whole; k < end; ++k, b += N) {
-      Vec a;
-      for (int r = 0; r < W; ++r) a[r] = value(rows[r * ld + k]);
-      for (int n = 0; n < N; ++n) acc[n] += a * (b[n] - Vec{});
+      for (int g = 0; g < G; ++g) {
+        Vec a;
+        for (int r = 0; r < W; ++r) a[r] = value(groups[g][r * ld + k]);
+        for (int n = 0; n < N; ++n) acc[g][n] += a * (b[n] - Vec{});
+      }
     }
-    for (int n = 0; n < N; ++n) total[n] += acc[n];
+    for (int g = 0; g < G; ++g) {
+      for (int n = 0; n < N; ++n) total[g][n] += acc[g][n];
+    }
   }
-  for (int n = 0; n < N; ++n) store(sums + n * W, total[n]);
+  for (int g = 0; g < G; ++g) {
+    for (int n = 0; n < N; ++n) store(sums + (g * N + n) * W, total[g][n]);
+  }
 }
 
-template <class Element>
-DPH_FN void multiply_few(float* sums, const RewardMatrix& weights, int64_t first, const Panels& answers) {
-  const Element* rows = static_cast<const Element*>(weights.data) + first * weights.row;
+template <class Element, int N, int G>
+DPH_FN void multiply_few(float* sums, const RewardMatrix& weights, const int64_t* first, const Panels& answers) {
+  const Element* groups[G];
+  for (int g = 0; g < G; ++g) groups[g] = static_cast<const Element*>(weights.data) + first[g] * weights.row;
+  if (N <= 2) {  // the registers hold all sums
+    multiply_few<Element, N, G>(sums, groups, weights.row, answers);
+  } else {
+    for (int g = 0; g < G; ++g) multiply_few<Element, N, 1>(sums + g * N * W, groups + g, weights.row, answers);
+  }
+}
+
+template <class Element, int G>
+DPH_FN void multiply_few(float* sums, const RewardMatrix& weights, const int64_t* first, const Panels& answers) {
   if (answers.lanes == 1) {
-    multiply_few<Element, 1>(sums, rows, weights.row, answers);
+    multiply_few<Element, 1, G>(sums, weights, first, answers);
   } else if (answers.lanes == 2) {
-    multiply_few<Element, 2>(sums, rows, weights.row, answers);
+    multiply_few<Element, 2, G>(sums, weights, first, answers);
   } else if (answers.lanes == 4) {
-    multiply_few<Element, 4>(sums, rows, weights.row, answers);
+    multiply_few<Element, 4, G>(sums, weights, first, answers);
   } else {
     static_assert(FEW == 8, "few_lanes gives 1, 2, 4 or FEW");
-    multiply_few<Element, FEW>(sums, rows, weights.row, answers);
+    multiply_few<Element, FEW, G>(sums, weights, first, answers);
   }
 }
 
-// sums [N, W] = features [first, first + W) of the answers times the weights, plus the bias.
-DPH_TARGET static void project_few(float* sums, const RewardMatrix& weights, const RewardMatrix& bias, bool bf16,
-                                   int64_t first, const Panels& answers) {
+// sums [G, N, W] = features [first[g], first[g] + W) of the answers times the weights, plus the bias.
+template <int G>
+DPH_FN void project_few(float* sums, const RewardMatrix& weights, const RewardMatrix& bias, bool bf16,
+                        const int64_t* first, const Panels& answers) {
   if (bf16) {
-    multiply_few<uint16_t>(sums, weights, first, answers);
+    multiply_few<uint16_t, G>(sums, weights, first, answers);
   } else {
-    multiply_few<float>(sums, weights, first, answers);
+    multiply_few<float, G>(sums, weights, first, answers);
   }
-  for (int64_t l = 0; bias.data && l < W; ++l) {
-    const float own = get(bias, first + l, 0, bf16);
-    for (int64_t n = 0; n < answers.lanes; ++n) sums[n * W + l] += own;
+  for (int g = 0; bias.data && g < G; ++g, sums += answers.lanes * W) {
+    for (int64_t l = 0; l < W; ++l) {
+      const float own = get(bias, first[g] + l, 0, bf16);
+      for (int64_t n = 0; n < answers.lanes; ++n) sums[n * W + l] += own;
+    }
   }
 }
 
@@ -225,9 +250,10 @@ DPH_TARGET inline void gate_few(const Job& job, int64_t block, Scratch&) {
   const SwigluRewardArguments& a = job.a;
   for (int64_t f = block * BLOCK; f < std::min((block + 1) * BLOCK, a.width); f += W) {
     const int64_t first = std::min(f, a.width - W);
-    alignas(64) float xs[FEW * W], gs[FEW * W];
-    project_few(xs, a.w1, a.b1, a.bf16, first, job.hidden);
-    project_few(gs, a.w1, a.b1, a.bf16, a.width + first, job.hidden);
+    alignas(64) float both[2 * FEW * W];
+    const int64_t rows[] = {first, a.width + first};
+    project_few<2>(both, a.w1, a.b1, a.bf16, rows, job.hidden);
+    float *xs = both, *gs = both + job.lanes * W;
     if (a.kept_projected) {
       keep_few(job.projected, first, f - first, xs, a.rows);
       keep_few(job.projected, a.width + first, f - first, gs, a.rows);
@@ -249,7 +275,7 @@ DPH_TARGET inline void reward_few(const Job& job, int64_t block, Scratch&) {
   for (int64_t c = block * BLOCK; c < std::min((block + 1) * BLOCK, a.columns); c += W) {
     const int64_t first = std::min(c, a.columns - W);
     alignas(64) float states[FEW * W];
-    project_few(states, a.w2, a.b2, a.bf16, first, a.width ? job.gated : job.hidden);
+    project_few<1>(states, a.w2, a.b2, a.bf16, &first, a.width ? job.gated : job.hidden);
 #pragma omp simd
     for (int64_t l = 0; l < job.lanes * W; ++l) states[l] = tanh_of(states[l]);
     if (a.kept_pooled) keep_few(job.pooled, first, c - first, states, a.rows);
