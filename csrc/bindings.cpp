@@ -818,7 +818,8 @@ bool swiglu_reward_fits(py::handle hidden, py::handle reward, py::handle w1, py:
   if (!peek_any(hidden, rows) || rows.ndim != 2 || !is_floating(rows)) return false;
   const int64_t columns = rows.shape[1];
   const auto is_matrix = [&](py::handle tensor, DLTensor& found, int64_t width) {
-    return peek_any(tensor, found) && is_like(found, rows) && found.ndim == 2 && found.shape[0] && found.shape[1] == width;
+    const bool fits = peek_any(tensor, found) && is_like(found, rows) && found.ndim == 2;
+    return fits && found.shape[0] && found.shape[1] == width;
   };
   const auto is_bias = [&](py::handle tensor, int64_t size) {
     if (tensor.is_none()) return true;
@@ -831,7 +832,8 @@ bool swiglu_reward_fits(py::handle hidden, py::handle reward, py::handle w1, py:
     width = first.shape[0] / 2;
   }
   if (w2.is_none()) return w1.is_none() && b1.is_none() && b2.is_none();
-  return (!w1.is_none() || b1.is_none()) && is_matrix(w2, second, width) && second.shape[0] == columns && is_bias(b2, columns);
+  if (w1.is_none() && !b1.is_none()) return false;
+  return is_matrix(w2, second, width) && second.shape[0] == columns && is_bias(b2, columns);
 }
 
 void bind_swiglu_reward(py::module_& module) {

@@ -22,7 +22,6 @@ constexpr int64_t CHUNK = 256;  // columns of a product computed at a time
 constexpr int64_t DEPTH = 128;  // features reduced at a time: a panel of them fills half of the L1 cache
 constexpr int FEW = 8;          // maximum number of answers for products with features along the lanes
 constexpr int64_t FEW_SPAN = 1024;  // maximum features per work item of those by columns
-static_assert(FEW_SPAN * FEW <= BLOCK * CHUNK, "the sums fit the scratch memory");
 static_assert(BLOCK == PANEL && CHUNK % PANEL == 0 && DEPTH % PANEL == 0, "blocks are whole panels");
 
 int64_t blocks(int64_t size, int64_t block = BLOCK) { return (size + block - 1) / block; }
@@ -122,7 +121,8 @@ using Stage = void (*)(const Job&, int64_t, Scratch&);
 
 struct Kernels {
   int lanes;
-  Stage take_hidden, gate_few, reward_few, turn_hidden, gate, reward, pool_backward, gate_backward, hidden_backward;
+  Stage take_hidden, gate_few, reward_few, turn_hidden, gate, reward, pool_backward, gate_backward, hidden_backward,
+      gate_backward_few, hidden_backward_few;
   void (*weight_backward)(const Panels&, const Panels&, int64_t, void*, bool, int64_t, Scratch&);
 };
 
@@ -130,7 +130,8 @@ struct Kernels {
   {                                                                                                      \
     lanes, set::take_hidden, set::gate_few, set::reward_few, set::turn_hidden,                           \
         set::gate_block, set::reward_block, set::pool_backward_block, set::gate_backward_block,          \
-        set::hidden_backward_block, set::weight_backward_block                                           \
+        set::hidden_backward_block, set::gate_backward_few, set::hidden_backward_few,                    \
+        set::weight_backward_block                                                                       \
   }
 
 // Kernels for vectors of ``lanes`` floats.
@@ -222,8 +223,8 @@ void swiglu_reward_backward_cpu(const SwigluRewardArguments& a, int threads) {
     if (job.few) job.span = blocks(blocks(features), threads * blocks(features, threads * FEW_SPAN)) * BLOCK;
     each(blocks(features, job.span), job, stage);
   };
-  if (below || job.gated_rows.data) spans(a.width, kernels.gate_backward);
-  if (a.d_hidden) spans(a.columns, kernels.hidden_backward);
+  if (below || job.gated_rows.data) spans(a.width, job.few ? kernels.gate_backward_few : kernels.gate_backward);
+  if (a.d_hidden) spans(a.columns, job.few ? kernels.hidden_backward_few : kernels.hidden_backward);
   if (wide) {
     job.hidden_rows = job.make(a.rows, padded(a.columns));
     each(blocks(a.columns), job, kernels.turn_hidden, job.few);

@@ -150,11 +150,12 @@ DPH_FN void add_rows(float* acc, const Element* rows, int64_t ld, int64_t count,
   }
 }
 
-// sums [count, FEW] = columns [first, first + count) of the weights times the gradients of N answers. It sums over the
-// rows, DEPTH at a time as ``product`` does, and reads each from end to end. ``buffer`` holds 2 N FEW_SPAN floats.
+// Sums [N, FEW_SPAN], which are returned: columns [first, first + count) of the weights times the gradients of N answers.
+// It sums over the rows, DEPTH at a time as ``product`` does, and reads each from end to end. ``buffer`` holds twice the
+// result.
 template <class Element, int N>
-DPH_FN void combine_rows(float* sums, const RewardMatrix& weights, int64_t first, int64_t count, const Panels& grads,
-                         float* buffer) {
+DPH_FN const float* combine_rows(const RewardMatrix& weights, int64_t first, int64_t count, const Panels& grads,
+                                 float* buffer) {
   float *acc = buffer, *total = buffer + N * FEW_SPAN;
   const Element* data = static_cast<const Element*>(weights.data) + first;
   const int64_t step = grads.width(0);
@@ -174,23 +175,22 @@ DPH_FN void combine_rows(float* sums, const RewardMatrix& weights, int64_t first
       for (int64_t c = 0; c < count; ++c) sum[c] = begin ? sum[c] + part[c] : part[c];
     }
   }
-  for (int64_t c = 0; c < count; ++c) {
-    for (int n = 0; n < N; ++n) sums[c * FEW + n] = total[n * FEW_SPAN + c];
-  }
+  return total;
 }
 
 template <class Element>
-DPH_FN void combine_rows(float* sums, const RewardMatrix& weights, int64_t first, int64_t count, const Panels& grads,
-                         int64_t answers, float* buffer) {
-  if (answers == 1) {
-    combine_rows<Element, 1>(sums, weights, first, count, grads, buffer);
-  } else if (answers == 2) {
-    combine_rows<Element, 2>(sums, weights, first, count, grads, buffer);
-  } else if (answers <= 4) {
-    combine_rows<Element, 4>(sums, weights, first, count, grads, buffer);
-  } else {
-    combine_rows<Element, FEW>(sums, weights, first, count, grads, buffer);
-  }
+DPH_FN const float* combine_rows(const RewardMatrix& weights, int64_t first, int64_t count, const Panels& grads,
+                                 float* buffer) {
+  if (grads.lanes == 1) return combine_rows<Element, 1>(weights, first, count, grads, buffer);
+  if (grads.lanes == 2) return combine_rows<Element, 2>(weights, first, count, grads, buffer);
+  if (grads.lanes == 4) return combine_rows<Element, 4>(weights, first, count, grads, buffer);
+  return combine_rows<Element, FEW>(weights, first, count, grads, buffer);
+}
+
+DPH_TARGET static const float* combine_few(const Job& job, const RewardMatrix& weights, int64_t first, int64_t count,
+                                           const Panels& grads, Scratch& s) {
+  return job.a.bf16 ? combine_rows<uint16_t>(weights, first, count, grads, s.packed.get())
+                    : combine_rows<float>(weights, first, count, grads, s.packed.get());
 }
 
 // Rows [first, first + count) of a weight gradient [.., columns]: products of features of ``left`` and ``right``, summed
@@ -288,6 +288,66 @@ DPH_TARGET inline void reward_few(const Job& job, int64_t block, Scratch&) {
           parts[k * job.lanes + n] += job.reward.get()[k * a.columns + first + l] * state;
         }
       }
+    }
+  }
+}
+
+// Gradients of [x | g] and of b1 for job.span features of F; also recomputes x * silu(g).
+DPH_TARGET inline void gate_backward_few(const Job& job, int64_t block, Scratch& s) {
+  const SwigluRewardArguments& a = job.a;
+  const int64_t start = block * job.span, size = std::min(job.span, a.width - start);
+  const Panels &dp = job.d_projected, &gated = job.gated_rows;
+  const float* sums = dp.data ? combine_few(job, a.w2, start, size, job.d_pooled, s) : nullptr;
+  for (int64_t c = 0; c < size; c += BLOCK) {
+    const int64_t first = start + c, count = std::min(BLOCK, size - c);
+    float x_sums[BLOCK] = {}, g_sums[BLOCK] = {};
+    for (int64_t n = 0; n < a.rows; ++n) {
+      alignas(64) float x[BLOCK] = {}, g[BLOCK] = {}, product[BLOCK];
+      for (int64_t i = 0; i < count; ++i) {
+        x[i] = job.projected.row(first + i, 0)[n];
+        g[i] = job.projected.row(a.width + first + i, 0)[n];
+      }
+      if (!dp.data) {
+#pragma omp simd
+        for (int64_t i = 0; i < BLOCK; ++i) product[i] = x[i] * (g[i] * sigmoid_of(g[i]));
+      } else {
+        const float* d = sums + n * FEW_SPAN + c;
+#pragma omp simd
+        for (int64_t i = 0; i < BLOCK; ++i) {
+          const float share = sigmoid_of(g[i]), dx = d[i] * (g[i] * share);
+          product[i] = x[i] * (g[i] * share);
+          g[i] = d[i] * x[i] * share * (1.0f + g[i] * (1.0f - share));
+          x[i] = dx;
+          x_sums[i] += dx;
+          g_sums[i] += g[i];
+        }
+        for (int64_t i = 0; i < count; ++i) {
+          dp.row(first + i, 0)[n] = x[i];
+          dp.row(a.width + first + i, 0)[n] = g[i];
+        }
+      }
+      if (gated.data) memcpy(gated.row(n, first), product, count * sizeof(float));
+    }
+    for (int64_t i = 0; dp.data && i < count; ++i) {
+      for (int64_t n = a.rows; n < dp.lanes; ++n) dp.row(first + i, 0)[n] = dp.row(a.width + first + i, 0)[n] = 0.0f;
+      if (!a.d_b1) continue;
+      put(a.d_b1, first + i, x_sums[i], a.bf16);
+      put(a.d_b1, a.width + first + i, g_sums[i], a.bf16);
+    }
+  }
+}
+
+// Gradient of job.span columns of hidden.
+DPH_TARGET inline void hidden_backward_few(const Job& job, int64_t block, Scratch& s) {
+  const SwigluRewardArguments& a = job.a;
+  const int64_t first = block * job.span, count = std::min(job.span, a.columns - first);
+  const float* sums = a.width ? combine_few(job, a.w1, first, count, job.d_projected, s)
+                              : combine_few(job, a.w2, first, count, job.d_pooled, s);
+  for (int64_t c = 0; c < count; ++c) {
+    float factors[FEW];
+    draw(factors, job, a.input, first + c, 0, a.rows);
+    for (int64_t n = 0; n < a.rows; ++n) {
+      put(a.d_hidden, n * a.columns + first + c, sums[n * FEW_SPAN + c] * factors[n], a.bf16);
     }
   }
 }

@@ -95,24 +95,6 @@ DPH_FN void draw(float* factors, const Job& job, const RewardDropout& dropout, i
 
 #include "swiglu_reward_few.h"
 
-// The transpose of ``weights``, rows [first, first + count), times gradients of answers [begin, end): in ``s.sums``, with
-// the row stride that is returned.
-DPH_TARGET static int64_t turned_product(const Job& job, Scratch& s, const RewardMatrix& weights, int64_t first,
-                                         int64_t count, const Panels& grads, int64_t begin, int64_t end) {
-  float *sums = s.sums.get(), *buffer = s.packed.get();
-  if (!job.few) {
-    const Left turned = {weights.data, weights.column, weights.row, job.a.bf16, {}};
-    product(sums, CHUNK, turned, first, count, grads, begin, end, buffer);
-    return CHUNK;
-  }
-  if (job.a.bf16) {
-    combine_rows<uint16_t>(sums, weights, first, count, grads, job.a.rows, buffer);
-  } else {
-    combine_rows<float>(sums, weights, first, count, grads, job.a.rows, buffer);
-  }
-  return FEW;
-}
-
 // Stages. Each processes a block of BLOCK features for all answers, or of job.span if weights are read by columns.
 
 // Loads columns [32 * block, ..) of the hidden states, times their dropout factors, with answers along the lanes.
@@ -279,11 +261,14 @@ DPH_TARGET inline void pool_backward_block(const Job& job, int64_t block, Scratc
 DPH_TARGET inline void gate_backward_block(const Job& job, int64_t block, Scratch& s) {
   const SwigluRewardArguments& a = job.a;
   const int64_t first = block * job.span, count = std::min(job.span, a.width - first);
-  float x_biases[FEW_SPAN] = {}, g_biases[FEW_SPAN] = {};
+  const Left turned = {a.w2.data, a.w2.column, a.w2.row, a.bf16, {}};
+  float x_biases[SPAN] = {}, g_biases[SPAN] = {};
   for (int64_t begin = 0; begin < job.lanes; begin += CHUNK) {
     const int64_t end = std::min(begin + CHUNK, job.lanes);
-    int64_t step = 0;
-    if (job.d_projected.data) step = turned_product(job, s, a.w2, first, count, job.d_pooled, begin, end);
+    float* sums = s.sums.get();
+    if (job.d_projected.data) {
+      product(sums, CHUNK, turned, first, count, job.d_pooled, begin, end, s.packed.get());
+    }
     for (int64_t i = 0; i < count; ++i) {
       const int64_t f = first + i;
       for (int64_t j = begin; j < end; j += PANEL) {
@@ -291,7 +276,7 @@ DPH_TARGET inline void gate_backward_block(const Job& job, int64_t block, Scratc
         const int64_t width = job.width(j), filled = std::min(width, a.rows - j);
         alignas(64) float gated[PANEL];
         if (job.d_projected.data) {
-          float* d = s.sums.get() + i * step + j - begin;
+          float* d = sums + i * CHUNK + j - begin;
           clear_padding(job, d, j);
           float *dx = job.d_projected.row(f, j), *dg = job.d_projected.row(a.width + f, j);
           float x_sum = 0.0f, g_sum = 0.0f;
@@ -328,13 +313,14 @@ DPH_TARGET inline void hidden_backward_block(const Job& job, int64_t block, Scra
   const SwigluRewardArguments& a = job.a;
   const int64_t first = block * job.span, count = std::min(job.span, a.columns - first);
   const RewardMatrix& w = a.width ? a.w1 : a.w2;
+  const Left turned = {w.data, w.column, w.row, a.bf16, {}};
   const Panels& grad = a.width ? job.d_projected : job.d_pooled;
   for (int64_t begin = 0; begin < job.lanes; begin += CHUNK) {
     const int64_t end = std::min(begin + CHUNK, job.lanes);
-    const int64_t step = turned_product(job, s, w, first, count, grad, begin, end);
+    product(s.sums.get(), CHUNK, turned, first, count, grad, begin, end, s.packed.get());
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t j = begin; j < std::min(end, a.rows); j += PANEL) {
-        put_hidden(job, first + i, j, s.sums.get() + i * step + j - begin);
+        put_hidden(job, first + i, j, s.sums.get() + i * CHUNK + j - begin);
       }
     }
   }
