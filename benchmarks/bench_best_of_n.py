@@ -80,13 +80,16 @@ class Ours:
         config = dph.ModelConfig.from_pretrained(directory, reward_heads=["default"], reward_pooler="identity")
         self.model = dph.Model.from_pretrained(directory, config=config, dtype=dtype).to(DEVICE).eval()
         self.tokenizer = lengths.small_tokenizer()
+        self._engines: dict[int, FullLength] = {}
 
     def answer(self, prompt: list[int], job: Job, seed: int) -> list[Answer]:
-        """Return the candidates of a prompt."""
+        """Return the candidates of a prompt, by an engine that is kept, as a server keeps its own."""
+        rows = len(prompt) + job.candidates * (job.tokens + 1) + 4
+        if rows not in self._engines:
+            self._engines = {rows: FullLength(self.model, self.tokenizer, rows)}
         request = Request(prompt, fixed(job.candidates), Sampling(max_new_tokens=job.tokens), seed=seed)
-        engine = FullLength(self.model, self.tokenizer, len(prompt) + job.candidates * (job.tokens + 1) + 4)
-        engine.submit(request)
-        engine.run()
+        self._engines[rows].submit(request)
+        self._engines[rows].run()
         return request.answers
 
 

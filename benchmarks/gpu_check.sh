@@ -6,7 +6,7 @@ usage() {
   cat <<'TEXT'
 usage: benchmarks/gpu_check.sh [--dry-run] [--since REVISION] [--only STEP] [--python PROGRAM] [--help]
 
-Build the kernels, run the GPU tests of what changed, time attention and training steps, and write a summary. Takes at
+Build the kernels, run the GPU tests of what changed, time attention, training and sampling, and write a summary. Takes at
 most ten minutes on one H200. A step that fails or runs out of time does not keep the later ones from running: the
 summary and the exit status (1) show it. Time that a step leaves is added to the next one's.
 
@@ -15,6 +15,7 @@ summary and the exit status (1) show it. Time that a step leaves is added to the
   attention   both passes, head dimensions 64 and 128, grouped and not, against SDPA's kernels and flash-attn
   train_step  one step of sft and align of the paper's model
   family      a Llama of 1.1B: prefill, gradients against transformers, one step of align and sft
+  best_of_n   16 and 128 candidates of that model, against transformers' generate and scoring
 
 options:
   --dry-run         on the CPU: collect the tests, and time small shapes in few rounds
@@ -24,7 +25,7 @@ options:
 
 The results go to the folder $OUT, by default benchmarks/results/ with the GPU's name, in a dry run a temporary folder:
 check.md (the table), check.json (steps and all figures), check.log (the output), and the benchmarks' own
-attention.json, train_step.json and family.json.
+attention.json, train_step.json, family.json and best_of_n.json.
 
 example: OUT=/tmp/check benchmarks/gpu_check.sh --since HEAD~5
 TEXT
@@ -54,9 +55,9 @@ while [ $# -gt 0 ]; do
   esac
   shift 2
 done
-case " build tests attention train_step family " in
+case " build tests attention train_step family best_of_n " in
   *" ${only:-build} "*) ;;
-  *) fail "--only: expected build, tests, attention, train_step or family, got $only" ;;
+  *) fail "--only: expected build, tests, attention, train_step, family or best_of_n, got $only" ;;
 esac
 
 if $dry_run; then export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1; fi # one thread, which no busy process stalls
@@ -141,10 +142,11 @@ step() {
 }
 
 step build 90
-step tests 150
-step attention 120
-step train_step 80
-step family 130
+step tests 140
+step attention 100
+step train_step 70
+step family 110
+step best_of_n 90
 
 "$python" -m benchmarks.gpu_check summary "$folder" --steps "$steps" || failed=1
 echo "results: $folder"

@@ -29,16 +29,17 @@ def test_a_dry_run_is_green(tmp_path):
     code, output = run(tmp_path, "--dry-run")
     assert code == 0, output + (tmp_path / "check.log").read_text()
     content = json.loads((tmp_path / "check.json").read_text())
-    assert [step["name"] for step in content["steps"]] == ["build", "tests", "attention", "train_step", "family"]
+    names = ["build", "tests", "attention", "train_step", "family", "best_of_n"]
+    assert [step["name"] for step in content["steps"]] == names
     assert {step["status"] for step in content["steps"]} <= {"passed", "nothing to run"}
     ours = {result["operator"] for result in content["results"] if not result["rival"]}
-    for start in ("dense", "4 pairs", "sft", "align", "prefill", "step of stage align", "step of stage sft"):
+    for start in ("dense", "4 pairs", "sft", "align", "prefill", "step of stage align", "step of stage sft", "3 c"):
         assert any(name.startswith(start) for name in ours), start
     table = (tmp_path / "check.md").read_text()
     assert "| step | status | s | of at most | last line |" in table
     assert "| family | prefill of 2048 tokens" in table
     assert table in output
-    assert len(list(tmp_path.iterdir())) == 6
+    assert len(list(tmp_path.iterdir())) == 7
 
 
 @pytest.mark.skipif(shutil.which("timeout") is None, reason="needs the program timeout of GNU coreutils")
@@ -56,7 +57,7 @@ def test_a_failing_step_is_in_the_table_and_in_the_status(tmp_path):
     ("options", "message"),
     [
         (["--quick"], "expected an option of --help, got --quick"),
-        (["--only", "tea"], "--only: expected build, tests, attention, train_step or family, got tea"),
+        (["--only", "tea"], "--only: expected build, tests, attention, train_step, family or best_of_n, got tea"),
         (["--since"], "--since: expected a value, got none"),
     ],
 )
