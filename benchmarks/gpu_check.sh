@@ -6,8 +6,8 @@ usage() {
   cat <<'TEXT'
 usage: benchmarks/gpu_check.sh [--dry-run] [--since REVISION] [--only STEP] [--python PROGRAM] [--help]
 
-Build the kernels, run the GPU tests of what changed, time attention, training and sampling, and write a summary. Takes at
-most ten minutes on one H200. A step that fails or runs out of time does not keep the later ones from running: the
+Build the kernels, run the GPU tests of what changed, time attention, training and sampling, and write a summary. Takes
+at most ten minutes on one H200. A step that fails or runs out of time does not keep the later ones from running: the
 summary and the exit status (1) show it. Time that a step leaves is added to the next one's.
 
   build       the C++ and CUDA kernels in place, unless they load
